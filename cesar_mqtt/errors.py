@@ -1,0 +1,104 @@
+"""The errors of the package: one root, few leaves, data as attributes.
+
+A message says what happened, the value, and what happens or can be done next. It is shown to users as it is, so it
+never holds a secret, a traceback or a path outside the allowed directories.
+"""
+
+from enum import IntEnum, StrEnum
+
+
+class ExitCode(IntEnum):
+    """What the commands return to the shell (the contract's section 6; the high ones are those of sysexits.h)."""
+
+    OK = 0
+    FAILED = 1
+    """`submit`: at least one job did not complete."""
+    USAGE = 2
+    TIMEOUT = 3
+    """`submit`: the time ran out before every job was final."""
+    LEDGER_FAILED = 74
+    LEDGER_IN_USE = 75
+    CONFIG = 78
+    """Wrong configuration, or the broker refused the credentials."""
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class ErrorCode(StrEnum):
+    """Why a job ended without a transcript; the `error_code` of its status."""
+
+    INVALID_REQUEST = "invalid_request"
+    AUDIO_NOT_FOUND = "audio_not_found"
+    AUDIO_NOT_ALLOWED = "audio_not_allowed"
+    AUDIO_UNREADABLE = "audio_unreadable"
+    AUDIO_NO_STREAM = "audio_no_stream"
+    AUDIO_EMPTY = "audio_empty"
+    AUDIO_TOO_LARGE = "audio_too_large"
+    AUDIO_TOO_LONG = "audio_too_long"
+    DOWNLOAD_FAILED = "download_failed"
+    MODEL_UNAVAILABLE = "model_unavailable"
+    TIMEOUT = "timeout"
+    EXPIRED = "expired"
+    CRASHED = "crashed"
+    INTERNAL = "internal"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same request may succeed later without being changed."""
+        return self in _RETRYABLE
+
+
+_RETRYABLE = frozenset(
+    {
+        ErrorCode.DOWNLOAD_FAILED,
+        ErrorCode.MODEL_UNAVAILABLE,
+        ErrorCode.TIMEOUT,
+        ErrorCode.EXPIRED,
+        ErrorCode.CRASHED,
+        ErrorCode.INTERNAL,
+    }
+)
+
+
+class CesarError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+    exit_code: ExitCode = ExitCode.FAILED
+
+
+class ConfigError(CesarError):
+    """A setting is wrong, unknown or contradicts another; the message names it."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class BrokerRefusedError(CesarError):
+    """The broker answered and said no (credentials, client id, protocol): trying again cannot help."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class LedgerError(CesarError):
+    """The ledger cannot be read or written."""
+
+    exit_code = ExitCode.LEDGER_FAILED
+
+
+class LedgerInUseError(CesarError):
+    """Another consumer holds the ledger's lock."""
+
+    exit_code = ExitCode.LEDGER_IN_USE
+
+
+class JobFailedError(CesarError):
+    """A job cannot be completed; the worker records it as `error` and goes on.
+
+    Attributes:
+        code: the `error_code` of the job's status.
+        message: one sentence for the producer that says what to do.
+    """
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
