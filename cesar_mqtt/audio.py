@@ -1,0 +1,380 @@
+"""Audio files: which may be read, opening them without a way out of their directory, and decoding them in blocks.
+
+Everything here may be called from any thread; an `AudioReader` belongs to the thread that opened it. FFmpeg gets an
+open file descriptor and never a name, so no protocol and no playlist can make it read anything else.
+"""
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeAlias
+
+import av
+import numpy as np
+from av.container import InputContainer
+from numpy.typing import NDArray
+
+from cesar_mqtt.errors import ErrorCode, JobFailedError
+
+SAMPLE_RATE = 16_000
+"""Samples per second of everything decoded here; what Whisper models listen to."""
+
+Samples: TypeAlias = NDArray[np.float32]
+"""Mono at `SAMPLE_RATE`, shape (n,), values from -1 to 1."""
+
+# Containers of recorded sound. What is missing is missing on purpose: playlists, network sessions, image sequences.
+_CONTAINERS = (
+    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,rm,tta,voc,w64,"
+    "wav,wv"
+)
+_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "fd"}
+
+# Raw streams state no duration; FFmpeg then guesses one from the first frames' bit rate, which was seen to be ten
+# times too long for speech after silence. A guess must not refuse a file or call it cut short.
+_RAW_STREAMS = frozenset({"aac", "ac3", "dts", "eac3"})
+_MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
+_RIFF_SIZE_UNKNOWN = 0x7FF0_0000
+"""From here on a RIFF size is a placeholder of a program that wrote to a pipe."""
+
+_HEAD_BYTES = 4096
+_BLOCK_SAMPLES = 10 * SAMPLE_RATE
+_MAX_SHOWN = 120
+
+# Only the right to pass through a folder is needed to open a file in it, where the system can tell the two apart.
+_FOLDER_FLAGS = (os.O_PATH if sys.platform == "linux" else os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO that took the file's place would otherwise block for ever, before it can be looked at.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+# What a producer is told: the code, and a sentence that says what to do. Audio that came inside a message has no name.
+_OUTSIDE = (
+    ErrorCode.AUDIO_NOT_ALLOWED,
+    "The audio path {name} does not lead to a file inside `audio.directories`: put the file into one of those.",
+)
+_NOT_FOUND = (
+    ErrorCode.AUDIO_NOT_FOUND,
+    "There is no audio file {name}: check the name, or put the file there and submit the job again.",
+)
+_NOT_PERMITTED = (
+    ErrorCode.AUDIO_NOT_ALLOWED,
+    "The service has no permission to read the audio file {name}: give its user the right to.",
+)
+_NOT_REGULAR = (
+    ErrorCode.AUDIO_NOT_ALLOWED,
+    "The audio path {name} does not name a regular file: name the audio file itself.",
+)
+_UNREADABLE = (
+    ErrorCode.AUDIO_UNREADABLE,
+    "The file cannot be decoded as audio: check that it plays, or convert it to WAV, FLAC, MP3, Ogg or M4A.",
+)
+_NO_STREAM = (ErrorCode.AUDIO_NO_STREAM, "The file holds no audio track: submit one with sound.")
+_EMPTY = (ErrorCode.AUDIO_EMPTY, "The audio file holds no sound: check how it was recorded.")
+_TOO_LARGE = (
+    ErrorCode.AUDIO_TOO_LARGE,
+    "The audio file has {size} bytes, and `audio.max_bytes` is {most}: submit a smaller one, or raise the limit.",
+)
+_TOO_LONG = (
+    ErrorCode.AUDIO_TOO_LONG,
+    "The audio lasts longer than `audio.max_duration`, {most:g} s: submit it in parts, or raise the limit.",
+)
+_WHY_NOT_OPEN = {
+    errno.ENOENT: _NOT_FOUND,
+    errno.ENAMETOOLONG: _NOT_FOUND,
+    errno.EACCES: _NOT_PERMITTED,
+    errno.EPERM: _NOT_PERMITTED,
+    errno.ELOOP: _NOT_REGULAR,  # a symbolic link where a file was,
+    errno.ENOTDIR: _NOT_REGULAR,  # or where a folder was
+    errno.ENXIO: _NOT_REGULAR,  # a socket
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AudioLimits:
+    """The most that one file may bring."""
+
+    max_bytes: int
+    max_duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AudioInfo:
+    """What a file says about itself; nothing of it has been decoded yet.
+
+    Attributes:
+        duration_s: None when the file does not say.
+        container: FFmpeg's name of the container, such as `ogg` or `mov,mp4,m4a,3gp,3g2,mj2`.
+        size_bytes: the size of the whole file.
+    """
+
+    duration_s: float | None
+    container: str
+    size_bytes: int
+
+
+def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
+    """Find the file that a producer named, if it may be read.
+
+    Whether something exists outside the directories cannot be learnt from the answer: every name that leads out, with
+    or without the help of symbolic links, is refused with the same code and sentence.
+
+    Args:
+        name: relative to the directories, which are tried in order, or absolute and inside one of them.
+        directories: the allowed ones; none allows nothing.
+
+    Returns:
+        An absolute path without symbolic links, which `open_audio` opens only as long as that is still so.
+
+    Raises:
+        JobFailedError: `audio_not_found`, or `audio_not_allowed` for what leads out of the directories, cannot be a
+            file name, or is not a regular file.
+    """
+    if not _is_plain(name):
+        raise _failed(_OUTSIDE, name)
+    roots = [Path(os.path.realpath(directory)) for directory in directories]
+    led_out = not roots
+    for root in roots:
+        # Not strict: a name that leads out is refused before anything is asked about what stands there.
+        path = Path(os.path.realpath(root / name))
+        if not any(path.is_relative_to(allowed) for allowed in roots):
+            led_out = True
+        elif _is_regular(path, name):
+            return path
+    raise _failed(_OUTSIDE if led_out else _NOT_FOUND, name)
+
+
+@contextmanager
+def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
+    """Open a file for decoding, within the limits on its size and on the duration that it declares.
+
+    Args:
+        path: absolute and without symbolic links in any part of it (what `resolve_audio_path` gave, or a path of our
+            own that was resolved): a link that has taken the place of a part since is refused, not followed.
+        limits: the most that the file may bring.
+
+    Raises:
+        JobFailedError: `audio_not_found`, `audio_not_allowed`, `audio_too_large`, `audio_too_long`, `audio_empty`,
+            `audio_unreadable`, `audio_no_stream`.
+    """
+    with _open_regular(path) as descriptor:
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes == 0:
+            raise _failed(_EMPTY)
+        if size_bytes > limits.max_bytes:
+            raise _failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
+        with _open_container(descriptor) as container:
+            duration_s = _declared_s(container, _read_head(descriptor), size_bytes)
+            _check_duration(duration_s, limits.max_duration_s)
+            info = AudioInfo(duration_s, container.format.name, size_bytes)
+            yield AudioReader(container, info, max_duration_s=limits.max_duration_s)
+
+
+class AudioReader:
+    """One open file, decoded once from start to end. Only for the thread that opened it.
+
+    Attributes:
+        info: what the file says about itself.
+    """
+
+    def __init__(self, container: InputContainer, info: AudioInfo, *, max_duration_s: float) -> None:
+        self.info = info
+        self._container = container
+        self._stream = container.streams.audio[0]
+        self._max_duration_s = max_duration_s
+        self._resampler = _Resampler()
+        self._heard_s = 0.0
+        self._samples = 0
+        self._skipped = 0
+
+    @property
+    def decoded_s(self) -> float:
+        """Seconds decoded so far."""
+        return self._samples / SAMPLE_RATE
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was wrong with the file although it could be decoded; complete when `blocks` has ended.
+
+        `audio_truncated`: more than a second and more than 5 % of the declared duration are missing.
+        `audio_damaged`: stretches that could not be decoded were left out.
+        """
+        missing_s = (self.info.duration_s or 0.0) - self.decoded_s
+        truncated = missing_s > max(1.0, 0.05 * (self.info.duration_s or 0.0))
+        found = {"audio_truncated": truncated, "audio_damaged": self._skipped > 0}
+        return tuple(name for name, is_so in found.items() if is_so)
+
+    def blocks(self) -> Iterator[Samples]:
+        """Decode, about ten seconds at a time; damaged stretches are left out, and counted.
+
+        Raises:
+            JobFailedError: `audio_too_long` as soon as the limit is passed, whatever the file declared; at the end
+                `audio_empty` if there was no sample, and `audio_unreadable` if not one packet could be decoded.
+        """
+        pending: list[Samples] = []
+        given = 0
+        for samples in self._resampled():
+            pending.append(samples)
+            self._samples += samples.size
+            if self._samples - given >= _BLOCK_SAMPLES:
+                yield np.concatenate(pending)
+                pending.clear()
+                given = self._samples
+        if pending:
+            yield np.concatenate(pending)
+        if not self._samples:
+            raise _failed(_UNREADABLE if self._skipped else _EMPTY)
+
+    def _resampled(self) -> Iterator[Samples]:
+        for frame in chain(self._frames(), (None,)):
+            try:
+                yield from self._resampler.push(frame)
+            except (av.FFmpegError, ValueError):  # a channel layout or rate that no conversion exists for
+                self._resampler = _Resampler()
+                self._skipped += 1
+
+    def _frames(self) -> Iterator[av.AudioFrame]:
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                self._skipped += 1
+                continue
+            for frame in frames:
+                # Before resampling: a header that claims one sample a second must not fill the memory first.
+                self._heard_s += frame.samples / max(1, frame.sample_rate)
+                _check_duration(self._heard_s, self._max_duration_s)
+                yield frame
+
+    def _packets(self) -> Iterator["av.Packet[av.AudioStream]"]:
+        try:
+            yield from self._container.demux(self._stream)
+        except av.FFmpegError:  # the container itself is damaged: what follows cannot be found
+            self._skipped += 1
+
+
+class _Resampler:
+    """To mono float32 at `SAMPLE_RATE`, also where the shape of the frames changes on the way."""
+
+    def __init__(self) -> None:
+        self._shape: tuple[str, str, int] | None = None
+        self._resampler: av.AudioResampler | None = None
+
+    def push(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
+        """Take the next frame, or None for the end, and give what is ready."""
+        shape = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
+        if shape != self._shape:
+            yield from self._convert(None)
+            # 16-bit integers on the way, as Whisper's own loader has it: mixing down to mono then cannot overflow.
+            self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+            self._shape = shape
+        if frame is not None:
+            yield from self._convert(frame)
+
+    def _convert(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
+        if self._resampler is not None:
+            for converted in self._resampler.resample(frame):
+                yield converted.to_ndarray()[0].astype(np.float32) / 32768.0
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can be one of a file at all; `..` is refused even where it would lead back in."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return bool(encoded) and b"\0" not in encoded and ".." not in Path(name).parts
+
+
+def _is_regular(path: Path, name: str) -> bool:
+    try:
+        mode = path.lstat().st_mode
+    except PermissionError as exc:
+        raise _failed(_NOT_PERMITTED, name) from exc
+    except OSError:  # not there, or a name that no file can have
+        return False
+    if not stat.S_ISREG(mode):
+        raise _failed(_NOT_REGULAR, name)
+    return True
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[int]:
+    """Open a file part by part from the root, following no symbolic link, and make sure that it is a regular one."""
+    try:
+        descriptor = _walk(path)
+    except OSError as exc:
+        raise _failed(_WHY_NOT_OPEN.get(exc.errno or 0, _UNREADABLE), path.name) from exc
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _failed(_NOT_REGULAR, path.name)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _walk(path: Path) -> int:
+    folder = os.open(path.anchor or ".", _FOLDER_FLAGS)
+    try:
+        for part in path.parts[1 if path.anchor else 0 : -1]:
+            inner = os.open(part, _FOLDER_FLAGS, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(path.name, _FILE_FLAGS, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _open_container(descriptor: int) -> InputContainer:
+    options = {**_OPEN_OPTIONS, "fd": str(descriptor)}
+    try:
+        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore")
+    except av.FFmpegError as exc:
+        raise _failed(_UNREADABLE) from exc
+    if not container.streams.audio:
+        container.close()
+        raise _failed(_NO_STREAM)
+    return container
+
+
+def _declared_s(container: InputContainer, head: bytes, size_bytes: int) -> float | None:
+    """Give the duration that a file states; None where it states none and FFmpeg would only guess."""
+    name, stream = container.format.name, container.streams.audio[0]
+    guessed = name in _RAW_STREAMS or (name == "mp3" and not any(tag in head for tag in _MP3_LENGTH_TAGS))
+    # The track's own duration first: the picture beside it may last longer.
+    if stream.duration and stream.time_base:
+        declared_s = float(stream.duration * stream.time_base)
+    else:
+        declared_s = (container.duration or 0) / av.time_base
+    if guessed or declared_s <= 0:
+        return None
+    # FFmpeg gives a WAV that was cut the duration of what is left; its header still knows the whole size.
+    riff_bytes = 8 + int.from_bytes(head[4:8], "little")
+    if name == "wav" and head.startswith(b"RIFF") and size_bytes < riff_bytes < _RIFF_SIZE_UNKNOWN:
+        declared_s *= riff_bytes / size_bytes
+    return declared_s
+
+
+def _read_head(descriptor: int) -> bytes:
+    """Give the first bytes behind any ID3v2 tag (id3.org, section 3.1: four bytes of seven bits give its size)."""
+    # `pread` leaves the place alone from which FFmpeg goes on.
+    head = os.pread(descriptor, _HEAD_BYTES, 0)
+    if head.startswith(b"ID3"):
+        tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+        head = os.pread(descriptor, _HEAD_BYTES, 10 + tag_bytes)
+    return head
+
+
+def _check_duration(duration_s: float | None, max_duration_s: float) -> None:
+    if duration_s is not None and duration_s > max_duration_s:
+        raise _failed(_TOO_LONG, most=max_duration_s)
+
+
+def _failed(reason: tuple[ErrorCode, str], name: str = "", **values: float) -> JobFailedError:
+    """Fill a sentence in; the name is quoted, without control characters and not at any length."""
+    code, sentence = reason
+    shown = repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "…")
+    return JobFailedError(code, sentence.format(name=shown, **values))
