@@ -1,0 +1,547 @@
+"""The ledger: the only truth about jobs, durable before anybody is told.
+
+Every method may be called from any thread; one lock serialises them. What a method says is done is on disk when it
+returns.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from cesar_mqtt.disk import Disk
+from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
+from cesar_mqtt.jobs import (
+    TRANSITIONS,
+    IllegalTransitionError,
+    Job,
+    JobState,
+    NewJob,
+    Result,
+    Totals,
+    Verdict,
+)
+from cesar_mqtt.records import document_of, job_of, needs_audio, present
+from cesar_mqtt.storage import Change, JournalStorage
+from cesar_mqtt.tables import JournalDB
+
+logger = logging.getLogger(__name__)
+
+TABLE = "jobs"
+COUNTERS = "counters"
+TRAIL = 1000
+"""So many changes of state are kept one by one for the broker; beyond that, only the newest counts."""
+HEAD = 10
+"""So many of the first jobs in the queue are told their position whenever it changes (the contract's section 2)."""
+
+_CHECKPOINT_BYTES = 8 << 20
+
+
+class Ledger:
+    """Jobs in the order of their acceptance, their states, and which of them the broker has not been told of.
+
+    The order is by an own sequence number that is never used again; clocks only decorate.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_attempts: int = 3,
+        max_queued: int = 100_000,
+        clock: Callable[[], float] = time.time,
+        disk: Disk | None = None,
+    ) -> None:
+        """Open or create the ledger at `path`, and put back into the queue what a crash left in `processing`.
+
+        Args:
+            path: `ledger.json`; its folder must exist. The journal and the lock stand beside it.
+            max_attempts: after so many crashes in mid-work a job becomes `error` `crashed`.
+            max_queued: how many jobs may wait.
+            clock: seconds since the epoch.
+            disk: the durable writes; for tests.
+
+        Raises:
+            LedgerInUseError: another process has it open.
+            LedgerError: it cannot be read, or is damaged.
+        """
+        self.path = path
+        self._max_attempts = max_attempts
+        self._max_queued = max_queued
+        self._clock = clock
+        self._changed = threading.Condition(threading.RLock())
+        self._observers: list[Callable[[], None]] = []
+        self._closed = False
+        # Whichever thread closes the ledger releases it; by default it would only be released by the one that took it.
+        self._file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
+        try:
+            self._file_lock.acquire()
+        except Timeout as exc:
+            raise LedgerInUseError(
+                f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+            ) from exc
+        except OSError as exc:
+            raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
+        try:
+            self._db = JournalDB(path, disk, storage=JournalStorage)
+        except BaseException:
+            self._file_lock.release()
+            raise
+        try:
+            with self._changed:
+                self._index()
+                self._recover()
+        except BaseException:
+            self._db.journal.abandon()
+            self._file_lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the index in memory --------------------------------------------------------------------------------------
+
+    def _index(self) -> None:
+        """Build from the tables what the way of a job needs without a search."""
+        rows = self._rows
+        order = sorted((int(key), document) for key, document in rows.items())
+        self._by_id = {document["job_id"]: seq for seq, document in order}
+        self._packet_ids = {d["packet_id"]: seq for seq, d in order if "packet_id" in d}
+        self._queue = OrderedDict((seq, None) for seq, d in order if d["state"] == JobState.QUEUED)
+        self._processing = [seq for seq, d in order if d["state"] == JobState.PROCESSING]
+        counters = self._db.journal.rows(COUNTERS).get("1", {})
+        self._last_seq = order[-1][0] if order else 0
+        self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
+        self._ended = {state: counters.get(state.value, 0) for state in JobState if state.final}
+        mark = self._db.journal.mark
+        unpublished = sorted((d["revision"], seq) for seq, d in order if d["revision"] > mark)
+        self._trail: deque[tuple[int, Job]] = deque(maxlen=TRAIL)
+        self._outbox = OrderedDict((seq, revision) for revision, seq in unpublished)
+        self._unacknowledged = self._outbox.copy()
+        self._positions: dict[int, tuple[int, float | None]] = {
+            seq: (rank, None) for rank, seq in enumerate(islice(self._queue, HEAD, None), start=HEAD + 1)
+        }
+        self._number_the_head()  # what the broker knows of their positions is not on disk
+
+    @property
+    def _rows(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._db.journal.rows(TABLE)
+
+    def _recover(self) -> None:
+        """Count a crash against each job that was in `processing`, and let it wait for its turn again or end."""
+        for seq in tuple(self._processing):
+            crashes = self._rows[str(seq)].get("crashes", 0) + 1
+            if crashes < self._max_attempts:
+                self._move(seq, JobState.QUEUED, {"crashes": crashes}, ("started_at",))
+                logger.warning("Job %s was in work at the last crash: queued again", self._rows[str(seq)]["job_id"])
+            else:
+                self._fail(
+                    seq,
+                    ErrorCode.CRASHED,
+                    f"The process died {crashes} times while working on this job. Check the audio, then retry.",
+                    {"crashes": crashes},
+                )
+
+    # -- one funnel for every change ------------------------------------------------------------------------------
+
+    def _commit(self, changes: list[Change], touched: Sequence[int]) -> None:
+        """Write the changes with the outbox's watermark, then note that the broker has to be told of `touched`."""
+        if self._closed:
+            raise LedgerError(f"The ledger {self.path} is closed.")
+        if self._rejected != self._rejected_on_disk:
+            changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
+        revision = self._db.commit(changes, mark=self._watermark())
+        self._rejected_on_disk = self._rejected
+        for seq in touched:
+            self._tell(seq, revision)
+            self._unacknowledged[seq] = revision
+            self._unacknowledged.move_to_end(seq)
+        self._notify()
+
+    def _watermark(self) -> int:
+        """Return the transaction up to which the broker has acknowledged everything.
+
+        It must stay below the revision of every job that the broker lacks, for after a crash that is what decides. In
+        the outbox a job moves on when there is more to tell of it without a transaction, such as a new position.
+        """
+        oldest = next(iter(self._unacknowledged.values()), None)
+        return self._db.journal.transaction if oldest is None else oldest - 1
+
+    def _tell(self, seq: int, revision: int) -> None:
+        self._outbox[seq] = revision
+        self._outbox.move_to_end(seq)
+
+    def _move(self, seq: int, state: JobState, fields: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Job:
+        """Take one job from its state to `state`, durably, and return it as it is then."""
+        row = self._rows.get(str(seq))
+        if row is None:
+            raise IllegalTransitionError(f"There is no job number {seq} to become {state}.")
+        before = JobState(row["state"])
+        if state not in TRANSITIONS[before]:
+            raise IllegalTransitionError(f"Job number {seq} cannot go from {before} to {state}.")
+        document = {
+            "state": state.value,
+            "revision": self._db.journal.transaction + 1,
+            "updated_at": self._clock(),
+            **fields,
+        }
+        changes = [Change(TABLE, seq, document, dropped)]
+        if state.final:
+            changes.append(self._counters({state: self._ended[state] + 1}))
+        self._commit(changes, (seq,))
+        self._note(seq, before, state)
+        job = self._job(seq)
+        self._trail.append((self._outbox[seq], job))
+        return job
+
+    def _note(self, seq: int, before: JobState, after: JobState) -> None:
+        """Bring the index up to date with a change that is on disk."""
+        if after.final:
+            self._ended[after] += 1
+        if before is JobState.PROCESSING:
+            self._processing.remove(seq)
+        if before is JobState.QUEUED:
+            del self._queue[seq]
+            self._positions.pop(seq, None)
+        if after is JobState.PROCESSING:
+            self._processing.append(seq)
+        if after is JobState.QUEUED:
+            first = next(iter(self._queue), seq)
+            self._queue[seq] = None
+            self._queue.move_to_end(seq, last=False)
+            if first < seq:  # others that were accepted before it were put back, too
+                self._queue = OrderedDict.fromkeys(sorted(self._queue))
+        if JobState.QUEUED in (before, after):
+            self._number_the_head()
+
+    def _number_the_head(self) -> None:
+        """Give the first jobs their new positions, and let the broker be told of those that changed."""
+        now = self._clock()
+        for rank, seq in enumerate(islice(self._queue, HEAD), start=1):
+            if self._positions.get(seq, (0, None))[0] != rank:
+                self._positions[seq] = (rank, now)
+                self._tell(seq, self._db.journal.transaction)
+
+    def _counters(self, changed: Mapping[JobState, int]) -> Change:
+        return Change(COUNTERS, 1, {state.value: total for state, total in changed.items()})
+
+    # -- accepting ------------------------------------------------------------------------------------------------
+
+    def append(self, requests: Sequence[NewJob]) -> list[tuple[Verdict, Job | None]]:
+        """Accept what can be accepted, all in one transaction with one fsync.
+
+        Returns:
+            For each request, in order, the verdict and the job that now bears its id (None for `full`).
+
+        Raises:
+            LedgerError: the disk refused; nothing of all this has happened.
+        """
+        with self._changed:
+            verdicts, new = self._judge(requests)
+            made = self._insert(new) if new else {}
+            known: list[tuple[Verdict, Job | None]] = []
+            for verdict, job_id in verdicts:
+                seq = self._by_id.get(job_id)
+                if verdict is Verdict.SAME and seq is not None:
+                    self._tell(seq, self._db.journal.transaction)
+                known.append((verdict, None if seq is None else made.get(job_id) or self._job(seq)))
+            if any(verdict is Verdict.SAME for verdict, _ in verdicts):
+                self._notify()
+            return known
+
+    def _judge(self, requests: Sequence[NewJob]) -> tuple[list[tuple[Verdict, str]], dict[str, NewJob]]:
+        """Decide on each request, as if those before it were in the ledger already."""
+        new: dict[str, NewJob] = {}
+        waiting = 0
+        verdicts = []
+        for request in requests:
+            job_id = self._first_delivery(request, new) or request.job_id
+            known = new[job_id].fingerprint if job_id in new else self._fingerprint(job_id)
+            if known is not None:
+                verdict = Verdict.SAME if known == request.fingerprint else Verdict.CONFLICT
+            elif request.failure is None and len(self._queue) + waiting >= self._max_queued:
+                verdict = Verdict.FULL
+            else:
+                verdict = Verdict.ACCEPTED
+                new[job_id] = request
+                waiting += request.failure is None
+            verdicts.append((verdict, job_id))
+        return verdicts, new
+
+    def _first_delivery(self, request: NewJob, new: Mapping[str, NewJob]) -> str | None:
+        """Return the id of the job that an earlier delivery of the same message made, if there is one.
+
+        A redelivery has the DUP flag and the packet id of the first (MQTT 5, section 4.4), so two messages that
+        happen to ask for the same are two jobs.
+        """
+        if not request.redelivered or request.packet_id is None:
+            return None
+        for job_id, other in new.items():
+            if other.packet_id == request.packet_id and other.fingerprint == request.fingerprint:
+                return job_id
+        seq = self._packet_ids.get(request.packet_id)
+        if seq is None or self._rows[str(seq)]["fingerprint"] != request.fingerprint:
+            return None
+        return str(self._rows[str(seq)]["job_id"])
+
+    def _fingerprint(self, job_id: str) -> str | None:
+        seq = self._by_id.get(job_id)
+        return None if seq is None else str(self._rows[str(seq)]["fingerprint"])
+
+    def _insert(self, new: Mapping[str, NewJob]) -> dict[str, Job]:
+        now, revision = self._clock(), self._db.journal.transaction + 1
+        changes = []
+        failed = 0
+        for seq, request in enumerate(new.values(), start=self._last_seq + 1):
+            changes.append(Change(TABLE, seq, document_of(request, now, revision)))
+            failed += request.failure is not None
+        if failed:
+            changes.append(self._counters({JobState.ERROR: self._ended[JobState.ERROR] + failed}))
+        first = self._last_seq + 1
+        self._commit(changes, range(first, first + len(new)))
+        self._last_seq += len(new)
+        self._ended[JobState.ERROR] += failed
+        for seq, request in enumerate(new.values(), start=first):
+            self._by_id[request.job_id] = seq
+            if request.packet_id is not None:
+                self._packet_ids[request.packet_id] = seq
+            if request.failure is None:
+                self._queue[seq] = None
+                self._positions[seq] = (len(self._queue), None)
+        made = {job_id: self._job(seq) for seq, job_id in enumerate(new, start=first)}
+        self._trail.extend((revision, job) for job in made.values())
+        return made
+
+    # -- working --------------------------------------------------------------------------------------------------
+
+    def claim(self) -> Job | None:
+        """Take the job that waits longest into `processing`, with its attempt counted; None when none waits.
+
+        Raises:
+            LedgerError: the disk refused; the job still waits.
+        """
+        with self._changed:
+            seq = next(iter(self._queue), None)
+            if seq is None:
+                return None
+            attempt = self._rows[str(seq)].get("attempt", 0) + 1
+            return self._move(seq, JobState.PROCESSING, {"attempt": attempt, "started_at": self._clock()})
+
+    def complete(self, seq: int, result: Result) -> None:
+        """Record the transcript of a job in `processing`. Raises LedgerError, IllegalTransitionError."""
+        fields = {
+            "completed_at": self._clock(),
+            "result_text": result.text,
+            "detected_language": result.detected_language,
+            "language_probability": result.language_probability,
+            "no_speech": result.no_speech,
+            "audio_duration": result.audio_duration,
+            "warnings": list(result.warnings),
+        }
+        with self._changed:
+            self._move(seq, JobState.COMPLETED, present(fields))
+
+    def fail(self, seq: int, code: ErrorCode, message: str) -> None:
+        """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
+        with self._changed:
+            self._fail(seq, code, message, {})
+
+    def _fail(self, seq: int, code: ErrorCode, message: str, fields: Mapping[str, Any]) -> None:
+        failure = {"completed_at": self._clock(), "error_code": code.value, "error_message": message}
+        self._move(seq, JobState.ERROR, {**failure, **fields})
+
+    def requeue(self, seq: int) -> None:
+        """Put a job in `processing` back to the front of the queue, as a forced stop does. Raises as `complete`."""
+        with self._changed:
+            self._move(seq, JobState.QUEUED, {}, ("started_at",))
+
+    def wait_for_work(self, stopped: Callable[[], bool]) -> bool:
+        """Sleep until a job waits (True) or `stopped` is true (False); `wake` makes it look again."""
+        with self._changed:
+            self._changed.wait_for(lambda: stopped() or bool(self._queue))
+            return not stopped()
+
+    def wake(self) -> None:
+        """Let everybody who waits here look again at what it waits for."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> Job | None:
+        """Return the job as it is now, or None."""
+        with self._changed:
+            seq = self._by_id.get(job_id)
+            return None if seq is None else self._job(seq)
+
+    def totals(self) -> Totals:
+        """Return the counts for the consumer's own topics; costs the same however many jobs there are."""
+        with self._changed:
+            oldest = next(iter(self._queue), None)
+            working = self._processing[0] if self._processing else None
+            return Totals(
+                queued=len(self._queue),
+                completed_total=self._ended[JobState.COMPLETED],
+                error_total=self._ended[JobState.ERROR],
+                cancelled_total=self._ended[JobState.CANCELLED],
+                rejected_total=self._rejected,
+                oldest_queued_at=None if oldest is None else self._rows[str(oldest)]["created_at"],
+                processing=None if working is None else self._rows[str(working)]["job_id"],
+            )
+
+    def last_finished(self) -> Job | None:
+        """Return the job that ended last, or None. Looks at every job: for the start, not for the way of a job."""
+        with self._changed:
+            ended = ((d["revision"], int(key)) for key, d in self._rows.items() if "completed_at" in d)
+            newest = max(ended, default=None)
+            return None if newest is None else self._job(newest[1])
+
+    def spooled(self) -> set[str]:
+        """Return the names in the spool folder that jobs still need (those that are not final)."""
+        with self._changed:
+            return {
+                d["audio"][1]
+                for d in self._rows.values()
+                if "audio" in d and d["audio"][0] == "spool" and needs_audio(d)
+            }
+
+    def _job(self, seq: int) -> Job:
+        document = self._rows[str(seq)]
+        rank, since = self._positions.get(seq, (None, None))
+        return job_of(seq, document, rank, since)
+
+    # -- the outbox -----------------------------------------------------------------------------------------------
+
+    def unpublished(self, limit: int, *, but: Collection[int] = ()) -> list[tuple[int, Job]]:
+        """Take what the broker is to be told next, oldest change first.
+
+        Each change of state is handed out once, in order, so that a reader sees every state of a job. What was
+        handed out and not marked as published is handed out again, then only as the newest state.
+
+        Args:
+            limit: how many at most.
+            but: sequence numbers of what is on its way, not to be handed out again (newer changes are).
+
+        Returns:
+            The number to hand to `mark_published`, and the job as it was at that change.
+        """
+        with self._changed:
+            taken = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
+            if len(taken) < limit:
+                on_the_way = {job.seq for _, job in taken}.union(but)
+                waiting = (item for item in self._outbox.items() if item[0] not in on_the_way)
+                taken += [(revision, self._job(seq)) for seq, revision in islice(waiting, limit - len(taken))]
+            return taken
+
+    @property
+    def has_unpublished(self) -> bool:
+        """Whether there is a status that the broker has not acknowledged."""
+        with self._changed:
+            return bool(self._outbox)
+
+    def coalesce(self) -> None:
+        """Forget the states that jobs passed through: whoever was offline is told the newest only."""
+        with self._changed:
+            self._trail.clear()
+
+    def mark_published(self, seq: int, revision: int) -> None:
+        """Note that the broker acknowledged the status; reaches the disk with the next transaction.
+
+        A crash before that publishes the status once more, which changes nothing for a reader of retained messages.
+        """
+        with self._changed:
+            if self._outbox.get(seq) == revision:
+                del self._outbox[seq]
+                self._unacknowledged.pop(seq, None)
+                self._notify()
+
+    def publish_again(self) -> None:
+        """Let every status be published again: the broker has lost what it retained.
+
+        After a crash in the middle of that the rest is still published: the watermark goes back, on disk. When the disk
+        refuses just now, it goes with the next transaction.
+        """
+        with self._changed:
+            for seq in sorted(self._by_id.values()):
+                self._tell(seq, self._db.journal.transaction)
+            revisions = sorted((document["revision"], int(key)) for key, document in self._rows.items())
+            self._unacknowledged = OrderedDict((seq, revision) for revision, seq in revisions)
+            with contextlib.suppress(LedgerError):
+                self._commit([], ())
+            self._notify()
+
+    def observe(self, observer: Callable[[], None]) -> None:
+        """Call `observer` after every change, under the ledger's lock: it must only set a flag."""
+        self._observers.append(observer)
+
+    def count_rejected(self) -> None:
+        """Count a refused message; reaches the disk with the next transaction."""
+        with self._changed:
+            self._rejected += 1
+            self._notify()
+
+    def processing(self) -> tuple[int, ...]:
+        """Return the sequence numbers of the jobs in `processing`: one at most, or none."""
+        with self._changed:
+            return tuple(self._processing)
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for observer in self._observers:
+            observer()
+
+    # -- upkeep ---------------------------------------------------------------------------------------------------
+
+    def maintain(self) -> None:
+        """Write a checkpoint when the journal has outgrown it; others go on working meanwhile.
+
+        The journal may grow as large as the checkpoint, so that the cost per transaction does not depend on
+        the number of jobs. One caller at a time.
+
+        Raises:
+            LedgerError: the disk refused; the old files still hold everything.
+        """
+        journal = self._db.journal
+        if journal.journal_bytes < max(_CHECKPOINT_BYTES, journal.checkpoint_bytes):
+            return
+        try:
+            with journal.checkpointing:
+                with self._changed:
+                    if self._closed:  # the lock is given back: the files may be another process's by now
+                        return
+                    snapshot = journal.snapshot()
+                journal.write_checkpoint(snapshot)
+                with self._changed:
+                    journal.cut_journal(snapshot)
+        except OSError as exc:
+            raise LedgerError(f"No checkpoint of {self.path} could be written: {exc.strerror}.") from exc
+
+    def close(self) -> None:
+        """Write a checkpoint, so that `ledger.json` alone is complete, and release the lock; can be called twice.
+
+        Raises:
+            LedgerError: the disk refused; the journal still holds everything.
+        """
+        with self._db.journal.checkpointing, self._changed:
+            if self._closed:
+                return
+            try:
+                if self._rejected != self._rejected_on_disk:
+                    self._commit([], ())
+                self._db.journal.mark = self._watermark()
+                self._db.close()
+            finally:
+                self._closed = True
+                self._changed.notify_all()
+                self._db.journal.abandon()
+                self._file_lock.release()

@@ -1,0 +1,69 @@
+"""How a job is written in the ledger's table, and read back; pure functions, any thread may call them.
+
+A field that says nothing (None, an empty list or object) is not written, so that most documents are small.
+Nothing that can be changed is shared between a document and the values outside.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+
+
+def present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says nothing."""
+    return {name: value for name, value in fields.items() if value is not None and value not in ([], {})}
+
+
+def needs_audio(document: Mapping[str, Any]) -> bool:
+    """Whether the audio that came with this job may still be wanted: it is not final, or a retry may help."""
+    if not JobState(document["state"]).final:
+        return True
+    code = document.get("error_code")
+    return code is not None and ErrorCode(code).retryable
+
+
+def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
+    """Return the document of a job that is new in transaction `revision`."""
+    failed = request.failure is not None
+    return present(
+        {
+            "job_id": request.job_id,
+            "state": (JobState.ERROR if failed else JobState.QUEUED).value,
+            "revision": revision,
+            "created_at": now,
+            "updated_at": now,
+            "completed_at": now if failed else None,
+            "fingerprint": request.fingerprint,
+            "model_size": request.model_size,
+            "audio": None if request.audio is None else [request.audio.kind, request.audio.name],
+            "options": request.options and copy.deepcopy(dict(request.options)),
+            "metadata": request.metadata and copy.deepcopy(dict(request.metadata)),
+            "packet_id": request.packet_id,
+            "error_code": ErrorCode.INVALID_REQUEST.value if failed else None,
+            "error_message": request.failure,
+        }
+    )
+
+
+def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:
+    """Return the value that leaves the ledger, with its place in the queue and since when it has it."""
+    fields = {**document, "queue_position": rank}
+    fields.pop("packet_id", None)
+    for name in _CONVERTERS.keys() & fields.keys():
+        fields[name] = _CONVERTERS[name](fields[name])
+    if since is not None:
+        fields["updated_at"] = max(fields["updated_at"], since)
+    return Job(seq=seq, **fields)
+
+
+_CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "state": JobState,
+    "audio": lambda audio: AudioSource(*audio),
+    "error_code": ErrorCode,
+    "options": copy.deepcopy,
+    "metadata": copy.deepcopy,
+    "warnings": tuple,
+}
