@@ -1,0 +1,245 @@
+"""The embedded broker: amqtt on loopback, for a first start without any set-up.
+
+`EmbeddedBroker` runs it in a thread of its own, `embedded-broker`, whose event loop nobody else touches. It keeps
+everything in memory and speaks MQTT 3.1.1 only.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import threading
+from contextlib import suppress
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
+from amqtt.broker import Broker
+from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
+
+from cesar_mqtt.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_LISTENER = "default"
+_BACKLOG = 128
+_OPENING_S = 10.0
+_SHUTDOWN_S = 2.0
+_JOIN_S = 5.0
+
+_CONNECT = 0x10
+_NAME = b"\x00\x04MQTT"
+_LONGEST_HEADER = 5
+# amqtt takes the properties of MQTT 5 for a client id, and waits for more of it. CONNACK, reason 0x84: the version is
+# not supported.
+_REFUSAL_OF_MQTT_5 = b"\x20\x03\x00\x84\x00"
+
+
+class EmbeddedBroker:
+    """A broker for this machine, open to everybody on it.
+
+    The methods are for one thread at a time.
+
+    Attributes:
+        port: where it listens; with 0 asked for, known after `start`.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 1883) -> None:
+        """Take note of where to listen; port 0 is any free one.
+
+        Raises:
+            ConfigError: other machines could reach that host: there are no passwords here.
+        """
+        self._host = "127.0.0.1" if host == "localhost" else host
+        if not _is_loopback(self._host):
+            raise ConfigError(
+                f"The embedded broker cannot listen on {host}: it asks nobody for a password, so it is for this "
+                f"machine only (127.0.0.1 or ::1). Run a broker such as mosquitto and name it: --broker mqtt://{host}"
+            )
+        self.port = port
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._ready = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        """The URL for clients; known after `start`."""
+        return f"mqtt://{_shown(self._host)}:{self.port}"
+
+    def start(self) -> None:
+        """Return when clients can connect.
+
+        Raises:
+            ConfigError: the port is taken, or may not be used.
+        """
+        listening = self._listen()
+        self.port = listening.getsockname()[1]
+        _quieten_amqtt()
+        self._thread = threading.Thread(target=self._run, args=(listening,), name="embedded-broker", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._stop is None:
+            raise ConfigError("The embedded broker did not start; run a broker such as mosquitto and name it: --broker")
+
+    def close(self) -> None:
+        """Disconnect everybody and forget everything; takes some seconds at most. May be called twice."""
+        if self._thread is None or self._loop is None or self._stop is None:
+            return
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(_JOIN_S)
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        try:
+            return socket.create_server((self._host, self.port), family=family, backlog=_BACKLOG)
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE:
+                raise ConfigError(self._taken()) from exc
+            raise ConfigError(
+                f"The embedded broker cannot listen on {_shown(self._host)}:{self.port}: {os.strerror(exc.errno or 0)}"
+            ) from exc
+
+    def _taken(self) -> str:
+        host = _shown(self._host)
+        return (
+            f"Port {self.port} on {host} is taken, so the embedded broker cannot listen there; say "
+            f"--broker mqtt://{host}:{self.port} to use the broker that is there, or --broker embedded://{host}:PORT"
+        )
+
+    # -- the embedded-broker thread ------------------------------------------------------------------------------------
+
+    def _run(self, listening: socket.socket) -> None:
+        try:
+            asyncio.run(self._serve(listening))
+        finally:
+            listening.close()
+            self._ready.set()
+
+    async def _serve(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_log_quietly)
+        broker = _Amqtt(_config())
+        await broker.start()
+        server = await asyncio.start_server(partial(self._meet, broker), sock=listening)
+        self._loop, self._stop = loop, asyncio.Event()
+        self._ready.set()
+        await self._stop.wait()
+        server.close()
+        # amqtt waits for each client to read what was written to it, however long that takes.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SHUTDOWN_S):
+                await broker.shutdown()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _meet(self, broker: Broker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Let amqtt talk to one client, and close the connection in any case: amqtt forgets to when CONNECT is junk."""
+        self._writers.add(writer)
+        try:
+            with suppress(OSError, EOFError, TimeoutError):
+                opening = await _read_opening(reader)
+                if _speaks_mqtt_5(opening):
+                    writer.write(_REFUSAL_OF_MQTT_5)
+                    await writer.drain()
+                else:
+                    resumed = _ResumedReader(opening, reader)
+                    await broker.external_connected(resumed, StreamWriterAdapter(writer), _LISTENER)
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+
+class _ResumedReader(StreamReaderAdapter):  # type: ignore[misc]
+    """A stream of which the first bytes were read already."""
+
+    def __init__(self, opening: bytes, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self._opening = opening
+
+    async def read(self, n: int = -1) -> bytes:
+        """Read `n` bytes."""
+        first, self._opening = self._opening[:n], self._opening[n:]
+        return first + await super().read(n - len(first)) if len(first) < n else first
+
+
+_answering_subscribe: ContextVar[bool] = ContextVar("answering_subscribe", default=False)
+
+
+class _Amqtt(Broker):  # type: ignore[misc]
+    """amqtt 0.12.1, except that retained messages answer a SUBSCRIBE and nothing else [MQTT-3.3.1-6].
+
+    It would also send them when a client connects, and for the filters of all other clients.
+    """
+
+    async def _handle_subscription(self, *args: Any) -> None:
+        token = _answering_subscribe.set(True)
+        try:
+            await super()._handle_subscription(*args)
+        finally:
+            _answering_subscribe.reset(token)
+
+    async def _publish_retained_messages_for_subscription(self, *args: Any) -> None:
+        if _answering_subscribe.get():
+            await super()._publish_retained_messages_for_subscription(*args)
+
+
+class _ToDebug(logging.Handler):
+    """Passes what amqtt says on at DEBUG.
+
+    To amqtt a client that leaves without a word is a warning, and a port scan an error with a traceback.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass it on, without its traceback."""
+        logger.debug("%s: %s", record.name, record.getMessage())
+
+
+async def _read_opening(reader: asyncio.StreamReader) -> bytes:
+    """Read CONNECT up to the protocol version: type, remaining length (1 to 4 bytes), protocol name, version."""
+    async with asyncio.timeout(_OPENING_S):
+        opening = await reader.readexactly(2)
+        while opening[-1] & 0x80 and len(opening) < _LONGEST_HEADER:
+            opening += await reader.readexactly(1)
+        return opening + await reader.readexactly(len(_NAME) + 1)
+
+
+def _speaks_mqtt_5(opening: bytes) -> bool:
+    return opening[0] == _CONNECT and opening[-len(_NAME) - 1 :] == _NAME + b"\x05"
+
+
+def _quieten_amqtt() -> None:
+    for name in ("amqtt", "transitions"):
+        noisy = logging.getLogger(name)
+        noisy.setLevel(logging.WARNING)
+        noisy.propagate = False
+        noisy.handlers = [_ToDebug()]
+
+
+def _log_quietly(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Take what amqtt's tasks did not handle: always one client's broken connection, never the broker."""
+    logger.debug("amqtt: %s", context.get("exception") or context["message"])
+
+
+def _config() -> BrokerConfig:
+    # The listener is ours: a bound socket is how a taken port, port 0 and every connection stay in our hands.
+    return BrokerConfig(
+        listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL)},
+        plugins={"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

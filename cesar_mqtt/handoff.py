@@ -1,0 +1,108 @@
+"""What comes in over MQTT, on its way from the network thread to whoever fetches it.
+
+`HandOff` is the one place where the two threads meet: the network thread puts, one other thread takes.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+from cesar_mqtt.logs import event
+
+logger = logging.getLogger(__name__)
+
+_WARN_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What it takes to acknowledge a message: the connection that it came by, and its packet id there."""
+
+    connection: int
+    mid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message that came in.
+
+    In a topic that is not UTF-8, U+FFFD stands for what cannot be read. `user_properties` to `expires_in_s` come with
+    MQTT 5 only.
+    """
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    dup: bool
+    receipt: Receipt
+    user_properties: tuple[tuple[str, str], ...] = ()
+    response_topic: str | None = None
+    correlation_data: bytes | None = None
+    expires_in_s: int | None = None
+    received_at: float = 0.0
+    """Seconds since the epoch."""
+
+
+class HandOff:
+    """The messages that were not fetched yet: bounded in number and bytes, except that one message always fits.
+
+    Args:
+        max_messages: how many may wait.
+        max_bytes: how large their payloads may be together.
+    """
+
+    def __init__(self, max_messages: int, max_bytes: int) -> None:
+        self._max_messages = max_messages
+        self._max_bytes = max_bytes
+        self._changed = threading.Condition()
+        self._waiting: list[Delivery] = []
+        self._waiting_bytes = 0
+        self._closed = False
+        self._dropped = 0
+        self._warn_at = 0.0
+
+    def put(self, delivery: Delivery) -> None:
+        """Add one. Without room QoS 0 is dropped, and QoS 1 waits: the network stands still until there is room.
+
+        After `close` nothing is added; of QoS 1 nothing is lost by that, for it is not acknowledged.
+        """
+        with self._changed:
+            if delivery.qos == 0 and not self._has_room(delivery):
+                self._drop()
+                return
+            self._changed.wait_for(lambda: self._closed or self._has_room(delivery))
+            if not self._closed:
+                self._waiting.append(delivery)
+                self._waiting_bytes += len(delivery.payload)
+                self._changed.notify_all()
+
+    def take(self, timeout_s: float | None) -> list[Delivery]:
+        """Take all there is, in order; empty: nothing came in that time, or closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting, timeout_s)
+            if self._closed:
+                return []
+            taken, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            self._changed.notify_all()
+            return taken
+
+    def close(self) -> None:
+        """Wake whoever waits; nothing goes in or comes out any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _has_room(self, delivery: Delivery) -> bool:
+        return not self._waiting or (
+            len(self._waiting) < self._max_messages and self._waiting_bytes + len(delivery.payload) <= self._max_bytes
+        )
+
+    def _drop(self) -> None:
+        self._dropped += 1
+        if time.monotonic() >= self._warn_at:
+            message = "More comes in than is taken: %d messages of QoS 0 were dropped. QoS 1 would have waited."
+            event(logger, logging.WARNING, "messages_dropped", message, self._dropped)
+            self._dropped = 0
+            self._warn_at = time.monotonic() + _WARN_EVERY_S

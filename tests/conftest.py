@@ -1,0 +1,221 @@
+"""Brokers for the tests: Debian's mosquitto as its own process, and the embedded one. All of them on loopback."""
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from cesar_mqtt.broker import EmbeddedBroker
+
+_WAIT_S = 10.0
+
+
+def find_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def need(program: str) -> str:
+    """The program's path; without it the test is skipped on a laptop, and fails in CI."""
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+    if path is None and os.environ.get("CI") == "true":
+        pytest.fail(f"{program} is not installed")
+    if path is None:
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
+def run(*command: str, timeout_s: float = _WAIT_S, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files: an authority, a broker's certificate for 127.0.0.1 and localhost, a client's."""
+
+    ca: Path
+    broker: Path
+    broker_key: Path
+    client: Path
+    client_key: Path
+    other_ca: Path
+
+
+class Mosquitto:
+    """One mosquitto process, which may be stopped and started again on the same port with the same files."""
+
+    def __init__(self, folder: Path, options: Sequence[str], *, users: dict[str, str] | None = None) -> None:
+        self.port = find_free_port()
+        self.folder = folder
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.log: list[str] = []
+        self._program = need("mosquitto")
+        self._logged = threading.Condition()
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._config = folder / "mosquitto.conf"
+        lines = [f"user {getpass.getuser()}", f"listener {self.port} 127.0.0.1", *options]
+        self.passwords = folder / "passwords"
+        if users is None:
+            lines.append("allow_anonymous true")
+        else:
+            self.set_users(users)
+            lines += ["allow_anonymous false", f"password_file {self.passwords}"]
+        self._config.write_text("\n".join(lines) + "\n")
+
+    def set_users(self, users: dict[str, str]) -> None:
+        self.passwords.write_text("")
+        for user, password in users.items():
+            run(need("mosquitto_passwd"), "-b", str(self.passwords), user, password)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        self.log.clear()
+        command = [self._program, "-v", "-c", str(self._config)]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+        self._reader.start()
+        if not self._is_serving():
+            self.kill()
+            pytest.fail("mosquitto did not start: " + "".join(self.log))
+
+    def _is_serving(self) -> bool:
+        if not self.wait_logged(" running"):
+            return False
+        # Only in its main loop, which begins a moment later, it heeds SIGTERM.
+        with socket.create_connection(("127.0.0.1", self.port), timeout=_WAIT_S):
+            return self.wait_logged("New connection")
+
+    def wait_logged(self, text: str, timeout_s: float = _WAIT_S) -> bool:
+        """Wait until a line with this text has been logged since the last start."""
+        with self._logged:
+            return self._logged.wait_for(lambda: any(text in line for line in self.log), timeout_s)
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            with self._logged:
+                self.log.append(line)
+                self._logged.notify_all()
+
+    def stop(self) -> None:
+        self._end(kill=False)
+
+    def kill(self) -> None:
+        self._end(kill=True)
+
+    def restart(self, *, kill: bool = False) -> None:
+        self._end(kill=kill)
+        self.start()
+
+    def _end(self, *, kill: bool) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill() if kill else process.terminate()
+        try:
+            process.wait(_WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_WAIT_S)
+        if self._reader is not None:
+            self._reader.join(_WAIT_S)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+class StartMosquitto(Protocol):
+    def __call__(self, *options: str, persistence: bool = False, users: dict[str, str] | None = None) -> Mosquitto: ...
+
+
+@pytest.fixture
+def free_port() -> int:
+    return find_free_port()
+
+
+@pytest.fixture
+def start_mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartMosquitto]:
+    """A function that starts a mosquitto with further lines of configuration; all of them are stopped in the end."""
+    started: list[Mosquitto] = []
+
+    def start(*options: str, persistence: bool = False, users: dict[str, str] | None = None) -> Mosquitto:
+        folder = tmp_path_factory.mktemp("mosquitto")
+        kept = ("persistence true", f"persistence_location {folder}/") if persistence else ()
+        broker = Mosquitto(folder, [*kept, *options], users=users)
+        started.append(broker)
+        broker.start()
+        return broker
+
+    yield start
+    for broker in started:
+        broker.kill()  # nothing of it is needed any more
+
+
+@pytest.fixture
+def mosquitto(start_mosquitto: StartMosquitto) -> Mosquitto:
+    """A mosquitto that keeps nothing over a restart and lets everybody in."""
+    return start_mosquitto()
+
+
+@pytest.fixture
+def embedded_broker() -> Iterator[EmbeddedBroker]:
+    broker = EmbeddedBroker(port=0)
+    broker.start()
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    folder = tmp_path_factory.mktemp("certificates")
+    for authority in ("ca", "other"):
+        _openssl(
+            folder,
+            "req",
+            "-x509",
+            "-subj",
+            f"/CN={authority}",
+            "-keyout",
+            f"{authority}.key",
+            "-out",
+            f"{authority}.pem",
+        )
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    for name in ("broker", "client"):
+        _openssl(folder, "req", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names", "-days", "2")
+        signed = run(
+            "openssl",
+            "x509",
+            "-req",
+            "-in",
+            f"{folder}/{name}.csr",
+            "-out",
+            f"{folder}/{name}.pem",
+            *[f"{folder}/{part}" if (folder / part).exists() else part for part in signing],
+        )
+        assert signed.returncode == 0, signed.stderr
+    pem = {name: folder / f"{name}.pem" for name in ("ca", "broker", "client", "other")}
+    return Certificates(
+        pem["ca"], pem["broker"], folder / "broker.key", pem["client"], folder / "client.key", pem["other"]
+    )
+
+
+def _openssl(folder: Path, *arguments: str) -> None:
+    placed = [f"{folder}/{part}" if part.endswith((".key", ".pem", ".csr")) else part for part in arguments]
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    result = run(need("openssl"), *placed, *key)
+    assert result.returncode == 0, result.stderr
