@@ -1,0 +1,326 @@
+"""The wire: every payload of the contract as a frozen model, and what makes JSON of a job. Any thread may call it."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import to_json
+
+from cesar_mqtt import __version__
+from cesar_mqtt.jobs import Job, JobState, Totals
+from cesar_mqtt.languages import language_code
+from cesar_mqtt.topics import JOB_ID_PATTERN
+
+METADATA_BYTES = 4096
+LAST_TEXT_BYTES = 12_000
+"""Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
+
+_EXCERPT_BYTES = 200
+_PATH_CHARACTERS = 4096
+_PROMPT_CHARACTERS = 4096
+_MODEL_CHARACTERS = 200
+
+
+def _known_language(text: str) -> str:
+    code = language_code(text)
+    if code is None:
+        raise ValueError("is no language that Whisper knows: use a code such as 'de', or leave it out")
+    return code
+
+
+def _small(metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        size = len(json.dumps(metadata, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
+    except ValueError as exc:
+        raise ValueError("holds a number that is too large, or text that is not Unicode") from exc
+    if size > METADATA_BYTES:
+        raise ValueError(f"has {size} bytes of JSON, user properties included: at most {METADATA_BYTES} are echoed")
+    return metadata
+
+
+class Payload(BaseModel):
+    """A message as JSON: frozen, types taken literally, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    def encode(self) -> bytes:
+        """Return the payload as it goes over the wire."""
+        return self.model_dump_json().encode()
+
+
+class JobRequest(Payload):
+    """What a producer publishes on `cesar/jobs`; a field's description is what a refusal says that it must be.
+
+    The `ValueError` of a validator goes on after the field's name.
+    """
+
+    job_id: Annotated[str, Field(pattern=JOB_ID_PATTERN)] | None = Field(
+        default=None, description="text of 1 to 64 of A-Z, a-z, 0-9, _ and -"
+    )
+    audio_path: Annotated[str, Field(min_length=1, max_length=_PATH_CHARACTERS)] | None = Field(
+        default=None, description=f"text of 1 to {_PATH_CHARACTERS} characters"
+    )
+    audio_base64: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="a file in base64")
+    model_size: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
+        default=None, description="the name of a model"
+    )
+    language: Annotated[str, AfterValidator(_known_language)] | None = Field(
+        default=None, description="text such as 'de', or be left out"
+    )
+    task: Literal["transcribe", "translate"] = Field(default="transcribe", description="'transcribe' or 'translate'")
+    initial_prompt: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
+        default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
+    )
+    beam_size: Annotated[int, Field(ge=1, le=10)] = Field(default=5, description="a whole number from 1 to 10")
+    vad_filter: bool = Field(default=True, description="true or false")
+    metadata: Annotated[dict[str, Any], AfterValidator(_small)] = Field(
+        default_factory=dict, description="a JSON object"
+    )
+
+    @model_validator(mode="after")
+    def _one_audio(self) -> Self:
+        given = [name for name in AUDIO_FIELDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"Exactly one of {', '.join(AUDIO_FIELDS)} is needed, found {found}")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Return the transcription options that differ from their defaults."""
+        return self.model_dump(include=_OPTIONS, exclude_defaults=True)
+
+
+AUDIO_FIELDS = ("audio_path", "audio_base64")
+_OPTIONS = {"language", "task", "initial_prompt", "beam_size", "vad_filter"}
+
+
+Reason = Literal[
+    "malformed_json",
+    "invalid_request",
+    "invalid_job_id",
+    "job_id_conflict",
+    "payload_too_large",
+    "queue_full",
+    "unknown_command",
+]
+
+
+class Rejection(Payload):
+    """A refused message, on `cesar/rejected`."""
+
+    reason: Reason
+    detail: str
+    topic: str
+    job_id: str | None
+    payload_excerpt: str
+    received_at: str
+
+
+def excerpt(payload: bytes) -> str:
+    """Return the beginning of a payload as text that JSON can hold, for a person to recognise it by."""
+    return payload[:_EXCERPT_BYTES].decode(errors="replace")
+
+
+class Status(Payload):
+    """The retained status of a job; None says that there is nothing to say (yet). Durations are seconds."""
+
+    job_id: str
+    status: JobState
+    attempt: int
+    created_at: str
+    started_at: str | None
+    completed_at: str | None
+    updated_at: str
+    queue_position: int | None
+    progress: float | None
+    processed_duration: float | None
+    audio_duration: float | None
+    speed: float | None
+    eta: float | None
+    audio_source: str | None
+    model_size: str
+    language: str | None
+    task: str
+    result_text: str | None
+    detected_language: str | None
+    language_probability: float | None
+    no_speech: bool | None
+    error_code: str | None
+    error_message: str | None
+    retryable: bool | None
+    warnings: list[str]
+    formats: list[str]
+    result_truncated: bool
+    metadata: dict[str, Any]
+    consumer: str
+    version: str
+
+
+class Live(BaseModel):
+    """How far the job in work is; never on disk. Seconds, and `speed` as audio seconds per second."""
+
+    model_config = ConfigDict(frozen=True)
+
+    progress: float
+    processed_duration: float
+    audio_duration: float
+    speed: float | None
+    eta: float | None
+    updated_at: float
+
+
+def status_of(job: Job, consumer: str, live: Live | None = None) -> Status:
+    """Return what the world is told of a job; `live` counts only while it is in work."""
+    working = job.state is JobState.PROCESSING
+    live = live if working else None
+    final = job.state is JobState.COMPLETED
+    progress = 1.0 if final else (0.0 if working else None)
+    duration = live.audio_duration if live else job.audio_duration
+    code = job.error_code
+    return Status(
+        job_id=job.job_id,
+        status=job.state,
+        attempt=job.attempt,
+        created_at=timestamp(job.created_at),
+        started_at=None if job.started_at is None else timestamp(job.started_at),
+        completed_at=None if job.completed_at is None else timestamp(job.completed_at),
+        updated_at=timestamp(max(job.updated_at, live.updated_at if live else 0.0)),
+        queue_position=job.queue_position,
+        progress=live.progress if live else progress,
+        processed_duration=live.processed_duration if live else (duration if final else None),
+        audio_duration=duration,
+        speed=live.speed if live else _speed(job),
+        eta=live.eta if live else None,
+        audio_source=None if job.audio is None else (job.audio.name if job.audio.kind == "path" else "upload"),
+        model_size=job.model_size,
+        language=job.options.get("language"),
+        task=job.options.get("task", "transcribe"),
+        result_text=job.result_text,
+        detected_language=job.detected_language,
+        language_probability=job.language_probability,
+        no_speech=job.no_speech,
+        error_code=code,
+        error_message=job.error_message,
+        retryable=None if code is None else code.retryable,
+        warnings=list(job.warnings),
+        formats=[],
+        result_truncated=False,
+        metadata=dict(job.metadata),
+        consumer=consumer,
+        version=__version__,
+    )
+
+
+def fit(status: Status, size_bytes: int | None) -> bytes:
+    """Return the payload of `status` with its text, and if need be its metadata, cut until it fits `size_bytes`.
+
+    None is no limit. A reader sees the cut in `result_truncated`. A limit below what the other fields take is not kept.
+    """
+    payload = status.encode()
+    if size_bytes is None or len(payload) <= size_bytes:
+        return payload
+    text = status.result_text
+    shorter = status.model_copy(update={"result_truncated": True, "result_text": None if text is None else ""})
+    room = size_bytes - len(shorter.encode())
+    if room < 0:
+        shorter = shorter.model_copy(update={"metadata": {}})
+        room = size_bytes - len(shorter.encode())
+    if text and room > 0:
+        shorter = shorter.model_copy(update={"result_text": _cut_json(text, room)})
+    return shorter.encode()
+
+
+def _cut_json(text: str, size_bytes: int) -> str:
+    """Return the longest beginning of `text` that has at most `size_bytes` in JSON, which escapes quotes and such."""
+    lengths = range(1, min(len(text), size_bytes) + 1)
+    return text[: bisect_right(lengths, size_bytes, key=lambda length: len(to_json(text[:length])) - len('""'))]
+
+
+def _speed(job: Job) -> float | None:
+    if job.audio_duration is None or job.started_at is None or job.completed_at is None:
+        return None
+    took = job.completed_at - job.started_at
+    return round(job.audio_duration / took, 2) if took > 0 else None
+
+
+class ConsumerState(Payload):
+    """Whether the consumer is there; `offline` is also its last will."""
+
+    state: Literal["online", "offline"]
+
+
+Activity = Literal["starting", "loading", "idle", "processing", "paused", "draining", "degraded"]
+
+
+class Queue(Payload):
+    """What the consumer is doing and what waits. `oldest_age` in seconds, None when nothing waits."""
+
+    activity: Activity
+    job_id: str | None
+    queued: int
+    oldest_age: float | None
+    paused: bool
+    completed_total: int
+    error_total: int
+    cancelled_total: int
+    rejected_total: int
+
+
+def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
+    """Return the consumer's queue as it is at `now`, in seconds since the epoch."""
+    oldest = totals.oldest_queued_at
+    return Queue(
+        activity=activity,
+        job_id=totals.processing,
+        queued=totals.queued,
+        oldest_age=None if oldest is None else round(max(0.0, now - oldest), 1),
+        paused=False,
+        completed_total=totals.completed_total,
+        error_total=totals.error_total,
+        cancelled_total=totals.cancelled_total,
+        rejected_total=totals.rejected_total,
+    )
+
+
+class Last(Payload):
+    """The job that ended last."""
+
+    job_id: str
+    status: JobState
+    text: str | None
+    text_truncated: bool
+    language: str | None
+    audio_duration: float | None
+    completed_at: str
+
+
+def last_of(job: Job) -> Last:
+    """Return what is told of the last job, with its text cut to `LAST_TEXT_BYTES` of UTF-8."""
+    text = None if job.result_text is None else cut(job.result_text, LAST_TEXT_BYTES)
+    return Last(
+        job_id=job.job_id,
+        status=job.state,
+        text=text,
+        text_truncated=text != job.result_text,
+        language=job.detected_language,
+        audio_duration=job.audio_duration,
+        completed_at=timestamp(job.completed_at or job.updated_at),
+    )
+
+
+def cut(text: str, size_bytes: int) -> str:
+    """Return the longest beginning of `text` that has at most `size_bytes` as UTF-8."""
+    return text.encode()[: max(0, size_bytes)].decode(errors="ignore")
+
+
+def timestamp(seconds: float) -> str:
+    """Return seconds since the epoch as RFC 3339 in UTC, in milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """Return JSON that is equal for equal values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,351 @@
+"""The publisher: makes the broker's retained messages agree with the ledger, however long that takes.
+
+Its thread is the only one that publishes. All other methods may be called from any thread, and never wait for the
+network; those called `on_...`, for paho's network thread, not for the disk either.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cesar_mqtt.client import CannotPublishError
+from cesar_mqtt.jobs import Job, JobState
+from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.logs import event
+from cesar_mqtt.messages import Activity, ConsumerState, Live, Rejection, fit, last_of, queue_of, status_of
+from cesar_mqtt.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 100
+"""Messages on their way to the broker and not yet acknowledged, at most; keeps paho's own queue short."""
+
+_EVERY_S = 1.0
+_REJECTIONS = 10_000
+_PACKET_OVERHEAD = 64
+
+
+class Connection(Protocol):
+    """What the publisher needs of an MQTT client."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> Hashable | None:
+        """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What a ticket stands for: a job's status, one of the consumer's own topics, or a rejection."""
+
+    seq: int | None = None
+    number: int = 0
+    topic: str | None = None
+    rejection: Rejection | None = None
+
+
+@dataclass(slots=True)
+class _Own:
+    """One retained topic about the consumer: the newest payload, and whether the broker has it."""
+
+    payload: bytes
+    version: int = 0
+    published: int = -1
+
+
+class Publisher:
+    """An outbox over the ledger.
+
+    For each job it publishes the newest status that the broker has not acknowledged; states that were passed through
+    while offline are never sent. The ledger is told at the PUBACK. After a reconnect, everything unacknowledged is
+    published again; when the broker has lost the session, everything is.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        ledger: Ledger,
+        topics: Topics,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Wire it; nothing starts here."""
+        self._connection = connection
+        self._ledger = ledger
+        self._topics = topics
+        self._clock = clock
+        self._monotonic = monotonic
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._events: deque[Callable[[], None]] = deque()
+        self._connected = False
+        self._max_packet_bytes: int | None = None
+        self._in_flight: dict[Hashable, _Sent] = {}
+        self._own: dict[str, _Own] = {}
+        self._rejections: deque[Rejection] = deque(maxlen=_REJECTIONS)
+        self._activity: Activity = "starting"
+        self._degraded: set[str] = set()
+        self._draining = False
+        self._live: tuple[Job, Live] | None = None
+        self._live_stale = False
+        self._live_due = 0.0
+        self._queue_stale = True
+        self._queue_due = 0.0
+        self._settling = threading.Condition()
+        self._asked = self._settled = 0
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        ledger.observe(self._queue_changed)
+
+    # -- told by others -------------------------------------------------------------------------------------------
+
+    def on_connected(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
+        """Take note that the client is connected (network thread)."""
+        self._tell(lambda: self._begin(session_present=session_present, max_packet_bytes=max_packet_bytes))
+
+    def on_disconnected(self) -> None:
+        """Take note that nothing that is on its way will be acknowledged (network thread)."""
+        self._tell(self._interrupt)
+
+    def on_published(self, ticket: Hashable) -> None:
+        """Take note of a PUBACK (network thread)."""
+        self._tell(lambda: self._acknowledged(ticket))
+
+    def reject(self, rejection: Rejection) -> None:
+        """Report a refused message when connected; the newest 10,000 are kept until then, in memory.
+
+        May wait for whoever is writing to the ledger, so not for the network thread.
+        """
+        self._ledger.count_rejected()
+        self._tell(lambda: self._rejections.append(rejection))
+
+    def online(self) -> None:
+        """Let the consumer's state be `online` at this and every later connection."""
+        self._tell(lambda: self._retain("state", ConsumerState(state="online").encode()))
+
+    def offline(self) -> None:
+        """Let the consumer's state be `offline`."""
+        self._tell(lambda: self._retain("state", ConsumerState(state="offline").encode()))
+
+    def activity(self, activity: Activity) -> None:
+        """Take note of what the worker is doing."""
+        self._tell(lambda: self._set(activity))
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        """Take note of whether the disk refuses `who`; while it refuses anybody, the activity is `degraded`.
+
+        One thread speaks for each `who`.
+        """
+        if on != (who in self._degraded):
+            (self._degraded.add if on else self._degraded.discard)(who)
+            self._queue_changed()
+
+    def draining(self) -> None:
+        """Take note that no further job is started."""
+        self._tell(self._set_draining)
+
+    def progress(self, job: Job, live: Live) -> None:
+        """Take note of how far a job is; published at most once a second."""
+        self._tell(lambda: self._note(job, live))
+
+    def finished(self, job: Job) -> None:
+        """Take note of the job that ended last."""
+        self._tell(lambda: self._retain("last", last_of(job).encode()))
+
+    def _tell(self, event: Callable[[], None]) -> None:
+        self._events.append(event)
+        self._wake.set()
+
+    def _queue_changed(self) -> None:
+        self._queue_stale = True
+        self._wake.set()
+
+    # -- lifecycle ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until the broker has acknowledged all that there is to say; False when the time ran out first."""
+        with self._settling:
+            self._asked += 1
+            mine = self._asked
+            self._wake.set()
+            return self._settling.wait_for(lambda: self._settled >= mine, timeout_s)
+
+    def stop(self) -> None:
+        """End the thread; what is not acknowledged stays in the ledger's outbox."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            if self._stop.is_set():  # asked after clearing, so that the call of a stop is never cleared away unheard
+                return
+            self._wake.wait(self.run_once())
+
+    def run_once(self) -> float | None:
+        """Do all that can be done now.
+
+        Returns:
+            Seconds after which there will be something to do even if nobody says so; None: nothing is due.
+        """
+        asked = self._asked
+        while self._events:
+            self._events.popleft()()
+        if not self._connected:
+            return None
+        self._publish_own()
+        self._publish_rejections()
+        self._publish_statuses()
+        due = self._publish_live()
+        if self._is_settled():
+            with self._settling:
+                self._settled = asked
+                self._settling.notify_all()
+        return due
+
+    def _is_settled(self) -> bool:
+        stale = any(own.published != own.version for own in self._own.values())
+        stale = stale or self._queue_stale
+        return not (self._in_flight or stale or self._rejections or self._ledger.has_unpublished)
+
+    # -- events, in the publisher's thread ------------------------------------------------------------------------
+
+    def _begin(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
+        self._interrupt()
+        self._connected = True
+        self._ledger.coalesce()
+        self._max_packet_bytes = max_packet_bytes
+        state = self._own.get("state")
+        for own in self._own.values() if not session_present else ():
+            own.published = -1
+        if state is not None:
+            state.published = -1
+        if not session_present:
+            self._ledger.publish_again()
+
+    def _interrupt(self) -> None:
+        self._connected = False
+        lost = [sent.rejection for sent in self._in_flight.values() if sent.rejection is not None]
+        self._rejections = deque([*lost, *self._rejections], maxlen=_REJECTIONS)
+        self._in_flight.clear()
+
+    def _acknowledged(self, ticket: Hashable) -> None:
+        sent = self._in_flight.pop(ticket, None)
+        if sent is not None:
+            self._settle(sent)
+
+    def _settle(self, sent: _Sent) -> None:
+        if sent.seq is not None and sent.number:
+            self._ledger.mark_published(sent.seq, sent.number)
+        elif sent.topic is not None:
+            self._own[sent.topic].published = max(self._own[sent.topic].published, sent.number)
+
+    def _retain(self, name: str, payload: bytes) -> None:
+        own = self._own.setdefault(name, _Own(payload))
+        if own.payload != payload:
+            own.payload = payload
+            own.version += 1
+
+    def _set(self, activity: Activity) -> None:
+        self._activity = activity
+        self._queue_stale = True
+
+    def _set_draining(self) -> None:
+        self._draining = True
+        self._queue_stale = True
+
+    def _note(self, job: Job, live: Live) -> None:
+        self._live = (job, live)
+        self._live_stale = True
+
+    # -- publishing -----------------------------------------------------------------------------------------------
+
+    def _send(self, topic: str, payload: bytes, sent: _Sent, *, retain: bool = True) -> bool:
+        try:
+            ticket = self._connection.publish(topic, payload, retain=retain)
+        except CannotPublishError as exc:
+            event(logger, logging.ERROR, "unpublished", "A message on %s is given up: %s", topic, exc)
+            self._settle(sent)
+            return True
+        if ticket is None:
+            self._connected = False
+            return False
+        self._in_flight[ticket] = sent
+        return True
+
+    @property
+    def _room(self) -> int:
+        return IN_FLIGHT - len(self._in_flight) if self._connected else 0
+
+    def _publish_own(self) -> None:
+        if self._queue_stale and (self._monotonic() >= self._queue_due or self._waits_for_the_queue()):
+            self._queue_stale = False
+            self._queue_due = self._monotonic() + _EVERY_S
+            self._retain("queue", self._queue())
+        on_the_way = {(sent.topic, sent.number) for sent in self._in_flight.values() if sent.topic is not None}
+        for name, own in self._own.items():
+            if own.published != own.version and (name, own.version) not in on_the_way:
+                self._send(self._topics.own(name), own.payload, _Sent(topic=name, number=own.version))
+
+    def _waits_for_the_queue(self) -> bool:
+        """Whether somebody drains and everything else is said: that is then the last word, and need not wait."""
+        return self._asked > self._settled and not (self._in_flight or self._rejections or self._ledger.has_unpublished)
+
+    def _queue(self) -> bytes:
+        activity: Activity = self._activity
+        if self._draining:
+            activity = "draining"
+        elif self._degraded:
+            activity = "degraded"
+        return queue_of(self._ledger.totals(), activity, self._clock()).encode()
+
+    def _publish_rejections(self) -> None:
+        while self._rejections and self._room > 0:
+            rejection = self._rejections[0]
+            if not self._send(self._topics.rejected, rejection.encode(), _Sent(rejection=rejection), retain=False):
+                return
+            self._rejections.popleft()
+
+    def _publish_statuses(self) -> None:
+        busy = {sent.seq for sent in self._in_flight.values() if sent.seq is not None and sent.number}
+        if self._room <= 0:
+            return
+        for number, job in self._ledger.unpublished(self._room, but=busy):
+            if not self._publish_status(job, number):
+                return
+
+    def _publish_live(self) -> float | None:
+        """Publish the progress if it is time; return the seconds until something of what is limited in rate is due."""
+        now = self._monotonic()
+        if self._live is not None and self._live_stale and now >= self._live_due and self._room > 0:
+            self._live_stale = False
+            self._live_due = now + _EVERY_S
+            of, _ = self._live
+            job = self._ledger.get(of.job_id)
+            if job is not None and job.state is JobState.PROCESSING and job.attempt == of.attempt:
+                self._publish_status(job, 0)
+        waits = [self._queue_due - now] if self._queue_stale else []
+        waits += [self._live_due - now] if self._live_stale and self._room > 0 else []  # else a PUBACK makes room
+        return max(0.0, min(waits)) if waits else None
+
+    def _publish_status(self, job: Job, number: int) -> bool:
+        of, live = self._live or (None, None)
+        if of is None or (of.seq, of.attempt) != (job.seq, job.attempt):
+            live = None
+        topic, sent = self._topics.status(job.job_id), _Sent(seq=job.seq, number=number)
+        limit = None if self._max_packet_bytes is None else self._max_packet_bytes - len(topic) - _PACKET_OVERHEAD
+        try:
+            payload = fit(status_of(job, self._topics.consumer, live), limit)
+        except ValueError as exc:  # from a ledger that was edited by hand, say
+            event(logger, logging.ERROR, "unpublished", "The status on %s cannot be put into words: %s", topic, exc)
+            self._settle(sent)
+            return True
+        return self._send(topic, payload, sent)

@@ -1,0 +1,224 @@
+"""From the bytes of a message to a checked request or a refusal; pure functions, any thread may call them.
+
+Everything here is untrusted. A bad message is a result, never an exception.
+"""
+
+import base64
+import binascii
+import codecs
+import difflib
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from cesar_mqtt.messages import AUDIO_FIELDS, JobRequest, Reason
+from cesar_mqtt.topics import is_job_id
+
+SHORT_FORM_BYTES = 4096
+
+_TOLD_MISTAKES = 3
+_NOT_SHOWN = frozenset({"audio_base64", "initial_prompt"})
+_TEXT_FIELDS = frozenset(
+    name
+    for name, schema in JobRequest.model_json_schema()["properties"].items()
+    if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
+)
+_PLANNED_FIELDS = frozenset(
+    {
+        "audio_url",
+        "batch_size",
+        "clip_timestamps",
+        "expires_in",
+        "formats",
+        "hotwords",
+        "stream",
+        "temperature",
+        "word_timestamps",
+    }
+)
+"""Names of the contract that this version does not know yet: whoever uses one has made no typing mistake."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 40
+
+UserProperties = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a message is not a job.
+
+    Attributes:
+        reason: a `reason` of the contract's section 5.
+        detail: a sentence for the producer.
+        job_id: the usable id that the message names, if any.
+        recordable: whether whoever waits on that id's status is to be told (only the rest of the request is wrong).
+    """
+
+    reason: Reason
+    detail: str
+    job_id: str | None = None
+    recordable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that is right in itself, and the audio that came with it (None: it is named by path)."""
+
+    request: JobRequest
+    audio: bytes | None
+
+
+Parsed = Accepted | Refusal
+
+
+def parse_job(payload: bytes, properties: UserProperties = ()) -> Parsed:
+    """Read a message from `cesar/jobs`: a JSON object, or one line of text that names the audio."""
+    payload = payload.removeprefix(codecs.BOM_UTF8)
+    if payload.lstrip()[:1] not in (b"{", b"[", b'"'):
+        return _parse_short_form(payload, properties)
+    try:
+        # Not `json`, which takes NaN and lone surrogates, and answers deep nesting with RecursionError.
+        document = from_json(payload, allow_inf_nan=False)
+    except ValueError as exc:
+        return Refusal("malformed_json", f"The payload is not JSON: {exc}.")
+    if not isinstance(document, dict):
+        return Refusal("invalid_request", "The payload must be a JSON object, or one line of text with a path.")
+    return _validated(_with_properties(document, properties))
+
+
+def parse_audio(job_id: str, payload: bytes, properties: UserProperties = ()) -> Parsed:
+    """Read a message from `cesar/audio/<job_id>`, whose payload is the audio file itself."""
+    if not is_job_id(job_id):
+        return _bad_id(job_id)
+    document = _with_properties({}, properties)
+    named = [name for name in AUDIO_FIELDS if name in document]
+    if named:
+        return Refusal("invalid_request", f"The payload is the audio: leave out {named[0]}.", job_id, recordable=True)
+    if document.setdefault("job_id", job_id) != job_id:
+        return Refusal("invalid_request", "The user property job_id differs from the topic: leave it out.")
+    parsed = _validated({**document, "audio_path": "-"})  # any source will do: the payload takes its place
+    if isinstance(parsed, Refusal):
+        return parsed
+    return Accepted(parsed.request.model_copy(update={"audio_path": None}), payload)
+
+
+def _parse_short_form(payload: bytes, properties: UserProperties) -> Parsed:
+    if len(payload) > SHORT_FORM_BYTES + len(b"\r\n"):
+        return _neither()
+    line = payload.removesuffix(b"\n").removesuffix(b"\r")
+    if len(line) > SHORT_FORM_BYTES or not line.strip() or any(byte in line for byte in b"\r\n\0"):
+        return _neither()
+    try:
+        path = line.decode()
+    except UnicodeDecodeError:
+        return _neither()
+    field = "audio_url" if path.startswith(("http://", "https://")) else "audio_path"
+    return _validated(_with_properties({field: path}, properties))
+
+
+def _neither() -> Refusal:
+    return Refusal(
+        "malformed_json",
+        "The payload is neither a JSON object nor one line of text with a path. "
+        "To send the audio itself, publish its bytes on the audio topic.",
+    )
+
+
+def _validated(document: dict[str, Any]) -> Parsed:
+    job_id = document.get("job_id")
+    if job_id is not None and not (isinstance(job_id, str) and is_job_id(job_id)):
+        return _bad_id(job_id)
+    unknown = [name for name in document if name not in JobRequest.model_fields]
+    try:
+        # Unknown names are left out: a message may bring a million of them, and pydantic would report each.
+        known = {name: value for name, value in document.items() if name in JobRequest.model_fields}
+        request = JobRequest.model_validate(known)
+    except ValidationError as exc:
+        mistakes = _mistakes(exc)
+        if unknown:
+            mistakes.pop(None, None)  # no audio was found, but it may be what the unknown field was meant to be
+        return _refusal([*_unknown(unknown), *mistakes.values()], len(unknown) + len(mistakes), job_id)
+    if unknown:
+        return _refusal([*_unknown(unknown)], len(unknown), job_id)
+    return _with_audio(request)
+
+
+def _with_audio(request: JobRequest) -> Parsed:
+    if request.audio_base64 is None:
+        return Accepted(request, None)
+    try:
+        audio = base64.b64decode(request.audio_base64, validate=True)
+    except (binascii.Error, ValueError):
+        detail = "audio_base64 is not base64: use the standard alphabet, with padding and without line breaks."
+        return Refusal("invalid_request", detail, request.job_id, recordable=request.job_id is not None)
+    return Accepted(request, audio)
+
+
+def _with_properties(document: dict[str, Any], properties: UserProperties) -> dict[str, Any]:
+    """Let user properties set the fields that the payload does not, and put the others into the metadata."""
+    fields = {name: _field_value(name, text) for name, text in properties if name in JobRequest.model_fields}
+    others = {name: text for name, text in properties if name not in JobRequest.model_fields}
+    merged = {**fields, **document}
+    if others and isinstance(merged.get("metadata", {}), dict):
+        merged["metadata"] = {**others, **merged.get("metadata", {})}
+    return merged
+
+
+def _field_value(name: str, text: str) -> Any:
+    """Return the value of a field that is not text, written as JSON; what is not JSON is left for the check to name."""
+    if name in _TEXT_FIELDS:
+        return text
+    try:
+        return from_json(text.encode(), allow_inf_nan=False)
+    except ValueError:
+        return text
+
+
+def _refusal(mistakes: list[str], total: int, job_id: str | None) -> Refusal:
+    told = mistakes[:_TOLD_MISTAKES]
+    more = [f"There are {total - len(told)} more mistakes"] if total > len(told) else []
+    return Refusal("invalid_request", ". ".join([*told, *more]) + ".", job_id, recordable=job_id is not None)
+
+
+def _bad_id(job_id: object) -> Refusal:
+    return Refusal("invalid_job_id", f"{_shown(job_id)} is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.")
+
+
+def _unknown(names: list[str]) -> Iterator[str]:
+    for name in islice(names, _TOLD_MISTAKES):
+        if name in _PLANNED_FIELDS:
+            yield f"This version does not support {name}"
+            continue
+        close = difflib.get_close_matches(name[:64], JobRequest.model_fields, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        yield f"There is no field {_shown(name)}{hint}"
+
+
+def _mistakes(exc: ValidationError) -> dict[str | None, str]:
+    """Say in our own words what pydantic found, by field (None: the request as a whole)."""
+    mistakes: dict[str | None, str] = {}
+    for error in exc.errors(include_url=False):
+        name = str(error["loc"][0]) if error["loc"] else None
+        if name is None:
+            mistakes[name] = str(error["ctx"]["error"])
+        elif error["type"] == "value_error":
+            mistakes[name] = f"{name} {error['ctx']['error']}"
+        else:
+            shown = "" if name in _NOT_SHOWN else f", not {_shown(error['input'])}"
+            mistakes[name] = f"{name} must be {JobRequest.model_fields[name].description}{shown}"
+    return mistakes
+
+
+def _shown(value: object) -> str:
+    """Return a value as a person would write it, in some 40 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return _SHORT.repr(value)

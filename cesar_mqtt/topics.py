@@ -1,0 +1,56 @@
+"""The topics of the contract under one prefix; pure values, any thread may use them."""
+
+import re
+from dataclasses import dataclass
+
+JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+"""Safe as one level of a topic in every broker and inside Home Assistant's entity ids."""
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` may be the id of a job (and so one level of a topic)."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """Where a consumer called `consumer` listens and publishes under `prefix`."""
+
+    prefix: str
+    consumer: str
+
+    @property
+    def jobs(self) -> str:
+        """Where producers publish requests."""
+        return f"{self.prefix}/jobs"
+
+    @property
+    def audio_filter(self) -> str:
+        """The subscription for audio files; `#`, so that a topic with a wrong id is refused rather than not seen."""
+        return f"{self.prefix}/audio/#"
+
+    @property
+    def rejected(self) -> str:
+        """Where refused messages are reported, not retained."""
+        return f"{self.prefix}/rejected"
+
+    def audio(self, job_id: str) -> str:
+        """Where a producer publishes the bytes of the audio of one job."""
+        return f"{self.prefix}/audio/{job_id}"
+
+    def audio_job_id(self, topic: str) -> str | None:
+        """What stands in `topic` where `audio_filter` expects a job id (not checked); None: another topic."""
+        head = f"{self.prefix}/audio"
+        if topic == head:
+            return ""
+        return topic[len(head) + 1 :] if topic.startswith(f"{head}/") else None
+
+    def status(self, job_id: str) -> str:
+        """The retained status of one job."""
+        return f"{self.prefix}/status/{job_id}"
+
+    def own(self, name: str) -> str:
+        """A retained topic about the consumer itself: `state`, `queue`, `last`."""
+        return f"{self.prefix}/consumer/{self.consumer}/{name}"
