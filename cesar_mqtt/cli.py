@@ -1,0 +1,175 @@
+"""The command line: reads flags, calls what does the work, and turns errors into one sentence and an exit code.
+
+Heavy modules are imported by the command that needs them: `--help` has to answer at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cesar_mqtt.errors import CesarError, ExitCode
+
+if TYPE_CHECKING:
+    from cesar_mqtt.config import Settings
+
+app = typer.Typer(
+    name="cesar-mqtt",
+    help="A durable, offline transcription worker on MQTT: publish audio, subscribe to the transcript.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Broker = Annotated[
+    str | None, typer.Option(metavar="URL", help="mqtt[s]://[user[:password]@]host[:port], ws[s]://... or embedded.")
+]
+Prefix = Annotated[str | None, typer.Option(metavar="P", help="What all topics begin with (default: cesar).")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file (default: ./cesar.toml if there).")]
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code and has told the user on stderr what went wrong."""
+    try:
+        result = app(arguments, standalone_mode=False)
+    except CesarError as exc:
+        _say(str(exc))
+        return exc.exit_code
+    except typer.Exit as exc:
+        return exc.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return ExitCode.INTERRUPTED
+    except Exception as exc:
+        if not hasattr(exc, "show"):  # click's own errors can show themselves
+            raise
+        exc.show()
+        return int(getattr(exc, "exit_code", ExitCode.USAGE))
+    return result if isinstance(result, int) else ExitCode.OK
+
+
+def _say(text: str) -> None:
+    print(f"cesar-mqtt: {text}", file=sys.stderr)  # noqa: T201 - this is the terminal
+
+
+def _version(value: bool) -> None:  # noqa: FBT001 - typer's way
+    if value:
+        from cesar_mqtt import __version__
+
+        typer.echo(f"cesar-mqtt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _settings(flags: dict[str, Any], config: Path | None, *, serving: bool = False) -> "Settings":
+    from cesar_mqtt.config import EMBEDDED_BROKER, LOCAL_BROKER, load_settings
+
+    return load_settings(
+        flags=flags,
+        config_file=config,
+        cwd=Path.cwd(),
+        default_broker=EMBEDDED_BROKER if serving else LOCAL_BROKER,
+    )
+
+
+@app.command()
+def serve(
+    *,
+    broker: Broker = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the ledger and the spool lie.")] = None,
+    audio_dir: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Where audio_path is looked up; may be repeated.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model of jobs that name none.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="This consumer's name and MQTT client id.")] = None,
+    topic_prefix: Prefix = None,
+    config: Config = None,
+    log_format: Annotated[str | None, typer.Option(metavar="text|json")] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="L", help="debug, info, warning or error.")] = None,
+) -> int:
+    """Run the consumer: take jobs from the broker, transcribe them one at a time, publish their statuses."""
+    flags = {
+        "topic_prefix": topic_prefix,
+        "data_dir": data_dir,
+        "broker": {"url": broker},
+        "consumer": {"name": name},
+        "audio": {"directories": audio_dir},
+        "models": {"default": model},
+        "log": {"format": log_format, "level": log_level},
+    }
+    settings = _settings(flags, config, serving=True)
+
+    from cesar_mqtt import logs
+    from cesar_mqtt.signals import handle_stop_signals
+
+    logs.configure(settings.log.format, settings.log.level)
+    with handle_stop_signals() as stop:
+        from cesar_mqtt.service import Service
+
+        code = Service(settings, directory=Path.cwd()).run(stop)
+    if code is not ExitCode.OK:
+        # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+@app.command()
+def submit(
+    audio: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="The recordings.")],
+    *,
+    by_path: Annotated[
+        bool, typer.Option("--by-path", help="Send only the paths, for files that the consumer can read.")
+    ] = False,
+    job_id: Annotated[str | None, typer.Option(metavar="ID", help="The job's id; for one recording only.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; detected when left out.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="transcribe|translate")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job ids and leave.")] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="S", min=0, help="Seconds to wait (exit 3).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each job.")] = False,
+    broker: Broker = None,
+    topic_prefix: Prefix = None,
+    config: Config = None,
+) -> int:
+    """Send recordings to a consumer, wait, and print their transcripts.
+
+    Exit code 0: all completed; 1: at least one did not; 3: the time ran out.
+    """
+    from cesar_mqtt.submit import Order, submit_and_wait
+    from cesar_mqtt.topics import is_job_id
+
+    if job_id is not None and (len(audio) > 1 or not is_job_id(job_id)):
+        raise typer.BadParameter("it takes one recording and 1 to 64 of A-Z, a-z, 0-9, _ and -", param_hint="--job-id")
+    flags = {"topic_prefix": topic_prefix, "broker": {"url": broker}}
+    settings = _settings(flags, config)
+    options = {"model_size": model, "language": language, "task": task}
+    order = Order(
+        recordings=tuple(audio),
+        by_path=by_path,
+        job_id=job_id,
+        options={field: value for field, value in options.items() if value is not None},
+        wait=not no_wait,
+        timeout_s=timeout,
+        as_json=as_json,
+    )
+    return submit_and_wait(order, settings)
+
+
+@app.command()
+def demo() -> int:
+    """Show the whole way in one process, with no set-up: broker, consumer, a recording, its transcript."""
+    from cesar_mqtt import demo as demonstration
+
+    return demonstration.run()

@@ -1,0 +1,267 @@
+"""The service: the only module that knows all the others; it wires them, starts them in order and stops them in order.
+
+The main thread builds it and calls `run`.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
+from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.config import Settings
+from cesar_mqtt.errors import BrokerRefusedError, ExitCode, LedgerError
+from cesar_mqtt.intake import Intake
+from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.logs import event
+from cesar_mqtt.messages import ConsumerState
+from cesar_mqtt.models import ModelStore
+from cesar_mqtt.publisher import Publisher
+from cesar_mqtt.signals import StopSignals
+from cesar_mqtt.spool import Spool
+from cesar_mqtt.systemd import Notifier
+from cesar_mqtt.topics import Topics
+from cesar_mqtt.transcriber import Transcriber
+from cesar_mqtt.worker import Worker
+
+if TYPE_CHECKING:
+    from cesar_mqtt.broker import EmbeddedBroker
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_PORT = 1883  # of mosquitto_pub
+_TICK_S = 1.0
+_LOOK_S = 0.05
+_DRAIN_S = 10.0
+_FORCED_DRAIN_S = 2.0
+
+
+class Service:
+    """One consumer: a ledger, a worker, and a connection to a broker (or a broker of its own)."""
+
+    def __init__(self, settings: Settings, *, directory: Path) -> None:
+        """Open and check everything that can be wrong before anybody is promised anything.
+
+        Args:
+            settings: all of them.
+            directory: the folder that `serve` was started in, absolute.
+
+        Raises:
+            ConfigError: a setting is wrong, or the embedded broker's port is taken.
+            LedgerInUseError: another consumer has the ledger.
+            LedgerError: the ledger cannot be read, or the data directory not be written.
+        """
+        self._settings = settings
+        self._notifier = Notifier()
+        self._topics = Topics(settings.topic_prefix, settings.consumer.name)
+        self._models = ModelStore(settings.models)
+        address = parse_broker_url(settings.broker.url)
+        self._ledger = _open_ledger(settings)
+        self._broker: EmbeddedBroker | None = None
+        try:
+            self._spool = Spool(settings.data_dir / "spool")
+            self._spool.sweep(self._ledger.spooled())
+            self._broker = _start_broker(address)
+            if self._broker is not None:
+                settings = _inside(settings, self._broker)
+            self._wire(settings, settings.audio.directories or (directory,))
+        except BaseException:
+            self._close_files()
+            raise
+
+    def _wire(self, settings: Settings, directories: tuple[Path, ...]) -> None:
+        self.url = settings.broker.url
+        self._refused: BrokerRefusedError | None = None
+        self._client = MqttClient(
+            settings.broker,
+            client_id=settings.consumer.name,
+            persistent=True,
+            will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
+            subscriptions=(Subscription(self._topics.jobs), Subscription(self._topics.audio_filter)),
+        )
+        self._publisher = Publisher(self._client, self._ledger, self._topics)
+        self._client.on_connected = self._on_connected
+        self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
+        self._client.on_published = lambda ticket, _reason: self._publisher.on_published(ticket)
+        self._client.on_refused = self._on_refused
+        self._intake = Intake(
+            self._client,
+            self._ledger,
+            spool=self._spool,
+            topics=self._topics,
+            models=self._models,
+            max_payload_bytes=settings.queue.max_payload_bytes,
+            reports=self._publisher,
+        )
+        self._worker = Worker(
+            self._ledger,
+            Transcriber(self._models, settings.audio),
+            spool=self._spool,
+            directories=directories,
+            reports=self._publisher,
+            warm_up=self._models.default_name(),
+        )
+
+    def _on_connected(self, info: ConnectionInfo) -> None:
+        self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
+
+    def _on_refused(self, error: BrokerRefusedError) -> None:
+        self._refused = error
+
+    def run(self, stop: StopSignals) -> ExitCode:
+        """Serve until a signal asks for a stop, then stop in order.
+
+        Returns:
+            OK after a graceful stop; INTERRUPTED or TERMINATED after a forced one. The worker's thread may then still
+            be inside the model, so the process has to end without waiting for it.
+
+        Raises:
+            BrokerRefusedError: the broker refused the credentials or the client id at the first connection.
+        """
+        self._start()
+        try:
+            self._watch(stop)
+        except BrokerRefusedError:
+            self._end(stop, _FORCED_DRAIN_S)
+            raise
+        return self._stop(stop)
+
+    def _start(self) -> None:
+        last = self._ledger.last_finished()
+        if last is not None:
+            self._publisher.finished(last)
+        self._publisher.online()
+        self._publisher.start()
+        self._worker.start()
+        self._intake.start()
+        self._client.start()
+        self._notifier.ready()
+        waiting = self._ledger.totals().queued
+        event(
+            logger,
+            logging.INFO,
+            "serving",
+            "Serving %s on %s, %d jobs wait",
+            self._topics.prefix,
+            parse_broker_url(self.url).redacted,
+            waiting,
+        )
+
+    def _watch(self, stop: StopSignals) -> None:
+        """Do the upkeep until a stop is asked for."""
+        while not stop.requested.wait(_TICK_S):
+            if self._refused is not None:
+                raise self._refused
+            self._notifier.alive()
+            try:
+                self._ledger.maintain()
+            except LedgerError as exc:
+                event(logger, logging.WARNING, "checkpoint", "%s It is tried again.", exc)
+
+    def _stop(self, stop: StopSignals) -> ExitCode:
+        """Stop in the order that the contract promises (section 6).
+
+        1. No further job is started; the current one is finished, however long that takes.
+        2. The intake ends after the batch in hand: what it took is on disk and acknowledged, the rest stays with the
+           broker.
+        3. Every status is acknowledged by the broker, so that nobody waits for a transcript that is there.
+        4. `offline` is published and acknowledged: after it nothing more comes from here.
+        5. The client disconnects, so that the last will is not sent.
+        6. The ledger is checkpointed: `ledger.json` alone is complete.
+        7. The embedded broker closes last, for all of the above goes through it.
+        """
+        self._notifier.stopping()
+        self._publisher.draining()
+        self._worker.stop()
+        forced = not self._current_job_ended(stop)
+        if forced:
+            self._abandon()
+        self._end(stop, _FORCED_DRAIN_S if forced else _DRAIN_S)
+        return stop.exit_code if forced else ExitCode.OK
+
+    def _current_job_ended(self, stop: StopSignals) -> bool:
+        limit_s = self._settings.worker.drain_timeout
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        if self._ledger.processing():
+            event(logger, logging.INFO, "draining", "Stopping after the current job; a second signal stops at once")
+        while not self._worker.join(_LOOK_S):
+            if stop.forced.is_set() or (deadline is not None and time.monotonic() >= deadline):
+                return False
+        return True
+
+    def _abandon(self) -> None:
+        try:
+            self._worker.abandon()
+        except LedgerError as exc:
+            event(logger, logging.ERROR, "requeued", "%s The next start puts the current job back.", exc)
+
+    def _end(self, stop: StopSignals, drain_s: float) -> None:
+        self._worker.stop()
+        self._intake.stop()
+        if not self._drain(stop, drain_s):
+            event(
+                logger, logging.WARNING, "drain", "The broker has not acknowledged everything; the next start tells it"
+            )
+        self._publisher.offline()
+        self._drain(stop, min(drain_s, _FORCED_DRAIN_S))
+        self._publisher.stop()
+        self._client.close()
+        self._close_files()
+
+    def _drain(self, stop: StopSignals, limit_s: float) -> bool:
+        """Wait for the broker's acknowledgements; a forced stop waits for less."""
+        started = time.monotonic()
+        limit_s = limit_s if self._client.connected else min(limit_s, _FORCED_DRAIN_S)
+        while not self._publisher.drain(_LOOK_S):
+            waited_s = time.monotonic() - started
+            if waited_s >= limit_s or (stop.forced.is_set() and waited_s >= _FORCED_DRAIN_S):
+                return False
+        return True
+
+    def _close_files(self) -> None:
+        try:
+            self._ledger.close()
+        except LedgerError as exc:
+            event(logger, logging.ERROR, "checkpoint", "%s", exc)
+        if self._broker is not None:
+            self._broker.close()
+
+
+def _open_ledger(settings: Settings) -> Ledger:
+    folder = settings.data_dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise LedgerError(
+            f"The data directory {folder} cannot be made: {exc.strerror}. Choose one with --data-dir."
+        ) from exc
+    return Ledger(
+        folder / "ledger.json", max_attempts=settings.worker.max_attempts, max_queued=settings.queue.max_queued
+    )
+
+
+def _start_broker(address: BrokerAddress) -> "EmbeddedBroker | None":
+    if address.scheme != "embedded":
+        return None
+    from cesar_mqtt.broker import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
+
+    broker = EmbeddedBroker(address.host, address.port)
+    broker.start()
+    port = "" if broker.port == _DEFAULT_PORT else f" -p {broker.port}"
+    event(
+        logger,
+        logging.INFO,
+        "broker",
+        "No broker is set, so one runs inside on %s:%d. Try: mosquitto_pub%s -q 1 -t cesar/audio/note-1 -f speech.wav",
+        address.host,
+        broker.port,
+        port,
+    )
+    return broker
+
+
+def _inside(settings: Settings, broker: "EmbeddedBroker") -> Settings:
+    """Return the settings for a client of the embedded broker, which speaks 3.1.1 only."""
+    address = settings.broker.model_copy(update={"url": broker.url, "protocol": "3.1.1"})
+    return settings.model_copy(update={"broker": address})

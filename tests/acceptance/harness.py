@@ -1,0 +1,173 @@
+"""The command as its own process, a plain paho client as everybody else on the bus, and the words that were spoken."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.properties import Properties
+
+DATA = Path(__file__).parents[1] / "data"
+SPEECH = DATA / "speech.wav"
+LONG = DATA / "long.ogg"
+PATIENCE_S = 60.0
+CONNECTED = "Connected to "
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, for comparing what was said with what was heard."""
+    return re.findall(r"[a-z]+", text.lower())
+
+
+SPOKEN = words((DATA / "speech.txt").read_text())
+
+
+class Bus:
+    """One client that sees everything under `cesar/` and can wait for it."""
+
+    def __init__(self, port: int, *, protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311) -> None:
+        self.messages: list[MQTTMessage] = []
+        self._changed = threading.Condition()
+        self._subscribed = threading.Event()
+        self._client = Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+        self._client.on_connect = lambda client, *_: client.subscribe("cesar/#", qos=1)
+        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_message = self._on_message
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+        assert self._subscribed.wait(PATIENCE_S)
+
+    def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
+        with self._changed:
+            self.messages.append(message)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes | str | Mapping[str, Any],
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        properties: Properties | None = None,
+    ) -> None:
+        body = json.dumps(payload) if isinstance(payload, Mapping) else payload
+        info = self._client.publish(topic, body, qos=qos, retain=retain, properties=properties)
+        info.wait_for_publish(PATIENCE_S)
+
+    def seen(self, topic: str) -> list[dict[str, Any]]:
+        """Every JSON object that was seen on a topic, in order."""
+        with self._changed:
+            return [json.loads(m.payload) for m in self.messages if m.topic == topic and m.payload]
+
+    def wait(
+        self, topic: str, when: Callable[[dict[str, Any]], bool] = lambda _: True, timeout_s: float = PATIENCE_S
+    ) -> dict[str, Any]:
+        """The first message on a topic that satisfies `when`; waits for it."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found.extend(document for document in self.seen(topic) if when(document))
+            return bool(found)
+
+        with self._changed:
+            if not self._changed.wait_for(look, timeout_s):
+                pytest.fail(f"nothing expected came on {topic}; there was {self.seen(topic)}")
+        return found[0]
+
+    def status(self, job_id: str, *states: str) -> dict[str, Any]:
+        """The status of a job in one of the states (default: a final one)."""
+        wanted = states or ("completed", "error", "cancelled")
+        return self.wait(f"cesar/status/{job_id}", lambda status: status["status"] in wanted)
+
+    def states(self, job_id: str) -> list[str]:
+        """The states of a job as they were seen, repetitions left out."""
+        states = [status["status"] for status in self.seen(f"cesar/status/{job_id}")]
+        return [state for n, state in enumerate(states) if n == 0 or states[n - 1] != state]
+
+
+class Consumer:
+    """`cesar-mqtt serve` as its own process."""
+
+    def __init__(
+        self, folder: Path, *flags: str, environ: Mapping[str, str] | None = None, ready: str | None = CONNECTED
+    ) -> None:
+        self.data_dir = folder / "data"
+        self.log = folder / "consumer.log"
+        self._flags = ("--data-dir", str(self.data_dir), "--audio-dir", str(DATA), *flags)
+        self._environ = {**os.environ, **(environ or {})}
+        self._folder = folder
+        self.start(ready)
+
+    def start(self, ready: str | None = CONNECTED) -> None:
+        """Start it, and wait until it has logged `ready`: before its first connection no broker holds its jobs."""
+        read = len(self.logged()) if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cesar_mqtt", "serve", *self._flags],
+                cwd=self._folder,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        if ready is not None:
+            self.wait_for_log(ready, read)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE_S)
+
+    def stop(self) -> int:
+        """Stop it gracefully; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+    def logged(self) -> str:
+        return self.log.read_text()
+
+    def wait_for_log(self, text: str, read: int = 0) -> None:
+        """Wait for a text in the log, after what had been read before."""
+        pause = threading.Event()
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.logged()[read:]:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                pytest.fail(f"{text!r} was not logged; there was:\n{self.logged()}")
+            pause.wait(0.05)
+
+
+def command(
+    *arguments: str, cwd: Path | None = None, environ: Mapping[str, str] | None = None, timeout_s: float = 90
+) -> subprocess.CompletedProcess[str]:
+    """Run `cesar-mqtt` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "cesar_mqtt", *arguments],
+        cwd=cwd,
+        env={**os.environ, **(environ or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )

@@ -1,0 +1,177 @@
+"""Stopping, being killed and starting again: nothing that was accepted is lost, nobody is left without an answer."""
+
+import json
+import signal
+from collections.abc import Callable
+
+import pytest
+from tinydb import TinyDB
+
+from tests.acceptance.harness import LONG, SPOKEN, Bus, Consumer, words
+from tests.conftest import Mosquitto
+
+pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
+
+Serve = Callable[..., Consumer]
+Join = Callable[..., Bus]
+
+
+def in_mid_job(consumer: Consumer, bus: Bus) -> None:
+    """A long job in work, two short ones behind it."""
+    bus.publish("cesar/audio/long", LONG.read_bytes())
+    bus.publish("cesar/jobs", {"job_id": "next", "audio_path": "speech.wav"})
+    bus.publish("cesar/jobs", {"job_id": "last", "audio_path": "speech.wav"})
+    bus.status("last", "queued")
+    bus.status("long", "processing")
+    assert consumer.process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_mid_job_finishes_it_and_keeps_the_rest_queued(
+    number: int, mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    in_mid_job(consumer, bus)
+
+    consumer.signal(number)
+    assert consumer.wait() == 0
+
+    late = join(mosquitto.port)
+    assert late.status("long", "completed", "queued", "processing")["status"] == "completed"
+    assert late.wait("cesar/status/next")["status"] == "queued"
+    assert late.wait("cesar/status/last")["status"] == "queued"
+    assert late.wait("cesar/consumer/cesar/state") == {"state": "offline"}
+    assert [m.topic for m in bus.messages][-1] == "cesar/consumer/cesar/state", "after `offline` nothing more comes"
+    assert any(queue["activity"] == "draining" for queue in bus.seen("cesar/consumer/cesar/queue"))
+    assert not (consumer.data_dir / "ledger.json.journal").exists()
+    with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
+        states = {job["job_id"]: job["state"] for job in stock.table("jobs")}
+    assert states == {"long": "completed", "next": "queued", "last": "queued"}
+
+
+def test_a_restart_goes_on_with_what_was_queued(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    in_mid_job(consumer, bus)
+    assert consumer.stop() == 0
+
+    consumer.start()
+
+    assert words(bus.status("next")["result_text"]) == SPOKEN
+    assert words(bus.status("last")["result_text"]) == SPOKEN
+    assert bus.status("next")["completed_at"] <= bus.status("last")["started_at"]
+    assert bus.states("long") == ["queued", "processing", "completed"], "what was done is not done again"
+
+
+def test_jobs_sent_while_the_consumer_was_away_are_done_when_it_comes_back(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    assert consumer.stop() == 0
+
+    for number in range(3):
+        bus.publish("cesar/jobs", {"job_id": f"away-{number}", "audio_path": "speech.wav"})
+    consumer.start()
+
+    ended = [bus.status(f"away-{number}") for number in range(3)]
+    assert [status["status"] for status in ended] == ["completed"] * 3
+    starts = [status["started_at"] for status in ended]
+    assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_puts_the_job_back_and_ends_at_once(
+    second: int, code: int, mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    in_mid_job(consumer, bus)
+
+    consumer.signal(signal.SIGTERM)
+    consumer.wait_for_log("a second signal stops at once")
+    consumer.signal(second)
+    assert consumer.wait() == code
+
+    late = join(mosquitto.port)
+    assert late.wait("cesar/status/long")["status"] == "queued"
+    assert late.wait("cesar/consumer/cesar/state") == {"state": "offline"}
+    consumer.start()
+    ended = late.status("long")
+    assert (ended["status"], ended["attempt"]) == ("completed", 2)
+    assert ended["completed_at"] <= late.status("next")["started_at"], "it kept its place at the front"
+
+
+def test_the_drain_timeout_bounds_the_wait_for_the_current_job(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+    consumer = serve("--broker", mosquitto.url, environ={"CESAR_WORKER__DRAIN_TIMEOUT": "0.2"})
+    bus = join(mosquitto.port)
+    in_mid_job(consumer, bus)
+
+    consumer.signal(signal.SIGTERM)
+
+    assert consumer.wait() == 143
+    assert join(mosquitto.port).wait("cesar/status/long")["status"] == "queued"
+
+
+def test_a_consumer_killed_in_mid_job_starts_it_again_and_keeps_the_order(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    in_mid_job(consumer, bus)
+
+    consumer.kill()
+    bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "offline")  # the last will
+    consumer.start()
+
+    ended = [bus.status(job_id) for job_id in ("long", "next", "last")]
+    assert [status["status"] for status in ended] == ["completed"] * 3
+    assert [status["attempt"] for status in ended] == [2, 1, 1]
+    assert ended[0]["completed_at"] <= ended[1]["started_at"]
+    assert bus.states("long") == ["queued", "processing", "queued", "processing", "completed"]
+
+
+def test_a_job_that_kills_the_process_ends_as_crashed_and_the_next_one_completes(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url, environ={"CESAR_WORKER__MAX_ATTEMPTS": "2"})
+    bus = join(mosquitto.port)
+    in_mid_job(consumer, bus)
+
+    consumer.kill()
+    consumer.start()
+    bus.wait("cesar/status/long", lambda status: status["status"] == "processing" and status["attempt"] == 2)
+    consumer.kill()
+    consumer.start()
+
+    ended = bus.status("long")
+    assert (ended["status"], ended["error_code"], ended["retryable"]) == ("error", "crashed", True)
+    assert bus.status("next")["status"] == "completed"
+
+
+def test_a_second_consumer_on_the_same_ledger_is_turned_away(mosquitto: Mosquitto, serve: Serve) -> None:
+    first = serve("--broker", mosquitto.url)
+
+    second = serve("--broker", mosquitto.url, "--name", "other", "--data-dir", str(first.data_dir), ready=None)
+
+    assert second.wait() == 75
+    assert "in use by another consumer" in second.logged()
+    assert first.stop() == 0
+
+
+def test_the_ledger_of_a_running_consumer_opens_in_stock_tinydb(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    bus.publish("cesar/jobs", {"job_id": "one", "audio_path": "speech.wav"})
+    bus.status("one")
+    assert consumer.stop() == 0
+    consumer.start()
+    bus.publish("cesar/jobs", {"job_id": "two", "audio_path": "speech.wav"})
+    bus.status("two")
+
+    with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
+        jobs = {job["job_id"] for job in stock.table("jobs")}
+    assert jobs == {"one"}, "the checkpoint; what came since stands in the journal"
+    journal = (consumer.data_dir / "ledger.json.journal").read_text()
+    assert json.dumps("two") in journal
