@@ -22,6 +22,7 @@ from cesar_mqtt.topics import is_job_id
 SHORT_FORM_BYTES = 4096
 
 _TOLD_MISTAKES = 3
+_FIELDS = frozenset(JobRequest.model_fields)
 _NOT_SHOWN = frozenset({"audio_base64", "initial_prompt"})
 _TEXT_FIELDS = frozenset(
     name
@@ -134,11 +135,11 @@ def _validated(document: dict[str, Any]) -> Parsed:
     job_id = document.get("job_id")
     if job_id is not None and not (isinstance(job_id, str) and is_job_id(job_id)):
         return _bad_id(job_id)
-    unknown = [name for name in document if name not in JobRequest.model_fields]
+    unknown = [name for name in document if name not in _FIELDS]
+    if unknown:  # a message may bring a million of them, and pydantic would report each
+        document = {name: value for name, value in document.items() if name in _FIELDS}
     try:
-        # Unknown names are left out: a message may bring a million of them, and pydantic would report each.
-        known = {name: value for name, value in document.items() if name in JobRequest.model_fields}
-        request = JobRequest.model_validate(known)
+        request = JobRequest.model_validate(document)
     except ValidationError as exc:
         mistakes = _mistakes(exc)
         if unknown:
@@ -162,8 +163,10 @@ def _with_audio(request: JobRequest) -> Parsed:
 
 def _with_properties(document: dict[str, Any], properties: UserProperties) -> dict[str, Any]:
     """Let user properties set the fields that the payload does not, and put the others into the metadata."""
-    fields = {name: _field_value(name, text) for name, text in properties if name in JobRequest.model_fields}
-    others = {name: text for name, text in properties if name not in JobRequest.model_fields}
+    if not properties:
+        return document
+    fields = {name: _field_value(name, text) for name, text in properties if name in _FIELDS}
+    others = {name: text for name, text in properties if name not in _FIELDS}
     merged = {**fields, **document}
     if others and isinstance(merged.get("metadata", {}), dict):
         merged["metadata"] = {**others, **merged.get("metadata", {})}
@@ -182,8 +185,9 @@ def _field_value(name: str, text: str) -> Any:
 
 def _refusal(mistakes: list[str], total: int, job_id: str | None) -> Refusal:
     told = mistakes[:_TOLD_MISTAKES]
-    more = [f"There are {total - len(told)} more mistakes"] if total > len(told) else []
-    return Refusal("invalid_request", ". ".join([*told, *more]) + ".", job_id, recordable=job_id is not None)
+    if total > len(told):
+        told.append(f"Mistakes beside these: {total - len(told)}")
+    return Refusal("invalid_request", ". ".join(told) + ".", job_id, recordable=job_id is not None)
 
 
 def _bad_id(job_id: object) -> Refusal:

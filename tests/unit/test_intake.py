@@ -1,0 +1,683 @@
+import base64
+import errno
+import itertools
+import json
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cesar_mqtt.client import Delivery, Receipt
+from cesar_mqtt.disk import Disk
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.intake import Intake
+from cesar_mqtt.jobs import AudioSource, Job, JobState, Result
+from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.messages import Rejection
+from cesar_mqtt.spool import Spool
+from cesar_mqtt.topics import Topics
+
+DEADLINE_S = 10.0
+WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
+MAX_PAYLOAD_BYTES = 4096
+MAX_QUEUED = 20
+
+packet_ids = itertools.count(1)
+
+
+class FakeSource:
+    """Hands out batches, and notes what is acknowledged."""
+
+    def __init__(self, trace: list[str]) -> None:
+        self._trace = trace
+        self._batches: queue.Queue[list[Delivery]] = queue.Queue()
+        self.acknowledged: list[Delivery] = []
+        self.on_acknowledge: Callable[[], object] = lambda: None
+
+    def bring(self, *deliveries: Delivery) -> None:
+        self._batches.put(list(deliveries))
+
+    def receive(self, timeout_s: float | None = None) -> list[Delivery]:
+        try:
+            return self._batches.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        self._trace.append("acknowledged")
+        self.on_acknowledge()
+        self.acknowledged += deliveries
+
+
+class FakeModels:
+    def default_name(self) -> str:
+        return "base"
+
+    def is_allowed(self, name: str) -> bool:
+        return name in {"base", "tiny.en"}
+
+
+class FakeReports:
+    """Notes what it is told; `told_degraded` is set when the disk has refused."""
+
+    def __init__(self, trace: list[str]) -> None:
+        self._trace = trace
+        self.rejections: list[Rejection] = []
+        self.found: list[bytes] = []
+        self.degradations: list[tuple[str, bool]] = []
+        self.told_degraded = threading.Event()
+
+    def reject(self, rejection: Rejection) -> None:
+        self._trace.append("reported")
+        self.rejections.append(rejection)
+
+    def found_retained(self, payload: bytes) -> None:
+        self.found.append(payload)
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        self.degradations.append((who, on))
+        if on:
+            self.told_degraded.set()
+
+
+class TestDisk(Disk):
+    """A real disk that notes what it has made durable, and can refuse to write for some time."""
+
+    __test__ = False
+
+    def __init__(self, name: str, trace: list[str]) -> None:
+        self._name = name
+        self._trace = trace
+        self.refusals = 0.0
+
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        self._trace.append(f"{self._name} synced")
+
+    def sync_data(self, descriptor: int) -> None:
+        super().sync_data(descriptor)
+        self._trace.append(f"{self._name} synced")
+
+
+@dataclass
+class Bench:
+    """An intake between a fake source and a real ledger and spool, all in one folder."""
+
+    folder: Path
+    trace: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.source = FakeSource(self.trace)
+        self.reports = FakeReports(self.trace)
+        self.ledger_disk = TestDisk("ledger", self.trace)
+        self.spool_disk = TestDisk("spool", self.trace)
+        self.folder.mkdir(exist_ok=True)
+        self.ledger = Ledger(self.folder / "ledger.json", max_queued=MAX_QUEUED, disk=self.ledger_disk)
+        self.spool_folder = self.folder / "spool"
+        self.spool = Spool(self.spool_folder, self.spool_disk)
+        self.intake = Intake(
+            self.source,
+            self.ledger,
+            spool=self.spool,
+            topics=Topics("cesar", "kitchen"),
+            models=FakeModels(),
+            max_payload_bytes=MAX_PAYLOAD_BYTES,
+            reports=self.reports,
+        )
+        self.trace.clear()
+
+    def take(self, *deliveries: Delivery) -> list[str]:
+        """Let these come in together; return the reasons of the refusals that they brought."""
+        before = len(self.reports.rejections)
+        self.source.bring(*deliveries)
+        assert self.intake.run_once(timeout_s=0) == len(deliveries)
+        assert self.source.acknowledged[-len(deliveries) :] == list(deliveries)
+        return [rejection.reason for rejection in self.reports.rejections[before:]]
+
+    def job(self, job_id: str) -> Job:
+        job = self.ledger.get(job_id)
+        assert job is not None
+        return job
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs in the order of their acceptance."""
+        self.ledger.publish_again()
+        self.ledger.coalesce()
+        known = (job for _, job in self.ledger.unpublished(1000) if isinstance(job, Job))
+        return sorted(known, key=lambda job: job.seq)
+
+    def spooled(self) -> list[bytes]:
+        return sorted(path.read_bytes() for path in self.spool_folder.iterdir())
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Bench]:
+    bench = Bench(folder)
+    try:
+        yield bench
+    finally:
+        bench.ledger_disk.refusals = 0
+        bench.ledger.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with opened(tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.intake._RETRY_FIRST_S", 0.001)
+    monkeypatch.setattr("cesar_mqtt.intake._RETRY_MOST_S", 0.004)
+
+
+def message(payload: bytes, topic: str = "cesar/jobs", **fields: Any) -> Delivery:
+    defaults: dict[str, Any] = {
+        "qos": 1,
+        "retain": False,
+        "dup": False,
+        "receipt": Receipt(1, next(packet_ids) % 65_535 + 1),
+        "received_at": 1_769_204_700.12,
+    }
+    return Delivery(topic, payload, **{**defaults, **fields})
+
+
+def request(**fields: Any) -> Delivery:
+    return message(json.dumps({"audio_path": "porch.wav", **fields}).encode())
+
+
+def upload(job_id: str, audio: bytes = WAV, **fields: Any) -> Delivery:
+    return message(audio, f"cesar/audio/{job_id}", **fields)
+
+
+# -- the order of events -------------------------------------------------------------------------------------------
+
+
+def test_audio_is_on_disk_before_the_job_before_the_report_before_the_acknowledgement(bench: Bench) -> None:
+    assert bench.take(upload("a"), message(b"{"), request(job_id="b")) == ["malformed_json"]
+    assert bench.trace == [
+        "spool synced",  # the file
+        "spool synced",  # its name
+        "ledger synced",
+        "reported",
+        "acknowledged",
+    ]
+
+
+def test_a_whole_batch_is_one_synced_transaction(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
+    assert bench.trace == ["ledger synced", "acknowledged"]
+    assert bench.ledger.totals().queued == MAX_QUEUED
+
+
+def test_a_batch_of_refusals_alone_touches_no_disk(bench: Bench) -> None:
+    bench.take(message(b"{"), message(b"\xff"))
+    assert bench.trace == ["reported", "reported", "acknowledged"]
+
+
+def test_a_batch_is_acknowledged_in_the_order_of_arrival_whatever_became_of_each(bench: Bench) -> None:
+    batch = [
+        request(job_id="a"),
+        message(b"{"),
+        message(b""),
+        upload("b"),
+        request(job_id="a", beam_size=1),
+        upload("/"),
+    ]
+    bench.take(*batch)
+    assert bench.source.acknowledged == batch
+
+
+def test_jobs_wait_in_the_order_of_arrival(bench: Bench) -> None:
+    bench.take(request(job_id="c"), upload("a"), message(b"{"), request(job_id="b"))
+    bench.take(request(job_id="0"))
+    assert [job.job_id for job in bench.jobs()] == ["c", "a", "b", "0"]
+    assert [job.queue_position for job in bench.jobs()] == [1, 2, 3, 4]
+
+
+def test_at_the_moment_of_the_acknowledgement_a_crash_loses_neither_job_nor_audio(bench: Bench, tmp_path: Path) -> None:
+    crashed = tmp_path / "crashed"
+    bench.source.on_acknowledge = lambda: shutil.copytree(
+        bench.folder, crashed, ignore=shutil.ignore_patterns("*.lock", "crashed")
+    )
+    bench.take(upload("a", WAV * 3), request(job_id="b"))
+    with Ledger(crashed / "ledger.json") as ledger:
+        first, second = ledger.get("a"), ledger.get("b")
+        assert first is not None
+        assert first.audio is not None
+        assert (crashed / "spool" / first.audio.name).read_bytes() == WAV * 3
+        assert second is not None
+        assert second.state is JobState.QUEUED
+
+
+def test_nothing_that_came_in_time_is_nothing_to_do(bench: Bench) -> None:
+    assert bench.intake.run_once(timeout_s=0) == 0
+    assert bench.trace == []
+
+
+# -- what a job is made of -----------------------------------------------------------------------------------------
+
+
+def test_a_request_becomes_a_job_with_what_was_asked_for(bench: Bench) -> None:
+    asked = {"model_size": "tiny.en", "language": "German", "beam_size": 2, "metadata": {"room": "porch"}}
+    bench.take(request(job_id="porch-17", **asked))
+    job = bench.job("porch-17")
+    assert job.state is JobState.QUEUED
+    assert job.audio == AudioSource("path", "porch.wav")
+    assert job.model_size == "tiny.en"
+    assert job.options == {"language": "de", "beam_size": 2}
+    assert job.metadata == {"room": "porch"}
+
+
+def test_a_request_that_names_no_model_gets_the_default_one(bench: Bench) -> None:
+    bench.take(request(job_id="a"), upload("b"))
+    assert bench.job("a").model_size == bench.job("b").model_size == "base"
+
+
+def test_a_request_without_an_id_gets_a_uuid(bench: Bench) -> None:
+    bench.take(message(b"porch.wav"), message(b"porch.wav"))
+    first, second = bench.jobs()
+    assert uuid.UUID(first.job_id).version == 4
+    assert first.job_id != second.job_id
+
+
+def test_the_bytes_of_an_upload_lie_in_the_spool_under_a_name_of_our_own(bench: Bench) -> None:
+    encoded = base64.b64encode(b"other bytes").decode()
+    bench.take(upload("a", b"some bytes"), message(json.dumps({"job_id": "b", "audio_base64": encoded}).encode()))
+    for job_id, content in (("a", b"some bytes"), ("b", b"other bytes")):
+        audio = bench.job(job_id).audio
+        assert audio is not None
+        assert audio.kind == "spool"
+        assert job_id not in {audio.name, Path(audio.name).stem}
+        assert bench.spool.path(audio.name).read_bytes() == content
+    assert len(bench.spooled()) == 2
+
+
+def test_user_properties_of_an_upload_reach_the_job(bench: Bench) -> None:
+    bench.take(upload("a", user_properties=(("language", "de"), ("room", "porch"))))
+    assert bench.job("a").options == {"language": "de"}
+    assert bench.job("a").metadata == {"room": "porch"}
+
+
+# -- what is ignored or refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/note-1", "cesar/audio", "cesar/audio/a/b"])
+@pytest.mark.parametrize("retain", [False, True])
+def test_an_empty_payload_is_ignored_and_acknowledged(bench: Bench, topic: str, *, retain: bool) -> None:
+    assert bench.take(message(b"", topic, retain=retain)) == []
+    assert bench.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("delivery", "reason"),
+    [
+        (message(b"{"), "malformed_json"),
+        (message(b"[]"), "invalid_request"),
+        (message(b'{"job_id": "a b", "audio_path": "a"}'), "invalid_job_id"),
+        (message(WAV, "cesar/audio"), "invalid_job_id"),
+        (message(WAV, "cesar/audio/"), "invalid_job_id"),
+        (message(WAV, "cesar/audio/a/b"), "invalid_job_id"),
+        (message(WAV, f"cesar/audio/{'x' * 65}"), "invalid_job_id"),
+        (message(b"x" * (MAX_PAYLOAD_BYTES + 1)), "payload_too_large"),
+        (message(b"x" * (MAX_PAYLOAD_BYTES + 1), "cesar/audio/a/b"), "payload_too_large"),
+    ],
+)
+def test_a_bad_message_is_refused_acknowledged_and_counted_and_the_next_one_is_taken(
+    bench: Bench, delivery: Delivery, reason: str
+) -> None:
+    assert bench.take(delivery, request(job_id="good")) == [reason]
+    assert [job.job_id for job in bench.jobs()] == ["good"]
+
+
+def test_a_rejection_tells_which_message_it_is_about(bench: Bench) -> None:
+    bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b"))
+    assert bench.reports.rejections == [
+        Rejection(
+            reason="invalid_job_id",
+            detail="'a/b' is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.",
+            topic="cesar/audio/a/b",
+            job_id=None,
+            payload_excerpt="\ufffd\ufffd" + "x" * 198,
+            received_at="2026-01-23T21:45:00.120Z",
+        )
+    ]
+
+
+def test_a_payload_of_just_the_limit_is_taken(bench: Bench) -> None:
+    assert bench.take(upload("a", b"x" * MAX_PAYLOAD_BYTES)) == []
+    assert bench.job("a").state is JobState.QUEUED
+
+
+@pytest.mark.parametrize(
+    "delivery",
+    [
+        request(job_id="a", beam_size=11),
+        request(job_id="a", langauge="de"),
+        request(job_id="a", model_size="large-v3"),
+        upload("a", user_properties=(("task", "sing"),)),
+        upload("a", user_properties=(("model_size", "large-v3"),)),
+        message(b'{"job_id": "a"}'),
+        message(b'{"job_id": "a", "audio_base64": "?"}'),
+    ],
+)
+def test_a_refusal_with_a_new_id_is_also_a_job_that_ended_so_that_whoever_waits_is_told(
+    bench: Bench, delivery: Delivery
+) -> None:
+    assert bench.take(delivery) == ["invalid_request"]
+    job = bench.job("a")
+    assert job.state is JobState.ERROR
+    assert job.error_code is ErrorCode.INVALID_REQUEST
+    assert job.error_message == bench.reports.rejections[0].detail
+    assert bench.reports.rejections[0].job_id == "a"
+    assert bench.ledger.totals().error_total == 1
+    assert bench.ledger.claim() is None
+    assert bench.spooled() == []
+
+
+def test_an_upload_that_is_too_large_is_told_to_whoever_waits_for_its_id(bench: Bench) -> None:
+    assert bench.take(upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
+    assert bench.job("a").state is JobState.ERROR
+    assert bench.job("a").error_message == (
+        "The message has 4097 bytes, at most 4096 are taken (queue.max_payload_bytes)."
+    )
+
+
+def test_a_refusal_with_a_known_id_leaves_that_job_as_it_is(bench: Bench) -> None:
+    bench.take(request(job_id="a"))
+    before = bench.job("a")
+    assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
+    assert bench.job("a") == before
+    assert len(bench.jobs()) == 1
+
+
+def test_the_same_bad_request_again_is_refused_again_and_is_no_second_job(bench: Bench) -> None:
+    assert bench.take(request(job_id="a", beam_size=11), request(job_id="a", beam_size=11)) == ["invalid_request"] * 2
+    assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
+    assert len(bench.jobs()) == 1
+    assert bench.ledger.totals().error_total == 1
+
+
+def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
+    assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
+    assert "'large-v3'" in bench.reports.rejections[0].detail
+    assert bench.jobs() == []
+
+
+def test_more_jobs_than_may_wait_are_refused_and_leave_no_file(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED - 1)))
+    assert bench.take(request(job_id="last"), request(job_id="over"), upload("upload")) == ["queue_full"] * 2
+    assert [rejection.job_id for rejection in bench.reports.rejections] == ["over", "upload"]
+    assert bench.ledger.get("over") is bench.ledger.get("upload") is None
+    assert bench.spooled() == []
+    bench.ledger.claim()
+    assert bench.take(request(job_id="over")) == []
+
+
+def test_a_known_job_is_known_even_when_the_queue_is_full(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
+    assert bench.take(request(job_id="job-3")) == []
+
+
+# -- the same again ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_request_again_is_the_same_job_and_its_status_is_told_again(bench: Bench) -> None:
+    bench.take(request(job_id="a", metadata={"x": 1, "y": 2}))
+    [(number, job)] = bench.ledger.unpublished(10)
+    bench.ledger.mark_published(job.seq, number)
+    assert bench.take(request(job_id="a", metadata={"y": 2, "x": 1}, beam_size=5, language=None)) == []
+    assert [known.job_id for _, known in bench.ledger.unpublished(10)] == ["a"]
+    assert bench.ledger.totals().queued == 1
+
+
+def test_the_same_request_for_a_job_that_is_done_does_not_run_it_again(bench: Bench) -> None:
+    bench.take(request(job_id="a"))
+    job = bench.ledger.claim()
+    assert job is not None
+    bench.ledger.complete(job.seq, Result("Hello.", 1.0, "en", 0.9, no_speech=False))
+    assert bench.take(request(job_id="a")) == []
+    assert bench.ledger.claim() is None
+    assert bench.job("a").result_text == "Hello."
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        request(job_id="a", audio_path="other.wav"),
+        request(job_id="a", language="de"),
+        request(job_id="a", model_size="base"),
+        request(job_id="a", metadata={"room": "porch"}),
+        upload("a"),
+    ],
+)
+def test_the_same_id_for_another_request_is_a_conflict_and_the_job_stays_as_it_is(
+    bench: Bench, other: Delivery
+) -> None:
+    bench.take(request(job_id="a"))
+    before = bench.job("a")
+    assert bench.take(other) == ["job_id_conflict"]
+    assert bench.reports.rejections[0].job_id == "a"
+    assert bench.job("a") == before
+    assert bench.spooled() == []
+
+
+def test_two_requests_of_one_id_in_one_batch_are_judged_in_order(bench: Bench) -> None:
+    assert bench.take(request(job_id="a"), request(job_id="a"), upload("a"), request(job_id="b")) == ["job_id_conflict"]
+    assert [job.job_id for job in bench.jobs()] == ["a", "b"]
+
+
+def test_an_upload_that_comes_twice_leaves_one_file(bench: Bench) -> None:
+    bench.take(upload("a"), upload("a"))
+    bench.take(upload("a", dup=True))
+    assert bench.spooled() == [WAV]
+    assert bench.take(upload("a", b"other bytes")) == ["job_id_conflict"]
+    assert bench.spooled() == [WAV]
+
+
+def test_an_upload_and_the_same_bytes_in_base64_are_the_same_request(bench: Bench) -> None:
+    encoded = base64.b64encode(WAV).decode()
+    assert bench.take(upload("a"), message(json.dumps({"job_id": "a", "audio_base64": encoded}).encode())) == []
+    assert bench.spooled() == [WAV]
+
+
+def test_a_retained_request_without_an_id_runs_once_however_often_it_comes(bench: Bench) -> None:
+    for _ in range(3):
+        assert bench.take(message(b"porch.wav", retain=True)) == []
+    assert bench.take(message(b'{"audio_path": "porch.wav"}', retain=True)) == []
+    [job] = bench.jobs()
+    assert job.job_id.startswith("retained-")
+    bench.take(message(b"hall.wav", retain=True), message(b"porch.wav", retain=True, user_properties=(("a", "b"),)))
+    assert len(bench.jobs()) == 3
+
+
+def test_a_retained_request_with_an_id_keeps_it(bench: Bench) -> None:
+    bench.take(replace(request(job_id="a"), retain=True))
+    assert [job.job_id for job in bench.jobs()] == ["a"]
+
+
+def test_a_redelivery_of_a_request_without_an_id_makes_no_second_job(bench: Bench, tmp_path: Path) -> None:
+    first = message(b"porch.wav", receipt=Receipt(1, 9))
+    again = replace(first, dup=True, receipt=Receipt(2, 9))
+    bench.take(first)
+    assert bench.take(again) == []
+    assert bench.take(again, again) == []
+    assert len(bench.jobs()) == 1
+    bench.ledger.close()
+    with opened(tmp_path) as restarted:
+        assert restarted.take(again) == []
+        assert len(restarted.jobs()) == 1
+
+
+def test_a_redelivery_of_an_upload_without_an_id_leaves_one_file(bench: Bench) -> None:
+    encoded = base64.b64encode(WAV).decode()
+    first = message(json.dumps({"audio_base64": encoded}).encode())
+    bench.take(first, replace(first, dup=True))
+    assert len(bench.jobs()) == 1
+    assert bench.spooled() == [WAV]
+
+
+def test_the_first_delivery_that_was_never_seen_may_be_a_redelivery(bench: Bench) -> None:
+    bench.take(message(b"porch.wav", dup=True))
+    assert len(bench.jobs()) == 1
+
+
+def test_two_messages_that_ask_for_the_same_without_an_id_are_two_jobs(bench: Bench) -> None:
+    bench.take(message(b"porch.wav", receipt=Receipt(1, 1)), message(b"porch.wav", receipt=Receipt(1, 2)))
+    bench.take(message(b"porch.wav", receipt=Receipt(1, 1)))  # the packet id is free again, and this is no redelivery
+    bench.take(message(b"hall.wav", receipt=Receipt(2, 2), dup=True))  # a redelivery of something else
+    assert len(bench.jobs()) == 4
+
+
+def test_messages_of_qos_0_have_no_packet_id_to_be_recognised_by(bench: Bench) -> None:
+    bench.take(*(message(b"porch.wav", qos=0, receipt=Receipt(1, 0), dup=dup) for dup in (False, True)))
+    assert len(bench.jobs()) == 2
+
+
+# -- a disk that refuses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_quick_retries")
+@pytest.mark.parametrize("place", ["ledger_disk", "spool_disk"])
+def test_what_the_disk_refuses_is_tried_again_and_acknowledged_when_it_takes(bench: Bench, place: str) -> None:
+    disk = getattr(bench, place)
+    disk.refusals = 3
+    acknowledged_with = []
+    bench.source.on_acknowledge = lambda: acknowledged_with.append(disk.refusals)
+    assert bench.take(upload("a"), message(b"{"), request(job_id="b")) == ["malformed_json"]
+    assert acknowledged_with == [0]
+    assert [job.job_id for job in bench.jobs()] == ["a", "b"]
+    assert bench.spooled() == [WAV]
+    assert bench.reports.degradations[0] == ("intake", True)
+    assert bench.reports.degradations[-1] == ("intake", False)
+    assert bench.reports.degradations.count(("intake", False)) == 1
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_the_pauses_between_attempts_grow_up_to_a_limit(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.ledger_disk.refusals = 5
+    with caplog.at_level(logging.ERROR):
+        bench.take(request(job_id="a"))
+    pauses = [record.args[-1] for record in caplog.records if isinstance(record.args, tuple)]
+    assert pauses == [0.001, 0.002, 0.004, 0.004, 0.004]
+    assert all("Nothing is acknowledged" in record.getMessage() for record in caplog.records)
+
+
+def test_a_stop_while_the_disk_refuses_ends_at_once_and_acknowledges_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.intake._RETRY_FIRST_S", 3600.0)
+    bench.ledger_disk.refusals = float("inf")
+    bench.intake.start()
+    bench.source.bring(upload("a"))
+    assert bench.reports.told_degraded.wait(DEADLINE_S)
+    assert bench.source.acknowledged == []
+    bench.intake.stop(DEADLINE_S)
+    assert not bench.intake._thread.is_alive()
+    assert bench.source.acknowledged == []
+    assert bench.spooled() == []
+    assert bench.ledger.get("a") is None
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_refusals_are_not_reported_twice_when_the_disk_refuses_their_batch(bench: Bench) -> None:
+    bench.ledger_disk.refusals = 1
+    assert bench.take(message(b"{"), request(job_id="a", beam_size=11)) == ["malformed_json", "invalid_request"]
+
+
+# -- the thread ----------------------------------------------------------------------------------------------------
+
+
+def test_the_thread_takes_what_comes_until_it_is_stopped(bench: Bench) -> None:
+    acknowledged = threading.Event()
+    bench.source.on_acknowledge = acknowledged.set
+    bench.intake.start()
+    for job_id in ("a", "b"):
+        acknowledged.clear()
+        bench.source.bring(request(job_id=job_id))
+        assert acknowledged.wait(DEADLINE_S)
+    bench.source.bring()  # nothing, as a source that is woken does
+    bench.intake.stop(DEADLINE_S)
+    assert not bench.intake._thread.is_alive()
+    assert [job.job_id for job in bench.jobs()] == ["a", "b"]
+
+
+def test_an_intake_that_was_never_started_can_be_stopped(bench: Bench) -> None:
+    bench.intake.stop()
+
+
+# -- anything at all -----------------------------------------------------------------------------------------------
+
+topics = st.sampled_from(
+    [
+        "cesar/jobs",
+        "cesar/audio",
+        "cesar/audio/",
+        "cesar/audio/a",
+        "cesar/audio/b",
+        "cesar/audio/a/b",
+        "cesar/audio/\ufffd",
+    ]
+)
+payloads = st.binary(max_size=60) | st.sampled_from(
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"porch.wav",
+        b"http://example.org/a.wav",
+        b'{"audio_path": "a"}',
+        b'{"audio_path": "a", "job_id": "a"}',
+        b'{"audio_path": "b", "job_id": "a"}',
+        b'{"audio_base64": "YQ==", "job_id": "a"}',
+        b'{"audio_path": "a", "job_id": "b", "metadata": {"a": 1e999}}',
+        b'{"audio_path": "a", "model_size": "\\u0000"}',
+        b"[" * MAX_PAYLOAD_BYTES,
+        b"x" * (MAX_PAYLOAD_BYTES + 1),
+    ]
+)
+deliveries = st.builds(
+    Delivery,
+    topic=topics,
+    payload=payloads,
+    qos=st.sampled_from([0, 1]),
+    retain=st.booleans(),
+    dup=st.booleans(),
+    receipt=st.builds(Receipt, st.just(1), st.integers(1, 3)),
+    user_properties=st.sampled_from(
+        [(), (("metadata", "["),), (("job_id", "a"),), (("room", "\x00"),), (("task", "x"),)]
+    ),
+    received_at=st.just(0.0),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(deliveries, min_size=1, max_size=6), min_size=1, max_size=3))
+def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batches: list[list[Delivery]]) -> None:
+    with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as bench:
+        for batch in batches:
+            bench.take(*batch)
+        assert bench.take(request(job_id="good")) == []
+        needed = {bench.spool.path(name).name for name in bench.ledger.spooled()}
+        assert needed == {path.name for path in bench.spool_folder.iterdir()}
+        assert len({job.job_id for job in bench.jobs()}) == len(bench.jobs())
+        for rejection in bench.reports.rejections:
+            assert json.loads(rejection.encode())["detail"].endswith(".")

@@ -1,0 +1,778 @@
+import dataclasses
+import errno
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cesar_mqtt.disk import Disk
+from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.messages import Activity, Live
+from cesar_mqtt.spool import Spool
+from cesar_mqtt.transcriber import Progress, Segment, Stopped, Transcript, TranscriptionOptions
+from cesar_mqtt.worker import Worker, _Meter
+
+DEADLINE_S = 10.0
+HELLO = Transcript(
+    text="Hello there.",
+    language="en",
+    language_probability=0.97,
+    no_speech=False,
+    audio_duration_s=2.5,
+    segments=(Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01),),
+    warnings=("audio_truncated",),
+)
+
+
+@dataclass
+class Call:
+    """What a transcription was asked to do."""
+
+    path: Path
+    options: TranscriptionOptions
+    on_progress: Callable[[Progress], None]
+    should_stop: Callable[[], bool]
+
+
+class FakeTranscriber:
+    """Answers with `script`, and notes the calls. Nothing is transcribed."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.script: Callable[[Call], Transcript] = lambda _call: HELLO
+        self.warm_ups: list[str] = []
+        self.warm_up_error: Exception | None = None
+
+    def transcribe(
+        self,
+        path: Path,
+        options: TranscriptionOptions,
+        *,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> Transcript:
+        self.calls.append(Call(path, options, on_progress, should_stop))
+        return self.script(self.calls[-1])
+
+    def warm_up(self, model_size: str) -> None:
+        self.warm_ups.append(model_size)
+        if self.warm_up_error is not None:
+            raise self.warm_up_error
+
+
+class FakeReports:
+    """Notes what it is told; `until` waits for something to be among it."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self._changed = threading.Condition()
+
+    def _tell(self, what: object) -> None:
+        with self._changed:
+            self.told.append(what)
+            self._changed.notify_all()
+
+    def activity(self, activity: Activity) -> None:
+        self._tell(activity)
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        if on or (who, True) in self.told:
+            self._tell((who, on))
+
+    def progress(self, job: Job, live: Live) -> None:
+        self._tell((job.job_id, live))
+
+    def finished(self, job: Job) -> None:
+        self._tell(job)
+
+    @property
+    def ended(self) -> list[Job]:
+        return [what for what in self.told if isinstance(what, Job)]
+
+    def until(self, satisfied: Callable[[], object]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(satisfied, DEADLINE_S), self.told
+
+
+class RefusingDisk(Disk):
+    """A real disk that refuses to write `refusals` times."""
+
+    refusals = 0.0
+
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data, offset)
+
+
+class RacingLedger(Ledger):
+    """A real ledger that lets something else happen at the worst moment, once."""
+
+    before_claim: Callable[[], object] | None = None
+    after_processing: Callable[[], object] | None = None
+
+    def claim(self) -> Job | None:
+        racer, self.before_claim = self.before_claim, None
+        if racer is not None:
+            racer()
+        return super().claim()
+
+    def processing(self) -> tuple[int, ...]:
+        found = super().processing()
+        racer, self.after_processing = self.after_processing, None
+        if racer is not None:
+            racer()
+        return found
+
+
+class Bench:
+    """A worker with a fake transcriber between a real ledger and spool."""
+
+    def __init__(self, folder: Path, *, warm_up: str | None = None) -> None:
+        self.folder = folder
+        self.disk = RefusingDisk()
+        self.ledger = RacingLedger(folder / "ledger.json", disk=self.disk)
+        self.spool = Spool(folder / "spool")
+        self.audio = folder / "audio"
+        self.audio.mkdir(exist_ok=True)
+        (self.audio / "porch.wav").write_bytes(b"RIFF")
+        (folder / "secret.wav").write_bytes(b"RIFF")
+        self.transcriber = FakeTranscriber()
+        self.reports = FakeReports()
+        self.worker = Worker(
+            self.ledger,
+            self.transcriber,
+            spool=self.spool,
+            directories=[self.audio],
+            reports=self.reports,
+            warm_up=warm_up,
+        )
+
+    def add(self, *job_ids: str, path: str = "porch.wav", **fields: Any) -> None:
+        for job_id in job_ids:
+            self.ledger.append([NewJob(job_id, "f", AudioSource("path", path), "base", **fields)])
+
+    def add_upload(self, job_id: str) -> Path:
+        [name] = self.spool.store([b"RIFF"])
+        self.ledger.append([NewJob(job_id, "f", AudioSource("spool", name), "base")])
+        return self.spool.path(name)
+
+    def job(self, job_id: str) -> Job:
+        job = self.ledger.get(job_id)
+        assert job is not None
+        return job
+
+    def fails_with(self, error: Exception) -> None:
+        def script(_call: Call) -> Transcript:
+            raise error
+
+        self.transcriber.script = script
+
+    def blocks(self) -> "Gate":
+        """Let each transcription wait until it is let through."""
+        gate = Gate()
+
+        def script(_call: Call) -> Transcript:
+            gate.entered.set()
+            assert gate.opened.wait(DEADLINE_S)
+            return HELLO
+
+        self.transcriber.script = script
+        return gate
+
+
+class Gate:
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+
+
+@contextmanager
+def opened(folder: Path, *, warm_up: str | None = None) -> Iterator[Bench]:
+    bench = Bench(folder, warm_up=warm_up)
+    try:
+        yield bench
+    finally:
+        bench.disk.refusals = 0
+        bench.worker.stop()
+        assert bench.worker.join(DEADLINE_S)
+        bench.ledger.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with opened(tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.worker._RETRY_S", 0.001)
+
+
+@pytest.fixture
+def _endless_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.worker._RETRY_S", 3600.0)
+
+
+# -- one job -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_job_there_is_nothing_to_do(bench: Bench) -> None:
+    assert bench.worker.run_once() is False
+    assert bench.reports.told == []
+
+
+def test_a_job_is_worked_to_its_end_without_a_thread(bench: Bench) -> None:
+    bench.add(
+        "a", options={"language": "de", "task": "translate", "initial_prompt": "x", "beam_size": 2, "vad_filter": False}
+    )
+    assert bench.worker.run_once() is True
+    job = bench.job("a")
+    assert job.state is JobState.COMPLETED
+    assert job.attempt == 1
+    assert job.result_text == "Hello there."
+    assert job.detected_language == "en"
+    assert job.language_probability == 0.97
+    assert job.no_speech is False
+    assert job.audio_duration == 2.5
+    assert job.warnings == ("audio_truncated",)
+    [call] = bench.transcriber.calls
+    assert call.path == bench.audio / "porch.wav"
+    assert call.options == TranscriptionOptions("base", "de", "translate", "x", 2, vad_filter=False)
+
+
+def test_the_claim_is_on_disk_before_the_work_and_the_end_before_the_report(bench: Bench) -> None:
+    bench.add("a")
+    seen: list[tuple[JobState, int]] = []
+
+    def script(_call: Call) -> Transcript:
+        seen.append((bench.job("a").state, bench.job("a").attempt))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert seen == [(JobState.PROCESSING, 1)]
+    assert bench.reports.ended == [bench.job("a")]
+    assert bench.reports.ended[0].state is JobState.COMPLETED
+
+
+def test_jobs_run_in_the_order_of_their_acceptance(bench: Bench) -> None:
+    bench.add("c", "a", "b")
+    while bench.worker.run_once():
+        pass
+    assert [job.job_id for job in bench.reports.ended] == ["c", "a", "b"]
+
+
+def test_silence_is_recorded_as_no_speech(bench: Bench) -> None:
+    silence = dataclasses.replace(HELLO, text="", language=None, language_probability=None, no_speech=True, segments=())
+    bench.transcriber.script = lambda _call: silence
+    bench.add("a")
+    bench.worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.result_text, job.no_speech, job.detected_language) == (JobState.COMPLETED, "", True, None)
+
+
+def test_what_the_worker_is_doing_is_told_around_each_job_even_when_it_fails(bench: Bench) -> None:
+    bench.add("a")
+    bench.worker.run_once()
+    bench.fails_with(RuntimeError("x"))
+    bench.add("b")
+    bench.worker.run_once()
+    assert [what for what in bench.reports.told if isinstance(what, str)] == ["processing", "idle"] * 2
+
+
+def test_no_transcript_reaches_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.add("a", options={"initial_prompt": "Passwort"})
+    with caplog.at_level(logging.DEBUG):
+        bench.worker.run_once()
+    assert "completed" in caplog.text
+    assert "Hello" not in caplog.text
+    assert "Passwort" not in caplog.text
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_a_job_that_cannot_be_completed_ends_with_its_code_and_sentence(bench: Bench, code: ErrorCode) -> None:
+    bench.fails_with(JobFailedError(code, "Do something about it."))
+    bench.add("a")
+    bench.worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.error_code, job.error_message) == (JobState.ERROR, code, "Do something about it.")
+    assert bench.reports.ended == [job]
+    assert job.result_text is None
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("nothing.wav", ErrorCode.AUDIO_NOT_FOUND),
+        ("../secret.wav", ErrorCode.AUDIO_NOT_ALLOWED),
+        ("/etc/passwd", ErrorCode.AUDIO_NOT_ALLOWED),
+        ("a\0b", ErrorCode.AUDIO_NOT_ALLOWED),
+    ],
+)
+def test_a_path_that_cannot_be_used_never_reaches_the_transcriber(bench: Bench, path: str, code: ErrorCode) -> None:
+    bench.add("a", path=path)
+    bench.worker.run_once()
+    assert bench.job("a").error_code is code
+    assert bench.transcriber.calls == []
+    assert str(bench.folder) not in (bench.job("a").error_message or "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA: /secret/path broke"),
+        MemoryError("/secret/path"),
+        OSError(errno.EIO, "Input/output error", "/secret/path"),
+        KeyError("/secret/path"),
+        RecursionError("/secret/path"),
+        LookupError(),
+    ],
+)
+def test_an_unexpected_error_ends_the_job_without_giving_anything_away_and_the_next_job_completes(
+    bench: Bench, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.add("a", "b")
+    bench.fails_with(error)
+    bench.worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.error_code) == (JobState.ERROR, ErrorCode.INTERNAL)
+    assert job.error_message == "The transcription failed; the consumer's log says why. Retry, or report it."
+    assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [True]
+    bench.transcriber.script = lambda _call: HELLO
+    bench.worker.run_once()
+    assert bench.job("b").state is JobState.COMPLETED
+
+
+def test_a_job_without_audio_or_with_options_of_a_later_version_fails_alone(bench: Bench) -> None:
+    bench.ledger.append([NewJob("a", "f", None, "base")])
+    bench.add("b", options={"hotwords": "x"})
+    bench.add("c")
+    while bench.worker.run_once():
+        pass
+    assert [job.error_code for job in bench.reports.ended] == [ErrorCode.INTERNAL, ErrorCode.INTERNAL, None]
+
+
+@pytest.mark.parametrize(
+    "unwritable",
+    [
+        dataclasses.replace(HELLO, audio_duration_s=math.nan),
+        dataclasses.replace(HELLO, language_probability=math.inf),
+        None,
+    ],
+)
+def test_a_result_that_cannot_be_written_down_ends_the_job_and_not_the_worker(
+    bench: Bench, unwritable: Transcript
+) -> None:
+    bench.transcriber.script = lambda _call: unwritable
+    bench.add("a", "b")
+    bench.worker.run_once()
+    assert (bench.job("a").state, bench.job("a").error_code) == (JobState.ERROR, ErrorCode.INTERNAL)
+    bench.transcriber.script = lambda _call: HELLO
+    bench.worker.run_once()
+    assert bench.job("b").state is JobState.COMPLETED
+
+
+def test_what_utf_8_cannot_say_is_replaced_before_it_is_written_down(bench: Bench) -> None:
+    bench.fails_with(JobFailedError(ErrorCode.AUDIO_UNREADABLE, "caf\udce9.wav cannot be read."))
+    bench.add("a", "b")
+    bench.worker.run_once()
+    bench.transcriber.script = lambda _call: dataclasses.replace(HELLO, text="Hello \ud83d.")
+    bench.worker.run_once()
+    assert bench.job("a").error_message == "caf?.wav cannot be read."
+    assert bench.job("b").result_text == "Hello ?."
+
+
+# -- the spool -----------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_is_read_from_the_spool_and_removed_once_its_transcript_is_on_disk(bench: Bench) -> None:
+    path = bench.add_upload("a")
+    states = []
+
+    def script(call: Call) -> Transcript:
+        states.append((call.path, call.path.exists()))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert states == [(path, True)]
+    assert bench.job("a").state is JobState.COMPLETED
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_an_upload_is_kept_exactly_as_long_as_a_retry_may_help(bench: Bench, code: ErrorCode) -> None:
+    path = bench.add_upload("a")
+    bench.fails_with(JobFailedError(code, "It failed."))
+    bench.worker.run_once()
+    assert path.exists() is code.retryable
+    assert bench.ledger.spooled() == ({path.name} if code.retryable else set())
+
+
+def test_a_file_that_was_named_by_path_is_never_removed(bench: Bench) -> None:
+    bench.add("a")
+    bench.worker.run_once()
+    assert (bench.audio / "porch.wav").exists()
+
+
+def test_an_upload_stays_when_the_job_is_put_back(bench: Bench) -> None:
+    path = bench.add_upload("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.worker.abandon()
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.QUEUED
+    assert path.exists()
+
+
+# -- a disk that refuses -------------------------------------------------------------------------------------------
+
+
+def test_a_claim_that_the_disk_refuses_starts_nothing_and_the_job_still_waits(bench: Bench) -> None:
+    bench.add("a")
+    bench.disk.refusals = 1
+    with pytest.raises(LedgerError):
+        bench.worker.run_once()
+    assert bench.transcriber.calls == []
+    assert (bench.job("a").state, bench.job("a").attempt) == (JobState.QUEUED, 0)
+    bench.worker.run_once()
+    assert (bench.job("a").state, bench.job("a").attempt) == (JobState.COMPLETED, 1)
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_the_thread_tries_a_refused_claim_again_until_the_disk_takes_it(bench: Bench) -> None:
+    bench.add("a")
+    bench.disk.refusals = 3
+    bench.worker.start()
+    bench.reports.until(lambda: bench.reports.ended)
+    assert bench.job("a").attempt == 1
+    assert len(bench.transcriber.calls) == 1
+    assert bench.reports.told[:4] == ["idle", *[("worker", True)] * 3]
+    assert bench.reports.told.index(("worker", False)) < bench.reports.told.index("processing")
+
+
+@pytest.mark.usefixtures("_quick_retries")
+@pytest.mark.parametrize("error", [None, JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty.")])
+def test_an_end_that_the_disk_refuses_is_recorded_later_and_the_work_is_not_done_twice(
+    bench: Bench, error: Exception | None
+) -> None:
+    bench.add("a", "b")
+
+    def script(_call: Call) -> Transcript:
+        bench.disk.refusals = 3
+        if error is not None:
+            raise error
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert bench.job("a").state is (JobState.COMPLETED if error is None else JobState.ERROR)
+    assert len(bench.transcriber.calls) == 1
+    assert len(bench.reports.ended) == 1
+    degradations = [what for what in bench.reports.told if isinstance(what, tuple)]
+    assert degradations == [*[("worker", True)] * 3, ("worker", False)]
+    assert bench.job("b").state is JobState.QUEUED
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_stop_while_a_claim_is_refused_ends_at_once(bench: Bench) -> None:
+    bench.add("a")
+    bench.disk.refusals = math.inf
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.worker.stop()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_forced_stop_while_an_end_is_refused_puts_the_job_back(bench: Bench) -> None:
+    bench.add("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.disk.refusals = 1
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.worker.abandon()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+    assert bench.reports.ended == []
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_forced_stop_ends_the_worker_although_the_disk_takes_nothing_at_all(bench: Bench) -> None:
+    bench.add("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.disk.refusals = math.inf
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    with pytest.raises(LedgerError):
+        bench.worker.abandon()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.PROCESSING
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_lets_the_current_job_finish_and_starts_no_other(bench: Bench) -> None:
+    gate = bench.blocks()
+    bench.add("a", "b")
+    bench.worker.start()
+    assert gate.entered.wait(DEADLINE_S)
+    bench.worker.stop()
+    assert not bench.worker.join(0)
+    assert not bench.transcriber.calls[0].should_stop()
+    gate.opened.set()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.COMPLETED
+    assert (bench.job("b").state, bench.job("b").attempt) == (JobState.QUEUED, 0)
+
+
+def test_a_stop_wakes_a_worker_that_waits_for_work(bench: Bench) -> None:
+    bench.worker.start()
+    bench.reports.until(lambda: "idle" in bench.reports.told)
+    bench.worker.stop()
+    assert bench.worker.join(DEADLINE_S)
+
+
+def test_a_worker_that_was_never_started_has_ended(bench: Bench) -> None:
+    bench.worker.stop()
+    assert bench.worker.join(0)
+
+
+def stops_when_asked(call: Call) -> Transcript:
+    while not call.should_stop():
+        call.on_progress(Progress(0.5, 2.5))
+    raise Stopped
+
+
+def test_a_forced_stop_puts_the_job_back_at_the_front_and_ends_the_work(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.transcriber.script = stops_when_asked
+    bench.add("a", "b")
+    bench.worker.start()
+    bench.reports.until(lambda: [what for what in bench.reports.told if what[0] == "a"])
+    bench.worker.abandon()
+    assert bench.job("a").state is JobState.QUEUED  # at once, not when the model is done
+    assert bench.worker.join(DEADLINE_S)
+    job = bench.job("a")
+    assert (job.state, job.attempt, job.started_at, job.queue_position) == (JobState.QUEUED, 1, None, 1)
+    assert bench.reports.ended == []
+    assert len(bench.transcriber.calls) == 1
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("late", [None, RuntimeError("late"), JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty.")])
+def test_what_an_abandoned_job_still_yields_is_thrown_away(bench: Bench, late: Exception | None) -> None:
+    gate = Gate()
+
+    def script(_call: Call) -> Transcript:
+        gate.entered.set()
+        assert gate.opened.wait(DEADLINE_S)
+        if late is not None:
+            raise late
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.start()
+    assert gate.entered.wait(DEADLINE_S)
+    bench.worker.abandon()
+    gate.opened.set()
+    assert bench.worker.join(DEADLINE_S)
+    job = bench.job("a")
+    assert (job.state, job.result_text, job.error_code) == (JobState.QUEUED, None, None)
+    assert bench.reports.ended == []
+
+
+def test_a_job_that_ends_in_the_very_moment_of_a_forced_stop_stays_ended(bench: Bench) -> None:
+    bench.add("a")
+    job = bench.ledger.claim()
+    assert job is not None
+    result = Result("Hello.", 1.0, "en", 0.9, no_speech=False)
+    bench.ledger.after_processing = lambda: bench.ledger.complete(job.seq, result)
+    bench.worker.abandon()
+    assert bench.job("a").state is JobState.COMPLETED
+
+
+def test_a_result_that_comes_just_after_the_job_was_put_back_is_thrown_away(bench: Bench) -> None:
+    bench.add("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.ledger.requeue(bench.job("a").seq)  # what `abandon` does, before it is known here
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.QUEUED
+    assert bench.reports.ended == []
+
+
+def test_a_job_that_is_claimed_in_the_very_moment_of_a_forced_stop_is_put_back_unworked(bench: Bench) -> None:
+    bench.add("a")
+    bench.ledger.before_claim = bench.worker.abandon
+    bench.worker.start()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+    assert bench.transcriber.calls == []
+
+
+def test_a_forced_stop_that_the_disk_refuses_leaves_the_job_to_the_next_start(bench: Bench) -> None:
+    bench.add("a")
+    bench.ledger.claim()
+    bench.disk.refusals = 1
+    with pytest.raises(LedgerError):
+        bench.worker.abandon()
+    bench.ledger.close()
+    with opened(bench.folder) as restarted:
+        assert restarted.job("a").state is JobState.QUEUED
+        restarted.worker.run_once()
+        assert restarted.job("a").state is JobState.COMPLETED
+        assert restarted.job("a").attempt == 2
+
+
+# -- the thread ----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_picked_up_as_soon_as_it_is_there_without_anybody_calling(bench: Bench) -> None:
+    gate = bench.blocks()
+    gate.opened.set()
+    bench.worker.start()
+    bench.reports.until(lambda: "idle" in bench.reports.told)
+    latencies_s = []
+    for number in range(5):
+        gate.entered.clear()
+        started = time.monotonic()
+        bench.add(f"job-{number}")
+        assert gate.entered.wait(DEADLINE_S)
+        latencies_s.append(time.monotonic() - started)
+        bench.reports.until(lambda: len(bench.reports.ended) == number + 1)  # noqa: B023 - called before the next number
+    assert min(latencies_s) < 0.25  # whoever polls is never that quick
+
+
+def test_the_thread_works_off_everything_that_waits_one_job_at_a_time(bench: Bench) -> None:
+    at_work = []
+
+    def script(_call: Call) -> Transcript:
+        at_work.append(len(bench.ledger.processing()))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add(*(f"job-{number}" for number in range(20)))
+    bench.worker.start()
+    bench.reports.until(lambda: len(bench.reports.ended) == 20)
+    assert [job.job_id for job in bench.reports.ended] == [f"job-{number}" for number in range(20)]
+    assert at_work == [1] * 20
+
+
+def test_the_model_is_loaded_before_the_first_job(tmp_path: Path) -> None:
+    with opened(tmp_path, warm_up="tiny.en") as bench:
+        bench.add("a")
+        bench.worker.start()
+        bench.reports.until(lambda: bench.reports.ended)
+        assert bench.transcriber.warm_ups == ["tiny.en"]
+        assert bench.reports.told[:3] == ["loading", "idle", "processing"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JobFailedError(ErrorCode.MODEL_UNAVAILABLE, "The model is not here."),
+        RuntimeError("CUDA driver version is insufficient"),
+        MemoryError(),
+        ImportError("libcublas"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ahead_does_not_end_the_worker(tmp_path: Path, error: Exception) -> None:
+    with opened(tmp_path, warm_up="base") as bench:
+        bench.transcriber.warm_up_error = error
+        bench.add("a")
+        bench.worker.start()
+        bench.reports.until(lambda: bench.reports.ended)
+        assert bench.reports.told[:2] == ["loading", "idle"]
+        assert bench.job("a").state is JobState.COMPLETED
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        call.on_progress(Progress(0.0, 2.5))
+        call.on_progress(Progress(1.0, 2.5))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.run_once()
+    (first_id, first), (_, second) = (what for what in bench.reports.told if isinstance(what, tuple))
+    assert first_id == "a"
+    assert (first.progress, first.processed_duration, first.audio_duration) == (0.0, 0.0, 2.5)
+    assert (first.speed, first.eta) == (None, None)
+    assert (second.progress, second.processed_duration) == (0.4, 1.0)
+
+
+AT_WORK = Job(1, "a", JobState.PROCESSING, 1, 0.0, 0.0, "f", "base")
+
+
+def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
+    reports = FakeReports()
+    clock = iter([100.0, 100.5, 105.0, 110.0])
+    meter = _Meter(AT_WORK, reports, lambda: next(clock))
+    for processed_s in (0.0, 20.0, 60.0):
+        meter.note(Progress(processed_s, 60.0))
+    assert [(live.speed, live.eta) for _, live in reports.told] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
+
+
+durations = st.just(0.0) | st.floats(0.001, 400_000.0).map(lambda seconds: round(seconds, 3))
+steps = st.lists(st.tuples(st.floats(-0.5, 1.5), st.floats(0, 100_000)), min_size=1, max_size=20)
+
+
+@settings(deadline=None)
+@given(durations, steps)
+def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
+    duration_s: float, processed: list[tuple[float, float]]
+) -> None:
+    reports = FakeReports()
+    now_s = 1000.0
+    meter = _Meter(AT_WORK, reports, lambda: now_s)
+    for share, took_s in processed:
+        now_s += took_s
+        meter.note(Progress(round(share * duration_s, 3), duration_s))
+    lives = [live for _, live in reports.told]
+    assert len(lives) == len(processed)
+    assert all(0.0 <= live.progress < 1.0 for live in lives)
+    assert [live.progress for live in lives] == sorted(live.progress for live in lives)
+    assert [live.processed_duration for live in lives] == sorted(live.processed_duration for live in lives)
+    assert all(0.0 <= live.processed_duration <= duration_s for live in lives)
+    assert all(live.eta is None or (math.isfinite(live.eta) and live.eta >= 0) for live in lives)
+    assert all(live.speed is None or (math.isfinite(live.speed) and live.speed >= 0) for live in lives)
