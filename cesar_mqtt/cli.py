@@ -117,7 +117,12 @@ def serve(
     with handle_stop_signals() as stop:
         from cesar_mqtt.service import Service
 
-        code = Service(settings, directory=Path.cwd()).run(stop)
+        service = Service(settings, directory=Path.cwd())
+        try:
+            code = service.run(stop)
+        except CesarError as exc:
+            _say(str(exc))
+            code = exc.exit_code
     if code is not ExitCode.OK:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
         sys.stderr.flush()

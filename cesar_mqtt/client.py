@@ -126,6 +126,15 @@ class MqttClient:
             return self._info
 
     @property
+    def alive(self) -> bool:
+        """Whether the network thread runs; once it has been started, it does so until `close` or a refusal."""
+        return self._thread.is_alive()
+
+    def stop_receiving(self) -> None:
+        """Let `receive` return at once, and nothing any more; what has not been acknowledged stays with the broker."""
+        self._hand_off.close()
+
+    @property
     def connected(self) -> ConnectionInfo | None:
         """The connection that stands; None: none does."""
         return self._info

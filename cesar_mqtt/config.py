@@ -103,6 +103,10 @@ class WorkerSettings(Section):
 
     max_attempts: int = Field(default=3, ge=1)
     """How often a job may be started before a crash of the process makes it `error` `crashed`."""
+    retries: int = Field(default=2, ge=0)
+    """How often a job is tried again by itself after a failure that may pass."""
+    retry_delay: float = Field(default=2.0, gt=0)
+    """Seconds before the first retry, in which the jobs behind it go on; four times as long before each further one."""
     drain_timeout: float | None = Field(default=None, gt=0)
     """Seconds that a stop waits for the current job before it goes back into the queue; None: as long as it takes."""
 
@@ -114,6 +118,15 @@ class QueueSettings(Section):
     """Jobs waiting; one more is refused as `queue_full`."""
     max_payload_bytes: int = Field(default=256 << 20, ge=1024)
     """The largest message taken; a larger one is refused as `payload_too_large`."""
+
+
+class RetentionSettings(Section):
+    """How long finished jobs are kept, with their statuses and their audio."""
+
+    days: float = Field(default=7.0, gt=0)
+    """Jobs that ended longer ago are deleted."""
+    max_finished: int = Field(default=1000, ge=0)
+    """Of the others so many are kept, the newest."""
 
 
 class LogSettings(Section):
@@ -138,6 +151,7 @@ class Settings(Section):
     models: ModelSettings = ModelSettings()
     worker: WorkerSettings = WorkerSettings()
     queue: QueueSettings = QueueSettings()
+    retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
 
     def redacted(self) -> dict[str, Any]:

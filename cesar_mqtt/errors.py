@@ -78,6 +78,10 @@ class BrokerRefusedError(CesarError):
     exit_code = ExitCode.CONFIG
 
 
+class DiedError(CesarError):
+    """A thread of the consumer has ended by itself: the process has to be started again."""
+
+
 class LedgerError(CesarError):
     """The ledger cannot be read or written."""
 

@@ -53,6 +53,9 @@ class Reports(Protocol):
     def reject(self, rejection: Rejection) -> None:
         """Report a refused message."""
 
+    def found_retained(self, payload: bytes) -> None:
+        """Take note of what the broker retains as the consumer's queue."""
+
     def degraded(self, who: str, *, on: bool) -> None:
         """Take note of whether the disk refuses."""
 
@@ -107,6 +110,11 @@ class Intake:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -133,6 +141,10 @@ class Intake:
     # -- what a message asks for ----------------------------------------------------------------------------------
 
     def _plan(self, delivery: Delivery) -> _Plan:
+        if delivery.topic == self._topics.own("queue"):
+            if delivery.retain:
+                self._reports.found_retained(delivery.payload)
+            return _Plan(delivery)
         if not delivery.payload:  # what clears a retained message
             return _Plan(delivery)
         parsed = self._parse(delivery)
@@ -190,6 +202,8 @@ class Intake:
             metadata=request.metadata,
             packet_id=packet_id,
             redelivered=delivery.dup,
+            anonymous=request.job_id is None,
+            retained=delivery.retain,
         )
 
     # -- on disk --------------------------------------------------------------------------------------------------

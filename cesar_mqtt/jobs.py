@@ -64,8 +64,10 @@ class NewJob:
 
     Attributes:
         fingerprint: equal for requests that ask for the same; decides what "the same id again" means.
+        anonymous: whether the producer gave no id, so that it was made here.
         packet_id: the MQTT packet id of a request that came at QoS 1 without an id, for a redelivery bears it again.
         redelivered: whether the request came with the DUP flag.
+        retained: whether it came because the broker retains it.
         options: the transcription options that differ from their defaults, by the contract's names.
         failure: why the request is recorded as `error` without being worked on; None for a good one.
     """
@@ -78,6 +80,8 @@ class NewJob:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     packet_id: int | None = None
     redelivered: bool = False
+    anonymous: bool = False
+    retained: bool = False
     failure: str | None = None
 
 
@@ -88,6 +92,8 @@ class Job:
     Attributes:
         seq: the ledger's own number, in the order of acceptance; never used again.
         revision: the transaction that changed the job last.
+        attempt: how often the work was begun; `crashes` and `retries` say how often the process died or a failure that
+            may pass was met in it.
         queue_position: from 1 while queued, else None.
     """
 
@@ -104,6 +110,7 @@ class Job:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 0
     crashes: int = 0
+    retries: int = 0
     started_at: float | None = None
     completed_at: float | None = None
     result_text: str | None = None
@@ -115,6 +122,14 @@ class Job:
     error_message: str | None = None
     warnings: tuple[str, ...] = ()
     queue_position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A job that was deleted, while the broker may still retain its status."""
+
+    seq: int
+    job_id: str
 
 
 class Verdict(StrEnum):

@@ -8,8 +8,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,7 @@ from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
 from cesar_mqtt.jobs import (
     TRANSITIONS,
+    Gone,
     IllegalTransitionError,
     Job,
     JobState,
@@ -28,6 +29,8 @@ from cesar_mqtt.jobs import (
     Totals,
     Verdict,
 )
+from cesar_mqtt.line import Line
+from cesar_mqtt.outbox import Outbox
 from cesar_mqtt.records import document_of, job_of, needs_audio, present
 from cesar_mqtt.storage import Change, JournalStorage
 from cesar_mqtt.tables import JournalDB
@@ -36,10 +39,8 @@ logger = logging.getLogger(__name__)
 
 TABLE = "jobs"
 COUNTERS = "counters"
-TRAIL = 1000
-"""So many changes of state are kept one by one for the broker; beyond that, only the newest counts."""
-HEAD = 10
-"""So many of the first jobs in the queue are told their position whenever it changes (the contract's section 2)."""
+GONE = "gone"
+"""Deleted jobs whose status the broker may still retain."""
 
 _CHECKPOINT_BYTES = 8 << 20
 
@@ -57,6 +58,7 @@ class Ledger:
         max_attempts: int = 3,
         max_queued: int = 100_000,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         disk: Disk | None = None,
     ) -> None:
         """Open or create the ledger at `path`, and put back into the queue what a crash left in `processing`.
@@ -65,7 +67,8 @@ class Ledger:
             path: `ledger.json`; its folder must exist. The journal and the lock stand beside it.
             max_attempts: after so many crashes in mid-work a job becomes `error` `crashed`.
             max_queued: how many jobs may wait.
-            clock: seconds since the epoch.
+            clock: seconds since the epoch, for what is told.
+            monotonic: seconds since whenever, for delays.
             disk: the durable writes; for tests.
 
         Raises:
@@ -76,6 +79,7 @@ class Ledger:
         self._max_attempts = max_attempts
         self._max_queued = max_queued
         self._clock = clock
+        self._monotonic = monotonic
         self._changed = threading.Condition(threading.RLock())
         self._observers: list[Callable[[], None]] = []
         self._closed = False
@@ -117,21 +121,26 @@ class Ledger:
         order = sorted((int(key), document) for key, document in rows.items())
         self._by_id = {document["job_id"]: seq for seq, document in order}
         self._packet_ids = {d["packet_id"]: seq for seq, d in order if "packet_id" in d}
-        self._queue = OrderedDict((seq, None) for seq, d in order if d["state"] == JobState.QUEUED)
+        self._anonymous = {d["fingerprint"]: seq for seq, d in order if "anonymous" in d}
+        self._queue = Line(seq for seq, d in order if d["state"] == JobState.QUEUED)
         self._processing = [seq for seq, d in order if d["state"] == JobState.PROCESSING]
         counters = self._db.journal.rows(COUNTERS).get("1", {})
-        self._last_seq = order[-1][0] if order else 0
+        self._last_seq = max(counters.get("last_seq", 0), order[-1][0] if order else 0)
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
         self._ended = {state: counters.get(state.value, 0) for state in JobState if state.final}
-        mark = self._db.journal.mark
-        unpublished = sorted((d["revision"], seq) for seq, d in order if d["revision"] > mark)
-        self._trail: deque[tuple[int, Job]] = deque(maxlen=TRAIL)
-        self._outbox = OrderedDict((seq, revision) for revision, seq in unpublished)
-        self._unacknowledged = self._outbox.copy()
-        self._positions: dict[int, tuple[int, float | None]] = {
-            seq: (rank, None) for rank, seq in enumerate(islice(self._queue, HEAD, None), start=HEAD + 1)
+        finished = sorted((d["revision"], seq) for seq, d in order if JobState(d["state"]).final)
+        self._finished = OrderedDict((seq, None) for _, seq in finished)
+        self._gone = {
+            int(key): Gone(int(key), document["job_id"]) for key, document in self._db.journal.rows(GONE).items()
         }
+        self._buried: list[int] = []
+        mark = self._db.journal.mark
+        self._outbox = Outbox((revision, seq) for revision, seq in self._revisions() if revision > mark)
         self._number_the_head()  # what the broker knows of their positions is not on disk
+
+    def _revisions(self) -> Iterator[tuple[int, int]]:
+        """Yield the last transaction and the number of every job."""
+        return ((document["revision"], int(key)) for key, document in self._rows.items())
 
     @property
     def _rows(self) -> Mapping[str, Mapping[str, Any]]:
@@ -160,26 +169,14 @@ class Ledger:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
             changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
-        revision = self._db.commit(changes, mark=self._watermark())
+        changes.extend(Change(GONE, seq, None) for seq in self._buried)
+        transaction = self._db.journal.transaction
+        revision = self._db.commit(changes, mark=self._outbox.watermark(transaction))
         self._rejected_on_disk = self._rejected
+        self._buried.clear()
         for seq in touched:
-            self._tell(seq, revision)
-            self._unacknowledged[seq] = revision
-            self._unacknowledged.move_to_end(seq)
+            self._outbox.owe(seq, revision)
         self._notify()
-
-    def _watermark(self) -> int:
-        """Return the transaction up to which the broker has acknowledged everything.
-
-        It must stay below the revision of every job that the broker lacks, for after a crash that is what decides. In
-        the outbox a job moves on when there is more to tell of it without a transaction, such as a new position.
-        """
-        oldest = next(iter(self._unacknowledged.values()), None)
-        return self._db.journal.transaction if oldest is None else oldest - 1
-
-    def _tell(self, seq: int, revision: int) -> None:
-        self._outbox[seq] = revision
-        self._outbox.move_to_end(seq)
 
     def _move(self, seq: int, state: JobState, fields: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Job:
         """Take one job from its state to `state`, durably, and return it as it is then."""
@@ -201,36 +198,29 @@ class Ledger:
         self._commit(changes, (seq,))
         self._note(seq, before, state)
         job = self._job(seq)
-        self._trail.append((self._outbox[seq], job))
+        self._outbox.passed(job)
         return job
 
     def _note(self, seq: int, before: JobState, after: JobState) -> None:
         """Bring the index up to date with a change that is on disk."""
         if after.final:
             self._ended[after] += 1
+            self._finished[seq] = None
         if before is JobState.PROCESSING:
             self._processing.remove(seq)
         if before is JobState.QUEUED:
-            del self._queue[seq]
-            self._positions.pop(seq, None)
+            self._queue.remove(seq)
         if after is JobState.PROCESSING:
             self._processing.append(seq)
         if after is JobState.QUEUED:
-            first = next(iter(self._queue), seq)
-            self._queue[seq] = None
-            self._queue.move_to_end(seq, last=False)
-            if first < seq:  # others that were accepted before it were put back, too
-                self._queue = OrderedDict.fromkeys(sorted(self._queue))
+            self._queue.put_back(seq)
         if JobState.QUEUED in (before, after):
             self._number_the_head()
 
     def _number_the_head(self) -> None:
         """Give the first jobs their new positions, and let the broker be told of those that changed."""
-        now = self._clock()
-        for rank, seq in enumerate(islice(self._queue, HEAD), start=1):
-            if self._positions.get(seq, (0, None))[0] != rank:
-                self._positions[seq] = (rank, now)
-                self._tell(seq, self._db.journal.transaction)
+        for seq in self._queue.number_head(self._clock()):
+            self._outbox.tell(seq, self._db.journal.transaction)
 
     def _counters(self, changed: Mapping[JobState, int]) -> Change:
         return Change(COUNTERS, 1, {state.value: total for state, total in changed.items()})
@@ -253,7 +243,7 @@ class Ledger:
             for verdict, job_id in verdicts:
                 seq = self._by_id.get(job_id)
                 if verdict is Verdict.SAME and seq is not None:
-                    self._tell(seq, self._db.journal.transaction)
+                    self._outbox.tell(seq, self._db.journal.transaction)
                 known.append((verdict, None if seq is None else made.get(job_id) or self._job(seq)))
             if any(verdict is Verdict.SAME for verdict, _ in verdicts):
                 self._notify()
@@ -278,17 +268,20 @@ class Ledger:
             verdicts.append((verdict, job_id))
         return verdicts, new
 
-    def _first_delivery(self, request: NewJob, new: Mapping[str, NewJob]) -> str | None:
+    def _first_delivery(self, request: NewJob, new: dict[str, NewJob]) -> str | None:
         """Return the id of the job that an earlier delivery of the same message made, if there is one.
 
         A redelivery has the DUP flag and the packet id of the first (MQTT 5, section 4.4), so two messages that
-        happen to ask for the same are two jobs.
+        happen to ask for the same are two jobs. What comes back because it is retained has neither: it is the job that
+        its first, live delivery made.
         """
+        if request.retained and request.anonymous and request.fingerprint in self._anonymous:
+            return str(self._rows[str(self._anonymous[request.fingerprint])]["job_id"])
         if not request.redelivered or request.packet_id is None:
             return None
-        for job_id, other in new.items():
-            if other.packet_id == request.packet_id and other.fingerprint == request.fingerprint:
-                return job_id
+        for job_id, other in reversed(new.items()):
+            if other.packet_id == request.packet_id:
+                return job_id if other.fingerprint == request.fingerprint else None
         seq = self._packet_ids.get(request.packet_id)
         if seq is None or self._rows[str(seq)]["fingerprint"] != request.fingerprint:
             return None
@@ -307,31 +300,39 @@ class Ledger:
             failed += request.failure is not None
         if failed:
             changes.append(self._counters({JobState.ERROR: self._ended[JobState.ERROR] + failed}))
+        revived = [seq for seq, gone in self._gone.items() if gone.job_id in new]
+        changes.extend(Change(GONE, seq, None) for seq in revived)
         first = self._last_seq + 1
         self._commit(changes, range(first, first + len(new)))
+        for seq in revived:  # the new job's status takes the place of the old one's at the broker
+            del self._gone[seq]
         self._last_seq += len(new)
         self._ended[JobState.ERROR] += failed
         for seq, request in enumerate(new.values(), start=first):
             self._by_id[request.job_id] = seq
             if request.packet_id is not None:
                 self._packet_ids[request.packet_id] = seq
+            if request.anonymous:
+                self._anonymous[request.fingerprint] = seq
             if request.failure is None:
-                self._queue[seq] = None
-                self._positions[seq] = (len(self._queue), None)
+                self._queue.add(seq)
+            else:
+                self._finished[seq] = None
         made = {job_id: self._job(seq) for seq, job_id in enumerate(new, start=first)}
-        self._trail.extend((revision, job) for job in made.values())
+        for job in made.values():
+            self._outbox.passed(job)
         return made
 
     # -- working --------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:
-        """Take the job that waits longest into `processing`, with its attempt counted; None when none waits.
+        """Take the oldest job that is ready into `processing`, with its attempt counted; None when none is.
 
         Raises:
             LedgerError: the disk refused; the job still waits.
         """
         with self._changed:
-            seq = next(iter(self._queue), None)
+            seq = self._queue.ready(self._monotonic())
             if seq is None:
                 return None
             attempt = self._rows[str(seq)].get("attempt", 0) + 1
@@ -363,12 +364,29 @@ class Ledger:
     def requeue(self, seq: int) -> None:
         """Put a job in `processing` back to the front of the queue, as a forced stop does. Raises as `complete`."""
         with self._changed:
-            self._move(seq, JobState.QUEUED, {}, ("started_at",))
+            self._put_back(seq, {})
+
+    def _put_back(self, seq: int, fields: Mapping[str, Any]) -> None:
+        if seq not in self._processing:  # an error may become queued, too, but that is a retry
+            raise IllegalTransitionError(f"Job number {seq} is not in work, so it cannot be put back.")
+        self._move(seq, JobState.QUEUED, fields, ("started_at",))
+
+    def defer(self, seq: int, delay_s: float) -> None:
+        """Put a job in `processing` back, not to be claimed for `delay_s`; those behind it go first.
+
+        The delay is by the monotonic clock and not on disk: after a restart the job is ready at once. Raises as
+        `complete`.
+        """
+        with self._changed:
+            retries = self._rows.get(str(seq), {}).get("retries", 0) + 1
+            self._put_back(seq, {"retries": retries})
+            self._queue.delay(seq, self._monotonic() + delay_s)
 
     def wait_for_work(self, stopped: Callable[[], bool]) -> bool:
-        """Sleep until a job waits (True) or `stopped` is true (False); `wake` makes it look again."""
+        """Sleep until a job is ready (True) or `stopped` is true (False); `wake` makes it look again."""
         with self._changed:
-            self._changed.wait_for(lambda: stopped() or bool(self._queue))
+            while not stopped() and self._queue.ready(self._monotonic()) is None:
+                self._changed.wait(self._queue.next_ready_in(self._monotonic()))
             return not stopped()
 
     def wake(self) -> None:
@@ -400,11 +418,10 @@ class Ledger:
             )
 
     def last_finished(self) -> Job | None:
-        """Return the job that ended last, or None. Looks at every job: for the start, not for the way of a job."""
+        """Return the job that ended last, or None."""
         with self._changed:
-            ended = ((d["revision"], int(key)) for key, d in self._rows.items() if "completed_at" in d)
-            newest = max(ended, default=None)
-            return None if newest is None else self._job(newest[1])
+            newest = next(reversed(self._finished), None)
+            return None if newest is None else self._job(newest)
 
     def spooled(self) -> set[str]:
         """Return the names in the spool folder that jobs still need (those that are not final)."""
@@ -417,7 +434,7 @@ class Ledger:
 
     def _job(self, seq: int) -> Job:
         document = self._rows[str(seq)]
-        rank, since = self._positions.get(seq, (None, None))
+        rank, since = self._queue.place(seq)
         return job_of(seq, document, rank, since)
 
     # -- the outbox -----------------------------------------------------------------------------------------------
@@ -436,23 +453,23 @@ class Ledger:
             The number to hand to `mark_published`, and the job as it was at that change.
         """
         with self._changed:
-            taken = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
-            if len(taken) < limit:
-                on_the_way = {job.seq for _, job in taken}.union(but)
-                waiting = (item for item in self._outbox.items() if item[0] not in on_the_way)
-                taken += [(revision, self._job(seq)) for seq, revision in islice(waiting, limit - len(taken))]
-            return taken
+            return self._outbox.take(limit, but, self._job)
+
+    def gone(self, limit: int, *, but: Collection[int] = ()) -> list[Gone]:
+        """Return deleted jobs whose status the broker may still retain, until `mark_cleared`."""
+        with self._changed:
+            return list(islice((gone for seq, gone in self._gone.items() if seq not in but), limit))
 
     @property
     def has_unpublished(self) -> bool:
-        """Whether there is a status that the broker has not acknowledged."""
+        """Whether there is a status that the broker has not acknowledged, or has not yet been told to forget."""
         with self._changed:
-            return bool(self._outbox)
+            return bool(self._outbox) or bool(self._gone)
 
     def coalesce(self) -> None:
         """Forget the states that jobs passed through: whoever was offline is told the newest only."""
         with self._changed:
-            self._trail.clear()
+            self._outbox.coalesce()
 
     def mark_published(self, seq: int, revision: int) -> None:
         """Note that the broker acknowledged the status; reaches the disk with the next transaction.
@@ -460,9 +477,14 @@ class Ledger:
         A crash before that publishes the status once more, which changes nothing for a reader of retained messages.
         """
         with self._changed:
-            if self._outbox.get(seq) == revision:
-                del self._outbox[seq]
-                self._unacknowledged.pop(seq, None)
+            if self._outbox.acknowledge(seq, revision):
+                self._notify()
+
+    def mark_cleared(self, seq: int) -> None:
+        """Note that the broker has forgotten the status of a deleted job; on disk with the next transaction."""
+        with self._changed:
+            if self._gone.pop(seq, None) is not None:
+                self._buried.append(seq)
                 self._notify()
 
     def publish_again(self) -> None:
@@ -472,10 +494,7 @@ class Ledger:
         refuses just now, it goes with the next transaction.
         """
         with self._changed:
-            for seq in sorted(self._by_id.values()):
-                self._tell(seq, self._db.journal.transaction)
-            revisions = sorted((document["revision"], int(key)) for key, document in self._rows.items())
-            self._unacknowledged = OrderedDict((seq, revision) for revision, seq in revisions)
+            self._outbox.owe_all(self._revisions(), self._db.journal.transaction)
             with contextlib.suppress(LedgerError):
                 self._commit([], ())
             self._notify()
@@ -501,6 +520,42 @@ class Ledger:
             observer()
 
     # -- upkeep ---------------------------------------------------------------------------------------------------
+
+    def retire(self, *, before: float, keep: int, limit: int = 200) -> tuple[int, list[str]]:
+        """Delete finished jobs that ended before `before` (seconds since the epoch) or are beyond the newest `keep`.
+
+        Oldest first, at most `limit` in one transaction, so that others do not wait long. The broker is then told to
+        forget their statuses.
+
+        Returns:
+            How many were deleted, and the names in the spool folder that they leave behind.
+
+        Raises:
+            LedgerError: the disk refused; nothing was deleted.
+        """
+        with self._changed:
+            beyond = max(0, len(self._finished) - keep)
+            oldest = enumerate(islice(self._finished, limit))
+            retired = [seq for n, seq in oldest if n < beyond or self._rows[str(seq)]["completed_at"] < before]
+            if not retired:
+                return 0, []
+            rows = [(seq, self._rows[str(seq)]) for seq in retired]
+            changes = [Change(TABLE, seq, None) for seq in retired]
+            changes += [Change(GONE, seq, {"job_id": row["job_id"]}) for seq, row in rows]
+            changes.append(Change(COUNTERS, 1, {"last_seq": self._last_seq}))  # numbers are never used again
+            self._commit(changes, ())
+            for seq, row in rows:
+                self._forget(seq, row)
+            return len(rows), [row["audio"][1] for _, row in rows if row.get("audio", ("", ""))[0] == "spool"]
+
+    def _forget(self, seq: int, row: Mapping[str, Any]) -> None:
+        self._gone[seq] = Gone(seq, row["job_id"])
+        self._outbox.forget(seq)
+        del self._finished[seq], self._by_id[row["job_id"]]
+        if self._packet_ids.get(row.get("packet_id", 0)) == seq:
+            del self._packet_ids[row["packet_id"]]
+        if self._anonymous.get(row["fingerprint"]) == seq:
+            del self._anonymous[row["fingerprint"]]
 
     def maintain(self) -> None:
         """Write a checkpoint when the journal has outgrown it; others go on working meanwhile.
@@ -536,9 +591,9 @@ class Ledger:
             if self._closed:
                 return
             try:
-                if self._rejected != self._rejected_on_disk:
+                if self._rejected != self._rejected_on_disk or self._buried:
                     self._commit([], ())
-                self._db.journal.mark = self._watermark()
+                self._db.journal.mark = self._outbox.watermark(self._db.journal.transaction)
                 self._db.close()
             finally:
                 self._closed = True

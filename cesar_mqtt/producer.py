@@ -59,6 +59,8 @@ def submission(path: Path | str, *, job_id: str | None, by_path: bool, options: 
         audio = None if by_path else Path(path).read_bytes()
     except OSError as exc:
         raise CesarError(f"{path} cannot be read: {exc.strerror}.") from exc
+    if audio == b"":
+        raise CesarError(f"{path} is empty: there is nothing to transcribe in it.")
     return Submission(job_id or new_job_id(), audio, str(path), options)
 
 

@@ -42,6 +42,7 @@ class _Sent:
 
     seq: int | None = None
     number: int = 0
+    gone: bool = False
     topic: str | None = None
     rejection: Rejection | None = None
 
@@ -53,6 +54,8 @@ class _Own:
     payload: bytes
     version: int = 0
     published: int = -1
+    retained: tuple[bytes, ...] = ()
+    """What the broker may retain: the last acknowledged payload, and those that were sent since."""
 
 
 class Publisher:
@@ -150,6 +153,14 @@ class Publisher:
         """Take note of how far a job is; published at most once a second."""
         self._tell(lambda: self._note(job, live))
 
+    def found_retained(self, payload: bytes) -> None:
+        """Take note of what the broker retains as this consumer's queue, right after a connection was made.
+
+        A broker that was killed comes back with the sessions and retained messages of its last save: it looks as if
+        it had lost nothing, but what it retains is old.
+        """
+        self._tell(lambda: self._compare(payload))
+
     def finished(self, job: Job) -> None:
         """Take note of the job that ended last."""
         self._tell(lambda: self._retain("last", last_of(job).encode()))
@@ -163,6 +174,11 @@ class Publisher:
         self._wake.set()
 
     # -- lifecycle ------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Start the thread."""
@@ -203,6 +219,7 @@ class Publisher:
             return None
         self._publish_own()
         self._publish_rejections()
+        self._publish_gone()
         self._publish_statuses()
         due = self._publish_live()
         if self._is_settled():
@@ -231,6 +248,17 @@ class Publisher:
         if not session_present:
             self._ledger.publish_again()
 
+    def _compare(self, payload: bytes) -> None:
+        known = self._own["queue"].retained if "queue" in self._own else ()
+        if not known or payload in known:
+            return
+        event(
+            logger, logging.WARNING, "broker_went_back", "The broker has lost its newest messages: all are sent again"
+        )
+        for own in self._own.values():
+            own.published, own.retained = -1, ()
+        self._ledger.publish_again()
+
     def _interrupt(self) -> None:
         self._connected = False
         lost = [sent.rejection for sent in self._in_flight.values() if sent.rejection is not None]
@@ -243,10 +271,14 @@ class Publisher:
             self._settle(sent)
 
     def _settle(self, sent: _Sent) -> None:
-        if sent.seq is not None and sent.number:
+        if sent.seq is not None and sent.gone:
+            self._ledger.mark_cleared(sent.seq)
+        elif sent.seq is not None and sent.number:
             self._ledger.mark_published(sent.seq, sent.number)
         elif sent.topic is not None:
-            self._own[sent.topic].published = max(self._own[sent.topic].published, sent.number)
+            own = self._own[sent.topic]
+            own.published = max(own.published, sent.number)
+            own.retained = (own.payload,) if own.published == own.version else own.retained
 
     def _retain(self, name: str, payload: bytes) -> None:
         own = self._own.setdefault(name, _Own(payload))
@@ -293,6 +325,7 @@ class Publisher:
         on_the_way = {(sent.topic, sent.number) for sent in self._in_flight.values() if sent.topic is not None}
         for name, own in self._own.items():
             if own.published != own.version and (name, own.version) not in on_the_way:
+                own.retained = (*own.retained, own.payload)
                 self._send(self._topics.own(name), own.payload, _Sent(topic=name, number=own.version))
 
     def _waits_for_the_queue(self) -> bool:
@@ -320,6 +353,13 @@ class Publisher:
             return
         for number, job in self._ledger.unpublished(self._room, but=busy):
             if not self._publish_status(job, number):
+                return
+
+    def _publish_gone(self) -> None:
+        """Let the broker forget the statuses of deleted jobs: an empty retained message clears the topic."""
+        busy = {sent.seq for sent in self._in_flight.values() if sent.seq is not None and sent.gone}
+        for gone in self._ledger.gone(self._room, but=busy) if self._room > 0 else ():
+            if not self._send(self._topics.status(gone.job_id), b"", _Sent(seq=gone.seq, gone=True)):
                 return
 
     def _publish_live(self) -> float | None:

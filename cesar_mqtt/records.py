@@ -42,6 +42,7 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
             "options": request.options and copy.deepcopy(dict(request.options)),
             "metadata": request.metadata and copy.deepcopy(dict(request.metadata)),
             "packet_id": request.packet_id,
+            "anonymous": request.anonymous or None,
             "error_code": ErrorCode.INVALID_REQUEST.value if failed else None,
             "error_message": request.failure,
         }
@@ -51,7 +52,8 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
 def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:
     """Return the value that leaves the ledger, with its place in the queue and since when it has it."""
     fields = {**document, "queue_position": rank}
-    fields.pop("packet_id", None)
+    for name in _ONLY_HERE & fields.keys():
+        del fields[name]
     for name in _CONVERTERS.keys() & fields.keys():
         fields[name] = _CONVERTERS[name](fields[name])
     if since is not None:
@@ -59,6 +61,8 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
     return Job(seq=seq, **fields)
 
 
+_ONLY_HERE = frozenset({"packet_id", "anonymous"})
+"""What only the ledger needs to know."""
 _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "state": JobState,
     "audio": lambda audio: AudioSource(*audio),

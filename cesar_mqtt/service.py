@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
 from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
 from cesar_mqtt.config import Settings
-from cesar_mqtt.errors import BrokerRefusedError, ExitCode, LedgerError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, DiedError, ExitCode, LedgerError
 from cesar_mqtt.intake import Intake
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
@@ -35,6 +35,9 @@ _TICK_S = 1.0
 _LOOK_S = 0.05
 _DRAIN_S = 10.0
 _FORCED_DRAIN_S = 2.0
+_DAY_S = 86_400.0
+_BATCH = 200
+_GAP_S = 0.01
 
 
 class Service:
@@ -73,12 +76,17 @@ class Service:
     def _wire(self, settings: Settings, directories: tuple[Path, ...]) -> None:
         self.url = settings.broker.url
         self._refused: BrokerRefusedError | None = None
+        self._upkeep_failed = False
         self._client = MqttClient(
             settings.broker,
             client_id=settings.consumer.name,
             persistent=True,
             will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
-            subscriptions=(Subscription(self._topics.jobs), Subscription(self._topics.audio_filter)),
+            subscriptions=(
+                Subscription(self._topics.jobs),
+                Subscription(self._topics.audio_filter),
+                Subscription(self._topics.own("queue"), wants_retained=True),  # to see whether the broker went back
+            ),
         )
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._client.on_connected = self._on_connected
@@ -101,6 +109,8 @@ class Service:
             directories=directories,
             reports=self._publisher,
             warm_up=self._models.default_name(),
+            retries=settings.worker.retries,
+            retry_delay_s=settings.worker.retry_delay,
         )
 
     def _on_connected(self, info: ConnectionInfo) -> None:
@@ -118,11 +128,13 @@ class Service:
 
         Raises:
             BrokerRefusedError: the broker refused the credentials or the client id at the first connection.
+            DiedError: one of the threads has ended by itself.
         """
         self._start()
         try:
             self._watch(stop)
-        except BrokerRefusedError:
+        except CesarError:
+            self._abandon()
             self._end(stop, _FORCED_DRAIN_S)
             raise
         return self._stop(stop)
@@ -153,11 +165,40 @@ class Service:
         while not stop.requested.wait(_TICK_S):
             if self._refused is not None:
                 raise self._refused
+            self._check_threads()
             self._notifier.alive()
             try:
                 self._ledger.maintain()
+                self._retire(stop)
             except LedgerError as exc:
-                event(logger, logging.WARNING, "checkpoint", "%s It is tried again.", exc)
+                if not self._upkeep_failed:
+                    event(logger, logging.WARNING, "upkeep", "%s It is tried again every second.", exc)
+                self._upkeep_failed = True
+            else:
+                self._upkeep_failed = False
+
+    def _check_threads(self) -> None:
+        """See that everybody still works: a thread that has died would leave jobs waiting without a word."""
+        alive = {
+            "network": self._client.alive,
+            "intake": self._intake.alive,
+            "worker": self._worker.alive,
+            "publisher": self._publisher.alive,
+        }
+        dead = [name for name, is_alive in alive.items() if not is_alive]
+        if dead:
+            raise DiedError(f"The {dead[0]} thread has ended by itself; the log says why. Start the consumer again.")
+
+    def _retire(self, stop: StopSignals) -> None:
+        """Delete what retention no longer keeps, a few at a time, so that nobody waits for it."""
+        retention = self._settings.retention
+        before = time.time() - retention.days * _DAY_S
+        deleted = _BATCH
+        while deleted == _BATCH and not stop.requested.wait(_GAP_S):
+            deleted, spooled = self._ledger.retire(before=before, keep=retention.max_finished, limit=_BATCH)
+            self._spool.remove(spooled)
+            if deleted:
+                event(logger, logging.DEBUG, "retired", "Deleted %d finished jobs", deleted)
 
     def _stop(self, stop: StopSignals) -> ExitCode:
         """Stop in the order that the contract promises (section 6).
@@ -186,6 +227,7 @@ class Service:
         if self._ledger.processing():
             event(logger, logging.INFO, "draining", "Stopping after the current job; a second signal stops at once")
         while not self._worker.join(_LOOK_S):
+            self._notifier.alive()
             if stop.forced.is_set() or (deadline is not None and time.monotonic() >= deadline):
                 return False
         return True
@@ -198,6 +240,7 @@ class Service:
 
     def _end(self, stop: StopSignals, drain_s: float) -> None:
         self._worker.stop()
+        self._client.stop_receiving()
         self._intake.stop()
         if not self._drain(stop, drain_s):
             event(

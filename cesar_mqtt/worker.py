@@ -4,6 +4,7 @@ It runs in a thread of its own, the only caller of `run_once`; `stop` may be cal
 """
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from cesar_mqtt.transcriber import Progress, Stopped, Transcript, TranscriptionO
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
+_PASSING = frozenset({ErrorCode.DOWNLOAD_FAILED, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
+"""Failures that may be over in a moment: a job that meets one is tried again by itself."""
 
 
 class Transcribes(Protocol):
@@ -86,6 +89,8 @@ class Worker:
         directories: Sequence[Path],
         reports: Reports,
         warm_up: str | None = None,
+        retries: int = 0,
+        retry_delay_s: float = 2.0,
     ) -> None:
         """Wire it; nothing starts here.
 
@@ -96,6 +101,8 @@ class Worker:
             directories: where `audio_path` is looked up.
             reports: whom to tell.
             warm_up: the model to load at the start; None: load the first one when it is needed.
+            retries: how often a job is tried again after a failure that may pass.
+            retry_delay_s: how long the first retry waits; each further one waits four times as long.
         """
         self._ledger = ledger
         self._transcriber = transcriber
@@ -103,9 +110,16 @@ class Worker:
         self._directories = directories
         self._reports = reports
         self._warm_up = warm_up
+        self._retries = retries
+        self._retry_delay_s = retry_delay_s
         self._stop = threading.Event()
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Start the thread."""
@@ -214,14 +228,25 @@ class Worker:
             return self._spool.path(job.audio.name)
         return resolve_audio_path(job.audio.name, self._directories)
 
+    def _write(self, job: Job, outcome: _Outcome) -> None:
+        if outcome.result is not None:
+            self._ledger.complete(job.seq, outcome.result)
+        elif outcome.code in _PASSING and job.retries < self._retries:
+            # The jitter keeps consumers that were hit by one failure from trying again in step.
+            delay_s = self._retry_delay_s * 4**job.retries * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+            self._ledger.defer(job.seq, delay_s)
+            message = "Job put back for %.1f s (%s): %s"
+            event(
+                logger, logging.WARNING, "deferred", message, delay_s, outcome.code, outcome.message, job_id=job.job_id
+            )
+        else:
+            self._ledger.fail(job.seq, outcome.code, outcome.message)
+
     def _record(self, job: Job, outcome: _Outcome) -> None:
         """Write the end of the job, trying until the disk takes it or the job is taken away by a forced stop."""
         while not self._abandoned.is_set():
             try:
-                if outcome.result is not None:
-                    self._ledger.complete(job.seq, outcome.result)
-                else:
-                    self._ledger.fail(job.seq, outcome.code, outcome.message)
+                self._write(job, outcome)
             except LedgerError as exc:
                 self._reports.degraded("worker", on=True)
                 message = "%s Next try in %.0f s."
@@ -242,7 +267,7 @@ class Worker:
 
     def _finished(self, job: Job) -> None:
         ended = self._ledger.get(job.job_id)
-        if ended is None:
+        if ended is None or not ended.state.final:
             return
         self._reports.finished(ended)
         if ended.audio is not None and ended.audio.kind == "spool" and not _may_be_retried(ended):
@@ -260,17 +285,18 @@ class Worker:
 class _Meter:
     """Turns what the transcriber has done into what the world is told; progress never goes back."""
 
-    def __init__(self, job: Job, reports: Reports) -> None:
+    def __init__(self, job: Job, reports: Reports, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._job = job
         self._reports = reports
-        self._started = time.monotonic()
+        self._monotonic = monotonic
+        self._started = monotonic()
         self._processed_s = 0.0
 
     def note(self, progress: Progress) -> None:
         """Take the transcriber's progress (worker thread)."""
         duration_s = progress.audio_duration_s
         self._processed_s = min(max(self._processed_s, progress.processed_s), duration_s)
-        elapsed_s = time.monotonic() - self._started
+        elapsed_s = self._monotonic() - self._started
         speed = self._processed_s / elapsed_s if elapsed_s > 0 and self._processed_s > 0 else None
         live = Live(
             # 1 is kept for the end, when the transcript is on disk

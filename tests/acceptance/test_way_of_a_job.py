@@ -228,6 +228,7 @@ def test_the_same_id_and_request_again_runs_nothing_twice(mosquitto: Mosquitto, 
     assert bus.states("once")[-1] == "completed"
     assert {status["attempt"] for status in bus.seen("cesar/status/once")} == {0, 1}
     assert bus.seen("cesar/rejected") == []
+    consumer.stop()
     assert list((consumer.data_dir / "spool").iterdir()) == []
 
 
@@ -249,7 +250,7 @@ def test_a_job_retained_by_mistake_runs_once_for_all_consumers_to_come(
     bus.status("last")
 
     topics = {message.topic for message in bus.messages if message.topic.startswith("cesar/status/")}
-    assert len(topics) <= 4, "the first delivery was live, every later one is one and the same retained job"
+    assert len(topics) == 3, "one for the job that was retained by mistake, however often it comes back"
     consumer.stop()
 
 

@@ -1,0 +1,71 @@
+"""The line in which jobs wait: their order, their places, who is not ready yet; the ledger serialises every call."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+HEAD = 10
+"""So many of the first jobs in the queue are told their position whenever it changes (the contract's section 2)."""
+
+
+class Line:
+    """Sequence numbers of queued jobs, first in, first out. Times are seconds of whatever clocks the caller has."""
+
+    def __init__(self, order: Iterable[int]) -> None:
+        """Start with the jobs that a restart found queued, oldest first."""
+        self._order = OrderedDict.fromkeys(order)
+        self._not_before: dict[int, float] = {}
+        self._places: dict[int, tuple[int, float | None]] = {
+            seq: (rank, None) for rank, seq in enumerate(islice(self._order, HEAD, None), start=HEAD + 1)
+        }
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
+
+    def add(self, seq: int) -> None:
+        """Let a new job wait behind all others."""
+        self._order[seq] = None
+        self._places[seq] = (len(self._order), None)
+
+    def put_back(self, seq: int) -> None:
+        """Let a job wait again, in the place that its number gives it."""
+        first = next(iter(self._order), seq)
+        self._order[seq] = None
+        self._order.move_to_end(seq, last=False)
+        if first < seq:  # others that were accepted before it were put back, too
+            self._order = OrderedDict.fromkeys(sorted(self._order))
+
+    def remove(self, seq: int) -> None:
+        """Let a job wait no longer."""
+        del self._order[seq]
+        self._places.pop(seq, None)
+        self._not_before.pop(seq, None)
+
+    def delay(self, seq: int, until: float) -> None:
+        """Let those behind a job go first until then."""
+        self._not_before[seq] = until
+
+    def ready(self, now: float) -> int | None:
+        """Return the oldest job that may be begun; None: none may."""
+        return next((seq for seq in self._order if self._not_before.get(seq, now) <= now), None)
+
+    def next_ready_in(self, now: float) -> float | None:
+        """Return in how many seconds a delayed job will be ready; None: none is delayed."""
+        return max(0.0, min(self._not_before.values()) - now) if self._not_before else None
+
+    def place(self, seq: int) -> tuple[int | None, float | None]:
+        """Return a job's position, from 1, and since when it has it, if that is later than its last change."""
+        return self._places.get(seq, (None, None))
+
+    def number_head(self, now: float) -> list[int]:
+        """Give the first jobs their new positions; return those whose position changed."""
+        moved = [
+            (rank, seq)
+            for rank, seq in enumerate(islice(self._order, HEAD), start=1)
+            if self._places.get(seq, (0, None))[0] != rank
+        ]
+        self._places |= {seq: (rank, now) for rank, seq in moved}
+        return [seq for _, seq in moved]

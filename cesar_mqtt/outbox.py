@@ -1,0 +1,84 @@
+"""The outbox: what the broker has still to be told of, in memory; the ledger owns it and serialises every call."""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable
+from itertools import islice
+
+from cesar_mqtt.jobs import Job
+
+TRAIL = 1000
+"""So many changes of state are kept one by one; beyond that, only the newest of a job counts."""
+
+Item = tuple[int, Job]
+"""The number to say when the broker has acknowledged it, and what to tell."""
+
+
+class Outbox:
+    """Jobs whose newest state the broker has not acknowledged, oldest change first.
+
+    `owe` is for a change that is on disk: until it is acknowledged, the watermark stays below it, so that a restart
+    knows of it. `tell` is for what is worth telling without a transaction, such as a new position in the queue.
+    """
+
+    def __init__(self, revisions: Iterable[tuple[int, int]]) -> None:
+        """Start with what a restart found: revision and sequence number of every change above the watermark."""
+        self._newest = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
+        self._owed = self._newest.copy()
+        self._trail: deque[Item] = deque(maxlen=TRAIL)
+
+    def __bool__(self) -> bool:
+        return bool(self._newest)
+
+    def tell(self, seq: int, number: int) -> None:
+        """Let the broker be told of a job; `number` is that of the newest transaction, and never falls."""
+        self._newest[seq] = number
+        self._newest.move_to_end(seq)
+
+    def owe(self, seq: int, revision: int) -> None:
+        """Let the broker be told of a change that transaction `revision` brought."""
+        self.tell(seq, revision)
+        self._owed[seq] = revision
+        self._owed.move_to_end(seq)
+
+    def owe_all(self, revisions: Iterable[tuple[int, int]], number: int) -> None:
+        """Let the broker be told of everything: it has lost what it knew."""
+        self._owed = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
+        for seq in sorted(self._owed):
+            self.tell(seq, number)
+
+    def passed(self, job: Job) -> None:
+        """Keep a state of a job for a reader who wants to see every one, in order."""
+        self._trail.append((self._newest[job.seq], job))
+
+    def coalesce(self) -> None:
+        """Forget the states that jobs passed through; their newest is still told."""
+        self._trail.clear()
+
+    def forget(self, seq: int) -> None:
+        """Drop whatever was to be told of a job."""
+        self._newest.pop(seq, None)
+        self._owed.pop(seq, None)
+        if any(job.seq == seq for _, job in self._trail):
+            self._trail = deque((item for item in self._trail if item[1].seq != seq), maxlen=TRAIL)
+
+    def take(self, limit: int, but: Collection[int], render: Callable[[int], Job]) -> list[Item]:
+        """Return what to tell next; a newest state is returned again until `acknowledge`, unless it is in `but`."""
+        taken = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
+        if len(taken) < limit:
+            on_the_way = {told.seq for _, told in taken}.union(but)
+            waiting = (item for item in self._newest.items() if item[0] not in on_the_way)
+            taken += [(number, render(seq)) for seq, number in islice(waiting, limit - len(taken))]
+        return taken
+
+    def acknowledge(self, seq: int, number: int) -> bool:
+        """Note a PUBACK; whether that was the newest there is to tell of `seq`."""
+        if self._newest.get(seq) != number:
+            return False
+        del self._newest[seq]
+        self._owed.pop(seq, None)
+        return True
+
+    def watermark(self, transaction: int) -> int:
+        """Return the transaction up to which the broker has acknowledged everything; `transaction` is the newest."""
+        oldest = next(iter(self._owed.values()), None)
+        return transaction if oldest is None else oldest - 1
