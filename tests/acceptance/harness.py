@@ -35,11 +35,20 @@ SPOKEN = words((DATA / "speech.txt").read_text())
 class Bus:
     """One client that sees everything under `cesar/` and can wait for it."""
 
-    def __init__(self, port: int, *, protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311) -> None:
+    def __init__(
+        self,
+        port: int,
+        *,
+        protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311,
+        client_id: str = "",
+    ) -> None:
+        """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down."""
         self.messages: list[MQTTMessage] = []
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
-        self._client = Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+        clean = False if client_id else None
+        self._client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, clean_session=clean)
+        self._client.reconnect_delay_set(1, 1)
         self._client.on_connect = lambda client, *_: client.subscribe("cesar/#", qos=1)
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.on_message = self._on_message
@@ -73,6 +82,17 @@ class Bus:
         """Every JSON object that was seen on a topic, in order."""
         with self._changed:
             return [json.loads(m.payload) for m in self.messages if m.topic == topic and m.payload]
+
+    def every_status(self) -> list[dict[str, Any]]:
+        """Every status of any job that was seen, in order."""
+        with self._changed:
+            return [json.loads(m.payload) for m in self.messages if m.topic.startswith("cesar/status/") and m.payload]
+
+    def settle(self) -> None:
+        """Return when everything that was retained has come: the broker sends it before what comes later."""
+        mark = f"cesar/settled/{id(self)}"
+        self.publish(mark, "{}")
+        self.wait(mark)
 
     def wait(
         self, topic: str, when: Callable[[dict[str, Any]], bool] = lambda _: True, timeout_s: float = PATIENCE_S

@@ -1,0 +1,249 @@
+"""Kill the consumer at random moments and restart the broker while jobs come in; afterwards everything must be right.
+
+A short run is part of `make test`; `make soak` is a long one (`python -m tests.acceptance.chaos --help`).
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+import wave
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from tinydb import TinyDB
+
+from tests.acceptance.harness import SPEECH, Bus, Consumer
+from tests.conftest import Mosquitto
+
+SPEECH_EVERY = 10
+"""One job in so many is real speech, which takes half a second; the others are short noise, which takes hardly any."""
+PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What went wrong, by job id; empty is right."""
+
+    jobs: int
+    kills: int
+    broker_restarts: int
+    lost: tuple[str, ...]
+    duplicated: tuple[str, ...]
+    out_of_order: tuple[str, ...]
+    disagreeing: tuple[str, ...]
+    attempts: int
+
+    @property
+    def wrong(self) -> int:
+        return len(self.lost) + len(self.duplicated) + len(self.out_of_order) + len(self.disagreeing)
+
+
+def _noise(path: Path) -> None:
+    samples = np.random.default_rng(0).normal(scale=30, size=8000).astype(np.int16)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(samples.tobytes())
+
+
+class Producer:
+    """Publishes all jobs at QoS 1, at a steady pace, through every loss of its connection."""
+
+    def __init__(self, port: int, jobs: int, pause_s: float) -> None:
+        self._client = Client(CallbackAPIVersion.VERSION2, client_id="producer", clean_session=False)
+        self._client.reconnect_delay_set(1, 1)
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+        self._jobs = jobs
+        self._pause_s = pause_s
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        noise = Path("noise.wav").name
+        for number in range(self._jobs):
+            job_id = f"chaos-{number:05}"
+            if number % SPEECH_EVERY == 0:
+                sent = self._client.publish(f"cesar/audio/{job_id}", SPEECH.read_bytes(), qos=1)
+            else:
+                request = {"job_id": job_id, "audio_path": noise, "metadata": {"number": number}}
+                sent = self._client.publish("cesar/jobs", json.dumps(request), qos=1)
+            pause.wait(self._pause_s)
+        sent.wait_for_publish(PATIENCE_S)
+
+    def finish(self) -> None:
+        self._thread.join(PATIENCE_S)
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+def run(folder: Path, mosquitto: Mosquitto, *, jobs: int, kills: int, broker_restarts: int, seed: int) -> Report:
+    """One run; everything that it starts has ended when it returns."""
+    dice = random.Random(seed)  # noqa: S311 - chance, no secret
+    audio = folder / "audio"
+    audio.mkdir()
+    _noise(audio / "noise.wav")
+    consumer = Consumer(
+        folder,
+        "--broker",
+        mosquitto.url,
+        "--audio-dir",
+        str(audio),
+        environ={"CESAR_WORKER__MAX_ATTEMPTS": "100000"},
+    )
+    watcher = Bus(mosquitto.port, client_id="watcher", protocol=MQTTProtocolVersion.MQTTv311)
+    producer = Producer(mosquitto.port, jobs, pause_s=0.1)
+    try:
+        _disturb(consumer, mosquitto, dice, kills=kills, broker_restarts=broker_restarts)
+        producer.finish()
+        _wait_until_all_are_final(mosquitto.port, jobs)
+        code = consumer.stop()
+    finally:
+        if consumer.process.poll() is None:
+            consumer.kill()
+    if code != 0:
+        raise RuntimeError(f"the consumer ended with {code}:\n{consumer.logged()[-2000:]}")
+    watcher.close()
+    return _report(consumer, mosquitto.port, watcher, jobs, kills=kills, broker_restarts=broker_restarts)
+
+
+def _disturb(
+    consumer: Consumer, mosquitto: Mosquitto, dice: random.Random, *, kills: int, broker_restarts: int
+) -> None:
+    pause = threading.Event()
+    disturbances = ["kill"] * kills + ["broker"] * broker_restarts
+    dice.shuffle(disturbances)
+    for disturbance in disturbances:
+        pause.wait(dice.uniform(0.0, 1.5))
+        if disturbance == "broker":
+            mosquitto.restart()
+        else:
+            consumer.process.send_signal(signal.SIGKILL)
+            consumer.process.wait()
+            # Sometimes it is killed while it is starting, recovering its ledger, or connecting.
+            consumer.start(ready=None if dice.random() < 0.3 else "Connected to ")
+
+
+def _wait_until_all_are_final(port: int, jobs: int) -> None:
+    bus = Bus(port)
+    deadline = time.monotonic() + PATIENCE_S
+    pause = threading.Event()
+    try:
+        while time.monotonic() < deadline:
+            final = {s["job_id"] for s in bus.every_status() if s["status"] in {"completed", "error", "cancelled"}}
+            if len(final) >= jobs:
+                return
+            pause.wait(0.2)
+    finally:
+        bus.close()
+
+
+def _report(consumer: Consumer, port: int, watcher: Bus, jobs: int, *, kills: int, broker_restarts: int) -> Report:
+    with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
+        ledger = sorted((document.doc_id, dict(document)) for document in stock.table("jobs"))
+    rows = [document for _, document in ledger]
+    ids = [row["job_id"] for row in rows]
+    expected = [f"chaos-{number:05}" for number in range(jobs)]
+    retained = _retained(port)
+    by_id = {row["job_id"]: row for row in rows}
+    return Report(
+        jobs=jobs,
+        kills=kills,
+        broker_restarts=broker_restarts,
+        lost=tuple(i for i in expected if i not in by_id or by_id[i]["state"] != "completed"),
+        duplicated=tuple(i for i, n in Counter(ids).items() if n > 1) + _undone(watcher),
+        out_of_order=tuple(i for i, j in zip(ids, expected, strict=False) if i != j) + _overtaken(rows),
+        disagreeing=tuple(i for i, row in by_id.items() if not _agrees(row, retained.get(i)))
+        + tuple(i for i in retained if i not in by_id),
+        attempts=sum(row["attempt"] for row in rows),
+    )
+
+
+def _retained(port: int) -> dict[str, Mapping[str, Any]]:
+    bus = Bus(port)
+    bus.settle()
+    statuses: dict[str, Mapping[str, Any]] = {status["job_id"]: status for status in bus.every_status()}
+    bus.close()
+    return statuses
+
+
+def _agrees(row: Mapping[str, Any], status: Mapping[str, Any] | None) -> bool:
+    return (
+        status is not None
+        and status["status"] == row["state"]
+        and status["attempt"] == row["attempt"]
+        and status["result_text"] == row.get("result_text")
+    )
+
+
+def _undone(watcher: Bus) -> tuple[str, ...]:
+    """Jobs that were seen completed, and in work again afterwards."""
+    completed: set[str] = set()
+    undone: list[str] = []
+    for status in watcher.every_status():
+        if status["job_id"] in completed and status["status"] != "completed":
+            undone.append(status["job_id"])
+        if status["status"] == "completed":
+            completed.add(status["job_id"])
+    return tuple(undone)
+
+
+def _overtaken(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Jobs that ended before one that was accepted earlier."""
+    return tuple(
+        later["job_id"]
+        for earlier, later in pairwise(rows)
+        if later.get("started_at", 0.0) < earlier.get("completed_at", 0.0)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=500)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--broker-restarts", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cesar-mqtt-soak-") as name:
+        folder = Path(name)
+        mosquitto = Mosquitto(
+            folder,
+            ["persistence true", f"persistence_location {folder}/", "max_queued_messages 0"],
+        )
+        mosquitto.start()
+        started = time.monotonic()
+        try:
+            report = run(
+                folder,
+                mosquitto,
+                jobs=arguments.jobs,
+                kills=arguments.kills,
+                broker_restarts=arguments.broker_restarts,
+                seed=arguments.seed,
+            )
+        finally:
+            mosquitto.stop()
+    print(f"seed {arguments.seed}: {report.jobs} jobs, {report.kills} kills, {report.broker_restarts} broker restarts,")
+    print(f"{report.attempts} attempts, {time.monotonic() - started:.0f} s")
+    for name in ("lost", "duplicated", "out_of_order", "disagreeing"):
+        found = getattr(report, name)
+        print(f"{name:>14} {len(found):>5} {' '.join(found[:10])}")
+    return 1 if report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
