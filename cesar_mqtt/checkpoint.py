@@ -76,7 +76,7 @@ def load(path: Path) -> tuple[Snapshot, int] | None:
     if end < 0 or raw[end:] != _checksum(zlib.crc32(memoryview(raw)[:end])):
         raise LedgerError(
             f"{path} is damaged or was changed by another program: its checksum does not match. "
-            "Nothing was changed. `cesar-mqtt ledger check` tells what can be kept."
+            "Nothing was changed. `cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
         )
     tables = json.loads(raw)
     del tables["checksum"]

@@ -27,6 +27,7 @@ app = typer.Typer(
 Broker = Annotated[
     str | None, typer.Option(metavar="URL", help="mqtt[s]://[user[:password]@]host[:port], ws[s]://... or embedded.")
 ]
+DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the ledger and the spool lie.")]
 Prefix = Annotated[str | None, typer.Option(metavar="P", help="What all topics begin with (default: cesar).")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file (default: ./cesar.toml if there).")]
 
@@ -87,7 +88,7 @@ def _settings(flags: dict[str, Any], config: Path | None, *, serving: bool = Fal
 def serve(
     *,
     broker: Broker = None,
-    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the ledger and the spool lie.")] = None,
+    data_dir: DataDir = None,
     audio_dir: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Where audio_path is looked up; may be repeated.")
     ] = None,
@@ -178,3 +179,48 @@ def demo() -> int:
     from cesar_mqtt import demo as demonstration
 
     return demonstration.run()
+
+
+ledger = typer.Typer(no_args_is_help=True, help="Look after a ledger that no consumer has open.", rich_markup_mode=None)
+app.add_typer(ledger, name="ledger")
+
+
+def _ledger_path(data_dir: Path | None, config: Path | None) -> Path:
+    return _settings({"data_dir": data_dir}, config).data_dir / "ledger.json"
+
+
+@ledger.command("check")
+def ledger_check(*, data_dir: DataDir = None, config: Config = None) -> int:
+    """Say what the ledger holds, and what of it is damaged (exit 74); changes nothing."""
+    from cesar_mqtt import upkeep
+
+    return upkeep.check(_ledger_path(data_dir, config))
+
+
+@ledger.command("repair")
+def ledger_repair(
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> int:
+    """Say what a damaged ledger can keep and what it has lost, ask, and write a whole one."""
+    from cesar_mqtt import upkeep
+
+    return upkeep.mend(_ledger_path(data_dir, config), yes=yes)
+
+
+@ledger.command("compact")
+def ledger_compact(*, data_dir: DataDir = None, config: Config = None) -> int:
+    """Bring everything into ledger.json alone."""
+    from cesar_mqtt import upkeep
+
+    return upkeep.compact(_ledger_path(data_dir, config))
+
+
+@ledger.command("export")
+def ledger_export(*, data_dir: DataDir = None, config: Config = None) -> int:
+    """Print every job as JSON, one a line."""
+    from cesar_mqtt import upkeep
+
+    return upkeep.export(_ledger_path(data_dir, config))

@@ -84,14 +84,14 @@ class Journal:
     def _replay(self, used: bytes, replay: Callable[[int, Any], None]) -> tuple[int, int]:
         """Return where the last whole line begins, and where it ends, or would with its line feed."""
         last = end = 0
-        for number, line in enumerate(_lines(used), start=1):
-            body = _body(line)
+        for number, line in enumerate(lines_of(used), start=1):
+            body = body_of(line)
             if body is None:
-                if end + len(line) == len(used) and _is_torn(line, end):
+                if end + len(line) == len(used) and is_torn(line, end):
                     break
                 raise LedgerError(
                     f"{self.path} is damaged in line {number}. Nothing was changed. "
-                    "`cesar-mqtt ledger check` tells what can be kept."
+                    "`cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
                 )
             replay(number, json.loads(body))
             last, end = end, end + _PREFIX_BYTES + len(body) + 1
@@ -162,7 +162,7 @@ class Journal:
 
     def _lines_from(self, offset: int) -> bytes:
         tail = os.pread(self._open_descriptor, self.size - offset, offset)
-        if len(tail) != self.size - offset or any(_body(line) is None for line in _lines(tail)):
+        if len(tail) != self.size - offset or any(body_of(line) is None for line in lines_of(tail)):
             self.suspect = True
             raise OSError(errno.EIO, "the journal does not read back as it was written")
         return tail
@@ -199,7 +199,7 @@ def _line(entry: Any) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def _body(line: bytes) -> bytes | None:
+def body_of(line: bytes) -> bytes | None:
     """Return the JSON of a line, None for a damaged one. A line whose line feed alone is missing or wrong is whole."""
     for body in (line[_PREFIX_BYTES:-1], line[_PREFIX_BYTES:]):
         if body and line[:_PREFIX_BYTES] == b"%08x " % zlib.crc32(body):
@@ -207,7 +207,8 @@ def _body(line: bytes) -> bytes | None:
     return None
 
 
-def _lines(raw: bytes) -> Iterator[bytes]:
+def lines_of(raw: bytes) -> Iterator[bytes]:
+    """Yield the lines of a journal, each with its line feed; the last one may have none."""
     start = 0
     while start < len(raw):
         end = raw.find(b"\n", start) + 1 or len(raw)
@@ -215,7 +216,7 @@ def _lines(raw: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _is_torn(line: bytes, start: int) -> bool:
+def is_torn(line: bytes, start: int) -> bool:
     """Tell a last line that a crash tore from one that was whole and has been damaged since.
 
     A power cut leaves out the end, or whole sectors, in any order: those are NUL, which JSON never has. One byte alone

@@ -45,6 +45,25 @@ GONE = "gone"
 _CHECKPOINT_BYTES = 8 << 20
 
 
+def lock(path: Path) -> FileLock:
+    """Take the lock of the ledger at `path`; whichever thread is done with it calls `release`.
+
+    Raises:
+        LedgerInUseError: another process has it.
+        LedgerError: the folder cannot be written.
+    """
+    file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
+    try:
+        file_lock.acquire()
+    except Timeout as exc:
+        raise LedgerInUseError(
+            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+        ) from exc
+    except OSError as exc:
+        raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
+    return file_lock
+
+
 class Ledger:
     """Jobs in the order of their acceptance, their states, and which of them the broker has not been told of.
 
@@ -83,16 +102,7 @@ class Ledger:
         self._changed = threading.Condition(threading.RLock())
         self._observers: list[Callable[[], None]] = []
         self._closed = False
-        # Whichever thread closes the ledger releases it; by default it would only be released by the one that took it.
-        self._file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
-        try:
-            self._file_lock.acquire()
-        except Timeout as exc:
-            raise LedgerInUseError(
-                f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
-            ) from exc
-        except OSError as exc:
-            raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
+        self._file_lock = lock(path)
         try:
             self._db = JournalDB(path, disk, storage=JournalStorage)
         except BaseException:

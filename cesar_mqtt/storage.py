@@ -8,7 +8,7 @@ may run beside commits.
 import errno
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,29 @@ class Change:
     doc_id: int | None
     fields: Mapping[str, Any] | None = None
     dropped: tuple[str, ...] = ()
+
+
+def change_of(operation: Sequence[Any]) -> Change:
+    """Read one change as a journal line has it."""
+    table, doc_id, fields, *dropped = operation
+    named = fields and {sys.intern(name): value for name, value in fields.items()}
+    return Change(table, doc_id, named, tuple(dropped[0]) if dropped else ())
+
+
+def apply(image: Image, change: Change) -> None:
+    """Bring tables in memory up to date; a changed document is replaced by another."""
+    if change.doc_id is None:
+        image.pop(change.table, None)
+        return
+    rows = image.setdefault(change.table, {})
+    key = str(change.doc_id)
+    if change.fields is None:
+        rows.pop(key, None)
+        return
+    document = {**rows.get(key, {}), **change.fields}
+    for field in change.dropped:
+        document.pop(field, None)
+    rows[key] = document
 
 
 class JournalStorage(Storage):
@@ -132,22 +155,8 @@ class JournalStorage(Storage):
             raise LedgerError(f"The ledger {self.path} cannot be written: {exc.strerror}.") from exc
         self.transaction, self.mark = number, mark
         for change in changes:
-            self._apply(change)
+            apply(self._image, change)
         return number
-
-    def _apply(self, change: Change) -> None:
-        if change.doc_id is None:
-            self._image.pop(change.table, None)
-            return
-        rows = self._image.setdefault(change.table, {})
-        key = str(change.doc_id)
-        if change.fields is None:
-            rows.pop(key, None)
-            return
-        document = {**rows.get(key, {}), **change.fields}
-        for field in change.dropped:
-            document.pop(field, None)
-        rows[key] = document
 
     def _replay(self, line: int, entry: Any) -> None:
         """Take one entry of the journal at opening; those that the checkpoint holds already are only counted."""
@@ -158,12 +167,11 @@ class JournalStorage(Storage):
         if number != self._expected:
             raise LedgerError(
                 f"{self._journal.path} misses transaction {self._expected} before line {line}. Nothing was changed. "
-                "`cesar-mqtt ledger check` tells what can be kept."
+                "`cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
             )
         if number > self.transaction:
-            for table, doc_id, fields, *dropped in operations:
-                named = fields and {sys.intern(name): value for name, value in fields.items()}
-                self._apply(Change(table, doc_id, named, tuple(dropped[0]) if dropped else ()))
+            for operation in operations:
+                apply(self._image, change_of(operation))
             self.transaction, self.mark = number, mark
         self._expected += 1
 

@@ -1,0 +1,217 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tinydb import TinyDB
+
+from cesar_mqtt import upkeep
+from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.jobs import AudioSource, JobState, NewJob, Result
+from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.salvage import examine
+
+RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
+
+
+def new(job_id: str) -> NewJob:
+    return NewJob(job_id, job_id * 2, AudioSource("path", f"{job_id}.wav"), "tiny.en", metadata={"n": [1, "é\n"]})
+
+
+def crash(ledger: Ledger) -> None:
+    ledger._db.journal.abandon()
+    ledger._file_lock.release()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A ledger left by a crash: a, b, c in the checkpoint, d and e in the journal; a completed, b failed, c in work."""
+    path = tmp_path / "ledger.json"
+    with Ledger(path) as ledger:
+        ledger.append([new("a"), new("b"), new("c")])
+        first = ledger.claim()
+        assert first is not None
+        ledger.complete(first.seq, RESULT)
+    ledger = Ledger(path)
+    ledger.append([new("d")])
+    second = ledger.claim()
+    assert second is not None
+    ledger.fail(second.seq, ErrorCode.AUDIO_EMPTY, "It is empty.")
+    ledger.append([new("e")])
+    ledger.claim()
+    crash(ledger)
+    return path
+
+
+ALL = {"a": "completed", "b": "error", "c": "processing", "d": "queued", "e": "queued"}
+
+
+def states(path: Path) -> dict[str, str]:
+    return {row["job_id"]: row["state"] for row in examine(path).jobs.values()}
+
+
+def journal(path: Path) -> Path:
+    return path.with_name("ledger.json.journal")
+
+
+def damage(file: Path, text: bytes) -> None:
+    """Change one byte of the first line that holds `text`."""
+    raw = bytearray(file.read_bytes())
+    raw[raw.index(text)] ^= 0x01
+    file.write_bytes(raw)
+
+
+def test_a_whole_ledger_is_said_to_be_whole_and_left_alone(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = path.read_bytes(), journal(path).read_bytes()
+    assert upkeep.check(path) is ExitCode.OK
+    assert upkeep.mend(path, yes=True) is ExitCode.OK
+    assert (path.read_bytes(), journal(path).read_bytes()) == before
+    said = capsys.readouterr().out
+    assert "5 jobs (1 completed, 1 error, 1 processing, 2 queued)" in said
+    assert "Nothing has to be repaired." in said
+    assert states(path) == ALL
+
+
+def test_a_torn_last_line_is_noted_and_is_no_damage(path: Path) -> None:
+    raw = journal(path).read_bytes().rstrip(b"\0")
+    journal(path).write_bytes(raw[:-5])
+    found = examine(path)
+    assert not found.damaged
+    assert found.notes
+    assert {row["job_id"]: row["state"] for row in found.jobs.values()} == {**ALL, "c": "queued"}
+
+
+def test_a_damaged_line_of_the_journal_costs_what_it_held_and_no_more(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(journal(path), b'"It is empty."')
+    with pytest.raises(LedgerError, match="ledger repair"):
+        Ledger(path)
+    assert upkeep.check(path) is ExitCode.LEDGER_FAILED
+    assert "is damaged" in capsys.readouterr().out
+
+    assert upkeep.mend(path, yes=True) is ExitCode.OK
+
+    with Ledger(path) as ledger:
+        after = {name: job.state for name in ALL if (job := ledger.get(name)) is not None}
+        assert after == {**ALL, "b": JobState.QUEUED, "c": JobState.QUEUED}, "b and c were in work"
+        assert {told.job_id for _, told in ledger.unpublished(100)} == set(ALL), "the broker is told everything again"
+        appended = ledger.append([new("f")])[0][1]
+        assert appended is not None
+        assert appended.seq == 6
+
+
+def test_a_job_whose_beginning_is_lost_is_named_and_dropped(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(journal(path), b'"job_id":"d"')
+    assert upkeep.mend(path, yes=True) is ExitCode.OK
+    said = capsys.readouterr().out
+    assert "Line 2 of ledger.json.journal is damaged" in said
+    with Ledger(path) as ledger:
+        assert ledger.get("d") is None
+        assert ledger.get("e") is not None
+
+
+def test_a_damaged_checkpoint_is_read_a_document_a_line(path: Path) -> None:
+    raw = path.read_bytes()
+    at = raw.index(b'"job_id":"b"')
+    path.write_bytes(raw[: at + 3] + b"\xff\xff" + raw[at + 5 :])
+    found = examine(path)
+    assert found.damaged
+    assert found.lost
+    kept = {row["job_id"] for row in found.jobs.values()}
+    assert {"a", "c", "d", "e"} <= kept
+    assert upkeep.mend(path, yes=True) is ExitCode.OK
+    with Ledger(path) as ledger:
+        assert (job := ledger.get("a")) is not None
+        assert job.result_text == "spoken"
+
+
+def test_a_checkpoint_that_another_program_wrote_loses_nothing(path: Path) -> None:
+    with Ledger(path):
+        pass
+    with TinyDB(path) as stock:
+        stock.table("jobs").update({"metadata": {"edited": True}}, doc_ids=[1])
+    with pytest.raises(LedgerError, match="changed by another program"):
+        Ledger(path)
+    assert upkeep.mend(path, yes=True) is ExitCode.OK
+    with Ledger(path) as ledger:
+        assert (job := ledger.get("a")) is not None
+        assert job.metadata == {"edited": True}
+        assert {name for name in ALL if ledger.get(name) is not None} == set(ALL)
+
+
+@pytest.mark.parametrize("file", [lambda path: path, journal])
+def test_every_cut_of_either_file_can_be_repaired_and_opened(path: Path, file: Callable[[Path], Path]) -> None:
+    whole = {name: name.read_bytes().rstrip(b"\0") for name in (path, journal(path))}
+    target = file(path)
+    for cut in range(0, len(whole[target]), 7):
+        for name, raw in whole.items():
+            name.write_bytes(raw)
+        target.write_bytes(whole[target][:cut])
+        found = examine(path)
+        if found.damaged:
+            upkeep.mend(path, yes=True)
+        with Ledger(path) as ledger:
+            assert all(ledger.get(row["job_id"]) is not None for row in found.jobs.values())
+
+
+def test_the_damaged_files_stay_beside_the_repaired_one(path: Path) -> None:
+    damage(journal(path), b'"job_id":"d"')
+    raw = journal(path).read_bytes()
+    upkeep.mend(path, yes=True)
+    kept = [entry for entry in path.parent.iterdir() if ".damaged-" in entry.name]
+    assert len(kept) == 2
+    assert raw in [entry.read_bytes() for entry in kept]
+
+
+def test_without_yes_and_without_a_terminal_nothing_is_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(journal(path), b'"job_id":"d"')
+    before = journal(path).read_bytes()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    assert upkeep.mend(path, yes=False) is ExitCode.FAILED
+    assert journal(path).read_bytes() == before
+    assert "--yes" in capsys.readouterr().out
+
+
+def test_a_ledger_in_use_is_left_alone(path: Path) -> None:
+    with Ledger(path):
+        script = f"from cesar_mqtt.upkeep import check; from pathlib import Path; check(Path({str(path)!r}))"
+        with pytest.raises(LedgerInUseError):
+            _in_another_process(script)
+
+
+def _in_another_process(script: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    if "LedgerInUseError" in ended.stderr:
+        raise LedgerInUseError(ended.stderr)
+
+
+def test_a_newer_format_is_refused_and_not_repaired(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"format":1', b'"format":9'))
+    with pytest.raises(LedgerError, match="format 9"):
+        upkeep.mend(path, yes=True)
+
+
+def test_a_folder_without_a_ledger_is_named(tmp_path: Path) -> None:
+    for command in (upkeep.check, upkeep.compact, upkeep.export):
+        with pytest.raises(LedgerError, match="--data-dir"):
+            command(tmp_path / "ledger.json")
+
+
+def test_compacting_leaves_one_complete_file(path: Path) -> None:
+    assert upkeep.compact(path) is ExitCode.OK
+    assert not journal(path).exists()
+    with TinyDB(path, access_mode="r") as stock:
+        assert len(stock.table("jobs")) == 5
+
+
+def test_the_export_is_a_json_object_a_line_in_order(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert upkeep.export(path) is ExitCode.OK
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["job_id"] for row in rows] == ["a", "b", "c", "d", "e"]
+    assert [row["seq"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[0]["result_text"] == "spoken"
