@@ -44,6 +44,7 @@ class Bus:
     ) -> None:
         """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down."""
         self.messages: list[MQTTMessage] = []
+        self.on_cleared: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
         clean = False if client_id else None
@@ -60,6 +61,8 @@ class Bus:
         with self._changed:
             self.messages.append(message)
             self._changed.notify_all()
+        if not message.payload:
+            self.on_cleared()
 
     def close(self) -> None:
         self._client.disconnect()

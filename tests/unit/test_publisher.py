@@ -998,3 +998,60 @@ class AgreementMachine(RuleBasedStateMachine):
 
 TestAgreement = AgreementMachine.TestCase
 TestAgreement.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+# -- what is deleted, and a broker that lost its newest messages ---------------------------------------------------
+
+
+def test_the_status_of_a_deleted_job_is_cleared_and_not_cleared_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.complete(bench.claim())
+    bench.settle()
+    bench.ledger.retire(before=0.0, keep=0)
+
+    said = [message for message in bench.turn() if message.topic == "cesar/status/a"]
+    assert [(message.payload, message.retain) for message in said] == [(b"", True)]
+    assert bench.ledger.has_unpublished, "it counts only when it is acknowledged"
+    bench.disconnect()
+    again = [message for message in bench.connect() if message.topic == "cesar/status/a"]
+    assert [message.payload for message in again] == [b""]
+    bench.acknowledge(*again)
+    bench.settle()
+    assert not bench.ledger.has_unpublished
+    assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
+
+
+def test_a_broker_that_retains_what_was_said_last_is_told_nothing_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    told = bench.settle()
+    queue = [message.payload for message in told if message.topic.endswith("/queue")]
+    bench.disconnect()
+    bench.connect()
+    bench.settle()
+    assert queue
+    bench.publisher.found_retained(queue[-1])
+    assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
+
+
+def test_a_broker_that_came_back_with_older_messages_is_told_everything_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.settle()
+    bench.disconnect()
+    bench.connect(session_present=True)
+    bench.settle()
+
+    bench.publisher.found_retained(b'{"activity":"idle","queued":17}')
+
+    said = {message.topic for message in bench.turn()}
+    assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= said
+
+
+def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(bench: Bench) -> None:
+    bench.publisher.found_retained(b'{"activity":"idle","queued":17}')
+    bench.add("a")
+    bench.connect(session_present=True)
+    bench.settle()
+    assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []

@@ -776,3 +776,59 @@ def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
     assert all(0.0 <= live.processed_duration <= duration_s for live in lives)
     assert all(live.eta is None or (math.isfinite(live.eta) and live.eta >= 0) for live in lives)
     assert all(live.speed is None or (math.isfinite(live.speed) and live.speed >= 0) for live in lives)
+
+
+# -- failures that may pass ----------------------------------------------------------------------------------------
+
+
+def patient(bench: Bench, retries: int) -> Worker:
+    """A worker that tries again, after no time worth waiting for."""
+    return Worker(
+        bench.ledger,
+        bench.transcriber,
+        spool=bench.spool,
+        directories=[bench.audio],
+        reports=bench.reports,
+        retries=retries,
+        retry_delay_s=1e-9,
+    )
+
+
+@pytest.mark.parametrize("code", [ErrorCode.MODEL_UNAVAILABLE, ErrorCode.DOWNLOAD_FAILED, ErrorCode.INTERNAL])
+def test_a_failure_that_may_pass_is_tried_again_as_often_as_allowed(bench: Bench, code: ErrorCode) -> None:
+    worker = patient(bench, retries=2)
+    bench.add("a")
+    bench.fails_with(JobFailedError(code, "Not now."))
+    seen = []
+    while worker.run_once():
+        seen.append((bench.job("a").state, bench.job("a").retries))
+    assert seen == [(JobState.QUEUED, 1), (JobState.QUEUED, 2), (JobState.ERROR, 2)]
+    assert bench.job("a").error_code is code
+    assert len(bench.transcriber.calls) == 3
+
+
+def test_a_failure_that_cannot_pass_is_not_tried_again(bench: Bench) -> None:
+    worker = patient(bench, retries=2)
+    bench.add("a")
+    bench.fails_with(JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty."))
+    assert worker.run_once()
+    assert bench.job("a").state is JobState.ERROR
+
+
+def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) -> None:
+    worker = Worker(
+        bench.ledger,
+        bench.transcriber,
+        spool=bench.spool,
+        directories=[bench.audio],
+        reports=bench.reports,
+        retries=1,
+        retry_delay_s=3600.0,
+    )
+    bench.add("a", "b")
+    bench.fails_with(JobFailedError(ErrorCode.MODEL_UNAVAILABLE, "Not now."))
+    assert worker.run_once()
+    bench.transcriber.script = lambda _call: HELLO
+    assert worker.run_once()
+    assert not worker.run_once()
+    assert (bench.job("a").state, bench.job("b").state) == (JobState.QUEUED, JobState.COMPLETED)

@@ -1,0 +1,206 @@
+"""What is deleted, when, and that the broker is told; and failures that are tried again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, JobState, NewJob, Result, Verdict
+from cesar_mqtt.ledger import Ledger
+
+RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
+    with Ledger(tmp_path / "ledger.json", clock=clock, monotonic=clock) as ledger:
+        yield ledger
+
+
+def new(job_id: str, kind: str = "path") -> NewJob:
+    return NewJob(job_id, job_id * 2, AudioSource(kind, f"{job_id}.wav"), "tiny.en")
+
+
+def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
+    ledger.append([new(job_id, kind) for job_id in job_ids])
+    for _ in job_ids:
+        job = ledger.claim()
+        assert job is not None
+        ledger.complete(job.seq, RESULT)
+
+
+def tell_everything(ledger: Ledger) -> None:
+    while jobs := ledger.unpublished(100):
+        for number, job in jobs:
+            ledger.mark_published(job.seq, number)
+
+
+def left(ledger: Ledger, *job_ids: str) -> list[str]:
+    return [job_id for job_id in job_ids if ledger.get(job_id) is not None]
+
+
+def test_jobs_that_ended_too_long_ago_are_deleted_oldest_first(ledger: Ledger, clock: Clock) -> None:
+    finish(ledger, "a", "b")
+    clock.now += 100
+    finish(ledger, "c")
+    ledger.append([new("waits")])
+
+    assert ledger.retire(before=clock.now - 50, keep=1000) == (2, [])
+
+    assert left(ledger, "a", "b", "c", "waits") == ["c", "waits"]
+    assert ledger.totals().completed_total == 3, "totals count what has ended, not what is kept"
+
+
+def test_of_the_finished_only_the_newest_are_kept_and_nothing_that_waits_is_deleted(ledger: Ledger) -> None:
+    finish(ledger, *"abcde")
+    ledger.append([new("waits")])
+    ledger.append([new("works")])
+    ledger.claim()
+    assert ledger.retire(before=0.0, keep=2)[0] == 3
+    assert left(ledger, *"abcde", "waits", "works") == ["d", "e", "waits", "works"]
+    assert ledger.retire(before=0.0, keep=0)[0] == 2
+    assert ledger.retire(before=0.0, keep=0) == (0, [])
+
+
+def test_no_more_than_the_limit_is_deleted_at_once(ledger: Ledger) -> None:
+    finish(ledger, *(f"job-{number}" for number in range(25)))
+    assert [ledger.retire(before=0.0, keep=0, limit=10)[0] for _ in range(4)] == [10, 10, 5, 0]
+
+
+def test_audio_that_nobody_needs_any_more_is_named(ledger: Ledger) -> None:
+    finish(ledger, "a", kind="spool")
+    assert ledger.retire(before=0.0, keep=0) == (1, ["a.wav"])
+
+
+def test_the_broker_is_told_to_forget_until_it_has(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    finish(ledger, "a", "b")
+    tell_everything(ledger)
+    ledger.retire(before=0.0, keep=0)
+    assert ledger.has_unpublished
+    assert [gone.job_id for gone in ledger.gone(10)] == ["a", "b"]
+    assert ledger.unpublished(10) == []
+    ledger.mark_cleared(1)
+    assert [gone.job_id for gone in ledger.gone(10)] == ["b"]
+    ledger.close()
+
+    with Ledger(tmp_path / "ledger.json", clock=clock) as again:
+        assert [gone.job_id for gone in again.gone(10)] == ["b"], "a restart in between changes nothing"
+        again.mark_cleared(2)
+        assert not again.has_unpublished
+        again.append([new("c")])
+    with Ledger(tmp_path / "ledger.json", clock=clock) as later:
+        assert later.gone(10) == []
+
+
+def test_a_status_that_was_never_told_is_not_told_after_its_job_is_deleted(ledger: Ledger) -> None:
+    finish(ledger, "a")
+    ledger.retire(before=0.0, keep=0)
+    assert ledger.unpublished(10) == []
+    assert [gone.job_id for gone in ledger.gone(10)] == ["a"]
+
+
+def test_an_id_that_is_used_again_is_a_new_job_and_its_status_is_not_cleared(ledger: Ledger) -> None:
+    finish(ledger, "a")
+    tell_everything(ledger)
+    ledger.retire(before=0.0, keep=0)
+    assert [verdict for verdict, _ in ledger.append([new("a")])] == [Verdict.ACCEPTED]
+    assert ledger.gone(10) == []
+    assert [job.state for _, job in ledger.unpublished(10)] == [JobState.QUEUED]
+
+
+def test_numbers_are_never_used_again(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    finish(ledger, "a", "b")
+    ledger.retire(before=0.0, keep=0)
+    ledger.close()
+    with Ledger(tmp_path / "ledger.json", clock=clock) as again:
+        [(_, job)] = again.append([new("c")])
+        assert job is not None
+        assert job.seq == 3
+
+
+def test_a_deferred_job_lets_those_behind_it_go_first_and_then_keeps_its_place(ledger: Ledger, clock: Clock) -> None:
+    ledger.append([new(name) for name in "abc"])
+    first = ledger.claim()
+    assert first is not None
+    ledger.defer(first.seq, 10.0)
+    again = ledger.get("a")
+    assert again is not None
+    assert (again.state, again.queue_position, again.retries, again.crashes) == (JobState.QUEUED, 1, 1, 0)
+
+    second = ledger.claim()
+    assert second is not None
+    assert second.job_id == "b"
+    ledger.complete(second.seq, RESULT)
+    clock.now += 10.0
+    third = ledger.claim()
+    assert third is not None
+    assert (third.job_id, third.attempt) == ("a", 2)
+
+
+def test_only_a_deferred_job_makes_the_worker_wait_no_longer_than_its_delay(ledger: Ledger, clock: Clock) -> None:
+    ledger.append([new("a")])
+    job = ledger.claim()
+    assert job is not None
+    ledger.defer(job.seq, 5.0)
+    assert ledger.claim() is None
+    asked = 0
+
+    def stopped() -> bool:
+        nonlocal asked
+        asked += 1
+        clock.now += 3.0  # time goes on while it is asked
+        return asked > 10
+
+    assert ledger.wait_for_work(stopped)
+    assert asked < 10
+
+
+def test_after_a_restart_a_deferred_job_is_ready_at_once(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    ledger.append([new("a")])
+    job = ledger.claim()
+    assert job is not None
+    ledger.defer(job.seq, 1e6)
+    ledger.close()
+    with Ledger(tmp_path / "ledger.json", clock=clock, monotonic=clock) as again:
+        claimed = again.claim()
+        assert claimed is not None
+        assert claimed.retries == 1
+
+
+def test_only_a_job_in_work_can_be_deferred(ledger: Ledger) -> None:
+    ledger.append([new("a")])
+    with pytest.raises(IllegalTransitionError):
+        ledger.defer(1, 1.0)
+    job = ledger.claim()
+    assert job is not None
+    ledger.fail(job.seq, ErrorCode.INTERNAL, "It failed.")
+    with pytest.raises(IllegalTransitionError):
+        ledger.defer(1, 1.0)
+
+
+def test_a_retained_request_without_an_id_is_the_job_that_its_live_delivery_made(ledger: Ledger) -> None:
+    def asked(job_id: str, *, retained: bool) -> NewJob:
+        source = AudioSource("path", "a.wav")
+        return NewJob(job_id, "same", source, "tiny.en", anonymous=True, retained=retained)
+
+    [(first, live)] = ledger.append([asked("uuid-1", retained=False)])
+    [(second, known)] = ledger.append([asked("retained-same", retained=True)])
+    [(third, _)] = ledger.append([asked("uuid-2", retained=False)])
+    assert (first, second, third) == (Verdict.ACCEPTED, Verdict.SAME, Verdict.ACCEPTED)
+    assert live is not None
+    assert known is not None
+    assert known.job_id == live.job_id == "uuid-1"
