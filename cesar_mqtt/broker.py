@@ -109,7 +109,7 @@ class EmbeddedBroker:
         host = _shown(self._host)
         return (
             f"Port {self.port} on {host} is taken, so the embedded broker cannot listen there; say "
-            f"--broker mqtt://{host}:{self.port} to use the broker that is there, or --broker embedded://{host}:PORT"
+            f"--broker {self.url} to use the broker that is there, or --broker embedded://{host}:PORT"
         )
 
     # -- the embedded-broker thread ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Literal
 from cesar_mqtt.addresses import Backoff, VersionChoice, parse_broker_url, read_credentials, tls_context
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.connection import IN_FLIGHT, TURN_S, Connection, ConnectionInfo, Profile, Subscription, Will, contained
-from cesar_mqtt.errors import BrokerRefusedError
+from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.handoff import Delivery, HandOff, Receipt
 from cesar_mqtt.logs import event
 from cesar_mqtt.publications import CannotPublishError, PacketTooLargeError, Publication, PublishTicket
@@ -38,9 +38,11 @@ _MOST_UNACKNOWLEDGED = 65_535
 class MqttClient:
     """Messages in, messages out, whatever happens to the connection.
 
-    What comes in is fetched with `receive`, in order; while nobody fetches, QoS 1 is held back at the broker and QoS 0
-    is dropped. On the way out nothing is kept: `publish` works while connected, and what was published but not reported
-    by `on_published` is forgotten when the connection is lost. Publish it again after the next `on_connected`.
+    What comes in is fetched with `receive`, in order. While nobody fetches, QoS 0 is dropped and QoS 1 held back at the
+    broker; then the network thread stands still and no PUBACK is read, so who fetches must not wait for `on_published`.
+
+    On the way out nothing is kept: `publish` works while connected, and what was published but not reported by
+    `on_published` is forgotten when the connection is lost. Publish it again after the next `on_connected`.
 
     The callbacks run on the network thread, between two turns of its loop and without a lock: they may call every
     method, and must not block. `on_published` may come before `publish` has returned; who minds holds a lock of his own
@@ -79,6 +81,8 @@ class MqttClient:
             ConfigError: the URL, the password file or a TLS file cannot be used.
         """
         address = parse_broker_url(settings.url)
+        if address.port == 0:
+            raise ConfigError(f"broker.url '{address.redacted}' cannot be used by a client: it names no port")
         self._where = address.redacted
         self._profile = Profile(
             address=address,

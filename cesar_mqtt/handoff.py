@@ -66,16 +66,20 @@ class HandOff:
     def put(self, delivery: Delivery) -> None:
         """Add one. Without room QoS 0 is dropped, and QoS 1 waits: the network stands still until there is room.
 
+        The receive maximum of MQTT 5 should prevent the latter, but mosquitto 2.0.11 sends more than it was told to.
         After `close` nothing is added; of QoS 1 nothing is lost by that, for it is not acknowledged.
         """
         with self._changed:
             if delivery.qos == 0 and not self._has_room(delivery):
                 self._drop()
                 return
-            self._changed.wait_for(lambda: self._closed or self._has_room(delivery))
-            if not self._closed:
-                self._waiting.append(delivery)
-                self._waiting_bytes += len(delivery.payload)
+            if not self._has_room(delivery):
+                self._changed.wait_for(lambda: self._closed or self._has_room(delivery))
+            if self._closed:
+                return
+            self._waiting.append(delivery)
+            self._waiting_bytes += len(delivery.payload)
+            if len(self._waiting) == 1:  # whoever takes, takes all: only the first has to wake it
                 self._changed.notify_all()
 
     def take(self, timeout_s: float | None) -> list[Delivery]:

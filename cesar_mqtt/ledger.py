@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -481,14 +481,17 @@ class Ledger:
         with self._changed:
             self._outbox.coalesce()
 
-    def mark_published(self, seq: int, revision: int) -> None:
-        """Note that the broker acknowledged the status; reaches the disk with the next transaction.
+    def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
+        """Note that the broker acknowledged statuses; reaches the disk with the next transaction.
 
-        A crash before that publishes the status once more, which changes nothing for a reader of retained messages.
+        A crash before that publishes them once more, which changes nothing for a reader of retained messages.
+
+        Args:
+            acknowledged: the sequence number of each job, and the number that `unpublished` gave with it.
         """
         with self._changed:
-            if self._outbox.acknowledge(seq, revision):
-                self._notify()
+            for seq, number in acknowledged:
+                self._outbox.acknowledge(seq, number)
 
     def mark_cleared(self, seq: int) -> None:
         """Note that the broker has forgotten the status of a deleted job; on disk with the next transaction."""

@@ -4,6 +4,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -316,6 +317,7 @@ def cut(text: str, size_bytes: int) -> str:
     return text.encode()[: max(0, size_bytes)].decode(errors="ignore")
 
 
+@lru_cache(maxsize=64)  # most statuses say the same moment more than once, and a burst comes in one
 def timestamp(seconds: float) -> str:
     """Return seconds since the epoch as RFC 3339 in UTC, in milliseconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -59,7 +59,7 @@ class Publication:
             raise CannotPublishError(f"Nothing can be published on {self.topic[:80]!r}: brokers take no such topic.")
         if self.topic.count("/") >= _MOST_LEVELS:
             raise CannotPublishError(f"Nothing can be published on a topic of more than {_MOST_LEVELS} levels.")
-        if not all(_is_sound(text) for pair in self.user_properties for text in pair):
+        if self.user_properties and not all(_is_sound(text) for pair in self.user_properties for text in pair):
             raise CannotPublishError("A user property is too long, or holds characters that brokers do not take.")
         if len(self.correlation_data or b"") > _MOST_TEXT_BYTES:
             raise CannotPublishError("The correlation data is too long.")
@@ -67,8 +67,9 @@ class Publication:
     @property
     def packet_bytes(self) -> int:
         """The size of its packet, or a few bytes more."""
-        properties = sum(5 + len(name.encode()) + len(value.encode()) for name, value in self.user_properties)
-        properties += 3 + len(self.correlation_data or b"")
+        properties = 3 + len(self.correlation_data or b"")
+        if self.user_properties:
+            properties += sum(5 + len(name.encode()) + len(value.encode()) for name, value in self.user_properties)
         headers = 1 + 4 + 2 + 2 + 4  # type, remaining length, length of the topic, packet id, length of the properties
         return headers + len(self.topic.encode()) + properties + len(self.payload)
 

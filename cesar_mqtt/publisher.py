@@ -7,7 +7,7 @@ network; those called `on_...`, for paho's network thread, not for the disk eith
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,6 +54,8 @@ class _Own:
     payload: bytes
     version: int = 0
     published: int = -1
+    sent: int = -1
+    """The version that is on its way."""
     retained: tuple[bytes, ...] = ()
     """What the broker may retain: the last acknowledged payload, and those that were sent since."""
 
@@ -87,6 +89,9 @@ class Publisher:
         self._connected = False
         self._max_packet_bytes: int | None = None
         self._in_flight: dict[Hashable, _Sent] = {}
+        self._busy: Counter[int] = Counter()
+        self._clearing: set[int] = set()
+        self._acknowledged: deque[Hashable] = deque()
         self._own: dict[str, _Own] = {}
         self._rejections: deque[Rejection] = deque(maxlen=_REJECTIONS)
         self._activity: Activity = "starting"
@@ -114,7 +119,9 @@ class Publisher:
 
     def on_published(self, ticket: Hashable) -> None:
         """Take note of a PUBACK (network thread)."""
-        self._tell(lambda: self._acknowledged(ticket))
+        self._acknowledged.append(ticket)
+        if not self._wake.is_set():  # it costs more than all the rest of this
+            self._wake.set()
 
     def reject(self, rejection: Rejection) -> None:
         """Report a refused message when connected; the newest 10,000 are kept until then, in memory.
@@ -213,6 +220,7 @@ class Publisher:
             Seconds after which there will be something to do even if nobody says so; None: nothing is due.
         """
         asked = self._asked
+        self._take_acknowledgements()
         while self._events:
             self._events.popleft()()
         if not self._connected:
@@ -256,7 +264,7 @@ class Publisher:
             logger, logging.WARNING, "broker_went_back", "The broker has lost its newest messages: all are sent again"
         )
         for own in self._own.values():
-            own.published, own.retained = -1, ()
+            own.published, own.sent, own.retained = -1, -1, ()
         self._ledger.publish_again()
 
     def _interrupt(self) -> None:
@@ -264,17 +272,33 @@ class Publisher:
         lost = [sent.rejection for sent in self._in_flight.values() if sent.rejection is not None]
         self._rejections = deque([*lost, *self._rejections], maxlen=_REJECTIONS)
         self._in_flight.clear()
+        self._busy.clear()
+        self._clearing.clear()
+        for own in self._own.values():
+            own.sent = -1
 
-    def _acknowledged(self, ticket: Hashable) -> None:
-        sent = self._in_flight.pop(ticket, None)
-        if sent is not None:
-            self._settle(sent)
+    def _take_acknowledgements(self) -> None:
+        published: list[tuple[int, int]] = []
+        while self._acknowledged:
+            sent = self._in_flight.pop(self._acknowledged.popleft(), None)
+            if sent is None:
+                continue
+            if sent.seq is None or sent.gone:
+                self._settle(sent)
+            elif sent.number:
+                self._busy[sent.seq] -= 1
+                if not self._busy[sent.seq]:
+                    del self._busy[sent.seq]
+                published.append((sent.seq, sent.number))
+        if published:
+            self._ledger.mark_published(published)
 
     def _settle(self, sent: _Sent) -> None:
         if sent.seq is not None and sent.gone:
+            self._clearing.discard(sent.seq)
             self._ledger.mark_cleared(sent.seq)
         elif sent.seq is not None and sent.number:
-            self._ledger.mark_published(sent.seq, sent.number)
+            self._ledger.mark_published([(sent.seq, sent.number)])
         elif sent.topic is not None:
             own = self._own[sent.topic]
             own.published = max(own.published, sent.number)
@@ -311,6 +335,10 @@ class Publisher:
             self._connected = False
             return False
         self._in_flight[ticket] = sent
+        if sent.seq is not None and sent.gone:
+            self._clearing.add(sent.seq)
+        elif sent.seq is not None and sent.number:
+            self._busy[sent.seq] += 1
         return True
 
     @property
@@ -322,9 +350,9 @@ class Publisher:
             self._queue_stale = False
             self._queue_due = self._monotonic() + _EVERY_S
             self._retain("queue", self._queue())
-        on_the_way = {(sent.topic, sent.number) for sent in self._in_flight.values() if sent.topic is not None}
         for name, own in self._own.items():
-            if own.published != own.version and (name, own.version) not in on_the_way:
+            if own.version not in (own.published, own.sent):
+                own.sent = own.version
                 own.retained = (*own.retained, own.payload)
                 self._send(self._topics.own(name), own.payload, _Sent(topic=name, number=own.version))
 
@@ -348,17 +376,15 @@ class Publisher:
             self._rejections.popleft()
 
     def _publish_statuses(self) -> None:
-        busy = {sent.seq for sent in self._in_flight.values() if sent.seq is not None and sent.number}
         if self._room <= 0:
             return
-        for number, job in self._ledger.unpublished(self._room, but=busy):
+        for number, job in self._ledger.unpublished(self._room, but=self._busy):
             if not self._publish_status(job, number):
                 return
 
     def _publish_gone(self) -> None:
         """Let the broker forget the statuses of deleted jobs: an empty retained message clears the topic."""
-        busy = {sent.seq for sent in self._in_flight.values() if sent.seq is not None and sent.gone}
-        for gone in self._ledger.gone(self._room, but=busy) if self._room > 0 else ():
+        for gone in self._ledger.gone(self._room, but=self._clearing) if self._room > 0 else ():
             if not self._send(self._topics.status(gone.job_id), b"", _Sent(seq=gone.seq, gone=True)):
                 return
 

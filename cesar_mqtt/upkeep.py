@@ -81,9 +81,7 @@ def _print(path: Path, found: Salvage) -> None:
     for sentence in shown(found.lost):
         _out(f"  lost: {sentence}")
     if found.damaged:
-        _out(
-            f"The ledger is damaged. `cesar-mqtt ledger repair` keeps these {len(found.jobs)} jobs, no more."
-        )
+        _out(f"The ledger is damaged. `cesar-mqtt ledger repair` keeps these {len(found.jobs)} jobs, no more.")
     else:
         _out("The ledger is whole.")
 

@@ -443,7 +443,7 @@ def test_a_known_job_is_known_even_when_the_queue_is_full(bench: Bench) -> None:
 def test_the_same_request_again_is_the_same_job_and_its_status_is_told_again(bench: Bench) -> None:
     bench.take(request(job_id="a", metadata={"x": 1, "y": 2}))
     [(number, job)] = bench.ledger.unpublished(10)
-    bench.ledger.mark_published(job.seq, number)
+    bench.ledger.mark_published([(job.seq, number)])
     assert bench.take(request(job_id="a", metadata={"y": 2, "x": 1}, beam_size=5, language=None)) == []
     assert [known.job_id for _, known in bench.ledger.unpublished(10)] == ["a"]
     assert bench.ledger.totals().queued == 1

@@ -810,6 +810,7 @@ def test_many_drains_do_not_make_a_flood_of_queue_messages(bench: Bench) -> None
     meanwhile: list[Message] = []
     for message in waiting[:20]:
         assert not bench.publisher.drain(0)
+        bench.publisher.activity("processing")
         bench.now += 0.04  # enough to change `oldest_age`
         meanwhile += bench.acknowledge(message)
     assert on(QUEUE, meanwhile) == []

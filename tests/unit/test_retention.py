@@ -46,7 +46,7 @@ def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
 def tell_everything(ledger: Ledger) -> None:
     while jobs := ledger.unpublished(100):
         for number, job in jobs:
-            ledger.mark_published(job.seq, number)
+            ledger.mark_published([(job.seq, number)])
 
 
 def left(ledger: Ledger, *job_ids: str) -> list[str]:
