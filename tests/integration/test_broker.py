@@ -96,7 +96,7 @@ class Listener:
 
 @contextmanager
 def connected(broker: EmbeddedBroker, **options: Any) -> Iterator[MqttClient]:
-    client = MqttClient(BrokerSettings(url=f"mqtt://127.0.0.1:{broker.port}"), **options)
+    client = MqttClient(BrokerSettings(url=broker.url), **options)
     client.start()
     assert client.wait_connected(_WAIT_S)
     yield client
@@ -234,6 +234,16 @@ def test_a_large_recording_gets_through(embedded_broker: EmbeddedBroker, tmp_pat
         assert delivery.payload == recording.read_bytes()
 
 
+def test_a_message_does_not_wait_for_an_acknowledgement_by_tcp(embedded_broker: EmbeddedBroker) -> None:
+    """With Nagle's algorithm on, each of these took 44 ms."""
+    with connected(embedded_broker, client_id="us", persistent=True, subscriptions=[Subscription("a")]) as us:
+        started = time.monotonic()
+        for _ in range(50):
+            us.publish("a", b"x")
+            assert receive(us, 1) == ["x"]
+        assert time.monotonic() - started < 50 * 0.03
+
+
 # -- where it listens -------------------------------------------------------------------------------------------------
 
 
@@ -261,8 +271,7 @@ def test_it_listens_where_it_is_told_to(host: str) -> None:
         if host != "::1":
             raise
         pytest.skip("this machine has no IPv6")
-    shown = f"[{host}]" if ":" in host else host
-    client = MqttClient(BrokerSettings(url=f"mqtt://{shown}:{broker.port}"), client_id="a", persistent=False)
+    client = MqttClient(BrokerSettings(url=broker.url), client_id="a", persistent=False)
     client.start()
     assert isinstance(client.wait_connected(_WAIT_S), ConnectionInfo)
     client.close()
@@ -343,7 +352,7 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
     broker.start()
     with (
         socket.create_connection(("127.0.0.1", broker.port), timeout=_WAIT_S) as deaf,
-        connected(broker, client_id="us", persistent=False) as us,
+        connected(broker, client_id="us", persistent=False, subscriptions=[Subscription("b")]) as us,
     ):
         deaf.sendall(connect(b"deaf"))
         deaf.sendall(packet(0x82, b"\0\1" + text(b"a") + b"\0"))
@@ -352,6 +361,8 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
             said += deaf.recv(100)
         for _ in range(10):
             us.publish("a", b"x" * 1_000_000)
+        us.publish("b", b"handed out after all the others")
+        receive(us, 1)
         started = time.monotonic()
         broker.close()
         assert time.monotonic() - started < 5.0
