@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, which is made when it is missing.
 #   VENV=DIR      where it is (.venv)
 #   PYTHON=FILE   what it is made with (the newest of Python 3.11 to 3.13 that is found)
-#   ARGS=...      more arguments for pytest
+#   ARGS=...      more arguments for pytest, the benchmarks or the soak
 
 VENV ?= .venv
 PYTHON ?=
@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench soak clean
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -20,6 +20,8 @@ help:
 	@echo 'make demo    one recording through everything, with no set-up'
 	@echo 'make test    the checks, then all tests'
 	@echo 'make check   format, lint and types'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger or ARGS=bus for a part)'
+	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
 
 demo: $(STAMP)
@@ -32,6 +34,12 @@ check: $(STAMP)
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
+
+bench: $(STAMP)
+	@$(RUN) benchmarks $(ARGS)
+
+soak: $(STAMP)
+	@$(RUN) tests.acceptance.chaos $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -19,6 +20,9 @@ from typing import Any
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker
 from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
+from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
+from amqtt.mqtt.puback import PubackPacket
+from amqtt.session import IncomingApplicationMessage, OutgoingApplicationMessage, Session
 
 from cesar_mqtt.errors import ConfigError
 
@@ -28,6 +32,7 @@ _LISTENER = "default"
 _BACKLOG = 128
 _OPENING_S = 10.0
 _SHUTDOWN_S = 2.0
+_KEEP_S = 10
 _JOIN_S = 5.0
 
 _CONNECT = 0x10
@@ -47,8 +52,17 @@ class EmbeddedBroker:
         port: where it listens; with 0 asked for, known after `start`.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 1883) -> None:
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 1883, *, keeper: str = "", kept: Callable[[str], bool] | None = None
+    ) -> None:
         """Take note of where to listen; port 0 is any free one.
+
+        Args:
+            host: one of this machine's own addresses.
+            port: where to listen.
+            keeper: the client id of a subscriber that keeps what others publish on some topics.
+            kept: whether a topic is one of these. A message of QoS 1 on it is acknowledged to its publisher only after
+                the keeper has acknowledged it; without a keeper not at all.
 
         Raises:
             ConfigError: other machines could reach that host: there are no passwords here.
@@ -60,6 +74,8 @@ class EmbeddedBroker:
                 f"machine only (127.0.0.1 or ::1). Run a broker such as mosquitto and name it: --broker mqtt://{host}"
             )
         self.port = port
+        self._keeper = keeper
+        self._kept = kept or _nothing
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._ready = threading.Event()
@@ -124,7 +140,7 @@ class EmbeddedBroker:
     async def _serve(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_log_quietly)
-        broker = _Amqtt(_config())
+        broker = _Amqtt(_config(), keeper=self._keeper, kept=self._kept)
         await broker.start()
         server = await asyncio.start_server(partial(self._meet, broker), sock=listening)
         self._loop, self._stop = loop, asyncio.Event()
@@ -177,8 +193,19 @@ _answering_subscribe: ContextVar[bool] = ContextVar("answering_subscribe", defau
 class _Amqtt(Broker):  # type: ignore[misc]
     """amqtt 0.12.1, except that retained messages answer a SUBSCRIBE and nothing else [MQTT-3.3.1-6].
 
-    It would also send them when a client connects, and for the filters of all other clients.
+    It would also send them when a client connects, and for the filters of all other clients. And it would acknowledge
+    a message as soon as it has read it, while all that it keeps is in memory: see `_Handler`.
     """
+
+    def __init__(self, config: BrokerConfig, *, keeper: str, kept: Callable[[str], bool]) -> None:
+        super().__init__(config)
+        self._keeping = _Keeping(keeper, kept)
+
+    async def _initialize_client_session(self, *args: Any) -> tuple[BrokerProtocolHandler, Session]:
+        handler, session = await super()._initialize_client_session(*args)
+        handler.__class__ = _Handler  # amqtt has no other way to choose the class
+        handler.keeping = self._keeping
+        return handler, session
 
     async def _handle_subscription(self, *args: Any) -> None:
         token = _answering_subscribe.set(True)
@@ -190,6 +217,68 @@ class _Amqtt(Broker):  # type: ignore[misc]
     async def _publish_retained_messages_for_subscription(self, *args: Any) -> None:
         if _answering_subscribe.get():
             await super()._publish_retained_messages_for_subscription(*args)
+
+
+class _Keeping:
+    """Messages that were not yet acknowledged to their publishers, because the keeper has not acknowledged them.
+
+    They are told apart by their payload's identity, which amqtt hands on from publisher to subscriber unchanged.
+    """
+
+    def __init__(self, keeper: str, kept: Callable[[str], bool]) -> None:
+        self.keeper = keeper
+        self.kept = kept
+        self._waiting: dict[int, tuple[object, asyncio.Future[None]]] = {}
+
+    def expect(self, data: object) -> asyncio.Future[None]:
+        """Return what is done when the keeper has acknowledged the message with this payload."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[id(data)] = (data, future)  # with the payload itself: its identity must not be used again
+        future.add_done_callback(lambda _: self._waiting.pop(id(data), None))
+        return future
+
+    def done(self, data: object) -> None:
+        """Take note of the keeper's acknowledgement."""
+        _, future = self._waiting.get(id(data), (None, None))
+        if future is not None and not future.done():
+            future.set_result(None)
+
+
+class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
+    """amqtt's side of one connection, except that a PUBACK for a kept topic means that the keeper has the message.
+
+    When the keeper does not have it in time, the publisher's connection is closed: a client of QoS 1 then connects
+    again and sends the message again, which is what the keeper's way of counting expects.
+    """
+
+    keeping: _Keeping
+
+    async def _handle_qos1_message_flow(self, message: Any) -> None:
+        if not isinstance(message, IncomingApplicationMessage) or not self.keeping.kept(message.topic):
+            await super()._handle_qos1_message_flow(message)
+            return
+        kept = self.keeping.expect(message.data)
+        await self.session.delivered_message_queue.put(message)
+        try:
+            async with asyncio.timeout(_KEEP_S):
+                await kept
+        except TimeoutError:
+            logger.debug("The consumer has not taken a message in %d s: its publisher is let go", _KEEP_S)
+            await self.handle_connection_closed()
+            return
+        message.puback_packet = PubackPacket.build(message.packet_id)
+        await self._send_packet(message.puback_packet)
+
+    async def mqtt_publish(self, topic: str, data: bytes, *args: Any, **options: Any) -> OutgoingApplicationMessage:
+        """Send a message, and return when it is acknowledged."""
+        sent = await super().mqtt_publish(topic, data, *args, **options)
+        if self.session is not None and self.session.client_id == self.keeping.keeper:
+            self.keeping.done(data)
+        return sent
+
+
+def _nothing(_topic: str) -> bool:
+    return False
 
 
 class _ToDebug(logging.Handler):

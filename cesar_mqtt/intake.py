@@ -16,7 +16,7 @@ from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import AudioSource, NewJob, Verdict
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Rejection, canonical, excerpt, timestamp
+from cesar_mqtt.messages import JobRequest, Rejection, canonical, excerpt, timestamp
 from cesar_mqtt.requests import Accepted, Parsed, Refusal, parse_audio, parse_job
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.topics import Topics, is_job_id
@@ -279,8 +279,20 @@ def _refusal(job_id: str, verdict: Verdict) -> Refusal | None:
 
 def _fingerprint(parsed: Accepted) -> str:
     """Return 128 bits that are equal for requests that ask for the same of the same audio."""
-    asked = parsed.request.model_dump(exclude={"job_id", "audio_base64"}, exclude_defaults=True)
-    digest = hashlib.sha256(canonical(asked))
+    request = parsed.request
+    names = sorted(request.model_fields_set - _NOT_ASKED)
+    digest = hashlib.sha256(canonical({name: getattr(request, name) for name in names if _differs(request, name)}))
     if parsed.audio is not None:
         digest.update(hashlib.sha256(parsed.audio).digest())
     return digest.hexdigest()[:32]
+
+
+_NOT_ASKED = frozenset({"job_id", "audio_base64"})
+"""Fields that say which job it is, or hold the audio, whose bytes are compared instead."""
+
+
+def _differs(request: JobRequest, name: str) -> bool:
+    return bool(getattr(request, name) != _DEFAULTS[name])
+
+
+_DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in JobRequest.model_fields.items()}

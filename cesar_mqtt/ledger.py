@@ -285,8 +285,12 @@ class Ledger:
         happen to ask for the same are two jobs. What comes back because it is retained has neither: it is the job that
         its first, live delivery made.
         """
-        if request.retained and request.anonymous and request.fingerprint in self._anonymous:
-            return str(self._rows[str(self._anonymous[request.fingerprint])]["job_id"])
+        if request.retained and request.anonymous:
+            for job_id, other in reversed(new.items()):
+                if other.anonymous and other.fingerprint == request.fingerprint:
+                    return job_id
+            if request.fingerprint in self._anonymous:
+                return str(self._rows[str(self._anonymous[request.fingerprint])]["job_id"])
         if not request.redelivered or request.packet_id is None:
             return None
         for job_id, other in reversed(new.items()):

@@ -181,7 +181,7 @@ def status_of(job: Job, consumer: str, live: Live | None = None) -> Status:
     progress = 1.0 if final else (0.0 if working else None)
     duration = live.audio_duration if live else job.audio_duration
     code = job.error_code
-    return Status(
+    return Status.model_construct(  # our own values: checking them again would take half the time
         job_id=job.job_id,
         status=job.state,
         attempt=job.attempt,

@@ -5,7 +5,7 @@ Nothing that can be changed is shared between a document and the values outside.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
@@ -51,23 +51,36 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
 
 def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:
     """Return the value that leaves the ledger, with its place in the queue and since when it has it."""
-    fields = {**document, "queue_position": rank}
-    for name in _ONLY_HERE & fields.keys():
-        del fields[name]
-    for name in _CONVERTERS.keys() & fields.keys():
-        fields[name] = _CONVERTERS[name](fields[name])
-    if since is not None:
-        fields["updated_at"] = max(fields["updated_at"], since)
-    return Job(seq=seq, **fields)
+    get = document.get
+    audio, code = get("audio"), get("error_code")
+    options, metadata = get("options"), get("metadata")
+    return Job(
+        seq=seq,
+        job_id=document["job_id"],
+        state=_STATES[document["state"]],
+        revision=document["revision"],
+        created_at=document["created_at"],
+        updated_at=document["updated_at"] if since is None else max(document["updated_at"], since),
+        fingerprint=document["fingerprint"],
+        model_size=document["model_size"],
+        audio=None if audio is None else AudioSource(*audio),
+        options=copy.deepcopy(options) if options else {},
+        metadata=copy.deepcopy(metadata) if metadata else {},
+        attempt=get("attempt", 0),
+        crashes=get("crashes", 0),
+        retries=get("retries", 0),
+        started_at=get("started_at"),
+        completed_at=get("completed_at"),
+        result_text=get("result_text"),
+        detected_language=get("detected_language"),
+        language_probability=get("language_probability"),
+        no_speech=get("no_speech"),
+        audio_duration=get("audio_duration"),
+        error_code=None if code is None else ErrorCode(code),
+        error_message=get("error_message"),
+        warnings=tuple(get("warnings", ())),
+        queue_position=rank,
+    )
 
 
-_ONLY_HERE = frozenset({"packet_id", "anonymous"})
-"""What only the ledger needs to know."""
-_CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
-    "state": JobState,
-    "audio": lambda audio: AudioSource(*audio),
-    "error_code": ErrorCode,
-    "options": copy.deepcopy,
-    "metadata": copy.deepcopy,
-    "warnings": tuple,
-}
+_STATES = {state.value: state for state in JobState}

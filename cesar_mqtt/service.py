@@ -65,7 +65,7 @@ class Service:
         try:
             self._spool = Spool(settings.data_dir / "spool")
             self._spool.sweep(self._ledger.spooled())
-            self._broker = _start_broker(address)
+            self._broker = _start_broker(address, self._topics)
             if self._broker is not None:
                 settings = _inside(settings, self._broker)
             self._wire(settings, settings.audio.directories or (directory,))
@@ -284,12 +284,12 @@ def _open_ledger(settings: Settings) -> Ledger:
     )
 
 
-def _start_broker(address: BrokerAddress) -> "EmbeddedBroker | None":
+def _start_broker(address: BrokerAddress, topics: Topics) -> "EmbeddedBroker | None":
     if address.scheme != "embedded":
         return None
     from cesar_mqtt.broker import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
 
-    broker = EmbeddedBroker(address.host, address.port)
+    broker = EmbeddedBroker(address.host, address.port, keeper=topics.consumer, kept=topics.is_submission)
     broker.start()
     port = "" if broker.port == _DEFAULT_PORT else f" -p {broker.port}"
     event(

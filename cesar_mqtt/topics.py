@@ -47,6 +47,10 @@ class Topics:
             return ""
         return topic[len(head) + 1 :] if topic.startswith(f"{head}/") else None
 
+    def is_submission(self, topic: str) -> bool:
+        """Whether what is published on `topic` is meant to become a job."""
+        return topic == self.jobs or self.audio_job_id(topic) is not None
+
     def status(self, job_id: str) -> str:
         """The retained status of one job."""
         return f"{self.prefix}/status/{job_id}"

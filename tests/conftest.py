@@ -141,6 +141,13 @@ class StartMosquitto(Protocol):
     def __call__(self, *options: str, persistence: bool = False, users: dict[str, str] | None = None) -> Mosquitto: ...
 
 
+@pytest.fixture(autouse=True)
+def _mosquitto_is_there(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("mosquitto"):
+        for program in ("mosquitto", "mosquitto_passwd", "mosquitto_pub", "mosquitto_sub"):
+            need(program)
+
+
 @pytest.fixture
 def free_port() -> int:
     return find_free_port()

@@ -367,3 +367,83 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
         broker.close()
         assert time.monotonic() - started < 5.0
     assert not [thread for thread in threading.enumerate() if thread.name == "embedded-broker"]
+
+
+# -- what is acknowledged to a publisher is kept -------------------------------------------------------------------
+
+
+@contextmanager
+def keeping() -> Iterator[EmbeddedBroker]:
+    """A broker whose messages on `cesar/jobs` are kept by the client `cesar`."""
+    broker = EmbeddedBroker(port=0, keeper="cesar", kept=lambda topic: topic == "cesar/jobs")
+    broker.start()
+    try:
+        yield broker
+    finally:
+        broker.close()
+
+
+@contextmanager
+def linked(broker: EmbeddedBroker, client_id: str, *topics: str) -> Iterator[tuple[MqttClient, "queue.Queue[str]"]]:
+    """A client, and the order in which what it publishes is acknowledged, or that it is disconnected."""
+    told: queue.Queue[str] = queue.Queue()
+    client = MqttClient(
+        BrokerSettings(url=broker.url, protocol="3.1.1"),
+        client_id=client_id,
+        persistent=client_id == "cesar",
+        subscriptions=[Subscription(topic) for topic in topics],
+        on_published=lambda ticket, _reason: told.put(f"{ticket.mid} is acknowledged"),
+        on_disconnected=lambda _reason: told.put("disconnected"),
+    )
+    client.start()
+    assert client.wait_connected(_WAIT_S) is not None
+    try:
+        yield client, told
+    finally:
+        client.close()
+
+
+def test_a_job_is_acknowledged_to_its_publisher_only_when_the_keeper_has_it() -> None:
+    with (
+        keeping() as broker,
+        linked(broker, "cesar", "cesar/jobs") as (keeper, _),
+        linked(broker, "somebody", "cesar/#"),
+        linked(broker, "producer") as (producer, told),
+    ):
+        job = producer.publish("cesar/jobs", b"a.wav")
+        other = producer.publish("cesar/other", b"something else")
+        assert job is not None
+        assert other is not None
+        assert told.get(timeout=_WAIT_S) == f"{other.mid} is acknowledged", "what is not kept does not wait"
+        deliveries = keeper.receive(_WAIT_S)
+        assert [delivery.payload for delivery in deliveries] == [b"a.wav"]
+        assert told.empty()
+
+        keeper.acknowledge(deliveries)
+
+        assert told.get(timeout=_WAIT_S) == f"{job.mid} is acknowledged"
+
+
+def test_the_same_job_twice_at_once_is_acknowledged_twice() -> None:
+    with (
+        keeping() as broker,
+        linked(broker, "cesar", "cesar/jobs") as (keeper, _),
+        linked(broker, "producer") as (producer, told),
+    ):
+        tickets = [producer.publish("cesar/jobs", b"a.wav") for _ in range(20)]
+        taken = 0
+        while taken < len(tickets):
+            deliveries = keeper.receive(_WAIT_S)
+            keeper.acknowledge(deliveries)
+            taken += len(deliveries)
+        heard = {told.get(timeout=_WAIT_S) for _ in tickets}
+        assert heard == {f"{ticket.mid} is acknowledged" for ticket in tickets if ticket is not None}
+
+
+def test_a_publisher_whose_job_nobody_keeps_is_let_go_so_that_it_sends_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.broker._KEEP_S", 0.2)
+    with keeping() as broker, linked(broker, "producer") as (producer, told):
+        assert producer.publish("cesar/jobs", b"a.wav") is not None
+        assert told.get(timeout=_WAIT_S) == "disconnected"

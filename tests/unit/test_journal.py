@@ -434,6 +434,8 @@ def test_commits_between_the_snapshot_and_the_cut_are_kept(folder: Folder) -> No
     snapshot = storage.snapshot()
     storage.commit(TRANSACTIONS[4])
     storage.write_checkpoint(snapshot)
+    with TinyDB(folder.ledger, access_mode="r") as stock:
+        assert {str(row.doc_id): dict(row) for row in stock.table("jobs")} == IMAGES[4]["jobs"]
     storage.commit(TRANSACTIONS[5])
     storage.cut_journal(snapshot)
     for changes in TRANSACTIONS[6:]:

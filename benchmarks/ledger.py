@@ -1,0 +1,215 @@
+"""The ledger beside what else could keep jobs: sqlite3, stock TinyDB, and the disk's own limit."""
+
+import json
+import os
+import sqlite3
+import time
+import tracemalloc
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+from tinydb import TinyDB
+
+from benchmarks.table import Row, median
+from cesar_mqtt.disk import Disk
+from cesar_mqtt.jobs import AudioSource, NewJob, Result
+from cesar_mqtt.ledger import Ledger
+
+CYCLES = 500
+ROUNDS = 5
+FINISHED = 100_000
+_ids = count()
+
+
+def _request() -> NewJob:
+    return NewJob(
+        f"job-{next(_ids)}", "f" * 32, AudioSource("path", "porch.wav"), "tiny.en", metadata={"room": "porch"}
+    )
+
+
+_RESULT = Result("It is raining again.", 4.0, "en", 0.98, no_speech=False)
+
+
+class _Unsynced(Disk):
+    """For filling only: as fast as memory."""
+
+    def sync(self, descriptor: int) -> None:
+        pass
+
+
+def fill(folder: Path, finished: int) -> Path:
+    """Make a ledger with so many finished jobs, without a transcript to speak of."""
+    folder.mkdir()
+    path = folder / "ledger.json"
+    result = Result("", 4.0, None, None, no_speech=True)
+    with Ledger(path, max_queued=finished + 1, disk=_Unsynced()) as ledger:
+        ledger.append([_request() for _ in range(finished)])
+        while (job := ledger.claim()) is not None:
+            ledger.complete(job.seq, result)
+            for number, told in ledger.unpublished(100):
+                ledger.mark_published([(told.seq, number)])
+        while told_now := ledger.unpublished(1000):
+            for number, told in told_now:
+                ledger.mark_published([(told.seq, number)])
+    return path
+
+
+def _cycle(ledger: Ledger) -> Callable[[], None]:
+    def once() -> None:
+        ledger.append([_request()])
+        job = ledger.claim()
+        assert job is not None
+        ledger.complete(job.seq, _RESULT)
+        for number, told in ledger.unpublished(10):
+            ledger.mark_published([(told.seq, number)])
+
+    return once
+
+
+def _sqlite_cycle(path: Path) -> Callable[[], None]:
+    """The same three transactions, as one would write them."""
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    database.execute(
+        "CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT UNIQUE, state TEXT, request TEXT,"
+        " created_at REAL, updated_at REAL, started_at REAL, completed_at REAL, attempt INTEGER, result TEXT)"
+    )
+    database.execute("CREATE INDEX queued ON jobs (seq) WHERE state = 'queued'")
+
+    def once() -> None:
+        request = _request()
+        body = json.dumps({"audio": "porch.wav", "model_size": request.model_size, "metadata": dict(request.metadata)})
+        now = time.time()
+        database.execute(
+            "INSERT INTO jobs (job_id, state, request, created_at, updated_at, attempt)"
+            " VALUES (?, 'queued', ?, ?, ?, 0)",
+            (request.job_id, body, now, now),
+        )
+        (seq,) = database.execute(
+            "UPDATE jobs SET state = 'processing', attempt = attempt + 1, started_at = ?, updated_at = ? WHERE seq ="
+            " (SELECT seq FROM jobs WHERE state = 'queued' ORDER BY seq LIMIT 1) RETURNING seq",
+            (time.time(), time.time()),
+        ).fetchone()
+        result = json.dumps({"text": _RESULT.text, "language": "en", "language_probability": 0.98})
+        database.execute(
+            "UPDATE jobs SET state = 'completed', completed_at = ?, updated_at = ?, result = ? WHERE seq = ?",
+            (time.time(), time.time(), result, seq),
+        )
+
+    return once
+
+
+def _stock_cycle(path: Path, documents: int) -> Callable[[], None]:
+    """The same three changes in stock TinyDB with its own storage."""
+    table = TinyDB(path).table("jobs")
+    table.insert_multiple({"job_id": f"old-{n}", "state": "completed", "created_at": 1.0} for n in range(documents))
+
+    def once() -> None:
+        doc_id = table.insert({"job_id": _request().job_id, "state": "queued", "created_at": time.time()})
+        table.update({"state": "processing", "started_at": time.time()}, doc_ids=[doc_id])
+        table.update({"state": "completed", "result_text": _RESULT.text}, doc_ids=[doc_id])
+
+    return once
+
+
+def _sync_cycle(path: Path) -> Callable[[], None]:
+    """One append and fsync of the size of a journal line: the disk's own limit."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def once() -> None:
+        os.write(descriptor, b"x" * 300)
+        os.fsync(descriptor)
+
+    return once
+
+
+def _rate(once: Callable[[], None], times: int) -> float:
+    started = time.perf_counter()
+    for _ in range(times):
+        once()
+    return times / (time.perf_counter() - started)
+
+
+def _rates(folder: Path) -> dict[str, float]:
+    """Cycles a second of each, measured in turn so that a noisy neighbour disturbs all of them."""
+    full_path = fill(folder / "full", FINISHED)
+    with Ledger(full_path) as full, Ledger(_new(folder / "empty")) as empty:
+        contenders = {
+            "empty": (_cycle(empty), CYCLES),
+            "full": (_cycle(full), CYCLES),
+            "sqlite": (_sqlite_cycle(folder / "jobs.sqlite"), CYCLES),
+            "fsync": (_sync_cycle(folder / "line"), CYCLES),
+            "stock": (_stock_cycle(folder / "stock.json", 10_000), 3),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(ROUNDS):
+            for name, (once, times) in contenders.items():
+                rates[name].append(_rate(once, times))
+    return {name: median(values) for name, values in rates.items()}
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder / "ledger.json"
+
+
+def _open_ratio(path: Path) -> tuple[float, float]:
+    """Seconds to open the ledger, and to `json.load` the same file."""
+    opened, loaded = [], []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        ledger = Ledger(path)
+        opened.append(time.perf_counter() - started)
+        ledger.close()
+        started = time.perf_counter()
+        with path.open("rb") as file:
+            document = json.load(file)
+        loaded.append(time.perf_counter() - started)
+        del ledger, document
+    return median(opened), median(loaded)
+
+
+def _bytes_per_job(path: Path, jobs: int) -> float:
+    tracemalloc.start()
+    ledger = Ledger(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ledger.close()
+    return held / jobs
+
+
+def run(folder: Path) -> list[Row]:
+    rates = _rates(folder)
+    path = folder / "full" / "ledger.json"
+    opened_s, loaded_s = _open_ratio(path)
+    beside = f"{rates['full']:.0f} against {{}} cycles/s"
+    return [
+        Row("fsyncs of 300 bytes, each on its own", rates["fsync"], "/s"),
+        Row(
+            "append + claim + finish with 100,000 finished jobs, over none",
+            rates["full"] / rates["empty"],
+            at_least=0.95,
+            beside=beside.format(f"{rates['empty']:.0f}"),
+        ),
+        Row(
+            "the same cycle over sqlite3 (WAL, synchronous=FULL)",
+            rates["full"] / rates["sqlite"],
+            at_least=1.0,
+            beside=beside.format(f"{rates['sqlite']:.0f}"),
+        ),
+        Row(
+            "the same cycle over stock TinyDB at 10,000 documents",
+            rates["full"] / rates["stock"],
+            at_least=100,
+            beside=beside.format(f"{rates['stock']:.1f}"),
+        ),
+        Row(
+            "opening a ledger of 100,000 jobs over json.load",
+            opened_s / loaded_s,
+            at_most=3.0,
+            beside=f"{opened_s:.2f} s against {loaded_s:.2f} s",
+        ),
+        Row("memory of a finished job", _bytes_per_job(path, FINISHED) / 1024, "KiB", at_most=2.0),
+    ]
