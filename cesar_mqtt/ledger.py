@@ -105,6 +105,7 @@ class Ledger:
         self._file_lock = lock(path)
         try:
             self._db = JournalDB(path, disk, storage=JournalStorage)
+            self._journal = self._db.journal
         except BaseException:
             self._file_lock.release()
             raise
@@ -113,7 +114,7 @@ class Ledger:
                 self._index()
                 self._recover()
         except BaseException:
-            self._db.journal.abandon()
+            self._journal.abandon()
             self._file_lock.release()
             raise
 
@@ -134,17 +135,17 @@ class Ledger:
         self._anonymous = {d["fingerprint"]: seq for seq, d in order if "anonymous" in d}
         self._queue = Line(seq for seq, d in order if d["state"] == JobState.QUEUED)
         self._processing = [seq for seq, d in order if d["state"] == JobState.PROCESSING]
-        counters = self._db.journal.rows(COUNTERS).get("1", {})
+        counters = self._journal.rows(COUNTERS).get("1", {})
         self._last_seq = max(counters.get("last_seq", 0), order[-1][0] if order else 0)
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
         self._ended = {state: counters.get(state.value, 0) for state in JobState if state.final}
         finished = sorted((d["revision"], seq) for seq, d in order if JobState(d["state"]).final)
         self._finished = OrderedDict((seq, None) for _, seq in finished)
         self._gone = {
-            int(key): Gone(int(key), document["job_id"]) for key, document in self._db.journal.rows(GONE).items()
+            int(key): Gone(int(key), document["job_id"]) for key, document in self._journal.rows(GONE).items()
         }
         self._buried: list[int] = []
-        mark = self._db.journal.mark
+        mark = self._journal.mark
         self._outbox = Outbox((revision, seq) for revision, seq in self._revisions() if revision > mark)
         self._number_the_head()  # what the broker knows of their positions is not on disk
 
@@ -154,7 +155,7 @@ class Ledger:
 
     @property
     def _rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return self._db.journal.rows(TABLE)
+        return self._journal.rows(TABLE)
 
     def _recover(self) -> None:
         """Count a crash against each job that was in `processing`, and let it wait for its turn again or end."""
@@ -180,7 +181,7 @@ class Ledger:
         if self._rejected != self._rejected_on_disk:
             changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
         changes.extend(Change(GONE, seq, None) for seq in self._buried)
-        transaction = self._db.journal.transaction
+        transaction = self._journal.transaction
         revision = self._db.commit(changes, mark=self._outbox.watermark(transaction))
         self._rejected_on_disk = self._rejected
         self._buried.clear()
@@ -198,7 +199,7 @@ class Ledger:
             raise IllegalTransitionError(f"Job number {seq} cannot go from {before} to {state}.")
         document = {
             "state": state.value,
-            "revision": self._db.journal.transaction + 1,
+            "revision": self._journal.transaction + 1,
             "updated_at": self._clock(),
             **fields,
         }
@@ -230,7 +231,7 @@ class Ledger:
     def _number_the_head(self) -> None:
         """Give the first jobs their new positions, and let the broker be told of those that changed."""
         for seq in self._queue.number_head(self._clock()):
-            self._outbox.tell(seq, self._db.journal.transaction)
+            self._outbox.tell(seq, self._journal.transaction)
 
     def _counters(self, changed: Mapping[JobState, int]) -> Change:
         return Change(COUNTERS, 1, {state.value: total for state, total in changed.items()})
@@ -253,7 +254,7 @@ class Ledger:
             for verdict, job_id in verdicts:
                 seq = self._by_id.get(job_id)
                 if verdict is Verdict.SAME and seq is not None:
-                    self._outbox.tell(seq, self._db.journal.transaction)
+                    self._outbox.tell(seq, self._journal.transaction)
                 known.append((verdict, None if seq is None else made.get(job_id) or self._job(seq)))
             if any(verdict is Verdict.SAME for verdict, _ in verdicts):
                 self._notify()
@@ -306,7 +307,7 @@ class Ledger:
         return None if seq is None else str(self._rows[str(seq)]["fingerprint"])
 
     def _insert(self, new: Mapping[str, NewJob]) -> dict[str, Job]:
-        now, revision = self._clock(), self._db.journal.transaction + 1
+        now, revision = self._clock(), self._journal.transaction + 1
         changes = []
         failed = 0
         for seq, request in enumerate(new.values(), start=self._last_seq + 1):
@@ -511,7 +512,7 @@ class Ledger:
         refuses just now, it goes with the next transaction.
         """
         with self._changed:
-            self._outbox.owe_all(self._revisions(), self._db.journal.transaction)
+            self._outbox.owe_all(self._revisions(), self._journal.transaction)
             with contextlib.suppress(LedgerError):
                 self._commit([], ())
             self._notify()
@@ -583,7 +584,7 @@ class Ledger:
         Raises:
             LedgerError: the disk refused; the old files still hold everything.
         """
-        journal = self._db.journal
+        journal = self._journal
         if journal.journal_bytes < max(_CHECKPOINT_BYTES, journal.checkpoint_bytes):
             return
         try:
@@ -604,16 +605,16 @@ class Ledger:
         Raises:
             LedgerError: the disk refused; the journal still holds everything.
         """
-        with self._db.journal.checkpointing, self._changed:
+        with self._journal.checkpointing, self._changed:
             if self._closed:
                 return
             try:
                 if self._rejected != self._rejected_on_disk or self._buried:
                     self._commit([], ())
-                self._db.journal.mark = self._outbox.watermark(self._db.journal.transaction)
+                self._journal.mark = self._outbox.watermark(self._journal.transaction)
                 self._db.close()
             finally:
                 self._closed = True
                 self._changed.notify_all()
-                self._db.journal.abandon()
+                self._journal.abandon()
                 self._file_lock.release()

@@ -121,6 +121,12 @@ class Producer:
         """Whether any consumer has said that it is there."""
         return any(self._consumers.values())
 
+    def wait_for_consumer(self, deadline: float) -> bool:
+        """Wait until a consumer says that it is there; False at the deadline."""
+        while not self.consumer_online and not _over(deadline):
+            self._receive()
+        return self.consumer_online
+
     def publish(self, deadline: float | None) -> bool:
         """Send every submission at QoS 1 and wait until the broker has taken them; False at the deadline.
 

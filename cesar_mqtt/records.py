@@ -39,8 +39,8 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
             "fingerprint": request.fingerprint,
             "model_size": request.model_size,
             "audio": None if request.audio is None else [request.audio.kind, request.audio.name],
-            "options": request.options and copy.deepcopy(dict(request.options)),
-            "metadata": request.metadata and copy.deepcopy(dict(request.metadata)),
+            "options": request.options and _copy(request.options),
+            "metadata": request.metadata and _copy(request.metadata),
             "packet_id": request.packet_id,
             "anonymous": request.anonymous or None,
             "error_code": ErrorCode.INVALID_REQUEST.value if failed else None,
@@ -64,8 +64,8 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
         fingerprint=document["fingerprint"],
         model_size=document["model_size"],
         audio=None if audio is None else AudioSource(*audio),
-        options=copy.deepcopy(options) if options else {},
-        metadata=copy.deepcopy(metadata) if metadata else {},
+        options=_copy(options) if options else {},
+        metadata=_copy(metadata) if metadata else {},
         attempt=get("attempt", 0),
         crashes=get("crashes", 0),
         retries=get("retries", 0),
@@ -83,4 +83,11 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
     )
 
 
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that shares nothing which could be changed."""
+    flat = all(type(value) in _FLAT for value in values.values())
+    return dict(values) if flat else copy.deepcopy(dict(values))
+
+
+_FLAT = frozenset({str, int, float, bool, type(None)})
 _STATES = {state.value: state for state in JobState}

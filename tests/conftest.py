@@ -1,6 +1,7 @@
 """Brokers for the tests: Debian's mosquitto as its own process, and the embedded one. All of them on loopback."""
 
 import getpass
+import logging
 import os
 import shutil
 import socket
@@ -12,10 +13,26 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import settings
 
 from cesar_mqtt.broker import EmbeddedBroker
 
 _WAIT_S = 10.0
+
+# In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("laptop", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "laptop")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """The embedded broker quietens amqtt's loggers for good: right for a process, wrong for the next test."""
+    loggers = [logging.getLogger(name) for name in ("amqtt", "transitions")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.level, logger.propagate, logger.handlers = level, propagate, handlers
 
 
 def find_free_port() -> int:

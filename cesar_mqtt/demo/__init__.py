@@ -46,6 +46,7 @@ def _submit(url: str, stop: StopSignals) -> ExitCode:
     with Producer(BrokerSettings(url=url), topics, [item]) as producer:
         producer.connect(_CONNECT_S)
         _step("broker", f"an embedded one at {url}")
+        producer.wait_for_consumer(time.monotonic() + _CONNECT_S)
         _step("publish", f"{topics.audio(_JOB_ID)}  ({RECORDING.name}, {RECORDING.stat().st_size // 1024} KiB)")
         producer.publish(None)
         seen: list[str] = []
