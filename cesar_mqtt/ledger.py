@@ -30,8 +30,9 @@ from cesar_mqtt.jobs import (
     Verdict,
 )
 from cesar_mqtt.line import Line
+from cesar_mqtt.marks import Marks
 from cesar_mqtt.outbox import Outbox
-from cesar_mqtt.records import document_of, job_of, needs_audio, present
+from cesar_mqtt.records import document_of, job_of, needs_audio, result_of
 from cesar_mqtt.storage import Change, JournalStorage
 from cesar_mqtt.tables import JournalDB
 
@@ -131,8 +132,8 @@ class Ledger:
         rows = self._rows
         order = sorted((int(key), document) for key, document in rows.items())
         self._by_id = {document["job_id"]: seq for seq, document in order}
-        self._packet_ids = {d["packet_id"]: seq for seq, d in order if "packet_id" in d}
-        self._anonymous = {d["fingerprint"]: seq for seq, d in order if "anonymous" in d}
+        self._packet_ids = Marks[int]((d["packet_id"], seq) for seq, d in order if "packet_id" in d)
+        self._anonymous = Marks[str]((d["fingerprint"], seq) for seq, d in order if "anonymous" in d)
         self._queue = Line(seq for seq, d in order if d["state"] == JobState.QUEUED)
         self._processing = [seq for seq, d in order if d["state"] == JobState.PROCESSING]
         counters = self._journal.rows(COUNTERS).get("1", {})
@@ -180,7 +181,8 @@ class Ledger:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
             changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
-        changes.extend(Change(GONE, seq, None) for seq in self._buried)
+        if self._buried:
+            changes.extend(Change(GONE, seq, None) for seq in self._buried)
         transaction = self._journal.transaction
         revision = self._db.commit(changes, mark=self._outbox.watermark(transaction))
         self._rejected_on_disk = self._rejected
@@ -290,14 +292,15 @@ class Ledger:
             for job_id, other in reversed(new.items()):
                 if other.anonymous and other.fingerprint == request.fingerprint:
                     return job_id
-            if request.fingerprint in self._anonymous:
-                return str(self._rows[str(self._anonymous[request.fingerprint])]["job_id"])
+            first = self._anonymous.latest(request.fingerprint)
+            if first is not None:
+                return str(self._rows[str(first)]["job_id"])
         if not request.redelivered or request.packet_id is None:
             return None
         for job_id, other in reversed(new.items()):
             if other.packet_id == request.packet_id:
                 return job_id if other.fingerprint == request.fingerprint else None
-        seq = self._packet_ids.get(request.packet_id)
+        seq = self._packet_ids.latest(request.packet_id)
         if seq is None or self._rows[str(seq)]["fingerprint"] != request.fingerprint:
             return None
         return str(self._rows[str(seq)]["job_id"])
@@ -326,9 +329,9 @@ class Ledger:
         for seq, request in enumerate(new.values(), start=first):
             self._by_id[request.job_id] = seq
             if request.packet_id is not None:
-                self._packet_ids[request.packet_id] = seq
+                self._packet_ids.add(request.packet_id, seq)
             if request.anonymous:
-                self._anonymous[request.fingerprint] = seq
+                self._anonymous.add(request.fingerprint, seq)
             if request.failure is None:
                 self._queue.add(seq)
             else:
@@ -355,17 +358,8 @@ class Ledger:
 
     def complete(self, seq: int, result: Result) -> None:
         """Record the transcript of a job in `processing`. Raises LedgerError, IllegalTransitionError."""
-        fields = {
-            "completed_at": self._clock(),
-            "result_text": result.text,
-            "detected_language": result.detected_language,
-            "language_probability": result.language_probability,
-            "no_speech": result.no_speech,
-            "audio_duration": result.audio_duration,
-            "warnings": list(result.warnings),
-        }
         with self._changed:
-            self._move(seq, JobState.COMPLETED, present(fields))
+            self._move(seq, JobState.COMPLETED, result_of(result, self._clock()))
 
     def fail(self, seq: int, code: ErrorCode, message: str) -> None:
         """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
@@ -570,10 +564,10 @@ class Ledger:
         self._gone[seq] = Gone(seq, row["job_id"])
         self._outbox.forget(seq)
         del self._finished[seq], self._by_id[row["job_id"]]
-        if self._packet_ids.get(row.get("packet_id", 0)) == seq:
-            del self._packet_ids[row["packet_id"]]
-        if self._anonymous.get(row["fingerprint"]) == seq:
-            del self._anonymous[row["fingerprint"]]
+        if "packet_id" in row:
+            self._packet_ids.remove(row["packet_id"], seq)
+        if "anonymous" in row:
+            self._anonymous.remove(row["fingerprint"], seq)
 
     def maintain(self) -> None:
         """Write a checkpoint when the journal has outgrown it; others go on working meanwhile.

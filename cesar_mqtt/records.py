@@ -9,12 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
-
-
-def present(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what says nothing."""
-    return {name: value for name, value in fields.items() if value is not None and value not in ([], {})}
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 
 
 def needs_audio(document: Mapping[str, Any]) -> bool:
@@ -27,26 +22,46 @@ def needs_audio(document: Mapping[str, Any]) -> bool:
 
 def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
     """Return the document of a job that is new in transaction `revision`."""
-    failed = request.failure is not None
-    return present(
-        {
-            "job_id": request.job_id,
-            "state": (JobState.ERROR if failed else JobState.QUEUED).value,
-            "revision": revision,
-            "created_at": now,
-            "updated_at": now,
-            "completed_at": now if failed else None,
-            "fingerprint": request.fingerprint,
-            "model_size": request.model_size,
-            "audio": None if request.audio is None else [request.audio.kind, request.audio.name],
-            "options": request.options and _copy(request.options),
-            "metadata": request.metadata and _copy(request.metadata),
-            "packet_id": request.packet_id,
-            "anonymous": request.anonymous or None,
-            "error_code": ErrorCode.INVALID_REQUEST.value if failed else None,
-            "error_message": request.failure,
-        }
-    )
+    document: dict[str, Any] = {
+        "job_id": request.job_id,
+        "state": (JobState.QUEUED if request.failure is None else JobState.ERROR).value,
+        "revision": revision,
+        "created_at": now,
+        "updated_at": now,
+        "fingerprint": request.fingerprint,
+        "model_size": request.model_size,
+    }
+    if request.audio is not None:
+        document["audio"] = [request.audio.kind, request.audio.name]
+    if request.options:
+        document["options"] = _copy(request.options)
+    if request.metadata:
+        document["metadata"] = _copy(request.metadata)
+    if request.packet_id is not None:
+        document["packet_id"] = request.packet_id
+    if request.anonymous:
+        document["anonymous"] = True
+    if request.failure is not None:
+        failure = {"error_code": ErrorCode.INVALID_REQUEST.value, "error_message": request.failure}
+        document |= {"completed_at": now, **failure}
+    return document
+
+
+def result_of(result: Result, now: float) -> dict[str, Any]:
+    """Return the fields that a transcript adds to its job's document."""
+    fields: dict[str, Any] = {
+        "completed_at": now,
+        "result_text": result.text,
+        "no_speech": result.no_speech,
+        "audio_duration": result.audio_duration,
+    }
+    if result.detected_language is not None:
+        fields["detected_language"] = result.detected_language
+    if result.language_probability is not None:
+        fields["language_probability"] = result.language_probability
+    if result.warnings:
+        fields["warnings"] = list(result.warnings)
+    return fields
 
 
 def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:

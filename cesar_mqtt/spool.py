@@ -63,7 +63,7 @@ class Spool:
             LedgerError: the folder cannot be read.
         """
         try:
-            orphans = [entry for entry in self._folder.iterdir() if entry.name not in needed and entry.is_file()]
+            orphans = [entry for entry in self._folder.iterdir() if entry.name not in needed]
         except OSError as exc:
             raise LedgerError(f"The spool folder {self._folder} cannot be read: {exc.strerror}.") from exc
         self.remove([entry.name for entry in orphans])

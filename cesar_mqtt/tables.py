@@ -11,7 +11,7 @@ from tinydb import TinyDB
 from tinydb.table import Table
 
 from cesar_mqtt.checkpoint import RESERVED, Document
-from cesar_mqtt.journal import encode
+from cesar_mqtt.journal import check_json, encode
 from cesar_mqtt.storage import Change, JournalStorage
 
 
@@ -127,6 +127,7 @@ class _View(MutableMapping[int, Document]):
                 if before is not None:
                     yield Change(table, doc_id, None)
                 continue
+            check_json(touched)  # it comes from outside; the ledger's own documents are of a few known types
             after = _copy(touched)
             kept = {} if before is None else {name: encode(value) for name, value in before.items()}
             fields = {name: value for name, value in after.items() if kept.get(name) != encode(value)}

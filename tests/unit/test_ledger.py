@@ -589,6 +589,18 @@ def test_after_a_clean_stop_only_what_the_broker_lacks_is_told(desk: Desk) -> No
     assert not desk.ledger.has_unpublished
 
 
+def test_a_job_that_is_deleted_before_it_was_told_does_not_keep_others_from_being_done_with(desk: Desk) -> None:
+    accept(desk.ledger, "deleted", "b", "c")
+    finish(desk.ledger, 1)
+    assert desk.ledger.retire(before=0.0, keep=0) == (1, [])
+    finish(desk.ledger, 1)
+    desk.ledger.mark_published([(job.seq, number) for number, job in desk.ledger.unpublished(100)])
+    finish(desk.ledger, 1)
+    desk.crash()
+    assert names(desk.ledger.unpublished(10)) == ["c"]
+    assert [gone.job_id for gone in desk.ledger.gone(10)] == ["deleted"]
+
+
 def test_a_job_that_moved_up_before_it_was_ever_told_is_told_after_a_crash(desk: Desk) -> None:
     """Its new position put it behind newer changes; the watermark then passed its own transaction, and it was lost."""
     accept(desk.ledger, *(f"job-{number}" for number in range(HEAD + 5)))

@@ -204,3 +204,15 @@ def test_a_retained_request_without_an_id_is_the_job_that_its_live_delivery_made
     assert live is not None
     assert known is not None
     assert known.job_id == live.job_id == "uuid-1"
+
+
+def test_deleting_the_newest_of_two_equal_requests_does_not_make_the_other_unknown(ledger: Ledger) -> None:
+    def asked(job_id: str, failure: str | None = None, *, retained: bool = False) -> NewJob:
+        return NewJob(job_id, "same", None, "tiny.en", anonymous=True, retained=retained, failure=failure)
+
+    ledger.append([asked("waits"), asked("failed", "It is wrong.")])
+    assert ledger.retire(before=0.0, keep=0)[0] == 1
+    [(verdict, job)] = ledger.append([asked("again", retained=True)])
+    assert verdict is Verdict.SAME
+    assert job is not None
+    assert job.job_id == "waits"

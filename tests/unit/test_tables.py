@@ -360,3 +360,12 @@ def test_a_number_that_is_no_json_is_refused(ours: JournalDB) -> None:
     with pytest.raises(ValueError, match="JSON"):
         ours.insert({"n": float("nan")})
     assert ours.all() == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"bytes", Path(), object()])
+def test_what_would_not_come_back_as_it_was_is_refused(tmp_path: Path, value: object) -> None:
+    with JournalDB(tmp_path / "db.json", storage=JournalStorage) as db:
+        db.table("jobs").insert({"ok": 1})
+        with pytest.raises((TypeError, ValueError)):
+            db.table("jobs").insert({"bad": [value]})
+        assert db.table("jobs").all() == [{"ok": 1}]
