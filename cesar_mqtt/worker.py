@@ -168,16 +168,12 @@ class Worker:
 
     def _load(self, model_size: str) -> None:
         self._reports.activity("loading")
-        started = time.monotonic()
         try:
             self._transcriber.warm_up(model_size)
         except JobFailedError as exc:
             event(logger, logging.WARNING, "model", "%s Jobs are accepted, but will end as %s.", exc, exc.code)
-            return
         except Exception:  # noqa: BLE001 - the job that needs the model will fail, and say so to somebody
             event(logger, logging.ERROR, "model", "Model %s could not be loaded", model_size, exc_info=True)
-            return
-        event(logger, logging.INFO, "model", "Model %s loaded in %.1f s", model_size, time.monotonic() - started)
 
     def run_once(self) -> bool:
         """Claim the oldest job and work it to its end; False when none waits.
