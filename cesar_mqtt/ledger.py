@@ -189,7 +189,6 @@ class Ledger:
         self._buried.clear()
         for seq in touched:
             self._outbox.owe(seq, revision)
-        self._notify()
 
     def _move(self, seq: int, state: JobState, fields: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Job:
         """Take one job from its state to `state`, durably, and return it as it is then."""
@@ -212,6 +211,7 @@ class Ledger:
         self._note(seq, before, state)
         job = self._job(seq)
         self._outbox.passed(job)
+        self._notify()
         return job
 
     def _note(self, seq: int, before: JobState, after: JobState) -> None:
@@ -258,7 +258,7 @@ class Ledger:
                 if verdict is Verdict.SAME and seq is not None:
                     self._outbox.tell(seq, self._journal.transaction)
                 known.append((verdict, None if seq is None else made.get(job_id) or self._job(seq)))
-            if any(verdict is Verdict.SAME for verdict, _ in verdicts):
+            if verdicts:
                 self._notify()
             return known
 
@@ -558,6 +558,7 @@ class Ledger:
             self._commit(changes, ())
             for seq, row in rows:
                 self._forget(seq, row)
+            self._notify()
             return len(rows), [row["audio"][1] for _, row in rows if row.get("audio", ("", ""))[0] == "spool"]
 
     def _forget(self, seq: int, row: Mapping[str, Any]) -> None:

@@ -325,4 +325,7 @@ def timestamp(seconds: float) -> str:
 
 def canonical(value: Mapping[str, Any]) -> bytes:
     """Return JSON that is equal for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return _canonical(value).encode()
+
+
+_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 100
 """Messages on their way to the broker and not yet acknowledged, at most; keeps paho's own queue short."""
 
+_ACKNOWLEDGED_AT_ONCE = 20
 _EVERY_S = 1.0
 _REJECTIONS = 10_000
 _PACKET_OVERHEAD = 64
@@ -120,7 +121,8 @@ class Publisher:
     def on_published(self, ticket: Hashable) -> None:
         """Take note of a PUBACK (network thread)."""
         self._acknowledged.append(ticket)
-        if not self._wake.is_set():  # it costs more than all the rest of this
+        # In a burst the thread is not woken for each: that costs more than all the rest of this.
+        if len(self._acknowledged) >= min(_ACKNOWLEDGED_AT_ONCE, len(self._in_flight)) and not self._wake.is_set():
             self._wake.set()
 
     def reject(self, rejection: Rejection) -> None:
