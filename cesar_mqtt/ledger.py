@@ -30,9 +30,9 @@ from cesar_mqtt.jobs import (
     Verdict,
 )
 from cesar_mqtt.line import Line
-from cesar_mqtt.marks import Marks
 from cesar_mqtt.outbox import Outbox
 from cesar_mqtt.records import document_of, job_of, needs_audio, result_of
+from cesar_mqtt.register import Register
 from cesar_mqtt.storage import Change, JournalStorage
 from cesar_mqtt.tables import JournalDB
 
@@ -131,9 +131,7 @@ class Ledger:
         """Build from the tables what the way of a job needs without a search."""
         rows = self._rows
         order = sorted((int(key), document) for key, document in rows.items())
-        self._by_id = {document["job_id"]: seq for seq, document in order}
-        self._packet_ids = Marks[int]((d["packet_id"], seq) for seq, d in order if "packet_id" in d)
-        self._anonymous = Marks[str]((d["fingerprint"], seq) for seq, d in order if "anonymous" in d)
+        self._register = Register(order)
         self._queue = Line(seq for seq, d in order if d["state"] == JobState.QUEUED)
         self._processing = [seq for seq, d in order if d["state"] == JobState.PROCESSING]
         counters = self._journal.rows(COUNTERS).get("1", {})
@@ -145,6 +143,7 @@ class Ledger:
         self._gone = {
             int(key): Gone(int(key), document["job_id"]) for key, document in self._journal.rows(GONE).items()
         }
+        self._gone_ids = {gone.job_id: seq for seq, gone in self._gone.items()}
         self._buried: list[int] = []
         mark = self._journal.mark
         self._outbox = Outbox((revision, seq) for revision, seq in self._revisions() if revision > mark)
@@ -250,64 +249,17 @@ class Ledger:
             LedgerError: the disk refused; nothing of all this has happened.
         """
         with self._changed:
-            verdicts, new = self._judge(requests)
+            verdicts, new = self._register.judge(requests, room=self._max_queued - len(self._queue))
             made = self._insert(new) if new else {}
             known: list[tuple[Verdict, Job | None]] = []
             for verdict, job_id in verdicts:
-                seq = self._by_id.get(job_id)
+                seq = self._register.seq(job_id)
                 if verdict is Verdict.SAME and seq is not None:
                     self._outbox.tell(seq, self._journal.transaction)
                 known.append((verdict, None if seq is None else made.get(job_id) or self._job(seq)))
             if verdicts:
                 self._notify()
             return known
-
-    def _judge(self, requests: Sequence[NewJob]) -> tuple[list[tuple[Verdict, str]], dict[str, NewJob]]:
-        """Decide on each request, as if those before it were in the ledger already."""
-        new: dict[str, NewJob] = {}
-        waiting = 0
-        verdicts = []
-        for request in requests:
-            job_id = self._first_delivery(request, new) or request.job_id
-            known = new[job_id].fingerprint if job_id in new else self._fingerprint(job_id)
-            if known is not None:
-                verdict = Verdict.SAME if known == request.fingerprint else Verdict.CONFLICT
-            elif request.failure is None and len(self._queue) + waiting >= self._max_queued:
-                verdict = Verdict.FULL
-            else:
-                verdict = Verdict.ACCEPTED
-                new[job_id] = request
-                waiting += request.failure is None
-            verdicts.append((verdict, job_id))
-        return verdicts, new
-
-    def _first_delivery(self, request: NewJob, new: dict[str, NewJob]) -> str | None:
-        """Return the id of the job that an earlier delivery of the same message made, if there is one.
-
-        A redelivery has the DUP flag and the packet id of the first (MQTT 5, section 4.4), so two messages that
-        happen to ask for the same are two jobs. What comes back because it is retained has neither: it is the job that
-        its first, live delivery made.
-        """
-        if request.retained and request.anonymous:
-            for job_id, other in reversed(new.items()):
-                if other.anonymous and other.fingerprint == request.fingerprint:
-                    return job_id
-            first = self._anonymous.latest(request.fingerprint)
-            if first is not None:
-                return str(self._rows[str(first)]["job_id"])
-        if not request.redelivered or request.packet_id is None:
-            return None
-        for job_id, other in reversed(new.items()):
-            if other.packet_id == request.packet_id:
-                return job_id if other.fingerprint == request.fingerprint else None
-        seq = self._packet_ids.latest(request.packet_id)
-        if seq is None or self._rows[str(seq)]["fingerprint"] != request.fingerprint:
-            return None
-        return str(self._rows[str(seq)]["job_id"])
-
-    def _fingerprint(self, job_id: str) -> str | None:
-        seq = self._by_id.get(job_id)
-        return None if seq is None else str(self._rows[str(seq)]["fingerprint"])
 
     def _insert(self, new: Mapping[str, NewJob]) -> dict[str, Job]:
         now, revision = self._clock(), self._journal.transaction + 1
@@ -318,20 +270,16 @@ class Ledger:
             failed += request.failure is not None
         if failed:
             changes.append(self._counters({JobState.ERROR: self._ended[JobState.ERROR] + failed}))
-        revived = [seq for seq, gone in self._gone.items() if gone.job_id in new]
+        revived = [self._gone_ids[job_id] for job_id in new if job_id in self._gone_ids]
         changes.extend(Change(GONE, seq, None) for seq in revived)
         first = self._last_seq + 1
         self._commit(changes, range(first, first + len(new)))
         for seq in revived:  # the new job's status takes the place of the old one's at the broker
-            del self._gone[seq]
+            del self._gone_ids[self._gone.pop(seq).job_id]
         self._last_seq += len(new)
         self._ended[JobState.ERROR] += failed
         for seq, request in enumerate(new.values(), start=first):
-            self._by_id[request.job_id] = seq
-            if request.packet_id is not None:
-                self._packet_ids.add(request.packet_id, seq)
-            if request.anonymous:
-                self._anonymous.add(request.fingerprint, seq)
+            self._register.add(seq, request)
             if request.failure is None:
                 self._queue.add(seq)
             else:
@@ -408,7 +356,7 @@ class Ledger:
     def get(self, job_id: str) -> Job | None:
         """Return the job as it is now, or None."""
         with self._changed:
-            seq = self._by_id.get(job_id)
+            seq = self._register.seq(job_id)
             return None if seq is None else self._job(seq)
 
     def totals(self) -> Totals:
@@ -495,7 +443,9 @@ class Ledger:
     def mark_cleared(self, seq: int) -> None:
         """Note that the broker has forgotten the status of a deleted job; on disk with the next transaction."""
         with self._changed:
-            if self._gone.pop(seq, None) is not None:
+            gone = self._gone.pop(seq, None)
+            if gone is not None:
+                del self._gone_ids[gone.job_id]
                 self._buried.append(seq)
                 self._notify()
 
@@ -563,12 +513,10 @@ class Ledger:
 
     def _forget(self, seq: int, row: Mapping[str, Any]) -> None:
         self._gone[seq] = Gone(seq, row["job_id"])
+        self._gone_ids[row["job_id"]] = seq
         self._outbox.forget(seq)
-        del self._finished[seq], self._by_id[row["job_id"]]
-        if "packet_id" in row:
-            self._packet_ids.remove(row["packet_id"], seq)
-        if "anonymous" in row:
-            self._anonymous.remove(row["fingerprint"], seq)
+        del self._finished[seq]
+        self._register.remove(seq, row)
 
     def maintain(self) -> None:
         """Write a checkpoint when the journal has outgrown it; others go on working meanwhile.

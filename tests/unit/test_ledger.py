@@ -17,7 +17,7 @@ from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
 from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.line import HEAD
+from cesar_mqtt.line import HEAD, Line
 from tests.unit.faults import FaultyDisk, Killed, QuickDisk, failing, killing
 
 RESULT = Result("good morning", 2.5, "en", 0.98, no_speech=False, warnings=("half of it was noise",))
@@ -134,6 +134,8 @@ def test_a_sequence_number_is_never_used_again(desk: Desk) -> None:
         (job,) = accept(desk.ledger, f"d-{again.__name__}")
         assert job.seq not in seqs
         seqs.append(job.seq)
+        finish(desk.ledger, desk.ledger.totals().queued)
+        desk.ledger.retire(before=0.0, keep=0)
 
 
 def test_jobs_that_are_put_back_keep_their_places(desk: Desk) -> None:
@@ -260,6 +262,13 @@ def test_requests_that_only_look_alike_are_jobs_of_their_own(desk: Desk) -> None
     assert verdicts(ledger, redelivered("another packet", 8)) == ["accepted"]
     assert verdicts(ledger, redelivered("another request", 7, "other")) == ["accepted"]
     assert verdicts(ledger, request("without a packet", fingerprint="same", redelivered=True)) == ["accepted"]
+
+
+def test_a_packet_id_means_the_newest_message_that_bore_it_also_within_a_batch(desk: Desk) -> None:
+    *_, (verdict, job) = desk.ledger.append([delivered("old", 7), delivered("new", 7), redelivered("again", 7)])
+    assert verdict is Verdict.SAME
+    assert job is not None
+    assert job.job_id == "new"
 
 
 def test_a_packet_id_means_the_newest_message_that_bore_it(desk: Desk) -> None:
@@ -652,7 +661,7 @@ def test_observers_are_called_at_every_change_and_see_it(desk: Desk) -> None:
 
 def picture(ledger: Ledger) -> tuple[object, ...]:
     """All that the ledger says of itself."""
-    jobs = {name: ledger.get(name) for name in ledger._by_id}
+    jobs = {name: ledger.get(name) for name in ledger._register}
     return (
         jobs,
         ledger.totals(),
@@ -938,6 +947,27 @@ def test_a_thread_that_waits_for_work_is_woken_by_a_job_and_by_a_stop(desk: Desk
     desk.ledger.wake()
     waiting.join(10)
     assert woken == [True, False]
+
+
+def test_a_delay_that_is_over_does_not_keep_the_waiting_thread_from_sleeping() -> None:
+    line = Line([1, 2])
+    line.delay(1, 5.0)
+    assert line.next_ready_in(2.0) == 3.0
+    assert (line.ready(4.0), line.ready(5.0)) == (2, 1)
+    line.remove(1)
+    line.delay(2, 20.0)
+    assert line.ready(10.0) is None
+    assert line.next_ready_in(10.0) == 10.0
+
+
+def test_a_job_id_that_was_deleted_and_is_used_again_is_not_deleted_at_the_broker(desk: Desk) -> None:
+    accept(desk.ledger, "a")
+    finish(desk.ledger, 1)
+    desk.ledger.retire(before=0.0, keep=0)
+    (again,) = accept(desk.ledger, "a")
+    assert again.seq == 2
+    assert desk.ledger.gone(10) == []
+    assert desk.crash().gone(10) == []
 
 
 def test_any_thread_may_close_the_ledger(desk: Desk) -> None:

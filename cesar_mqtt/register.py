@@ -1,0 +1,125 @@
+"""The register: which requests are known, by id, packet id and fingerprint; the ledger serialises every call."""
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from cesar_mqtt.jobs import NewJob, Verdict
+
+Mark = TypeVar("Mark", bound=Hashable)
+
+
+class Register:
+    """Knows of every job what decides whether a request is new."""
+
+    def __init__(self, documents: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Start with the documents of all jobs, in ascending order of their sequence numbers."""
+        self._jobs: dict[str, tuple[int, str]] = {}
+        self._ids: dict[int, str] = {}
+        self._packet_ids = Marks[int]()
+        self._anonymous = Marks[str]()
+        for seq, document in documents:
+            self._note(seq, document["job_id"], document["fingerprint"])
+            if "packet_id" in document:
+                self._packet_ids.add(document["packet_id"], seq)
+            if "anonymous" in document:
+                self._anonymous.add(document["fingerprint"], seq)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._jobs)
+
+    def seq(self, job_id: str) -> int | None:
+        """Return the number of the job with this id; None: there is none."""
+        known = self._jobs.get(job_id)
+        return None if known is None else known[0]
+
+    def add(self, seq: int, request: NewJob) -> None:
+        """Note a request that became job number `seq`, which is greater than all others."""
+        self._note(seq, request.job_id, request.fingerprint)
+        if request.packet_id is not None:
+            self._packet_ids.add(request.packet_id, seq)
+        if request.anonymous:
+            self._anonymous.add(request.fingerprint, seq)
+
+    def _note(self, seq: int, job_id: str, fingerprint: str) -> None:
+        self._jobs[job_id] = seq, fingerprint
+        self._ids[seq] = job_id
+
+    def remove(self, seq: int, document: Mapping[str, Any]) -> None:
+        """Forget a job that is deleted."""
+        del self._jobs[self._ids.pop(seq)]
+        if "packet_id" in document:
+            self._packet_ids.remove(document["packet_id"], seq)
+        if "anonymous" in document:
+            self._anonymous.remove(document["fingerprint"], seq)
+
+    def judge(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Verdict, str]], dict[str, NewJob]]:
+        """Decide on each request as if those before it were known already.
+
+        Args:
+            requests: in the order in which they came.
+            room: how many more jobs may wait.
+
+        Returns:
+            For each request the verdict and the id of the job that it is; and the accepted ones by id.
+        """
+        new: dict[str, NewJob] = {}
+        verdicts = []
+        for request in requests:
+            job_id = self._first_delivery(request, new) or request.job_id
+            known = new[job_id].fingerprint if job_id in new else self._jobs.get(job_id, (0, None))[1]
+            if known is not None:
+                verdict = Verdict.SAME if known == request.fingerprint else Verdict.CONFLICT
+            elif request.failure is None and room <= 0:
+                verdict = Verdict.FULL
+            else:
+                verdict = Verdict.ACCEPTED
+                new[job_id] = request
+                room -= request.failure is None
+            verdicts.append((verdict, job_id))
+        return verdicts, new
+
+    def _first_delivery(self, request: NewJob, new: dict[str, NewJob]) -> str | None:
+        """Return the id of the job that an earlier delivery of the same message made, if there is one.
+
+        A redelivery has the DUP flag and the packet id of the first (MQTT 5, section 4.4), so two messages that
+        happen to ask for the same are two jobs. What comes back because it is retained has neither: it is the job that
+        its first, live delivery made.
+        """
+        if request.retained and request.anonymous:
+            for job_id, other in reversed(new.items()):
+                if other.anonymous and other.fingerprint == request.fingerprint:
+                    return job_id
+            twin = self._anonymous.latest(request.fingerprint)
+            if twin is not None:
+                return self._ids[twin]
+        if not request.redelivered or request.packet_id is None:
+            return None
+        for job_id, other in reversed(new.items()):
+            if other.packet_id == request.packet_id:
+                return job_id if other.fingerprint == request.fingerprint else None
+        bearer = self._ids.get(self._packet_ids.latest(request.packet_id) or 0)
+        return bearer if bearer is not None and self._jobs[bearer][1] == request.fingerprint else None
+
+
+class Marks(Generic[Mark]):
+    """For each mark the sequence numbers that bear it; the latest of them counts."""
+
+    def __init__(self) -> None:
+        """Start with nobody."""
+        self._bearers: dict[Mark, list[int]] = {}
+
+    def add(self, mark: Mark, seq: int) -> None:
+        """Note a bearer that is newer than all others."""
+        self._bearers.setdefault(mark, []).append(seq)
+
+    def remove(self, mark: Mark, seq: int) -> None:
+        """Forget a bearer; the one before it counts again."""
+        bearers = self._bearers[mark]
+        bearers.remove(seq)
+        if not bearers:
+            del self._bearers[mark]
+
+    def latest(self, mark: Mark) -> int | None:
+        """Return the newest bearer; None: nobody bears the mark."""
+        bearers = self._bearers.get(mark)
+        return bearers[-1] if bearers else None
