@@ -7,9 +7,9 @@ import hashlib
 import logging
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cesar_mqtt.client import Delivery
 from cesar_mqtt.errors import LedgerError
@@ -22,6 +22,8 @@ from cesar_mqtt.spool import Spool
 from cesar_mqtt.topics import Topics, is_job_id
 
 logger = logging.getLogger(__name__)
+
+Done = TypeVar("Done")
 
 _RETRY_FIRST_S = 0.5
 _RETRY_MOST_S = 30.0
@@ -134,7 +136,7 @@ class Intake:
         deliveries = self._source.receive(timeout_s)
         if deliveries:
             plans = [self._plan(delivery) for delivery in deliveries]
-            if self._persist_patiently(plans):
+            if self._persist(plans):
                 self._source.acknowledge(deliveries)
         return len(deliveries)
 
@@ -208,39 +210,47 @@ class Intake:
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
-    def _persist_patiently(self, plans: Sequence[_Plan]) -> bool:
-        """Persist, and when the disk refuses try again until it takes or the intake stops; whether it took."""
+    def _persist(self, plans: Sequence[_Plan]) -> bool:
+        """Put a batch on disk, however often the disk refuses; False when the intake was stopped before it took.
+
+        Audio is stored once and stays where it is while the ledger refuses: a refused change may be there all the
+        same after a crash (see `JournalStorage.commit`), and its job must find its audio. The next start sweeps.
+        """
+        jobs = self._patiently(lambda: self._spooled(plans))
+        if jobs is None:
+            return False
+        verdicts = self._patiently(lambda: [verdict for verdict, _ in self._ledger.append(jobs)])
+        if verdicts is None:
+            return False
+        self._reports.degraded("intake", on=False)
+        refused = (job.audio for job, verdict in zip(jobs, verdicts, strict=True) if verdict is not Verdict.ACCEPTED)
+        self._spool.remove([audio.name for audio in refused if audio is not None and audio.kind == "spool"])
+        self._report(plans, iter(verdicts))
+        return True
+
+    def _spooled(self, plans: Sequence[_Plan]) -> list[NewJob]:
+        names = iter(self._spool.store([plan.audio for plan in plans if plan.audio is not None]))
+        return [
+            plan.job if plan.audio is None else replace(plan.job, audio=AudioSource("spool", next(names)))
+            for plan in plans
+            if plan.job is not None
+        ]
+
+    def _patiently(self, step: Callable[[], Done]) -> Done | None:
+        """Return what `step` does, trying again until the disk takes it; None when the intake is stopped first."""
         delay_s = _RETRY_FIRST_S
         while True:
             try:
-                self._persist(plans)
+                done = step()
             except LedgerError as exc:
                 self._reports.degraded("intake", on=True)
                 message = "%s Nothing is acknowledged; next try in %.1f s."
                 event(logger, logging.ERROR, "intake_degraded", message, exc, delay_s)
                 if self._stop.wait(delay_s):
-                    return False
+                    return None
                 delay_s = min(_RETRY_MOST_S, delay_s * 2)
             else:
-                self._reports.degraded("intake", on=False)
-                return True
-
-    def _persist(self, plans: Sequence[_Plan]) -> None:
-        names = self._spool.store([plan.audio for plan in plans if plan.audio is not None])
-        unused = set(names)
-        spooled = iter(names)
-        jobs = [
-            plan.job if plan.audio is None else replace(plan.job, audio=AudioSource("spool", next(spooled)))
-            for plan in plans
-            if plan.job is not None
-        ]
-        try:
-            verdicts = [verdict for verdict, _ in self._ledger.append(jobs)]
-            accepted = (job.audio for job, verdict in zip(jobs, verdicts, strict=True) if verdict is Verdict.ACCEPTED)
-            unused -= {audio.name for audio in accepted if audio is not None}
-        finally:
-            self._spool.remove(unused)
-        self._report(plans, iter(verdicts))
+                return done
 
     def _report(self, plans: Sequence[_Plan], verdicts: Iterator[Verdict]) -> None:
         """Log what became of each message, and hand on the refusals."""

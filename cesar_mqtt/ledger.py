@@ -289,6 +289,14 @@ class Ledger:
             self._outbox.passed(job)
         return made
 
+    def forget_deliveries(self) -> None:
+        """Take no further message for a redelivery of one that is known, for the broker has begun a new session.
+
+        Packet ids belong to a session; in a new one they are given out again, to other messages.
+        """
+        with self._changed:
+            self._register.forget_packet_ids()
+
     # -- working --------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:

@@ -52,6 +52,10 @@ class Register:
         if "anonymous" in document:
             self._anonymous.remove(document["fingerprint"], seq)
 
+    def forget_packet_ids(self) -> None:
+        """Take no further message for a redelivery of one that is known: the broker gives the ids out anew."""
+        self._packet_ids = Marks()
+
     def judge(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Verdict, str]], dict[str, NewJob]]:
         """Decide on each request as if those before it were known already.
 
@@ -113,11 +117,12 @@ class Marks(Generic[Mark]):
         self._bearers.setdefault(mark, []).append(seq)
 
     def remove(self, mark: Mark, seq: int) -> None:
-        """Forget a bearer; the one before it counts again."""
-        bearers = self._bearers[mark]
-        bearers.remove(seq)
+        """Forget a bearer; the one before it counts again. One that is not known is passed over."""
+        bearers = self._bearers.get(mark, [])
+        if seq in bearers:
+            bearers.remove(seq)
         if not bearers:
-            del self._bearers[mark]
+            self._bearers.pop(mark, None)
 
     def latest(self, mark: Mark) -> int | None:
         """Return the newest bearer; None: nobody bears the mark."""

@@ -5,9 +5,9 @@ For one thread, on files that no consumer has open (the caller holds the ledger'
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,24 @@ def repair(path: Path, found: Salvage) -> list[Path]:
         Where the old files are now.
 
     Raises:
-        LedgerError: the disk refused; the old files are there, under one name or the other.
+        LedgerError: the disk refused; the old files are there.
     """
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    moved = []
+    stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+    journal, disk = path.with_name(path.name + ".journal"), Disk()
+    kept = []
     try:
-        for old in (path, path.with_name(path.name + ".journal")):
+        # At no moment is there neither the old ledger nor the new one under the names that a consumer opens.
+        for old in (path, journal):
             if old.exists():
-                moved.append(old.with_name(f"{old.name}.damaged-{stamp}"))
-                old.rename(moved[-1])
-        checkpoint.save(Snapshot(found.image, found.transaction), path, disk=Disk())
+                kept.append(old.with_name(f"{old.name}.damaged-{stamp}"))
+                kept[-1].hardlink_to(old)
+        disk.sync_folder(path.parent)
+        checkpoint.save(Snapshot(found.image, found.transaction), path, disk=disk)
+        disk.remove(journal)
+        disk.sync_folder(path.parent)
     except OSError as exc:
         raise LedgerError(f"The ledger {path} could not be repaired: {exc.strerror}.") from exc
-    return moved
+    return kept
 
 
 # -- the checkpoint -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
 from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
 from cesar_mqtt.config import Settings
+from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, DiedError, ExitCode, LedgerError
 from cesar_mqtt.intake import Intake
 from cesar_mqtt.ledger import Ledger
@@ -114,6 +115,8 @@ class Service:
         )
 
     def _on_connected(self, info: ConnectionInfo) -> None:
+        if not info.session_present:
+            self._ledger.forget_deliveries()
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
@@ -275,6 +278,7 @@ def _open_ledger(settings: Settings) -> Ledger:
     folder = settings.data_dir
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        Disk().sync_folder(folder.parent)
     except OSError as exc:
         raise LedgerError(
             f"The data directory {folder} cannot be made: {exc.strerror}. Choose one with --data-dir."

@@ -593,8 +593,8 @@ def test_a_stop_while_the_disk_refuses_ends_at_once_and_acknowledges_nothing(
     bench.intake.stop(DEADLINE_S)
     assert not bench.intake._thread.is_alive()
     assert bench.source.acknowledged == []
-    assert bench.spooled() == []
     assert bench.ledger.get("a") is None
+    assert bench.spooled() == [WAV], "the change may be there after a crash, so its audio stays for the next start"
 
 
 @pytest.mark.usefixtures("_quick_retries")

@@ -216,3 +216,19 @@ def test_deleting_the_newest_of_two_equal_requests_does_not_make_the_other_unkno
     assert verdict is Verdict.SAME
     assert job is not None
     assert job.job_id == "waits"
+
+
+def test_in_a_new_session_a_packet_id_is_no_sign_of_a_redelivery(ledger: Ledger) -> None:
+    def asked(job_id: str, *, redelivered: bool) -> NewJob:
+        return NewJob(job_id, "same", None, "tiny.en", anonymous=True, packet_id=1, redelivered=redelivered)
+
+    ledger.append([asked("first", redelivered=False)])
+    assert ledger.append([asked("again", redelivered=True)])[0][0] is Verdict.SAME
+    ledger.forget_deliveries()
+    assert ledger.append([asked("other", redelivered=True)])[0][0] is Verdict.ACCEPTED
+    assert ledger.append([asked("again", redelivered=True)])[0][0] is Verdict.SAME
+    for _ in range(2):
+        job = ledger.claim()
+        assert job is not None
+        ledger.complete(job.seq, RESULT)
+    assert ledger.retire(before=0.0, keep=0)[0] == 2
