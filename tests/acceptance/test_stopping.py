@@ -1,13 +1,16 @@
 """Stopping, being killed and starting again: nothing that was accepted is lost, nobody is left without an answer."""
 
+import contextlib
 import json
 import signal
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tinydb import TinyDB
 
-from tests.acceptance.harness import LONG, SPOKEN, Bus, Consumer, words
+from tests.acceptance.harness import LONG, PATIENCE_S, SPOKEN, Bus, Consumer, words
 from tests.conftest import Mosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -175,3 +178,24 @@ def test_the_ledger_of_a_running_consumer_opens_in_stock_tinydb(mosquitto: Mosqu
     assert jobs == {"one"}, "the checkpoint; what came since stands in the journal"
     journal = (consumer.data_dir / "ledger.json.journal").read_text()
     assert json.dumps("two") in journal
+
+
+def test_systemd_is_told_of_the_start_the_life_and_the_stop(
+    mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with contextlib.closing(manager):
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_S)
+        environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "20000000"}
+        consumer = serve("--broker", mosquitto.url, environ=environ)
+        assert manager.recv(100) == b"READY=1"
+        assert manager.recv(100) == b"WATCHDOG=1"
+        in_mid_job(consumer, join(mosquitto.port))
+        consumer.signal(signal.SIGTERM)
+        told = [manager.recv(100)]
+        while told[-1] != b"STOPPING=1":
+            told.append(manager.recv(100))
+        assert set(told) <= {b"WATCHDOG=1", b"STOPPING=1"}
+        assert manager.recv(100) == b"WATCHDOG=1", "the current job may take longer than the watchdog waits"
+        assert consumer.wait() == 0
