@@ -170,8 +170,18 @@ class EmbeddedBroker:
                     resumed = _ResumedReader(opening, reader)
                     await broker.external_connected(resumed, StreamWriterAdapter(writer), _LISTENER)
         finally:
+            await self._part(writer)
+
+    async def _part(self, writer: asyncio.StreamWriter) -> None:
+        """Close a connection; a client that does not read what was written to it is not waited for."""
+        writer.close()
+        try:
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_SHUTDOWN_S):
+                    await writer.wait_closed()
+        finally:
+            writer.transport.abort()  # does nothing to a connection that is closed
             self._writers.discard(writer)
-            writer.close()
 
 
 class _ResumedReader(StreamReaderAdapter):  # type: ignore[misc]
