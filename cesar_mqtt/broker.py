@@ -33,6 +33,7 @@ _BACKLOG = 128
 _OPENING_S = 10.0
 _SHUTDOWN_S = 2.0
 _KEEP_S = 10
+_TURNS = 1000  # as many messages are waited for; a session that another client took over has nobody to take them
 _JOIN_S = 5.0
 
 _CONNECT = 0x10
@@ -262,6 +263,8 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
     """
 
     keeping: _Keeping
+    farewell: Any = None
+    """The client's DISCONNECT, once it came: whoever takes note of the end first takes note of that, too."""
 
     async def _handle_qos1_message_flow(self, message: Any) -> None:
         if not isinstance(message, IncomingApplicationMessage) or not self.keeping.kept(message.topic):
@@ -278,6 +281,23 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
             return
         message.puback_packet = PubackPacket.build(message.packet_id)
         await self._send_packet(message.puback_packet)
+
+    async def handle_connection_closed(self) -> None:
+        """Take note that the connection is gone, after what came by it: a DISCONNECT in there keeps the will unsent."""
+        await asyncio.sleep(0)
+        await super().handle_connection_closed()
+
+    async def handle_disconnect(self, packet: Any) -> None:
+        """Take note that the client leaves, after what it has sent before is on its way.
+
+        amqtt would drop what a client of QoS 0 sends right before it leaves (always, on Python 3.13).
+        """
+        self.farewell = self.farewell or packet
+        for _ in range(_TURNS):
+            if self.session is None or self.session.delivered_message_queue.empty():
+                break
+            await asyncio.sleep(0)  # the broker's loop takes one message at each turn
+        await super().handle_disconnect(self.farewell)
 
     async def mqtt_publish(self, topic: str, data: bytes, *args: Any, **options: Any) -> OutgoingApplicationMessage:
         """Send a message, and return when it is acknowledged."""

@@ -389,7 +389,7 @@ class Ledger:
             return None if newest is None else self._job(newest)
 
     def spooled(self) -> set[str]:
-        """Return the names in the spool folder that jobs still need (those that are not final)."""
+        """Return the names in the spool folder that jobs still need, or may need for a retry."""
         with self._changed:
             return {
                 d["audio"][1]
