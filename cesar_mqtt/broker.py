@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,9 @@ _BACKLOG = 128
 _OPENING_S = 10.0
 _SHUTDOWN_S = 2.0
 _KEEP_S = 10
+# From Python 3.12 on `asyncio.wait_for` makes no task: amqtt's reader then sees the end of a connection before the
+# tasks have run that it made for what came by it.
+_OUT_OF_TURN = sys.version_info >= (3, 12)
 _TURNS = 1000  # as many messages are waited for; a session that another client took over has nobody to take them
 _JOIN_S = 5.0
 
@@ -284,16 +288,24 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
 
     async def handle_connection_closed(self) -> None:
         """Take note that the connection is gone, after what came by it: a DISCONNECT in there keeps the will unsent."""
-        await asyncio.sleep(0)
+        if _OUT_OF_TURN and self._is_reading():
+            await asyncio.sleep(0)
         await super().handle_connection_closed()
+
+    def _is_reading(self) -> bool:
+        """Whether this runs for the client itself, and not for another one that takes its session over."""
+        return asyncio.current_task() is self._reader_task
 
     async def handle_disconnect(self, packet: Any) -> None:
         """Take note that the client leaves, after what it has sent before is on its way.
 
-        amqtt would drop what a client of QoS 0 sends right before it leaves (always, on Python 3.13).
+        amqtt would drop what a client of QoS 0 sends right before it leaves.
         """
+        if not _OUT_OF_TURN:
+            await super().handle_disconnect(packet)
+            return
         self.farewell = self.farewell or packet
-        for _ in range(_TURNS):
+        for _ in range(_TURNS if packet is not None or self._is_reading() else 0):
             if self.session is None or self.session.delivered_message_queue.empty():
                 break
             await asyncio.sleep(0)  # the broker's loop takes one message at each turn
