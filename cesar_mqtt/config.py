@@ -79,6 +79,16 @@ class AudioSettings(Section):
     max_bytes: int = Field(default=1 << 30, ge=1)
     max_duration: float = Field(default=24 * 3600.0, gt=0)
     """Seconds."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that `audio_url` may name: `name`, `*.domain`, an address or a network such as `192.168.1.0/24`; each may
+    end in `:port` or `:*`, else it stands for the scheme's own port. A name alone opens public addresses only: one at
+    home has to be listed beside it. Empty: URLs are off."""
+    download_timeout: float = Field(default=300.0, gt=0)
+    """Seconds that one download may take in all, retries included."""
+    download_retries: int = Field(default=2, ge=0)
+    """How often a download is tried again after a failure that may pass."""
+    downloads_ahead: int = Field(default=8, ge=1, le=64)
+    """How many of the next jobs' URLs are fetched at once while another job is worked on."""
 
 
 class ModelSettings(Section):
@@ -96,6 +106,15 @@ class ModelSettings(Section):
     compute_type: str = "auto"
     cpu_threads: int = Field(default=0, ge=0)
     """0: all usable cores."""
+    idle_timeout: float | None = Field(default=None, gt=0)
+    """Seconds without a job after which the model's memory is given back; None: it is kept."""
+
+
+class TranscriberSettings(Section):
+    """How a recording is worked through."""
+
+    window: float = Field(default=600.0, ge=30.0, le=3600.0)
+    """Seconds of audio that are held in memory and worked on at once, at most; what a crash can cost."""
 
 
 class WorkerSettings(Section):
@@ -107,6 +126,8 @@ class WorkerSettings(Section):
     """How often a job is tried again by itself after a failure that may pass."""
     retry_delay: float = Field(default=2.0, gt=0)
     """Seconds before the first retry, in which the jobs behind it go on; four times as long before each further one."""
+    job_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that one attempt at a job may take before it ends as `error` `timeout`; None: as long as it takes."""
     drain_timeout: float | None = Field(default=None, gt=0)
     """Seconds that a stop waits for the current job before it goes back into the queue; None: as long as it takes."""
 
@@ -149,6 +170,7 @@ class Settings(Section):
     consumer: ConsumerSettings = ConsumerSettings()
     audio: AudioSettings = AudioSettings()
     models: ModelSettings = ModelSettings()
+    transcriber: TranscriberSettings = TranscriberSettings()
     worker: WorkerSettings = WorkerSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()

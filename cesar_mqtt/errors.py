@@ -106,3 +106,7 @@ class JobFailedError(CesarError):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Work was ended because whoever asked for it no longer wants it; what it had is dropped."""

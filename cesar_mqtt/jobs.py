@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from cesar_mqtt.errors import CesarError, ErrorCode
+from cesar_mqtt.transcript import Window
 
 
 class JobState(StrEnum):
@@ -50,8 +51,9 @@ class AudioSource:
     """Where the audio of a job is.
 
     Attributes:
-        kind: `path` (as the producer gave it, looked up in the allowed directories when the job starts) or `spool`.
-        name: the path, or the file's name in the spool folder.
+        kind: `path` (as the producer gave it, looked up in the allowed directories when the job starts), `url` or
+            `spool`.
+        name: the path, the URL, or the file's name in the spool folder.
     """
 
     kind: str
@@ -69,6 +71,8 @@ class NewJob:
         redelivered: whether the request came with the DUP flag.
         retained: whether it came because the broker retains it.
         options: the transcription options that differ from their defaults, by the contract's names.
+        formats: in which the result is to be published beside the status, without repetitions.
+        stream: whether segments are to be published as soon as they are known.
         failure: why the request is recorded as `error` without being worked on; None for a good one.
     """
 
@@ -78,6 +82,8 @@ class NewJob:
     model_size: str
     options: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    formats: tuple[str, ...] = ()
+    stream: bool = False
     packet_id: int | None = None
     redelivered: bool = False
     anonymous: bool = False
@@ -108,6 +114,8 @@ class Job:
     audio: AudioSource | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    formats: tuple[str, ...] = ()
+    stream: bool = False
     attempt: int = 0
     crashes: int = 0
     retries: int = 0
@@ -126,10 +134,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A job that was deleted, while the broker may still retain its status."""
+    """A job that was deleted, while the broker may still retain something of it.
+
+    Attributes:
+        formats: the results that the broker may retain.
+        status: whether the status is to be cleared, too; not when a newer job bears the id.
+    """
 
     seq: int
     job_id: str
+    formats: tuple[str, ...] = ()
+    status: bool = True
 
 
 class Verdict(StrEnum):
@@ -146,7 +161,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the worker has to record of a completed job. Units as in `Job`."""
+    """What the worker has to record of a completed job. Units as in `Job`.
+
+    Attributes:
+        windows: all that the recording was worked through in; kept as long as the job if its formats need them.
+    """
 
     text: str
     audio_duration: float
@@ -154,6 +173,7 @@ class Result:
     language_probability: float | None
     no_speech: bool
     warnings: tuple[str, ...] = ()
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +187,4 @@ class Totals:
     rejected_total: int
     oldest_queued_at: float | None
     processing: str | None
+    paused: bool = False

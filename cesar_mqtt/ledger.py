@@ -4,68 +4,39 @@ Every method may be called from any thread; one lock serialises them. What a met
 returns.
 """
 
-import contextlib
 import logging
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from filelock import FileLock, Timeout
-
+from cesar_mqtt.books import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.disk import Disk
-from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
-from cesar_mqtt.jobs import (
-    TRANSITIONS,
-    Gone,
-    IllegalTransitionError,
-    Job,
-    JobState,
-    NewJob,
-    Result,
-    Totals,
-    Verdict,
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.index import window_id
+from cesar_mqtt.jobs import Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.records import (
+    document_of,
+    gone_document,
+    in_spool,
+    keeps_windows,
+    result_of,
+    retry_refusal,
+    window_document,
 )
-from cesar_mqtt.line import Line
-from cesar_mqtt.outbox import Outbox
-from cesar_mqtt.records import document_of, job_of, needs_audio, result_of
-from cesar_mqtt.register import Register
-from cesar_mqtt.storage import Change, JournalStorage
-from cesar_mqtt.tables import JournalDB
+from cesar_mqtt.storage import Change
+from cesar_mqtt.transcript import Window
+from cesar_mqtt.views import Views
 
 logger = logging.getLogger(__name__)
 
-TABLE = "jobs"
-COUNTERS = "counters"
-GONE = "gone"
-"""Deleted jobs whose status the broker may still retain."""
-
-_CHECKPOINT_BYTES = 8 << 20
+_OF_AN_END = ("started_at", "completed_at", "error_code", "error_message", "cancelling")
+_OF_AN_ATTEMPT = ("started_at",)
 
 
-def lock(path: Path) -> FileLock:
-    """Take the lock of the ledger at `path`; whichever thread is done with it calls `release`.
-
-    Raises:
-        LedgerInUseError: another process has it.
-        LedgerError: the folder cannot be written.
-    """
-    file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
-    try:
-        file_lock.acquire()
-    except Timeout as exc:
-        raise LedgerInUseError(
-            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
-        ) from exc
-    except OSError as exc:
-        raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
-    return file_lock
-
-
-class Ledger:
+class Ledger(Views):
     """Jobs in the order of their acceptance, their states, and which of them the broker has not been told of.
 
     The order is by an own sequence number that is never used again; clocks only decorate.
@@ -95,75 +66,33 @@ class Ledger:
             LedgerInUseError: another process has it open.
             LedgerError: it cannot be read, or is damaged.
         """
-        self.path = path
+        super().__init__(path, clock=clock, disk=disk)
         self._max_attempts = max_attempts
         self._max_queued = max_queued
-        self._clock = clock
         self._monotonic = monotonic
-        self._changed = threading.Condition(threading.RLock())
-        self._observers: list[Callable[[], None]] = []
-        self._closed = False
-        self._file_lock = lock(path)
-        try:
-            self._db = JournalDB(path, disk, storage=JournalStorage)
-            self._journal = self._db.journal
-        except BaseException:
-            self._file_lock.release()
-            raise
         try:
             with self._changed:
-                self._index()
                 self._recover()
         except BaseException:
-            self._journal.abandon()
-            self._file_lock.release()
+            self._give_up()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # -- the index in memory --------------------------------------------------------------------------------------
-
-    def _index(self) -> None:
-        """Build from the tables what the way of a job needs without a search."""
-        rows = self._rows
-        order = sorted((int(key), document) for key, document in rows.items())
-        self._register = Register(order)
-        self._queue = Line(seq for seq, d in order if d["state"] == JobState.QUEUED)
-        self._processing = [seq for seq, d in order if d["state"] == JobState.PROCESSING]
-        counters = self._journal.rows(COUNTERS).get("1", {})
-        self._last_seq = max(counters.get("last_seq", 0), order[-1][0] if order else 0)
-        self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
-        self._ended = {state: counters.get(state.value, 0) for state in JobState if state.final}
-        finished = sorted((d["revision"], seq) for seq, d in order if JobState(d["state"]).final)
-        self._finished = OrderedDict((seq, None) for _, seq in finished)
-        self._gone = {
-            int(key): Gone(int(key), document["job_id"]) for key, document in self._journal.rows(GONE).items()
-        }
-        self._gone_ids = {gone.job_id: seq for seq, gone in self._gone.items()}
-        self._buried: list[int] = []
-        mark = self._journal.mark
-        self._outbox = Outbox((revision, seq) for revision, seq in self._revisions() if revision > mark)
-        self._number_the_head()  # what the broker knows of their positions is not on disk
-
-    def _revisions(self) -> Iterator[tuple[int, int]]:
-        """Yield the last transaction and the number of every job."""
-        return ((document["revision"], int(key)) for key, document in self._rows.items())
-
-    @property
-    def _rows(self) -> Mapping[str, Mapping[str, Any]]:
-        return self._journal.rows(TABLE)
-
     def _recover(self) -> None:
-        """Count a crash against each job that was in `processing`, and let it wait for its turn again or end."""
-        for seq in tuple(self._processing):
-            crashes = self._rows[str(seq)].get("crashes", 0) + 1
-            if crashes < self._max_attempts:
-                self._move(seq, JobState.QUEUED, {"crashes": crashes}, ("started_at",))
-                logger.warning("Job %s was in work at the last crash: queued again", self._rows[str(seq)]["job_id"])
+        """Count a crash against each job that was in `processing`, and let it wait for its turn again or end.
+
+        Windows that belong to nobody are dropped: the next attempt at their job, or a later job, would find them.
+        """
+        if self._index.orphans:
+            self._commit([Change(WINDOWS, doc_id, None) for doc_id in self._index.orphans], ())
+            self._index.orphans.clear()
+        for seq in tuple(self._index.processing):
+            row = self._rows[str(seq)]
+            crashes = row.get("crashes", 0) + 1
+            if row.get("cancelling"):
+                self._cancel(seq)
+            elif crashes < self._max_attempts:
+                self._move(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_OF_AN_ATTEMPT)
+                logger.warning("Job %s was in work at the last crash: queued again", row["job_id"])
             else:
                 self._fail(
                     seq,
@@ -172,122 +101,50 @@ class Ledger:
                     {"crashes": crashes},
                 )
 
-    # -- one funnel for every change ------------------------------------------------------------------------------
-
-    def _commit(self, changes: list[Change], touched: Sequence[int]) -> None:
-        """Write the changes with the outbox's watermark, then note that the broker has to be told of `touched`."""
-        if self._closed:
-            raise LedgerError(f"The ledger {self.path} is closed.")
-        if self._rejected != self._rejected_on_disk:
-            changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
-        if self._buried:
-            changes.extend(Change(GONE, seq, None) for seq in self._buried)
-        transaction = self._journal.transaction
-        revision = self._db.commit(changes, mark=self._outbox.watermark(transaction))
-        self._rejected_on_disk = self._rejected
-        self._buried.clear()
-        for seq in touched:
-            self._outbox.owe(seq, revision)
-
-    def _move(self, seq: int, state: JobState, fields: Mapping[str, Any], dropped: tuple[str, ...] = ()) -> Job:
-        """Take one job from its state to `state`, durably, and return it as it is then."""
-        row = self._rows.get(str(seq))
-        if row is None:
-            raise IllegalTransitionError(f"There is no job number {seq} to become {state}.")
-        before = JobState(row["state"])
-        if state not in TRANSITIONS[before]:
-            raise IllegalTransitionError(f"Job number {seq} cannot go from {before} to {state}.")
-        document = {
-            "state": state.value,
-            "revision": self._journal.transaction + 1,
-            "updated_at": self._clock(),
-            **fields,
-        }
-        changes = [Change(TABLE, seq, document, dropped)]
-        if state.final:
-            changes.append(self._counters({state: self._ended[state] + 1}))
-        self._commit(changes, (seq,))
-        self._note(seq, before, state)
-        job = self._job(seq)
-        self._outbox.passed(job)
-        self._notify()
-        return job
-
-    def _note(self, seq: int, before: JobState, after: JobState) -> None:
-        """Bring the index up to date with a change that is on disk."""
-        if after.final:
-            self._ended[after] += 1
-            self._finished[seq] = None
-        if before is JobState.PROCESSING:
-            self._processing.remove(seq)
-        if before is JobState.QUEUED:
-            self._queue.remove(seq)
-        if after is JobState.PROCESSING:
-            self._processing.append(seq)
-        if after is JobState.QUEUED:
-            self._queue.put_back(seq)
-        if JobState.QUEUED in (before, after):
-            self._number_the_head()
-
-    def _number_the_head(self) -> None:
-        """Give the first jobs their new positions, and let the broker be told of those that changed."""
-        for seq in self._queue.number_head(self._clock()):
-            self._outbox.tell(seq, self._journal.transaction)
-
-    def _counters(self, changed: Mapping[JobState, int]) -> Change:
-        return Change(COUNTERS, 1, {state.value: total for state, total in changed.items()})
-
     # -- accepting ------------------------------------------------------------------------------------------------
 
-    def append(self, requests: Sequence[NewJob]) -> list[tuple[Verdict, Job | None]]:
+    def append(self, requests: Sequence[NewJob]) -> list[tuple[Verdict, str]]:
         """Accept what can be accepted, all in one transaction with one fsync.
 
         Returns:
-            For each request, in order, the verdict and the job that now bears its id (None for `full`).
+            For each request, in order, the verdict and the id of the job that it is: that of an earlier one, where it
+            was a redelivery.
 
         Raises:
             LedgerError: the disk refused; nothing of all this has happened.
         """
         with self._changed:
-            verdicts, new = self._register.judge(requests, room=self._max_queued - len(self._queue))
-            made = self._insert(new) if new else {}
-            known: list[tuple[Verdict, Job | None]] = []
+            room = self._max_queued - len(self._index.queue)
+            verdicts, new = self._index.register.judge(requests, room=room)
+            if new:
+                self._insert(new)
             for verdict, job_id in verdicts:
-                seq = self._register.seq(job_id)
+                seq = self._index.register.seq(job_id)
                 if verdict is Verdict.SAME and seq is not None:
                     self._outbox.tell(seq, self._journal.transaction)
-                known.append((verdict, None if seq is None else made.get(job_id) or self._job(seq)))
             if verdicts:
                 self._notify()
-            return known
+            return verdicts
 
-    def _insert(self, new: Mapping[str, NewJob]) -> dict[str, Job]:
+    def _insert(self, new: Mapping[str, NewJob]) -> None:
         now, revision = self._clock(), self._journal.transaction + 1
-        changes = []
-        failed = 0
-        for seq, request in enumerate(new.values(), start=self._last_seq + 1):
-            changes.append(Change(TABLE, seq, document_of(request, now, revision)))
-            failed += request.failure is not None
+        first = self._index.last_seq + 1
+        numbered = list(enumerate(new.values(), start=first))
+        changes = [Change(JOBS, seq, document_of(request, now, revision)) for seq, request in numbered]
+        failed = sum(request.failure is not None for _, request in numbered)
         if failed:
-            changes.append(self._counters({JobState.ERROR: self._ended[JobState.ERROR] + failed}))
-        revived = [self._gone_ids[job_id] for job_id in new if job_id in self._gone_ids]
-        changes.extend(Change(GONE, seq, None) for seq in revived)
-        first = self._last_seq + 1
+            changes.append(self._counters({JobState.ERROR: self._index.ended[JobState.ERROR] + failed}))
+        revived = [self._index.gone[seq] for seq in map(self._index.gone_ids.get, new) if seq is not None]
+        changes += [Change(GONE, gone.seq, {"status": False} if gone.formats else None) for gone in revived]
         self._commit(changes, range(first, first + len(new)))
-        for seq in revived:  # the new job's status takes the place of the old one's at the broker
-            del self._gone_ids[self._gone.pop(seq).job_id]
-        self._last_seq += len(new)
-        self._ended[JobState.ERROR] += failed
-        for seq, request in enumerate(new.values(), start=first):
-            self._register.add(seq, request)
-            if request.failure is None:
-                self._queue.add(seq)
-            else:
-                self._finished[seq] = None
-        made = {job_id: self._job(seq) for seq, job_id in enumerate(new, start=first)}
-        for job in made.values():
-            self._outbox.passed(job)
-        return made
+        for gone in revived:  # the new job's status takes the place of the old one's at the broker
+            self._index.forget(gone.seq)
+            if gone.formats:
+                self._index.gone[gone.seq] = replace(gone, status=False)
+        for seq, request in numbered:
+            self._index.add(seq, request)
+        for seq, _ in numbered:
+            self._pass(seq)
 
     def forget_deliveries(self) -> None:
         """Take no further message for a redelivery of one that is known, for the broker has begun a new session.
@@ -295,7 +152,7 @@ class Ledger:
         Packet ids belong to a session; in a new one they are given out again, to other messages.
         """
         with self._changed:
-            self._register.forget_packet_ids()
+            self._index.register.forget_packet_ids()
 
     # -- working --------------------------------------------------------------------------------------------------
 
@@ -306,16 +163,45 @@ class Ledger:
             LedgerError: the disk refused; the job still waits.
         """
         with self._changed:
-            seq = self._queue.ready(self._monotonic())
+            seq = self._ready()
             if seq is None:
                 return None
             attempt = self._rows[str(seq)].get("attempt", 0) + 1
-            return self._move(seq, JobState.PROCESSING, {"attempt": attempt, "started_at": self._clock()})
+            self._move(seq, JobState.PROCESSING, {"attempt": attempt, "started_at": self._clock()})
+            return self._job(seq)
+
+    def _ready(self) -> int | None:
+        return None if self._paused else self._index.queue.ready(self._monotonic())
+
+    def add_window(self, seq: int, window: Window) -> None:
+        """Record a finished part of a job in `processing`, from whose end a later attempt goes on.
+
+        Raises:
+            LedgerError: the disk refused; the work may go on, and a later call may bring this window again.
+            IllegalTransitionError: the job is not in work, or a window before this one is missing.
+        """
+        document = window_document(window)
+        with self._changed:
+            known = self._index.windows.get(seq, 0)
+            if seq not in self._index.processing or window.number != known:
+                raise IllegalTransitionError(f"Job number {seq} is not at its window {window.number}.")
+            self._commit([Change(WINDOWS, window_id(seq, known), document)], ())
+            self._index.keep_windows(seq, known + 1)
 
     def complete(self, seq: int, result: Result) -> None:
         """Record the transcript of a job in `processing`. Raises LedgerError, IllegalTransitionError."""
         with self._changed:
-            self._move(seq, JobState.COMPLETED, result_of(result, self._clock()))
+            known = self._index.windows.get(seq, 0)
+            kept = result.windows if keeps_windows(self._rows.get(str(seq), {})) else ()
+            missing = list(enumerate(kept))[known:]
+            also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
+            also += self._without_windows(seq, start=len(kept))
+            fields = result_of(result, self._clock())
+            self._move(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
+            self._index.keep_windows(seq, len(kept))
+
+    def _without_windows(self, seq: int, *, start: int = 0) -> list[Change]:
+        return [Change(WINDOWS, doc_id, None) for doc_id in self._index.window_ids(seq, start=start)]
 
     def fail(self, seq: int, code: ErrorCode, message: str) -> None:
         """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
@@ -324,172 +210,150 @@ class Ledger:
 
     def _fail(self, seq: int, code: ErrorCode, message: str, fields: Mapping[str, Any]) -> None:
         failure = {"completed_at": self._clock(), "error_code": code.value, "error_message": message}
-        self._move(seq, JobState.ERROR, {**failure, **fields})
+        also = [] if code.retryable else self._without_windows(seq)
+        self._move(seq, JobState.ERROR, {**failure, **fields}, dropped=("cancelling",), also=also)
+        if not code.retryable:
+            self._index.keep_windows(seq, 0)
 
     def requeue(self, seq: int) -> None:
-        """Put a job in `processing` back to the front of the queue, as a forced stop does. Raises as `complete`."""
+        """Put a job in `processing` back to its place in the queue, as a forced stop does. Raises as `complete`.
+
+        One whose end was asked for ends as `cancelled` instead.
+        """
         with self._changed:
             self._put_back(seq, {})
 
-    def _put_back(self, seq: int, fields: Mapping[str, Any]) -> None:
-        if seq not in self._processing:  # an error may become queued, too, but that is a retry
+    def _put_back(self, seq: int, fields: Mapping[str, Any]) -> bool:
+        if seq not in self._index.processing:  # an error may become queued, too, but that is a retry
             raise IllegalTransitionError(f"Job number {seq} is not in work, so it cannot be put back.")
-        self._move(seq, JobState.QUEUED, fields, ("started_at",))
+        if self.is_cancelling(seq):  # it would only be taken up to be ended
+            self._cancel(seq)
+            return False
+        self._move(seq, JobState.QUEUED, fields, dropped=_OF_AN_ATTEMPT)
+        return True
 
     def defer(self, seq: int, delay_s: float) -> None:
         """Put a job in `processing` back, not to be claimed for `delay_s`; those behind it go first.
 
-        The delay is by the monotonic clock and not on disk: after a restart the job is ready at once. Raises as
-        `complete`.
+        The delay is by the monotonic clock and not on disk: after a restart the job is ready at once. One whose end
+        was asked for ends as `cancelled` instead. Raises as `complete`.
         """
         with self._changed:
             retries = self._rows.get(str(seq), {}).get("retries", 0) + 1
-            self._put_back(seq, {"retries": retries})
-            self._queue.delay(seq, self._monotonic() + delay_s)
+            if self._put_back(seq, {"retries": retries}):
+                self._index.queue.delay(seq, self._monotonic() + delay_s)
 
-    def wait_for_work(self, stopped: Callable[[], bool]) -> bool:
-        """Sleep until a job is ready (True) or `stopped` is true (False); `wake` makes it look again."""
+    def wait_for_work(self, stopped: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Sleep until a job is ready (True), or `stopped` is true or the time is out (False).
+
+        `wake` makes it look again.
+        """
+        deadline = None if timeout_s is None else self._monotonic() + timeout_s
         with self._changed:
-            while not stopped() and self._queue.ready(self._monotonic()) is None:
-                self._changed.wait(self._queue.next_ready_in(self._monotonic()))
+            while not stopped() and self._ready() is None:
+                now = self._monotonic()
+                if deadline is not None and now >= deadline:
+                    return False
+                until_ready = None if self._paused else self._index.queue.next_ready_in(now)
+                waits = [until_ready, None if deadline is None else deadline - now]
+                self._changed.wait(min((wait for wait in waits if wait is not None), default=None))
             return not stopped()
 
-    def wake(self) -> None:
-        """Let everybody who waits here look again at what it waits for."""
+    def upcoming(self, limit: int) -> list[Job]:
+        """Return the jobs whose turn comes next, in order; those that are put off are left out."""
         with self._changed:
-            self._changed.notify_all()
+            ready = self._index.queue.all_ready(self._monotonic())
+            return [self._job(seq) for seq in islice(ready, limit)]
 
-    # -- looking --------------------------------------------------------------------------------------------------
+    # -- what people ask for --------------------------------------------------------------------------------------
 
-    def get(self, job_id: str) -> Job | None:
-        """Return the job as it is now, or None."""
-        with self._changed:
-            seq = self._register.seq(job_id)
-            return None if seq is None else self._job(seq)
-
-    def totals(self) -> Totals:
-        """Return the counts for the consumer's own topics; costs the same however many jobs there are."""
-        with self._changed:
-            oldest = next(iter(self._queue), None)
-            working = self._processing[0] if self._processing else None
-            return Totals(
-                queued=len(self._queue),
-                completed_total=self._ended[JobState.COMPLETED],
-                error_total=self._ended[JobState.ERROR],
-                cancelled_total=self._ended[JobState.CANCELLED],
-                rejected_total=self._rejected,
-                oldest_queued_at=None if oldest is None else self._rows[str(oldest)]["created_at"],
-                processing=None if working is None else self._rows[str(working)]["job_id"],
-            )
-
-    def last_finished(self) -> Job | None:
-        """Return the job that ended last, or None."""
-        with self._changed:
-            newest = next(reversed(self._finished), None)
-            return None if newest is None else self._job(newest)
-
-    def spooled(self) -> set[str]:
-        """Return the names in the spool folder that jobs still need, or may need for a retry."""
-        with self._changed:
-            return {
-                d["audio"][1]
-                for d in self._rows.values()
-                if "audio" in d and d["audio"][0] == "spool" and needs_audio(d)
-            }
-
-    def _job(self, seq: int) -> Job:
-        document = self._rows[str(seq)]
-        rank, since = self._queue.place(seq)
-        return job_of(seq, document, rank, since)
-
-    # -- the outbox -----------------------------------------------------------------------------------------------
-
-    def unpublished(self, limit: int, *, but: Collection[int] = ()) -> list[tuple[int, Job]]:
-        """Take what the broker is to be told next, oldest change first.
-
-        Each change of state is handed out once, in order, so that a reader sees every state of a job. What was
-        handed out and not marked as published is handed out again, then only as the newest state.
-
-        Args:
-            limit: how many at most.
-            but: sequence numbers of what is on its way, not to be handed out again (newer changes are).
+    def cancel(self, job_id: str) -> Job | None:
+        """End a job that waits, or let the worker end the one in work: see `is_cancelling`.
 
         Returns:
-            The number to hand to `mark_published`, and the job as it was at that change.
+            The job as it is then: `cancelled`, or still `processing`; None: there is no such job.
+
+        Raises:
+            IllegalTransitionError: it has ended.
+            LedgerError: the disk refused; the job goes on.
         """
         with self._changed:
-            return self._outbox.take(limit, but, self._job)
+            seq = self._index.register.seq(job_id)
+            if seq is None:
+                return None
+            state = JobState(self._rows[str(seq)]["state"])
+            if state.final:
+                raise IllegalTransitionError(f"Job {job_id} has ended as {state}: there is nothing to cancel.")
+            if state is JobState.QUEUED:
+                self._cancel(seq)
+            elif not self.is_cancelling(seq):
+                self._commit([Change(JOBS, seq, {"cancelling": True})], ())
+                self._notify()
+            return self._job(seq)
 
-    def gone(self, limit: int, *, but: Collection[int] = ()) -> list[Gone]:
-        """Return deleted jobs whose status the broker may still retain, until `mark_cleared`."""
+    def cancelled(self, seq: int) -> None:
+        """Record that a job in `processing` was ended because somebody asked for it. Raises as `complete`."""
         with self._changed:
-            return list(islice((gone for seq, gone in self._gone.items() if seq not in but), limit))
+            self._cancel(seq)
 
-    @property
-    def has_unpublished(self) -> bool:
-        """Whether there is a status that the broker has not acknowledged, or has not yet been told to forget."""
-        with self._changed:
-            return bool(self._outbox) or bool(self._gone)
+    def _cancel(self, seq: int) -> None:
+        self._move(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
 
-    def coalesce(self) -> None:
-        """Forget the states that jobs passed through: whoever was offline is told the newest only."""
-        with self._changed:
-            self._outbox.coalesce()
+    def retry(self, job_id: str) -> Job | None:
+        """Queue a job that ended as `error` or `cancelled` once more, with the options that it came with.
 
-    def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
-        """Note that the broker acknowledged statuses; reaches the disk with the next transaction.
+        Its place in the queue is the one that its number gives it. Of audio that came with the job, what was finished
+        is not done again; a file or URL may be another one by now.
 
-        A crash before that publishes them once more, which changes nothing for a reader of retained messages.
+        Returns:
+            The job as it is then; None: there is no such job.
 
-        Args:
-            acknowledged: the sequence number of each job, and the number that `unpublished` gave with it.
+        Raises:
+            IllegalTransitionError: it has not ended that way, or there is no audio to work on; a sentence for the user.
+            LedgerError: the disk refused; the job stays as it is.
         """
         with self._changed:
-            for seq, number in acknowledged:
-                self._outbox.acknowledge(seq, number)
+            seq = self._index.register.seq(job_id)
+            if seq is None:
+                return None
+            row = self._rows[str(seq)]
+            if refusal := retry_refusal(row):
+                raise IllegalTransitionError(refusal)
+            spooled = row["audio"][0] == "spool"
+            also = [] if spooled else self._without_windows(seq)
+            self._move(seq, JobState.QUEUED, {"crashes": 0, "retries": 0}, dropped=_OF_AN_END, also=also)
+            if not spooled:
+                self._index.keep_windows(seq, 0)
+            return self._job(seq)
 
-    def mark_cleared(self, seq: int) -> None:
-        """Note that the broker has forgotten the status of a deleted job; on disk with the next transaction."""
+    def delete(self, job_id: str) -> tuple[Job, list[str]] | None:
+        """Delete a job that waits or has ended; the broker is then told to forget it.
+
+        Returns:
+            The job as it was, and the names in the spool folder that it leaves behind; None: there is no such job.
+
+        Raises:
+            IllegalTransitionError: it is in work.
+            LedgerError: the disk refused; the job stays.
+        """
         with self._changed:
-            gone = self._gone.pop(seq, None)
-            if gone is not None:
-                del self._gone_ids[gone.job_id]
-                self._buried.append(seq)
+            seq = self._index.register.seq(job_id)
+            if seq is None:
+                return None
+            if seq in self._index.processing:
+                raise IllegalTransitionError(f"Job {job_id} is processing: cancel it first.")
+            job = self._job(seq)
+            return job, self._delete([seq])
+
+    def pause(self, *, on: bool) -> None:
+        """Let no job be started, or jobs be started again; kept over restarts. Raises LedgerError."""
+        with self._changed:
+            if on != self._paused:
+                self._commit([Change(COUNTERS, 1, {"paused": on})], ())
+                self._paused = on
                 self._notify()
 
-    def publish_again(self) -> None:
-        """Let every status be published again: the broker has lost what it retained.
-
-        After a crash in the middle of that the rest is still published: the watermark goes back, on disk. When the disk
-        refuses just now, it goes with the next transaction.
-        """
-        with self._changed:
-            self._outbox.owe_all(self._revisions(), self._journal.transaction)
-            with contextlib.suppress(LedgerError):
-                self._commit([], ())
-            self._notify()
-
-    def observe(self, observer: Callable[[], None]) -> None:
-        """Call `observer` after every change, under the ledger's lock: it must only set a flag."""
-        self._observers.append(observer)
-
-    def count_rejected(self) -> None:
-        """Count a refused message; reaches the disk with the next transaction."""
-        with self._changed:
-            self._rejected += 1
-            self._notify()
-
-    def processing(self) -> tuple[int, ...]:
-        """Return the sequence numbers of the jobs in `processing`: one at most, or none."""
-        with self._changed:
-            return tuple(self._processing)
-
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        for observer in self._observers:
-            observer()
-
-    # -- upkeep ---------------------------------------------------------------------------------------------------
+    # -- retention ------------------------------------------------------------------------------------------------
 
     def retire(self, *, before: float, keep: int, limit: int = 200) -> tuple[int, list[str]]:
         """Delete finished jobs that ended before `before` (seconds since the epoch) or are beyond the newest `keep`.
@@ -504,68 +368,25 @@ class Ledger:
             LedgerError: the disk refused; nothing was deleted.
         """
         with self._changed:
-            beyond = max(0, len(self._finished) - keep)
-            oldest = enumerate(islice(self._finished, limit))
+            finished = self._index.finished
+            beyond = max(0, len(finished) - keep)
+            oldest = enumerate(islice(finished, limit))
             retired = [seq for n, seq in oldest if n < beyond or self._rows[str(seq)]["completed_at"] < before]
-            if not retired:
-                return 0, []
-            rows = [(seq, self._rows[str(seq)]) for seq in retired]
-            changes = [Change(TABLE, seq, None) for seq in retired]
-            changes += [Change(GONE, seq, {"job_id": row["job_id"]}) for seq, row in rows]
-            changes.append(Change(COUNTERS, 1, {"last_seq": self._last_seq}))  # numbers are never used again
-            self._commit(changes, ())
-            for seq, row in rows:
-                self._forget(seq, row)
-            self._notify()
-            return len(rows), [row["audio"][1] for _, row in rows if row.get("audio", ("", ""))[0] == "spool"]
+            return len(retired), self._delete(retired)
 
-    def _forget(self, seq: int, row: Mapping[str, Any]) -> None:
-        self._gone[seq] = Gone(seq, row["job_id"])
-        self._gone_ids[row["job_id"]] = seq
-        self._outbox.forget(seq)
-        del self._finished[seq]
-        self._register.remove(seq, row)
-
-    def maintain(self) -> None:
-        """Write a checkpoint when the journal has outgrown it; others go on working meanwhile.
-
-        The journal may grow as large as the checkpoint, so that the cost per transaction does not depend on
-        the number of jobs. One caller at a time.
-
-        Raises:
-            LedgerError: the disk refused; the old files still hold everything.
-        """
-        journal = self._journal
-        if journal.journal_bytes < max(_CHECKPOINT_BYTES, journal.checkpoint_bytes):
-            return
-        try:
-            with journal.checkpointing:
-                with self._changed:
-                    if self._closed:  # the lock is given back: the files may be another process's by now
-                        return
-                    snapshot = journal.snapshot()
-                journal.write_checkpoint(snapshot)
-                with self._changed:
-                    journal.cut_journal(snapshot)
-        except OSError as exc:
-            raise LedgerError(f"No checkpoint of {self.path} could be written: {exc.strerror}.") from exc
-
-    def close(self) -> None:
-        """Write a checkpoint, so that `ledger.json` alone is complete, and release the lock; can be called twice.
-
-        Raises:
-            LedgerError: the disk refused; the journal still holds everything.
-        """
-        with self._journal.checkpointing, self._changed:
-            if self._closed:
-                return
-            try:
-                if self._rejected != self._rejected_on_disk or self._buried:
-                    self._commit([], ())
-                self._journal.mark = self._outbox.watermark(self._journal.transaction)
-                self._db.close()
-            finally:
-                self._closed = True
-                self._changed.notify_all()
-                self._journal.abandon()
-                self._file_lock.release()
+    def _delete(self, seqs: Sequence[int]) -> list[str]:
+        if not seqs:
+            return []
+        rows = [self._rows[str(seq)] for seq in seqs]
+        gone = [Gone(seq, row["job_id"], tuple(row.get("formats", ()))) for seq, row in zip(seqs, rows, strict=True)]
+        changes = [Change(JOBS, seq, None) for seq in seqs]
+        changes += [change for seq in seqs for change in self._without_windows(seq)]
+        changes += [Change(GONE, job.seq, gone_document(job)) for job in gone]
+        changes.append(Change(COUNTERS, 1, {"last_seq": self._index.last_seq}))  # numbers are never used again
+        self._commit(changes, ())
+        for job, row in zip(gone, rows, strict=True):
+            self._index.bury(job, row)
+        self._outbox.forget(seqs)
+        self._number_the_head()
+        self._notify()
+        return [name for row in rows for name in in_spool(row)]

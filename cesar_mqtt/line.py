@@ -1,5 +1,6 @@
 """The line in which jobs wait: their order, their places, who is not ready yet; the ledger serialises every call."""
 
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -32,11 +33,15 @@ class Line:
 
     def put_back(self, seq: int) -> None:
         """Let a job wait again, in the place that its number gives it."""
-        first = next(iter(self._order), seq)
-        self._order[seq] = None
-        self._order.move_to_end(seq, last=False)
-        if first < seq:  # others that were accepted before it were put back, too
-            self._order = OrderedDict.fromkeys(sorted(self._order))
+        rank = 1
+        if seq > next(iter(self._order), seq):  # others that were accepted before it wait, too
+            order = list(self._order)
+            rank += bisect(order, seq)
+            self._order = OrderedDict.fromkeys([*order[: rank - 1], seq, *order[rank - 1 :]])
+        else:
+            self._order[seq] = None
+            self._order.move_to_end(seq, last=False)
+        self._places[seq] = (rank, None)
 
     def remove(self, seq: int) -> None:
         """Let a job wait no longer."""
@@ -50,7 +55,11 @@ class Line:
 
     def ready(self, now: float) -> int | None:
         """Return the oldest job that may be begun; None: none may."""
-        return next((seq for seq in self._order if self._not_before.get(seq, now) <= now), None)
+        return next(self.all_ready(now), None)
+
+    def all_ready(self, now: float) -> Iterator[int]:
+        """Yield the jobs that may be begun, oldest first."""
+        return (seq for seq in self._order if self._not_before.get(seq, now) <= now)
 
     def next_ready_in(self, now: float) -> float | None:
         """Return in how many seconds a delayed job will be ready; None: none is delayed."""

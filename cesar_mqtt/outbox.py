@@ -24,7 +24,7 @@ class Outbox:
         """Start with what a restart found: revision and sequence number of every change above the watermark."""
         self._newest = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
         self._owed = self._newest.copy()
-        self._trail: deque[Item] = deque(maxlen=TRAIL)
+        self._trail: deque[tuple[int, int, Callable[[], Job]]] = deque(maxlen=TRAIL)
 
     def __bool__(self) -> bool:
         return bool(self._newest)
@@ -46,26 +46,28 @@ class Outbox:
         for seq in sorted(self._owed):
             self.tell(seq, number)
 
-    def passed(self, job: Job) -> None:
-        """Keep a state of a job for a reader who wants to see every one, in order."""
-        self._trail.append((self._newest[job.seq], job))
+    def passed(self, seq: int, render: Callable[[], Job]) -> None:
+        """Keep a state of a job for a reader who wants to see every one, in order; `render` gives it when it is due."""
+        self._trail.append((seq, self._newest[seq], render))
 
     def coalesce(self) -> None:
         """Forget the states that jobs passed through; their newest is still told."""
         self._trail.clear()
 
-    def forget(self, seq: int) -> None:
-        """Drop whatever was to be told of a job."""
-        self._newest.pop(seq, None)
-        self._owed.pop(seq, None)
-        if any(job.seq == seq for _, job in self._trail):
-            self._trail = deque((item for item in self._trail if item[1].seq != seq), maxlen=TRAIL)
+    def forget(self, seqs: Collection[int]) -> None:
+        """Drop whatever was to be told of these jobs."""
+        for seq in seqs:
+            self._newest.pop(seq, None)
+            self._owed.pop(seq, None)
+        dropped = frozenset(seqs)
+        self._trail = deque((item for item in self._trail if item[0] not in dropped), maxlen=TRAIL)
 
     def take(self, limit: int, but: Collection[int], render: Callable[[int], Job]) -> list[Item]:
         """Return what to tell next; a newest state is returned again until `acknowledge`, unless it is in `but`."""
-        taken = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
+        passed = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
+        taken = [(number, state()) for _, number, state in passed]
         if len(taken) < limit:
-            on_the_way = {told.seq for _, told in taken}.union(but)
+            on_the_way = {seq for seq, _, _ in passed}.union(but)
             waiting = (item for item in self._newest.items() if item[0] not in on_the_way)
             taken += [(number, render(seq)) for seq, number in islice(waiting, limit - len(taken))]
         return taken

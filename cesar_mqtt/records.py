@@ -5,19 +5,41 @@ Nothing that can be changed is shared between a document and the values outside.
 """
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import AudioSource, Gone, Job, JobState, NewJob, Result
+from cesar_mqtt.journal import encode
+from cesar_mqtt.transcript import Segment, Window, Word
 
 
 def needs_audio(document: Mapping[str, Any]) -> bool:
     """Whether the audio that came with this job may still be wanted: it is not final, or a retry may help."""
-    if not JobState(document["state"]).final:
+    if not JobState(document["state"]).final or document["state"] == JobState.CANCELLED:
         return True
     code = document.get("error_code")
     return code is not None and ErrorCode(code).retryable
+
+
+def retry_refusal(document: Mapping[str, Any]) -> str | None:
+    """Say why this job cannot be worked on once more; None: it can."""
+    job_id, state = document["job_id"], document["state"]
+    if state not in {JobState.ERROR, JobState.CANCELLED}:
+        return f"Job {job_id} is {state}: only one that ended as error or cancelled can be retried."
+    if "audio" not in document:
+        return f"Job {job_id} was refused for what it asked: submit it, mended, under a new id."
+    if any(in_spool(document)) and not needs_audio(document):
+        return f"The audio of job {job_id} is not kept, for a retry cannot help with {document['error_code']}."
+    return None
+
+
+def in_spool(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the name in the spool folder of the audio that came with this job, if any did."""
+    kind, name = document.get("audio", ("", ""))
+    if kind == "spool":
+        yield name
 
 
 def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
@@ -37,6 +59,10 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["options"] = _copy(request.options)
     if request.metadata:
         document["metadata"] = _copy(request.metadata)
+    if request.formats:
+        document["formats"] = list(request.formats)
+    if request.stream:
+        document["stream"] = True
     if request.packet_id is not None:
         document["packet_id"] = request.packet_id
     if request.anonymous:
@@ -64,6 +90,65 @@ def result_of(result: Result, now: float) -> dict[str, Any]:
     return fields
 
 
+def keeps_windows(document: Mapping[str, Any]) -> bool:
+    """Whether the windows of a completed job are needed for the formats asked for; `txt` has a line a segment, too."""
+    return bool(document.get("formats"))
+
+
+def window_document(window: Window) -> dict[str, Any]:
+    """Return the document of a finished part of a recording.
+
+    Its segments are one text, JSON of lists: as documents the words of an hour would take ten times the memory.
+    """
+    document: dict[str, Any] = {"until_s": window.until_s, "text": window.text}
+    if window.language is not None:
+        document["language"] = window.language
+    if window.language_probability is not None:
+        document["language_probability"] = window.language_probability
+    if window.segments:
+        document |= {
+            "first_id": window.segments[0].id,
+            "segments": encode([_plain(segment) for segment in window.segments]).decode(),
+        }
+    return document
+
+
+def window_of(number: int, document: Mapping[str, Any]) -> Window:
+    """Return the finished part that `window_document` wrote down."""
+    plain = enumerate(json.loads(document.get("segments", "[]")), start=document.get("first_id", 1))
+    return Window(
+        number=number,
+        until_s=document["until_s"],
+        text=document["text"],
+        language=document.get("language"),
+        language_probability=document.get("language_probability"),
+        segments=tuple(_segment(segment_id, *values) for segment_id, values in plain),
+    )
+
+
+def _plain(segment: Segment) -> list[Any]:
+    values = [segment.start_s, segment.end_s, segment.text, segment.avg_logprob, segment.no_speech_prob]
+    if segment.words is not None:
+        values.append([[word.start_s, word.end_s, word.text, word.probability] for word in segment.words])
+    return values
+
+
+def _segment(segment_id: int, *values: Any) -> Segment:
+    start_s, end_s, text, avg_logprob, no_speech_prob, *words = values
+    spoken = tuple(Word(*word) for word in words[0]) if words else None
+    return Segment(segment_id, start_s, end_s, text, avg_logprob, no_speech_prob, spoken)
+
+
+def gone_document(gone: Gone) -> dict[str, Any]:
+    """Return the document of a job that was just deleted."""
+    return {"job_id": gone.job_id, **({"formats": list(gone.formats)} if gone.formats else {})}
+
+
+def gone_of(seq: int, document: Mapping[str, Any]) -> Gone:
+    """Return the deleted job that `gone_document` wrote down; its status is another job's once that bears its id."""
+    return Gone(seq, document["job_id"], tuple(document.get("formats", ())), status=document.get("status", True))
+
+
 def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:
     """Return the value that leaves the ledger, with its place in the queue and since when it has it."""
     get = document.get
@@ -81,6 +166,8 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
         audio=None if audio is None else AudioSource(*audio),
         options=_copy(options) if options else {},
         metadata=_copy(metadata) if metadata else {},
+        formats=tuple(get("formats", ())),
+        stream=get("stream", False),
         attempt=get("attempt", 0),
         crashes=get("crashes", 0),
         retries=get("retries", 0),

@@ -5,22 +5,21 @@ For one thread, on files that no consumer has open (the caller holds the ledger'
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cesar_mqtt import checkpoint
+from cesar_mqtt.books import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.checkpoint import RESERVED, Document, Image, Snapshot
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.journal import body_of, check_format, is_torn, lines_of
-from cesar_mqtt.ledger import TABLE
+from cesar_mqtt.records import gone_of, job_of, window_of
 from cesar_mqtt.storage import apply, change_of
 
-_NEEDED = ("job_id", "state", "revision", "created_at", "updated_at", "fingerprint", "model_size")
-"""Without these a document is not a job: its beginning was in what is lost."""
 _TABLE_LINE = re.compile(rb'^(?:\{)?"([^"]+)": \{$')
 _DOCUMENT_LINE = re.compile(rb'^"(\d+)": (\{.*\}),?\}?,?$')
 _MOST_SHOWN = 10
@@ -46,7 +45,13 @@ class Salvage:
     @property
     def jobs(self) -> dict[str, Document]:
         """The documents of the jobs that can be kept."""
-        return self.image.get(TABLE, {})
+        return self.image.get(JOBS, {})
+
+    def lose(self, table: str, key: str, sentence: str) -> None:
+        """Leave a document out, and say what that costs."""
+        self.damaged = True
+        self.lost.append(sentence)
+        del self.image[table][key]
 
 
 def examine(path: Path) -> Salvage:
@@ -61,7 +66,7 @@ def examine(path: Path) -> Salvage:
         _read_journal(path.with_name(path.name + ".journal"), found)
     except OSError as exc:
         raise LedgerError(f"The ledger {path} cannot be read: {exc.strerror}.") from exc
-    _drop_incomplete(found)
+    _drop_unreadable(found)
     return found
 
 
@@ -211,17 +216,38 @@ def _take(entry: list[Any], expected: int | None, found: Salvage) -> int:
     return int(number) + 1
 
 
-def _drop_incomplete(found: Salvage) -> None:
-    """Leave out what is no job any more, and a second job of the same id."""
+def _drop_unreadable(found: Salvage) -> None:
+    """Leave out what the ledger could not read: a repaired one has to open.
+
+    Windows whose job is lost do no harm: the ledger drops them when it is opened.
+    """
     seen: set[str] = set()
-    for key, row in sorted(found.jobs.items(), key=lambda item: int(item[0])):
-        missing = [name for name in _NEEDED if name not in row]
-        if not missing and row["job_id"] not in seen:
+    for key, row in sorted(found.jobs.items(), key=lambda item: (len(item[0]), item[0])):
+        if not _reads(_read_job, key, row) or row["job_id"] in seen:
+            job_id = row.get("job_id", "id unknown")
+            found.lose(JOBS, key, f"Job number {key} ({job_id}): its beginning is lost or damaged.")
+        else:
             seen.add(row["job_id"])
-            continue
-        found.damaged = True
-        found.lost.append(f"Job number {key} ({row.get('job_id', 'id unknown')}): its beginning is lost.")
-        del found.image[TABLE][key]
+    for key in [key for key, row in found.image.get(GONE, {}).items() if not _reads(gone_of, key, row)]:
+        found.lose(GONE, key, f"Deleted job number {key}: which id it had, and what the broker may retain of it.")
+    for key in [key for key, row in found.image.get(WINDOWS, {}).items() if not _reads(window_of, key, row)]:
+        found.lose(WINDOWS, key, f"Window number {key}: that part of its recording is worked on again.")
+    for name in found.image.keys() - {JOBS, GONE, WINDOWS, COUNTERS}:
+        found.notes.append(f"The table {name!r} is none of a ledger's; it stays as it is.")
+
+
+def _reads(read: Callable[[int, Document], object], key: str, row: Document) -> bool:
+    try:
+        read(int(key), row)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _read_job(seq: int, row: Document) -> None:
+    job = job_of(seq, row, None, None)
+    if job.state.final and job.completed_at is None:
+        raise ValueError("ended at no time")
 
 
 def shown(sentences: list[str]) -> list[str]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cesar_mqtt.books import lock
 from cesar_mqtt.errors import ExitCode, LedgerError
-from cesar_mqtt.ledger import Ledger, lock
+from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.salvage import Salvage, examine, repair, shown
 
 

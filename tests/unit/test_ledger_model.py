@@ -5,26 +5,31 @@ import copy
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cesar_mqtt import books as books_module
 from cesar_mqtt import journal
-from cesar_mqtt import ledger as ledger_module
 from cesar_mqtt.errors import ErrorCode, LedgerError
-from cesar_mqtt.jobs import Gone, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.line import HEAD
+from cesar_mqtt.transcript import Window
 from tests.unit.faults import FaultyDisk, Killed, failing, killing
 
 MAX_ATTEMPTS = 2
 MAX_QUEUED = 12
 RESULT = Result("text", 1.0, "en", 0.5, no_speech=False)
+FAILURES = {code: code.retryable for code in (ErrorCode.TIMEOUT, ErrorCode.AUDIO_EMPTY)}
+
+
+def window(seq: int, number: int) -> Window:
+    return Window(number, number + 1.0, f"window {number} of {seq}", "en" if number % 2 else None, None, ())
 
 
 @dataclass
@@ -35,10 +40,16 @@ class Entry:
     fingerprint: str
     packet_id: int | None
     anonymous: bool
+    audio: str
+    formats: tuple[str, ...]
     state: JobState = JobState.QUEUED
     attempt: int = 0
     crashes: int = 0
     not_before: float = 0.0
+    cancelling: bool = False
+    hopeless: bool = False
+    """Whether it failed in a way that no retry can mend."""
+    windows: int = 0
 
 
 @dataclass
@@ -47,7 +58,8 @@ class Model:
 
     jobs: dict[str, Entry] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
-    gone: dict[int, str] = field(default_factory=dict)
+    gone: dict[int, Gone] = field(default_factory=dict)
+    paused: bool = False
     ended: dict[JobState, int] = field(default_factory=lambda: dict.fromkeys(JobState, 0))
     rejected: int = 0
     rejected_on_disk: int = 0
@@ -83,30 +95,99 @@ class Model:
         if request.failure is None and len(self.queue) >= MAX_QUEUED:
             return Verdict.FULL, request.job_id
         self.last_seq += 1
-        entry = Entry(self.last_seq, request.fingerprint, request.packet_id, request.anonymous)
+        audio = "none" if request.audio is None else request.audio.kind
+        entry = Entry(self.last_seq, request.fingerprint, request.packet_id, request.anonymous, audio, request.formats)
         self.jobs[request.job_id] = entry
-        self.gone = {seq: name for seq, name in self.gone.items() if name != request.job_id}
+        for gone in [gone for gone in self.gone.values() if gone.job_id == request.job_id and gone.status]:
+            del self.gone[gone.seq]
+            if gone.formats:
+                self.gone[gone.seq] = replace(gone, status=False)
         if request.failure is not None:
             self.end(entry, JobState.ERROR)
         return Verdict.ACCEPTED, request.job_id
 
+    def claim(self, uptime: float) -> tuple[int, int] | None:
+        ready = [entry for entry in self.jobs.values() if entry.seq in self.queue and entry.not_before <= uptime]
+        if self.paused or not ready:
+            return None
+        entry = min(ready, key=lambda entry: entry.seq)
+        entry.state = JobState.PROCESSING
+        entry.attempt += 1
+        return entry.seq, entry.attempt
+
     def end(self, entry: Entry, state: JobState) -> None:
-        entry.state = state
+        entry.state, entry.cancelling = state, False
         self.ended[state] += 1
         self.finished.append(next(name for name, one in self.jobs.items() if one is entry))
+
+    def complete(self, entry: Entry, windows: int) -> None:
+        entry.windows = windows if entry.formats else 0
+        self.end(entry, JobState.COMPLETED)
+
+    def fail(self, entry: Entry, code: ErrorCode) -> None:
+        entry.hopeless = not FAILURES[code]
+        entry.windows = 0 if entry.hopeless else entry.windows
+        self.end(entry, JobState.ERROR)
+
+    def put_back(self, entry: Entry, not_before: float) -> None:
+        if entry.cancelling:
+            self.end(entry, JobState.CANCELLED)
+        else:
+            entry.state, entry.not_before = JobState.QUEUED, not_before
+
+    def cancel(self, name: str) -> object:
+        entry = self.jobs.get(name)
+        if entry is None:
+            return None
+        if entry.state.final:
+            return "refused"
+        if entry.state is JobState.PROCESSING:
+            entry.cancelling = True
+        else:
+            self.end(entry, JobState.CANCELLED)
+        return entry.state
+
+    def retry(self, name: str) -> object:
+        entry = self.jobs.get(name)
+        if entry is None:
+            return None
+        can_be = entry.audio == "path" or (entry.audio == "spool" and not entry.hopeless)
+        if entry.state not in (JobState.ERROR, JobState.CANCELLED) or not can_be:
+            return "refused"
+        entry.state, entry.crashes, entry.not_before, entry.hopeless = JobState.QUEUED, 0, 0.0, False
+        entry.windows = entry.windows if entry.audio == "spool" else 0
+        self.finished.remove(name)
+        return entry.state
+
+    def delete(self, name: str) -> object:
+        entry = self.jobs.get(name)
+        if entry is None:
+            return None
+        if entry.state is JobState.PROCESSING:
+            return "refused"
+        self.bury(name)
+        return entry.seq, ["file"] if entry.audio == "spool" else []
 
     def retire(self, keep: int) -> int:
         retired = self.finished[: max(0, len(self.finished) - keep)]
         for name in retired:
-            self.finished.remove(name)
-            self.gone[self.jobs.pop(name).seq] = name
+            self.bury(name)
         return len(retired)
+
+    def bury(self, name: str) -> None:
+        entry = self.jobs.pop(name)
+        if entry.state.final:
+            self.finished.remove(name)
+        self.gone[entry.seq] = Gone(entry.seq, name, entry.formats)
 
     def crash(self) -> None:
         self.rejected = self.rejected_on_disk
         for entry in self.jobs.values():
             entry.not_before = 0.0
         for entry in self.processing:
+            if entry.cancelling:
+                self.end(entry, JobState.CANCELLED)
+                continue
             entry.crashes += 1
             if entry.crashes < MAX_ATTEMPTS:
                 entry.state = JobState.QUEUED
@@ -114,38 +195,51 @@ class Model:
                 self.end(entry, JobState.ERROR)
 
     def picture(self) -> object:
-        jobs = {name: (e.seq, e.state, e.attempt, e.crashes) for name, e in self.jobs.items()}
+        jobs = {n: (e.seq, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()}
         final = (JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED)
-        return jobs, self.queue, [self.ended[state] for state in final], self.rejected
+        return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused
 
 
 def picture_of(ledger: Ledger) -> object:
     """The same of the real ledger."""
     jobs = {}
-    for name in ledger._register:
+    for name in ledger._index.register:
         job = ledger.get(name)
         assert job is not None
-        jobs[name] = (job.seq, job.state, job.attempt, job.crashes)
+        windows = ledger.windows(job.seq)
+        assert windows == tuple(window(job.seq, number) for number in range(len(windows)))
+        cancelling = ledger.is_cancelling(job.seq)
+        jobs[name] = (job.seq, job.state, job.attempt, job.crashes, cancelling, len(windows))
     totals = ledger.totals()
     ended = [totals.completed_total, totals.error_total, totals.cancelled_total]
-    return jobs, list(ledger._queue), ended, totals.rejected_total
+    return jobs, list(ledger._index.queue), ended, totals.rejected_total, totals.paused
 
 
 Step = tuple[Callable[[Ledger], object], Callable[[Model], object]]
 """The same thing done to the ledger and to the model."""
 
+
+def or_refused(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except IllegalTransitionError:
+        return "refused"
+
+
+NAMES = [f"job-{number}" for number in range(16)]
 requests = st.builds(
     NewJob,
-    job_id=st.sampled_from([f"job-{number}" for number in range(16)]),
+    job_id=st.sampled_from(NAMES),
     fingerprint=st.sampled_from(["one", "two"]),
-    audio=st.none(),
+    audio=st.sampled_from([AudioSource("path", "file"), AudioSource("spool", "file")]),
     model_size=st.just("base"),
     packet_id=st.none() | st.integers(1, 3),
     redelivered=st.booleans(),
     anonymous=st.booleans(),
     retained=st.sampled_from([False, False, True]),
     failure=st.none() | st.none() | st.none() | st.just("wrong"),
-)
+    formats=st.sampled_from([(), ("txt",), ("srt",), ("txt", "json"), ("srt", "json")]),
+).map(lambda request: request if request.failure is None else replace(request, audio=None))
 faults = st.sampled_from([None, None, None, None, 1, 2, 3, 4])
 chances = st.integers(0, 1 << 32).map(random.Random)
 
@@ -165,6 +259,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model = Model()
         self.maybe: Model | None = None
         self.broker: dict[str, tuple[JobState, int]] = {}
+        self.results: dict[tuple[str, str], int] = {}
         self.positions: dict[str, int | None] = {}
         self.now = 1_700_000_000.0
         self.uptime = 0.0
@@ -188,8 +283,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             while self.ledger.has_unpublished:
-                self.deliver(self.ledger.unpublished(3), None)
-                self.forget(self.ledger.gone(2), None)
+                self.deliver(3, None)
             self.the_broker_agrees()
         finally:
             self.drop()
@@ -222,60 +316,97 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def append_step(self, batch: Sequence[NewJob]) -> Step:
         def real(ledger: Ledger) -> object:
-            return [(verdict, job and job.job_id) for verdict, job in ledger.append(batch)]
+            return ledger.append(batch)
 
         def modelled(model: Model) -> object:
-            verdicts = [model.judge(request) for request in batch]
-            return [(verdict, None if verdict is Verdict.FULL else name) for verdict, name in verdicts]
+            return [model.judge(request) for request in batch]
 
         return real, modelled
 
-    def end_step(self, seq: int, state: JobState, delay_s: float = 0.0) -> Step:
+    def of(self, model: Model, seq: int) -> Entry:
+        return next(entry for entry in model.jobs.values() if entry.seq == seq)
+
+    def complete_step(self, seq: int, more: int) -> Step:
+        total = self.of(self.model, seq).windows + more
+        result = replace(RESULT, windows=tuple(window(seq, number) for number in range(total)))
+        return (
+            lambda ledger: ledger.complete(seq, result),
+            lambda model: model.complete(self.of(model, seq), total),
+        )
+
+    def fail_step(self, seq: int, code: ErrorCode) -> Step:
+        return (lambda ledger: ledger.fail(seq, code, "No.")), (lambda model: model.fail(self.of(model, seq), code))
+
+    def put_back_step(self, seq: int, delay_s: float) -> Step:
         def real(ledger: Ledger) -> None:
-            if state is JobState.COMPLETED:
-                ledger.complete(seq, RESULT)
-            elif state is JobState.ERROR:
-                ledger.fail(seq, ErrorCode.TIMEOUT, "Too slow.")
-            elif delay_s:
-                ledger.defer(seq, delay_s)
-            else:
-                ledger.requeue(seq)
+            ledger.defer(seq, delay_s) if delay_s else ledger.requeue(seq)
+
+        return real, lambda model: model.put_back(self.of(model, seq), self.uptime + delay_s)
+
+    def cancelled_step(self, seq: int) -> Step:
+        return (
+            lambda ledger: ledger.cancelled(seq),
+            lambda model: model.end(self.of(model, seq), JobState.CANCELLED),
+        )
+
+    def window_step(self, seq: int) -> Step:
+        number = self.of(self.model, seq).windows
 
         def modelled(model: Model) -> None:
-            entry = next(entry for entry in model.jobs.values() if entry.seq == seq)
-            if state is JobState.QUEUED:
-                entry.state = state
-                entry.not_before = self.uptime + delay_s
-            else:
-                model.end(entry, state)
+            self.of(model, seq).windows += 1
 
-        return real, modelled
+        return (lambda ledger: ledger.add_window(seq, window(seq, number))), modelled
 
     def claim_step(self) -> Step:
         def real(ledger: Ledger) -> object:
             job = ledger.claim()
             return job and (job.seq, job.attempt)
 
-        def modelled(model: Model) -> object:
-            ready = [e for e in model.jobs.values() if e.state is JobState.QUEUED and e.not_before <= self.uptime]
-            if not ready:
-                return None
-            entry = min(ready, key=lambda e: e.seq)
-            entry.state = JobState.PROCESSING
-            entry.attempt += 1
-            return entry.seq, entry.attempt
+        return real, lambda model: model.claim(self.uptime)
 
-        return real, modelled
+    @staticmethod
+    def cancel_step(name: str) -> Step:
+        def real(ledger: Ledger) -> object:
+            job = ledger.cancel(name)
+            return job and job.state
+
+        return (lambda ledger: or_refused(lambda: real(ledger))), (lambda model: model.cancel(name))
+
+    @staticmethod
+    def retry_step(name: str) -> Step:
+        def real(ledger: Ledger) -> object:
+            job = ledger.retry(name)
+            assert job is None or job.queue_position is not None
+            return job and job.state
+
+        return (lambda ledger: or_refused(lambda: real(ledger))), (lambda model: model.retry(name))
+
+    @staticmethod
+    def delete_step(name: str) -> Step:
+        def real(ledger: Ledger) -> object:
+            deleted = ledger.delete(name)
+            return deleted and (deleted[0].seq, deleted[1])
+
+        return (lambda ledger: or_refused(lambda: real(ledger))), (lambda model: model.delete(name))
+
+    @staticmethod
+    def pause_step(*, on: bool) -> Step:
+        return (lambda ledger: ledger.pause(on=on)), (lambda model: setattr(model, "paused", on))
 
     @staticmethod
     def retire_step(keep: int) -> Step:
         return (lambda ledger: ledger.retire(before=0.0, keep=keep)[0]), (lambda model: model.retire(keep))
 
     def any_step(self, data: st.DataObject) -> Step:
+        name = data.draw(st.sampled_from(NAMES))
         steps = [self.claim_step(), self.append_step(data.draw(st.lists(requests, min_size=1, max_size=4)))]
-        ends = (JobState.COMPLETED, JobState.ERROR, JobState.QUEUED)
-        steps += [self.end_step(entry.seq, state) for entry in self.model.processing for state in ends]
+        for seq in [entry.seq for entry in self.model.processing]:
+            steps += [self.complete_step(seq, more) for more in (0, 2)]
+            steps += [self.fail_step(seq, code) for code in FAILURES]
+            steps += [self.put_back_step(seq, 0.0), self.cancelled_step(seq), self.window_step(seq)]
         steps.append(self.retire_step(data.draw(st.integers(0, 5))))
+        steps += [self.cancel_step(name), self.retry_step(name), self.delete_step(name)]
+        steps.append(self.pause_step(on=not self.model.paused))
         return data.draw(st.sampled_from(steps))
 
     # -- rules ----------------------------------------------------------------------------------------------------
@@ -290,13 +421,28 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.processing)
     @rule(
-        chance=chances,
-        state=st.sampled_from([JobState.COMPLETED, JobState.ERROR, JobState.QUEUED]),
-        delay_s=st.sampled_from([0.0, 5.0]),
-        refusals=faults,
+        chance=chances, kind=st.sampled_from(["complete", "fail", "put back", "cancelled", "window"]), refusals=faults
     )
-    def end(self, chance: random.Random, state: JobState, delay_s: float, refusals: int | None) -> None:
-        self.do(self.end_step(chance.choice(self.model.processing).seq, state, delay_s), refusals)
+    def work(self, chance: random.Random, kind: str, refusals: int | None) -> None:
+        seq = chance.choice(self.model.processing).seq
+        steps = {
+            "complete": lambda: self.complete_step(seq, chance.randint(0, 2)),
+            "fail": lambda: self.fail_step(seq, chance.choice(list(FAILURES))),
+            "put back": lambda: self.put_back_step(seq, chance.choice((0.0, 5.0))),
+            "cancelled": lambda: self.cancelled_step(seq),
+            "window": lambda: self.window_step(seq),
+        }
+        self.do(steps[kind](), refusals)
+
+    @rule(chance=chances, kind=st.sampled_from(["cancel", "retry", "delete"]), refusals=faults)
+    def ask(self, chance: random.Random, kind: str, refusals: int | None) -> None:
+        name = chance.choice([*self.model.jobs, NAMES[0]])
+        steps = {"cancel": self.cancel_step, "retry": self.retry_step, "delete": self.delete_step}
+        self.do(steps[kind](name), refusals)
+
+    @rule(on=st.sampled_from([False, False, True]), refusals=faults)
+    def pause(self, on: bool, refusals: int | None) -> None:  # noqa: FBT001
+        self.do(self.pause_step(on=on), refusals)
 
     @rule(keep=st.sampled_from([0, 0, 1, 3]), refusals=faults)
     def retire(self, keep: int, refusals: int | None) -> None:
@@ -321,10 +467,10 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.maintain()
         self.disk.heal()
 
-    @rule(limit=st.integers(1, 8), chance=chances)
+    @rule(limit=st.integers(1, 12), chance=chances)
     def publish(self, limit: int, chance: random.Random) -> None:
         """Some messages get there, some acknowledgements come back."""
-        self.deliver(self.ledger.unpublished(limit), chance)
+        self.deliver(limit, chance)
 
     @rule()
     def reconnect(self) -> None:
@@ -333,33 +479,40 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def lose_the_broker(self) -> None:
         self.broker.clear()
+        self.results.clear()
         self.positions.clear()
         self.ledger.publish_again()
         self.model.rejected_on_disk = self.model.rejected
         self.maybe = None
 
-    def deliver(self, messages: Sequence[tuple[int, Any]], chance: random.Random | None) -> None:
-        for number, job in messages:
-            luck = 1.0 if chance is None else chance.random()
-            if luck > 0.2:
-                self.broker[job.job_id] = (job.state, job.attempt)
-                self.positions[job.job_id] = job.queue_position
-            if luck > 0.4:
+    def deliver(self, limit: int, chance: random.Random | None) -> None:
+        """Do as the publisher does: what is gone goes first, in order; a lost connection loses the rest."""
+        gone = self.ledger.gone(limit)
+        messages: list[Gone | tuple[int, Job]] = [*gone, *self.ledger.unpublished(limit - len(gone))]
+        arrived = len(messages) if chance is None else chance.randint(0, len(messages))
+        acknowledged = arrived if chance is None else chance.randint(0, arrived)
+        for message in messages[:arrived]:
+            self.arrive(message)
+        for message in messages[:acknowledged]:
+            if isinstance(message, Gone):
+                self.ledger.mark_cleared(message.seq)
+                self.model.gone.pop(message.seq, None)
+            else:
+                number, job = message
                 self.ledger.mark_published([(job.seq, number)])
 
-    @rule(limit=st.integers(1, 4), chance=chances)
-    def clear(self, limit: int, chance: random.Random) -> None:
-        """The broker is told to forget jobs; some messages get there, some acknowledgements come back."""
-        self.forget(self.ledger.gone(limit), chance)
-
-    def forget(self, gone: Sequence[Gone], chance: random.Random | None) -> None:
-        for job in gone:
-            luck = 1.0 if chance is None else chance.random()
-            if luck > 0.2:
-                self.broker.pop(job.job_id, None)
-            if luck > 0.4:
-                self.ledger.mark_cleared(job.seq)
-                self.model.gone.pop(job.seq, None)
+    def arrive(self, message: Gone | tuple[int, Job]) -> None:
+        if isinstance(message, Gone):
+            if message.status:
+                self.broker.pop(message.job_id, None)
+            for name in message.formats:
+                self.results.pop((message.job_id, name), None)
+            return
+        _, job = message
+        self.broker[job.job_id] = (job.state, job.attempt)
+        self.positions[job.job_id] = job.queue_position
+        if job.state is JobState.COMPLETED:
+            self.results |= {(job.job_id, name): job.seq for name in job.formats}
 
     # -- ends and starts ------------------------------------------------------------------------------------------
 
@@ -455,22 +608,51 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_the_broker_has_too_much_is_known(self) -> None:
-        gone = {gone.job_id for gone in self.ledger.gone(1000)}
-        assert self.broker.keys() - self.model.jobs.keys() <= gone
-        assert set(self.model.gone.values()) <= gone
-        assert not gone & self.model.jobs.keys()
+        gone = {gone.seq: gone for gone in self.ledger.gone(1000)}
+        statuses = [gone.job_id for gone in gone.values() if gone.status]
+        assert self.broker.keys() - self.model.jobs.keys() <= set(statuses)
+        assert not set(statuses) & self.model.jobs.keys()
+        assert len(statuses) == len(set(statuses))
+        assert self.model.gone.items() <= gone.items()
+        results = {(gone.job_id, name) for gone in gone.values() for name in gone.formats}
+        assert self.results.keys() - self.right_results().keys() <= results
+
+    @invariant()
+    def nothing_is_left_of_windows_that_nobody_needs(self) -> None:
+        stored = len(self.ledger._db.journal.rows("windows"))
+        assert stored == sum(entry.windows for entry in self.model.jobs.values())
+
+    @invariant()
+    def what_can_be_seen_is_what_there_is(self) -> None:
+        by_number = sorted(self.model.jobs.values(), key=lambda entry: entry.seq)
+        assert [job.seq for job in self.ledger.jobs()] == [entry.seq for entry in by_number]
+        for state in JobState:
+            there = [entry.seq for entry in by_number if entry.state is state]
+            assert [job.seq for job in self.ledger.jobs(states=[state])] == there
+        ready = [entry.seq for entry in by_number if entry.seq in self.model.queue and entry.not_before <= self.uptime]
+        assert [job.seq for job in self.ledger.upcoming(3)] == ready[:3]
+
+    def right_results(self) -> dict[tuple[str, str], int]:
+        return {
+            (name, form): entry.seq
+            for name, entry in self.model.jobs.items()
+            if entry.state is JobState.COMPLETED
+            for form in entry.formats
+        }
 
     def the_broker_agrees(self) -> None:
         expected = {name: (entry.state, entry.attempt) for name, entry in self.model.jobs.items()}
         assert self.broker == expected
+        assert self.results == self.right_results()
         names = {entry.seq: name for name, entry in self.model.jobs.items()}
         for rank, seq in enumerate(self.model.queue[:HEAD], start=1):
             assert self.positions[names[seq]] == rank
+        assert all(self.positions[names[seq]] is not None for seq in self.model.queue)
 
 
 def test_the_ledger_does_what_its_model_does_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_STEP_BYTES", 2048)
-    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
     stateful.run_state_machine_as_test(
         LedgerMachine,
         settings=settings(

@@ -1,13 +1,15 @@
 """What is deleted, when, and that the broker is told; and failures that are tried again."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, JobState, NewJob, Result, Verdict
 from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.transcript import Window
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
@@ -31,8 +33,8 @@ def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
         yield ledger
 
 
-def new(job_id: str, kind: str = "path") -> NewJob:
-    return NewJob(job_id, job_id * 2, AudioSource(kind, f"{job_id}.wav"), "tiny.en")
+def new(job_id: str, kind: str = "path", formats: tuple[str, ...] = ()) -> NewJob:
+    return NewJob(job_id, job_id * 2, AudioSource(kind, f"{job_id}.wav"), "tiny.en", formats=formats)
 
 
 def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
@@ -86,6 +88,50 @@ def test_audio_that_nobody_needs_any_more_is_named(ledger: Ledger) -> None:
     assert ledger.retire(before=0.0, keep=0) == (1, ["a.wav"])
 
 
+def test_the_windows_of_what_is_deleted_go_with_it_and_no_others(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    ledger.append([new(name, formats=("srt",)) for name in "abc"])
+    spoken = replace(RESULT, windows=tuple(Window(n, n + 1.0, " spoken", "en", 0.9, ()) for n in range(3)))
+    for _ in range(2):
+        job = ledger.claim()
+        assert job is not None
+        ledger.complete(job.seq, spoken)
+    working = ledger.claim()
+    assert working is not None
+    ledger.add_window(working.seq, spoken.windows[0])
+    assert ledger.retire(before=0.0, keep=1) == (1, [])
+    assert [len(ledger.windows(seq)) for seq in (1, 2, 3)] == [0, 3, 1]
+    ledger.close()
+    with Ledger(tmp_path / "ledger.json", clock=clock) as again:
+        assert [len(again.windows(seq)) for seq in (1, 2, 3)] == [0, 3, 1]
+
+
+def test_what_was_cancelled_is_deleted_like_all_that_has_ended(ledger: Ledger, clock: Clock) -> None:
+    ledger.append([new("a", "spool"), new("b", "spool"), new("retried", "spool")])
+    for name in ("a", "b", "retried"):
+        ledger.cancel(name)
+        clock.now += 10
+    ledger.retry("retried")
+    assert ledger.retire(before=clock.now - 25, keep=100) == (1, ["a.wav"])
+    assert ledger.retire(before=0.0, keep=0) == (1, ["b.wav"])
+    assert left(ledger, "a", "b", "retried") == ["retried"]
+    assert ledger.spooled() == {"retried.wav"}
+
+
+def test_the_broker_is_told_to_forget_the_results_as_well(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    ledger.append([new("a", formats=("txt", "srt"))])
+    ledger.cancel("a")
+    ledger.retire(before=0.0, keep=0)
+    ledger.append([new("a", formats=("vtt",))])
+    assert ledger.gone(10) == [Gone(1, "a", ("txt", "srt"), status=False)]
+    ledger.close()
+    with Ledger(tmp_path / "ledger.json", clock=clock) as again:
+        assert again.gone(10) == [Gone(1, "a", ("txt", "srt"), status=False)]
+        assert again.has_unpublished
+        again.mark_cleared(1)
+        again.delete("a")
+        assert again.gone(10) == [Gone(2, "a", ("vtt",))]
+
+
 def test_the_broker_is_told_to_forget_until_it_has(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
     finish(ledger, "a", "b")
     tell_everything(ledger)
@@ -127,7 +173,8 @@ def test_numbers_are_never_used_again(ledger: Ledger, tmp_path: Path, clock: Clo
     ledger.retire(before=0.0, keep=0)
     ledger.close()
     with Ledger(tmp_path / "ledger.json", clock=clock) as again:
-        [(_, job)] = again.append([new("c")])
+        again.append([new("c")])
+        job = again.get("c")
         assert job is not None
         assert job.seq == 3
 
@@ -201,9 +248,7 @@ def test_a_retained_request_without_an_id_is_the_job_that_its_live_delivery_made
     [(second, known)] = ledger.append([asked("retained-same", retained=True)])
     [(third, _)] = ledger.append([asked("uuid-2", retained=False)])
     assert (first, second, third) == (Verdict.ACCEPTED, Verdict.SAME, Verdict.ACCEPTED)
-    assert live is not None
-    assert known is not None
-    assert known.job_id == live.job_id == "uuid-1"
+    assert known == live == "uuid-1"
 
 
 def test_deleting_the_newest_of_two_equal_requests_does_not_make_the_other_unknown(ledger: Ledger) -> None:
@@ -212,10 +257,7 @@ def test_deleting_the_newest_of_two_equal_requests_does_not_make_the_other_unkno
 
     ledger.append([asked("waits"), asked("failed", "It is wrong.")])
     assert ledger.retire(before=0.0, keep=0)[0] == 1
-    [(verdict, job)] = ledger.append([asked("again", retained=True)])
-    assert verdict is Verdict.SAME
-    assert job is not None
-    assert job.job_id == "waits"
+    assert ledger.append([asked("again", retained=True)]) == [(Verdict.SAME, "waits")]
 
 
 def test_in_a_new_session_a_packet_id_is_no_sign_of_a_redelivery(ledger: Ledger) -> None:

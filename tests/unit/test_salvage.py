@@ -2,16 +2,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tinydb import TinyDB
+from tinydb.operations import delete
 
 from cesar_mqtt import upkeep
 from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
-from cesar_mqtt.jobs import AudioSource, JobState, NewJob, Result
+from cesar_mqtt.index import window_id
+from cesar_mqtt.jobs import AudioSource, Gone, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.salvage import examine
+from cesar_mqtt.transcript import Segment, Window
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
@@ -98,7 +102,8 @@ def test_a_damaged_line_of_the_journal_costs_what_it_held_and_no_more(
         after = {name: job.state for name in ALL if (job := ledger.get(name)) is not None}
         assert after == {**ALL, "b": JobState.QUEUED, "c": JobState.QUEUED}, "b and c were in work"
         assert {told.job_id for _, told in ledger.unpublished(100)} == set(ALL), "the broker is told everything again"
-        appended = ledger.append([new("f")])[0][1]
+        ledger.append([new("f")])
+        appended = ledger.get("f")
         assert appended is not None
         assert appended.seq == 6
 
@@ -111,6 +116,98 @@ def test_a_job_whose_beginning_is_lost_is_named_and_dropped(path: Path, capsys: 
     with Ledger(path) as ledger:
         assert ledger.get("d") is None
         assert ledger.get("e") is not None
+
+
+@pytest.fixture
+def rich(tmp_path: Path) -> Path:
+    """A ledger left by a crash that has something in every table.
+
+    In the checkpoint are the windows of job 1 (completed) and two of job 2 (in work), deleted job 3 with results, and a
+    pause. In the journal, a line each: a new job 4 that bears job 3's id, and the third window of job 2.
+    """
+    path = tmp_path / "ledger.json"
+    with Ledger(path) as ledger:
+        ledger.append([replace(new(name), formats=("srt",)) for name in "abc"])
+        first, second = ledger.claim(), ledger.claim()
+        assert first is not None
+        assert second is not None
+        ledger.complete(first.seq, replace(RESULT, windows=(window(0), window(1))))
+        ledger.add_window(second.seq, window(0))
+        ledger.add_window(second.seq, window(1))
+        ledger.delete("c")
+        ledger.pause(on=True)
+        ledger._db.journal.checkpoint()
+        ledger.append([new("c")])
+        ledger.add_window(second.seq, window(2))
+        crash(ledger)
+    return path
+
+
+def window(number: int) -> Window:
+    return Window(number, number + 1.0, f" part-{number}", "en", 0.9, (Segment(number, 0.0, 1.0, "part", -0.1, 0.1),))
+
+
+def windows(ledger: Ledger) -> list[int]:
+    return [len(ledger.windows(seq)) for seq in range(1, 9)]
+
+
+def test_windows_deleted_jobs_and_a_pause_are_no_damage_and_no_jobs(
+    rich: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert upkeep.check(rich) is ExitCode.OK
+    assert "3 jobs (1 completed, 1 processing, 1 queued), 10 transactions" in capsys.readouterr().out
+    assert upkeep.export(rich) is ExitCode.OK
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["seq"], row["job_id"]) for row in rows] == [(1, "a"), (2, "b"), (4, "c")]
+    assert upkeep.compact(rich) is ExitCode.OK
+    with Ledger(rich) as ledger:
+        assert windows(ledger)[:3] == [2, 3, 0]
+        assert ledger.totals().paused
+        assert ledger.gone(9) == [Gone(3, "c", ("srt",), status=False)]
+
+
+def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:
+    damage(rich, f'"{window_id(2, 1)}": '.encode())
+    assert upkeep.mend(rich, yes=True) is ExitCode.OK
+    with Ledger(rich) as ledger:
+        assert windows(ledger)[:2] == [2, 1]
+        assert len(ledger._db.journal.rows("windows")) == 3
+        ledger.pause(on=False)
+        job = ledger.claim()
+        assert job is not None
+        assert job.seq == 2
+        ledger.add_window(2, Window(1, 2.0, "", None, None, ()))
+        ledger.add_window(2, window(2))
+    with Ledger(rich) as again:
+        assert [window.text for window in again.windows(2)] == [" part-0", "", " part-2"]
+
+
+def test_windows_whose_job_is_lost_are_never_those_of_a_new_job(rich: Path) -> None:
+    raw = rich.read_bytes()
+    at = raw.index(b'"2": {"job_id"')  # the last number that is known is lost as well: only windows tell of it
+    damage_all(rich, raw[at : raw.index(b"\n", at)])
+    damage(rich, b'"last_seq"')
+    journal(rich).unlink()
+    assert upkeep.mend(rich, yes=True) is ExitCode.OK
+    with Ledger(rich) as ledger:
+        assert windows(ledger) == [2, 0, 0, 0, 0, 0, 0, 0]
+        ledger.append([new("x"), new("y")])
+        added = [ledger.get(name) for name in "xy"]
+        assert [job.seq for job in added if job is not None] == [4, 5]
+        assert windows(ledger) == [2, 0, 0, 0, 0, 0, 0, 0]
+
+
+def damage_all(file: Path, text: bytes) -> None:
+    file.write_bytes(file.read_bytes().replace(text, text[:-2] + b"\xff\xff"))
+
+
+def test_a_deleted_job_whose_id_is_lost_does_not_keep_the_ledger_from_being_opened(rich: Path) -> None:
+    """What the journal changes of it was there, what the checkpoint says of it was not."""
+    damage(rich, b'{"job_id":"c","formats"')
+    assert upkeep.mend(rich, yes=True) is ExitCode.OK
+    with Ledger(rich) as ledger:
+        assert ledger.gone(9) == []
+        assert ledger.get("c") is not None
 
 
 def test_a_damaged_checkpoint_is_read_a_document_a_line(path: Path) -> None:
@@ -155,6 +252,23 @@ def test_every_cut_of_either_file_can_be_repaired_and_opened(path: Path, file: C
             upkeep.mend(path, yes=True)
         with Ledger(path) as ledger:
             assert all(ledger.get(row["job_id"]) is not None for row in found.jobs.values())
+
+
+def test_a_ledger_that_was_edited_into_nonsense_can_be_repaired(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second job of an id that is taken, and one that ended without a time, which retention would stumble over."""
+    with Ledger(path):
+        pass
+    with TinyDB(path) as stock:
+        table = stock.table("jobs")
+        table.update({"job_id": "a"}, doc_ids=[4])
+        table.update(delete("completed_at"), doc_ids=[2])
+    assert upkeep.mend(path, yes=True) is ExitCode.OK
+    said = capsys.readouterr().out
+    assert "Job number 4 (a)" in said
+    assert "Job number 2 (b)" in said
+    with Ledger(path) as ledger:
+        assert [job.job_id for job in ledger.jobs()] == ["a", "c", "e"]
+        assert ledger.retire(before=2e9, keep=0)[0] == 1
 
 
 def test_the_damaged_files_stay_beside_the_repaired_one(path: Path) -> None:
@@ -215,3 +329,46 @@ def test_the_export_is_a_json_object_a_line_in_order(path: Path, capsys: pytest.
     assert [row["job_id"] for row in rows] == ["a", "b", "c", "d", "e"]
     assert [row["seq"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[0]["result_text"] == "spoken"
+
+
+@pytest.mark.parametrize("file", [lambda path: path, journal])
+def test_whatever_is_damaged_a_repaired_ledger_opens_and_its_windows_make_sense(
+    rich: Path, file: Callable[[Path], Path]
+) -> None:
+    whole = {name: name.read_bytes().rstrip(b"\0") for name in (rich, journal(rich))}
+    target = file(rich)
+    for at in range(29, len(whole[target]), 29):
+        for name, raw in whole.items():
+            name.write_bytes(raw)
+        target.write_bytes(whole[target][:at] + bytes([whole[target][at] ^ 0x02]) + whole[target][at + 1 :])
+        if examine(rich).damaged:
+            upkeep.mend(rich, yes=True)
+        with Ledger(rich) as ledger:
+            for seq in range(1, 5):
+                assert [part.number for part in ledger.windows(seq)] == list(range(len(ledger.windows(seq))))
+            ledger.append([new("next")])
+            appended = ledger.get("next")
+            assert appended is not None
+            assert ledger.windows(appended.seq) == ()
+
+
+def test_a_document_that_no_longer_says_anything_is_named_and_dropped(
+    rich: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Repaired ledgers could not be opened: all that was looked at was whether the fields were there."""
+    journal(rich).unlink()
+    raw = rich.read_bytes()
+    for old, made in ((b'"completed"', b'"campleted"'), (b'"[[0.0', b'"[x0.0'), (b'"jobs": {', b'"jobs": {"x": {}, ')):
+        raw = raw.replace(old, made, 1)
+    rich.write_bytes(raw.replace(b'"counters": {', b'"mine": {"1": {}},\n"counters": {'))
+    assert upkeep.mend(rich, yes=True) is ExitCode.OK
+    said = capsys.readouterr().out
+    assert "Job number 1 (a)" in said
+    assert "Job number x (id unknown)" in said
+    assert f"Window number {window_id(1, 0)}" in said
+    assert "The table 'mine'" in said
+    with Ledger(rich) as ledger:
+        assert [job.job_id for job in ledger.jobs()] == ["b"]
+        assert windows(ledger)[:3] == [0, 2, 0]
+    with TinyDB(rich, access_mode="r") as stock:
+        assert len(stock.table("mine")) == 1
