@@ -11,10 +11,11 @@ from typing import Literal
 
 from cesar_mqtt.addresses import Backoff, VersionChoice, parse_broker_url, read_credentials, tls_context
 from cesar_mqtt.config import BrokerSettings
-from cesar_mqtt.connection import IN_FLIGHT, TURN_S, Connection, ConnectionInfo, Profile, Subscription, Will, contained
+from cesar_mqtt.connection import TURN_S, Connection, contained
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.handoff import Delivery, HandOff, Receipt
 from cesar_mqtt.logs import event
+from cesar_mqtt.profile import ConnectionInfo, Profile, Subscription, Will
 from cesar_mqtt.publications import CannotPublishError, PacketTooLargeError, Publication, PublishTicket
 
 __all__ = [
@@ -39,7 +40,8 @@ class MqttClient:
     """Messages in, messages out, whatever happens to the connection.
 
     What comes in is fetched with `receive`, in order. While nobody fetches, QoS 0 is dropped and QoS 1 held back at the
-    broker; then the network thread stands still and no PUBACK is read, so who fetches must not wait for `on_published`.
+    broker, for however long: the connection is kept. But then no PUBACK is read either, so who fetches must not wait
+    for `on_published`.
 
     On the way out nothing is kept: `publish` works while connected, and what was published but not reported by
     `on_published` is forgotten when the connection is lost. Publish it again after the next `on_connected`.
@@ -100,10 +102,9 @@ class MqttClient:
         self.on_disconnected = on_disconnected
         self.on_published = on_published
         self.on_refused = on_refused
-        self._hand_off = HandOff(hand_off_max_messages, hand_off_max_bytes)
+        self._hand_off = HandOff(hand_off_max_messages, hand_off_max_bytes, on_room=self._wake)
         self._version = VersionChoice(settings.protocol)
         self._backoff = Backoff()
-        self._in_flight = IN_FLIGHT
         self._changed = threading.Condition()
         self._connection: Connection | None = None
         self._info: ConnectionInfo | None = None
@@ -171,7 +172,7 @@ class MqttClient:
         correlation_data: bytes | None = None,
         user_properties: Sequence[tuple[str, str]] = (),
     ) -> PublishTicket | None:
-        """Hand a message to the broker; None: not connected, and nothing was kept of it.
+        """Hand a message to the broker; None: not connected, or 60,000 wait already, and nothing was kept of it.
 
         Where the broker speaks 3.1.1 only, correlation data and user properties are left out.
 
@@ -202,6 +203,11 @@ class MqttClient:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s + 2 * TURN_S)
 
+    def _wake(self) -> None:
+        connection = self._connection
+        if connection is not None:
+            connection.wake()
+
     # -- the network thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -219,7 +225,6 @@ class MqttClient:
             number,
             self._profile,
             version=self._version.next,
-            in_flight=self._in_flight,
             lasts_s=_PASSING_S if self._version.passing else math.inf,
             deliver=self._hand_off.put,
         )
@@ -239,9 +244,11 @@ class MqttClient:
         """Tell the owner what the last turn brought."""
         if connection.info is not None and self._info is None:
             self._announce(connection.info)
-        for ticket, reason in connection.take_published():
-            if self.on_published is not None:
-                contained(self.on_published)(ticket, reason)
+        published = connection.take_published()
+        if published and self.on_published is not None:
+            report = contained(self.on_published)
+            for ticket, reason in published:
+                report(ticket, reason)
 
     def _announce(self, info: ConnectionInfo) -> None:
         self._version.accepted()
@@ -269,7 +276,6 @@ class MqttClient:
         """Learn from a connection that has ended; return the seconds until the next one, None: there is to be none."""
         if self._stopping.is_set():
             return None
-        self._in_flight = connection.in_flight
         switched = self._version.ended(
             unsupported=connection.unsupported,
             unanswered=connection.opened and connection.answer is None,

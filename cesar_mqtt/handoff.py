@@ -6,6 +6,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cesar_mqtt.logs import event
@@ -51,36 +52,41 @@ class HandOff:
     Args:
         max_messages: how many may wait.
         max_bytes: how large their payloads may be together.
+        on_room: called, by the thread that took, when there is room again where `put` found none; must not block.
     """
 
-    def __init__(self, max_messages: int, max_bytes: int) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, *, on_room: Callable[[], None]) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
+        self._on_room = on_room
         self._changed = threading.Condition()
         self._waiting: list[Delivery] = []
         self._waiting_bytes = 0
         self._closed = False
+        self._short = False
         self._dropped = 0
         self._warn_at = 0.0
 
-    def put(self, delivery: Delivery) -> None:
-        """Add one. Without room QoS 0 is dropped, and QoS 1 waits: the network stands still until there is room.
+    def put(self, delivery: Delivery) -> bool:
+        """Add one; False: there is no room, and nothing was kept of it. Without room QoS 0 is dropped, which is True.
 
-        The receive maximum of MQTT 5 should prevent the latter, but mosquitto 2.0.11 sends more than it was told to.
-        After `close` nothing is added; of QoS 1 nothing is lost by that, for it is not acknowledged.
+        The receive maximum of MQTT 5 should prevent that, but it counts no bytes, and mosquitto 2.0.11 sends more than
+        it was told to. After `close` nothing is added; of QoS 1 nothing is lost by that, for it is not acknowledged.
         """
         with self._changed:
-            if delivery.qos == 0 and not self._has_room(delivery):
-                self._drop()
-                return
-            if not self._has_room(delivery):
-                self._changed.wait_for(lambda: self._closed or self._has_room(delivery))
             if self._closed:
-                return
+                return True
+            if not self._has_room(delivery):
+                if delivery.qos:
+                    self._short = True
+                    return False
+                self._drop()
+                return True
             self._waiting.append(delivery)
             self._waiting_bytes += len(delivery.payload)
             if len(self._waiting) == 1:  # whoever takes, takes all: only the first has to wake it
                 self._changed.notify_all()
+            return True
 
     def take(self, timeout_s: float | None) -> list[Delivery]:
         """Take all there is, in order; empty: nothing came in that time, or closed."""
@@ -89,14 +95,17 @@ class HandOff:
             if self._closed:
                 return []
             taken, self._waiting, self._waiting_bytes = self._waiting, [], 0
-            self._changed.notify_all()
-            return taken
+            short, self._short = self._short, False
+        if short:
+            self._on_room()
+        return taken
 
     def close(self) -> None:
         """Wake whoever waits; nothing goes in or comes out any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._on_room()
 
     def _has_room(self, delivery: Delivery) -> bool:
         return not self._waiting or (

@@ -28,7 +28,7 @@ class PacketTooLargeError(CannotPublishError):
     """A message over the broker's limit.
 
     Attributes:
-        size_bytes: what its packet would have; at most a few bytes too many.
+        size_bytes: what its packet would have.
         limit_bytes: what the broker takes.
     """
 
@@ -63,15 +63,6 @@ class Publication:
             raise CannotPublishError("A user property is too long, or holds characters that brokers do not take.")
         if len(self.correlation_data or b"") > _MOST_TEXT_BYTES:
             raise CannotPublishError("The correlation data is too long.")
-
-    @property
-    def packet_bytes(self) -> int:
-        """The size of its packet, or a few bytes more."""
-        properties = 3 + len(self.correlation_data or b"")
-        if self.user_properties:
-            properties += sum(5 + len(name.encode()) + len(value.encode()) for name, value in self.user_properties)
-        headers = 1 + 4 + 2 + 2 + 4  # type, remaining length, length of the topic, packet id, length of the properties
-        return headers + len(self.topic.encode()) + properties + len(self.payload)
 
 
 @dataclass(frozen=True, slots=True)

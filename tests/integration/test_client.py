@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -264,24 +265,17 @@ def test_only_who_wants_retained_messages_gets_them(mosquitto: "Mosquitto", watc
     assert [delivery.retain for delivery in deliveries if delivery.payload == b"old status"] == [True]
 
 
-def test_a_message_with_an_unreadable_property_neither_stops_nor_is_lost(
-    mosquitto: "Mosquitto", watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """paho 2.2 takes U+FEFF in a user property for a malformed packet and hangs up; the broker sends it again for ever.
-
-    It is fetched in 3.1.1, where there are no properties, and after that 5 is spoken again.
-    """
-    monkeypatch.setattr(client_module, "_PASSING_S", 0.5)
+def test_a_byte_order_mark_in_a_property_stops_nothing(mosquitto: "Mosquitto", watch: Watch) -> None:
+    """paho 2.2 takes U+FEFF in a user property for a malformed packet and hangs up; it would come again for ever."""
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
-    bad = ["-V", "5", "-q", "1", "-D", "publish", "user-property", "note", "\ufeffbad"]
-    publish(mosquitto, "cesar/jobs", "bad", options=bad)
+    odd = ["-V", "5", "-q", "1", "-D", "publish", "user-property", "note", "\ufeffodd"]
+    publish(mosquitto, "cesar/jobs", "odd", options=odd)
     publish(mosquitto, "cesar/jobs", "good")
     deliveries = watched.receive(2)
-    assert payloads(deliveries) == ["bad", "good"]
-    watched.client.acknowledge(deliveries)
-    assert [watched.connected.get(timeout=_WAIT_S).protocol for _ in range(2)] == ["3.1.1", "5"]
-    assert watched.client.receive(0.1) == []
+    assert payloads(deliveries) == ["odd", "good"]
+    assert deliveries[0].user_properties == (("note", "\ufeffodd"),)
+    assert watched.lost.empty()
 
 
 def test_messages_of_qos_0_are_dropped_when_nobody_fetches(
@@ -316,6 +310,16 @@ def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
     assert arrived == numbers
 
 
+def test_room_that_was_made_is_used_at_once(
+    mosquitto: "Mosquitto", watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.connection.TURN_S", 60.0)
+    watched = watch(mosquitto.url, subscriptions=JOBS, hand_off_max_bytes=1)
+    watched.start()
+    publish(mosquitto, "cesar/jobs", *"abcd")
+    assert payloads(watched.receive(4)) == list("abcd")
+
+
 def test_a_message_larger_than_the_hand_off_comes_alone(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS, hand_off_max_bytes=100)
     watched.start()
@@ -323,7 +327,21 @@ def test_a_message_larger_than_the_hand_off_comes_alone(mosquitto: "Mosquitto", 
     assert payloads(watched.receive(2)) == ["small", "x" * 1000]
 
 
-def test_closing_wakes_the_network_thread_that_waits_for_room(mosquitto: "Mosquitto", watch: Watch) -> None:
+def keep_alive_every(watched: Watched, seconds: int) -> None:
+    """Shorter than the settings allow, so that a test need not wait."""
+    watched.client._profile = replace(watched.client._profile, keepalive_s=seconds)
+
+
+def test_a_broker_that_is_not_heard_is_given_up(mosquitto: "Mosquitto", watch: Watch) -> None:
+    watched = watch(mosquitto.url)
+    keep_alive_every(watched, 1)
+    watched.start()
+    os.kill(mosquitto.pid, signal.SIGSTOP)
+    assert watched.lost.get(timeout=_WAIT_S) == "the broker was not heard for too long"
+    mosquitto.kill()
+
+
+def test_closing_does_not_wait_for_room(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS, settings={"protocol": "3.1.1"}, hand_off_max_messages=1)
     watched.start()
     publish(mosquitto, "cesar/jobs", *"abc")
@@ -352,10 +370,10 @@ def test_an_error_in_the_callback_leaves_the_message_with_the_broker(
     put = watched.client._hand_off.put
     failing = iter([True])
 
-    def fail_once(delivery: Delivery) -> None:
+    def fail_once(delivery: Delivery) -> bool:
         if next(failing, False):
             raise RuntimeError("out of order")
-        put(delivery)
+        return put(delivery)
 
     watched.client._hand_off.put = fail_once  # type: ignore[method-assign]
     watched.start()
@@ -508,27 +526,60 @@ def test_callbacks_may_publish_and_hold_the_lock_that_publishing_holds(mosquitto
     assert not in_flight
 
 
-def test_only_the_network_thread_writes_to_the_socket(
-    mosquitto: "Mosquitto", watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Noting:
+    """A socket that notes which threads use it, and how often it is written to."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.users: set[str] = set()
+        self.writes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.users.add(threading.current_thread().name)
+        self.writes += name == "send"
+        return getattr(self._inner, name)
+
+
+def note(watched: Watched) -> Noting:
+    """Take note of how the client uses its socket from now on."""
+    connection = watched.client._connection
+    assert connection is not None
+    noting = Noting(connection._cable._socket)
+    connection._cable._socket = cast("Any", noting)
+    return noting
+
+
+def test_only_the_network_thread_touches_the_socket(mosquitto: "Mosquitto", watch: Watch) -> None:
     """Unless told not to, paho's `publish` and `ack` write in their caller's thread, in between what another writes."""
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
-    connection = watched.client._connection
-    assert connection is not None
-    write = connection._paho._packet_write
-    writers: set[str] = set()
-
-    def note_and_write() -> Any:
-        writers.add(threading.current_thread().name)
-        return write()
-
-    monkeypatch.setattr(connection._paho, "_packet_write", note_and_write)
+    noting = note(watched)
     for _ in range(20):
         watched.publish("cesar/jobs", b"x")
         watched.client.acknowledge(watched.receive())
     assert [watched.published_next() for _ in range(20)]
-    assert writers == {"mqtt-network"}
+    assert noting.users == {"mqtt-network"}
+
+
+def test_what_piles_up_is_written_together(mosquitto: "Mosquitto", watch: Watch) -> None:
+    watched = watch(mosquitto.url)
+    watched.start()
+    first, going, published = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def on_published(_ticket: PublishTicket, _reason: str | None) -> None:
+        first.set()
+        going.wait(_WAIT_S)
+        published.release()
+
+    watched.client.on_published = on_published
+    watched.publish("numbers", b"")
+    assert first.wait(_WAIT_S)
+    noting = note(watched)
+    for number in range(20):
+        watched.publish("numbers", str(number).encode())
+    going.set()
+    assert all(published.acquire(timeout=_WAIT_S) for _ in range(21))
+    assert noting.writes == 1
 
 
 def test_an_error_in_an_owners_callback_stops_nothing(
@@ -657,6 +708,18 @@ def test_the_will_is_not_sent_when_the_client_closes(mosquitto: "Mosquitto", wat
     assert retained(mosquitto, "cesar/consumer/edge/state") == "goodbye"
     assert watched.lost.empty()
     watched.client.close()
+
+
+def test_closing_sends_all_that_was_published(mosquitto: "Mosquitto", watch: Watch) -> None:
+    receiver = watch(mosquitto.url, client_id="receiver", subscriptions=[Subscription("numbers")])
+    receiver.start()
+    watched = watch(mosquitto.url)
+    watched.start()
+    numbers = [str(number) for number in range(200)]
+    for number in numbers:
+        watched.publish("numbers", number.encode())
+    watched.client.close()
+    assert payloads(receiver.receive(200)) == numbers
 
 
 @pytest.mark.parametrize("kind", ["frozen", "silent", "down"])
@@ -1004,9 +1067,9 @@ def test_a_broker_that_takes_few_at_once_is_not_sent_more(script: Callable[..., 
             while (packet := read_packet(client))[0] != 0xE0:
                 sent.put(packet)
 
-    broker = script(lambda client, connect: accept(client, connect, properties=few), count)
+    broker = script(count)
     watched = watch(broker.url)
-    assert watched.start().number == 2
+    watched.start()
     for _ in range(10):
         watched.publish("a", b"x")
     assert [sent.get(timeout=_WAIT_S)[0] for _ in range(3)] == [0x32] * 3
@@ -1055,6 +1118,91 @@ def test_a_topic_that_is_no_text_is_delivered_to_be_refused(
     assert delivery.payload == b"payload"
     assert delivery.receipt.mid == 7
     assert watched.lost.empty()
+    watched.client.close()
+
+
+def test_what_cannot_be_read_is_fetched_in_3_1_1(
+    script: Callable[..., ScriptedBroker],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A broker would send it again for ever; in 3.1.1 there are no properties. After that 5 is spoken again."""
+    monkeypatch.setattr(client_module, "_PASSING_S", 0.5)
+    monkeypatch.setattr("cesar_mqtt.connection.TURN_S", 0.1)
+    unknown_property = b"\x32\x08\0\1t\0\7\2\x63\0"
+    caplog.set_level(logging.DEBUG)
+    broker = script(
+        lambda client, connect: accept(client, connect, then=unknown_property),
+        lambda client, connect: accept(client, connect, then=b"\x32\x06\0\1t\0\7x"),
+        accept,
+    )
+    watched = watch(broker.url, subscriptions=[Subscription("t")])
+    watched.start()
+    assert payloads(watched.receive()) == ["x"]
+    assert [watched.connected.get(timeout=_WAIT_S).protocol for _ in range(2)] == ["3.1.1", "5"]
+    assert "the broker sent property 99 in a PUBLISH" in caplog.text
+    watched.client.close()
+
+
+def test_the_connection_is_kept_for_as_long_as_nobody_fetches(
+    script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto hangs up on a client that it has not heard for one and a half times the keepalive."""
+    monkeypatch.setattr("cesar_mqtt.connection.TURN_S", 0.1)
+    pinged, acknowledged = threading.Event(), threading.Event()
+    numbers = list(range(30))
+    messages = b"".join(b"\x32\x0d\0\1t" + struct.pack("!H", n + 1) + b"\0" + f"{n:07}".encode() for n in numbers)
+
+    def impatient(client: socket.socket, _connect: bytes) -> None:
+        client.sendall(b"\x20\x03\1\0\0" + messages)
+        client.settimeout(1.5)
+        for _ in range(10):  # twice the keepalive, and paho would miss the answers
+            assert read_packet(client) == b"\xc0"
+        pinged.set()
+        for number in numbers:
+            while (packet := read_packet(client)) == b"\xc0":
+                client.sendall(b"\xd0\0")
+            assert packet == b"\x40" + struct.pack("!H", number + 1)
+        acknowledged.set()
+        client.recv(100)
+
+    watched = watch(script(impatient).url, hand_off_max_bytes=20)
+    keep_alive_every(watched, 1)
+    watched.start()
+    assert pinged.wait(_WAIT_S)
+    deliveries: list[Delivery] = []
+    while len(deliveries) < len(numbers):
+        fetched = watched.receive()
+        assert 0 < len(fetched) <= 2
+        watched.client.acknowledge(fetched)
+        deliveries += fetched
+    assert [int(delivery.payload) for delivery in deliveries] == numbers
+    assert acknowledged.wait(_WAIT_S)
+    assert watched.lost.empty()
+    watched.client.close()
+
+
+def test_what_comes_at_qos_2_is_delivered_and_acknowledged(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
+    """A session may hold a subscription that somebody else made in it."""
+    said: queue.Queue[bytes] = queue.Queue()
+
+    def exactly_once(client: socket.socket, _connect: bytes) -> None:
+        client.sendall(b"\x20\x03\1\0\0" + b"\x34\x09\0\1t\0\7\0two")
+        with suppress(OSError):
+            while True:
+                packet = read_packet(client)
+                said.put(packet)
+                if packet[0] == 0x50:
+                    client.sendall(b"\x62\x02" + packet[1:3])
+
+    watched = watch(script(exactly_once).url)
+    watched.start()
+    deliveries = watched.receive()
+    assert [(delivery.payload, delivery.qos) for delivery in deliveries] == [(b"two", 2)]
+    assert said.get(timeout=_WAIT_S) == b"\x50\0\7"
+    watched.client.acknowledge(deliveries)
+    assert said.get(timeout=_WAIT_S) == b"\x70\0\7"
     watched.client.close()
 
 

@@ -1,0 +1,85 @@
+"""A burst of jobs over a network that fails again and again; afterwards everything must be as if it had not."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tinydb import TinyDB
+
+from tests.acceptance.harness import Bus, Consumer
+from tests.conftest import Mosquitto, StartMosquitto
+from tests.proxy import Proxy
+
+pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
+
+SEED = 20260123
+CUTS = 16
+FEWEST, MOST = 300, 5_000
+FINAL = {"completed", "error", "cancelled"}
+
+# Else the consumer would wait longer after each of them, for minutes.
+IMPATIENT = "from cesar_mqtt.addresses import Backoff\nBackoff.__init__.__defaults__ = (0.05, 0.1)\n"
+
+Serve = Callable[..., Consumer]
+Join = Callable[..., Bus]
+
+
+@pytest.fixture
+def mosquitto(start_mosquitto: StartMosquitto) -> Mosquitto:
+    return start_mosquitto("max_queued_messages 0")
+
+
+@pytest.fixture
+def proxy(mosquitto: Mosquitto) -> Iterator[Proxy]:
+    proxy = Proxy(mosquitto.port, random.Random(SEED), cuts=CUTS)  # noqa: S311 - chance, no secret
+    yield proxy
+    proxy.close()
+
+
+def publish_while_it_fails(bus: Bus, proxy: Proxy) -> list[str]:
+    """Submit jobs that end as soon as they begin, until the last connection has failed; their ids, in order."""
+    job_ids: list[str] = []
+    while len(job_ids) < FEWEST or not (proxy.spent.wait(0.01) or len(job_ids) >= MOST):
+        job_ids.append(f"cut-{len(job_ids):04}")
+        bus.publish("cesar/jobs", {"job_id": job_ids[-1], "audio_path": "missing.wav"})
+    return job_ids
+
+
+def test_no_job_is_lost_doubled_or_overtaken_whatever_the_network_does(
+    mosquitto: Mosquitto, proxy: Proxy, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(IMPATIENT)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {"PYTHONPATH": path, "CESAR_RETENTION__MAX_FINISHED": str(MOST)}
+    consumer = serve("--broker", proxy.url, environ=environ, ready=None)
+    bus = join(mosquitto.port)
+    bus.wait("cesar/consumer/cesar/queue")  # its session is there, from now on nothing is published in vain
+
+    job_ids = publish_while_it_fails(bus, proxy)
+    assert proxy.spent.wait(30), f"too few bytes went by for {CUTS} cuts (seed {SEED})"
+    for job_id in job_ids:
+        bus.status(job_id)
+    assert consumer.stop() == 0
+
+    late = join(mosquitto.port)
+    late.settle()
+    retained = [(s["job_id"], s["status"], s["error_code"], s["attempt"]) for s in late.every_status()]
+    with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
+        rows = [dict(row) for row in sorted(stock.table("jobs"), key=lambda row: row.doc_id)]
+    right = [(job_id, "error", "audio_not_found", 1) for job_id in job_ids]
+    assert [(r["job_id"], r["state"], r["error_code"], r["attempt"]) for r in rows] == right, f"seed {SEED}"
+    assert sorted(retained) == right, f"seed {SEED}"
+    assert all(one["completed_at"] <= other["started_at"] for one, other in pairwise(rows)), f"seed {SEED}"
+    assert not [job_id for job_id in job_ids if went_back(bus, job_id)], f"seed {SEED}"
+    assert consumer.logged().count("Lost the connection") >= CUTS // 4, (
+        f"too few of them stood before they were cut (seed {SEED})"
+    )
+
+
+def went_back(bus: Bus, job_id: str) -> bool:
+    """Whether a job was seen in a state that it had left before."""
+    states = bus.states(job_id)
+    return len(states) != len(set(states)) or states[-1] not in FINAL

@@ -1,0 +1,121 @@
+"""A network that fails: it stands between a client and a broker on loopback, and ends connections as chance has it."""
+
+import random
+import select
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+_WAIT_S = 10.0
+_HALF_OPEN_S = 0.3
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER: what closes a connection without a word."""
+
+
+@dataclass(frozen=True)
+class _Doom:
+    """How a connection is to end, and when."""
+
+    fate: Literal["cut", "reset", "swallow", "forget"]
+    upwards: bool
+    """Whether the bytes to the broker count, or those to the client."""
+    after_bytes: int
+
+
+class Proxy:
+    """Passes connections on to a port of 127.0.0.1; the first `cuts` of them end badly, often within a packet.
+
+    `cut` closes both ends; `reset` does so without a word; `swallow` first takes for a while what comes, and passes
+    nothing on; `forget` closes the client's end and leaves the broker's open.
+
+    Attributes:
+        url: where to connect to.
+        spent: set when the last bad end has come; who connects after that is left alone.
+    """
+
+    def __init__(self, port: int, dice: random.Random, *, cuts: int) -> None:
+        self.spent = threading.Event()
+        self._port = port
+        self._dooms = [
+            _Doom(
+                fate=dice.choice(("cut", "reset", "swallow", "forget")),
+                upwards=dice.random() < 0.5,
+                after_bytes=int(10 ** dice.uniform(1.0, 4.5)),
+            )
+            for _ in range(cuts)
+        ]
+        self._ends: list[socket.socket] = []
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtt://127.0.0.1:{self._door.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        """End every connection."""
+        for end in (self._door, *self._ends):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(_WAIT_S)
+        for end in (self._door, *self._ends):
+            end.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._door.accept()
+                broker = socket.create_connection(("127.0.0.1", self._port))
+                self._ends += [client, broker]
+                doom = self._dooms.pop(0) if self._dooms else None
+                last = doom is not None and not self._dooms
+                thread = threading.Thread(target=self._carry, args=(client, broker, doom, last), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _carry(self, client: socket.socket, broker: socket.socket, doom: _Doom | None, last: bool) -> None:  # noqa: FBT001
+        with broker:
+            with client, suppress(OSError):
+                _pass_on(client, broker, doom)
+                if doom is not None:
+                    _end(client, broker, doom)
+            if last:
+                self.spent.set()
+            if doom is not None and doom.fate == "forget":
+                _swallow(broker, for_s=_WAIT_S)
+
+
+def _pass_on(client: socket.socket, broker: socket.socket, doom: _Doom | None) -> None:
+    """Until one of them closes, or the connection meets its doom."""
+    passed = 0
+    while True:
+        readable, _, _ = select.select([client, broker], [], [])
+        for source in readable:
+            data = source.recv(65_536)
+            target = broker if source is client else client
+            if doom is not None and doom.upwards == (source is client):
+                data, passed = data[: doom.after_bytes - passed], passed + len(data)
+            target.sendall(data)
+            if not data or (doom is not None and passed >= doom.after_bytes):
+                return
+
+
+def _end(client: socket.socket, broker: socket.socket, doom: _Doom) -> None:
+    if doom.fate == "swallow":
+        _swallow(client, broker, for_s=_HALF_OPEN_S)
+    elif doom.fate == "reset":
+        for end in (client, broker):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
+def _swallow(*ends: socket.socket, for_s: float) -> None:
+    """Take what comes, until the time is over or one of them closes."""
+    until = time.monotonic() + for_s
+    with suppress(OSError):
+        while (left_s := until - time.monotonic()) > 0:
+            readable, _, _ = select.select(ends, [], [], left_s)
+            if any(not end.recv(65_536) for end in readable):
+                return
