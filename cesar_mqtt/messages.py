@@ -6,16 +6,29 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
 from cesar_mqtt import __version__
-from cesar_mqtt.jobs import Job, JobState, Totals
-from cesar_mqtt.languages import language_code
+from cesar_mqtt.fields import (
+    CLIPS,
+    TEMPERATURES,
+    URL_CHARACTERS,
+    Clips,
+    Formats,
+    Language,
+    Metadata,
+    Temperature,
+    Temperatures,
+    Url,
+)
+from cesar_mqtt.formats import FORMATS, segment_fields
+from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.topics import JOB_ID_PATTERN
+from cesar_mqtt.transcript import Segment
 
-METADATA_BYTES = 4096
 LAST_TEXT_BYTES = 12_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
 
@@ -23,23 +36,6 @@ _EXCERPT_BYTES = 200
 _PATH_CHARACTERS = 4096
 _PROMPT_CHARACTERS = 4096
 _MODEL_CHARACTERS = 200
-
-
-def _known_language(text: str) -> str:
-    code = language_code(text)
-    if code is None:
-        raise ValueError("is no language that Whisper knows: use a code such as 'de', or leave it out")
-    return code
-
-
-def _small(metadata: dict[str, Any]) -> dict[str, Any]:
-    try:
-        size = len(json.dumps(metadata, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
-    except ValueError as exc:
-        raise ValueError("holds a number that is too large, or text that is not Unicode") from exc
-    if size > METADATA_BYTES:
-        raise ValueError(f"has {size} bytes of JSON, user properties included: at most {METADATA_BYTES} are echoed")
-    return metadata
 
 
 class Payload(BaseModel):
@@ -53,10 +49,7 @@ class Payload(BaseModel):
 
 
 class JobRequest(Payload):
-    """What a producer publishes on `cesar/jobs`; a field's description is what a refusal says that it must be.
-
-    The `ValueError` of a validator goes on after the field's name.
-    """
+    """What a producer publishes on `cesar/jobs`; a field's description is what a refusal says that it must be."""
 
     job_id: Annotated[str, Field(pattern=JOB_ID_PATTERN)] | None = Field(
         default=None, description="text of 1 to 64 of A-Z, a-z, 0-9, _ and -"
@@ -64,22 +57,34 @@ class JobRequest(Payload):
     audio_path: Annotated[str, Field(min_length=1, max_length=_PATH_CHARACTERS)] | None = Field(
         default=None, description=f"text of 1 to {_PATH_CHARACTERS} characters"
     )
+    audio_url: Url | None = Field(
+        default=None, description=f"an http or https URL of at most {URL_CHARACTERS} characters"
+    )
     audio_base64: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="a file in base64")
     model_size: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
         default=None, description="the name of a model"
     )
-    language: Annotated[str, AfterValidator(_known_language)] | None = Field(
-        default=None, description="text such as 'de', or be left out"
-    )
+    language: Language | None = Field(default=None, description="text such as 'de', or be left out")
     task: Literal["transcribe", "translate"] = Field(default="transcribe", description="'transcribe' or 'translate'")
     initial_prompt: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
         default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
     )
-    beam_size: Annotated[int, Field(ge=1, le=10)] = Field(default=5, description="a whole number from 1 to 10")
-    vad_filter: bool = Field(default=True, description="true or false")
-    metadata: Annotated[dict[str, Any], AfterValidator(_small)] = Field(
-        default_factory=dict, description="a JSON object"
+    hotwords: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
+        default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
     )
+    beam_size: Annotated[int, Field(ge=1, le=10)] = Field(default=5, description="a whole number from 1 to 10")
+    temperature: Temperature | Temperatures | None = Field(
+        default=None, description=f"a number from 0 to 1, or a list of 1 to {TEMPERATURES} such numbers"
+    )
+    vad_filter: bool = Field(default=True, description="true or false")
+    word_timestamps: bool = Field(default=False, description="true or false")
+    clip_timestamps: Clips | None = Field(
+        default=None, description=f"a list of 1 to {CLIPS} ranges, each as [start, end] in seconds"
+    )
+    batch_size: Annotated[int, Field(ge=1, le=32)] = Field(default=1, description="a whole number from 1 to 32")
+    formats: Formats = Field(default_factory=list, description=f"a list of any of {', '.join(FORMATS)}")
+    stream: bool = Field(default=False, description="true or false")
+    metadata: Metadata = Field(default_factory=dict, description="a JSON object")
 
     @model_validator(mode="after")
     def _one_audio(self) -> Self:
@@ -94,8 +99,19 @@ class JobRequest(Payload):
         return self.model_dump(include=_OPTIONS, exclude_defaults=True)
 
 
-AUDIO_FIELDS = ("audio_path", "audio_base64")
-_OPTIONS = {"language", "task", "initial_prompt", "beam_size", "vad_filter"}
+AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
+_OPTIONS = {
+    "language",
+    "task",
+    "initial_prompt",
+    "hotwords",
+    "beam_size",
+    "temperature",
+    "vad_filter",
+    "word_timestamps",
+    "clip_timestamps",
+    "batch_size",
+}
 
 
 Reason = Literal[
@@ -165,16 +181,23 @@ class Live(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    progress: float
+    progress: float | None
     processed_duration: float
-    audio_duration: float
+    audio_duration: float | None
     speed: float | None
     eta: float | None
     updated_at: float
 
 
-def status_of(job: Job, consumer: str, live: Live | None = None) -> Status:
-    """Return what the world is told of a job; `live` counts only while it is in work."""
+def status_of(job: Job, consumer: str, live: Live | None = None, *, result_truncated: bool = False) -> Status:
+    """Return what the world is told of a job.
+
+    Args:
+        job: as the ledger has it.
+        consumer: the name of the consumer.
+        live: how far it is; counts only while it is in work.
+        result_truncated: whether a result in one of its formats had to be cut.
+    """
     working = job.state is JobState.PROCESSING
     live = live if working else None
     final = job.state is JobState.COMPLETED
@@ -195,7 +218,7 @@ def status_of(job: Job, consumer: str, live: Live | None = None) -> Status:
         audio_duration=duration,
         speed=live.speed if live else _speed(job),
         eta=live.eta if live else None,
-        audio_source=None if job.audio is None else (job.audio.name if job.audio.kind == "path" else "upload"),
+        audio_source=None if job.audio is None else _told_source(job.audio),
         model_size=job.model_size,
         language=job.options.get("language"),
         task=job.options.get("task", "transcribe"),
@@ -207,12 +230,20 @@ def status_of(job: Job, consumer: str, live: Live | None = None) -> Status:
         error_message=job.error_message,
         retryable=None if code is None else code.retryable,
         warnings=list(job.warnings),
-        formats=[],
-        result_truncated=False,
+        formats=list(job.formats),
+        result_truncated=result_truncated,
         metadata=dict(job.metadata),
         consumer=consumer,
         version=__version__,
     )
+
+
+def _told_source(audio: AudioSource) -> str:
+    """Return what may be told of where the audio is: of a URL not who asks, nor what may be a key to it."""
+    if audio.kind == "url":
+        parts = urlsplit(audio.name)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return audio.name if audio.kind == "path" else "upload"
 
 
 def fit(status: Status, size_bytes: int | None) -> bytes:
@@ -247,6 +278,37 @@ def _speed(job: Job) -> float | None:
     return round(job.audio_duration / took, 2) if took > 0 else None
 
 
+class WordMessage(Payload):
+    """A word of a segment, with the blank before it if there is one. Times are seconds from the start of the file."""
+
+    word: str
+    start: float
+    end: float
+    probability: float
+
+
+class SegmentMessage(Payload):
+    """A segment of a job with `stream`, on `cesar/segments/<job_id>`; without `words` unless they were asked for."""
+
+    job_id: str
+    id: int
+    start: float
+    end: float
+    text: str
+    avg_logprob: float
+    no_speech_prob: float
+    words: list[WordMessage] | None = None
+
+    def encode(self) -> bytes:
+        """Return the payload as it goes over the wire."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+def segment_of(job_id: str, segment: Segment) -> SegmentMessage:
+    """Return what is told of a segment as soon as it is known."""
+    return SegmentMessage(job_id=job_id, **segment_fields(segment))
+
+
 class ConsumerState(Payload):
     """Whether the consumer is there; `offline` is also its last will."""
 
@@ -278,7 +340,7 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
         job_id=totals.processing,
         queued=totals.queued,
         oldest_age=None if oldest is None else round(max(0.0, now - oldest), 1),
-        paused=False,
+        paused=totals.paused,
         completed_total=totals.completed_total,
         error_total=totals.error_total,
         cancelled_total=totals.cancelled_total,

@@ -21,6 +21,8 @@ from cesar_mqtt.topics import Topics
 _FINAL = frozenset({"completed", "error", "cancelled"})
 _LOOK_S = 0.25
 _SHORT_S = 0.01
+_RESULT_S = 5.0
+"""How long a result may come after the status that says that the job is completed; it should come before."""
 
 
 class UnreachableError(CesarError):
@@ -65,18 +67,36 @@ def submission(path: Path | str, *, job_id: str | None, by_path: bool, options: 
 
 
 class Producer:
-    """A connection that publishes submissions and receives their statuses."""
+    """A connection that publishes submissions and receives their statuses, and their results if these are wanted."""
 
-    def __init__(self, settings: BrokerSettings, topics: Topics, submissions: Sequence[Submission]) -> None:
-        """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong."""
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        topics: Topics,
+        submissions: Sequence[Submission],
+        *,
+        result_format: str | None = None,
+    ) -> None:
+        """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong.
+
+        `result_format` is what every submission asks for in its options, to be waited for; None: the status is enough.
+        """
         self._topics = topics
         self._address = parse_broker_url(settings.url).redacted
         self._submissions = {submission.job_id: submission for submission in submissions}
         self._statuses: dict[str, dict[str, Any]] = {}
+        self._statuses_before: dict[str, dict[str, Any]] = {}
+        """What was retained before we published may be another job of the same id; ours is published afresh."""
+        self._results: dict[str, bytes] = {}
+        self._results_before: dict[str, bytes] = {}
+        self._result_topics = (
+            {topics.result(job_id, result_format): job_id for job_id in self._submissions} if result_format else {}
+        )
+        self._results_due: float | None = None
         self._first_connection = 0
         self._acknowledged: set[PublishTicket] = set()
         self._consumers: dict[str, bool] = {}
-        watched = [topics.status(job_id) for job_id in self._submissions]
+        watched = [*(topics.status(job_id) for job_id in self._submissions), *self._result_topics]
         states = f"{topics.prefix}/consumer/+/state"
         self._client = MqttClient(
             settings,
@@ -147,6 +167,8 @@ class Producer:
     def follow(self, deadline: float | None, on_status: Callable[[str, Mapping[str, Any]], None]) -> bool:
         """Receive statuses until every submission is final; False at the deadline.
 
+        Results that are wanted and do not come soon after the last status are not waited for any longer.
+
         Args:
             deadline: on the monotonic clock; None: as long as it takes.
             on_status: called with the id and the status whenever one comes; a refusal comes as status `rejected`.
@@ -157,7 +179,7 @@ class Producer:
                 if reported.get(job_id) is not status:
                     reported[job_id] = status
                     on_status(job_id, status)
-            if all(self._is_final(job_id) for job_id in self._submissions):
+            if self._is_over():
                 return True
             if _over(deadline):
                 return False
@@ -167,6 +189,24 @@ class Producer:
         """Yield each submission in order with its newest status; None when nothing was heard of it."""
         for job_id, submission in self._submissions.items():
             yield submission, self._statuses.get(job_id)
+
+    def result(self, job_id: str) -> bytes | None:
+        """Return the result of a completed job as it was published; None: it has not come."""
+        if job_id in self._results:
+            return self._results[job_id]
+        before, now = self._statuses_before.get(job_id), self._statuses.get(job_id)
+        # The same job again: its status is published anew, what is retained beside it need not be.
+        same = before is not None and now is not None and all(before.get(name) == now.get(name) for name in _RUN)
+        return self._results_before.get(job_id) if same else None
+
+    def _is_over(self) -> bool:
+        if not all(self._is_final(job_id) for job_id in self._submissions):
+            return False
+        completed = [job_id for job_id, status in self._statuses.items() if status["status"] == "completed"]
+        if not self._result_topics or all(self.result(job_id) is not None for job_id in completed):
+            return True
+        self._results_due = self._results_due or time.monotonic() + _RESULT_S
+        return _over(self._results_due)
 
     def _is_final(self, job_id: str) -> bool:
         status = self._statuses.get(job_id)
@@ -189,6 +229,10 @@ class Producer:
         self._client.acknowledge(deliveries)
 
     def _take(self, delivery: Delivery) -> None:
+        before = delivery.retain and delivery.receipt.connection == self._first_connection
+        if delivery.topic in self._result_topics:
+            self._take_result(self._result_topics[delivery.topic], delivery.payload, before=before)
+            return
         try:
             document = json.loads(delivery.payload or b"null")
         except ValueError:
@@ -200,11 +244,20 @@ class Producer:
             if not self._is_final(job_id):
                 self._statuses[job_id] = {"job_id": job_id, "status": "rejected", **_refusal(document)}
         elif job_id in self._submissions and delivery.topic == self._topics.status(job_id):
-            # What was retained before we published may be another job of the same id; ours is published afresh.
-            if not (delivery.retain and delivery.receipt.connection == self._first_connection):
-                self._statuses[job_id] = document
+            (self._statuses_before if before else self._statuses)[job_id] = document
         elif "state" in document:
             self._consumers[delivery.topic] = document["state"] == "online"
+
+    def _take_result(self, job_id: str, payload: bytes, *, before: bool) -> None:
+        if payload:
+            (self._results_before if before else self._results)[job_id] = payload
+        else:  # taken back
+            self._results.pop(job_id, None)
+            self._results_before.pop(job_id, None)
+
+
+_RUN = ("status", "created_at", "attempt", "completed_at")
+"""Fields that are the same in two statuses if they tell of the same run of the same job."""
 
 
 def _refusal(document: Mapping[str, Any]) -> dict[str, Any]:

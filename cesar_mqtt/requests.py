@@ -23,25 +23,15 @@ SHORT_FORM_BYTES = 4096
 
 _TOLD_MISTAKES = 3
 _FIELDS = frozenset(JobRequest.model_fields)
-_NOT_SHOWN = frozenset({"audio_base64", "initial_prompt"})
+_NOT_SHOWN = frozenset({"audio_url", "audio_base64", "initial_prompt", "hotwords"})
+_WRONG_LENGTH = frozenset({"too_long", "too_short"})
+"""Of a list: that it is one is not what is wrong with it."""
 _TEXT_FIELDS = frozenset(
     name
     for name, schema in JobRequest.model_json_schema()["properties"].items()
     if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
 )
-_PLANNED_FIELDS = frozenset(
-    {
-        "audio_url",
-        "batch_size",
-        "clip_timestamps",
-        "expires_in",
-        "formats",
-        "hotwords",
-        "stream",
-        "temperature",
-        "word_timestamps",
-    }
-)
+_PLANNED_FIELDS = frozenset({"expires_in"})
 """Names of the contract that this version does not know yet: whoever uses one has made no typing mistake."""
 
 _SHORT = reprlib.Repr()
@@ -69,7 +59,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that is right in itself, and the audio that came with it (None: it is named by path)."""
+    """A request that is right in itself, and the audio that came with it (None: it is named by path or URL)."""
 
     request: JobRequest
     audio: bytes | None
@@ -174,13 +164,16 @@ def _with_properties(document: dict[str, Any], properties: UserProperties) -> di
 
 
 def _field_value(name: str, text: str) -> Any:
-    """Return the value of a field that is not text, written as JSON; what is not JSON is left for the check to name."""
+    """Return the value of a field that is not text, written as JSON; what is not JSON is left for the check to name.
+
+    Formats may also be written as names with commas between them: in a shell, that is how anybody would begin.
+    """
     if name in _TEXT_FIELDS:
         return text
     try:
         return from_json(text.encode(), allow_inf_nan=False)
     except ValueError:
-        return text
+        return [part.strip() for part in text.split(",")] if name == "formats" else text
 
 
 def _refusal(mistakes: list[str], total: int, job_id: str | None) -> Refusal:
@@ -214,7 +207,7 @@ def _mistakes(exc: ValidationError) -> dict[str | None, str]:
         elif error["type"] == "value_error":
             mistakes[name] = f"{name} {error['ctx']['error']}"
         else:
-            shown = "" if name in _NOT_SHOWN else f", not {_shown(error['input'])}"
+            shown = "" if name in _NOT_SHOWN or error["type"] in _WRONG_LENGTH else f", not {_shown(error['input'])}"
             mistakes[name] = f"{name} must be {JobRequest.model_fields[name].description}{shown}"
     return mistakes
 

@@ -42,18 +42,51 @@ class Topics:
 
     def audio_job_id(self, topic: str) -> str | None:
         """What stands in `topic` where `audio_filter` expects a job id (not checked); None: another topic."""
-        head = f"{self.prefix}/audio"
-        if topic == head:
-            return ""
-        return topic[len(head) + 1 :] if topic.startswith(f"{head}/") else None
+        return self._below("audio", topic)
 
     def is_submission(self, topic: str) -> bool:
         """Whether what is published on `topic` is meant to become a job."""
         return topic == self.jobs or self.audio_job_id(topic) is not None
 
+    def is_own(self, topic: str) -> bool:
+        """Whether what is published on a topic is taken for a request, or for something that the consumer said."""
+        return topic.startswith(f"{self.prefix}/") and self._below("response", topic) is None
+
     def status(self, job_id: str) -> str:
         """The retained status of one job."""
         return f"{self.prefix}/status/{job_id}"
+
+    def result(self, job_id: str, name: str) -> str:
+        """The retained result of one job as the file `name`, one of the contract's formats."""
+        return f"{self.prefix}/result/{job_id}/{name}"
+
+    def results_filter(self, job_id: str) -> str:
+        """A client's subscription for the results of one job in every format."""
+        return self.result(job_id, "+")
+
+    def segments(self, job_id: str) -> str:
+        """Where the segments of one job appear as soon as they are known, not retained."""
+        return f"{self.prefix}/segments/{job_id}"
+
+    @property
+    def request_filter(self) -> str:
+        """The subscription for commands; `#`, so that a topic with no known command is answered, too."""
+        return f"{self.prefix}/request/#"
+
+    def request_command(self, topic: str) -> str | None:
+        """What stands in `topic` where `request_filter` expects a command (not checked); None: another topic."""
+        return self._below("request", topic)
+
+    def response(self, command: str) -> str:
+        """Where a command is answered, not retained."""
+        return f"{self.prefix}/response/{command}"
+
+    def _below(self, name: str, topic: str) -> str | None:
+        """Return what follows `name/` in a topic; empty when that is missing, as `#` matches the level above, too."""
+        head = f"{self.prefix}/{name}"
+        if topic == head:
+            return ""
+        return topic[len(head) + 1 :] if topic.startswith(f"{head}/") else None
 
     def own(self, name: str) -> str:
         """A retained topic about the consumer itself: `state`, `queue`, `last`."""

@@ -18,15 +18,18 @@ from cesar_mqtt.messages import (
     JobRequest,
     Live,
     Rejection,
+    SegmentMessage,
     canonical,
     cut,
     excerpt,
     fit,
     last_of,
     queue_of,
+    segment_of,
     status_of,
     timestamp,
 )
+from cesar_mqtt.transcript import Segment, Word
 
 # The contract's section 2, typed by hand and in its order.
 STATUS_FIELDS = [
@@ -201,6 +204,31 @@ def test_audio_that_came_with_the_job_is_called_an_upload_and_never_by_its_file_
     assert told(replace(QUEUED, audio=None))["audio_source"] is None
 
 
+@pytest.mark.parametrize(
+    ("url", "source"),
+    [
+        ("https://nas.local/in/porch.wav", "https://nas.local/in/porch.wav"),
+        ("https://nas.local", "https://nas.local"),
+        ("http://[::1]:8080/a%20b.wav", "http://[::1]:8080/a%20b.wav"),
+        ("https://me:s3cret@nas.local:444/porch.wav?key=s3cret#s3cret", "https://nas.local:444/porch.wav"),
+        ("https://s3cret@nas.local?s3cret", "https://nas.local"),
+        ("https://me:s3cret%40@nas.local/@home", "https://nas.local/@home"),
+        ("https://a@s3cret@nas.local/x", "https://nas.local/x"),
+    ],
+)
+def test_a_url_is_told_without_what_may_be_a_secret_in_it(url: str, source: str) -> None:
+    payload = status_of(replace(QUEUED, audio=AudioSource("url", url)), "kitchen").encode()
+    assert json.loads(payload)["audio_source"] == source
+    assert b"s3cret" not in payload
+
+
+def test_the_formats_that_were_asked_for_are_told_and_whether_one_had_to_be_cut() -> None:
+    asked = replace(COMPLETED, formats=("srt", "json"))
+    assert told(asked)["formats"] == ["srt", "json"]
+    assert told(asked)["result_truncated"] is False
+    assert status_of(asked, "kitchen", result_truncated=True).result_truncated is True
+
+
 @pytest.mark.parametrize("job", [QUEUED, COMPLETED, FAILED], ids=lambda job: job.state)
 def test_progress_that_comes_late_changes_nothing_for_a_job_that_is_not_in_work(job: Job) -> None:
     assert told(job, LIVE) == told(job)
@@ -244,6 +272,12 @@ def test_a_timestamp_is_in_utc_whatever_the_time_zone(
 def test_a_status_within_the_limit_goes_out_as_it_is() -> None:
     status = status_of(COMPLETED, "kitchen")
     assert fit(status, None) == fit(status, len(status.encode())) == status.encode()
+
+
+def test_a_status_that_fits_keeps_the_mark_of_a_result_that_did_not() -> None:
+    status = status_of(COMPLETED, "kitchen", result_truncated=True)
+    assert json.loads(fit(status, None))["result_truncated"] is True
+    assert json.loads(fit(status, 500))["result_truncated"] is True
 
 
 def test_a_text_that_does_not_fit_is_cut_and_marked() -> None:
@@ -303,6 +337,31 @@ def test_what_is_cut_fits_and_wastes_nothing(text: str, times: int, metadata: di
             update={"result_text": text[: kept + 1], "result_truncated": True, "metadata": shorter["metadata"]}
         )
         assert len(more.encode()) > limit
+
+
+# -- segments ------------------------------------------------------------------------------------------------------
+
+SEGMENT = Segment(id=3, start_s=1.5, end_s=2.25, text="Hello.", avg_logprob=-0.25, no_speech_prob=0.01)
+
+
+def test_a_segment_is_told_with_its_job_and_without_words_that_nobody_asked_for() -> None:
+    assert json.loads(segment_of("porch-17", SEGMENT).encode()) == {
+        "job_id": "porch-17",
+        "id": 3,
+        "start": 1.5,
+        "end": 2.25,
+        "text": "Hello.",
+        "avg_logprob": -0.25,
+        "no_speech_prob": 0.01,
+    }
+
+
+def test_words_that_were_asked_for_stand_in_their_segment_with_their_blanks() -> None:
+    word = Word(start_s=1.5, end_s=2.0, text=" Hello.", probability=0.9)
+    message = segment_of("porch-17", replace(SEGMENT, words=(word,)))
+    assert json.loads(message.encode())["words"] == [{"word": " Hello.", "start": 1.5, "end": 2.0, "probability": 0.9}]
+    assert json.loads(segment_of("porch-17", replace(SEGMENT, words=())).encode())["words"] == []
+    assert SegmentMessage.model_validate_json(message.encode()) == message
 
 
 # -- the consumer's own topics -------------------------------------------------------------------------------------

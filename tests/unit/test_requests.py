@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cesar_mqtt.formats import FORMATS
 from cesar_mqtt.jobs import AudioSource, Job, JobState
 from cesar_mqtt.messages import JobRequest, Rejection, canonical, excerpt, status_of
 from cesar_mqtt.requests import SHORT_FORM_BYTES, Accepted, Parsed, Refusal, UserProperties, parse_audio, parse_job
@@ -22,6 +23,17 @@ JARGON = (
 )
 SENTENCE_CHARACTERS = 400
 TOO_DEEP = 250  # levels of JSON; the parser gives up at some 200
+NULLABLE = (
+    "job_id",
+    "audio_url",
+    "audio_base64",
+    "model_size",
+    "language",
+    "initial_prompt",
+    "hotwords",
+    "temperature",
+    "clip_timestamps",
+)
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 
 
@@ -51,11 +63,12 @@ def check_accepted(parsed: Accepted) -> None:
     request = parsed.request
     if parsed.audio is None or request.audio_base64 is not None:
         assert parse_job(request.encode()) == parsed
-    assert (parsed.audio is None) == (request.audio_path is not None)
+    assert (parsed.audio is None) == (request.audio_path is not None or request.audio_url is not None)
     for value in (request.metadata, request.options()):
         on_disk = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         assert json.loads(canonical(value)) == json.loads(on_disk) == value
-    path = request.audio_path
+    path, url = request.audio_path, request.audio_url
+    source = AudioSource("url", url) if url is not None else None
     job = Job(
         seq=1,
         job_id=request.job_id or "made",
@@ -65,7 +78,7 @@ def check_accepted(parsed: Accepted) -> None:
         updated_at=0.0,
         fingerprint="",
         model_size=request.model_size or "base",
-        audio=None if path is None else AudioSource("path", path),
+        audio=source if path is None else AudioSource("path", path),
         options=request.options(),
         metadata=request.metadata,
     )
@@ -98,13 +111,21 @@ def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
         JobRequest(
             job_id=None,
             audio_path="porch.wav",
+            audio_url=None,
             audio_base64=None,
             model_size=None,
             language=None,
             task="transcribe",
             initial_prompt=None,
+            hotwords=None,
             beam_size=5,
+            temperature=None,
             vad_filter=True,
+            word_timestamps=False,
+            clip_timestamps=None,
+            batch_size=1,
+            formats=[],
+            stream=False,
             metadata={},
         ),
         None,
@@ -119,11 +140,21 @@ def test_every_field_is_taken_over() -> None:
         "language": "de",
         "task": "translate",
         "initial_prompt": "Wächter",
+        "hotwords": "Wächter, Türmer",
         "beam_size": 1,
+        "temperature": [0.0, 0.5],
         "vad_filter": False,
+        "word_timestamps": True,
+        "clip_timestamps": [[0.0, 2.5], [2.5, 4.0]],
+        "batch_size": 8,
+        "formats": ["srt", "json"],
+        "stream": True,
         "metadata": {"room": "porch", "n": [1, 2.5, None, True]},
     }
-    assert accepted(parse_job(as_json(**fields))).request.model_dump(exclude={"audio_base64"}) == fields
+    request = accepted(parse_job(as_json(**fields))).request
+    assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
+    told_elsewhere = {"job_id", "audio_path", "model_size", "formats", "stream", "metadata"}
+    assert request.options() == {name: value for name, value in fields.items() if name not in told_elsewhere}
 
 
 def test_audio_in_base64_comes_out_as_its_bytes() -> None:
@@ -143,11 +174,25 @@ def test_audio_in_base64_comes_out_as_its_bytes() -> None:
         ("initial_prompt", "x" * 4096),
         ("beam_size", 1),
         ("beam_size", 10),
+        ("hotwords", ""),
+        ("hotwords", "x" * 4096),
+        ("temperature", 0.0),
+        ("temperature", 1.0),
+        ("temperature", [0.0]),
+        ("temperature", [0.1] * 10),
+        ("word_timestamps", True),
+        ("clip_timestamps", [[0.0, 0.001]]),
+        ("clip_timestamps", [[n * 1.0, n + 1.0] for n in range(1000)]),
+        ("batch_size", 1),
+        ("batch_size", 32),
+        ("formats", []),
+        ("formats", ["txt", "srt", "vtt", "tsv", "json"]),
+        ("stream", True),
         ("vad_filter", True),
         ("metadata", {}),
         ("metadata", {"k": "x" * 4088}),  # 4,096 bytes with braces, quotes and colon
         ("metadata", {"k": "ä" * 2044}),
-        *((name, None) for name in ("job_id", "audio_base64", "model_size", "language", "initial_prompt")),
+        *((name, None) for name in NULLABLE),
     ],
 )
 def test_a_field_at_its_limit_is_accepted(field: str, value: object) -> None:
@@ -169,8 +214,39 @@ def test_of_a_key_that_stands_twice_the_last_one_counts() -> None:
     assert accepted(parse_job(b'{"job_id": 5, "audio_path": "a", "job_id": "b"}')).request.job_id == "b"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://nas.local",
+        "https://nas.local/in/porch.wav",
+        "HTTPS://NAS.local:444/porch.wav?key=a&b=c#t=3",
+        "http://[::1]:8080/x",
+        "http://192.0.2.7/two words.wav",
+        "http://me:secret@nas.local/x",
+        "http://mühle.example/höfe.wav",
+        "http://a/" + "x" * 4087,
+    ],
+)
+def test_a_url_is_accepted_whatever_its_host(url: str) -> None:
+    request = accepted(parse_job(as_json(audio_url=url))).request
+    assert (request.audio_url, request.audio_path) == (url, None)
+
+
+def test_a_whole_number_is_a_temperature_or_a_time_like_any_other() -> None:
+    whole = accepted(parse_job(b'{"audio_path": "a", "temperature": 0, "clip_timestamps": [[0, 30]]}')).request
+    assert whole.encode() == accepted(parse_job(whole.encode())).request.encode()
+    assert whole.options() == {"temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}
+
+
+def test_formats_are_taken_once_each_and_in_the_contracts_order() -> None:
+    request = accepted(parse_job(as_json(audio_path="a", formats=["json", "srt", "json", "txt"]))).request
+    assert request.formats == ["txt", "srt", "json"]
+
+
 def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
-    payload = as_json(audio_path="a", beam_size=5, vad_filter=True, task="transcribe", language="de", job_id="x")
+    defaults = {"beam_size": 5, "vad_filter": True, "task": "transcribe", "batch_size": 1, "word_timestamps": False}
+    others = {"formats": ["srt"], "stream": True, "hotwords": None, "job_id": "x"}
+    payload = as_json(audio_path="a", language="de", **defaults, **others)
     assert accepted(parse_job(payload)).request.options() == {"language": "de"}
 
 
@@ -196,6 +272,65 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
         ("beam_size", 5.0, "beam_size must be a whole number from 1 to 10, not 5.0."),
         ("beam_size", "5", "beam_size must be a whole number from 1 to 10, not '5'."),
         ("beam_size", True, "beam_size must be a whole number from 1 to 10, not true."),
+        ("hotwords", "x" * 4097, "hotwords must be text of at most 4096 characters."),
+        ("temperature", -0.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not -0.1."),
+        ("temperature", 1.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not 1.1."),
+        ("temperature", True, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not true."),
+        ("temperature", "0", "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not '0'."),
+        ("temperature", [0, 2], "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not 2."),
+        ("temperature", [], "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers."),
+        ("temperature", [0.5] * 11, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers."),
+        ("word_timestamps", "yes", "word_timestamps must be true or false, not 'yes'."),
+        (
+            "clip_timestamps",
+            "0,30",
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds, not '0,30'.",
+        ),
+        (
+            "clip_timestamps",
+            [0, 30],
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds, not 0.",
+        ),
+        ("clip_timestamps", [], "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds."),
+        (
+            "clip_timestamps",
+            [[0]],
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds.",
+        ),
+        (
+            "clip_timestamps",
+            [[0, 1, 2]],
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds.",
+        ),
+        (
+            "clip_timestamps",
+            [[-1, 2]],
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds, not -1.",
+        ),
+        (
+            "clip_timestamps",
+            [["0", 2]],
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds, not '0'.",
+        ),
+        (
+            "clip_timestamps",
+            [[n, n + 1] for n in range(1001)],
+            "clip_timestamps must be a list of 1 to 1000 ranges, each as [start, end] in seconds.",
+        ),
+        ("clip_timestamps", [[5, 5]], "clip_timestamps holds a range that does not end after its start."),
+        ("clip_timestamps", [[5, 4]], "clip_timestamps holds a range that does not end after its start."),
+        (
+            "clip_timestamps",
+            [[0, 30], [29, 40]],
+            "clip_timestamps holds a range that begins before the one in front of it has ended.",
+        ),
+        ("batch_size", 0, "batch_size must be a whole number from 1 to 32, not 0."),
+        ("batch_size", 33, "batch_size must be a whole number from 1 to 32, not 33."),
+        ("formats", "srt", "formats must be a list of any of txt, srt, vtt, tsv, json, not 'srt'."),
+        ("formats", ["srt", "doc"], "formats must be a list of any of txt, srt, vtt, tsv, json, not 'doc'."),
+        ("formats", ["SRT"], "formats must be a list of any of txt, srt, vtt, tsv, json, not 'SRT'."),
+        ("formats", None, "formats must be a list of any of txt, srt, vtt, tsv, json, not null."),
+        ("stream", "on", "stream must be true or false, not 'on'."),
         ("vad_filter", 1, "vad_filter must be true or false, not 1."),
         ("vad_filter", "yes", "vad_filter must be true or false, not 'yes'."),
         ("metadata", [], "metadata must be a JSON object, not a list."),
@@ -211,6 +346,53 @@ def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, va
     parsed = parse_job(as_json(**{"job_id": "porch-17", "audio_path": "a", field: value}))
     assert parsed == Refusal("invalid_request", sentence, "porch-17", recordable=True)
     check(parsed)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nas.local/porch.wav",
+        "ftp://nas.local/porch.wav",
+        "file:///etc/passwd",
+        "http:/nas.local/x",
+        "http://",
+        "http:///x",
+        "http://:80/x",
+        "http://@/x",
+        "http://nas.local:99999/x",
+        "http://nas.local:0/x",
+        "http://nas.local:port/x",
+        "http://[::1/x",
+        "http://nas local/x",
+        " http://nas.local/x",
+        "http://nas.local\\@other.example/x",
+        "http://nas.local/x\n",
+        "http://nas.local/\r\nHost: other.example",
+        "http://nas.local/\x00",
+        "http://nas.local\t/x",
+        "http://nas.local\x01/x",
+        "http://nas.local/\x7f\x9f",
+        "http://nas.local\uff0fother.example/x",
+    ],
+)
+def test_what_is_no_url_with_a_host_is_refused_without_being_shown(url: str) -> None:
+    parsed = parse_job(as_json(job_id="a", audio_url=url))
+    detail = "audio_url is no URL that begins with http:// or https:// and names a host."
+    assert parsed == Refusal("invalid_request", detail, "a", recordable=True)
+
+
+def test_a_url_that_is_too_long_is_refused_without_being_shown() -> None:
+    detail = "audio_url must be an http or https URL of at most 4096 characters."
+    assert refused(parse_job(as_json(audio_url="http://a/" + "x" * 4088))).detail == detail
+    assert refused(parse_job(as_json(audio_url=["secret"]))).detail == detail
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"9" * 400])
+@pytest.mark.parametrize("field", [b'"temperature": %s', b'"temperature": [%s]', b'"clip_timestamps": [[0, %s]]'])
+def test_a_number_that_is_not_finite_is_no_temperature_and_no_time(field: bytes, number: bytes) -> None:
+    payload = b'{"audio_path": "a", %s}' % (field % number)
+    check(refused(parse_job(payload)), payload)
 
 
 @pytest.mark.parametrize("name", [name for name in JobRequest.model_fields if name != "job_id"])
@@ -274,8 +456,8 @@ def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
 
 
 def test_a_field_of_the_contract_that_is_not_there_yet_is_not_called_a_typing_mistake() -> None:
-    parsed = parse_job(as_json(audio_path="a", hotwords="x"))
-    assert refused(parsed).detail == "This version does not support hotwords."
+    parsed = parse_job(as_json(audio_path="a", expires_in=60))
+    assert refused(parsed).detail == "This version does not support expires_in."
 
 
 @pytest.mark.parametrize(
@@ -284,11 +466,12 @@ def test_a_field_of_the_contract_that_is_not_there_yet_is_not_called_a_typing_mi
         ({}, "none"),
         ({"audio_path": None}, "none"),
         ({"audio_path": "a", "audio_base64": "YQ=="}, "audio_path and audio_base64"),
+        ({"audio_path": "a", "audio_url": "http://a/b"}, "audio_path and audio_url"),
     ],
 )
 def test_exactly_one_audio_field_is_needed(fields: dict[str, Any], found: str) -> None:
     parsed = parse_job(as_json(job_id="a", **fields))
-    detail = f"Exactly one of audio_path, audio_base64 is needed, found {found}."
+    detail = f"Exactly one of audio_path, audio_url, audio_base64 is needed, found {found}."
     assert parsed == Refusal("invalid_request", detail, "a", recordable=True)
 
 
@@ -378,11 +561,32 @@ def test_json_nested_as_deep_as_the_parser_takes_it_passes_through_to_the_status
         b'{"audio_path": "a", "metadata": [' + b"{}," * 1_000_000 + b"1]}",
         b'{"audio_path": "a", "metadata": {"a": "' + b"x" * 10_000_000 + b'"}}',
         b'{"audio_path": "a", "model_size": "' + b"\\n" * 5_000_000 + b'"}',
+        b'{"audio_url": "http://' + b"x" * 10_000_000 + b'"}',
+        b'{"audio_path": "a", "clip_timestamps": [' + b"[]," * 3_000_000 + b"1]}",
+        b'{"audio_path": "a", "clip_timestamps": [[' + b"{}," * 3_000_000 + b"1]]}",
+        b'{"audio_path": "a", "temperature": [' + b'"",' * 3_000_000 + b"1]}",
+        b'{"audio_path": "a", "formats": [' + b'"",' * 3_000_000 + b"1]}",
         b'{"audio_base64": "' + b"\xc3\xa4" * 5_000_000 + b'"}',
         b"x" * 10_000_000,
         b"\n" * 10_000_000,
     ],
-    ids=["path", "name", "id", "list as id", "list as metadata", "metadata", "model", "base64", "line", "empty lines"],
+    ids=[
+        "path",
+        "name",
+        "id",
+        "list as id",
+        "list as metadata",
+        "metadata",
+        "model",
+        "url",
+        "clips",
+        "clip",
+        "temperatures",
+        "formats",
+        "base64",
+        "line",
+        "empty lines",
+    ],
 )
 def test_ten_megabytes_are_refused_without_being_echoed(payload: bytes) -> None:
     parsed = parse_job(payload)
@@ -450,11 +654,17 @@ def test_what_is_not_one_line_of_text_is_malformed(payload: bytes) -> None:
     check(parsed, payload)
 
 
-@pytest.mark.parametrize("url", [b"http://example.org/a.wav", b"https://example.org/a.wav\n"])
-def test_a_line_that_is_a_url_is_refused_as_not_supported(url: bytes) -> None:
-    parsed = parse_job(url, (("job_id", "a"),))
-    detail = "This version does not support audio_url."
-    assert parsed == Refusal("invalid_request", detail, "a", recordable=True)
+@pytest.mark.parametrize("url", ["http://example.org/a.wav", "https://example.org/two words.wav?a=b"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_line_that_begins_like_a_url_is_one(url: str, end: bytes) -> None:
+    assert accepted(parse_job(url.encode() + end)) == Accepted(JobRequest(audio_url=url), None)
+
+
+@pytest.mark.parametrize("line", [b"https://", b"http:///x", b"http://a:b/"])
+def test_a_line_that_begins_like_a_url_and_is_none_is_refused(line: bytes) -> None:
+    parsed = parse_job(line, (("job_id", "a"),))
+    assert refused(parsed).detail.startswith("audio_url is no URL")
+    assert refused(parsed).recordable
 
 
 # -- user properties -----------------------------------------------------------------------------------------------
@@ -483,19 +693,50 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
     examples: dict[str, Any] = {
         "job_id": "17",  # looks like a number, and is text
         "audio_path": "true",
+        "audio_url": "http://7",
         "audio_base64": "YQ==",
         "model_size": "1",
         "language": "de",
         "task": "translate",
         "initial_prompt": "[]",
+        "hotwords": "7",
         "beam_size": 3,
+        "temperature": [0.2, 1.0],
         "vad_filter": False,
+        "word_timestamps": True,
+        "clip_timestamps": [[0.0, 30.0]],
+        "batch_size": 4,
+        "formats": ["srt", "vtt"],
+        "stream": True,
         "metadata": {"a": 1},
     }
     value = examples[name]
     payload = b"{}" if name.startswith("audio_") else as_json(audio_path="a")
     text = value if isinstance(value, str) else json.dumps(value)
     assert getattr(accepted(parse_job(payload, ((name, text),))).request, name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "formats"),
+    [
+        ("srt", ["srt"]),
+        ("srt,vtt", ["srt", "vtt"]),
+        (" json , srt ", ["srt", "json"]),
+        ("txt,txt", ["txt"]),
+        ('["vtt"]', ["vtt"]),
+        ("[]", []),
+    ],
+)
+def test_formats_in_a_user_property_may_be_names_with_commas_between_them(text: str, formats: list[str]) -> None:
+    for parsed in (parse_job(b"a", (("formats", text),)), parse_audio("a", WAV, (("formats", text),))):
+        assert accepted(parsed).request.formats == formats
+
+
+@pytest.mark.parametrize("text", ["", ",", "srt;vtt", "srt,doc", '"srt"', "7", "null"])
+def test_what_is_no_list_of_formats_in_a_user_property_is_refused(text: str) -> None:
+    parsed = parse_audio("a", WAV, (("formats", text),))
+    assert refused(parsed).detail.startswith("formats must be a list of any of txt, srt, vtt, tsv, json, not ")
+    check(parsed)
 
 
 def test_user_properties_over_four_kib_are_refused() -> None:
@@ -515,6 +756,10 @@ def test_user_properties_over_four_kib_are_refused() -> None:
         ("beam_size", "1" * 5_000),
         ("beam_size", "NaN"),
         ("vad_filter", "True"),
+        ("stream", "yes"),
+        ("temperature", "0,0.2"),
+        ("clip_timestamps", "0,30"),
+        ("clip_timestamps", "[" * 100_000),
         ("metadata", "[1]"),
         ("metadata", "["),
         ("metadata", "[" * 100_000),
@@ -557,7 +802,7 @@ def test_an_audio_topic_without_a_usable_id_is_refused(job_id: str) -> None:
     check(parsed)
 
 
-@pytest.mark.parametrize("name", ["audio_path", "audio_base64"])
+@pytest.mark.parametrize("name", ["audio_path", "audio_url", "audio_base64"])
 def test_an_audio_message_names_no_other_audio(name: str) -> None:
     parsed = parse_audio("a", WAV, ((name, "YQ=="),))
     assert parsed == Refusal("invalid_request", f"The payload is the audio: leave out {name}.", "a", recordable=True)
@@ -578,6 +823,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=10,
 )
+numbers = st.integers(-1, 3) | st.floats(-0.1, 1.1) | st.floats()
 near_misses = st.fixed_dictionaries(
     {},
     optional={
@@ -588,8 +834,16 @@ near_misses = st.fixed_dictionaries(
         "language": st.sampled_from(["de", "en-US", "Latin", "zz"]) | json_values,
         "task": st.sampled_from(["transcribe", "translate"]) | json_values,
         "initial_prompt": st.text(max_size=20) | json_values,
+        "audio_url": st.text(max_size=20).map(lambda rest: f"http://{rest}") | json_values,
+        "hotwords": st.text(max_size=20) | json_values,
         "beam_size": st.integers(-1, 12) | json_values,
+        "temperature": numbers | st.lists(numbers, max_size=11) | json_values,
         "vad_filter": st.booleans() | json_values,
+        "word_timestamps": st.booleans() | json_values,
+        "clip_timestamps": st.lists(st.lists(numbers, max_size=3), max_size=3) | json_values,
+        "batch_size": st.integers(-1, 33) | json_values,
+        "formats": st.lists(st.sampled_from([*FORMATS, "doc"]), max_size=6) | json_values,
+        "stream": st.booleans() | json_values,
         "metadata": st.dictionaries(st.text(max_size=10), json_values, max_size=3) | json_values,
         "langauge": json_values,
     },

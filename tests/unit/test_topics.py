@@ -33,6 +33,11 @@ def test_every_topic_of_the_contract_stands_under_the_prefix() -> None:
     assert TOPICS.audio("porch-17") == "cesar/audio/porch-17"
     assert TOPICS.audio_filter == "cesar/audio/#"
     assert TOPICS.status("porch-17") == "cesar/status/porch-17"
+    assert TOPICS.result("porch-17", "srt") == "cesar/result/porch-17/srt"
+    assert TOPICS.results_filter("porch-17") == "cesar/result/porch-17/+"
+    assert TOPICS.segments("porch-17") == "cesar/segments/porch-17"
+    assert TOPICS.request_filter == "cesar/request/#"
+    assert TOPICS.response("cancel") == "cesar/response/cancel"
     assert TOPICS.rejected == "cesar/rejected"
     assert TOPICS.own("state") == "cesar/consumer/kitchen/state"
 
@@ -65,3 +70,28 @@ def test_an_audio_topic_gives_away_what_stands_in_the_place_of_the_id(topic: str
 @given(st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
 def test_what_goes_into_an_audio_topic_comes_out_of_it(job_id: str) -> None:
     assert TOPICS.audio_job_id(TOPICS.audio(job_id)) == job_id
+
+
+@pytest.mark.parametrize(
+    ("topic", "command"),
+    [
+        ("cesar/request/cancel", "cancel"),
+        ("cesar/request", ""),
+        ("cesar/request/", ""),
+        ("cesar/request/a/b", "a/b"),
+        ("cesar/requests/cancel", None),
+        ("cesar/response/cancel", None),
+        ("cesar/jobs", None),
+        ("other/cesar/request/cancel", None),
+    ],
+)
+def test_a_request_topic_gives_away_what_stands_in_the_place_of_the_command(topic: str, command: str | None) -> None:
+    assert TOPICS.request_command(topic) == command
+
+
+@pytest.mark.parametrize(
+    ("topic", "meant"),
+    [("cesar/jobs", True), ("cesar/audio/a", True), ("cesar/audio", True), ("cesar/request/x", False)],
+)
+def test_jobs_and_audio_are_meant_to_become_jobs_and_nothing_else_is(topic: str, *, meant: bool) -> None:
+    assert TOPICS.is_submission(topic) is meant

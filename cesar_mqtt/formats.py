@@ -1,0 +1,230 @@
+"""Transcripts as files: plain text, subtitles, a table, JSON; pure functions, any thread may call them.
+
+Every payload is UTF-8 and ends with a line break. None is empty, whatever was said: an empty retained payload would
+take a result back instead of being one.
+"""
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, get_args
+
+from cesar_mqtt.jobs import Job
+from cesar_mqtt.transcript import Segment
+
+Format = Literal["txt", "srt", "vtt", "tsv", "json"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_HOUR_MS = 3_600_000
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+"""What some reader takes for the end of a line, of a column or of the file."""
+_ARROW = re.compile("-{2,}>")
+_VTT_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})  # https://www.w3.org/TR/webvtt1/, section 4.2.2
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file is made of.
+
+    Attributes:
+        text: the whole transcript; the texts of the segments stand in it one after the other.
+        segments: in order of time.
+        language: Whisper's code; None if nobody spoke.
+        language_probability: 0 to 1; None if nobody spoke.
+        duration_s: of the audio; None if it is not known.
+        task: `transcribe` or `translate`.
+    """
+
+    text: str
+    segments: Sequence[Segment]
+    language: str | None
+    language_probability: float | None
+    duration_s: float | None
+    task: str
+
+
+def content_of(job: Job, segments: Sequence[Segment]) -> Content:
+    """Return what the files of a completed job are made of."""
+    return Content(
+        text=job.result_text or "",
+        segments=segments,
+        language=job.detected_language,
+        language_probability=job.language_probability,
+        duration_s=job.audio_duration,
+        task=job.options.get("task", "transcribe"),
+    )
+
+
+def render(name: str, content: Content, *, limit_bytes: int | None = None) -> tuple[bytes, bool]:
+    """Write a transcript as a file.
+
+    Args:
+        name: one of `FORMATS`.
+        content: what to write.
+        limit_bytes: how large it may be; None: as large as it gets.
+
+    Returns:
+        The file, and whether it had to be cut. A cut one holds as many of the first segments as fit, each of them
+        whole, and is still a file of its format; JSON says so itself in `truncated`. A limit below what a file
+        without segments takes (JSON: some 150 bytes, the others: 15 at most) is not kept.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if name not in _WRITERS:
+        raise ValueError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
+    parts = _WRITERS[name](content)
+    whole = parts.joined(len(parts.pieces))
+    if limit_bytes is None or len(whole) <= limit_bytes or not parts.pieces:
+        return whole, False
+    fitting = bisect_right(range(len(parts.pieces)), limit_bytes, key=parts.size_bytes) - 1
+    return parts.joined(max(0, fitting)), True
+
+
+def segment_fields(segment: Segment) -> dict[str, Any]:
+    """Return a segment as the JSON formats have it; `words` is missing unless they were asked for."""
+    fields: dict[str, Any] = {
+        "id": segment.id,
+        "start": segment.start_s,
+        "end": segment.end_s,
+        "text": segment.text,
+        "avg_logprob": segment.avg_logprob,
+        "no_speech_prob": segment.no_speech_prob,
+    }
+    if segment.words is not None:
+        fields["words"] = [
+            {"word": word.text, "start": word.start_s, "end": word.end_s, "probability": word.probability}
+            for word in segment.words
+        ]
+    return fields
+
+
+class _Parts:
+    """A file in pieces, of which the first ones, with what stands around them, are a file as well."""
+
+    def __init__(self, pieces: list[bytes], around: Callable[[int], tuple[bytes, bytes]]) -> None:
+        """Take the pieces, and what tells what stands before and after the first so many of them."""
+        self.pieces = pieces
+        self._around = around
+        self._sizes = list(accumulate(map(len, pieces), initial=0))
+
+    def size_bytes(self, count: int) -> int:
+        head, tail = self._around(count)
+        return len(head) + self._sizes[count] + len(tail)
+
+    def joined(self, count: int) -> bytes:
+        head, tail = self._around(count)
+        return b"".join([head, *self.pieces[:count], tail])
+
+
+def _txt(content: Content) -> _Parts:
+    """Write a line for each segment, as Whisper does; one line, cut between words, if only the text is there."""
+    lines = [_encoded(f"{line}\n") for _, line in _spoken(content)]
+    if lines:
+        return _Parts(lines, _or_an_empty_line)
+    words = _on_one_line(content.text).split()
+    return _Parts([_encoded(f" {word}" if n else word) for n, word in enumerate(words)], lambda _: (b"", b"\n"))
+
+
+def _srt(content: Content) -> _Parts:
+    # SubRip knows no escapes, and lenient readers look for the arrow in every line.
+    cues = (
+        f"{number}\n{_timing(segment, decimal_mark=',')}\n{_ARROW.sub('->', line)}\n\n"
+        for number, (segment, line) in enumerate(_spoken(content), start=1)
+    )
+    return _Parts([_encoded(cue) for cue in cues], _or_an_empty_line)
+
+
+def _vtt(content: Content) -> _Parts:
+    cues = (
+        f"{_timing(segment, decimal_mark='.')}\n{line.translate(_VTT_ESCAPES)}\n\n"
+        for segment, line in _spoken(content)
+    )
+    return _Parts([_encoded(cue) for cue in cues], lambda _: (b"WEBVTT\n\n", b""))
+
+
+def _tsv(content: Content) -> _Parts:
+    rows = (f"{_ms(segment.start_s)}\t{_ms(segment.end_s)}\t{line}\n" for segment, line in _spoken(content))
+    return _Parts([_encoded(row) for row in rows], lambda _: (b"start\tend\ttext\n", b""))
+
+
+def _json(content: Content) -> _Parts:
+    pieces = [_encoded((", " if n else "") + _dumps(segment_fields(each))) for n, each in enumerate(content.segments)]
+    ends = _ends(content)
+
+    def around(count: int) -> tuple[bytes, bytes]:
+        cut = count < len(pieces)
+        fields = {
+            "text": content.text[: ends[count]] if cut else content.text,
+            "language": content.language,
+            "language_probability": content.language_probability,
+            "duration": content.duration_s,
+            "task": content.task,
+            "truncated": cut,
+        }
+        return _encoded(_dumps(fields)[:-1] + ', "segments": ['), b"]}\n"
+
+    return _Parts(pieces, around)
+
+
+_WRITERS: Mapping[str, Callable[[Content], _Parts]] = {
+    "txt": _txt,
+    "srt": _srt,
+    "vtt": _vtt,
+    "tsv": _tsv,
+    "json": _json,
+}
+
+
+def _spoken(content: Content) -> Iterator[tuple[Segment, str]]:
+    """Give the segments that say something, each with its text on one line."""
+    for segment in content.segments:
+        line = _on_one_line(segment.text)
+        if line:
+            yield segment, line
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(part.strip() for part in _BREAKS.split(text)).strip()
+
+
+def _or_an_empty_line(count: int) -> tuple[bytes, bytes]:
+    return b"", b"" if count else b"\n"
+
+
+def _timing(segment: Segment, *, decimal_mark: str) -> str:
+    """Write the line of a cue that says when; WebVTT wants its end after its start (section 4.1)."""
+    start_ms = _ms(segment.start_s)
+    end_ms = max(start_ms + 1, _ms(segment.end_s))
+    return f"{_clock(start_ms, decimal_mark)} --> {_clock(end_ms, decimal_mark)}"
+
+
+def _clock(time_ms: int, decimal_mark: str) -> str:
+    hours, rest_ms = divmod(time_ms, _HOUR_MS)
+    minutes, rest_ms = divmod(rest_ms, 60_000)
+    seconds, rest_ms = divmod(rest_ms, 1000)
+    return f"{hours:02d}:{minutes:02d}:{seconds:02d}{decimal_mark}{rest_ms:03d}"
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _ends(content: Content) -> list[int]:
+    """Return how far into the text the first 0, 1, 2, ... segments go."""
+    ends = [0]
+    for segment in content.segments:
+        begin = content.text.find(segment.text, ends[-1])
+        ends.append(ends[-1] if begin < 0 else begin + len(segment.text))
+    return ends
+
+
+def _encoded(text: str) -> bytes:
+    """Return UTF-8; half a surrogate pair, which it has no bytes for, becomes a question mark."""
+    return text.encode(errors="replace")
+
+
+_dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
