@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cesar_mqtt import logs
-from cesar_mqtt.config import BrokerSettings, Settings
+from cesar_mqtt.config import BrokerSettings, ModelSettings, Settings
 from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.packages import PackagedModels
 from cesar_mqtt.producer import Producer, submission
 from cesar_mqtt.service import Service
 from cesar_mqtt.signals import StopSignals, handle_stop_signals
@@ -21,6 +22,7 @@ from cesar_mqtt.topics import Topics
 
 RECORDING = Path(__file__).with_name("recording.ogg")
 _JOB_ID = "demo"
+_SMALL = "tiny.en"
 _CONNECT_S = 30.0
 _LOOK_S = 0.5
 
@@ -29,7 +31,11 @@ def run() -> ExitCode:
     """Run it; the steps go to stderr, the transcript to stdout."""
     logs.configure("text", "warning")
     with tempfile.TemporaryDirectory(prefix="cesar-mqtt-demo-") as folder, handle_stop_signals() as stop:
-        settings = Settings(data_dir=Path(folder), broker=BrokerSettings(url="embedded://127.0.0.1:0"))
+        settings = Settings(
+            data_dir=Path(folder),
+            broker=BrokerSettings(url="embedded://127.0.0.1:0"),
+            models=ModelSettings(default=_model(Path(folder))),
+        )
         service = Service(settings, directory=Path(folder))
         thread = threading.Thread(target=service.run, args=(stop,), name="service")
         thread.start()
@@ -38,6 +44,11 @@ def run() -> ExitCode:
         finally:
             stop.requested.set()
             thread.join()
+
+
+def _model(folder: Path) -> str | None:
+    """Choose the small model if it is installed: a larger one would have to be put together for this one recording."""
+    return _SMALL if PackagedModels(folder).find(_SMALL) is not None else None
 
 
 def _submit(url: str, stop: StopSignals) -> ExitCode:

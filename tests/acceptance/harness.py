@@ -22,6 +22,8 @@ SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
 PATIENCE_S = 60.0
 CONNECTED = "Connected to "
+SMALL = {"CESAR_MODELS__DEFAULT": "tiny.en"}
+"""Where more than one model is installed, the larger one would be the default."""
 
 
 def words(text: str) -> list[str]:
@@ -132,7 +134,7 @@ class Consumer:
         self.data_dir = folder / "data"
         self.log = folder / "consumer.log"
         self._flags = ("--data-dir", str(self.data_dir), "--audio-dir", str(DATA), *flags)
-        self._environ = {**os.environ, **(environ or {})}
+        self._environ = {**os.environ, **SMALL, **(environ or {})}
         self._folder = folder
         self.start(ready)
 
@@ -187,7 +189,7 @@ def command(
     return subprocess.run(
         [sys.executable, "-m", "cesar_mqtt", *arguments],
         cwd=cwd,
-        env={**os.environ, **(environ or {})},
+        env={**os.environ, **SMALL, **(environ or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

