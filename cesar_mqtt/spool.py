@@ -25,6 +25,11 @@ class Spool:
         except OSError as exc:
             raise LedgerError(f"The spool folder {folder} cannot be made: {exc.strerror}.") from exc
 
+    @property
+    def folder(self) -> Path:
+        """Where the files lie, absolute; downloads go there as well, and are swept like the rest."""
+        return self._folder
+
     def path(self, name: str) -> Path:
         """Return where the file `name` lies."""
         return self._folder / name

@@ -117,6 +117,14 @@ def test_a_sweep_deletes_what_nobody_needs_and_counts_it(spool: Spool, folder: P
     assert spool.sweep({names[0]}) == 0
 
 
+def test_a_file_that_came_into_the_folder_by_itself_is_swept_unless_it_is_needed(spool: Spool) -> None:
+    (spool.folder / "download").write_bytes(b"half a file")
+    assert spool.path("download") == spool.folder / "download"
+    assert spool.folder.is_absolute()
+    assert spool.sweep(()) == 1
+    assert list(spool.folder.iterdir()) == []
+
+
 def test_a_spool_that_cannot_be_made_or_read_is_named(tmp_path: Path, spool: Spool, folder: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(LedgerError, match=r"file/spool cannot be made: Not a directory"):
