@@ -1,25 +1,30 @@
 """The intake: takes what has piled up, puts it on disk in one transaction, and only then acknowledges it.
 
+What is no job but a request of the control topics is answered in its turn, between the jobs before and behind it.
+
 It runs in a thread of its own, the only caller of `run_once`.
 """
 
-import hashlib
 import logging
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import groupby
 from typing import Protocol, TypeVar
 
+from pydantic_core import to_json
+
 from cesar_mqtt.client import Delivery
+from cesar_mqtt.control import Answer
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import AudioSource, NewJob, Verdict
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import JobRequest, Rejection, canonical, excerpt, timestamp
-from cesar_mqtt.requests import Accepted, Parsed, Refusal, parse_audio, parse_job
+from cesar_mqtt.messages import Rejection, excerpt, timestamp
+from cesar_mqtt.plans import ModelNames, Plan, Planner
+from cesar_mqtt.requests import Refusal
 from cesar_mqtt.spool import Spool
-from cesar_mqtt.topics import Topics, is_job_id
+from cesar_mqtt.topics import Topics
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +44,11 @@ class Source(Protocol):
         """Say, in this order, that the messages need not come again."""
 
 
-class ModelNames(Protocol):
-    """What the intake has to know of models."""
+class Controls(Protocol):
+    """Who answers the requests of the control topics."""
 
-    def default_name(self) -> str:
-        """Return the model of a request that names none."""
-
-    def is_allowed(self, name: str) -> bool:
-        """Whether a request may name this model."""
+    def answer(self, command: str, payload: bytes) -> Answer:
+        """Do what is asked for, and return what to say; whatever the payload is, nothing is raised."""
 
 
 class Reports(Protocol):
@@ -55,21 +57,14 @@ class Reports(Protocol):
     def reject(self, rejection: Rejection) -> None:
         """Report a refused message."""
 
+    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+        """Answer a request."""
+
     def found_retained(self, payload: bytes) -> None:
         """Take note of what the broker retains as the consumer's queue."""
 
     def degraded(self, who: str, *, on: bool) -> None:
         """Take note of whether the disk refuses."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What one message asks for: a job, a refusal, both (a refusal that is recorded), or nothing (an empty payload)."""
-
-    delivery: Delivery
-    job: NewJob | None = None
-    audio: bytes | None = None
-    refusal: Refusal | None = None
 
 
 class Intake:
@@ -88,6 +83,7 @@ class Intake:
         spool: Spool,
         topics: Topics,
         models: ModelNames,
+        controls: Controls,
         max_payload_bytes: int,
         reports: Reports,
     ) -> None:
@@ -99,6 +95,7 @@ class Intake:
             spool: where audio that comes with a job goes.
             topics: tells jobs from audio.
             models: the models that may be asked for.
+            controls: answers what is no job.
             max_payload_bytes: a larger message is refused.
             reports: whom to tell of refusals, and of a disk that refuses.
         """
@@ -106,8 +103,8 @@ class Intake:
         self._ledger = ledger
         self._spool = spool
         self._topics = topics
-        self._models = models
-        self._max_payload_bytes = max_payload_bytes
+        self._planner = Planner(topics, models, max_payload_bytes=max_payload_bytes)
+        self._controls = controls
         self._reports = reports
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
@@ -134,83 +131,46 @@ class Intake:
     def run_once(self, timeout_s: float | None = None) -> int:
         """Take in what has piled up; return how many messages that was."""
         deliveries = self._source.receive(timeout_s)
-        if deliveries:
-            plans = [self._plan(delivery) for delivery in deliveries]
-            if self._persist(plans):
-                self._source.acknowledge(deliveries)
+        plans = [self._planner.plan(delivery) for delivery in deliveries]
+        for are_requests, group in groupby(plans, key=lambda plan: plan.command is not None):
+            together = list(group)
+            if are_requests:
+                self._answer_all(together)
+            elif not self._persist(together):
+                break
+            self._source.acknowledge([plan.delivery for plan in together])
         return len(deliveries)
 
-    # -- what a message asks for ----------------------------------------------------------------------------------
+    # -- answers --------------------------------------------------------------------------------------------------
 
-    def _plan(self, delivery: Delivery) -> _Plan:
-        if delivery.topic == self._topics.own("queue"):
-            if delivery.retain:
-                self._reports.found_retained(delivery.payload)
-            return _Plan(delivery)
-        if not delivery.payload:  # what clears a retained message
-            return _Plan(delivery)
-        parsed = self._parse(delivery)
-        if isinstance(parsed, Accepted):
-            parsed = self._with_model(parsed)
-        if isinstance(parsed, Refusal):
-            return _Plan(delivery, self._recorded(parsed), refusal=parsed)
-        return _Plan(delivery, self._job(delivery, parsed), parsed.audio)
+    def _answer_all(self, plans: Sequence[Plan]) -> None:
+        for plan in plans:
+            delivery, command = plan.delivery, plan.command or ""
+            if delivery.retain:  # it would be done again at each connection
+                self._reject(
+                    delivery, Refusal("invalid_request", "A retained request is not done. Send it unretained.")
+                )
+                continue
+            answer = self._controls.answer(command, delivery.payload)
+            self._reports.answer(self._topics.response(command), answer.payload)
+            self._respond(delivery, answer.payload)
+            if answer.rejection is not None:
+                self._reject(delivery, answer.rejection)
 
-    def _parse(self, delivery: Delivery) -> Parsed:
-        audio_id = self._topics.audio_job_id(delivery.topic)
-        if len(delivery.payload) > self._max_payload_bytes:
-            return self._too_large(delivery, audio_id)
-        if audio_id is not None:
-            return parse_audio(audio_id, delivery.payload, delivery.user_properties)
-        return parse_job(delivery.payload, delivery.user_properties)
-
-    def _too_large(self, delivery: Delivery, audio_id: str | None) -> Refusal:
-        """Refuse without a look inside: only a topic can tell whose job it would have been."""
-        size, limit = len(delivery.payload), self._max_payload_bytes
-        detail = f"The message has {size} bytes, at most {limit} are taken (queue.max_payload_bytes)."
-        job_id = audio_id if audio_id is not None and is_job_id(audio_id) else None
-        return Refusal("payload_too_large", detail, job_id, recordable=job_id is not None)
-
-    def _with_model(self, parsed: Accepted) -> Parsed:
-        name = parsed.request.model_size
-        if name is None or self._models.is_allowed(name):
-            return parsed
-        detail = f"model_size: {name!r} is not among the models that this consumer may use (models.allowed)."
-        job_id = parsed.request.job_id
-        return Refusal("invalid_request", detail, job_id, recordable=job_id is not None)
-
-    def _recorded(self, refusal: Refusal) -> NewJob | None:
-        if not refusal.recordable or refusal.job_id is None:
-            return None
-        fingerprint = hashlib.sha256(refusal.detail.encode()).hexdigest()[:32]
-        model = self._models.default_name()
-        return NewJob(refusal.job_id, fingerprint, None, model, failure=refusal.detail)
-
-    def _job(self, delivery: Delivery, parsed: Accepted) -> NewJob:
-        request = parsed.request
-        fingerprint = _fingerprint(parsed)
-        job_id, packet_id = request.job_id, None
-        if job_id is None and delivery.retain:
-            job_id = f"retained-{fingerprint}"
-        elif job_id is None:
-            job_id = str(uuid.uuid4())
-            packet_id = delivery.receipt.mid if delivery.qos else None
-        return NewJob(
-            job_id=job_id,
-            fingerprint=fingerprint,
-            audio=None if request.audio_path is None else AudioSource("path", request.audio_path),
-            model_size=request.model_size or self._models.default_name(),
-            options=request.options(),
-            metadata=request.metadata,
-            packet_id=packet_id,
-            redelivered=delivery.dup,
-            anonymous=request.job_id is None,
-            retained=delivery.retain,
-        )
+    def _respond(self, delivery: Delivery, payload: bytes) -> None:
+        """Answer on the topic that the request names, unless there it would be taken for something else."""
+        topic = delivery.response_topic
+        if topic is None:
+            return
+        if self._topics.is_own(topic):
+            message = "No answer on %s: a response topic must not be among the consumer's own"
+            event(logger, logging.WARNING, "not_answered", message, topic)
+            return
+        self._reports.answer(topic, payload, correlation_data=delivery.correlation_data)
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
-    def _persist(self, plans: Sequence[_Plan]) -> bool:
+    def _persist(self, plans: Sequence[Plan]) -> bool:
         """Put a batch on disk, however often the disk refuses; False when the intake was stopped before it took.
 
         Audio is stored once and stays where it is while the ledger refuses: a refused change may be there all the
@@ -219,16 +179,16 @@ class Intake:
         jobs = self._patiently(lambda: self._spooled(plans))
         if jobs is None:
             return False
-        verdicts = self._patiently(lambda: [verdict for verdict, _ in self._ledger.append(jobs)])
+        verdicts = self._patiently(lambda: self._ledger.append(jobs))
         if verdicts is None:
             return False
         self._reports.degraded("intake", on=False)
-        refused = (job.audio for job, verdict in zip(jobs, verdicts, strict=True) if verdict is not Verdict.ACCEPTED)
-        self._spool.remove([audio.name for audio in refused if audio is not None and audio.kind == "spool"])
+        known = (job.audio for job, (verdict, _) in zip(jobs, verdicts, strict=True) if verdict is not Verdict.ACCEPTED)
+        self._spool.remove([audio.name for audio in known if audio is not None and audio.kind == "spool"])
         self._report(plans, iter(verdicts))
         return True
 
-    def _spooled(self, plans: Sequence[_Plan]) -> list[NewJob]:
+    def _spooled(self, plans: Sequence[Plan]) -> list[NewJob]:
         names = iter(self._spool.store([plan.audio for plan in plans if plan.audio is not None]))
         return [
             plan.job if plan.audio is None else replace(plan.job, audio=AudioSource("spool", next(names)))
@@ -252,19 +212,29 @@ class Intake:
             else:
                 return done
 
-    def _report(self, plans: Sequence[_Plan], verdicts: Iterator[Verdict]) -> None:
-        """Log what became of each message, and hand on the refusals."""
+    def _report(self, plans: Sequence[Plan], verdicts: Iterator[tuple[Verdict, str]]) -> None:
+        """Say what became of each message."""
         for plan in plans:
-            refusal = plan.refusal
+            refusal, job_id = plan.refusal, ""
             if plan.job is not None:
-                verdict = next(verdicts)
-                logger.debug("Job %s: %s", plan.job.job_id, verdict)
-                refusal = refusal or _refusal(plan.job.job_id, verdict)
-            if refusal is not None:
-                topic = plan.delivery.topic
-                message = "Refused on %s: %s: %s"
-                event(logger, logging.WARNING, "rejected", message, topic, refusal.reason, refusal.detail)
-                self._reports.reject(_rejection(plan.delivery, refusal))
+                verdict, job_id = next(verdicts)
+                logger.debug("Job %s: %s", job_id, verdict)
+                refusal = refusal or _refusal(job_id, verdict)
+            if plan.found is not None:
+                self._reports.found_retained(plan.found)
+            elif refusal is not None:
+                rejection = self._reject(plan.delivery, refusal)
+                self._respond(plan.delivery, rejection.encode())
+            elif plan.job is not None and plan.delivery.response_topic is not None:
+                job = self._ledger.get(job_id)
+                self._respond(plan.delivery, to_json({"job_id": job_id, "status": None if job is None else job.state}))
+
+    def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
+        message = "Refused on %s: %s: %s"
+        event(logger, logging.WARNING, "rejected", message, delivery.topic, refusal.reason, refusal.detail)
+        rejection = _rejection(delivery, refusal)
+        self._reports.reject(rejection)
+        return rejection
 
 
 def _rejection(delivery: Delivery, refusal: Refusal) -> Rejection:
@@ -285,24 +255,3 @@ def _refusal(job_id: str, verdict: Verdict) -> Refusal | None:
     if verdict is Verdict.FULL:
         return Refusal("queue_full", "As many jobs wait as may wait (queue.max_queued). Send it again later.", job_id)
     return None
-
-
-def _fingerprint(parsed: Accepted) -> str:
-    """Return 128 bits that are equal for requests that ask for the same of the same audio."""
-    request = parsed.request
-    names = sorted(request.model_fields_set - _NOT_ASKED)
-    digest = hashlib.sha256(canonical({name: getattr(request, name) for name in names if _differs(request, name)}))
-    if parsed.audio is not None:
-        digest.update(hashlib.sha256(parsed.audio).digest())
-    return digest.hexdigest()[:32]
-
-
-_NOT_ASKED = frozenset({"job_id", "audio_base64"})
-"""Fields that say which job it is, or hold the audio, whose bytes are compared instead."""
-
-
-def _differs(request: JobRequest, name: str) -> bool:
-    return bool(getattr(request, name) != _DEFAULTS[name])
-
-
-_DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in JobRequest.model_fields.items()}

@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.client import Delivery, Receipt
+from cesar_mqtt.control import Answer
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.intake import Intake
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.messages import Rejection
+from cesar_mqtt.requests import Refusal
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.topics import Topics
 
@@ -61,11 +63,27 @@ class FakeSource:
 
 
 class FakeModels:
+    def __init__(self) -> None:
+        self.default = "base"
+
     def default_name(self) -> str:
-        return "base"
+        return self.default
 
     def is_allowed(self, name: str) -> bool:
-        return name in {"base", "tiny.en"}
+        return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
+
+
+class FakeControls:
+    """Answers with what it was asked, and with the jobs that the ledger had then."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.rejection: Refusal | None = None
+        self.seen: list[list[str]] = []
+
+    def answer(self, command: str, payload: bytes) -> Answer:
+        self.seen.append([job.job_id for job in self._ledger.jobs()])
+        return Answer(f"{command}: ".encode() + payload, self.rejection)
 
 
 class FakeReports:
@@ -74,6 +92,7 @@ class FakeReports:
     def __init__(self, trace: list[str]) -> None:
         self._trace = trace
         self.rejections: list[Rejection] = []
+        self.answers: list[tuple[str, bytes, bytes | None]] = []
         self.found: list[bytes] = []
         self.degradations: list[tuple[str, bool]] = []
         self.told_degraded = threading.Event()
@@ -81,6 +100,10 @@ class FakeReports:
     def reject(self, rejection: Rejection) -> None:
         self._trace.append("reported")
         self.rejections.append(rejection)
+
+    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+        self._trace.append("answered")
+        self.answers.append((topic, payload, correlation_data))
 
     def found_retained(self, payload: bytes) -> None:
         self.found.append(payload)
@@ -130,6 +153,8 @@ class Bench:
         self.spool_disk = TestDisk("spool", self.trace)
         self.folder.mkdir(exist_ok=True)
         self.ledger = Ledger(self.folder / "ledger.json", max_queued=MAX_QUEUED, disk=self.ledger_disk)
+        self.models = FakeModels()
+        self.controls = FakeControls(self.ledger)
         self.spool_folder = self.folder / "spool"
         self.spool = Spool(self.spool_folder, self.spool_disk)
         self.intake = Intake(
@@ -137,7 +162,8 @@ class Bench:
             self.ledger,
             spool=self.spool,
             topics=Topics("cesar", "kitchen"),
-            models=FakeModels(),
+            models=self.models,
+            controls=self.controls,
             max_payload_bytes=MAX_PAYLOAD_BYTES,
             reports=self.reports,
         )
@@ -277,14 +303,41 @@ def test_nothing_that_came_in_time_is_nothing_to_do(bench: Bench) -> None:
 
 
 def test_a_request_becomes_a_job_with_what_was_asked_for(bench: Bench) -> None:
-    asked = {"model_size": "tiny.en", "language": "German", "beam_size": 2, "metadata": {"room": "porch"}}
+    asked = {"model_size": "turbo", "language": "German", "beam_size": 2, "metadata": {"room": "porch"}}
     bench.take(request(job_id="porch-17", **asked))
     job = bench.job("porch-17")
     assert job.state is JobState.QUEUED
     assert job.audio == AudioSource("path", "porch.wav")
-    assert job.model_size == "tiny.en"
+    assert job.model_size == "turbo"
     assert job.options == {"language": "de", "beam_size": 2}
     assert job.metadata == {"room": "porch"}
+
+
+def test_every_transcription_option_reaches_the_job(bench: Bench) -> None:
+    options = {
+        "task": "translate",
+        "hotwords": "Wächter",
+        "temperature": [0.0, 0.4],
+        "word_timestamps": True,
+        "clip_timestamps": [[0.0, 30.0]],
+        "batch_size": 8,
+    }
+    bench.take(request(job_id="a", **options))
+    assert bench.job("a").options == options
+
+
+def test_the_formats_and_whether_to_stream_reach_the_job_and_are_no_transcription_options(bench: Bench) -> None:
+    bench.take(request(job_id="a", formats=["vtt", "srt", "vtt"], stream=True), request(job_id="b"))
+    assert (bench.job("a").formats, bench.job("a").stream) == (("srt", "vtt"), True)
+    assert (bench.job("b").formats, bench.job("b").stream) == ((), False)
+    assert bench.job("a").options == {}
+
+
+@pytest.mark.parametrize("payload", [b"https://nas.local/a.wav", b'{"audio_url": "https://nas.local/a.wav"}'])
+def test_audio_behind_a_url_is_accepted_whatever_its_host_and_fetched_later(bench: Bench, payload: bytes) -> None:
+    assert bench.take(message(payload)) == []
+    assert [job.audio for job in bench.jobs()] == [AudioSource("url", "https://nas.local/a.wav")]
+    assert bench.spooled() == []
 
 
 def test_a_request_that_names_no_model_gets_the_default_one(bench: Bench) -> None:
@@ -312,8 +365,9 @@ def test_the_bytes_of_an_upload_lie_in_the_spool_under_a_name_of_our_own(bench: 
 
 
 def test_user_properties_of_an_upload_reach_the_job(bench: Bench) -> None:
-    bench.take(upload("a", user_properties=(("language", "de"), ("room", "porch"))))
+    bench.take(upload("a", user_properties=(("language", "de"), ("room", "porch"), ("formats", "srt,vtt"))))
     assert bench.job("a").options == {"language": "de"}
+    assert bench.job("a").formats == ("srt", "vtt")
     assert bench.job("a").metadata == {"room": "porch"}
 
 
@@ -372,6 +426,8 @@ def test_a_payload_of_just_the_limit_is_taken(bench: Bench) -> None:
     [
         request(job_id="a", beam_size=11),
         request(job_id="a", langauge="de"),
+        request(job_id="a", formats=["doc"]),
+        message(b'{"job_id": "a", "audio_url": "ftp://nas.local/a.wav"}'),
         request(job_id="a", model_size="large-v3"),
         upload("a", user_properties=(("task", "sing"),)),
         upload("a", user_properties=(("model_size", "large-v3"),)),
@@ -422,6 +478,64 @@ def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
     assert bench.jobs() == []
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "detail"),
+    [
+        (
+            "tiny.en",
+            {"language": "de"},
+            "language: the model 'tiny.en' is English-only and knows no 'de'. Choose one that does not end in '.en'.",
+        ),
+        (
+            "tiny.en",
+            {"task": "translate"},
+            "task: the model 'tiny.en' is English-only and cannot translate. Choose one that does not end in '.en'.",
+        ),
+        (
+            "distil-small.en",
+            {"task": "translate", "language": "de"},
+            (
+                "task: the model 'distil-small.en' is English-only and cannot translate. "
+                "Choose one that does not end in '.en'."
+            ),
+        ),
+        *(
+            (
+                model,
+                {"task": "translate"},
+                f"task: the model {model!r} cannot translate. Choose another one, such as 'large-v3'.",
+            )
+            for model in ("turbo", "large-v3-turbo", "distil-large-v3")
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_at_once_be_it_named_or_the_default_one(
+    bench: Bench, model: str, asked: dict[str, str], detail: str
+) -> None:
+    assert bench.take(request(job_id="a", model_size=model, **asked)) == ["invalid_request"]
+    assert bench.reports.rejections[-1].detail == bench.job("a").error_message == detail
+    bench.models.default = model
+    assert bench.take(upload("b", user_properties=tuple(asked.items()))) == ["invalid_request"]
+    assert bench.reports.rejections[-1].detail == bench.job("b").error_message == detail
+    assert bench.spooled() == []
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        ("tiny.en", {}),
+        ("tiny.en", {"language": "en-GB", "task": "transcribe"}),
+        ("turbo", {"language": "de"}),
+        ("distil-large-v3", {"language": "de"}),
+        ("base", {"language": "de", "task": "translate"}),
+    ],
+)
+def test_what_a_model_can_do_is_accepted(bench: Bench, model: str, asked: dict[str, str]) -> None:
+    bench.models.default = "tiny.en"
+    assert bench.take(request(job_id="a", model_size=model, **asked)) == []
+    assert bench.job("a").state is JobState.QUEUED
+
+
 def test_more_jobs_than_may_wait_are_refused_and_leave_no_file(bench: Bench) -> None:
     bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED - 1)))
     assert bench.take(request(job_id="last"), request(job_id="over"), upload("upload")) == ["queue_full"] * 2
@@ -449,6 +563,40 @@ def test_the_same_request_again_is_the_same_job_and_its_status_is_told_again(ben
     assert bench.ledger.totals().queued == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "again"),
+    [
+        ({"formats": ["srt", "vtt"]}, {"formats": ["vtt", "srt", "vtt"]}),
+        ({"temperature": 0, "clip_timestamps": [[0, 30]]}, {"temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}),
+        ({}, {"formats": [], "stream": False, "batch_size": 1, "word_timestamps": False, "temperature": None}),
+        (
+            {"audio_path": None, "audio_url": "http://a/b"},
+            {"audio_path": None, "audio_url": "http://a/b", "hotwords": None},
+        ),
+    ],
+)
+def test_the_same_said_in_another_way_is_the_same_request(
+    bench: Bench, fields: dict[str, Any], again: dict[str, Any]
+) -> None:
+    assert bench.take(request(job_id="a", **fields), request(job_id="a", **again)) == []
+    assert len(bench.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "other"),
+    [
+        ({"formats": ["srt"]}, {"formats": ["vtt"]}),
+        ({"temperature": 0.2}, {"temperature": 0.4}),
+        ({"clip_timestamps": [[0, 30]]}, {"clip_timestamps": [[0, 31]]}),
+        ({"hotwords": "a"}, {"hotwords": "b"}),
+        ({"hotwords": "a"}, {"initial_prompt": "a"}),
+        ({"audio_path": None, "audio_url": "http://a/b"}, {"audio_path": None, "audio_url": "http://a/b?c"}),
+    ],
+)
+def test_two_values_of_one_field_are_two_requests(bench: Bench, fields: dict[str, Any], other: dict[str, Any]) -> None:
+    assert bench.take(request(job_id="a", **fields), request(job_id="a", **other)) == ["job_id_conflict"]
+
+
 def test_the_same_request_for_a_job_that_is_done_does_not_run_it_again(bench: Bench) -> None:
     bench.take(request(job_id="a"))
     job = bench.ledger.claim()
@@ -466,6 +614,14 @@ def test_the_same_request_for_a_job_that_is_done_does_not_run_it_again(bench: Be
         request(job_id="a", language="de"),
         request(job_id="a", model_size="base"),
         request(job_id="a", metadata={"room": "porch"}),
+        request(job_id="a", hotwords="x"),
+        request(job_id="a", temperature=0),
+        request(job_id="a", word_timestamps=True),
+        request(job_id="a", clip_timestamps=[[0, 1]]),
+        request(job_id="a", batch_size=2),
+        request(job_id="a", formats=["srt"]),
+        request(job_id="a", stream=True),
+        message(b'{"job_id": "a", "audio_url": "http://porch.wav"}'),
         upload("a"),
     ],
 )
@@ -650,6 +806,7 @@ payloads = st.binary(max_size=60) | st.sampled_from(
         b'{"audio_base64": "YQ==", "job_id": "a"}',
         b'{"audio_path": "a", "job_id": "b", "metadata": {"a": 1e999}}',
         b'{"audio_path": "a", "model_size": "\\u0000"}',
+        b'{"audio_path": "a", "job_id": "b", "formats": ["srt"], "clip_timestamps": [[0, 1]]}',
         b"[" * MAX_PAYLOAD_BYTES,
         b"x" * (MAX_PAYLOAD_BYTES + 1),
     ]
@@ -681,3 +838,90 @@ def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batc
         assert len({job.job_id for job in bench.jobs()}) == len(bench.jobs())
         for rejection in bench.reports.rejections:
             assert json.loads(rejection.encode())["detail"].endswith(".")
+
+
+# -- requests and answers ------------------------------------------------------------------------------------------
+
+
+def command(name: str, payload: bytes = b"", **fields: Any) -> Delivery:
+    return message(payload, f"cesar/request/{name}", **fields)
+
+
+def test_a_request_is_answered_on_the_topic_of_its_command_and_then_acknowledged(bench: Bench) -> None:
+    assert bench.take(command("cancel", b"a")) == []
+    assert bench.reports.answers == [("cesar/response/cancel", b"cancel: a", None)]
+    assert bench.trace[-2:] == ["answered", "acknowledged"]
+
+
+def test_a_request_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> None:
+    bench.take(request(job_id="a"), command("list"), request(job_id="b"), request(job_id="c"), command("list"))
+    assert bench.controls.seen == [["a"], ["a", "b", "c"]]
+    assert bench.trace.count("acknowledged") == 4, "each stretch in its turn"
+
+
+def test_a_request_that_names_a_response_topic_is_answered_there_as_well(bench: Bench) -> None:
+    bench.take(command("health", response_topic="my/answers", correlation_data=b"7"))
+    assert bench.reports.answers == [
+        ("cesar/response/health", b"health: ", None),
+        ("my/answers", b"health: ", b"7"),
+    ]
+
+
+@pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/a", "cesar/status/a", "cesar/request/delete"])
+def test_an_answer_never_goes_where_it_would_be_taken_for_something_else(bench: Bench, topic: str) -> None:
+    bench.take(command("health", response_topic=topic), request(job_id="a", audio_path="b.wav"))
+    bench.take(message(b'{"audio_path": "a.wav"}', response_topic=topic))
+    assert [said for said, _, _ in bench.reports.answers] == ["cesar/response/health"]
+
+
+def test_a_client_may_listen_among_the_response_topics(bench: Bench) -> None:
+    bench.take(command("health", response_topic="cesar/response/my-client"))
+    assert [said for said, _, _ in bench.reports.answers] == ["cesar/response/health", "cesar/response/my-client"]
+
+
+def test_a_retained_request_is_not_done_for_it_would_be_done_at_every_connection(bench: Bench) -> None:
+    assert bench.take(command("delete", b"a", retain=True)) == ["invalid_request"]
+    assert bench.controls.seen == []
+    assert bench.reports.answers == []
+
+
+def test_what_the_control_refuses_is_reported_as_well(bench: Bench) -> None:
+    bench.controls.rejection = Refusal("unknown_command", "There is none.")
+    assert bench.take(command("dance")) == ["unknown_command"]
+    assert bench.reports.answers == [("cesar/response/dance", b"dance: ", None)]
+
+
+def test_a_producer_that_names_a_response_topic_is_told_that_its_job_is_queued(bench: Bench) -> None:
+    bench.take(
+        message(
+            b'{"job_id": "a", "audio_path": "porch.wav"}', response_topic="my/answers", correlation_data=b"\x00\xff"
+        )
+    )
+    ((topic, payload, correlation),) = bench.reports.answers
+    assert (topic, json.loads(payload), correlation) == ("my/answers", {"job_id": "a", "status": "queued"}, b"\x00\xff")
+    assert bench.trace.index("ledger synced") < bench.trace.index("answered"), "it is the promise"
+
+
+def test_a_producer_is_told_the_id_that_was_made_and_that_a_repetition_is_the_same_job(bench: Bench) -> None:
+    first = message(b"porch.wav", response_topic="my/answers")
+    bench.take(first)
+    bench.take(replace(first, dup=True))
+    ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.reports.answers]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
+    assert bench.ledger.get(ids[0]) is not None
+
+
+def test_a_producer_is_told_where_the_job_of_its_id_stands_by_now(bench: Bench) -> None:
+    bench.take(request(job_id="a"))
+    bench.ledger.cancel("a")
+    bench.take(replace(request(job_id="a"), response_topic="my/answers"))
+    ((_, payload, _),) = bench.reports.answers
+    assert json.loads(payload) == {"job_id": "a", "status": "cancelled"}
+
+
+def test_a_producer_is_told_why_it_was_refused(bench: Bench) -> None:
+    bench.take(message(b"{", response_topic="my/answers", correlation_data=b"1"))
+    ((topic, payload, correlation),) = bench.reports.answers
+    assert (topic, correlation) == ("my/answers", b"1")
+    assert json.loads(payload) == bench.reports.rejections[0].model_dump()
