@@ -91,8 +91,8 @@ class VersionChoice:
         Args:
             unsupported: the broker answered that it does not know this version.
             unanswered: it took the connection and closed it without an answer.
-            unreadable: it sent what paho cannot read. paho 2.2 takes a packet with U+FEFF in a user property for
-                malformed; in 3.1.1 the same message comes without its properties, and so does not come for ever.
+            unreadable: it sent a malformed packet. In 3.1.1 the same message comes without its properties, which are
+                the likeliest place for the mistake, and so does not come for ever.
         """
         spoken, self.next, self.passing = self.next, self._usual, False
         if self._fixed or spoken == "3.1.1":

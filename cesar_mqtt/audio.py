@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +20,7 @@ import numpy as np
 from av.container import InputContainer
 from numpy.typing import NDArray
 
-from cesar_mqtt.errors import ErrorCode, JobFailedError
+from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 
 SAMPLE_RATE = 16_000
 """Samples per second of everything decoded here; what Whisper models listen to."""
@@ -42,6 +42,8 @@ _MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 _RIFF_SIZE_UNKNOWN = 0x7FF0_0000
 """From here on a RIFF size is a placeholder of a program that wrote to a pipe."""
 
+_PATIENCE_S = 30.0
+"""For opening, and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
 _HEAD_BYTES = 4096
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE
 _MAX_SHOWN = 120
@@ -109,11 +111,13 @@ class AudioInfo:
         duration_s: None when the file does not say.
         container: FFmpeg's name of the container, such as `ogg` or `mov,mp4,m4a,3gp,3g2,mj2`.
         size_bytes: the size of the whole file.
+        identity: what `file_identity` gave for the file that was opened.
     """
 
     duration_s: float | None
     container: str
     size_bytes: int
+    identity: tuple[int, ...]
 
 
 def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
@@ -147,6 +151,11 @@ def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
     raise _failed(_OUTSIDE if led_out else _NOT_FOUND, name)
 
 
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
+    """Tell a file apart from another under the same name, and from what it was before it was written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @contextmanager
 def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
     """Open a file for decoding, within the limits on its size and on the duration that it declares.
@@ -161,7 +170,8 @@ def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
             `audio_unreadable`, `audio_no_stream`.
     """
     with _open_regular(path) as descriptor:
-        size_bytes = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        size_bytes = status.st_size
         if size_bytes == 0:
             raise _failed(_EMPTY)
         if size_bytes > limits.max_bytes:
@@ -169,8 +179,12 @@ def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
         with _open_container(descriptor) as container:
             duration_s = _declared_s(container, _read_head(descriptor), size_bytes)
             _check_duration(duration_s, limits.max_duration_s)
-            info = AudioInfo(duration_s, container.format.name, size_bytes)
+            info = AudioInfo(duration_s, container.format.name, size_bytes, file_identity(status))
             yield AudioReader(container, info, max_duration_s=limits.max_duration_s)
+
+
+def _never() -> bool:
+    return False
 
 
 class AudioReader:
@@ -189,6 +203,7 @@ class AudioReader:
         self._heard_s = 0.0
         self._samples = 0
         self._skipped = 0
+        self._should_stop: Callable[[], bool] = _never
 
     @property
     def decoded_s(self) -> float:
@@ -207,13 +222,18 @@ class AudioReader:
         found = {"audio_truncated": truncated, "audio_damaged": self._skipped > 0}
         return tuple(name for name, is_so in found.items() if is_so)
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self, should_stop: Callable[[], bool] = _never) -> Iterator[Samples]:
         """Decode, about ten seconds at a time; damaged stretches are left out, and counted.
 
+        Args:
+            should_stop: asked before each packet, for a large file of nothing but damage gives no block for long.
+
         Raises:
+            Stopped: `should_stop` returned True.
             JobFailedError: `audio_too_long` as soon as the limit is passed, whatever the file declared; at the end
                 `audio_empty` if there was no sample, and `audio_unreadable` if not one packet could be decoded.
         """
+        self._should_stop = should_stop
         pending: list[Samples] = []
         given = 0
         for samples in self._resampled():
@@ -238,6 +258,8 @@ class AudioReader:
 
     def _frames(self) -> Iterator[av.AudioFrame]:
         for packet in self._packets():
+            if self._should_stop():
+                raise Stopped
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -331,7 +353,7 @@ def _walk(path: Path) -> int:
 def _open_container(descriptor: int) -> InputContainer:
     options = {**_OPEN_OPTIONS, "fd": str(descriptor)}
     try:
-        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore")
+        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=_PATIENCE_S)
     except av.FFmpegError as exc:
         raise _failed(_UNREADABLE) from exc
     if not container.streams.audio:

@@ -142,22 +142,40 @@ def submit(
     model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; detected when left out.")] = None,
     task: Annotated[str | None, typer.Option(metavar="transcribe|translate")] = None,
+    result_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="txt|srt|vtt|tsv|json",
+            help="Print such a file instead of the transcript; of several recordings, one file after the other.",
+        ),
+    ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job ids and leave.")] = False,
     timeout: Annotated[float | None, typer.Option(metavar="S", min=0, help="Seconds to wait (exit 3).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each job.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print each job's status as a JSON object; with --format, the file is its field result: "
+            "of --format json the object in it, else text.",
+        ),
+    ] = False,
     broker: Broker = None,
     topic_prefix: Prefix = None,
     config: Config = None,
 ) -> int:
     """Send recordings to a consumer, wait, and print their transcripts.
 
-    Exit code 0: all completed; 1: at least one did not; 3: the time ran out.
+    Exit code 0: all completed; 1: at least one did not, or its file did not come; 3: the time ran out.
     """
+    from cesar_mqtt.formats import FORMATS
     from cesar_mqtt.submit import Order, submit_and_wait
     from cesar_mqtt.topics import is_job_id
 
     if job_id is not None and (len(audio) > 1 or not is_job_id(job_id)):
         raise typer.BadParameter("it takes one recording and 1 to 64 of A-Z, a-z, 0-9, _ and -", param_hint="--job-id")
+    if result_format is not None and result_format not in FORMATS:
+        raise typer.BadParameter(f"{result_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")
     flags = {"topic_prefix": topic_prefix, "broker": {"url": broker}}
     settings = _settings(flags, config)
     options = {"model_size": model, "language": language, "task": task}
@@ -166,6 +184,7 @@ def submit(
         by_path=by_path,
         job_id=job_id,
         options={field: value for field, value in options.items() if value is not None},
+        result_format=result_format,
         wait=not no_wait,
         timeout_s=timeout,
         as_json=as_json,
@@ -224,3 +243,36 @@ def ledger_export(*, data_dir: DataDir = None, config: Config = None) -> int:
     from cesar_mqtt import upkeep
 
     return upkeep.export(_ledger_path(data_dir, config))
+
+
+models = typer.Typer(no_args_is_help=True, help="Which models can be used, and fetching one.", rich_markup_mode=None)
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def models_list(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> int:
+    """Print the models that can be used without a network, and those that may be fetched."""
+    from cesar_mqtt import modelcommands
+
+    return modelcommands.list_models(_settings({"data_dir": data_dir}, config), as_json=as_json)
+
+
+@models.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as base; `models list` names them.")],
+    *,
+    data_dir: DataDir = None,
+    config: Config = None,
+) -> int:
+    """Fetch a model, so that it can be used without a network, and print its folder.
+
+    Exit code 2: there is no such model; 1: it could not be fetched.
+    """
+    from cesar_mqtt import modelcommands
+
+    return modelcommands.pull(name, _settings({"data_dir": data_dir}, config))

@@ -8,57 +8,66 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from cesar_mqtt import formats
 from cesar_mqtt.client import CannotPublishError
-from cesar_mqtt.jobs import Job, JobState
+from cesar_mqtt.jobs import Gone, Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Activity, ConsumerState, Live, Rejection, fit, last_of, queue_of, status_of
+from cesar_mqtt.messages import Activity, ConsumerState, Live, Rejection, fit, last_of, queue_of, segment_of, status_of
+from cesar_mqtt.ownstate import OwnState
 from cesar_mqtt.topics import Topics
+from cesar_mqtt.transcript import Segment
 
 logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 100
-"""Messages on their way to the broker and not yet acknowledged, at most; keeps paho's own queue short."""
+"""Messages on their way to the broker and not yet acknowledged, at most; keeps the client's own queue short."""
 
 _ACKNOWLEDGED_AT_ONCE = 20
 _EVERY_S = 1.0
-_REJECTIONS = 10_000
+_NOTES = 10_000
 _PACKET_OVERHEAD = 64
 
 
 class Connection(Protocol):
     """What the publisher needs of an MQTT client."""
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> Hashable | None:
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
+    ) -> Hashable | None:
         """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
-    """What a ticket stands for: a job's status, one of the consumer's own topics, or a rejection."""
+class _Note:
+    """A message that is not retained: whoever listens now hears it.
+
+    Attributes:
+        keep: whether it is said later when there is no connection now, or the connection is lost before its PUBACK.
+    """
+
+    topic: str
+    payload: bytes
+    keep: bool = True
+    correlation_data: bytes | None = None
+
+
+class _Sent(NamedTuple):
+    """What a ticket stands for: a job's status or result, one of the consumer's own topics, or a note.
+
+    A message that is one of several (a result before its status, say) bears no number: brokers acknowledge in the
+    order in which they were told (MQTT 5, section 4.6), so the acknowledgement of the last one speaks for all.
+    """
 
     seq: int | None = None
     number: int = 0
     gone: bool = False
     topic: str | None = None
-    rejection: Rejection | None = None
-
-
-@dataclass(slots=True)
-class _Own:
-    """One retained topic about the consumer: the newest payload, and whether the broker has it."""
-
-    payload: bytes
-    version: int = 0
-    published: int = -1
-    sent: int = -1
-    """The version that is on its way."""
-    retained: tuple[bytes, ...] = ()
-    """What the broker may retain: the last acknowledged payload, and those that were sent since."""
+    note: _Note | None = None
 
 
 class Publisher:
@@ -93,8 +102,8 @@ class Publisher:
         self._busy: Counter[int] = Counter()
         self._clearing: set[int] = set()
         self._acknowledged: deque[Hashable] = deque()
-        self._own: dict[str, _Own] = {}
-        self._rejections: deque[Rejection] = deque(maxlen=_REJECTIONS)
+        self._own = OwnState()
+        self._notes: deque[_Note] = deque(maxlen=_NOTES)
         self._activity: Activity = "starting"
         self._degraded: set[str] = set()
         self._draining = False
@@ -131,15 +140,26 @@ class Publisher:
         May wait for whoever is writing to the ledger, so not for the network thread.
         """
         self._ledger.count_rejected()
-        self._tell(lambda: self._rejections.append(rejection))
+        self._say(_Note(self._topics.rejected, rejection.encode()))
+
+    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+        """Answer a request; kept like a refused message until there is a connection."""
+        self._say(_Note(topic, payload, correlation_data=correlation_data))
+
+    def segment(self, job: Job, segment: Segment) -> None:
+        """Tell a segment to whoever listens now; it is not kept for later."""
+        self._say(_Note(self._topics.segments(job.job_id), segment_of(job.job_id, segment).encode(), keep=False))
+
+    def _say(self, note: _Note) -> None:
+        self._tell(lambda: self._notes.append(note) if note.keep or self._connected else None)
 
     def online(self) -> None:
         """Let the consumer's state be `online` at this and every later connection."""
-        self._tell(lambda: self._retain("state", ConsumerState(state="online").encode()))
+        self._tell(lambda: self._own.retain("state", ConsumerState(state="online").encode()))
 
     def offline(self) -> None:
         """Let the consumer's state be `offline`."""
-        self._tell(lambda: self._retain("state", ConsumerState(state="offline").encode()))
+        self._tell(lambda: self._own.retain("state", ConsumerState(state="offline").encode()))
 
     def activity(self, activity: Activity) -> None:
         """Take note of what the worker is doing."""
@@ -172,7 +192,7 @@ class Publisher:
 
     def finished(self, job: Job) -> None:
         """Take note of the job that ended last."""
-        self._tell(lambda: self._retain("last", last_of(job).encode()))
+        self._tell(lambda: self._own.retain("last", last_of(job).encode()))
 
     def _tell(self, event: Callable[[], None]) -> None:
         self._events.append(event)
@@ -228,7 +248,7 @@ class Publisher:
         if not self._connected:
             return None
         self._publish_own()
-        self._publish_rejections()
+        self._publish_notes()
         self._publish_gone()
         self._publish_statuses()
         due = self._publish_live()
@@ -239,9 +259,8 @@ class Publisher:
         return due
 
     def _is_settled(self) -> bool:
-        stale = any(own.published != own.version for own in self._own.values())
-        stale = stale or self._queue_stale
-        return not (self._in_flight or stale or self._rejections or self._ledger.has_unpublished)
+        stale = self._queue_stale or not self._own.settled
+        return not (self._in_flight or stale or self._notes or self._ledger.has_unpublished)
 
     # -- events, in the publisher's thread ------------------------------------------------------------------------
 
@@ -250,34 +269,29 @@ class Publisher:
         self._connected = True
         self._ledger.coalesce()
         self._max_packet_bytes = max_packet_bytes
-        state = self._own.get("state")
-        for own in self._own.values() if not session_present else ():
-            own.published = -1
-        if state is not None:
-            state.published = -1
+        self._own.say_again("state")
         if not session_present:
+            self._own.say_again()
             self._ledger.publish_again()
 
     def _compare(self, payload: bytes) -> None:
-        known = self._own["queue"].retained if "queue" in self._own else ()
-        if not known or payload in known:
+        if self._own.may_be_retained("queue", payload):
             return
         event(
             logger, logging.WARNING, "broker_went_back", "The broker has lost its newest messages: all are sent again"
         )
-        for own in self._own.values():
-            own.published, own.sent, own.retained = -1, -1, ()
+        self._own.say_again()
+        self._own.forget_retained()
         self._ledger.publish_again()
 
     def _interrupt(self) -> None:
         self._connected = False
-        lost = [sent.rejection for sent in self._in_flight.values() if sent.rejection is not None]
-        self._rejections = deque([*lost, *self._rejections], maxlen=_REJECTIONS)
+        lost = [sent.note for sent in self._in_flight.values() if sent.note is not None]
+        self._notes = deque((note for note in (*lost, *self._notes) if note.keep), maxlen=_NOTES)
         self._in_flight.clear()
         self._busy.clear()
         self._clearing.clear()
-        for own in self._own.values():
-            own.sent = -1
+        self._own.interrupt()
 
     def _take_acknowledgements(self) -> None:
         published: list[tuple[int, int]] = []
@@ -302,15 +316,7 @@ class Publisher:
         elif sent.seq is not None and sent.number:
             self._ledger.mark_published([(sent.seq, sent.number)])
         elif sent.topic is not None:
-            own = self._own[sent.topic]
-            own.published = max(own.published, sent.number)
-            own.retained = (own.payload,) if own.published == own.version else own.retained
-
-    def _retain(self, name: str, payload: bytes) -> None:
-        own = self._own.setdefault(name, _Own(payload))
-        if own.payload != payload:
-            own.payload = payload
-            own.version += 1
+            self._own.acknowledge(sent.topic, sent.number)
 
     def _set(self, activity: Activity) -> None:
         self._activity = activity
@@ -326,9 +332,12 @@ class Publisher:
 
     # -- publishing -----------------------------------------------------------------------------------------------
 
-    def _send(self, topic: str, payload: bytes, sent: _Sent, *, retain: bool = True) -> bool:
+    def _send(
+        self, topic: str, payload: bytes, sent: _Sent, *, retain: bool = True, correlation_data: bytes | None = None
+    ) -> bool:
+        """Hand a message to the client; False: there is no connection. What no broker takes is given up."""
         try:
-            ticket = self._connection.publish(topic, payload, retain=retain)
+            ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
         except CannotPublishError as exc:
             event(logger, logging.ERROR, "unpublished", "A message on %s is given up: %s", topic, exc)
             self._settle(sent)
@@ -351,31 +360,32 @@ class Publisher:
         if self._queue_stale and (self._monotonic() >= self._queue_due or self._waits_for_the_queue()):
             self._queue_stale = False
             self._queue_due = self._monotonic() + _EVERY_S
-            self._retain("queue", self._queue())
-        for name, own in self._own.items():
-            if own.version not in (own.published, own.sent):
-                own.sent = own.version
-                own.retained = (*own.retained, own.payload)
-                self._send(self._topics.own(name), own.payload, _Sent(topic=name, number=own.version))
+            self._own.retain("queue", self._queue())
+        for name, payload, version in self._own.due():
+            self._send(self._topics.own(name), payload, _Sent(topic=name, number=version))
 
     def _waits_for_the_queue(self) -> bool:
         """Whether somebody drains and everything else is said: that is then the last word, and need not wait."""
-        return self._asked > self._settled and not (self._in_flight or self._rejections or self._ledger.has_unpublished)
+        return self._asked > self._settled and not (self._in_flight or self._notes or self._ledger.has_unpublished)
 
     def _queue(self) -> bytes:
+        totals = self._ledger.totals()
         activity: Activity = self._activity
         if self._draining:
             activity = "draining"
         elif self._degraded:
             activity = "degraded"
-        return queue_of(self._ledger.totals(), activity, self._clock()).encode()
+        elif totals.paused and activity == "idle":
+            activity = "paused"
+        return queue_of(totals, activity, self._clock()).encode()
 
-    def _publish_rejections(self) -> None:
-        while self._rejections and self._room > 0:
-            rejection = self._rejections[0]
-            if not self._send(self._topics.rejected, rejection.encode(), _Sent(rejection=rejection), retain=False):
+    def _publish_notes(self) -> None:
+        while self._notes and self._room > 0:
+            note = self._notes[0]
+            sent = _Sent(note=note)
+            if not self._send(note.topic, note.payload, sent, retain=False, correlation_data=note.correlation_data):
                 return
-            self._rejections.popleft()
+            self._notes.popleft()
 
     def _publish_statuses(self) -> None:
         if self._room <= 0:
@@ -385,10 +395,19 @@ class Publisher:
                 return
 
     def _publish_gone(self) -> None:
-        """Let the broker forget the statuses of deleted jobs: an empty retained message clears the topic."""
+        """Let the broker forget deleted jobs: an empty retained message clears the topic."""
         for gone in self._ledger.gone(self._room, but=self._clearing) if self._room > 0 else ():
-            if not self._send(self._topics.status(gone.job_id), b"", _Sent(seq=gone.seq, gone=True)):
+            *others, last = self._topics_of(gone)
+            if not all(self._send(topic, b"", _Sent()) for topic in others):
                 return
+            if not self._send(last, b"", _Sent(seq=gone.seq, gone=True)):
+                return
+
+    def _topics_of(self, gone: Gone) -> Iterator[str]:
+        """Yield what the broker may retain of a deleted job, the status last."""
+        yield from (self._topics.result(gone.job_id, name) for name in gone.formats)
+        if gone.status:
+            yield self._topics.status(gone.job_id)
 
     def _publish_live(self) -> float | None:
         """Publish the progress if it is time; return the seconds until something of what is limited in rate is due."""
@@ -409,11 +428,28 @@ class Publisher:
         if of is None or (of.seq, of.attempt) != (job.seq, job.attempt):
             live = None
         topic, sent = self._topics.status(job.job_id), _Sent(seq=job.seq, number=number)
-        limit = None if self._max_packet_bytes is None else self._max_packet_bytes - len(topic) - _PACKET_OVERHEAD
         try:
-            payload = fit(status_of(job, self._topics.consumer, live), limit)
+            truncated = bool(job.formats) and job.state is JobState.COMPLETED and self._publish_results(job)
+            status = status_of(job, self._topics.consumer, live, result_truncated=truncated)
+            payload = fit(status, self._limit_of(topic))
         except ValueError as exc:  # from a ledger that was edited by hand, say
             event(logger, logging.ERROR, "unpublished", "The status on %s cannot be put into words: %s", topic, exc)
             self._settle(sent)
             return True
         return self._send(topic, payload, sent)
+
+    def _limit_of(self, topic: str) -> int | None:
+        """Return how large a payload on this topic may be."""
+        return None if self._max_packet_bytes is None else self._max_packet_bytes - len(topic) - _PACKET_OVERHEAD
+
+    def _publish_results(self, job: Job) -> bool:
+        """Publish a completed job's files, so that they are there when its status says so; whether one was cut."""
+        segments = [segment for window in self._ledger.windows(job.seq) for segment in window.segments]
+        content = formats.content_of(job, segments)
+        truncated = False
+        for name in job.formats:
+            topic = self._topics.result(job.job_id, name)
+            payload, cut = formats.render(name, content, limit_bytes=self._limit_of(topic))
+            truncated |= cut
+            self._send(topic, payload, _Sent())
+        return truncated

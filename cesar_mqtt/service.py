@@ -11,20 +11,25 @@ from typing import TYPE_CHECKING
 from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
 from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
 from cesar_mqtt.config import Settings
+from cesar_mqtt.control import Control
 from cesar_mqtt.disk import Disk
+from cesar_mqtt.download import Downloader
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, DiedError, ExitCode, LedgerError
+from cesar_mqtt.health import Pulse
 from cesar_mqtt.intake import Intake
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import ConsumerState
 from cesar_mqtt.models import ModelStore
+from cesar_mqtt.preparation import Preparer
 from cesar_mqtt.publisher import Publisher
+from cesar_mqtt.retention import Upkeep
 from cesar_mqtt.signals import StopSignals
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.systemd import Notifier
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcriber import Transcriber
-from cesar_mqtt.worker import Worker
+from cesar_mqtt.worker import Worker, options_of
 
 if TYPE_CHECKING:
     from cesar_mqtt.broker import EmbeddedBroker
@@ -36,9 +41,6 @@ _TICK_S = 1.0
 _LOOK_S = 0.05
 _DRAIN_S = 10.0
 _FORCED_DRAIN_S = 2.0
-_DAY_S = 86_400.0
-_BATCH = 200
-_GAP_S = 0.01
 
 
 class Service:
@@ -59,7 +61,7 @@ class Service:
         self._settings = settings
         self._notifier = Notifier()
         self._topics = Topics(settings.topic_prefix, settings.consumer.name)
-        self._models = ModelStore(settings.models)
+        self._models = ModelStore(settings.models, folder=settings.data_dir / "models")
         address = parse_broker_url(settings.broker.url)
         self._ledger = _open_ledger(settings)
         self._broker: EmbeddedBroker | None = None
@@ -77,7 +79,7 @@ class Service:
     def _wire(self, settings: Settings, directories: tuple[Path, ...]) -> None:
         self.url = settings.broker.url
         self._refused: BrokerRefusedError | None = None
-        self._upkeep_failed = False
+        self._upkeep = Upkeep(settings.retention, self._ledger, self._spool)
         self._client = MqttClient(
             settings.broker,
             client_id=settings.consumer.name,
@@ -86,8 +88,14 @@ class Service:
             subscriptions=(
                 Subscription(self._topics.jobs),
                 Subscription(self._topics.audio_filter),
+                Subscription(self._topics.request_filter),
                 Subscription(self._topics.own("queue"), wants_retained=True),  # to see whether the broker went back
             ),
+        )
+        self._pulse = Pulse(
+            settings.data_dir,
+            worker_alive=lambda: self._worker.alive,
+            network_alive=lambda: self._client.connected is not None,
         )
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._client.on_connected = self._on_connected
@@ -100,18 +108,40 @@ class Service:
             spool=self._spool,
             topics=self._topics,
             models=self._models,
+            controls=Control(
+                self._ledger,
+                models=self._models,
+                consumer=settings.consumer.name,
+                on_cancelled=self._publisher.finished,
+                on_deleted=lambda _job, names: self._spool.remove(names),
+                health=self._pulse.fields,
+            ),
             max_payload_bytes=settings.queue.max_payload_bytes,
             reports=self._publisher,
         )
-        self._worker = Worker(
+        transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
+        self._preparer = Preparer(
             self._ledger,
-            Transcriber(self._models, settings.audio),
+            open_recording=lambda path, job: transcriber.open(
+                path, options_of(job), from_s=self._ledger.finished_until(job.seq)
+            ),
             spool=self._spool,
             directories=directories,
+            downloader=Downloader(settings.audio, settings.data_dir / "spool"),
+            ahead=settings.audio.downloads_ahead,
+        )
+        self._worker = Worker(
+            self._ledger,
+            transcriber,
+            preparer=self._preparer,
+            spool=self._spool,
             reports=self._publisher,
             warm_up=self._models.default_name(),
             retries=settings.worker.retries,
             retry_delay_s=settings.worker.retry_delay,
+            timeout_s=settings.worker.job_timeout,
+            idle_s=settings.models.idle_timeout,
+            on_idle=self._models.unload,
         )
 
     def _on_connected(self, info: ConnectionInfo) -> None:
@@ -148,6 +178,7 @@ class Service:
             self._publisher.finished(last)
         self._publisher.online()
         self._publisher.start()
+        self._preparer.start()
         self._worker.start()
         self._intake.start()
         self._client.start()
@@ -170,15 +201,7 @@ class Service:
                 raise self._refused
             self._check_threads()
             self._notifier.alive()
-            try:
-                self._ledger.maintain()
-                self._retire(stop)
-            except LedgerError as exc:
-                if not self._upkeep_failed:
-                    event(logger, logging.WARNING, "upkeep", "%s It is tried again every second.", exc)
-                self._upkeep_failed = True
-            else:
-                self._upkeep_failed = False
+            self._upkeep.run_once(stop.requested)
 
     def _check_threads(self) -> None:
         """See that everybody still works: a thread that has died would leave jobs waiting without a word."""
@@ -186,22 +209,12 @@ class Service:
             "network": self._client.alive,
             "intake": self._intake.alive,
             "worker": self._worker.alive,
+            "prepare": self._preparer.alive,
             "publisher": self._publisher.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
             raise DiedError(f"The {dead[0]} thread has ended by itself; the log says why. Start the consumer again.")
-
-    def _retire(self, stop: StopSignals) -> None:
-        """Delete what retention no longer keeps, a few at a time, so that nobody waits for it."""
-        retention = self._settings.retention
-        before = time.time() - retention.days * _DAY_S
-        deleted = _BATCH
-        while deleted == _BATCH and not stop.requested.wait(_GAP_S):
-            deleted, spooled = self._ledger.retire(before=before, keep=retention.max_finished, limit=_BATCH)
-            self._spool.remove(spooled)
-            if deleted:
-                event(logger, logging.DEBUG, "retired", "Deleted %d finished jobs", deleted)
 
     def _stop(self, stop: StopSignals) -> ExitCode:
         """Stop in the order that the contract promises (section 6).
@@ -227,10 +240,13 @@ class Service:
     def _current_job_ended(self, stop: StopSignals) -> bool:
         limit_s = self._settings.worker.drain_timeout
         deadline = None if limit_s is None else time.monotonic() + limit_s
+        alive_again = 0.0
         if self._ledger.processing():
             event(logger, logging.INFO, "draining", "Stopping after the current job; a second signal stops at once")
         while not self._worker.join(_LOOK_S):
-            self._notifier.alive()
+            if time.monotonic() >= alive_again:
+                self._notifier.alive()
+                alive_again = time.monotonic() + _TICK_S
             if stop.forced.is_set() or (deadline is not None and time.monotonic() >= deadline):
                 return False
         return True
@@ -243,6 +259,7 @@ class Service:
 
     def _end(self, stop: StopSignals, drain_s: float) -> None:
         self._worker.stop()
+        self._preparer.stop()
         self._client.stop_receiving()
         self._intake.stop()
         if not self._drain(stop, drain_s):

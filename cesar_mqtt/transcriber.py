@@ -1,119 +1,41 @@
-"""From an audio file to a transcript, with settings for audio that nobody watches over.
+"""From a recording to a transcript, window by window, so that any length needs the same memory and can be resumed.
 
-Knows nothing of jobs or MQTT; only the worker thread may call it. Progress is told, and whether to stop is asked,
-through two callbacks that run on that same thread.
+Knows nothing of jobs or MQTT. Progress and results are told, and whether to stop is asked, through callbacks that run
+on the thread that transcribes, the worker's.
 """
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
-from faster_whisper import WhisperModel
+from typing import Any
 
 from cesar_mqtt import logs
-from cesar_mqtt.audio import SAMPLE_RATE, AudioLimits, Samples, open_audio
+from cesar_mqtt.audio import AudioLimits
 from cesar_mqtt.config import AudioSettings
-from cesar_mqtt.errors import ErrorCode, JobFailedError
+from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.listener import Listener
+from cesar_mqtt.machine import give_memory_back
 from cesar_mqtt.models import ModelStore, is_out_of_memory
+from cesar_mqtt.options import TranscriptionOptions
+from cesar_mqtt.recording import Recording, Stretch
+from cesar_mqtt.transcript import Progress, Segment, Transcript, Window, Word
+
+__all__ = ["Transcriber", "TranscriptionOptions"]
 
 _log = logging.getLogger(__name__)
 
-_MAX_PROMPT_TOKENS = 100
-"""A longer prompt, with hotwords beside it, leaves no room in Whisper's 448 tokens for what is heard."""
-_LANGUAGE_DETECTION_SEGMENTS = 4
-"""Stretches of 30 s that are listened to until one is clear: the first is often music or silence."""
 _LEAST_LOGPROB = -100.0
-
-_Lazy: TypeAlias = Generator[Any, None, None]
-"""faster-whisper's segments, each made when it is asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class TranscriptionOptions:
-    """What a producer may choose.
-
-    Attributes:
-        model_size: a name that the model store knows.
-        language: Whisper's code of the language; None: detected.
-        task: `transcribe`, or `translate` into English.
-        initial_prompt: words that lead the model to a spelling or style; its last 100 tokens count.
-        beam_size: how many hypotheses are followed, 1 to 10.
-        vad_filter: whether what is not speech is cut out first, so that nothing is made up for silence.
-    """
-
-    model_size: str
-    language: str | None = None
-    task: str = "transcribe"
-    initial_prompt: str | None = None
-    beam_size: int = 5
-    vad_filter: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of speech; times in seconds from the start of the file, `start_s` <= `end_s` <= its duration.
-
-    Attributes:
-        id: counts from 1.
-        text: without blanks around it.
-        avg_logprob: mean log probability of the tokens, 0 at best; always a finite number.
-        no_speech_prob: 0 to 1, the model's belief that nobody speaks in the 30 s around.
-    """
-
-    id: int
-    start_s: float
-    end_s: float
-    text: str
-    avg_logprob: float
-    no_speech_prob: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a transcription is: `processed_s` never goes back and never passes `audio_duration_s`."""
-
-    processed_s: float
-    audio_duration_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """The result.
-
-    Attributes:
-        text: all segments, without blanks around it; empty if nobody spoke.
-        language: Whisper's code; None if nobody spoke.
-        language_probability: 1.0 if the language was given, or is the model's only one; None if nobody spoke.
-        no_speech: whether nobody spoke.
-        audio_duration_s: seconds of audio that could be decoded.
-        segments: in order of time.
-        warnings: `audio_truncated`, `audio_damaged`, `initial_prompt_truncated`.
-    """
-
-    text: str
-    language: str | None
-    language_probability: float | None
-    no_speech: bool
-    audio_duration_s: float
-    segments: tuple[Segment, ...]
-    warnings: tuple[str, ...]
-
-
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """The transcription was ended because `should_stop` said so; what it had is dropped."""
 
 
 class Transcriber:
-    """Turns audio files into transcripts, one at a time. Only for the worker thread."""
+    """Turns recordings into transcripts, one at a time. Only `open` may be called from any thread."""
 
-    def __init__(self, models: ModelStore, audio: AudioSettings) -> None:
+    def __init__(self, models: ModelStore, audio: AudioSettings, *, window_s: float = 600.0) -> None:
         self._models = models
         self._limits = AudioLimits(max_bytes=audio.max_bytes, max_duration_s=audio.max_duration)
+        self._window_s = window_s
 
     def warm_up(self, model_size: str) -> None:
         """Load a model ahead of the first job that needs it.
@@ -123,68 +45,79 @@ class Transcriber:
         """
         self._models.load(model_size)
 
-    def transcribe(
-        self,
-        path: Path,
-        options: TranscriptionOptions,
-        *,
-        on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
-    ) -> Transcript:
-        """Transcribe one file.
+    def open(self, path: Path, options: TranscriptionOptions, *, from_s: float = 0.0) -> Recording:
+        """Begin to decode a file; returns at once. Any thread may call it; the caller closes what it gets.
 
         Args:
             path: absolute and without symbolic links, as `audio.open_audio` wants it.
+            options: with the ranges that are wanted.
+            from_s: `until_s` of the last window that an earlier attempt finished.
+        """
+        return Recording(path, limits=self._limits, window_s=self._window_s, clips=options.clips, from_s=from_s)
+
+    def transcribe(
+        self,
+        recording: Recording,
+        options: TranscriptionOptions,
+        *,
+        done: Sequence[Window] = (),
+        on_progress: Callable[[Progress], None],
+        on_segment: Callable[[Segment], None],
+        on_window: Callable[[Window], None],
+        should_stop: Callable[[], bool],
+    ) -> Transcript:
+        """Transcribe what `open` gave for the same options; does not close it.
+
+        Args:
+            recording: opened from where `done` ends.
             options: what the producer chose.
-            on_progress: called once as soon as the duration is known, and then with each segment.
-            should_stop: asked while decoding, before the model starts and after each segment.
+            done: the windows that an earlier attempt finished.
+            on_progress: called at the start, and then whenever there is progress.
+            on_segment: called with each segment that is new.
+            on_window: called with each window that is new but the last, whose end is the end of all.
+            should_stop: asked while the file is decoded, before each step of the model and after each segment.
 
         Raises:
             JobFailedError: `audio_*` for the file, `model_unavailable` for the model, `invalid_request` for what this
-                model cannot do, `internal` for a model that fails on the way.
+                model cannot do or this file has not, `internal` for a model that fails on the way.
             Stopped: `should_stop` returned True.
         """
-        samples, warnings = self._decode(path, should_stop)
-        duration_s = round(len(samples) / SAMPLE_RATE, 3)
-        on_progress(Progress(0.0, duration_s))
-        model = self._models.load(options.model_size)
-        _check_abilities(model, options)
-        prompt, cut = _prompt_tokens(model, options.initial_prompt)
-        if cut:
-            warnings = (*warnings, "initial_prompt_truncated")
+        tally = _Tally(recording, options, done, on_progress=on_progress, on_segment=on_segment)
+        tally.reached(done[-1].until_s if done else 0.0)
+        listener: Listener | None = None
+        for stretch in recording.stretches(should_stop):
+            tally.reached(stretch.start_s)
+            if stretch.samples.size:
+                listener = listener or self._listener(options, should_stop)
+                with closing(self._heard(listener, stretch, options.model_size, tally)) as heard:
+                    for segment, raw_text in heard:
+                        tally.add(segment, raw_text)
+                        _stop_if(should_stop)
+                self._models.mark_used()
+            window = tally.close_window(stretch.end_s)
+            if not stretch.last:
+                on_window(window)
+                give_memory_back()  # what a window has fragmented adds up to hundreds of megabytes in a few hours
+        return tally.transcript(recording.warnings + (listener.warnings if listener is not None else ()))
+
+    def _listener(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Listener:
+        model = self._models.load(options.model_size, should_stop=should_stop)
+        listener = Listener(model, options, device=self._models.device, should_stop=should_stop)
         _stop_if(should_stop)
-
-        with self._blaming(options.model_size):
-            raw_segments, info = _start(model, samples, options, prompt)
-        segments: list[Segment] = []
-        text, processed_s = "", 0.0
-        with closing(self._heard(raw_segments, options.model_size, duration_s)) as heard:
-            for segment, raw_text in heard:
-                segments.append(segment)
-                text += raw_text
-                processed_s = max(processed_s, segment.end_s)
-                on_progress(Progress(processed_s, duration_s))
-                _stop_if(should_stop)
-        return _transcript(segments, text, info, duration_s=duration_s, warnings=warnings)
-
-    def _decode(self, path: Path, should_stop: Callable[[], bool]) -> tuple[Samples, tuple[str, ...]]:
-        blocks = []
-        with open_audio(path, self._limits) as audio:
-            for block in audio.blocks():
-                blocks.append(block)
-                _stop_if(should_stop)
-            return np.concatenate(blocks), audio.warnings
+        return listener
 
     def _heard(
-        self, raw_segments: _Lazy, model_size: str, duration_s: float
+        self, listener: Listener, stretch: Stretch, model_size: str, tally: "_Tally"
     ) -> Generator[tuple[Segment, str], None, None]:
         """Give each segment with its text as the model has it, whose leading blank joins it to the one before."""
-        number = 0
+        with self._blaming(model_size):
+            raw_segments, info = listener.listen(stretch.samples, tally.language)
+        tally.listening(info)
+        length_s = stretch.end_s - stretch.start_s
         with closing(raw_segments), self._blaming(model_size):
             for raw in raw_segments:
-                if raw.start < duration_s:  # Whisper fills up to 30 s with silence, and may hear something in it
-                    number += 1
-                    yield _segment(raw, number=number, duration_s=duration_s), raw.text
+                if raw.start < length_s:  # Whisper fills up to 30 s with silence, and may hear something in it
+                    yield _segment(raw, stretch, after=tally.last), raw.text
 
     @contextmanager
     def _blaming(self, model_size: str) -> Iterator[None]:
@@ -202,86 +135,113 @@ class Transcriber:
             ) from exc
 
 
-def _start(
-    model: WhisperModel, samples: Samples, options: TranscriptionOptions, prompt: list[int] | None
-) -> tuple[_Lazy, Any]:
-    """Begin; only the segments are lazy, everything before them happens in this call.
+class _Tally:
+    """What one transcription has so far: its windows, the one it is in, its language, and how far it is."""
 
-    The fallback list of temperatures stays faster-whisper's. Text is not conditioned on what came before: one
-    repetition would otherwise be carried through the rest of the file.
-    """
-    lazy: _Lazy
-    lazy, info = model.transcribe(
-        samples,
-        language=options.language,
-        task=options.task,
-        beam_size=options.beam_size,
-        initial_prompt=prompt,
-        vad_filter=options.vad_filter,
-        condition_on_previous_text=False,
-        language_detection_segments=_LANGUAGE_DETECTION_SEGMENTS,
-    )
-    return lazy, info
+    def __init__(
+        self,
+        recording: Recording,
+        options: TranscriptionOptions,
+        done: Sequence[Window],
+        *,
+        on_progress: Callable[[Progress], None],
+        on_segment: Callable[[Segment], None],
+    ) -> None:
+        self._recording = recording
+        self._windows = list(done)
+        self._on_progress = on_progress
+        self._on_segment = on_segment
+        self._segments: list[Segment] = []
+        self._text = ""
+        self._processed_s = 0.0
+        self._told: Progress | None = None
+        self.last = next((window.segments[-1] for window in reversed(done) if window.segments), None)
+        spoken = next((window for window in done if window.language is not None), None)
+        self.language = options.language
+        self._probability: float | None = None if options.language is None else 1.0
+        self._detected: tuple[str, float] | None = None
+        if spoken is not None:
+            self.language, self._probability = spoken.language, spoken.language_probability
 
+    def reached(self, processed_s: float) -> None:
+        """Tell how far it is; never less than before, nor more than there is."""
+        duration_s = self._recording.duration_s
+        limit_s = math.inf if duration_s is None else duration_s
+        self._processed_s = max(self._processed_s, min(processed_s, limit_s))
+        shown_s = None if duration_s is None else round(max(duration_s, self._processed_s), 3)
+        progress = Progress(round(self._processed_s, 3), shown_s)
+        if progress != self._told:
+            self._told = progress
+            self._on_progress(progress)
 
-def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:
-    language, name = options.language, options.model_size
-    if not model.model.is_multilingual and (options.task == "translate" or language not in {None, "en"}):
-        wish = "cannot translate" if options.task == "translate" else f"does not know the language {language!r}"
-        raise JobFailedError(
-            ErrorCode.INVALID_REQUEST,
-            f"The model {name!r} is English-only and {wish}: choose a model whose name does not end in '.en'.",
+    def listening(self, info: Any) -> None:
+        """Take note of what the model took a stretch's language for; it counts once somebody speaks."""
+        if info is not None:
+            self._detected = info.language, _finite(info.language_probability, otherwise=0.0)
+
+    def add(self, segment: Segment, raw_text: str) -> None:
+        if self._probability is None and self._detected is not None:
+            self.language, self._probability = self._detected
+        self._segments.append(segment)
+        self._text += raw_text
+        self.last = segment
+        self._on_segment(segment)
+        self.reached(segment.end_s)
+
+    def close_window(self, until_s: float) -> Window:
+        spoken = bool(self._segments)
+        window = Window(
+            number=len(self._windows),
+            until_s=until_s,
+            text=self._text,
+            language=self.language if spoken else None,  # faster-whisper names one for silence, too
+            language_probability=self._probability if spoken else None,
+            segments=tuple(self._segments),
         )
-    # Older multilingual models have no token for the newest languages, and would then detect one.
-    if language is not None and model.model.is_multilingual and not _has_token(model, language):
-        raise JobFailedError(
-            ErrorCode.INVALID_REQUEST,
-            f"The model {name!r} does not know the language {language!r}: leave it out to have it detected.",
+        self._windows.append(window)
+        self._segments, self._text = [], ""
+        self.reached(until_s)
+        return window
+
+    def transcript(self, warnings: tuple[str, ...]) -> Transcript:
+        spoken = self.last is not None
+        duration_s = self._recording.duration_s
+        return Transcript(
+            text="".join(window.text for window in self._windows).strip(),
+            language=self.language if spoken else None,
+            language_probability=self._probability if spoken else None,
+            no_speech=not spoken,
+            audio_duration_s=round(self._processed_s if duration_s is None else duration_s, 3),
+            windows=tuple(self._windows),
+            warnings=warnings,
         )
 
 
-def _has_token(model: WhisperModel, language: str) -> bool:
-    return language in model.supported_languages and model.hf_tokenizer.token_to_id(f"<|{language}|>") is not None
-
-
-def _prompt_tokens(model: WhisperModel, prompt: str | None) -> tuple[list[int] | None, bool]:
-    """Turn a prompt into at most `_MAX_PROMPT_TOKENS` tokens, the last ones, and say whether some had to go.
-
-    Whisper's control tokens, which could be spelt out in the text, are left out: they all come after the words.
-    """
-    if prompt is None or not prompt.strip():
-        return None, False
-    end_of_text = model.hf_tokenizer.token_to_id("<|endoftext|>")
-    encoded = model.hf_tokenizer.encode(" " + prompt.strip(), add_special_tokens=False)
-    tokens = [token for token in encoded.ids if token < end_of_text]
-    return tokens[-_MAX_PROMPT_TOKENS:] or None, len(tokens) > _MAX_PROMPT_TOKENS
-
-
-def _transcript(
-    segments: list[Segment], text: str, info: Any, *, duration_s: float, warnings: tuple[str, ...]
-) -> Transcript:
-    # faster-whisper names a language for silence, too.
-    return Transcript(
-        text=text.strip(),
-        language=info.language if segments else None,
-        language_probability=_finite(info.language_probability, otherwise=0.0) if segments else None,
-        no_speech=not segments,
-        audio_duration_s=duration_s,
-        segments=tuple(segments),
-        warnings=warnings,
-    )
-
-
-def _segment(raw: Any, *, number: int, duration_s: float) -> Segment:
-    start_s = min(max(0.0, _finite(raw.start, otherwise=0.0)), duration_s)
+def _segment(raw: Any, stretch: Stretch, *, after: Segment | None) -> Segment:
+    start_s = _inside(raw.start, stretch, otherwise=stretch.start_s)
+    if after is not None:  # batched, a time may lie outside of the piece that it was heard in
+        start_s = max(start_s, after.start_s)
     return Segment(
-        id=number,
+        id=1 if after is None else after.id + 1,
         start_s=start_s,
-        end_s=min(max(start_s, _finite(raw.end, otherwise=start_s)), duration_s),
+        end_s=max(start_s, _inside(raw.end, stretch, otherwise=start_s)),
         text=raw.text.strip(),
         avg_logprob=_finite(raw.avg_logprob, otherwise=_LEAST_LOGPROB),
         no_speech_prob=_finite(raw.no_speech_prob, otherwise=0.0),
+        words=None if raw.words is None else tuple(_word(word, stretch) for word in raw.words),
     )
+
+
+def _word(raw: Any, stretch: Stretch) -> Word:
+    start_s = _inside(raw.start, stretch, otherwise=stretch.start_s)
+    end_s = max(start_s, _inside(raw.end, stretch, otherwise=start_s))
+    return Word(start_s=start_s, end_s=end_s, text=raw.word, probability=_finite(raw.probability, otherwise=0.0))
+
+
+def _inside(time_s: float, stretch: Stretch, *, otherwise: float) -> float:
+    """Give a time of the model as one of the file, of three decimals, not outside the stretch that it was heard in."""
+    in_file_s = _finite(stretch.start_s + float(time_s), otherwise=otherwise)
+    return min(max(round(stretch.start_s, 3), in_file_s), round(stretch.end_s, 3))
 
 
 def _finite(value: float, *, otherwise: float) -> float:

@@ -4,28 +4,33 @@ It runs in a thread of its own, the only caller of `run_once`; `stop` may be cal
 """
 
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cesar_mqtt.audio import resolve_audio_path
-from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError
+from cesar_mqtt.attempt import Checkpoints, Meter
+from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import Activity, Live
 from cesar_mqtt.spool import Spool
-from cesar_mqtt.transcriber import Progress, Stopped, Transcript, TranscriptionOptions
+from cesar_mqtt.transcriber import TranscriptionOptions
+from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+
+if TYPE_CHECKING:
+    from cesar_mqtt.recording import Recording
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
-_PASSING = frozenset({ErrorCode.DOWNLOAD_FAILED, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
-"""Failures that may be over in a moment: a job that meets one is tried again by itself."""
+_PASSING = frozenset({ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
+"""Failures that may be over in a moment: a job that meets one is tried again by itself. Downloads are not among them:
+they have retries of their own, while other jobs are in work."""
 
 
 class Transcribes(Protocol):
@@ -33,16 +38,32 @@ class Transcribes(Protocol):
 
     def transcribe(
         self,
-        path: Path,
+        recording: "Recording",
         options: TranscriptionOptions,
         *,
+        done: Sequence[Window],
         on_progress: Callable[[Progress], None],
+        on_segment: Callable[[Segment], None],
+        on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
     ) -> Transcript:
-        """Return the transcript of the file. Raises JobFailedError when there can be none, Stopped when asked to."""
+        """Return the transcript, with what an earlier attempt has `done` in it.
+
+        Raises JobFailedError when there can be none, Stopped when asked to.
+        """
 
     def warm_up(self, model_size: str) -> None:
         """Load a model before it is needed. Raises JobFailedError."""
+
+
+class Prepares(Protocol):
+    """Whoever has the audio of a job ready when its turn comes."""
+
+    def take(self, job: Job, should_stop: Callable[[], bool]) -> "Recording":
+        """Return the job's recording, from where its work goes on. Raises JobFailedError, Stopped."""
+
+    def release(self, job: Job, *, final: bool) -> None:
+        """Take note that an attempt is over, and whether there will be no other."""
 
 
 class Reports(Protocol):
@@ -57,15 +78,19 @@ class Reports(Protocol):
     def progress(self, job: Job, live: Live) -> None:
         """Take note of how far the job is."""
 
+    def segment(self, job: Job, segment: Segment) -> None:
+        """Take note of a segment as soon as it is known."""
+
     def finished(self, job: Job) -> None:
         """Take note that the job has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How a job ended: with a result, or with a code and a sentence."""
+    """How a job ended: with a result, because somebody asked for its end, or with a code and a sentence."""
 
     result: Result | None = None
+    cancelled: bool = False
     code: ErrorCode = ErrorCode.INTERNAL
     message: str = ""
 
@@ -85,33 +110,45 @@ class Worker:
         ledger: Ledger,
         transcriber: Transcribes,
         *,
+        preparer: Prepares,
         spool: Spool,
-        directories: Sequence[Path],
         reports: Reports,
         warm_up: str | None = None,
         retries: int = 0,
         retry_delay_s: float = 2.0,
+        timeout_s: float | None = None,
+        idle_s: float | None = None,
+        on_idle: Callable[[], None] = lambda: None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Wire it; nothing starts here.
 
         Args:
             ledger: where jobs come from and where their ends go.
             transcriber: does the work.
-            spool: where audio lies that came with a job.
-            directories: where `audio_path` is looked up.
+            preparer: hands out the recordings.
+            spool: where audio lies that came with a job, until nobody needs it any more.
             reports: whom to tell.
             warm_up: the model to load at the start; None: load the first one when it is needed.
             retries: how often a job is tried again after a failure that may pass.
             retry_delay_s: how long the first retry waits; each further one waits four times as long.
+            timeout_s: how long one attempt may take; None: as long as it takes.
+            idle_s: how long there has to be nothing to do for `on_idle` to be called, in the worker's thread.
+            on_idle: gives back what is held only for the next job.
+            monotonic: seconds since whenever.
         """
         self._ledger = ledger
         self._transcriber = transcriber
+        self._preparer = preparer
         self._spool = spool
-        self._directories = directories
         self._reports = reports
         self._warm_up = warm_up
         self._retries = retries
         self._retry_delay_s = retry_delay_s
+        self._timeout_s = timeout_s
+        self._idle_s = idle_s
+        self._on_idle = on_idle
+        self._monotonic = monotonic
         self._stop = threading.Event()
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -158,13 +195,19 @@ class Worker:
         if self._warm_up is not None:
             self._load(self._warm_up)
         self._reports.activity("idle")
-        while self._ledger.wait_for_work(self._stop.is_set):
-            try:
-                self.run_once()
-            except LedgerError as exc:
-                self._reports.degraded("worker", on=True)
-                event(logger, logging.ERROR, "worker_degraded", "%s Next try in %.0f s.", exc, _RETRY_S)
-                self._stop.wait(_RETRY_S)
+        while not self._stop.is_set():
+            if self._ledger.wait_for_work(self._stop.is_set, self._idle_s):
+                self._step()
+            elif not self._stop.is_set():
+                self._on_idle()
+
+    def _step(self) -> None:
+        try:
+            self.run_once()
+        except LedgerError as exc:
+            self._reports.degraded("worker", on=True)
+            event(logger, logging.ERROR, "worker_degraded", "%s Next try in %.0f s.", exc, _RETRY_S)
+            self._stop.wait(_RETRY_S)
 
     def _load(self, model_size: str) -> None:
         self._reports.activity("loading")
@@ -194,39 +237,56 @@ class Worker:
             if outcome is not None:
                 self._record(job, outcome)
         finally:
+            ended = self._ledger.get(job.job_id)
+            self._preparer.release(job, final=ended is None or ended.state.final)
             self._reports.activity("idle")
         return True
 
     def _work(self, job: Job) -> _Outcome | None:
         """Transcribe; None when a forced stop has taken the job away."""
         event(logger, logging.INFO, "started", "Job started, attempt %d", job.attempt, job_id=job.job_id)
+        deadline = math.inf if self._timeout_s is None else self._monotonic() + self._timeout_s
         try:
-            path = self._path(job)
-            transcript = self._transcriber.transcribe(
-                path,
-                TranscriptionOptions(model_size=job.model_size, **job.options),
-                on_progress=_Meter(job, self._reports).note,
-                should_stop=self._abandoned.is_set,
-            )
-            return _Outcome(_result(transcript))
+            return _Outcome(_result(self._transcribed(job, deadline)))
         except JobFailedError as exc:
             return _Outcome(code=exc.code, message=_sayable(exc.message))
         except Stopped:
-            return None
+            return self._stopped(job)
         except Exception:  # noqa: BLE001 - whatever a file or a model does, the next job goes on
             event(logger, logging.ERROR, "failed", "Job failed unexpectedly", job_id=job.job_id, exc_info=True)
             return _UNEXPECTED
 
-    def _path(self, job: Job) -> Path:
-        if job.audio is None:
-            raise JobFailedError(ErrorCode.INTERNAL, "The job has no audio. Submit it again.")
-        if job.audio.kind == "spool":
-            return self._spool.path(job.audio.name)
-        return resolve_audio_path(job.audio.name, self._directories)
+    def _transcribed(self, job: Job, deadline: float) -> Transcript:
+        def should_stop() -> bool:
+            given_up = self._abandoned.is_set() or self._monotonic() >= deadline
+            return given_up or self._ledger.is_cancelling(job.seq)
+
+        checkpoints = Checkpoints(job, self._ledger)
+        recording = self._preparer.take(job, should_stop)
+        return self._transcriber.transcribe(
+            recording,
+            options_of(job),
+            done=self._ledger.windows(job.seq),
+            on_progress=Meter(lambda live: self._reports.progress(job, live), self._monotonic).note,
+            on_segment=lambda segment: self._reports.segment(job, segment) if job.stream else None,
+            on_window=checkpoints.write,
+            should_stop=should_stop,
+        )
+
+    def _stopped(self, job: Job) -> _Outcome | None:
+        """Say why the work was ended before its time."""
+        if self._abandoned.is_set():
+            return None
+        if self._ledger.is_cancelling(job.seq):
+            return _Outcome(cancelled=True)
+        message = "The job took longer than worker.job_timeout, {} s: raise that, or choose a smaller model, and retry."
+        return _Outcome(code=ErrorCode.TIMEOUT, message=message.format(self._timeout_s))
 
     def _write(self, job: Job, outcome: _Outcome) -> None:
         if outcome.result is not None:
             self._ledger.complete(job.seq, outcome.result)
+        elif outcome.cancelled:
+            self._ledger.cancelled(job.seq)
         elif outcome.code in _PASSING and job.retries < self._retries:
             # The jitter keeps consumers that were hit by one failure from trying again in step.
             delay_s = self._retry_delay_s * 4**job.retries * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
@@ -266,44 +326,23 @@ class Worker:
         if ended is None or not ended.state.final:
             return
         self._reports.finished(ended)
-        if ended.audio is not None and ended.audio.kind == "spool" and not _may_be_retried(ended):
+        if ended.audio is not None and ended.audio.kind == "spool" and not may_be_retried(ended):
             self._spool.remove([ended.audio.name])
         took_s = (ended.completed_at or 0.0) - (ended.started_at or 0.0)
         if ended.state is JobState.COMPLETED:
             message = "Job completed in %.2f s (%.1f s of audio)"
             event(logger, logging.INFO, "completed", message, took_s, ended.audio_duration, job_id=job.job_id)
+        elif ended.state is JobState.CANCELLED:
+            event(logger, logging.INFO, "cancelled", "Job cancelled after %.2f s", took_s, job_id=job.job_id)
         else:
             message = "Job ended as %s (%s) after %.2f s: %s"
             details = (ended.state, ended.error_code, took_s, ended.error_message)
             event(logger, logging.WARNING, "failed", message, *details, job_id=job.job_id)
 
 
-class _Meter:
-    """Turns what the transcriber has done into what the world is told; progress never goes back."""
-
-    def __init__(self, job: Job, reports: Reports, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._job = job
-        self._reports = reports
-        self._monotonic = monotonic
-        self._started = monotonic()
-        self._processed_s = 0.0
-
-    def note(self, progress: Progress) -> None:
-        """Take the transcriber's progress (worker thread)."""
-        duration_s = progress.audio_duration_s
-        self._processed_s = min(max(self._processed_s, progress.processed_s), duration_s)
-        elapsed_s = self._monotonic() - self._started
-        speed = self._processed_s / elapsed_s if elapsed_s > 0 and self._processed_s > 0 else None
-        live = Live(
-            # 1 is kept for the end, when the transcript is on disk
-            progress=min(round(self._processed_s / duration_s, 3), 0.999) if duration_s > 0 else 0.0,
-            processed_duration=round(self._processed_s, 3),
-            audio_duration=round(duration_s, 3),
-            speed=None if speed is None else round(speed, 2),
-            eta=None if speed is None else round((duration_s - self._processed_s) / speed, 1),
-            updated_at=time.time(),
-        )
-        self._reports.progress(self._job, live)
+def options_of(job: Job) -> TranscriptionOptions:
+    """Return what the producer of a job chose, as it was when the job was accepted."""
+    return TranscriptionOptions(model_size=job.model_size, **job.options)
 
 
 def _sayable(text: str) -> str:
@@ -319,8 +358,10 @@ def _result(transcript: Transcript) -> Result:
         language_probability=transcript.language_probability,
         no_speech=transcript.no_speech,
         warnings=transcript.warnings,
+        windows=transcript.windows,
     )
 
 
-def _may_be_retried(job: Job) -> bool:
-    return job.error_code is not None and job.error_code.retryable
+def may_be_retried(job: Job) -> bool:
+    """Whether audio that came with a job that has ended may be wanted again."""
+    return job.state is JobState.CANCELLED or (job.error_code is not None and job.error_code.retryable)

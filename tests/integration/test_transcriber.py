@@ -4,7 +4,7 @@ import math
 import os
 import re
 import wave
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 import cesar_mqtt
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.errors import ErrorCode, JobFailedError
+from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.listener import Listener
 from cesar_mqtt.models import ModelStore
-from cesar_mqtt.transcriber import Progress, Stopped, Transcriber, Transcript, TranscriptionOptions
+from cesar_mqtt.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPEECH = DATA / "speech.wav"
@@ -30,8 +32,8 @@ def never() -> bool:
     return False
 
 
-def ignore(_: Progress) -> None:
-    """Take a progress and do nothing with it."""
+def ignore(_: object) -> None:
+    """Take what is told and do nothing with it."""
 
 
 def run(
@@ -39,10 +41,25 @@ def run(
     path: Path,
     options: TranscriptionOptions = TINY,
     *,
+    done: Sequence[Window] = (),
     on_progress: Callable[[Progress], None] = ignore,
+    on_segment: Callable[[Segment], None] = ignore,
+    on_window: Callable[[Window], None] = ignore,
     should_stop: Callable[[], bool] = never,
 ) -> Transcript:
-    return transcriber.transcribe(path, options, on_progress=on_progress, should_stop=should_stop)
+    recording = transcriber.open(path, options, from_s=done[-1].until_s if done else 0.0)
+    try:
+        return transcriber.transcribe(
+            recording,
+            options,
+            done=done,
+            on_progress=on_progress,
+            on_segment=on_segment,
+            on_window=on_window,
+            should_stop=should_stop,
+        )
+    finally:
+        recording.close()
 
 
 def failure(transcriber: Transcriber, path: Path, options: TranscriptionOptions = TINY) -> JobFailedError:
@@ -123,12 +140,14 @@ def test_times_are_those_of_the_file_although_silence_was_cut_out(transcriber: T
 def test_progress_begins_at_nothing_and_never_goes_back(transcriber: Transcriber) -> None:
     seen: list[Progress] = []
     transcript = run(transcriber, LONG, on_progress=seen.append)
-    assert seen[0] == Progress(0.0, transcript.audio_duration_s)
+    assert seen[0].processed_s == 0.0
     processed = [progress.processed_s for progress in seen]
     assert processed == sorted(processed)
-    assert len(seen) == len(transcript.segments) + 1
-    assert processed[-1] == transcript.segments[-1].end_s
-    assert all(progress.processed_s <= progress.audio_duration_s for progress in seen)
+    assert {segment.end_s for segment in transcript.segments} <= set(processed)
+    assert seen[-1] == Progress(transcript.audio_duration_s, transcript.audio_duration_s)
+    assert all(
+        progress.audio_duration_s is None or progress.processed_s <= progress.audio_duration_s for progress in seen
+    )
 
 
 @pytest.mark.model
@@ -179,7 +198,7 @@ def test_silence_and_noise_hold_no_speech(loudness: float, transcriber: Transcri
         language_probability=None,
         no_speech=True,
         audio_duration_s=12.0,
-        segments=(),
+        windows=(Window(0, 12.0, "", None, None, ()),),
         warnings=(),
     )
 
@@ -227,9 +246,9 @@ def test_a_prompt_cannot_steer_the_model_with_control_tokens(prompt: str, transc
 
 @pytest.mark.model
 def test_a_stop_ends_the_work_after_the_segment_and_the_next_job_runs(transcriber: Transcriber) -> None:
-    seen: list[Progress] = []
+    seen: list[Segment] = []
     with pytest.raises(Stopped):
-        run(transcriber, LONG, on_progress=seen.append, should_stop=lambda: len(seen) > 3)
+        run(transcriber, LONG, on_segment=seen.append, should_stop=lambda: len(seen) > 3)
     assert len(seen) == 4
     assert words(run(transcriber, SPEECH).text) == words(SPEECH.with_suffix(".txt").read_text())
 
@@ -263,22 +282,38 @@ def test_a_model_that_is_not_here_is_named(transcriber: Transcriber) -> None:
 # --- what a real model does only seldom
 
 
-class FakeModel:
-    """Stands in for WhisperModel: gives what it is told to, and notes what it was asked and whether it was closed."""
+class FakeSteps:
+    """Stands in for CTranslate2's model, whose steps a fake generator of segments takes."""
 
-    def __init__(self, *script: SimpleNamespace | BaseException, multilingual: bool = False) -> None:
-        self.model = SimpleNamespace(is_multilingual=multilingual)
+    def __init__(self, *, multilingual: bool) -> None:
+        self.is_multilingual = multilingual
+        self.encoded = 0
+
+    def encode(self) -> None:
+        self.encoded += 1
+
+
+class FakeModel:
+    """Stands in for WhisperModel: gives what it is told to, and notes what it was asked and whether it was closed.
+
+    Instead of a segment or an error the script may hold a number: so many steps in which nothing is heard.
+    """
+
+    def __init__(self, *script: SimpleNamespace | BaseException | int, multilingual: bool = False) -> None:
+        self.model = FakeSteps(multilingual=multilingual)
+        self.feature_extractor = SimpleNamespace()
         self.supported_languages = ["en", "de", "yue"]
         self.hf_tokenizer = SimpleNamespace(
             token_to_id={"<|endoftext|>": 50_000, "<|en|>": 50_001, "<|de|>": 50_002}.get,
-            encode=lambda text, **_: SimpleNamespace(ids=[*range(len(text.split())), 50_001]),
+            encode=lambda text, **_: SimpleNamespace(ids=text.split()),
+            decode=" ".join,
         )
-        self.closed = False
-        self.asked: dict[str, Any] = {}
+        self.closed: list[bool] = []
+        self.asked: list[dict[str, Any]] = []
         self._script = script
 
     def transcribe(self, _: object, **asked: object) -> tuple[Generator[SimpleNamespace], SimpleNamespace]:
-        self.asked = asked
+        self.asked.append(asked)
         if self._script and isinstance(self._script[0], BaseException):
             raise self._script[0]
         return self._segments(), SimpleNamespace(language="de", language_probability=np.float32(0.98765))
@@ -288,34 +323,48 @@ class FakeModel:
             for part in self._script:
                 if isinstance(part, BaseException):
                     raise part
-                yield part
+                if isinstance(part, int):
+                    for _ in range(part):
+                        self.model.encode()
+                else:
+                    yield part
         finally:
-            self.closed = True
+            self.closed.append(True)
 
 
 class FakeStore:
     """Stands in for ModelStore, with one model."""
 
+    device = "cpu"
+
     def __init__(self, model: FakeModel) -> None:
         self.model = model
         self.loaded = 0
         self.unloaded = 0
+        self.used = 0
 
-    def load(self, _: str) -> FakeModel:
+    def load(self, _: str, *, should_stop: Callable[[], bool]) -> FakeModel:
         self.loaded += 1
+        assert not should_stop()
         return self.model
 
     def unload(self) -> None:
         self.unloaded += 1
 
+    def mark_used(self) -> None:
+        self.used += 1
 
-def raw(start: float, end: float, text: str = " Hello.", **values: float) -> SimpleNamespace:
-    return SimpleNamespace(start=start, end=end, text=text, **{"avg_logprob": -0.25, "no_speech_prob": 0.01} | values)
+
+def raw(start: float, end: float, text: str = " Hello.", **values: object) -> SimpleNamespace:
+    usual = {"avg_logprob": -0.25, "no_speech_prob": 0.01, "words": None}
+    return SimpleNamespace(start=start, end=end, text=text, **usual | values)
 
 
-def with_model(*script: SimpleNamespace | BaseException, multilingual: bool = False) -> tuple[Transcriber, FakeStore]:
+def with_model(
+    *script: SimpleNamespace | BaseException | int, multilingual: bool = False, window_s: float = 600.0
+) -> tuple[Transcriber, FakeStore]:
     store = FakeStore(FakeModel(*script, multilingual=multilingual))
-    return Transcriber(cast("ModelStore", store), AudioSettings()), store
+    return Transcriber(cast("ModelStore", store), AudioSettings(), window_s=window_s), store
 
 
 def test_audio_that_cannot_be_read_loads_no_model(tmp_path: Path) -> None:
@@ -330,30 +379,44 @@ def test_a_stop_before_the_model_starts_asks_nothing_of_it() -> None:
     with pytest.raises(Stopped):
         run(transcriber, SPEECH, should_stop=lambda: True)
     assert store.loaded == 0
+    begun: list[int] = []
+
+    def once_it_is_loaded() -> bool:
+        begun.append(store.loaded)
+        return begun[-2:] == [1, 1]  # the first time, the store itself asks
+
     with pytest.raises(Stopped):
-        run(transcriber, SPEECH, should_stop=lambda: store.loaded > 0)
-    assert store.model.asked == {}
+        run(transcriber, SPEECH, should_stop=once_it_is_loaded)
+    assert store.model.asked == []
 
 
 def test_a_stop_closes_the_generator_whoever_holds_on_to_the_exception() -> None:
     transcriber, store = with_model(raw(0, 1), raw(1, 2), raw(2, 3))
-    seen: list[Progress] = []
+    seen: list[Segment] = []
     with pytest.raises(Stopped) as caught:
-        run(transcriber, SPEECH, on_progress=seen.append, should_stop=lambda: len(seen) == 2)
+        run(transcriber, SPEECH, on_segment=seen.append, should_stop=lambda: len(seen) == 2)
     assert caught.value.__traceback__ is not None
-    assert store.model.closed
+    assert store.model.closed == [True]
+    assert store.unloaded == 0
+
+
+def test_a_stop_is_heeded_while_nothing_is_heard() -> None:
+    transcriber, store = with_model(raw(0, 1), 1000, raw(2, 3))
+    with pytest.raises(Stopped):
+        run(transcriber, SPEECH, should_stop=lambda: store.model.model.encoded == 20)
+    assert store.model.model.encoded == 20
+    assert store.model.closed == [True]
 
 
 def test_a_callback_that_fails_closes_the_generator_and_is_not_blamed_on_the_model() -> None:
     transcriber, store = with_model(raw(0, 1), raw(1, 2))
 
-    def fail(progress: Progress) -> None:
-        if progress.processed_s > 0:
-            raise RuntimeError("the disk is full")
+    def fail(_: Segment) -> None:
+        raise RuntimeError("the disk is full")
 
     with pytest.raises(RuntimeError, match="the disk is full"):
-        run(transcriber, SPEECH, on_progress=fail)
-    assert store.model.closed
+        run(transcriber, SPEECH, on_segment=fail)
+    assert store.model.closed == [True]
     assert store.unloaded == 0
 
 
@@ -402,7 +465,7 @@ def test_what_is_heard_behind_the_end_of_the_audio_is_dropped_and_times_stay_ins
         (2.0, 4.025),
         (3.9, 3.9),
     ]
-    assert [progress.processed_s for progress in seen] == [0.0, 2.0, 4.025, 4.025]
+    assert [progress.processed_s for progress in seen][-2:] == [2.0, 4.025]
 
 
 def test_only_what_is_heard_behind_the_end_is_no_speech() -> None:
@@ -414,15 +477,39 @@ def test_a_multilingual_model_detects_translates_and_is_asked_with_care() -> Non
     transcriber, store = with_model(raw(0, 1), multilingual=True)
     transcript = run(transcriber, SPEECH, TranscriptionOptions("base", task="translate", beam_size=3, vad_filter=False))
     assert (transcript.language, transcript.language_probability) == ("de", 0.988)
-    assert store.model.asked == {
-        "language": None,
-        "task": "translate",
-        "beam_size": 3,
-        "initial_prompt": None,
-        "vad_filter": False,
-        "condition_on_previous_text": False,
-        "language_detection_segments": 4,
-    }
+    assert store.model.asked == [
+        {
+            "language": None,
+            "task": "translate",
+            "beam_size": 3,
+            "initial_prompt": None,
+            "hotwords": None,
+            "word_timestamps": False,
+            "vad_filter": False,
+            "condition_on_previous_text": False,
+            "language_detection_segments": 4,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [(0, (0.0,)), (0.5, (0.5,)), ([0, 0.4], (0.0, 0.4)), ((0.2,), (0.2,)), ([], None), (None, None)]
+)
+def test_a_temperature_may_be_a_number_or_several(
+    given: float | Sequence[float] | None, asked: tuple[float, ...] | None
+) -> None:
+    transcriber, store = with_model(raw(0, 1))
+    run(transcriber, SPEECH, TranscriptionOptions("tiny.en", temperature=given))
+    assert store.model.asked[0].get("temperature") == asked
+
+
+def test_options_from_json_are_equal_to_those_with_tuples() -> None:
+    from_json = TranscriptionOptions("tiny.en", clip_timestamps=[[1, 2], [3, 4.5]], temperature=[0, 1])
+    assert from_json == TranscriptionOptions(
+        "tiny.en", clip_timestamps=((1.0, 2.0), (3.0, 4.5)), temperature=(0.0, 1.0)
+    )
+    assert from_json.clips == ((1.0, 2.0), (3.0, 4.5))
+    assert hash(from_json)
 
 
 @pytest.mark.parametrize("language", ["xx", "yue", "endoftext"])
@@ -433,9 +520,176 @@ def test_a_language_that_the_model_has_no_token_for_is_refused(language: str) ->
     assert repr(language) in error.message
 
 
-@pytest.mark.parametrize(("count", "kept", "cut"), [(3, 3, False), (100, 100, False), (101, 100, True)])
-def test_the_end_of_a_prompt_is_kept(count: int, kept: int, cut: bool) -> None:  # noqa: FBT001
-    transcriber, store = with_model()
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt="word " * count))
-    assert store.model.asked["initial_prompt"] == list(range(count - kept, count))
-    assert transcript.warnings == (("initial_prompt_truncated",) if cut else ())
+@pytest.mark.parametrize(("count", "cut"), [(3, False), (100, False), (101, True), (50_000, True)])
+def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bool) -> None:  # noqa: FBT001
+    transcriber, store = with_model(raw(0, 1))
+    said = [f"w{number}" for number in range(count)]
+    options = TranscriptionOptions("tiny.en", initial_prompt=" ".join(said), hotwords=" ".join(said))
+    transcript = run(transcriber, SPEECH, options)
+    assert store.model.asked[0]["initial_prompt"].split() == said[-100:]
+    assert store.model.asked[0]["hotwords"].split() == said[:100]
+    assert transcript.warnings == (("initial_prompt_truncated", "hotwords_truncated") if cut else ())
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("", None),
+        (" \n ", None),
+        ("<|endoftext|>", None),
+        ("<|nospeech|> <|0.00|>", None),
+        ("<<|nospeech|>|endoftext|>", None),
+        ("one <|de|> two", " one  two"),
+        ("\ud800one", " one"),
+        ("five < six |> seven", " five < six |> seven"),
+    ],
+)
+def test_no_control_token_gets_into_a_prompt(given: str, asked: str | None) -> None:
+    transcriber, store = with_model(raw(0, 1))
+    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=given, hotwords=given))
+    assert (store.model.asked[0]["initial_prompt"], store.model.asked[0]["hotwords"]) == (asked, asked)
+    assert transcript.warnings == ()
+
+
+def test_words_stay_inside_the_file_and_numbers_are_plain() -> None:
+    word = SimpleNamespace(
+        start=np.float64(-0.20049), end=np.float64(9.0), word=" Hello", probability=np.float32(0.98765)
+    )
+    broken = SimpleNamespace(start=math.nan, end=math.nan, word=" there", probability=math.nan)
+    transcriber, _ = with_model(raw(0, 1, words=[word, broken]), raw(2, 3, words=[]))
+    first, second = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", word_timestamps=True)).segments
+    assert first.words is not None
+    assert [(one.start_s, one.end_s, one.text, one.probability) for one in first.words] == [
+        (0.0, 4.025, " Hello", 0.988),
+        (0.0, 0.0, " there", 0.0),
+    ]
+    assert {type(one.start_s) for one in first.words} == {float}
+    assert second.words == ()
+
+
+def test_segments_never_go_back_in_time() -> None:
+    transcriber, _ = with_model(raw(2.0, 3.0, " two"), raw(1.0, 1.5, " one"))
+    segments = run(transcriber, SPEECH).segments
+    assert [(segment.start_s, segment.end_s) for segment in segments] == [(2.0, 3.0), (2.0, 2.0)]
+
+
+# --- windows
+
+
+@pytest.fixture
+def minute(tmp_path: Path) -> Path:
+    """60 s in which a pause begins every ten seconds."""
+    loud = np.random.default_rng(1).normal(scale=0.2, size=60 * 16_000).clip(-1, 1)
+    loud[(np.arange(len(loud)) // 8000) % 20 == 0] = 0.0
+    return write_wav(tmp_path / "minute.wav", loud)
+
+
+def test_every_window_but_the_last_is_told_and_all_are_in_the_transcript(minute: Path) -> None:
+    transcriber, store = with_model(raw(0.5, 1.0, " Hello"), raw(2, 3, " there."), window_s=25.0)
+    told: list[Window] = []
+    segments: list[Segment] = []
+    transcript = run(transcriber, minute, on_window=told.append, on_segment=segments.append)
+    assert transcript.windows[:-1] == tuple(told)
+    assert len(told) >= 2
+    assert [window.number for window in transcript.windows] == list(range(len(told) + 1))
+    assert transcript.windows[-1].until_s == 60.0
+    assert transcript.segments == tuple(segments)
+    assert [segment.id for segment in segments] == list(range(1, len(segments) + 1))
+    starts = [0.0, *[window.until_s for window in told]]
+    assert [window.segments[0].start_s for window in transcript.windows] == [round(start + 0.5, 3) for start in starts]
+    assert transcript.text == " ".join(["Hello there."] * len(transcript.windows))
+    assert len(store.model.asked) == len(transcript.windows) == store.used
+    assert store.loaded == 1
+    assert len(store.model.closed) == len(transcript.windows)
+
+
+def test_the_language_is_detected_once(minute: Path) -> None:
+    transcriber, store = with_model(raw(0.5, 1.0), multilingual=True, window_s=25.0)
+    transcript = run(transcriber, minute, TranscriptionOptions("base"))
+    assert [asked["language"] for asked in store.model.asked] == [None, "de", "de"]
+    assert (transcript.language, transcript.language_probability) == ("de", 0.988)
+    assert {(window.language, window.language_probability) for window in transcript.windows} == {("de", 0.988)}
+
+
+def test_where_nobody_speaks_no_language_is_taken_for_known(minute: Path) -> None:
+    transcriber, store = with_model(multilingual=True, window_s=25.0)
+    transcript = run(transcriber, minute, TranscriptionOptions("base"))
+    assert [asked["language"] for asked in store.model.asked] == [None, None, None]
+    assert (transcript.no_speech, transcript.language, transcript.language_probability) == (True, None, None)
+    assert {window.language for window in transcript.windows} == {None}
+
+
+def test_a_language_that_is_given_is_not_detected(minute: Path) -> None:
+    transcriber, store = with_model(raw(0.5, 1.0), multilingual=True, window_s=25.0)
+    transcript = run(transcriber, minute, TranscriptionOptions("base", language="en"))
+    assert {asked["language"] for asked in store.model.asked} == {"en"}
+    assert (transcript.language, transcript.language_probability) == ("en", 1.0)
+
+
+def test_what_an_earlier_attempt_has_done_is_counted_and_not_told_again(minute: Path) -> None:
+    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)[0], minute)
+    for number in range(1, len(whole.windows)):
+        transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)
+        done = whole.windows[:number]
+        told: list[Window] = []
+        segments: list[Segment] = []
+        progress: list[Progress] = []
+        again = run(
+            transcriber,
+            minute,
+            done=done,
+            on_window=told.append,
+            on_segment=segments.append,
+            on_progress=progress.append,
+        )
+        assert again == whole
+        assert tuple(told) == whole.windows[number:-1]
+        assert tuple(segments) == whole.segments[2 * number :]
+        assert progress[0].processed_s == done[-1].until_s
+        assert [asked["language"] for asked in store.model.asked] == ["de"] * (len(whole.windows) - number)
+
+
+def test_with_nothing_left_to_do_the_transcript_is_what_was_done(minute: Path) -> None:
+    whole = run(with_model(raw(0.5, 1.0), window_s=25.0)[0], minute)
+    transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
+    again = run(transcriber, minute, done=whole.windows)
+    assert (again.text, again.segments, again.language) == (whole.text, whole.segments, whole.language)
+    assert store.loaded == 0
+
+
+def test_a_stop_between_two_windows_keeps_those_that_were_told(minute: Path) -> None:
+    transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
+    told: list[Window] = []
+    with pytest.raises(Stopped):
+        run(transcriber, minute, on_window=told.append, should_stop=lambda: bool(told))
+    assert len(told) == len(store.model.asked) == 1
+
+
+def test_progress_is_that_of_the_file_and_not_of_the_window(minute: Path) -> None:
+    transcriber, _ = with_model(raw(0.5, 1.0), window_s=25.0)
+    seen: list[Progress] = []
+    transcript = run(transcriber, minute, on_progress=seen.append)
+    processed = [progress.processed_s for progress in seen]
+    assert processed == sorted(processed)
+    assert {window.until_s for window in transcript.windows} <= set(processed)
+    assert {progress.audio_duration_s for progress in seen} <= {None, 60.0}
+    assert seen[-1] == Progress(60.0, 60.0)
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_range_outside_of_the_file_is_refused() -> None:
+    transcriber, store = with_model(raw(0.5, 1.0))
+    error = failure(transcriber, SPEECH, TranscriptionOptions("tiny.en", clip_timestamps=[[30, 40]]))
+    assert error.code is ErrorCode.INVALID_REQUEST
+    assert store.loaded == 0
+
+
+# --- batched
+
+
+def test_no_more_are_worked_at_once_than_a_stop_can_wait_for() -> None:
+    model = cast("Any", FakeModel(multilingual=True))
+    model._split_segments_by_timestamps = None
+    for batch_size, device, at_once in ((2, "cpu", 2), (8, "cpu", 8), (32, "cpu", 8), (32, "cuda", 32)):
+        options = TranscriptionOptions("base", batch_size=batch_size)
+        assert Listener(model, options, device=device, should_stop=never)._at_once == at_once

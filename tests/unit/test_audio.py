@@ -2,6 +2,7 @@ import os
 import random
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,16 @@ import pytest
 from av.audio.stream import AudioStream
 from numpy.typing import NDArray
 
-from cesar_mqtt.audio import SAMPLE_RATE, AudioLimits, AudioReader, Samples, open_audio, resolve_audio_path
-from cesar_mqtt.errors import ErrorCode, JobFailedError
+from cesar_mqtt.audio import (
+    SAMPLE_RATE,
+    AudioLimits,
+    AudioReader,
+    Samples,
+    file_identity,
+    open_audio,
+    resolve_audio_path,
+)
+from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 
 LIMITS = AudioLimits(max_bytes=50_000_000, max_duration_s=600.0)
 NOBODY = 65534
@@ -581,6 +590,53 @@ def test_a_picture_that_lasts_longer_than_the_sound_is_no_truncation(tmp_path: P
     samples, audio = decode(film(tmp_path / "film.mp4", picture_s=10, sound_s=3))
     assert len(samples) / SAMPLE_RATE == pytest.approx(3.0, abs=0.1)
     assert audio.warnings == ()
+
+
+def test_a_stop_is_heeded_between_two_packets(tmp_path: Path) -> None:
+    path = encode(tmp_path / "note.flac", "flac", "flac", tone(9, 16_000), rate=16_000)
+    asked: list[bool] = []
+
+    def at_the_third_packet() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    with open_audio(path, LIMITS) as audio, pytest.raises(Stopped):
+        list(audio.blocks(at_the_third_packet))
+
+
+def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a WAV it looks for a further chunk behind the sound, here in millions of empty ones.
+    monkeypatch.setattr("cesar_mqtt.audio._PATIENCE_S", 0.2)
+    path = tmp_path / "lost.wav"
+    path.write_bytes(wav_bytes(tone(1, 16_000).tobytes()))
+    os.truncate(path, 400_000_000)
+    samples, audio = decode(path, AudioLimits(max_bytes=10**9, max_duration_s=1e6))
+    assert len(samples) == SAMPLE_RATE
+    assert audio.info.size_bytes == 400_000_000
+
+
+def test_the_patience_with_ffmpeg_does_not_count_what_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.audio._PATIENCE_S", 0.2)
+    pcm = np.random.default_rng(1).integers(-8000, 8000, 30 * 16_000, np.int16)
+    path = encode(tmp_path / "note.flac", "flac", "flac", pcm, rate=16_000)
+    heard = 0
+    with open_audio(path, LIMITS) as audio:
+        for block in audio.blocks():
+            heard += len(block)
+            threading.Event().wait(0.3)
+        assert audio.warnings == ()
+    assert heard == 30 * SAMPLE_RATE
+
+
+def test_a_file_is_told_apart_from_what_takes_its_place(tmp_path: Path) -> None:
+    path = encode(tmp_path / "note.wav", "wav", "pcm_s16le", tone(1, 16_000), rate=16_000)
+    with open_audio(path, LIMITS) as audio:
+        assert audio.info.identity == file_identity(path.stat())
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, 0))
+    assert audio.info.identity != file_identity(path.stat())
 
 
 def test_no_damage_whatever_raises_anything_but_a_job_failure(tmp_path: Path) -> None:

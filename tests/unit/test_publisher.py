@@ -24,6 +24,7 @@ from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.messages import Live, Rejection, status_of
 from cesar_mqtt.publisher import IN_FLIGHT, Publisher
 from cesar_mqtt.topics import Topics
+from cesar_mqtt.transcript import Segment, Window
 
 DEADLINE_S = 10.0
 QUEUE = "cesar/consumer/kitchen/queue"
@@ -41,6 +42,7 @@ class Message:
     topic: str
     payload: bytes
     retain: bool
+    correlation_data: bytes | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -62,7 +64,9 @@ class FakeConnection:
         self.on_sent: Callable[[Message], None] = lambda _message: None
         self._tickets = itertools.count(1)
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int | None:
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
+    ) -> int | None:
         self.attempts += 1
         self.threads.add(threading.current_thread().name)
         if self.goes_down_after == 0:
@@ -76,7 +80,7 @@ class FakeConnection:
             raise CannotPublishError("Nothing can be published there.")
         if self.goes_down_after is not None:
             self.goes_down_after -= 1
-        self.sent.append(Message(next(self._tickets), topic, payload, retain))
+        self.sent.append(Message(next(self._tickets), topic, payload, retain, correlation_data))
         self.on_sent(self.sent[-1])
         return self.sent[-1].ticket
 
@@ -107,8 +111,8 @@ class Bench:
         assert job is not None
         return job
 
-    def complete(self, job: Job, text: str = "Hello.") -> Job:
-        self.ledger.complete(job.seq, Result(text, 2.5, "en", 0.9, no_speech=False))
+    def complete(self, job: Job, text: str = "Hello.", windows: tuple[Window, ...] = ()) -> Job:
+        self.ledger.complete(job.seq, Result(text, 2.5, "en", 0.9, no_speech=False, windows=windows))
         return self.job(job.job_id)
 
     def job(self, job_id: str) -> Job:
@@ -678,12 +682,12 @@ def test_rejections_wait_for_a_connection_and_those_on_their_way_for_the_next_on
 
 
 def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.publisher._REJECTIONS", 5)
+    monkeypatch.setattr("cesar_mqtt.publisher._NOTES", 5)
     with opened(tmp_path) as bench:
         for number in range(8):
             bench.publisher.reject(rejection(f"{number}"))
         bench.turn()
-        assert len(bench.publisher._rejections) == 5
+        assert len(bench.publisher._notes) == 5
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["3", "4", "5", "6", "7"]
         bench.publisher.reject(rejection("8"))
         bench.turn()
@@ -1056,3 +1060,129 @@ def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(bench: Benc
     bench.connect(session_present=True)
     bench.settle()
     assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
+
+
+# -- results, segments, answers ------------------------------------------------------------------------------------
+
+SPOKEN = tuple(Segment(n, n - 1.0, float(n), f"Sentence {n}.", -0.2, 0.01) for n in range(1, 101))
+WINDOW = Window(0, 100.0, " ".join(segment.text for segment in SPOKEN), "en", 0.9, SPOKEN)
+
+
+def completed_with(bench: Bench, *formats: str) -> None:
+    bench.add("a", formats=formats)
+    bench.complete(bench.claim(), WINDOW.text, (WINDOW,))
+
+
+def test_results_are_retained_before_the_status_says_that_they_are_there(bench: Bench) -> None:
+    completed_with(bench, "srt", "txt")
+    said = [message for message in bench.connect() if message.topic.startswith(("cesar/status", "cesar/result"))]
+    assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/txt", "cesar/status/a"]
+    assert all(message.retain for message in said)
+    assert said[0].payload.startswith(b"1\n00:00:00,000 --> 00:00:01,000\nSentence 1.\n")
+    assert (said[2].fields["formats"], said[2].fields["result_truncated"]) == (["srt", "txt"], False)
+
+
+def test_results_whose_status_was_not_acknowledged_are_published_again(bench: Bench) -> None:
+    completed_with(bench, "json")
+    results = [message for message in bench.connect() if message.topic == "cesar/result/a/json"]
+    bench.acknowledge(*results)
+    bench.disconnect()
+    said = [message.topic for message in bench.connect()]
+    assert said.index("cesar/result/a/json") < said.index("cesar/status/a")
+
+
+def test_a_broker_that_has_lost_everything_is_told_the_results_again(bench: Bench) -> None:
+    completed_with(bench, "tsv")
+    bench.quiet()
+    bench.disconnect()
+    assert "cesar/result/a/tsv" not in [message.topic for message in bench.connect()]
+    bench.settle()
+    bench.disconnect()
+    assert "cesar/result/a/tsv" in [message.topic for message in bench.connect(session_present=False)]
+
+
+@pytest.mark.parametrize("name", ["txt", "srt", "vtt", "tsv", "json"])
+def test_a_result_over_the_brokers_limit_is_cut_and_the_status_says_so(bench: Bench, name: str) -> None:
+    completed_with(bench, name)
+    said = {message.topic: message for message in bench.connect(limit_bytes=1300)}
+    assert len(said[f"cesar/result/a/{name}"].payload) > 1000
+    assert said["cesar/status/a"].fields["result_truncated"] is True
+
+
+def test_a_job_that_has_not_completed_has_no_results(bench: Bench) -> None:
+    bench.add("a", formats=("srt",))
+    job = bench.claim()
+    bench.ledger.fail(job.seq, ErrorCode.AUDIO_EMPTY, "It is empty.")
+    assert [message.topic for message in bench.connect() if message.topic.startswith("cesar/result")] == []
+
+
+def test_deleting_a_job_clears_its_results_and_then_its_status(bench: Bench) -> None:
+    completed_with(bench, "srt", "json")
+    bench.quiet()
+    bench.ledger.delete("a")
+    said = [message for message in bench.turn() if message.payload == b""]
+    assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/json", "cesar/status/a"]
+    assert all(message.retain for message in said)
+    bench.acknowledge(*said)
+    assert bench.ledger.gone(10) == []
+
+
+def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status(bench: Bench) -> None:
+    completed_with(bench, "srt")
+    bench.quiet()
+    bench.disconnect()
+    bench.ledger.delete("a")
+    bench.add("a")
+    said = bench.connect()
+    said += bench.settle()
+    mine = [message for message in said if message.topic.endswith(("/a", "/srt"))]
+    assert [(message.topic, message.payload == b"") for message in mine] == [
+        ("cesar/result/a/srt", True),
+        ("cesar/status/a", False),
+    ]
+    assert bench.ledger.gone(10) == []
+
+
+def test_segments_are_told_to_who_listens_and_dropped_without_a_connection(bench: Bench) -> None:
+    bench.add("a", stream=True)
+    job = bench.claim()
+    bench.publisher.segment(job, SPOKEN[0])
+    bench.quiet()
+    bench.publisher.segment(job, SPOKEN[1])
+    (said,) = bench.turn()
+    assert (said.topic, said.retain, said.fields["id"]) == ("cesar/segments/a", False, 2)
+    bench.disconnect()
+    assert "cesar/segments/a" not in [message.topic for message in bench.connect()], "not again, either"
+
+
+def test_segments_are_told_before_the_status_that_ends_their_job(bench: Bench) -> None:
+    bench.add("a", stream=True)
+    job = bench.claim()
+    bench.quiet()
+    bench.publisher.segment(job, SPOKEN[0])
+    bench.complete(job)
+    topics = [message.topic for message in bench.turn()]
+    assert topics.index("cesar/segments/a") < topics.index("cesar/status/a")
+
+
+def test_an_answer_waits_for_a_connection_and_bears_its_correlation_data(bench: Bench) -> None:
+    bench.publisher.answer("reply/here", b"{}", correlation_data=b"42")
+    (said,) = [message for message in bench.connect() if message.topic == "reply/here"]
+    assert (said.payload, said.retain, said.correlation_data) == (b"{}", False, b"42")
+    bench.disconnect()
+    assert "reply/here" in [message.topic for message in bench.connect()], "it was not acknowledged"
+    bench.settle()
+    bench.disconnect()
+    assert "reply/here" not in [message.topic for message in bench.connect()]
+
+
+def test_a_paused_consumer_says_so_when_it_has_nothing_else_to_say(bench: Bench) -> None:
+    bench.publisher.activity("idle")
+    bench.ledger.pause(on=True)
+    (queue,) = on("cesar/consumer/kitchen/queue", bench.connect())
+    assert (queue["activity"], queue["paused"]) == ("paused", True)
+    bench.settle()
+    bench.now += 10
+    bench.publisher.activity("processing")
+    (queue,) = on("cesar/consumer/kitchen/queue", bench.turn())
+    assert (queue["activity"], queue["paused"]) == ("processing", True)

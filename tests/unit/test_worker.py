@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cesar_mqtt.attempt import Meter
+from cesar_mqtt.audio import resolve_audio_path
 from cesar_mqtt.disk import Disk
-from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError
+from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.messages import Activity, Live
 from cesar_mqtt.spool import Spool
-from cesar_mqtt.transcriber import Progress, Segment, Stopped, Transcript, TranscriptionOptions
-from cesar_mqtt.worker import Worker, _Meter
+from cesar_mqtt.transcriber import TranscriptionOptions
+from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.worker import Worker
 
 DEADLINE_S = 10.0
 HELLO = Transcript(
@@ -30,7 +33,7 @@ HELLO = Transcript(
     language_probability=0.97,
     no_speech=False,
     audio_duration_s=2.5,
-    segments=(Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01),),
+    windows=(Window(0, 2.5, " Hello there.", "en", 0.97, (Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01),)),),
     warnings=("audio_truncated",),
 )
 
@@ -41,7 +44,10 @@ class Call:
 
     path: Path
     options: TranscriptionOptions
+    done: Sequence[Window]
     on_progress: Callable[[Progress], None]
+    on_segment: Callable[[Segment], None]
+    on_window: Callable[[Window], None]
     should_stop: Callable[[], bool]
 
 
@@ -56,19 +62,43 @@ class FakeTranscriber:
 
     def transcribe(
         self,
-        path: Path,
+        recording: Any,
         options: TranscriptionOptions,
         *,
+        done: Sequence[Window],
         on_progress: Callable[[Progress], None],
+        on_segment: Callable[[Segment], None],
+        on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
     ) -> Transcript:
-        self.calls.append(Call(path, options, on_progress, should_stop))
+        self.calls.append(Call(recording, options, done, on_progress, on_segment, on_window, should_stop))
         return self.script(self.calls[-1])
 
     def warm_up(self, model_size: str) -> None:
         self.warm_ups.append(model_size)
         if self.warm_up_error is not None:
             raise self.warm_up_error
+
+
+class FakePreparer:
+    """Hands out the path of a job's audio for its recording, and notes what is given back."""
+
+    def __init__(self, spool: Spool, directory: Path) -> None:
+        self._spool = spool
+        self._directory = directory
+        self.released: list[tuple[str, bool]] = []
+
+    def take(self, job: Job, should_stop: Callable[[], bool]) -> Any:
+        if should_stop():
+            raise Stopped
+        if job.audio is None:
+            raise JobFailedError(ErrorCode.INTERNAL, "The job has no audio. Submit it again.")
+        if job.audio.kind == "spool":
+            return self._spool.path(job.audio.name)
+        return resolve_audio_path(job.audio.name, [self._directory])
+
+    def release(self, job: Job, *, final: bool) -> None:
+        self.released.append((job.job_id, final))
 
 
 class FakeReports:
@@ -92,6 +122,9 @@ class FakeReports:
 
     def progress(self, job: Job, live: Live) -> None:
         self._tell((job.job_id, live))
+
+    def segment(self, job: Job, segment: Segment) -> None:
+        self._tell((job.job_id, segment))
 
     def finished(self, job: Job) -> None:
         self._tell(job)
@@ -151,13 +184,17 @@ class Bench:
         (folder / "secret.wav").write_bytes(b"RIFF")
         self.transcriber = FakeTranscriber()
         self.reports = FakeReports()
-        self.worker = Worker(
+        self.preparer = FakePreparer(self.spool, self.audio)
+        self.worker = self.make_worker(warm_up=warm_up)
+
+    def make_worker(self, **settings: Any) -> Worker:
+        return Worker(
             self.ledger,
             self.transcriber,
+            preparer=self.preparer,
             spool=self.spool,
-            directories=[self.audio],
             reports=self.reports,
-            warm_up=warm_up,
+            **settings,
         )
 
     def add(self, *job_ids: str, path: str = "porch.wav", **fields: Any) -> None:
@@ -277,7 +314,7 @@ def test_jobs_run_in_the_order_of_their_acceptance(bench: Bench) -> None:
 
 
 def test_silence_is_recorded_as_no_speech(bench: Bench) -> None:
-    silence = dataclasses.replace(HELLO, text="", language=None, language_probability=None, no_speech=True, segments=())
+    silence = dataclasses.replace(HELLO, text="", language=None, language_probability=None, no_speech=True, windows=())
     bench.transcriber.script = lambda _call: silence
     bench.add("a")
     bench.worker.run_once()
@@ -362,7 +399,7 @@ def test_an_unexpected_error_ends_the_job_without_giving_anything_away_and_the_n
 
 def test_a_job_without_audio_or_with_options_of_a_later_version_fails_alone(bench: Bench) -> None:
     bench.ledger.append([NewJob("a", "f", None, "base")])
-    bench.add("b", options={"hotwords": "x"})
+    bench.add("b", options={"voice": "x"})
     bench.add("c")
     while bench.worker.run_once():
         pass
@@ -741,16 +778,33 @@ def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
     assert (second.progress, second.processed_duration) == (0.4, 1.0)
 
 
-AT_WORK = Job(1, "a", JobState.PROCESSING, 1, 0.0, 0.0, "f", "base")
-
-
 def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
-    reports = FakeReports()
+    lives: list[Live] = []
     clock = iter([100.0, 100.5, 105.0, 110.0])
-    meter = _Meter(AT_WORK, reports, lambda: next(clock))
+    meter = Meter(lives.append, lambda: next(clock))
     for processed_s in (0.0, 20.0, 60.0):
         meter.note(Progress(processed_s, 60.0))
-    assert [(live.speed, live.eta) for _, live in reports.told] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
+    assert [(live.speed, live.eta) for live in lives] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
+
+
+def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
+    lives: list[Live] = []
+    clock = iter([100.0, 100.5, 110.0])
+    meter = Meter(lives.append, lambda: next(clock))
+    for processed_s in (600.0, 650.0):
+        meter.note(Progress(processed_s, 700.0))
+    assert [(live.progress, live.speed, live.eta) for live in lives] == [(0.857, None, None), (0.929, 5.0, 10.0)]
+
+
+def test_as_long_as_nobody_knows_how_long_a_file_is_there_is_no_progress_to_tell() -> None:
+    lives: list[Live] = []
+    meter = Meter(lives.append)
+    for duration_s in (None, 60.0):
+        meter.note(Progress(30.0, duration_s))
+    assert [(live.progress, live.processed_duration, live.audio_duration) for live in lives] == [
+        (None, 30.0, None),
+        (0.5, 30.0, 60.0),
+    ]
 
 
 durations = st.just(0.0) | st.floats(0.001, 400_000.0).map(lambda seconds: round(seconds, 3))
@@ -762,13 +816,12 @@ steps = st.lists(st.tuples(st.floats(-0.5, 1.5), st.floats(0, 100_000)), min_siz
 def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
     duration_s: float, processed: list[tuple[float, float]]
 ) -> None:
-    reports = FakeReports()
+    lives: list[Any] = []
     now_s = 1000.0
-    meter = _Meter(AT_WORK, reports, lambda: now_s)
+    meter = Meter(lives.append, lambda: now_s)
     for share, took_s in processed:
         now_s += took_s
         meter.note(Progress(round(share * duration_s, 3), duration_s))
-    lives = [live for _, live in reports.told]
     assert len(lives) == len(processed)
     assert all(0.0 <= live.progress < 1.0 for live in lives)
     assert [live.progress for live in lives] == sorted(live.progress for live in lives)
@@ -783,18 +836,10 @@ def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
 
 def patient(bench: Bench, retries: int) -> Worker:
     """A worker that tries again, after no time worth waiting for."""
-    return Worker(
-        bench.ledger,
-        bench.transcriber,
-        spool=bench.spool,
-        directories=[bench.audio],
-        reports=bench.reports,
-        retries=retries,
-        retry_delay_s=1e-9,
-    )
+    return bench.make_worker(retries=retries, retry_delay_s=1e-9)
 
 
-@pytest.mark.parametrize("code", [ErrorCode.MODEL_UNAVAILABLE, ErrorCode.DOWNLOAD_FAILED, ErrorCode.INTERNAL])
+@pytest.mark.parametrize("code", [ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL])
 def test_a_failure_that_may_pass_is_tried_again_as_often_as_allowed(bench: Bench, code: ErrorCode) -> None:
     worker = patient(bench, retries=2)
     bench.add("a")
@@ -816,15 +861,7 @@ def test_a_failure_that_cannot_pass_is_not_tried_again(bench: Bench) -> None:
 
 
 def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) -> None:
-    worker = Worker(
-        bench.ledger,
-        bench.transcriber,
-        spool=bench.spool,
-        directories=[bench.audio],
-        reports=bench.reports,
-        retries=1,
-        retry_delay_s=3600.0,
-    )
+    worker = bench.make_worker(retries=1, retry_delay_s=3600.0)
     bench.add("a", "b")
     bench.fails_with(JobFailedError(ErrorCode.MODEL_UNAVAILABLE, "Not now."))
     assert worker.run_once()
@@ -832,3 +869,157 @@ def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) 
     assert worker.run_once()
     assert not worker.run_once()
     assert (bench.job("a").state, bench.job("b").state) == (JobState.QUEUED, JobState.COMPLETED)
+
+
+# -- ends that somebody asks for -----------------------------------------------------------------------------------
+
+
+def stops_when_told(call: Call) -> Transcript:
+    if call.should_stop():
+        raise Stopped
+    return HELLO
+
+
+def test_a_job_that_is_cancelled_in_work_ends_cancelled_and_the_next_goes_on(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        if len(bench.transcriber.calls) == 1:
+            bench.ledger.cancel("a")
+        return stops_when_told(call)
+
+    bench.transcriber.script = script
+    bench.add("a", "b")
+    assert bench.worker.run_once()
+    assert bench.worker.run_once()
+    assert (bench.job("a").state, bench.job("b").state) == (JobState.CANCELLED, JobState.COMPLETED)
+    assert bench.job("a").error_code is None
+    assert [job.job_id for job in bench.reports.ended] == ["a", "b"]
+    assert bench.preparer.released == [("a", True), ("b", True)]
+
+
+def test_a_cancelled_upload_keeps_its_audio_for_a_retry(bench: Bench) -> None:
+    def script(_call: Call) -> Transcript:
+        bench.ledger.cancel("a")
+        raise Stopped
+
+    path = bench.add_upload("a")
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert path.exists()
+    bench.transcriber.script = lambda _call: HELLO
+    bench.ledger.retry("a")
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.COMPLETED
+    assert not path.exists()
+
+
+def test_a_job_that_completes_although_it_was_cancelled_is_completed(bench: Bench) -> None:
+    def script(_call: Call) -> Transcript:
+        bench.ledger.cancel("a")
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.COMPLETED
+    assert not bench.ledger.is_cancelling(bench.job("a").seq)
+
+
+def test_a_job_over_its_time_ends_as_a_timeout_that_says_how_long_it_had(bench: Bench) -> None:
+    now_s = 100.0
+
+    def script(call: Call) -> Transcript:
+        nonlocal now_s
+        assert not call.should_stop()
+        now_s += 61.0
+        return stops_when_told(call)
+
+    bench.transcriber.script = script
+    bench.add("a", "b")
+    worker = bench.make_worker(timeout_s=60.0, monotonic=lambda: now_s, retries=2)
+    worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.error_code) == (JobState.ERROR, ErrorCode.TIMEOUT)
+    assert "worker.job_timeout, 60.0 s" in (job.error_message or "")
+
+
+def test_a_cancel_that_comes_while_the_audio_is_fetched_ends_the_job(bench: Bench) -> None:
+    bench.add("a")
+    claim = bench.ledger.claim
+
+    def cancelled_at_once() -> Job | None:
+        job = claim()
+        bench.ledger.cancel("a")
+        return job
+
+    bench.ledger.claim = cancelled_at_once  # type: ignore[method-assign]
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.CANCELLED
+    assert bench.transcriber.calls == []
+
+
+# -- windows and segments ------------------------------------------------------------------------------------------
+
+
+def window(number: int) -> Window:
+    return Window(number, 600.0 * (number + 1), f" part {number}", "en", 0.9, ())
+
+
+def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        if len(call.done) < 2:
+            call.on_window(window(len(call.done)))
+            raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
+        return dataclasses.replace(HELLO, windows=(*call.done, window(2)))
+
+    bench.transcriber.script = script
+    bench.add("a")
+    worker = patient(bench, retries=2)
+    for _ in range(3):
+        worker.run_once()
+    assert [call.done for call in bench.transcriber.calls] == [(), (window(0),), (window(0), window(1))]
+    assert bench.job("a").state is JobState.COMPLETED
+
+
+def test_a_disk_that_refuses_a_window_does_not_hold_up_the_work_and_gets_it_with_the_next(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        bench.disk.refusals = 1
+        call.on_window(window(0))
+        assert bench.ledger.windows(bench.job("a").seq) == ()
+        call.on_window(window(1))
+        assert bench.ledger.windows(bench.job("a").seq) == (window(0), window(1))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.COMPLETED
+
+
+def test_segments_are_told_as_soon_as_they_are_known_to_those_who_asked(bench: Bench) -> None:
+    segment = Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01)
+
+    def script(call: Call) -> Transcript:
+        call.on_segment(segment)
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a", stream=True)
+    bench.add("b")
+    bench.worker.run_once()
+    bench.worker.run_once()
+    assert [what for what in bench.reports.told if isinstance(what, tuple)] == [("a", segment)]
+
+
+# -- idleness ------------------------------------------------------------------------------------------------------
+
+
+def test_after_a_time_without_a_job_what_was_held_for_the_next_is_given_back(bench: Bench) -> None:
+    idle = threading.Semaphore(0)
+    worker = bench.make_worker(idle_s=0.01, on_idle=idle.release)
+    worker.start()
+    assert idle.acquire(timeout=DEADLINE_S)
+    bench.add("a")
+    bench.reports.until(lambda: bench.reports.ended)
+    assert idle.acquire(timeout=DEADLINE_S)
+    worker.stop()
+    assert worker.join(DEADLINE_S)
