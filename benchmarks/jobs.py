@@ -1,0 +1,313 @@
+"""Jobs through the whole consumer, on a real mosquitto: what the way over the bus and the disk costs, and recovery."""
+
+import random
+import statistics
+import threading
+import time
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.bus import _mosquitto
+from benchmarks.table import Row, median
+from tests.acceptance.harness import LONG, SPEECH, Bus, Consumer
+
+CLIPS = 50
+ROUNDS = 3
+CANCELS = 20
+MEMORY_JOBS = 300
+URLS = 24
+SERVER_S = 2.0
+PATIENCE_S = 900.0
+_MIB = 1 << 20
+_RATE = 16_000
+
+Pcm = NDArray[np.int16]
+
+
+def _pcm(path: Path) -> Pcm:
+    from cesar_mqtt.audio import AudioLimits, open_audio  # noqa: PLC0415 - loads FFmpeg
+
+    with open_audio(path.resolve(), AudioLimits(max_bytes=1 << 30, max_duration_s=86_400)) as audio:
+        samples = np.concatenate(list(audio.blocks()))
+    return (samples * 32767).astype(np.int16)
+
+
+def _write(path: Path, pcm: Pcm) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(_RATE)
+        file.writeframes(pcm.tobytes())
+    return path
+
+
+def _speech(seconds: float) -> Pcm:
+    """So much speech, with pauses of other lengths between the same sentences."""
+    chance = random.Random(4)  # noqa: S311
+    parts: list[Pcm] = []
+    long, short = _pcm(LONG), _pcm(SPEECH)
+    while sum(part.size for part in parts) < seconds * _RATE:
+        parts += [chance.choice((long, short)), np.zeros(int(chance.uniform(0.3, 2.0) * _RATE), np.int16)]
+    return np.concatenate(parts)[: int(seconds * _RATE)]
+
+
+def _clips(folder: Path, count: int, seconds: tuple[float, float]) -> list[Path]:
+    """Files of some seconds of speech, each another stretch."""
+    chance = random.Random(5)  # noqa: S311
+    spoken = _pcm(LONG)
+    clips = []
+    for number in range(count):
+        length = int(chance.uniform(*seconds) * _RATE)
+        start = chance.randrange(spoken.size - length)
+        clips.append(_write(folder / f"clip-{number}.wav", spoken[start : start + length]))
+    return clips
+
+
+@contextmanager
+def _consumer(folder: Path, port: int, *flags: str, environ: dict[str, str] | None = None) -> Iterator[Consumer]:
+    folder.mkdir(exist_ok=True)
+    settings = {"CESAR_RETENTION__MAX_FINISHED": "100000", **(environ or {})}
+    flags = ("--broker", f"mqtt://127.0.0.1:{port}", "--audio-dir", str(folder.parent), "--model", "tiny.en", *flags)
+    consumer = Consumer(folder, *flags, environ=settings)
+    try:
+        yield consumer
+    finally:
+        consumer.stop()
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[Bus]:
+    bus = Bus(port)
+    try:
+        yield bus
+    finally:
+        bus.close()
+
+
+def _idle(bus: Bus) -> None:
+    bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["activity"] == "idle", PATIENCE_S)
+
+
+def _finished(bus: Bus, job_id: str) -> dict[str, Any]:
+    final = ("completed", "error", "cancelled")
+    return bus.wait(f"cesar/status/{job_id}", lambda status: status["status"] in final, PATIENCE_S)
+
+
+def _take(bus: Bus, prefix: str, sources: list[dict[str, str]]) -> float:
+    """Publish the jobs at once; seconds until all are completed."""
+    started = time.perf_counter()
+    for number, source in enumerate(sources):
+        bus.publish("cesar/jobs", {"job_id": f"{prefix}-{number}", **source})
+    ends = [_finished(bus, f"{prefix}-{number}") for number in range(len(sources))]
+    took_s = time.perf_counter() - started
+    assert {end["status"] for end in ends} == {"completed"}, ends
+    return took_s
+
+
+# -- short clips beside a bare loop --------------------------------------------------------------------------------
+
+
+def _bare_loop(paths: list[str], pipe: Connection) -> None:
+    from faster_whisper import WhisperModel  # noqa: PLC0415 - in this process only
+
+    from cesar_mqtt.config import ModelSettings  # noqa: PLC0415
+    from cesar_mqtt.models import ModelStore  # noqa: PLC0415
+
+    store = ModelStore(ModelSettings())
+    model = WhisperModel(
+        str(store.catalogue.obtain("tiny.en")), device="cpu", compute_type="int8", cpu_threads=store.cpu_threads
+    )
+    while True:
+        pipe.send("ready")
+        if pipe.recv() != "go":
+            return
+        started = time.perf_counter()
+        for path in paths:
+            segments, _ = model.transcribe(
+                path, beam_size=5, vad_filter=True, condition_on_previous_text=False, language_detection_segments=4
+            )
+            for _ in segments:
+                pass
+        pipe.send(time.perf_counter() - started)
+
+
+def _short_clips(folder: Path) -> Row:
+    clips = _clips(folder, CLIPS, (2.0, 6.0))
+    here, there = get_context("spawn").Pipe()
+    bare = get_context("spawn").Process(target=_bare_loop, args=([str(clip) for clip in clips], there), daemon=True)
+    bare.start()
+    ours_s, bare_s = [], []
+    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port):
+        _idle(bus)
+        for number in range(-1, ROUNDS):  # the first one only warms up
+            assert here.recv() == "ready"
+            here.send("go")
+            bare_s.append(here.recv())
+            ours_s.append(_take(bus, f"clip-{number + 1}", [{"audio_path": str(clip)} for clip in clips]))
+    here.recv()
+    here.send("end")
+    bare.join(PATIENCE_S)
+    ratios = [ours / theirs for ours, theirs in zip(ours_s[1:], bare_s[1:], strict=True)]
+    return Row(
+        f"{CLIPS} short clips through mosquitto, over a bare loop of transcribe",
+        median(ratios),
+        at_most=1.05,
+        beside=f"{median(ours_s[1:]):.1f} s against {median(bare_s[1:]):.1f} s",
+    )
+
+
+# -- cancel --------------------------------------------------------------------------------------------------------
+
+
+def _cancel(folder: Path) -> Row:
+    chance = random.Random(6)  # noqa: S311
+    path = _write(folder / "ten-minutes.wav", _speech(600.0))
+    took = []
+    pause = threading.Event()
+    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port):
+        _idle(bus)
+        for number in range(CANCELS):
+            job_id = f"long-{number}"
+            bus.publish("cesar/jobs", {"job_id": job_id, "audio_path": str(path)})
+            bus.wait(f"cesar/status/{job_id}", lambda status: status["status"] == "processing", PATIENCE_S)
+            pause.wait(chance.uniform(0.0, 8.0))
+            started = time.perf_counter()
+            bus.publish("cesar/request/cancel", job_id if number % 2 else "current")
+            end = _finished(bus, job_id)
+            took.append(time.perf_counter() - started)
+            assert end["status"] == "cancelled", end
+    worst = statistics.quantiles(took, n=20)[-1]
+    return Row(
+        "cancel, from request to retained `cancelled`, 95th percentile",
+        worst,
+        "s",
+        at_most=3.0,
+        beside=f"{CANCELS} at random moments of a 10-minute file, median {median(took):.2f} s",
+    )
+
+
+# -- recovery ------------------------------------------------------------------------------------------------------
+
+
+def _killed(folder: Path) -> Row:
+    path = _write(folder / "an-hour.wav", _speech(3600.0))
+    topic = "cesar/status/hour"
+    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port) as consumer:
+        bus.publish("cesar/jobs", {"job_id": "hour", "audio_path": str(path), "beam_size": 1})
+        reached = bus.wait(topic, lambda status: (status["processed_duration"] or 0) > 1750.0, PATIENCE_S)
+        consumer.kill()
+        done_s = max(status["processed_duration"] or 0.0 for status in bus.seen(topic))
+        consumer.start()
+        again = bus.wait(
+            topic, lambda status: status["attempt"] > reached["attempt"] and status["audio_duration"], PATIENCE_S
+        )
+        end = _finished(bus, "hour")
+    assert end["status"] == "completed", end
+    twice_s = done_s - again["processed_duration"]
+    return Row(
+        "SIGKILL in the middle of a 1-hour file: audio done twice, in windows",
+        twice_s / 600.0,
+        "",
+        at_most=1.0,
+        beside=f"{twice_s:.0f} s: killed at {done_s:.0f} s, went on at {again['processed_duration']:.0f} s",
+    )
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def _rss(pid: int) -> int:
+    words = (Path("/proc") / str(pid) / "statm").read_text().split()
+    return int(words[1]) * 4096
+
+
+def _memory(folder: Path) -> Row:
+    clips = _clips(folder, 20, (1.0, 4.0))
+    after = {}
+    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port) as consumer:
+        sources = [{"audio_path": str(clips[number % len(clips)])} for number in range(MEMORY_JOBS)]
+        for number, source in enumerate(sources):
+            bus.publish("cesar/jobs", {"job_id": f"job-{number}", **source})
+        for number in (20, MEMORY_JOBS):
+            _finished(bus, f"job-{number - 1}")
+            after[number] = _rss(consumer.process.pid)
+    growth = (after[MEMORY_JOBS] - after[20]) / _MIB
+    return Row(
+        f"{MEMORY_JOBS} jobs in one process: growth of memory after the 20th",
+        growth,
+        "MiB",
+        at_most=20.0,
+        beside=f"{after[20] / _MIB:.0f} MiB, then {after[MEMORY_JOBS] / _MIB:.0f} MiB",
+    )
+
+
+# -- downloads -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _slow_server(folder: Path) -> Iterator[int]:
+    """A web server that takes two seconds before it answers."""
+    pause = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            pause.wait(SERVER_S)
+            body = (folder / Path(self.path).name).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _downloads(folder: Path) -> Row:
+    clips = _clips(folder, URLS, (8.0, 12.0))
+    rates: dict[str, list[float]] = {"path": [], "url": []}
+    with _mosquitto(folder) as port, _listening(port) as bus, _slow_server(folder) as web:
+        allowed = {"CESAR_AUDIO__ALLOWED_HOSTS": f'["127.0.0.1:{web}"]'}
+        with _consumer(folder / "consumer", port, environ=allowed):
+            _idle(bus)
+            paths = [{"audio_path": str(clip)} for clip in clips]
+            urls = [{"audio_url": f"http://127.0.0.1:{web}/{clip.name}"} for clip in clips]
+            _take(bus, "warm", paths[:5])
+            for number in range(ROUNDS):
+                for name, sources in (("path", paths), ("url", urls)):
+                    # The server's first answer comes before there is anything to do meanwhile: it does not count.
+                    ahead = [paths[0]] * 4
+                    rates[name].append(len(sources) / _take(bus, f"{name}-{number}", ahead + sources))
+    ratios = [url / path for url, path in zip(rates["url"], rates["path"], strict=True)]
+    return Row(
+        f"queue of URL jobs whose server takes {SERVER_S:g} s each, over local files",
+        median(ratios),
+        at_least=0.95,
+        beside=f"{median(rates['url']):.2f} against {median(rates['path']):.2f} jobs/s",
+    )
+
+
+def run(folder: Path) -> list[Row]:
+    rows = []
+    for measure in (_short_clips, _cancel, _killed, _memory, _downloads):
+        part = folder / measure.__name__
+        part.mkdir()
+        rows.append(measure(part))
+    return rows
