@@ -6,24 +6,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cesar_mqtt.consumermessages import HealthMessage
+
 _STATM = Path("/proc/self/statm")
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """One measurement; seconds and bytes. None: it cannot be measured here."""
-
-    uptime: float
-    worker_alive: bool
-    network_alive: bool
-    ledger_bytes: int
-    rss_bytes: int
-    spool_bytes: int
-    disk_free_bytes: int | None
 
 
 class Pulse:
@@ -42,9 +30,9 @@ class Pulse:
         self._network_alive = network_alive
         self._started = time.monotonic()
 
-    def take(self) -> Health:
+    def take(self) -> HealthMessage:
         """Measure."""
-        return Health(
+        return HealthMessage(
             uptime=round(time.monotonic() - self._started, 1),
             worker_alive=self._worker_alive(),
             network_alive=self._network_alive(),
@@ -56,7 +44,7 @@ class Pulse:
 
     def fields(self) -> dict[str, Any]:
         """Measure, and return it by the contract's names."""
-        return asdict(self.take())
+        return self.take().model_dump()
 
 
 def _size(path: Path) -> int:

@@ -45,6 +45,9 @@ class Index:
         self.register = Register(order)
         self.queue = Line(seq for seq, document in order if document["state"] == JobState.QUEUED)
         self.processing = [seq for seq, document in order if document["state"] == JobState.PROCESSING]
+        for seq, document in order:
+            if "expires_at" in document and not JobState(document["state"]).final:
+                self.queue.expire(seq, document["expires_at"])
         ends = sorted((document["revision"], seq) for seq, document in order if JobState(document["state"]).final)
         # A plain dict keeps its order, too, in half the memory of an OrderedDict.
         self.finished = dict.fromkeys(seq for _, seq in ends)
@@ -69,6 +72,8 @@ class Index:
         self.register.add(seq, request)
         if request.failure is None:
             self.queue.add(seq)
+            if request.expires_at is not None:
+                self.queue.expire(seq, request.expires_at)
         else:
             self.finished[seq] = None
             self.ended[JobState.ERROR] += 1
@@ -88,6 +93,7 @@ class Index:
         else:
             self.ended[after] += 1
             self.finished[seq] = None
+            self.queue.end(seq)
 
     def bury(self, gone: Gone, document: Mapping[str, Any]) -> None:
         """Note that a job, which was not in work, is deleted."""
@@ -97,6 +103,7 @@ class Index:
             del self.finished[gone.seq]
         else:
             self.queue.remove(gone.seq)
+            self.queue.end(gone.seq)
         self.register.remove(gone.seq, document)
         self.keep_windows(gone.seq, 0)
 

@@ -73,6 +73,7 @@ class NewJob:
         options: the transcription options that differ from their defaults, by the contract's names.
         formats: in which the result is to be published beside the status, without repetitions.
         stream: whether segments are to be published as soon as they are known.
+        expires_at: from when on it is no longer worth starting, in seconds since the epoch; None: it always is.
         failure: why the request is recorded as `error` without being worked on; None for a good one.
     """
 
@@ -84,6 +85,7 @@ class NewJob:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: tuple[str, ...] = ()
     stream: bool = False
+    expires_at: float | None = None
     packet_id: int | None = None
     redelivered: bool = False
     anonymous: bool = False
@@ -116,6 +118,7 @@ class Job:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: tuple[str, ...] = ()
     stream: bool = False
+    expires_at: float | None = None
     attempt: int = 0
     crashes: int = 0
     retries: int = 0

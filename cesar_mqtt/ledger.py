@@ -6,7 +6,7 @@ returns.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,11 @@ from cesar_mqtt.views import Views
 
 logger = logging.getLogger(__name__)
 
-_OF_AN_END = ("started_at", "completed_at", "error_code", "error_message", "cancelling")
+_OF_AN_END = ("started_at", "completed_at", "error_code", "error_message", "cancelling", "expires_at")
+_EXPIRED = {
+    "error_code": ErrorCode.EXPIRED.value,
+    "error_message": "The job could not be started within its `expires_in`. Retry it, or submit it with more time.",
+}
 _OF_AN_ATTEMPT = ("started_at",)
 
 
@@ -171,7 +175,10 @@ class Ledger(Views):
             return self._job(seq)
 
     def _ready(self) -> int | None:
-        return None if self._paused else self._index.queue.ready(self._monotonic())
+        return None if self._paused else next(self._all_ready(), None)
+
+    def _all_ready(self) -> Iterator[int]:
+        return self._index.queue.all_ready(self._monotonic(), self._clock())
 
     def add_window(self, seq: int, window: Window) -> None:
         """Record a finished part of a job in `processing`, from whose end a later attempt goes on.
@@ -262,8 +269,7 @@ class Ledger(Views):
     def upcoming(self, limit: int) -> list[Job]:
         """Return the jobs whose turn comes next, in order; those that are put off are left out."""
         with self._changed:
-            ready = self._index.queue.all_ready(self._monotonic())
-            return [self._job(seq) for seq in islice(ready, limit)]
+            return [self._job(seq) for seq in islice(self._all_ready(), limit)]
 
     # -- what people ask for --------------------------------------------------------------------------------------
 
@@ -298,6 +304,18 @@ class Ledger(Views):
 
     def _cancel(self, seq: int) -> None:
         self._move(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
+
+    def expire(self, limit: int = 200) -> list[Job]:
+        """End jobs that wait and are no longer worth starting, at most so many, as `cancelled`; return them.
+
+        Raises:
+            LedgerError: the disk refused; those that are left are returned by a later call.
+        """
+        with self._changed:
+            expired = self._index.queue.expired(self._clock(), limit)
+            for seq in expired:
+                self._move(seq, JobState.CANCELLED, {"completed_at": self._clock(), **_EXPIRED})
+            return [self._job(seq) for seq in expired]
 
     def retry(self, job_id: str) -> Job | None:
         """Queue a job that ended as `error` or `cancelled` once more, with the options that it came with.

@@ -1,8 +1,10 @@
 """The line in which jobs wait: their order, their places, who is not ready yet; the ledger serialises every call."""
 
+import math
 from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 from itertools import islice
 
 HEAD = 10
@@ -16,6 +18,9 @@ class Line:
         """Start with the jobs that a restart found queued, oldest first."""
         self._order = OrderedDict.fromkeys(order)
         self._not_before: dict[int, float] = {}
+        self._expires_at: dict[int, float] = {}
+        self._expiries: list[tuple[float, int]] = []
+        """The same as a heap, with entries of jobs that wait no longer."""
         self._places: dict[int, tuple[int, float | None]] = {
             seq: (rank, None) for rank, seq in enumerate(islice(self._order, HEAD, None), start=HEAD + 1)
         }
@@ -42,6 +47,8 @@ class Line:
             self._order[seq] = None
             self._order.move_to_end(seq, last=False)
         self._places[seq] = (rank, None)
+        if seq in self._expires_at:
+            heappush(self._expiries, (self._expires_at[seq], seq))
 
     def remove(self, seq: int) -> None:
         """Let a job wait no longer."""
@@ -53,13 +60,34 @@ class Line:
         """Let those behind a job go first until then."""
         self._not_before[seq] = until
 
-    def ready(self, now: float) -> int | None:
-        """Return the oldest job that may be begun; None: none may."""
-        return next(self.all_ready(now), None)
+    def expire(self, seq: int, at: float) -> None:
+        """Note from when on a job is no longer worth starting."""
+        self._expires_at[seq] = at
+        heappush(self._expiries, (at, seq))
 
-    def all_ready(self, now: float) -> Iterator[int]:
-        """Yield the jobs that may be begun, oldest first."""
-        return (seq for seq in self._order if self._not_before.get(seq, now) <= now)
+    def end(self, seq: int) -> None:
+        """Take note that a job has ended: it may wait once more, but then it does not expire."""
+        self._expires_at.pop(seq, None)
+
+    def expired(self, now: float, limit: int) -> list[int]:
+        """Return jobs that still wait and are no longer worth starting, at most so many; as often as they are there."""
+        found: list[tuple[float, int]] = []
+        while self._expiries and self._expiries[0][0] <= now and len(found) < limit:
+            entry = heappop(self._expiries)
+            at, seq = entry
+            if seq in self._order and self._expires_at.get(seq) == at and entry not in found:
+                found.append(entry)
+        for entry in found:
+            heappush(self._expiries, entry)
+        return [seq for _, seq in found]
+
+    def all_ready(self, now: float, time: float) -> Iterator[int]:
+        """Yield the jobs that may be begun, oldest first; delays are counted by `now`, expiries by `time`."""
+        return (
+            seq
+            for seq in self._order
+            if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
+        )
 
     def next_ready_in(self, now: float) -> float | None:
         """Return in how many seconds a delayed job will be ready; None: none is delayed."""

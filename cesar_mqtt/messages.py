@@ -25,12 +25,9 @@ from cesar_mqtt.fields import (
     Url,
 )
 from cesar_mqtt.formats import FORMATS, segment_fields
-from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
+from cesar_mqtt.jobs import AudioSource, Job, JobState
 from cesar_mqtt.topics import JOB_ID_PATTERN
 from cesar_mqtt.transcript import Segment
-
-LAST_TEXT_BYTES = 12_000
-"""Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
 
 _EXCERPT_BYTES = 200
 _PATH_CHARACTERS = 4096
@@ -84,6 +81,9 @@ class JobRequest(Payload):
     batch_size: Annotated[int, Field(ge=1, le=32)] = Field(default=1, description="a whole number from 1 to 32")
     formats: Formats = Field(default_factory=list, description=f"a list of any of {', '.join(FORMATS)}")
     stream: bool = Field(default=False, description="true or false")
+    expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="a number of seconds above 0"
+    )
     metadata: Metadata = Field(default_factory=dict, description="a JSON object")
 
     @model_validator(mode="after")
@@ -307,71 +307,6 @@ class SegmentMessage(Payload):
 def segment_of(job_id: str, segment: Segment) -> SegmentMessage:
     """Return what is told of a segment as soon as it is known."""
     return SegmentMessage(job_id=job_id, **segment_fields(segment))
-
-
-class ConsumerState(Payload):
-    """Whether the consumer is there; `offline` is also its last will."""
-
-    state: Literal["online", "offline"]
-
-
-Activity = Literal["starting", "loading", "idle", "processing", "paused", "draining", "degraded"]
-
-
-class Queue(Payload):
-    """What the consumer is doing and what waits. `oldest_age` in seconds, None when nothing waits."""
-
-    activity: Activity
-    job_id: str | None
-    queued: int
-    oldest_age: float | None
-    paused: bool
-    completed_total: int
-    error_total: int
-    cancelled_total: int
-    rejected_total: int
-
-
-def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
-    """Return the consumer's queue as it is at `now`, in seconds since the epoch."""
-    oldest = totals.oldest_queued_at
-    return Queue(
-        activity=activity,
-        job_id=totals.processing,
-        queued=totals.queued,
-        oldest_age=None if oldest is None else round(max(0.0, now - oldest), 1),
-        paused=totals.paused,
-        completed_total=totals.completed_total,
-        error_total=totals.error_total,
-        cancelled_total=totals.cancelled_total,
-        rejected_total=totals.rejected_total,
-    )
-
-
-class Last(Payload):
-    """The job that ended last."""
-
-    job_id: str
-    status: JobState
-    text: str | None
-    text_truncated: bool
-    language: str | None
-    audio_duration: float | None
-    completed_at: str
-
-
-def last_of(job: Job) -> Last:
-    """Return what is told of the last job, with its text cut to `LAST_TEXT_BYTES` of UTF-8."""
-    text = None if job.result_text is None else cut(job.result_text, LAST_TEXT_BYTES)
-    return Last(
-        job_id=job.job_id,
-        status=job.state,
-        text=text,
-        text_truncated=text != job.result_text,
-        language=job.detected_language,
-        audio_duration=job.audio_duration,
-        completed_at=timestamp(job.completed_at or job.updated_at),
-    )
 
 
 def cut(text: str, size_bytes: int) -> str:

@@ -118,6 +118,7 @@ class Planner:
             metadata=request.metadata,
             formats=tuple(request.formats),
             stream=request.stream,
+            expires_at=_expires_at(delivery, request),
             packet_id=packet_id,
             redelivered=delivery.dup,
             anonymous=request.job_id is None,
@@ -130,6 +131,12 @@ def _source(request: JobRequest) -> AudioSource | None:
     if request.audio_url is not None:
         return AudioSource("url", request.audio_url)
     return None if request.audio_path is None else AudioSource("path", request.audio_path)
+
+
+def _expires_at(delivery: Delivery, request: JobRequest) -> float | None:
+    """Return from when on the job is not worth starting: what the request says and what MQTT 5 says mean the same."""
+    limits = [limit_s for limit_s in (request.expires_in, delivery.expires_in_s) if limit_s is not None]
+    return delivery.received_at + min(limits) if limits else None
 
 
 def _beyond(model: str, request: JobRequest) -> str | None:

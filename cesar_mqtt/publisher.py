@@ -14,10 +14,11 @@ from typing import NamedTuple, Protocol
 
 from cesar_mqtt import formats
 from cesar_mqtt.client import CannotPublishError
+from cesar_mqtt.consumermessages import Activity, ConsumerState, Event, deletion_of, event_of, last_of, queue_of
 from cesar_mqtt.jobs import Gone, Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Activity, ConsumerState, Live, Rejection, fit, last_of, queue_of, segment_of, status_of
+from cesar_mqtt.messages import Live, Payload, Rejection, fit, segment_of, status_of
 from cesar_mqtt.ownstate import OwnState
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
@@ -160,6 +161,10 @@ class Publisher:
     def offline(self) -> None:
         """Let the consumer's state be `offline`."""
         self._tell(lambda: self._own.retain("state", ConsumerState(state="offline").encode()))
+
+    def tell(self, name: str, message: Payload) -> None:
+        """Let the consumer's own topic `name` retain a message, such as its health."""
+        self._tell(lambda: self._own.retain(name, message.encode()))
 
     def activity(self, activity: Activity) -> None:
         """Take note of what the worker is doing."""
@@ -390,7 +395,8 @@ class Publisher:
     def _publish_statuses(self) -> None:
         if self._room <= 0:
             return
-        for number, job in self._ledger.unpublished(self._room, but=self._busy):
+        # Most of them are two messages, for a change is told as an event, too.
+        for number, job in self._ledger.unpublished((self._room + 1) // 2, but=self._busy):
             if not self._publish_status(job, number):
                 return
 
@@ -398,6 +404,8 @@ class Publisher:
         """Let the broker forget deleted jobs: an empty retained message clears the topic."""
         for gone in self._ledger.gone(self._room, but=self._clearing) if self._room > 0 else ():
             *others, last = self._topics_of(gone)
+            if gone.status:
+                self._tell_event(deletion_of(gone.job_id, self._topics.consumer, self._clock()))
             if not all(self._send(topic, b"", _Sent()) for topic in others):
                 return
             if not self._send(last, b"", _Sent(seq=gone.seq, gone=True)):
@@ -432,11 +440,17 @@ class Publisher:
             truncated = bool(job.formats) and job.state is JobState.COMPLETED and self._publish_results(job)
             status = status_of(job, self._topics.consumer, live, result_truncated=truncated)
             payload = fit(status, self._limit_of(topic))
+            if number == job.revision:  # else it is said again, or only its place in the queue has changed
+                self._tell_event(event_of(job, self._topics.consumer))
         except ValueError as exc:  # from a ledger that was edited by hand, say
             event(logger, logging.ERROR, "unpublished", "The status on %s cannot be put into words: %s", topic, exc)
             self._settle(sent)
             return True
         return self._send(topic, payload, sent)
+
+    def _tell_event(self, event: Event) -> None:
+        """Tell a change before the status that shows it: while that is not acknowledged, both are said again."""
+        self._send(self._topics.events, event.encode(), _Sent(), retain=False)
 
     def _limit_of(self, topic: str) -> int | None:
         """Return how large a payload on this topic may be."""

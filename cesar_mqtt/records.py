@@ -63,6 +63,8 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["formats"] = list(request.formats)
     if request.stream:
         document["stream"] = True
+    if request.expires_at is not None:
+        document["expires_at"] = request.expires_at
     if request.packet_id is not None:
         document["packet_id"] = request.packet_id
     if request.anonymous:
@@ -168,6 +170,7 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
         metadata=_copy(metadata) if metadata else {},
         formats=tuple(get("formats", ())),
         stream=get("stream", False),
+        expires_at=get("expires_at"),
         attempt=get("attempt", 0),
         crashes=get("crashes", 0),
         retries=get("retries", 0),

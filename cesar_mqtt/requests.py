@@ -31,9 +31,6 @@ _TEXT_FIELDS = frozenset(
     for name, schema in JobRequest.model_json_schema()["properties"].items()
     if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
 )
-_PLANNED_FIELDS = frozenset({"expires_in"})
-"""Names of the contract that this version does not know yet: whoever uses one has made no typing mistake."""
-
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 40
 
@@ -189,9 +186,6 @@ def _bad_id(job_id: object) -> Refusal:
 
 def _unknown(names: list[str]) -> Iterator[str]:
     for name in islice(names, _TOLD_MISTAKES):
-        if name in _PLANNED_FIELDS:
-            yield f"This version does not support {name}"
-            continue
         close = difflib.get_close_matches(name[:64], JobRequest.model_fields, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         yield f"There is no field {_shown(name)}{hint}"

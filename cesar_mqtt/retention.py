@@ -1,4 +1,4 @@
-"""The upkeep of the ledger and the spool while the consumer runs: checkpoints, and what retention no longer keeps.
+"""The upkeep of the ledger and the spool while the consumer runs: checkpoints, expired jobs, retention.
 
 For the main thread, between its looks at everything else.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.spool import Spool
@@ -32,13 +33,15 @@ class Upkeep:
         ledger: Ledger,
         spool: Spool,
         *,
+        on_ended: Callable[[Job], None] = lambda _job: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Wire it; nothing happens here."""
+        """Wire it; nothing happens here. `on_ended` is told of each job that expired."""
         self._retention = retention
         self._ledger = ledger
         self._spool = spool
+        self._on_ended = on_ended
         self._clock = clock
         self._monotonic = monotonic
         self._delay_s = 0.0
@@ -50,6 +53,8 @@ class Upkeep:
             return
         try:
             self._ledger.maintain()
+            for job in self._ledger.expire():
+                self._on_ended(job)
             self._retire(stop)
         except LedgerError as exc:
             self._delay_s = min(_RETRY_MOST_S, max(_RETRY_FIRST_S, self._delay_s * 2))

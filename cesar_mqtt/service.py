@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
 from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
 from cesar_mqtt.config import Settings
+from cesar_mqtt.consumermessages import ConsumerState, Info, info_of
 from cesar_mqtt.control import Control
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.download import Downloader
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, DiedError, ExitCode, LedgerError
 from cesar_mqtt.health import Pulse
 from cesar_mqtt.intake import Intake
+from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import ConsumerState
 from cesar_mqtt.models import ModelStore
 from cesar_mqtt.preparation import Preparer
 from cesar_mqtt.publisher import Publisher
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_PORT = 1883  # of mosquitto_pub
 _TICK_S = 1.0
+_HEALTH_S = 60.0
 _LOOK_S = 0.05
 _DRAIN_S = 10.0
 _FORCED_DRAIN_S = 2.0
@@ -79,7 +81,7 @@ class Service:
     def _wire(self, settings: Settings, directories: tuple[Path, ...]) -> None:
         self.url = settings.broker.url
         self._refused: BrokerRefusedError | None = None
-        self._upkeep = Upkeep(settings.retention, self._ledger, self._spool)
+        self._upkeep = Upkeep(settings.retention, self._ledger, self._spool, on_ended=self._ended)
         self._client = MqttClient(
             settings.broker,
             client_id=settings.consumer.name,
@@ -112,7 +114,7 @@ class Service:
                 self._ledger,
                 models=self._models,
                 consumer=settings.consumer.name,
-                on_cancelled=self._publisher.finished,
+                on_cancelled=self._ended,
                 on_deleted=lambda _job, names: self._spool.remove(names),
                 health=self._pulse.fields,
             ),
@@ -149,6 +151,10 @@ class Service:
             self._ledger.forget_deliveries()
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
+    def _ended(self, job: Job) -> None:
+        """Tell of a job that has ended without having been in work."""
+        self._publisher.finished(job)
+
     def _on_refused(self, error: BrokerRefusedError) -> None:
         self._refused = error
 
@@ -177,6 +183,7 @@ class Service:
         if last is not None:
             self._publisher.finished(last)
         self._publisher.online()
+        self._publisher.tell("info", self._info())
         self._publisher.start()
         self._preparer.start()
         self._worker.start()
@@ -194,13 +201,28 @@ class Service:
             waiting,
         )
 
+    def _info(self) -> Info:
+        models = self._models.describe()
+        return info_of(
+            self._settings.redacted(),
+            models=[model.name for model in models.models if model.origin is not None and model.problem is None],
+            default_model=models.default,
+            device=models.device,
+            compute_type=models.compute_type,
+            started=time.time(),
+        )
+
     def _watch(self, stop: StopSignals) -> None:
         """Do the upkeep until a stop is asked for."""
+        health_due = time.monotonic()
         while not stop.requested.wait(_TICK_S):
             if self._refused is not None:
                 raise self._refused
             self._check_threads()
             self._notifier.alive()
+            if time.monotonic() >= health_due:
+                health_due += _HEALTH_S
+                self._publisher.tell("health", self._pulse.take())
             self._upkeep.run_once(stop.requested)
 
     def _check_threads(self) -> None:

@@ -36,6 +36,11 @@ class Topics:
         """Where refused messages are reported, not retained."""
         return f"{self.prefix}/rejected"
 
+    @property
+    def events(self) -> str:
+        """Where each change of a job is told, not retained."""
+        return f"{self.prefix}/events"
+
     def audio(self, job_id: str) -> str:
         """Where a producer publishes the bytes of the audio of one job."""
         return f"{self.prefix}/audio/{job_id}"

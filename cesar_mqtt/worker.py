@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from cesar_mqtt.attempt import Checkpoints, Meter
+from cesar_mqtt.consumermessages import Activity
 from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Activity, Live
+from cesar_mqtt.messages import Live
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.transcriber import TranscriptionOptions
 from cesar_mqtt.transcript import Progress, Segment, Transcript, Window

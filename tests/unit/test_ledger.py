@@ -1568,10 +1568,10 @@ def test_a_delay_that_is_over_does_not_keep_the_waiting_thread_from_sleeping() -
     line = Line([1, 2])
     line.delay(1, 5.0)
     assert line.next_ready_in(2.0) == 3.0
-    assert (line.ready(4.0), line.ready(5.0)) == (2, 1)
+    assert (list(line.all_ready(4.0, 0.0)), list(line.all_ready(5.0, 0.0))) == ([2], [1, 2])
     line.remove(1)
     line.delay(2, 20.0)
-    assert line.ready(10.0) is None
+    assert list(line.all_ready(10.0, 0.0)) == []
     assert line.next_ready_in(10.0) == 10.0
 
 
@@ -1693,3 +1693,76 @@ def test_a_damaged_ledger_gives_the_lock_back(desk: Desk) -> None:
             Ledger(desk.path)
     desk.path.write_bytes(good)
     assert desk.open().get("a") is not None
+
+
+# -- jobs that expire ----------------------------------------------------------------------------------------------
+
+
+def expiring(name: str, desk: Desk, seconds: float) -> NewJob:
+    return request(name, expires_at=desk.clock.now + seconds)
+
+
+@pytest.mark.parametrize("leave", ["stay", "crash", "restart"])
+def test_a_job_that_could_not_start_in_time_is_never_started_and_ends_cancelled(desk: Desk, leave: str) -> None:
+    desk.ledger.append([expiring("late", desk, 60.0), request("other"), expiring("early", desk, 3600.0)])
+    assert desk.ledger.expire() == []
+    if leave != "stay":
+        getattr(desk, leave)()
+    desk.clock.now += 61.0
+    assert claimed(desk.ledger).job_id == "other", "not even before anybody has ended it"
+    (expired,) = desk.ledger.expire()
+    assert (expired.job_id, expired.state, expired.error_code) == ("late", JobState.CANCELLED, ErrorCode.EXPIRED)
+    assert "expires_in" in (expired.error_message or "")
+    assert desk.ledger.expire() == []
+    assert claimed(desk.ledger).job_id == "early"
+    assert desk.ledger.totals().cancelled_total == 1
+
+
+def test_a_job_that_was_started_in_time_does_not_expire(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0)])
+    job = claimed(desk.ledger)
+    desk.clock.now += 61.0
+    assert desk.ledger.expire() == []
+    desk.ledger.complete(job.seq, RESULT)
+    assert desk.ledger.expire() == []
+
+
+def test_a_job_that_is_put_back_too_late_expires(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0)])
+    claimed(desk.ledger)
+    desk.clock.now += 61.0
+    assert desk.ledger.expire() == []
+    desk.crash()
+    assert desk.ledger.claim() is None
+    assert [job.job_id for job in desk.ledger.expire()] == ["a"]
+
+
+def test_a_retry_of_an_expired_job_has_all_the_time_in_the_world(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0)])
+    desk.clock.now += 61.0
+    desk.ledger.expire()
+    desk.ledger.retry("a")
+    assert desk.ledger.expire() == []
+    assert claimed(desk.ledger).job_id == "a"
+
+
+def test_a_disk_that_refuses_leaves_expired_jobs_for_later(desk: Desk) -> None:
+    disk = FaultyDisk()
+    desk.crash(disk)
+    desk.ledger.append([expiring(name, desk, 60.0) for name in "abc"])
+    desk.clock.now += 61.0
+    disk.fault = failing(times=float("inf"), skip=2)
+    with pytest.raises(LedgerError):
+        desk.ledger.expire()
+    disk.heal()
+    ended = [name for name in "abc" if known(desk.ledger, name).state is JobState.CANCELLED]
+    assert len(ended) < 3
+    left = [job.job_id for job in desk.ledger.expire()]
+    assert ended + left == ["a", "b", "c"]
+
+
+def test_a_thread_that_waits_for_work_is_not_woken_by_what_has_expired(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0)])
+    desk.clock.now += 61.0
+    assert desk.ledger.wait_for_work(lambda: False, 0.01) is False
+    assert desk.ledger.upcoming(10) == []

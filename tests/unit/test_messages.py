@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cesar_mqtt import __version__
+from cesar_mqtt.consumermessages import LAST_TEXT_BYTES, ConsumerState, last_of, queue_of
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.messages import (
-    LAST_TEXT_BYTES,
-    ConsumerState,
     JobRequest,
     Live,
     Rejection,
@@ -23,8 +22,6 @@ from cesar_mqtt.messages import (
     cut,
     excerpt,
     fit,
-    last_of,
-    queue_of,
     segment_of,
     status_of,
     timestamp,

@@ -149,11 +149,12 @@ def test_every_field_is_taken_over() -> None:
         "batch_size": 8,
         "formats": ["srt", "json"],
         "stream": True,
+        "expires_in": 60.5,
         "metadata": {"room": "porch", "n": [1, 2.5, None, True]},
     }
     request = accepted(parse_job(as_json(**fields))).request
     assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
-    told_elsewhere = {"job_id", "audio_path", "model_size", "formats", "stream", "metadata"}
+    told_elsewhere = {"job_id", "audio_path", "model_size", "formats", "stream", "expires_in", "metadata"}
     assert request.options() == {name: value for name, value in fields.items() if name not in told_elsewhere}
 
 
@@ -455,11 +456,6 @@ def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
     check(parsed, payload)
 
 
-def test_a_field_of_the_contract_that_is_not_there_yet_is_not_called_a_typing_mistake() -> None:
-    parsed = parse_job(as_json(audio_path="a", expires_in=60))
-    assert refused(parsed).detail == "This version does not support expires_in."
-
-
 @pytest.mark.parametrize(
     ("fields", "found"),
     [
@@ -708,6 +704,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "batch_size": 4,
         "formats": ["srt", "vtt"],
         "stream": True,
+        "expires_in": 3.5,
         "metadata": {"a": 1},
     }
     value = examples[name]

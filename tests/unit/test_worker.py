@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from cesar_mqtt.attempt import Meter
 from cesar_mqtt.audio import resolve_audio_path
+from cesar_mqtt.consumermessages import Activity
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.messages import Activity, Live
+from cesar_mqtt.messages import Live
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.transcriber import TranscriptionOptions
 from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
