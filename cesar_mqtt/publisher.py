@@ -8,24 +8,25 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from cesar_mqtt import formats
+from cesar_mqtt.announcer import Announcer
 from cesar_mqtt.client import CannotPublishError
-from cesar_mqtt.consumermessages import Activity, ConsumerState, Event, deletion_of, event_of, last_of, queue_of
+from cesar_mqtt.consumermessages import Activity, ConsumerState, deletion_of, event_payload, last_of, queue_of
 from cesar_mqtt.jobs import Gone, Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Live, Payload, Rejection, fit, segment_of, status_of
+from cesar_mqtt.messages import Live, Payload, Rejection, segment_of, status_payload
 from cesar_mqtt.ownstate import OwnState
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT = 100
+IN_FLIGHT = 200
 """Messages on their way to the broker and not yet acknowledged, at most; keeps the client's own queue short."""
 
 _ACKNOWLEDGED_AT_ONCE = 20
@@ -104,6 +105,7 @@ class Publisher:
         self._clearing: set[int] = set()
         self._acknowledged: deque[Hashable] = deque()
         self._own = OwnState()
+        self._announcer = Announcer(self._own, monotonic=monotonic)
         self._notes: deque[_Note] = deque(maxlen=_NOTES)
         self._activity: Activity = "starting"
         self._degraded: set[str] = set()
@@ -166,6 +168,14 @@ class Publisher:
         """Let the consumer's own topic `name` retain a message, such as its health."""
         self._tell(lambda: self._own.retain(name, message.encode()))
 
+    def announce(self, messages: Mapping[str, bytes], *, stale: Iterable[str] = ()) -> None:
+        """Let the broker retain discovery messages, by topic, at this and every later connection; and not the stale."""
+        self._tell(lambda: self._announcer.announce(messages, stale=stale))
+
+    def announce_again(self) -> None:
+        """Take note that Home Assistant has started."""
+        self._tell(self._announcer.born)
+
     def activity(self, activity: Activity) -> None:
         """Take note of what the worker is doing."""
         self._tell(lambda: self._set(activity))
@@ -206,6 +216,11 @@ class Publisher:
     def _queue_changed(self) -> None:
         self._queue_stale = True
         self._wake.set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many messages wait for the broker's acknowledgement."""
+        return len(self._in_flight)
 
     # -- lifecycle ------------------------------------------------------------------------------------------------
 
@@ -275,6 +290,7 @@ class Publisher:
         self._ledger.coalesce()
         self._max_packet_bytes = max_packet_bytes
         self._own.say_again("state")
+        self._announcer.connected()
         if not session_present:
             self._own.say_again()
             self._ledger.publish_again()
@@ -366,8 +382,10 @@ class Publisher:
             self._queue_stale = False
             self._queue_due = self._monotonic() + _EVERY_S
             self._own.retain("queue", self._queue())
+        self._announcer.run_once()
         for name, payload, version in self._own.due():
-            self._send(self._topics.own(name), payload, _Sent(topic=name, number=version))
+            topic = name if "/" in name else self._topics.own(name)
+            self._send(topic, payload, _Sent(topic=name, number=version))
 
     def _waits_for_the_queue(self) -> bool:
         """Whether somebody drains and everything else is said: that is then the last word, and need not wait."""
@@ -405,7 +423,7 @@ class Publisher:
         for gone in self._ledger.gone(self._room, but=self._clearing) if self._room > 0 else ():
             *others, last = self._topics_of(gone)
             if gone.status:
-                self._tell_event(deletion_of(gone.job_id, self._topics.consumer, self._clock()))
+                self._tell_event(deletion_of(gone.job_id, self._topics.consumer, self._clock()).encode())
             if not all(self._send(topic, b"", _Sent()) for topic in others):
                 return
             if not self._send(last, b"", _Sent(seq=gone.seq, gone=True)):
@@ -429,6 +447,7 @@ class Publisher:
                 self._publish_status(job, 0)
         waits = [self._queue_due - now] if self._queue_stale else []
         waits += [self._live_due - now] if self._live_stale and self._room > 0 else []  # else a PUBACK makes room
+        waits += self._announcer.waits_s()
         return max(0.0, min(waits)) if waits else None
 
     def _publish_status(self, job: Job, number: int) -> bool:
@@ -438,19 +457,20 @@ class Publisher:
         topic, sent = self._topics.status(job.job_id), _Sent(seq=job.seq, number=number)
         try:
             truncated = bool(job.formats) and job.state is JobState.COMPLETED and self._publish_results(job)
-            status = status_of(job, self._topics.consumer, live, result_truncated=truncated)
-            payload = fit(status, self._limit_of(topic))
+            payload = status_payload(
+                job, self._topics.consumer, live, result_truncated=truncated, limit_bytes=self._limit_of(topic)
+            )
             if number == job.revision:  # else it is said again, or only its place in the queue has changed
-                self._tell_event(event_of(job, self._topics.consumer))
+                self._tell_event(event_payload(job, self._topics.consumer))
         except ValueError as exc:  # from a ledger that was edited by hand, say
             event(logger, logging.ERROR, "unpublished", "The status on %s cannot be put into words: %s", topic, exc)
             self._settle(sent)
             return True
         return self._send(topic, payload, sent)
 
-    def _tell_event(self, event: Event) -> None:
+    def _tell_event(self, payload: bytes) -> None:
         """Tell a change before the status that shows it: while that is not acknowledged, both are said again."""
-        self._send(self._topics.events, event.encode(), _Sent(), retain=False)
+        self._send(self._topics.events, payload, _Sent(), retain=False)
 
     def _limit_of(self, topic: str) -> int | None:
         """Return how large a payload on this topic may be."""

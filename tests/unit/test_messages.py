@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cesar_mqtt import __version__
-from cesar_mqtt.consumermessages import LAST_TEXT_BYTES, ConsumerState, last_of, queue_of
+from cesar_mqtt.consumermessages import LAST_TEXT_BYTES, ConsumerState, Event, event_payload, last_of, queue_of
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.messages import (
@@ -18,12 +18,14 @@ from cesar_mqtt.messages import (
     Live,
     Rejection,
     SegmentMessage,
+    Status,
     canonical,
     cut,
     excerpt,
     fit,
     segment_of,
     status_of,
+    status_payload,
     timestamp,
 )
 from cesar_mqtt.transcript import Segment, Word
@@ -481,3 +483,18 @@ def test_a_request_cannot_be_changed_once_it_was_checked() -> None:
 def test_canonical_json_is_the_same_whatever_the_order_of_keys() -> None:
     assert canonical({"a": 1, "b": {"d": [1, 2], "c": "ä"}}) == canonical({"b": {"c": "ä", "d": [1, 2]}, "a": 1})
     assert canonical({"a": [1, 2]}) != canonical({"a": [2, 1]})
+
+
+@pytest.mark.parametrize("limit_bytes", [None, 10_000, 900])
+@pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_the_quick_way_to_a_payload_is_the_long_way(job: Job, limit_bytes: int | None) -> None:
+    told = status_payload(job, "porch", result_truncated=True, limit_bytes=limit_bytes)
+    assert told == fit(status_of(job, "porch", result_truncated=True), limit_bytes)
+    Status.model_validate_json(told)
+
+
+@pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_an_event_is_what_its_model_says(job: Job) -> None:
+    event = Event.model_validate_json(event_payload(job, "porch"))
+    assert (event.event_type, event.job_id, event.consumer) == (job.state, job.job_id, "porch")
+    assert event.encode() == event_payload(job, "porch")
