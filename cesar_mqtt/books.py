@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import LedgerError, LedgerInUseError
 from cesar_mqtt.index import Index
-from cesar_mqtt.jobs import TRANSITIONS, Gone, IllegalTransitionError, Job, JobState
+from cesar_mqtt.jobs import STATES, TRANSITIONS, Gone, IllegalTransitionError, Job, JobState
 from cesar_mqtt.outbox import Outbox
 from cesar_mqtt.records import job_of
 from cesar_mqtt.storage import Change, JournalStorage
@@ -121,7 +121,7 @@ class Books:
         if self._buried:
             changes.extend(Change(GONE, seq, None) for seq in self._buried)
         transaction = self._journal.transaction
-        revision = self._db.commit(changes, mark=self._outbox.watermark(transaction))
+        revision = self._journal.commit(changes, mark=self._outbox.watermark(transaction))
         self._rejected_on_disk = self._rejected
         self._buried.clear()
         for seq in touched:
@@ -140,7 +140,7 @@ class Books:
         row = self._rows.get(str(seq))
         if row is None:
             raise IllegalTransitionError(f"There is no job number {seq} to become {state}.")
-        before = JobState(row["state"])
+        before = STATES[row["state"]]
         if state not in TRANSITIONS[before]:
             raise IllegalTransitionError(f"Job {row['job_id']} is {before} and cannot become {state}.")
         document = {

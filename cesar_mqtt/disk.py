@@ -45,10 +45,9 @@ class Disk:
 
     def write_all(self, descriptor: int, data: bytes, offset: int) -> None:
         """Write every byte of `data` at `offset`; a short write is continued."""
-        view = memoryview(data)
-        while view:
-            written = self.write(descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        written = self.write(descriptor, data, offset)
+        while written < len(data):
+            written += self.write(descriptor, memoryview(data)[written:], offset + written)
 
     def sync_folder(self, folder: Path) -> None:
         """Return when the names in `folder` are on the medium."""

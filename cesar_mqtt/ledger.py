@@ -16,7 +16,7 @@ from cesar_mqtt.books import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.index import window_id
-from cesar_mqtt.jobs import Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import STATES, Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
 from cesar_mqtt.records import (
     document_of,
     gone_document,
@@ -287,7 +287,7 @@ class Ledger(Views):
             seq = self._index.register.seq(job_id)
             if seq is None:
                 return None
-            state = JobState(self._rows[str(seq)]["state"])
+            state = STATES[self._rows[str(seq)]["state"]]
             if state.final:
                 raise IllegalTransitionError(f"Job {job_id} has ended as {state}: there is nothing to cancel.")
             if state is JobState.QUEUED:

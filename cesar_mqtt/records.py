@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, Gone, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import STATES, AudioSource, Gone, Job, JobState, NewJob, Result
 from cesar_mqtt.journal import encode
 from cesar_mqtt.transcript import Segment, Window, Word
 
@@ -159,7 +159,7 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
     return Job(
         seq=seq,
         job_id=document["job_id"],
-        state=_STATES[document["state"]],
+        state=STATES[document["state"]],
         revision=document["revision"],
         created_at=document["created_at"],
         updated_at=document["updated_at"] if since is None else max(document["updated_at"], since),
@@ -195,4 +195,3 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _FLAT = frozenset({str, int, float, bool, type(None)})
-_STATES = {state.value: state for state in JobState}

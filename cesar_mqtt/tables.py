@@ -4,7 +4,7 @@ Not locked: the ledger, their owner, calls from one thread at a time.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, cast
 
 from tinydb import TinyDB
@@ -51,13 +51,6 @@ class JournalDB(TinyDB):
         if name in RESERVED:
             raise ValueError(f"No table can be called {name!r}: the checkpoint uses that name itself.")
         return super().table(name, **kwargs)
-
-    def commit(self, changes: Iterable[Change], *, mark: int | None = None) -> int:
-        """As `JournalStorage.commit`, for changes in several tables at once."""
-        number = self.journal.commit(changes, mark=mark)
-        for table in self._tables.values():
-            table.clear_cache()
-        return number
 
 
 class _Copies(Mapping[str, Document]):

@@ -11,7 +11,7 @@ from tinydb.operations import set as set_field
 from tinydb.table import Document
 
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.storage import Change, JournalStorage
+from cesar_mqtt.storage import JournalStorage
 from cesar_mqtt.tables import JournalDB
 from tests.unit.faults import FaultyDisk, QuickDisk, failing
 
@@ -340,14 +340,6 @@ def test_each_write_is_one_transaction_of_what_it_changed(ours: JournalDB, disk:
     ours.update({"seen": True}, doc_ids=[3, 4])
     assert disk.calls == ["write", "sync_data"]
     assert ours.journal.journal_bytes - before < 120
-
-
-def test_a_commit_across_tables_is_seen_by_searches(ours: JournalDB) -> None:
-    ours.table("a").insert({"n": 1})
-    assert ours.table("a").search(where("n") == 1) != []
-    ours.commit([Change("a", 1, {"n": 2}), Change("b", 1, {"n": 1})])
-    assert ours.table("a").search(where("n") == 1) == []
-    assert ours.table("b").all() == [{"n": 1}]
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "checksum"])
