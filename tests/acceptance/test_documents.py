@@ -1,0 +1,142 @@
+"""The commands that README and docs show: those of the README are run as they stand there, the others are parsed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from cesar_mqtt.cli import app
+from tests.acceptance.harness import PATIENCE_S, SMALL, SPOKEN, words
+from tests.conftest import Mosquitto, need
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str = "sh") -> list[str]:
+    """The fenced blocks of one language, in order, also inside of lists."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every command of the blocks, and every `cesar-mqtt` in the text, as words."""
+    text = "\n".join(blocks(page)).replace("\\\n", " ")
+    inline = [one for one in re.findall(r"`([^`\n]+)`", page.read_text()) if one.startswith("cesar-mqtt ")]
+    for line in [*text.splitlines(), *inline]:
+        bare = line.strip().removeprefix("$ ").removeprefix("sudo ")
+        if bare and not bare.startswith("#"):
+            yield shlex.split(bare, comments=True)
+
+
+def ours() -> list[tuple[str, list[str]]]:
+    found = []
+    for page in PAGES:
+        for line in commands(page):
+            programs = [n for n, word in enumerate(line) if Path(word).name == "cesar-mqtt"]
+            found += [(page.name, line[n + 1 :]) for n in programs]
+    return found
+
+
+@pytest.mark.parametrize(("page", "arguments"), ours(), ids=lambda value: value if isinstance(value, str) else None)
+def test_every_command_that_a_page_shows_exists_with_its_options(page: str, arguments: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    rest = [word for word in arguments if word not in {"&", "|"}]
+    while True:
+        try:
+            context = command.make_context("cesar-mqtt", list(rest), resilient_parsing=False)
+        except Exception as exc:  # noqa: BLE001 - typer has no public name for them
+            if type(exc).__name__ in {"NoArgsIsHelpError", "Exit"}:
+                return
+            pytest.fail(f"{page} shows `cesar-mqtt {' '.join(arguments)}`: {exc}")
+        resolve = getattr(command, "resolve_command", None)
+        if resolve is None:
+            return
+        left = [*getattr(context, "_protected_args", []), *context.args]
+        _, command, rest = resolve(context, left)
+
+
+def test_no_page_links_to_a_page_that_is_not_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.model
+@pytest.mark.mosquitto
+def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> None:
+    """Every block is given to a shell, in order; what serves goes on in the background until the next one serves.
+
+    Nothing is changed but the port, which may be taken on this machine, and the folder of the data.
+    """
+    shims = tmp_path / "bin"
+    shims.mkdir()
+    port_file = tmp_path / "port"
+    port_file.write_text(str(free_port))
+    for program in ("mosquitto_pub", "mosquitto_sub"):
+        (shims / program).write_text(f'#!/bin/sh\nexec {need(program)} -p "$(cat {port_file})" "$@"\n')
+        (shims / program).chmod(0o755)
+    environ = {**os.environ, **SMALL, "PATH": f"{shims}:{os.environ['PATH']}", "CESAR_DATA_DIR": str(tmp_path / "data")}
+    environ["CESAR_BROKER__URL"] = f"mqtt://127.0.0.1:{free_port}"
+    serving: subprocess.Popen[str] | None = None
+    said: dict[str, str] = {}
+    try:
+        for block in blocks(ROOT / "README.md"):
+            shown = block.replace(".venv/bin/cesar-mqtt", f"{sys.executable} -m cesar_mqtt")
+            if " serve" in shown:
+                stop(serving)
+                shown = shown.replace(" serve --broker mqtt://127.0.0.1:1883", f" serve --broker {mosquitto.url}")
+                port = mosquitto.port if mosquitto.url in shown else free_port
+                scheme = "mqtt" if mosquitto.url in shown else "embedded"
+                port_file.write_text(str(port))
+                environ["CESAR_BROKER__URL"] = f"mqtt://127.0.0.1:{port}"
+                serving = start(shown, {**environ, "CESAR_BROKER__URL": f"{scheme}://127.0.0.1:{port}"}, tmp_path)
+                continue
+            command = shown.replace("make demo", f"{sys.executable} -m cesar_mqtt demo")
+            done = subprocess.run(
+                ["/bin/sh", "-ec", command],
+                cwd=ROOT,
+                env=environ,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
+                check=False,
+            )
+            assert done.returncode == 0, (block, done.stderr)
+            said[block.split("\n")[0]] = done.stdout
+    finally:
+        stop(serving)
+    assert "Every recording you publish becomes a job on disk." in said["make demo"]
+    assert words(said[".venv/bin/cesar-mqtt submit tests/data/speech.wav"]) == SPOKEN
+    assert any('"status":"' in text for text in said.values()), "mosquitto_sub printed a status"
+
+
+def start(command: str, environ: dict[str, str], folder: Path) -> "subprocess.Popen[str]":
+    log = (folder / "serve.log").open("a+")
+    read = log.seek(0, os.SEEK_END)
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", f"exec {command}"], cwd=ROOT, env=environ, stdout=log, stderr=log, text=True
+    )
+    pause = threading.Event()
+    deadline = time.monotonic() + PATIENCE_S
+    while "Connected to" not in (folder / "serve.log").read_text()[read:]:
+        assert process.poll() is None, (folder / "serve.log").read_text()
+        assert time.monotonic() < deadline
+        pause.wait(0.05)
+    log.close()
+    return process
+
+
+def stop(process: "subprocess.Popen[str] | None") -> None:
+    if process is not None:
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
