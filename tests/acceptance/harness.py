@@ -1,5 +1,6 @@
 """The command as its own process, a plain paho client as everybody else on the bus, and the words that were spoken."""
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
+from tests.document import Fault, Judge, Seen, default_document
+
 DATA = Path(__file__).parents[1] / "data"
 SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
@@ -33,9 +36,19 @@ def words(text: str) -> list[str]:
 
 SPOKEN = words((DATA / "speech.txt").read_text())
 
+_MARKS = "cesar/settled/"
+
+
+@functools.cache
+def _judge() -> Judge:
+    return Judge(default_document(), marks=(_MARKS,))
+
 
 class Bus:
-    """One client that sees everything under `cesar/` and can wait for it."""
+    """One client that sees everything under `cesar/` and can wait for it.
+
+    In the end every message has to be one of the AsyncAPI document, except what the test itself has published.
+    """
 
     def __init__(
         self,
@@ -47,6 +60,10 @@ class Bus:
         """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down."""
         self.messages: list[MQTTMessage] = []
         self.on_cleared: Callable[[], None] = lambda: None
+        self.kinds: set[Seen] = set()
+        """Which messages of the document have been seen, once it is closed."""
+        self._said: set[tuple[str, bytes]] = set()
+        self._judged = 0
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
         clean = False if client_id else None
@@ -69,6 +86,19 @@ class Bus:
     def close(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
+        self._compare_with_the_document()
+
+    def _compare_with_the_document(self) -> None:
+        judge, faults = _judge(), []
+        new, self._judged = self.messages[self._judged :], len(self.messages)
+        for message in new:
+            found = judge.judge(message)
+            if isinstance(found, Seen):
+                self.kinds.add(found)
+            elif isinstance(found, Fault) and (message.topic, message.payload) not in self._said:
+                faults.append(f"{found.topic} {found.why}\n  {message.payload[:2000]!r}")
+        if faults:
+            pytest.fail(f"{len(faults)} messages are not as the AsyncAPI document says:\n" + "\n".join(faults[:5]))
 
     def publish(
         self,
@@ -80,6 +110,7 @@ class Bus:
         properties: Properties | None = None,
     ) -> None:
         body = json.dumps(payload) if isinstance(payload, Mapping) else payload
+        self._said.add((topic, body.encode() if isinstance(body, str) else body))
         info = self._client.publish(topic, body, qos=qos, retain=retain, properties=properties)
         info.wait_for_publish(PATIENCE_S)
 
@@ -95,7 +126,7 @@ class Bus:
 
     def settle(self) -> None:
         """Return when everything that was retained has come: the broker sends it before what comes later."""
-        mark = f"cesar/settled/{id(self)}"
+        mark = f"{_MARKS}{id(self)}"
         self.publish(mark, "{}")
         self.wait(mark)
 
@@ -151,7 +182,11 @@ class Consumer:
                 stderr=log,
             )
         if ready is not None:
-            self.wait_for_log(ready, read)
+            try:
+                self.wait_for_log(ready, read)
+            except BaseException:
+                self.kill()
+                raise
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
