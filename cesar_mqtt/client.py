@@ -67,6 +67,7 @@ class MqttClient:
         persistent: bool,
         will: Will | None = None,
         subscriptions: Sequence[Subscription] = (),
+        unwanted: Sequence[str] = (),
         hand_off_max_messages: int = 2000,
         hand_off_max_bytes: int = 64 << 20,
         on_connected: Callable[[ConnectionInfo], None] | None = None,
@@ -77,7 +78,8 @@ class MqttClient:
         """Read what the settings name; nothing is connected yet.
 
         Persistent: the broker keeps subscriptions and messages while the client is away. The hand-off is what may wait
-        to be fetched; one message always fits.
+        to be fetched; one message always fits. Unwanted are topic filters that an earlier client of this name may have
+        left in the session; they are given up at each connection, after the subscriptions are made.
 
         Raises:
             ConfigError: the URL, the password file or a TLS file cannot be used.
@@ -94,6 +96,7 @@ class MqttClient:
             persistent=persistent,
             will=will,
             subscriptions=tuple(subscriptions),
+            unwanted=tuple(unwanted),
             keepalive_s=settings.keepalive,
             receive_maximum=min(hand_off_max_messages, _MOST_UNACKNOWLEDGED),
             max_packet_bytes=settings.max_packet_bytes,

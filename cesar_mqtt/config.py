@@ -69,6 +69,13 @@ class ConsumerSettings(Section):
         description="1 to 64 letters, digits, underscores or hyphens",
     )
     """Topic level and MQTT client id: unique on the broker and stable, for the session is persistent."""
+    group: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="1 to 64 letters, digits, underscores or hyphens",
+    )
+    """Consumers that name the same group share one input, so that each job goes to one of them (MQTT 5 only). None:
+    this one gets every job."""
 
 
 class AudioSettings(Section):
@@ -157,6 +164,30 @@ class LogSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class MetricsSettings(Section):
+    """Numbers for Prometheus, over HTTP; needs the extra `metrics`."""
+
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Where they are served, under `/metrics`; None: they are not taken."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """The address to listen on. There is no password: name another one only where the network is trusted."""
+
+
+class HomeAssistantSettings(Section):
+    """How the consumer announces itself to Home Assistant."""
+
+    enabled: bool = True
+    """Whether it does. What was announced before stays until `cesar-mqtt discovery remove`."""
+    discovery: Literal["device", "component"] = "device"
+    """One message for the whole device, or one for each entity, as Home Assistant before 2024.11 needs it."""
+    prefix: str = Field(
+        default="homeassistant",
+        pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*$",
+        description="topic levels of letters, digits, underscores or hyphens, joined by single slashes",
+    )
+    """The discovery prefix that Home Assistant's MQTT integration is set to; its birth message is expected below it."""
+
+
 class Settings(Section):
     """All settings of one process."""
 
@@ -175,6 +206,8 @@ class Settings(Section):
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
+    homeassistant: HomeAssistantSettings = HomeAssistantSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     def redacted(self) -> dict[str, Any]:
         """Give the settings as JSON values that may be published: no password, no token.

@@ -314,6 +314,8 @@ class Connection:
             paho.subscribe([(wanted.topic_filter, wanted.options) for wanted in subscriptions])
         else:
             paho.subscribe([(wanted.topic_filter, 1) for wanted in subscriptions])
+        if self._profile.unwanted:  # only now, so that nothing falls between the two
+            paho.unsubscribe(list(self._profile.unwanted))
 
     def _on_subscribe(
         self, _paho: Client, _userdata: object, _mid: int, granted: list[ReasonCode], _properties: Properties | None

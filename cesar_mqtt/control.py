@@ -75,6 +75,9 @@ class Answer:
 class Control:
     """Answers requests, each with one answer, whatever it holds.
 
+    There is none to what another consumer is asked for by name, and in a group none about a job that is not here: its
+    owner answers.
+
     When the disk refuses a change, the answer is an error: whoever asks is there and can ask again, while a request
     that waits for the disk would hold up all that came behind it. Nothing has changed then.
     """
@@ -88,6 +91,7 @@ class Control:
         on_cancelled: Callable[[Job], None],
         on_deleted: Callable[[Job, Sequence[str]], None],
         health: Callable[[], Mapping[str, Any]],
+        grouped: bool = False,
     ) -> None:
         """Wire it.
 
@@ -98,6 +102,7 @@ class Control:
             on_cancelled: called with a job that was just ended without having been in work.
             on_deleted: called with a job that was just deleted, and the names in the spool folder that it leaves.
             health: what `health` tells: values that JSON has.
+            grouped: whether other consumers get the same requests, and share the jobs with this one.
         """
         self._ledger = ledger
         self._models = models
@@ -105,6 +110,7 @@ class Control:
         self._on_cancelled = on_cancelled
         self._on_deleted = on_deleted
         self._health = health
+        self._grouped = grouped
         of_a_job: dict[str, Callable[[str], Outcome]] = {
             "cancel": self._cancel,
             "retry": self._retry,
@@ -117,16 +123,19 @@ class Control:
             "list": self._list,
             "pause": lambda _: self._pause(on=True),
             "resume": lambda _: self._pause(on=False),
-            "health": lambda _: self._health(),
+            "health": lambda _: {**self._health(), "consumer": consumer},
             "models": lambda _: self._describe_models(),
         }
 
-    def answer(self, command: str, payload: bytes) -> Answer:
+    def answer(self, command: str, payload: bytes) -> Answer | None:
         """Do what is asked for, on disk, and return what to say; whatever command and payload are, nothing is raised.
 
         Args:
             command: what stands behind `cesar/request/`.
             payload: a JSON object, a line of text that names a job, or nothing.
+
+        Returns:
+            None: nothing is to be said, for it is another consumer's to answer.
         """
         if command not in COMMANDS:
             detail = f"There is no command {shown(command)}: use one of {', '.join(COMMANDS)}."
@@ -134,11 +143,19 @@ class Control:
         asked = read(command, payload)
         if asked.request is None:
             return Answer(_error(asked.mistakes, asked.transaction))
-        return Answer(self._answer(command, asked.request))
+        if asked.request.consumer not in (None, self._consumer):
+            return None
+        said = self._answer(command, asked.request)
+        return None if said is None else Answer(said)
 
-    def _answer(self, command: str, request: Request) -> bytes:
+    def _answer(self, command: str, request: Request) -> bytes | None:
+        open_to_all = self._grouped and request.consumer is None
+        if open_to_all and isinstance(request, JobCommand) and request.job_id == CURRENT:
+            return _error(_WHOSE, request.transaction)
         try:
             outcome = self._commands[command](request)
+            if open_to_all and isinstance(outcome, _NotHere):
+                return None
             if not isinstance(outcome, str):
                 _note(command, outcome)
                 return _ok(outcome, request.transaction)
@@ -172,17 +189,17 @@ class Control:
         else:
             if job is not None and job.state is JobState.CANCELLED:
                 self._on_cancelled(job)
-        return _status(job, job_id)
+        return self._status(job, job_id)
 
     def _retry(self, job_id: str) -> Outcome:
-        return _status(self._ledger.retry(job_id), job_id)
+        return self._status(self._ledger.retry(job_id), job_id)
 
     def _delete(self, job_id: str) -> Outcome:
         deleted = self._ledger.delete(job_id)
         if deleted is None:
             return _unknown(job_id)
         self._on_deleted(*deleted)
-        return Done(job_id=job_id, status="deleted")
+        return Done(job_id=job_id, status="deleted", consumer=self._consumer)
 
     def _get(self, job_id: str) -> Outcome:
         job = self._ledger.get(job_id)
@@ -207,20 +224,28 @@ class Control:
             )
         segments = [segment for window in windows for segment in window.segments]
         content, _ = formats.render(asked.format, formats.content_of(job, segments))
-        return _piece(job_id, asked, content)
+        return _piece(job_id, asked, content, self._consumer)
+
+    def _status(self, job: Job | None, job_id: str) -> Outcome:
+        if job is None:
+            return _unknown(job_id)
+        return Done(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
 
     # -- all jobs -----------------------------------------------------------------------------------------------------
 
     def _list(self, asked: ListCommand) -> Outcome:
         behind = None if asked.after is None else self._ledger.get(asked.after)
         if asked.after is not None and behind is None:
-            return f"There is no job {asked.after} to go on behind, for it was deleted: begin without `after`."
+            return _NotHere(
+                f"There is no job {asked.after} to go on behind, for it was deleted: begin without `after`."
+            )
         states = () if asked.status is None else (JobState(asked.status),)
         after = 0 if behind is None else behind.seq
         found = self._ledger.jobs(states=states, after=after, limit=asked.limit + 1)
         jobs = self._page(found[: asked.limit])
         rest = len(found) > len(jobs)
-        return JobList(jobs=jobs, next=jobs[-1].job_id if rest else None, total=self._ledger.count(states))
+        following = jobs[-1].job_id if rest else None
+        return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
 
     def _page(self, found: Sequence[Job]) -> list[Brief]:
         """Return as many of the jobs as go into one answer."""
@@ -236,7 +261,7 @@ class Control:
 
     def _pause(self, *, on: bool) -> Outcome:
         self._ledger.pause(on=on)
-        return Paused(paused=on)
+        return Paused(paused=on, consumer=self._consumer)
 
     # -- the consumer -------------------------------------------------------------------------------------------------
 
@@ -249,10 +274,18 @@ class Control:
             compute_type=told.compute_type,
             cpu_threads=told.cpu_threads,
             models=[Model(**{name: getattr(entry, name) for name in Model.model_fields}) for entry in told.models],
+            consumer=self._consumer,
         )
 
 
+class _NotHere(str):
+    """Says that a job is not in this ledger; in a group it may be in another one."""
+
+    __slots__ = ()
+
+
 _NONE_RUNS = "No job is processing just now: name one by its id."
+_WHOSE = "Several consumers share the jobs: say with `consumer` whose current job is meant, or name one by its id."
 
 
 def _for_one_job(named: Callable[[str], str | None], do: Callable[[str], Outcome]) -> Callable[[JobCommand], Outcome]:
@@ -263,15 +296,11 @@ def _for_one_job(named: Callable[[str], str | None], do: Callable[[str], Outcome
     return done
 
 
-def _status(job: Job | None, job_id: str) -> Outcome:
-    return _unknown(job_id) if job is None else Done(job_id=job.job_id, status=job.state.value)
-
-
 def _unknown(job_id: str) -> str:
-    return f"There is no job {job_id}: it never was, or it was deleted."
+    return _NotHere(f"There is no job {job_id}: it never was, or it was deleted.")
 
 
-def _piece(job_id: str, asked: ResultCommand, content: bytes) -> Outcome:
+def _piece(job_id: str, asked: ResultCommand, content: bytes, consumer: str) -> Outcome:
     """Cut a piece out of a file, between characters, so that each piece can be read by itself."""
     start, total = min(asked.offset, len(content)), len(content)
     if _splits(content, start):
@@ -287,7 +316,14 @@ def _piece(job_id: str, asked: ResultCommand, content: bytes) -> Outcome:
         end -= max(1, surplus // 6)
     more = end < total
     return Piece(
-        job_id=job_id, format=asked.format, offset=start, length=end - start, total=total, text=text, more=more
+        job_id=job_id,
+        format=asked.format,
+        offset=start,
+        length=end - start,
+        total=total,
+        text=text,
+        more=more,
+        consumer=consumer,
     )
 
 

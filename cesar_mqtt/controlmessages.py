@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from cesar_mqtt.consumermessages import HealthMessage
 from cesar_mqtt.formats import FORMATS, Format
 from cesar_mqtt.messages import Payload, Status
 from cesar_mqtt.topics import JOB_ID_PATTERN
@@ -50,11 +51,16 @@ _TRANSACTION: TypeAdapter[Scalar] = TypeAdapter(Transaction)
 
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
 _JOB_ID = "the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -"
+_NAME = "the name of a consumer, 1 to 64 of A-Z, a-z, 0-9, _ and -, or null"
 
 
 class Request(Payload):
-    """A request that says no more than its command: `pause`, `resume`, `health`, `models`."""
+    """A request that says no more than its command: `pause`, `resume`, `health`, `models`.
 
+    With `consumer` it is for the one of that name only, and the others are silent.
+    """
+
+    consumer: JobId | None = Field(default=None, description=_NAME)
     transaction: Transaction = Field(default=None, description="text, a number, true, false or null")
 
 
@@ -117,12 +123,20 @@ class Done(Payload):
 
     job_id: str
     status: str
+    consumer: str
 
 
 class Paused(Payload):
     """Whether no job is started."""
 
     paused: bool
+    consumer: str
+
+
+class Vitals(HealthMessage):
+    """How the consumer of this name is."""
+
+    consumer: str
 
 
 class Brief(Payload):
@@ -147,6 +161,7 @@ class JobList(Payload):
     jobs: list[Brief]
     next: str | None
     total: int
+    consumer: str
 
 
 class Piece(Payload):
@@ -159,6 +174,7 @@ class Piece(Payload):
     total: int
     text: str
     more: bool
+    consumer: str
 
 
 class Model(Payload):
@@ -181,6 +197,7 @@ class Models(Payload):
     compute_type: str
     cpu_threads: int
     models: list[Model]
+    consumer: str
 
 
 def brief(status: Status) -> Brief:

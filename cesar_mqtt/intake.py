@@ -47,8 +47,11 @@ class Source(Protocol):
 class Controls(Protocol):
     """Who answers the requests of the control topics."""
 
-    def answer(self, command: str, payload: bytes) -> Answer:
-        """Do what is asked for, and return what to say; whatever the payload is, nothing is raised."""
+    def answer(self, command: str, payload: bytes) -> Answer | None:
+        """Do what is asked for, and return what to say; whatever the payload is, nothing is raised.
+
+        None: another consumer is asked, and answers.
+        """
 
 
 class Reports(Protocol):
@@ -86,6 +89,7 @@ class Intake:
         controls: Controls,
         max_payload_bytes: int,
         reports: Reports,
+        on_born: Callable[[], None] = lambda: None,
     ) -> None:
         """Wire it; nothing starts here.
 
@@ -98,6 +102,7 @@ class Intake:
             controls: answers what is no job.
             max_payload_bytes: a larger message is refused.
             reports: whom to tell of refusals, and of a disk that refuses.
+            on_born: called when Home Assistant says that it has started.
         """
         self._source = source
         self._ledger = ledger
@@ -106,6 +111,7 @@ class Intake:
         self._planner = Planner(topics, models, max_payload_bytes=max_payload_bytes)
         self._controls = controls
         self._reports = reports
+        self._on_born = on_born
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -152,6 +158,8 @@ class Intake:
                 )
                 continue
             answer = self._controls.answer(command, delivery.payload)
+            if answer is None:
+                continue
             self._reports.answer(self._topics.response(command), answer.payload)
             self._respond(delivery, answer.payload)
             if answer.rejection is not None:
@@ -218,8 +226,10 @@ class Intake:
             refusal, job_id = plan.refusal, ""
             if plan.job is not None:
                 verdict, job_id = next(verdicts)
-                logger.debug("Job %s: %s", job_id, verdict)
+                event(logger, logging.DEBUG, "taken_in", "Request is %s", verdict, job_id=job_id)
                 refusal = refusal or _refusal(job_id, verdict)
+            if plan.born:
+                self._on_born()
             if plan.found is not None:
                 self._reports.found_retained(plan.found)
             elif refusal is not None:
@@ -231,7 +241,8 @@ class Intake:
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
         message = "Refused on %s: %s: %s"
-        event(logger, logging.WARNING, "rejected", message, delivery.topic, refusal.reason, refusal.detail)
+        details = (delivery.topic, refusal.reason, refusal.detail)
+        event(logger, logging.WARNING, "rejected", message, *details, job_id=refusal.job_id)
         rejection = _rejection(delivery, refusal)
         self._reports.reject(rejection)
         return rejection

@@ -17,6 +17,7 @@ from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.index import window_id
 from cesar_mqtt.jobs import STATES, Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.logs import event
 from cesar_mqtt.records import (
     document_of,
     gone_document,
@@ -96,7 +97,13 @@ class Ledger(Views):
                 self._cancel(seq)
             elif crashes < self._max_attempts:
                 self._move(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_OF_AN_ATTEMPT)
-                logger.warning("Job %s was in work at the last crash: queued again", row["job_id"])
+                event(
+                    logger,
+                    logging.WARNING,
+                    "recovered",
+                    "Job was in work at the last crash: queued again",
+                    job_id=row["job_id"],
+                )
             else:
                 self._fail(
                     seq,
@@ -222,13 +229,14 @@ class Ledger(Views):
         if not code.retryable:
             self._index.keep_windows(seq, 0)
 
-    def requeue(self, seq: int) -> None:
-        """Put a job in `processing` back to its place in the queue, as a forced stop does. Raises as `complete`.
+    def requeue(self, seq: int) -> Job:
+        """Put a job in `processing` back to the front of the queue, as a forced stop does, and return it as it is then.
 
-        One whose end was asked for ends as `cancelled` instead.
+        One whose end was asked for ends instead. Raises as `complete`.
         """
         with self._changed:
             self._put_back(seq, {})
+            return self._job(seq)
 
     def _put_back(self, seq: int, fields: Mapping[str, Any]) -> bool:
         if seq not in self._index.processing:  # an error may become queued, too, but that is a retry

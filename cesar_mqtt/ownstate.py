@@ -18,14 +18,14 @@ class _Topic:
 
 
 class OwnState:
-    """The newest payload of each topic, by the topic's last level."""
+    """The newest payload of each topic, by the topic's last level; by the whole of it where it is not our own."""
 
     def __init__(self) -> None:
         """Start with none."""
         self._topics: dict[str, _Topic] = {}
 
     def retain(self, name: str, payload: bytes) -> None:
-        """Let the broker retain `payload`; nothing is due if it does already."""
+        """Let the broker retain `payload`, or nothing if it is empty; nothing is due if that is so already."""
         topic = self._topics.setdefault(name, _Topic(payload))
         if topic.payload != payload:
             topic.payload = payload
@@ -56,9 +56,12 @@ class OwnState:
             topic.sent = -1
 
     def say_again(self, *names: str) -> None:
-        """Let these be sent again, or all of them when none is named, although the broker may have them."""
+        """Let these be sent again, or all of them when none is named, although the broker may have them.
+
+        Not what was withdrawn: Home Assistant logs a withdrawal of what it does not know.
+        """
         for name in names or tuple(self._topics):
-            if name in self._topics:
+            if name in self._topics and self._topics[name].payload:
                 self._topics[name].published = self._topics[name].sent = -1
 
     def may_be_retained(self, name: str, payload: bytes) -> bool:

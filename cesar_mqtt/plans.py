@@ -2,10 +2,11 @@
 
 import hashlib
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cesar_mqtt.client import Delivery
+from cesar_mqtt.homeassistant import BORN, PAUSE_SWITCH
 from cesar_mqtt.jobs import AudioSource, NewJob
 from cesar_mqtt.messages import JobRequest, canonical
 from cesar_mqtt.requests import Accepted, Parsed, Refusal, parse_audio, parse_job
@@ -33,6 +34,7 @@ class Plan:
         refusal: what the producer is told.
         command: the request that is to be answered.
         found: what the broker retains as the consumer's queue.
+        born: whether Home Assistant says that it has started.
     """
 
     delivery: Delivery
@@ -41,6 +43,7 @@ class Plan:
     refusal: Refusal | None = None
     command: str | None = None
     found: bytes | None = None
+    born: bool = False
 
 
 class Planner:
@@ -59,8 +62,13 @@ class Planner:
         command = self._topics.request_command(delivery.topic)
         if command is not None:
             return Plan(delivery, command=command)
-        if not delivery.payload:  # what clears a retained message
-            return Plan(delivery)
+        if delivery.topic == self._topics.own(PAUSE_SWITCH):
+            return _switched(delivery)
+        if not self._topics.is_submission(delivery.topic):  # a birth topic, or what an earlier setting subscribed to
+            return Plan(delivery, born=delivery.payload == BORN and not delivery.retain)
+        return self._submitted(delivery) if delivery.payload else Plan(delivery)  # empty: what clears a retained one
+
+    def _submitted(self, delivery: Delivery) -> Plan:
         parsed = self._parse(delivery)
         if isinstance(parsed, Accepted):
             parsed = self._with_model(parsed)
@@ -124,6 +132,17 @@ class Planner:
             anonymous=request.job_id is None,
             retained=delivery.retain,
         )
+
+
+def _switched(delivery: Delivery) -> Plan:
+    """Return what a switch asks for, as if it had been asked for on the control topics."""
+    command = _SWITCH.get(delivery.payload)
+    if command is None:
+        return Plan(delivery, refusal=Refusal("invalid_request", "A switch takes ON or OFF."))
+    return Plan(replace(delivery, payload=b""), command=command)
+
+
+_SWITCH = {b"ON": "pause", b"OFF": "resume"}
 
 
 def _source(request: JobRequest) -> AudioSource | None:

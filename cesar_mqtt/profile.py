@@ -51,6 +51,8 @@ class Profile:
     persistent: bool
     will: Will | None
     subscriptions: tuple[Subscription, ...]
+    unwanted: tuple[str, ...]
+    """Topic filters that the session may still have from earlier, and that are to go."""
     keepalive_s: int
     receive_maximum: int
     """Unacknowledged messages that the broker may send, if it speaks MQTT 5."""

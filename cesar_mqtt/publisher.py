@@ -463,7 +463,8 @@ class Publisher:
             if number == job.revision:  # else it is said again, or only its place in the queue has changed
                 self._tell_event(event_payload(job, self._topics.consumer))
         except ValueError as exc:  # from a ledger that was edited by hand, say
-            event(logger, logging.ERROR, "unpublished", "The status on %s cannot be put into words: %s", topic, exc)
+            message = "The status on %s cannot be put into words: %s"
+            event(logger, logging.ERROR, "unpublished", message, topic, exc, job_id=job.job_id)
             self._settle(sent)
             return True
         return self._send(topic, payload, sent)

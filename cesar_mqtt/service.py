@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cesar_mqtt import group
 from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
+from cesar_mqtt.announced import Announced
 from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumermessages import ConsumerState, Info, info_of
@@ -17,11 +19,12 @@ from cesar_mqtt.disk import Disk
 from cesar_mqtt.download import Downloader
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, DiedError, ExitCode, LedgerError
 from cesar_mqtt.health import Pulse
+from cesar_mqtt.homeassistant import PAUSE_SWITCH, birth_topic, discovery_messages
 from cesar_mqtt.intake import Intake
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.models import ModelStore
+from cesar_mqtt.metrics import Metrics, Readings, metrics_of
 from cesar_mqtt.preparation import Preparer
 from cesar_mqtt.publisher import Publisher
 from cesar_mqtt.retention import Upkeep
@@ -63,12 +66,14 @@ class Service:
         self._settings = settings
         self._notifier = Notifier()
         self._topics = Topics(settings.topic_prefix, settings.consumer.name)
-        self._models = ModelStore(settings.models, folder=settings.data_dir / "models")
+        self._metrics = metrics_of(settings.metrics, consumer=settings.consumer.name)
+        self._models = self._metrics.models(settings.models, folder=settings.data_dir / "models")
         address = parse_broker_url(settings.broker.url)
-        self._ledger = _open_ledger(settings)
+        settings = settings.model_copy(update={"broker": group.broker_of(settings, address)})
+        self._ledger = _open_ledger(settings, self._metrics)
         self._broker: EmbeddedBroker | None = None
         try:
-            self._spool = Spool(settings.data_dir / "spool")
+            self._spool = Spool(settings.data_dir / "spool", self._metrics.disk("spool"))
             self._spool.sweep(self._ledger.spooled())
             self._broker = _start_broker(address, self._topics)
             if self._broker is not None:
@@ -88,10 +93,12 @@ class Service:
             persistent=True,
             will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
             subscriptions=(
-                Subscription(self._topics.jobs),
-                Subscription(self._topics.audio_filter),
-                Subscription(self._topics.request_filter),
-                Subscription(self._topics.own("queue"), wants_retained=True),  # to see whether the broker went back
+                *group.subscriptions(self._topics, settings.consumer.group),
+                Subscription(self._topics.own(PAUSE_SWITCH)),
+                *([Subscription(birth_topic(settings.homeassistant.prefix))] if settings.homeassistant.enabled else []),
+            ),
+            unwanted=group.unwanted_filters(
+                self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
             ),
         )
         self._pulse = Pulse(
@@ -100,6 +107,8 @@ class Service:
             network_alive=lambda: self._client.connected is not None,
         )
         self._publisher = Publisher(self._client, self._ledger, self._topics)
+        self._announced = Announced(settings.data_dir / "homeassistant.json")
+        self._reports = self._metrics.reports(self._publisher)
         self._client.on_connected = self._on_connected
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
         self._client.on_published = lambda ticket, _reason: self._publisher.on_published(ticket)
@@ -117,9 +126,11 @@ class Service:
                 on_cancelled=self._ended,
                 on_deleted=lambda _job, names: self._spool.remove(names),
                 health=self._pulse.fields,
+                grouped=settings.consumer.group is not None,
             ),
             max_payload_bytes=settings.queue.max_payload_bytes,
-            reports=self._publisher,
+            reports=self._reports,
+            on_born=self._publisher.announce_again,
         )
         transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
         self._preparer = Preparer(
@@ -129,7 +140,7 @@ class Service:
             ),
             spool=self._spool,
             directories=directories,
-            downloader=Downloader(settings.audio, settings.data_dir / "spool"),
+            downloader=self._metrics.downloader(Downloader(settings.audio, settings.data_dir / "spool")),
             ahead=settings.audio.downloads_ahead,
         )
         self._worker = Worker(
@@ -137,7 +148,7 @@ class Service:
             transcriber,
             preparer=self._preparer,
             spool=self._spool,
-            reports=self._publisher,
+            reports=self._reports,
             warm_up=self._models.default_name(),
             retries=settings.worker.retries,
             retry_delay_s=settings.worker.retry_delay,
@@ -145,18 +156,35 @@ class Service:
             idle_s=settings.models.idle_timeout,
             on_idle=self._models.unload,
         )
+        readings = Readings(
+            ledger=self._ledger.path,
+            totals=self._ledger.totals,
+            health=self._pulse.take,
+            in_flight=lambda: self._publisher.in_flight,
+            behind=lambda: self._ledger.has_unpublished,
+        )
+        self._metrics.serve(readings)
 
     def _on_connected(self, info: ConnectionInfo) -> None:
+        self._refused = group.not_granted(info.refused_filters, self._topics, self._settings.consumer.group)
         if not info.session_present:
             self._ledger.forget_deliveries()
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
+    def _announce(self) -> None:
+        """Announce the consumer to Home Assistant, and withdraw what it announced when its settings were others."""
+        wanted = self._settings.homeassistant
+        if not wanted.enabled:
+            return
+        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
+        self._publisher.announce(messages, stale=self._announced.begin(messages))
+
     def _ended(self, job: Job) -> None:
         """Tell of a job that has ended without having been in work."""
-        self._publisher.finished(job)
+        self._reports.finished(job)
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
-        self._refused = error
+        self._refused = group.explained(error, self._settings.consumer.group)
 
     def run(self, stop: StopSignals) -> ExitCode:
         """Serve until a signal asks for a stop, then stop in order.
@@ -172,9 +200,10 @@ class Service:
         self._start()
         try:
             self._watch(stop)
-        except CesarError:
+        except CesarError as exc:
             self._abandon()
-            self._end(stop, _FORCED_DRAIN_S)
+            # Whom the broker refused has nobody to wait for.
+            self._end(stop, 0.0 if isinstance(exc, BrokerRefusedError) else _FORCED_DRAIN_S)
             raise
         return self._stop(stop)
 
@@ -183,6 +212,7 @@ class Service:
         if last is not None:
             self._publisher.finished(last)
         self._publisher.online()
+        self._announce()
         self._publisher.tell("info", self._info())
         self._publisher.start()
         self._preparer.start()
@@ -289,7 +319,8 @@ class Service:
                 logger, logging.WARNING, "drain", "The broker has not acknowledged everything; the next start tells it"
             )
         self._publisher.offline()
-        self._drain(stop, min(drain_s, _FORCED_DRAIN_S))
+        if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
+            self._announced.settle()
         self._publisher.stop()
         self._client.close()
         self._close_files()
@@ -305,6 +336,7 @@ class Service:
         return True
 
     def _close_files(self) -> None:
+        self._metrics.close()
         try:
             self._ledger.close()
         except LedgerError as exc:
@@ -313,7 +345,7 @@ class Service:
             self._broker.close()
 
 
-def _open_ledger(settings: Settings) -> Ledger:
+def _open_ledger(settings: Settings, metrics: Metrics) -> Ledger:
     folder = settings.data_dir
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -323,7 +355,10 @@ def _open_ledger(settings: Settings) -> Ledger:
             f"The data directory {folder} cannot be made: {exc.strerror}. Choose one with --data-dir."
         ) from exc
     return Ledger(
-        folder / "ledger.json", max_attempts=settings.worker.max_attempts, max_queued=settings.queue.max_queued
+        folder / "ledger.json",
+        max_attempts=settings.worker.max_attempts,
+        max_queued=settings.queue.max_queued,
+        disk=metrics.disk("ledger"),
     )
 
 

@@ -181,10 +181,10 @@ class Worker:
 
     def _put_back(self, seq: int) -> None:
         try:
-            self._ledger.requeue(seq)
+            job = self._ledger.requeue(seq)
         except IllegalTransitionError:
             return  # it has ended, or was put back, in this very moment
-        event(logger, logging.WARNING, "requeued", "The job in work was put back into the queue")
+        event(logger, logging.WARNING, "requeued", "The job in work was put back (%s)", job.state, job_id=job.job_id)
 
     def join(self, timeout_s: float | None) -> bool:
         """Wait for the thread to end; whether it has."""

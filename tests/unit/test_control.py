@@ -51,7 +51,7 @@ class FakeModels:
 class Bench:
     """A control over a real ledger, and what it told others."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, grouped: bool = False) -> None:
         self.path = path
         self.disk = FaultyDisk()
         self.ledger = Ledger(path, clock=lambda: 1_700_000_000.0, disk=self.disk)
@@ -66,6 +66,7 @@ class Bench:
             on_cancelled=lambda job: self.cancelled.append(job.job_id),
             on_deleted=self.on_deleted,
             health=lambda: self.vital,
+            grouped=grouped,
         )
 
     def on_deleted(self, job: Job, names: Any) -> None:
@@ -74,7 +75,13 @@ class Bench:
 
     def answer(self, command: str, request: Any = b"") -> Answer:
         payload = request if isinstance(request, bytes) else json.dumps(request).encode()
-        return self.control.answer(command, payload)
+        answer = self.control.answer(command, payload)
+        assert answer is not None, "there was silence"
+        return answer
+
+    def is_silent(self, command: str, request: Any = b"") -> bool:
+        payload = request if isinstance(request, bytes) else json.dumps(request).encode()
+        return self.control.answer(command, payload) is None
 
     def ask(self, command: str, request: Any = b"") -> dict[str, Any]:
         answer = self.answer(command, request)
@@ -121,15 +128,25 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.ledger.close()
 
 
+@pytest.fixture
+def member(tmp_path: Path) -> Iterator[Bench]:
+    """One of several consumers that share their jobs."""
+    made = Bench(tmp_path / "member.json", grouped=True)
+    yield made
+    made.ledger.close()
+
+
 # -- one job ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("request_", [b"a", b" a\n", b"a\r\n", b'{"job_id": "a"}', b'\xef\xbb\xbf{"job_id":"a"}'])
 def test_a_waiting_job_is_cancelled_at_once_however_it_is_named(bench: Bench, request_: bytes) -> None:
     bench.submit("a")
-    assert bench.ok("cancel", request_) == {"job_id": "a", "status": "cancelled"}
+    assert bench.ok("cancel", request_) == {"job_id": "a", "status": "cancelled", "consumer": "porch"}
     assert bench.state("a") is JobState.CANCELLED
-    assert bench.ok("cancel", request_) == {"job_id": "a", "status": "cancelled"}, "once more is no mistake"
+    assert bench.ok("cancel", request_) == {"job_id": "a", "status": "cancelled", "consumer": "porch"}, (
+        "once more is no mistake"
+    )
 
 
 def test_the_job_in_work_is_cancelled_by_its_id_or_as_the_current_one(bench: Bench) -> None:
@@ -137,7 +154,7 @@ def test_the_job_in_work_is_cancelled_by_its_id_or_as_the_current_one(bench: Ben
     job = bench.claim()
     assert not bench.ledger.is_cancelling(job.seq)
     for name in (b"current", b"a", b'{"job_id": "current"}'):
-        assert bench.ok("cancel", name) == {"job_id": "a", "status": "processing"}
+        assert bench.ok("cancel", name) == {"job_id": "a", "status": "processing", "consumer": "porch"}
     assert bench.ledger.is_cancelling(job.seq)
     bench.ledger.cancelled(job.seq)
     assert bench.error("cancel", b"current") == "No job is processing just now: name one by its id."
@@ -166,7 +183,7 @@ def test_a_job_that_has_ended_by_itself_is_not_cancelled_any_more(bench: Bench) 
 def test_a_job_is_retried_if_that_makes_sense(bench: Bench) -> None:
     bench.submit("a")
     bench.ledger.fail(bench.claim().seq, ErrorCode.TIMEOUT, "Too slow.")
-    assert bench.ok("retry", b"a") == {"job_id": "a", "status": "queued"}
+    assert bench.ok("retry", b"a") == {"job_id": "a", "status": "queued", "consumer": "porch"}
     refusal = "Job a is queued: only one that ended as error or cancelled can be retried."
     assert bench.error("retry", b"a") == refusal
 
@@ -174,8 +191,8 @@ def test_a_job_is_retried_if_that_makes_sense(bench: Bench) -> None:
 def test_a_deleted_job_is_gone_and_its_audio_is_given_up(bench: Bench) -> None:
     bench.submit("a", kind="spool")
     bench.submit("b")
-    assert bench.ok("delete", b"a") == {"job_id": "a", "status": "deleted"}
-    assert bench.ok("delete", {"job_id": "b"}) == {"job_id": "b", "status": "deleted"}
+    assert bench.ok("delete", b"a") == {"job_id": "a", "status": "deleted", "consumer": "porch"}
+    assert bench.ok("delete", {"job_id": "b"}) == {"job_id": "b", "status": "deleted", "consumer": "porch"}
     assert bench.deleted == [("a", ["a.wav"]), ("b", [])]
     assert bench.error("delete", b"a") == "There is no job a: it never was, or it was deleted."
     assert bench.deleted[2:] == []
@@ -225,8 +242,8 @@ def complete(bench: Bench, name: str, text: str, asked: tuple[str, ...] = ()) ->
 def test_the_text_of_a_job_is_always_there_and_its_times_only_if_a_format_was_asked_for(bench: Bench) -> None:
     complete(bench, "a", "Good morning. Goodbye.")
     text = "Good morning. Goodbye.\n"
-    expected = {"job_id": "a", "format": "txt", "offset": 0, "length": 23, "total": 23, "text": text, "more": False}
-    assert bench.ok("result", b"a") == expected
+    piece = {"format": "txt", "offset": 0, "length": 23, "total": 23, "text": text, "more": False}
+    assert bench.ok("result", b"a") == {"job_id": "a", **piece, "consumer": "porch"}
     for name in ("srt", "vtt", "tsv", "json"):
         sentence = bench.error("result", {"job_id": "a", "format": name})
         assert sentence.startswith(f"There is no {name} of job a: its times were not kept")
@@ -312,7 +329,12 @@ def test_a_list_is_in_the_order_of_acceptance_and_goes_on_where_it_ended(bench: 
     assert ([job["job_id"] for job in second["jobs"]], second["next"]) == (["job-2", "job-3"], "job-3")
     last = bench.ok("list", {"limit": 2, "after": "job-3"})
     assert ([job["job_id"] for job in last["jobs"]], last["next"], last["total"]) == (["job-4"], None, 5)
-    assert bench.ok("list", {"limit": 1, "after": "job-4"}) == {"jobs": [], "next": None, "total": 5}
+    assert bench.ok("list", {"limit": 1, "after": "job-4"}) == {
+        "jobs": [],
+        "next": None,
+        "total": 5,
+        "consumer": "porch",
+    }
     assert bench.ok("list", {"limit": 5})["next"] is None
 
 
@@ -333,7 +355,7 @@ def test_a_list_can_be_of_one_status(bench: Bench) -> None:
     for status, name in (("queued", "c"), ("cancelled", "b"), ("processing", "a")):
         listed = bench.ok("list", {"status": status})
         assert ([job["job_id"] for job in listed["jobs"]], listed["total"]) == ([name], 1)
-    assert bench.ok("list", {"status": "error"}) == {"jobs": [], "next": None, "total": 0}
+    assert bench.ok("list", {"status": "error"}) == {"jobs": [], "next": None, "total": 0, "consumer": "porch"}
     assert len(bench.ok("list", {"status": None, "after": None})["jobs"]) == 3
 
 
@@ -367,15 +389,15 @@ def test_a_list_cannot_go_on_behind_a_job_that_was_deleted(bench: Bench) -> None
 
 def test_jobs_are_held_back_and_started_again(bench: Bench) -> None:
     for _ in range(2):
-        assert bench.ok("pause") == {"paused": True}
+        assert bench.ok("pause") == {"paused": True, "consumer": "porch"}
         assert bench.ledger.totals().paused
     for _ in range(2):
-        assert bench.ok("resume", b"{}") == {"paused": False}
+        assert bench.ok("resume", b"{}") == {"paused": False, "consumer": "porch"}
         assert not bench.ledger.totals().paused
 
 
 def test_health_is_what_is_measured(bench: Bench) -> None:
-    assert bench.ok("health") == {"uptime": 12.5, "worker_alive": True}
+    assert bench.ok("health") == {"uptime": 12.5, "worker_alive": True, "consumer": "porch"}
 
 
 def test_models_are_told_without_where_they_lie(bench: Bench) -> None:
@@ -546,3 +568,48 @@ def test_whatever_is_asked_there_is_one_answer_and_it_is_json(bench: Bench, requ
     for job in bench.ledger.jobs():
         bench.ledger.delete(job.job_id)
     bench.ledger.pause(on=False)
+
+
+# -- several consumers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["cancel", "retry", "delete", "get", "result"])
+def test_a_member_of_a_group_is_silent_about_a_job_that_it_does_not_have(member: Bench, command: str) -> None:
+    assert member.is_silent(command, b"elsewhere"), "its owner answers"
+    assert "There is no job elsewhere" in member.error(command, {"job_id": "elsewhere", "consumer": "porch"})
+
+
+def test_a_member_of_a_group_answers_for_its_own_jobs(member: Bench) -> None:
+    member.submit("a")
+    assert member.ok("get", b"a")["consumer"] == "porch"
+    assert member.ok("cancel", b"a") == {"job_id": "a", "status": "cancelled", "consumer": "porch"}
+
+
+def test_a_page_behind_a_job_of_another_member_is_for_that_one_to_tell(member: Bench) -> None:
+    member.submit("a")
+    assert member.is_silent("list", {"after": "elsewhere"})
+    assert member.ok("list")["total"] == 1
+
+
+@pytest.mark.parametrize("command", ["cancel", "get"])
+def test_in_a_group_the_current_job_is_somebodys_or_nobodys(member: Bench, command: str) -> None:
+    member.submit("a")
+    job = member.claim()
+    assert "say with `consumer`" in member.error(command, b"current")
+    assert not member.ledger.is_cancelling(job.seq), "all members would have ended theirs"
+    assert member.ok(command, {"job_id": "current", "consumer": "porch"})["job_id"] == "a"
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in {"cancel", "retry", "delete", "get"}])
+def test_what_is_asked_of_another_consumer_by_name_is_left_to_it(bench: Bench, member: Bench, command: str) -> None:
+    bench.submit("a")
+    bench.ledger.complete(bench.claim().seq, RESULT)
+    fields = {"job_id": "a"} if command == "result" else {}
+    assert bench.is_silent(command, {**fields, "consumer": "cellar"})
+    assert member.is_silent(command, {**fields, "consumer": "cellar"})
+    assert not bench.ledger.totals().paused
+    assert bench.ok(command, {**fields, "consumer": "porch"})["consumer"] == "porch"
+
+
+def test_the_name_of_a_consumer_has_to_be_one(bench: Bench) -> None:
+    assert "consumer must be the name of a consumer" in bench.error("pause", {"consumer": "a/b"})

@@ -81,8 +81,10 @@ class FakeControls:
         self.rejection: Refusal | None = None
         self.seen: list[list[str]] = []
 
-    def answer(self, command: str, payload: bytes) -> Answer:
+    def answer(self, command: str, payload: bytes) -> Answer | None:
         self.seen.append([job.job_id for job in self._ledger.jobs()])
+        if payload == b"elsewhere":
+            return None
         return Answer(f"{command}: ".encode() + payload, self.rejection)
 
 
@@ -857,6 +859,12 @@ def test_a_request_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> N
     bench.take(request(job_id="a"), command("list"), request(job_id="b"), request(job_id="c"), command("list"))
     assert bench.controls.seen == [["a"], ["a", "b", "c"]]
     assert bench.trace.count("acknowledged") == 4, "each stretch in its turn"
+
+
+def test_what_another_consumer_answers_is_acknowledged_in_silence(bench: Bench) -> None:
+    assert bench.take(command("cancel", b"elsewhere", response_topic="my/answers"), command("list")) == []
+    assert bench.reports.answers == [("cesar/response/list", b"list: ", None)]
+    assert len(bench.source.acknowledged) == 2
 
 
 def test_a_request_that_names_a_response_topic_is_answered_there_as_well(bench: Bench) -> None:
