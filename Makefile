@@ -10,9 +10,14 @@ ARGS ?=
 PYTHONS := python3.13 python3.12 python3.11 python3
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
+NODE_RED := build/node-red
+# Home Assistant has an environment of its own, for one Python only.
+HOME_VENV ?= .venv-homeassistant
+HOME_PYTHON ?= python3.13
+HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak clean
+.PHONY: help demo test check bench soak test-homeassistant test-node-red clean
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -22,6 +27,8 @@ help:
 	@echo 'make check   format, lint and types'
 	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger or ARGS=bus for a part)'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
+	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
+	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
 
 demo: $(STAMP)
@@ -41,6 +48,13 @@ bench: $(STAMP)
 soak: $(STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
 
+test-homeassistant: $(STAMP) $(HOME_STAMP)
+	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt $(HOME_VENV)/bin/python -m pytest \
+	    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
+
+test-node-red: $(STAMP) $(NODE_RED)/.installed
+	@NODE_RED=$(NODE_RED)/node_modules/.bin/node-red $(RUN) pytest tests/deploy/flow_in_node_red.py $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -50,6 +64,23 @@ $(STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@$(RUN) pip --version >/dev/null 2>&1 || $(RUN) ensurepip
 	@said=$$($(RUN) pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]' 2>&1) \
 	    || { echo "$$said" >&2; exit 1; }
+	@touch $@
+
+$(HOME_STAMP): tests/homeassistant/requirements.txt
+	@$(find_home_python); rm -rf $(HOME_VENV); \
+	echo "installing Home Assistant into $(HOME_VENV), with $$("$$python" --version); this takes minutes"; \
+	"$$python" -m venv $(HOME_VENV)
+	@said=$$($(HOME_VENV)/bin/python -m pip install --disable-pip-version-check --requirement $< 2>&1) \
+	    || { echo "$$said" >&2; exit 1; }
+	@touch $@
+
+# Beside a copy of package.json, so that npm leaves nothing in the source tree.
+$(NODE_RED)/.installed: tests/deploy/node-red/package.json
+	@command -v npm >/dev/null || { echo 'npm is needed for this: install Node.js 18.5 or newer' >&2; exit 1; }
+	@echo 'installing Node-RED into $(NODE_RED)'
+	@mkdir -p $(NODE_RED)
+	@cp $< $(NODE_RED)/
+	@cd $(NODE_RED) && npm install --no-package-lock --no-audit --no-fund --loglevel=error
 	@touch $@
 
 $(VENV)/pyvenv.cfg:
@@ -71,5 +102,18 @@ done; \
 if test -z "$$python"; then \
     echo 'found no Python 3.11 to 3.13 with venv (tried $(or $(PYTHON),$(PYTHONS))): install one, on Debian with' \
         'python3-venv, or name one with make PYTHON=FILE' >&2; exit 1; \
+fi
+endef
+
+# As above. Version managers keep Pythons that are not on the path.
+define find_home_python
+python=; for candidate in '$(HOME_PYTHON)' python3.13 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python3.13 \
+        "$${UV_PYTHON_INSTALL_DIR:-$$HOME/.local/share/uv/python}"/cpython-3.13.*/bin/python3.13; do \
+    if "$$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 13))' >/dev/null 2>&1; \
+        then python="$$candidate"; break; fi; \
+done; \
+if test -z "$$python"; then \
+    echo 'found no Python 3.13 with venv, which this Home Assistant needs: install one (pyenv install 3.13, or uv python' \
+        'install 3.13), or name one with make test-homeassistant HOME_PYTHON=FILE' >&2; exit 1; \
 fi
 endef

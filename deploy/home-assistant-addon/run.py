@@ -1,0 +1,85 @@
+# ruff: noqa: INP001 - a program, not a package
+"""Turns the add-on's options, and what the Supervisor says of the broker, into settings, and becomes `cesar-mqtt`.
+
+    run.py serve|health
+
+Only the standard library: it runs before anything else is known to work.
+"""
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+OPTIONS = Path("/data/options.json")
+PASSWORD = Path("/tmp/broker-password")  # noqa: S108 - the container's own, gone when it stops
+DRAIN_S = 240
+_WAIT_S = 10.0
+
+
+class SetUpError(Exception):
+    """The add-on cannot start; the message says what to do."""
+
+
+def main() -> None:
+    """Replace this process by `cesar-mqtt`."""
+    try:
+        options = json.loads(OPTIONS.read_text())
+        environ = {**os.environ, **settings(options, broker(options, os.environ), PASSWORD)}
+    except SetUpError as exc:
+        sys.exit(f"cesar-mqtt: {exc}")
+    os.execvpe("cesar-mqtt", ["cesar-mqtt", *sys.argv[1:]], environ)  # noqa: S606, S607 - both are ours
+
+
+def broker(options: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return URL, user name and password of the broker: the one of the options, or the Supervisor's.
+
+    Raises:
+        SetUpError: the options name none, and the Supervisor knows none.
+    """
+    if options.get("broker_url"):
+        return {"url": options["broker_url"], "username": None, "password": options.get("broker_password")}
+    request = urllib.request.Request(  # noqa: S310 - fixed
+        f"{environ.get('SUPERVISOR', 'http://supervisor')}/services/mqtt",
+        headers={"Authorization": f"Bearer {environ.get('SUPERVISOR_TOKEN', '')}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_WAIT_S) as answer:  # noqa: S310 - as above
+            told = json.load(answer)["data"]
+    except (urllib.error.URLError, KeyError, ValueError) as exc:
+        raise SetUpError(f"no MQTT broker is known ({exc}): install the Mosquitto add-on, or set broker_url") from exc
+    scheme = "mqtts" if told.get("ssl") else "mqtt"
+    return {
+        "url": f"{scheme}://{told['host']}:{told['port']}",
+        "username": told.get("username") or None,
+        "password": told.get("password") or None,
+    }
+
+
+def settings(options: Mapping[str, Any], found: Mapping[str, Any], password_file: Path) -> dict[str, str]:
+    """Return the settings as environment variables; a password goes into a file that only this user can read."""
+    said = {
+        "CESAR_BROKER__URL": found["url"],
+        "CESAR_BROKER__USERNAME": found["username"] or "",
+        "CESAR_CONSUMER__NAME": options["name"],
+        "CESAR_TOPIC_PREFIX": options["topic_prefix"],
+        "CESAR_MODELS__DEFAULT": options["model"],
+        "CESAR_MODELS__DOWNLOAD": json.dumps(options["download_models"]),
+        "CESAR_AUDIO__DIRECTORIES": json.dumps(options["audio_directories"]),
+        "CESAR_AUDIO__ALLOWED_HOSTS": json.dumps(options["allowed_hosts"]),
+        "CESAR_WORKER__DRAIN_TIMEOUT": str(DRAIN_S),
+        "CESAR_LOG__LEVEL": options["log_level"],
+    }
+    if found["password"]:
+        password_file.touch(mode=0o600)
+        password_file.write_text(f"{found['password']}\n")
+        said["CESAR_BROKER__PASSWORD_FILE"] = str(password_file)
+    return said
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+#!/bin/sh
+# Makes a random password for each user of the ACL: hashed in FOLDER/passwords for mosquitto, and in the clear in
+# FOLDER/USER.password for whoever is that user. Users that have one keep it.
+#   make-passwords.sh FOLDER [USER...]        (cesar producer homeassistant)
+set -eu
+
+if [ $# -lt 1 ]; then
+    echo "usage: $0 FOLDER [USER...]" >&2
+    exit 2
+fi
+folder=$1
+shift
+[ $# -gt 0 ] || set -- cesar producer homeassistant
+
+umask 077
+mkdir -p "$folder"
+[ -e "$folder/passwords" ] || : >"$folder/passwords"
+
+for user; do
+    if [ -e "$folder/$user.password" ]; then
+        echo "$user: has a password already"
+        continue
+    fi
+    password=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
+    # Over standard input and in a file that is hashed at once: an argument could be seen in the list of processes.
+    printf '%s:%s\n' "$user" "$password" >"$folder/.new"
+    mosquitto_passwd -U "$folder/.new"
+    cat "$folder/.new" >>"$folder/passwords"
+    rm "$folder/.new"
+    printf '%s\n' "$password" >"$folder/$user.password"
+    echo "$user: $folder/$user.password"
+done

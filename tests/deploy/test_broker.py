@@ -1,0 +1,221 @@
+"""The broker's configuration in `deploy/mosquitto`, run by a real mosquitto with a real consumer."""
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.harness import CONNECTED, SPEECH, SPOKEN, Consumer, command, words
+from tests.conftest import Certificates
+from tests.deploy.conftest import DEPLOY, USERS, Client, DeployedMosquitto, StartDeployed, script
+
+pytestmark = [pytest.mark.mosquitto]
+
+Serve = Callable[..., Consumer]
+
+
+@pytest.fixture
+def broker(start_deployed: StartDeployed) -> DeployedMosquitto:
+    return start_deployed("mosquitto.conf")
+
+
+def as_user(broker: DeployedMosquitto, user: str, *flags: str) -> Client:
+    return Client(broker, user, broker.password(user), flags)
+
+
+def flags_of(broker: DeployedMosquitto, user: str, *, scheme: str = "mqtt") -> tuple[str, ...]:
+    return ("--broker", f"{scheme}://{user}@127.0.0.1:{broker.port}")
+
+
+def password_of(broker: DeployedMosquitto, user: str) -> dict[str, str]:
+    return {"CESAR_BROKER__PASSWORD_FILE": str(broker.folder / "config" / f"{user}.password")}
+
+
+def denied(broker: DeployedMosquitto) -> list[str]:
+    return [line for line in broker.log if "Denied" in line]
+
+
+@pytest.mark.model
+def test_a_producer_hands_in_a_recording_and_reads_the_transcript_and_nobody_is_denied_anything(
+    broker: DeployedMosquitto, serve: Serve
+) -> None:
+    consumer = serve(*flags_of(broker, "cesar"), environ=password_of(broker, "cesar"))
+    producer = password_of(broker, "producer")
+
+    submitted = command(
+        "submit", str(SPEECH), "--format", "srt", "--job-id", "note-1", *flags_of(broker, "producer"), environ=producer
+    )
+    status = as_user(broker, "producer").sub("cesar/status/note-1", "-C", "1", "-W", "20")
+    announced = as_user(broker, "homeassistant").sub("homeassistant/#", "-C", "1", "-W", "20")
+    healthy = command("health", "--json", *flags_of(broker, "cesar"), environ=password_of(broker, "cesar"))
+    cancelled = command("pause", *flags_of(broker, "homeassistant"), environ=password_of(broker, "homeassistant"))
+    assert consumer.stop() == 0
+    state = as_user(broker, "producer").sub("cesar/consumer/cesar/state", "-C", "1", "-W", "20")
+
+    assert submitted.returncode == 0, submitted.stderr
+    assert "-->" in submitted.stdout
+    assert words(json.loads(status.stdout)["result_text"]) == SPOKEN
+    assert json.loads(announced.stdout)["device"]["manufacturer"] == "cesar-mqtt"
+    assert healthy.returncode == 0, healthy.stderr
+    assert json.loads(healthy.stdout)["worker_alive"] is True
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert json.loads(state.stdout) == {"state": "offline"}
+    assert not denied(broker), denied(broker)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "cesar/status/note-1",
+        "cesar/result/note-1/txt",
+        "cesar/consumer/cesar/state",
+        "cesar/request/delete",
+        "cesar/events",
+        "homeassistant/device/x/config",
+        "zigbee2mqtt/lock/set",
+    ],
+)
+def test_a_producer_is_told_that_it_may_not_publish_what_is_not_a_recording(
+    broker: DeployedMosquitto, topic: str
+) -> None:
+    sent = as_user(broker, "producer").pub(topic, "{}")
+    assert "Not authorized" in sent.stderr
+    assert broker.wait_logged("Denied PUBLISH")
+
+
+def test_a_producer_reads_neither_the_requests_of_others_nor_anything_else(broker: DeployedMosquitto) -> None:
+    owner = as_user(broker, "homeassistant")
+    owner.pub("cesar/audio/secret", "a secret", "-r")
+    owner.pub("homeassistant/device/lock/config", "{}", "-r")
+
+    everything = as_user(broker, "producer").sub("#", "-W", "1", "-v")
+    as_consumer = as_user(broker, "cesar").sub("cesar/audio/#", "-W", "10", "-C", "1")
+
+    assert everything.stdout == ""
+    assert as_consumer.stdout.strip() == "a secret"  # it was there
+
+
+@pytest.mark.parametrize("topic", ["cesar/status/note-1", "cesar/result/note-1/txt"])
+def test_home_assistant_may_ask_for_anything_but_speaks_for_no_consumer(broker: DeployedMosquitto, topic: str) -> None:
+    client = as_user(broker, "homeassistant")
+    assert "Not authorized" in client.pub(topic, "{}").stderr
+    for allowed in ("cesar/request/pause", "cesar/consumer/cesar/pause/set", "cesar/jobs", "homeassistant/status"):
+        assert client.pub(allowed, "").stderr == ""
+
+
+def test_the_consumer_may_not_publish_outside_of_its_own_topics(broker: DeployedMosquitto) -> None:
+    assert "Not authorized" in as_user(broker, "cesar").pub("zigbee2mqtt/lock/set", "{}").stderr
+
+
+def test_a_wrong_password_is_refused_and_the_consumer_says_what_to_check(
+    broker: DeployedMosquitto, serve: Serve, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong").write_text("guessed\n")
+    consumer = serve(
+        *flags_of(broker, "cesar"), environ={"CESAR_BROKER__PASSWORD_FILE": str(tmp_path / "wrong")}, ready=None
+    )
+    assert consumer.wait() == 78
+    assert "Not authorized; check broker.username and broker.password_file" in consumer.logged()
+    nobody = Client(broker, "producer", "guessed").pub("cesar/jobs", "x.wav")
+    assert "authori" in nobody.stderr.lower()
+
+
+def test_nobody_comes_in_without_a_name(broker: DeployedMosquitto) -> None:
+    asked = command("jobs", "--broker", broker.url)
+    assert asked.returncode == 78
+    assert "refused this client" in asked.stderr
+
+
+@pytest.mark.model
+def test_the_way_of_a_job_is_encrypted_with_certificates_from_the_script(
+    start_deployed: StartDeployed, serve: Serve
+) -> None:
+    broker = start_deployed("mosquitto-tls.conf")
+    authority = str(broker.folder / "config" / "certificates" / "ca.pem")
+    consumer = serve(
+        *flags_of(broker, "cesar", scheme="mqtts"),
+        environ={**password_of(broker, "cesar"), "CESAR_BROKER__CA_FILE": authority},
+    )
+    submitted = command(
+        "submit",
+        str(SPEECH),
+        *flags_of(broker, "producer", scheme="mqtts"),
+        environ={**password_of(broker, "producer"), "CESAR_BROKER__CA_FILE": authority},
+    )
+    assert consumer.stop() == 0
+    assert words(submitted.stdout) == SPOKEN
+
+
+def test_a_broker_with_another_authoritys_certificate_gets_no_password(
+    start_deployed: StartDeployed, serve: Serve, certificates: Certificates
+) -> None:
+    broker = start_deployed("mosquitto-tls.conf")
+    consumer = serve(
+        *flags_of(broker, "cesar", scheme="mqtts"),
+        environ={**password_of(broker, "cesar"), "CESAR_BROKER__CA_FILE": str(certificates.other_ca)},
+        ready="No connection to ",
+    )
+    assert "certificate" in consumer.logged()
+    assert CONNECTED not in consumer.logged()
+    assert not any("u'cesar'" in line for line in broker.log)
+
+
+def test_a_client_without_a_certificate_is_refused_where_the_broker_asks_for_one(
+    start_deployed: StartDeployed,
+) -> None:
+    broker = start_deployed("mosquitto-tls.conf", "require_certificate true", client="kitchen")
+    folder = broker.folder / "config" / "certificates"
+    flags = ("--cafile", str(folder / "ca.pem"))
+    own = ("--cert", str(folder / "kitchen.pem"), "--key", str(folder / "kitchen.key"))
+
+    without = as_user(broker, "producer", *flags).pub("cesar/jobs", "x.wav")
+    with_one = as_user(broker, "producer", *flags, *own).pub("cesar/jobs", "x.wav")
+
+    assert without.returncode != 0
+    assert with_one.returncode == 0, with_one.stderr
+
+
+def test_jobs_for_an_absent_consumer_survive_a_restart_of_the_broker(broker: DeployedMosquitto, serve: Serve) -> None:
+    consumer = serve(*flags_of(broker, "cesar"), environ=password_of(broker, "cesar"))
+    assert consumer.stop() == 0
+    as_user(broker, "producer").pub("cesar/jobs", json.dumps({"job_id": "waited", "audio_path": "not-there.wav"}))
+
+    broker.restart()
+    consumer.start()
+    status = as_user(broker, "producer").sub("cesar/status/waited", "-C", "1", "-W", "20")
+
+    assert json.loads(status.stdout)["job_id"] == "waited"
+
+
+def test_passwords_are_readable_by_their_owner_only_and_stay_when_the_script_runs_again(tmp_path: Path) -> None:
+    first = script("make-passwords.sh", str(tmp_path))
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    script("make-passwords.sh", str(tmp_path), *USERS, "another")
+    after = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    assert sorted(before) == ["cesar.password", "homeassistant.password", "passwords", "producer.password"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+    secrets = [text.strip() for name, text in before.items() if name != "passwords"]
+    assert len(set(secrets)) == 3
+    assert not any(secret in first or secret in before["passwords"] for secret in secrets)
+    assert all(after[name] == text for name, text in before.items() if name != "passwords")
+    assert after["passwords"].startswith(before["passwords"])
+
+
+def test_both_configurations_differ_in_their_encryption_only() -> None:
+    plain, encrypted = ({*_lines(name)} for name in ("mosquitto.conf", "mosquitto-tls.conf"))
+    assert plain - encrypted == {"listener 1883"}
+    assert {line.split()[0] for line in encrypted - plain} == {
+        "listener",
+        "cafile",
+        "certfile",
+        "keyfile",
+        "tls_version",
+    }
+
+
+def _lines(name: str) -> list[str]:
+    text = (DEPLOY / "mosquitto" / name).read_text()
+    return [line for line in text.splitlines() if line and not line.startswith("#")]

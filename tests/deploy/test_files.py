@@ -1,0 +1,286 @@
+"""The files of `deploy/` that need a machine of their own to run: that they are whole, and fit what they talk to."""
+
+import json
+import re
+import runpy
+import stat
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml  # type: ignore[import-untyped,unused-ignore]
+from pydantic import BaseModel
+
+from cesar_mqtt.cli import app
+from cesar_mqtt.config import Settings, load_settings
+from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.homeassistant import discovery_messages
+from cesar_mqtt.topics import Topics
+from tests.conftest import need, run
+from tests.deploy.conftest import DEPLOY, USERS
+
+ROOT = DEPLOY.parent
+ADDON = DEPLOY / "home-assistant-addon"
+COMPOSE = DEPLOY / "docker" / "compose.yaml"
+BLUEPRINT = DEPLOY / "home-assistant" / "blueprints" / "cesar_transcribe.yaml"
+PACKAGE = DEPLOY / "home-assistant" / "package.yaml"
+FLOW = DEPLOY / "node-red" / "flow.json"
+
+
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Knows the tags of Home Assistant, ESPHome and compose: each stands for itself."""
+
+
+def _tagged(_loader: Loader, tag: str, node: yaml.Node) -> tuple[str, Any]:
+    return tag, node.value
+
+
+for known in ("input", "secret", "lambda", "include_dir_named"):
+    Loader.add_multi_constructor(f"!{known}", lambda loader, _suffix, node, tag=known: _tagged(loader, tag, node))
+Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
+
+
+def read(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader)  # noqa: S506 - a SafeLoader with tags that make no objects
+
+
+def every(value: Any) -> Iterator[Any]:
+    """Each value inside a document, at any depth."""
+    yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        yield from every(item)
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_yaml_file_can_be_read(path: Path) -> None:
+    assert isinstance(read(path), dict)
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.sh")), ids=lambda path: path.name)
+def test_every_script_is_one_that_a_plain_shell_reads(path: Path) -> None:
+    assert path.stat().st_mode & stat.S_IXUSR
+    assert run("sh", "-n", str(path)).returncode == 0
+
+
+# -- containers --------------------------------------------------------------------------------------------------------
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, lines joined."""
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def test_the_image_runs_as_nobody_special_and_is_asked_for_its_health() -> None:
+    steps = instructions(DEPLOY / "docker" / "Dockerfile")
+    last = dict(steps)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
+    assert json.loads(last["ENTRYPOINT"]) + json.loads(last["CMD"]) == ["cesar-mqtt", "serve"]
+    assert json.loads(last["HEALTHCHECK"].partition(" CMD ")[2]) == ["cesar-mqtt", "health"]
+    assert last["STOPSIGNAL"] == "SIGTERM"
+
+
+def test_the_image_is_made_of_what_the_context_lets_through() -> None:
+    allowed = (DEPLOY / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
+    copied = [what for step, what in instructions(DEPLOY / "docker" / "Dockerfile") if step == "COPY"]
+    sources = [source for what in copied if "--from" not in what for source in what.split()[:-1]]
+    assert sources
+    for source in sources:
+        assert (ROOT / source).exists()
+        assert f"!{source}" in allowed
+
+
+def test_no_image_is_named_without_a_version() -> None:
+    images = [service["image"] for service in read(COMPOSE)["services"].values()]
+    versions = [*images, *re.findall(r"eclipse-mosquitto:\S+", (DEPLOY / "docker" / "setup.sh").read_text())]
+    for path in DEPLOY.rglob("Dockerfile"):
+        versions += [what.split()[0] for step, what in instructions(path) if step == "FROM"]
+    for image in versions:
+        assert re.search(r":(\d|\$\{PYTHON)", image), image
+        assert "latest" not in image
+    assert len({image for image in versions if "mosquitto" in image}) == 1
+
+
+def test_compose_and_setup_agree_on_their_files(tmp_path: Path) -> None:
+    need("mosquitto_passwd")
+    (tmp_path / "docker").mkdir()
+    for name in ("docker/setup.sh", *(f"mosquitto/{path.name}" for path in (DEPLOY / "mosquitto").iterdir())):
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((DEPLOY / name).read_bytes())
+        target.chmod(0o700)
+
+    done = run(str(tmp_path / "docker" / "setup.sh"), "broker.home.arpa", timeout_s=60)
+
+    assert done.returncode == 0, done.stderr
+    made = set((tmp_path / "docker" / ".env").read_text().split())
+    assert {line.split("=")[0] for line in made} == {"CESAR_UID", "CESAR_GID"}
+    assert "CESAR_UID=0" not in made
+    for name in ("compose.yaml", "compose.tls.yaml"):
+        document = read(DEPLOY / "docker" / name)
+        mounted = [volume for service in document["services"].values() for volume in service.get("volumes", [])]
+        mounted += [secret["file"] for secret in document.get("secrets", {}).values()]
+        for source in mounted:
+            assert (tmp_path / "docker" / source.split(":")[0]).exists(), source
+    certificate = run(
+        need("openssl"), "x509", "-noout", "-text", "-in", str(tmp_path / "docker/state/certificates/broker.pem")
+    )
+    assert "DNS:mosquitto, DNS:broker.home.arpa" in certificate.stdout
+
+
+def test_what_compose_tells_the_consumer_are_settings() -> None:
+    said = dict(read(COMPOSE)["services"]["cesar-mqtt"]["environment"])
+    said |= read(DEPLOY / "docker" / "compose.tls.yaml")["services"]["cesar-mqtt"]["environment"]
+    settings = load_settings(flags={}, config_file=None, environ=said, cwd=Path("/nowhere"))
+    assert settings.broker.url == "mqtts://cesar@mosquitto:8883"
+
+
+def test_the_acl_knows_the_users_that_get_passwords() -> None:
+    lines = (DEPLOY / "mosquitto" / "acl").read_text().splitlines()
+    assert tuple(line.removeprefix("user ") for line in lines if line.startswith("user ")) == USERS
+
+
+# -- Home Assistant ----------------------------------------------------------------------------------------------------
+
+
+def entity_ids() -> set[str]:
+    """The ids that Home Assistant gives the entities of a consumer called cesar."""
+    (message,) = discovery_messages(Topics("cesar", "cesar"), mode="device", prefix="homeassistant").values()
+    told = json.loads(message)
+    device = told["device"]["name"]
+    names = {(entity["platform"], f"{device} {entity['name']}".lower()) for entity in told["components"].values()}
+    return {f"{platform}.{re.sub(r'[^a-z0-9]+', '_', name)}" for platform, name in names}
+
+
+@pytest.mark.parametrize("path", [PACKAGE, ROOT / "docs" / "homeassistant.md"], ids=lambda path: path.name)
+def test_entities_that_are_named_are_announced(path: Path) -> None:
+    platforms = "binary_sensor|sensor|event|notify|switch|button"
+    named = set(re.findall(rf"\b(?:{platforms})\.cesar_\w+", path.read_text()))
+    assert named
+    assert named <= entity_ids()
+
+
+def test_every_input_of_the_blueprint_is_used_and_every_one_used_is_there() -> None:
+    document = read(BLUEPRINT)
+    used = {value[1] for value in every(document) if isinstance(value, tuple) and value[0] == "input"}
+    assert used == set(document["blueprint"]["input"])
+
+
+def test_what_is_published_from_home_assistant_cannot_get_lost() -> None:
+    for path in (PACKAGE, BLUEPRINT):
+        published = [
+            value["data"]["qos"]
+            for value in every(read(path))
+            if isinstance(value, dict) and value.get("action") == "mqtt.publish"
+        ]
+        assert published
+        assert set(published) == {1}
+
+
+# -- the add-on --------------------------------------------------------------------------------------------------------
+
+
+def test_the_add_on_explains_each_of_its_options() -> None:
+    config, told = read(ADDON / "config.yaml"), read(ADDON / "translations" / "en.yaml")
+    assert set(told["configuration"]) == set(config["schema"])
+    assert set(config["options"]) <= set(config["schema"])
+    drain_s = runpy.run_path(str(ADDON / "run.py"))["DRAIN_S"]
+    assert drain_s + 30 < config["timeout"]
+
+
+@pytest.fixture
+def supervisor() -> Iterator[str]:
+    """A Supervisor that knows of a broker."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == "/services/mqtt" and self.headers["Authorization"] == "Bearer token"
+            data = {"host": "core-mosquitto", "port": 1883, "ssl": False, "username": "addons", "password": "secret"}
+            self.send_response(200 if known else 400)
+            self.end_headers()
+            self.wfile.write(json.dumps({"result": "ok", "data": data}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Keep quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_add_on_takes_the_broker_that_the_supervisor_knows(supervisor: str, tmp_path: Path) -> None:
+    program = runpy.run_path(str(ADDON / "run.py"))
+    options = read(ADDON / "config.yaml")["options"]
+    found = program["broker"](options, {"SUPERVISOR": supervisor, "SUPERVISOR_TOKEN": "token"})
+    said = program["settings"](options, found, tmp_path / "password")
+
+    settings = load_settings(flags={}, config_file=None, environ=said, cwd=tmp_path)
+    assert settings.broker.url == "mqtt://core-mosquitto:1883"
+    assert settings.broker.username == "addons"
+    assert settings.audio.directories == (Path("/media"), Path("/share"))
+    assert settings.models.download is True
+    assert "secret" not in str(said)
+    assert (tmp_path / "password").read_text() == "secret\n"
+    assert stat.S_IMODE((tmp_path / "password").stat().st_mode) == 0o600
+
+
+def test_the_add_on_says_what_to_do_when_there_is_no_broker(supervisor: str) -> None:
+    program = runpy.run_path(str(ADDON / "run.py"))
+    with pytest.raises(program["SetUpError"], match="install the Mosquitto add-on, or set broker_url"):
+        program["broker"]({}, {"SUPERVISOR": supervisor, "SUPERVISOR_TOKEN": "another"})
+    own = program["broker"]({"broker_url": "mqtt://me@house", "broker_password": "x"}, {})
+    assert (own["url"], own["password"]) == ("mqtt://me@house", "x")
+
+
+# -- Node-RED ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_flow_is_connected_and_sends_at_qos_1() -> None:
+    nodes = json.loads(FLOW.read_text())
+    ids = [node["id"] for node in nodes]
+    assert len(set(ids)) == len(ids)
+    led_to = {target for node in nodes for wires in node.get("wires", []) for target in wires}
+    starts = {"tab", "mqtt-broker", "comment", "inject", "watch", "mqtt in"}
+    assert led_to == {node["id"] for node in nodes if node["type"] not in starts}
+    assert {node["qos"] for node in nodes if node["type"] in ("mqtt in", "mqtt out")} == {"1"}
+    assert not any("credentials" in node for node in nodes)
+
+
+# -- the pages ---------------------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("homeassistant", "deployment", "security")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_names_files_and_commands_that_are_there(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w./-]+\w", text):
+        assert (ROOT / target).exists() or "state" in target or target == "deploy/docker/audio", target
+    known = set(typer.main.get_group(app).commands)
+    assert set(re.findall(r"cesar-mqtt`? ([a-z]+)\b", "\n".join(re.findall(r"`[^`\n]+`|^ *\.venv/.*$", text)))) <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_settings_on_a_page_are_settings(page: Path) -> None:
+    fields = Settings.model_fields
+    sections = {name: field.annotation for name, field in fields.items() if isinstance(field.annotation, type)}
+    for section, name in re.findall(r"`([a-z]+)\.([a-z_]+)\b", page.read_text()):
+        kind = sections.get(section)
+        if kind is not None and issubclass(kind, BaseModel):
+            assert name in kind.model_fields, f"{section}.{name}"
+
+
+def test_a_variable_that_kubernetes_makes_for_a_service_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CESAR_SERVICE_HOST"):
+        load_settings(flags={}, config_file=None, environ={"CESAR_SERVICE_HOST": "10.0.0.1"}, cwd=tmp_path)
