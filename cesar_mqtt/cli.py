@@ -6,30 +6,22 @@ Heavy modules are imported by the command that needs them: `--help` has to answe
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from cesar_mqtt import commands, groups
 from cesar_mqtt.errors import CesarError, ExitCode
-
-if TYPE_CHECKING:
-    from cesar_mqtt.config import Settings
+from cesar_mqtt.flags import Broker, Config, DataDir, Prefix
+from cesar_mqtt.flags import load as _settings
 
 app = typer.Typer(
     name="cesar-mqtt",
     help="A durable, offline transcription worker on MQTT: publish audio, subscribe to the transcript.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Broker = Annotated[
-    str | None, typer.Option(metavar="URL", help="mqtt[s]://[user[:password]@]host[:port], ws[s]://... or embedded.")
-]
-DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the ledger and the spool lie.")]
-Prefix = Annotated[str | None, typer.Option(metavar="P", help="What all topics begin with (default: cesar).")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file (default: ./cesar.toml if there).")]
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -41,6 +33,9 @@ def run(arguments: list[str] | None = None) -> int:
         return exc.exit_code
     except typer.Exit as exc:
         return exc.exit_code
+    except BrokenPipeError:  # whoever read has enough, as `head` has; the interpreter's own last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
     except (KeyboardInterrupt, typer.Abort):
         return ExitCode.INTERRUPTED
     except Exception as exc:
@@ -71,17 +66,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _settings(flags: dict[str, Any], config: Path | None, *, serving: bool = False) -> "Settings":
-    from cesar_mqtt.config import EMBEDDED_BROKER, LOCAL_BROKER, load_settings
-
-    return load_settings(
-        flags=flags,
-        config_file=config,
-        cwd=Path.cwd(),
-        default_broker=EMBEDDED_BROKER if serving else LOCAL_BROKER,
-    )
 
 
 @app.command()
@@ -200,79 +184,32 @@ def demo() -> int:
     return demonstration.run()
 
 
-ledger = typer.Typer(no_args_is_help=True, help="Look after a ledger that no consumer has open.", rich_markup_mode=None)
-app.add_typer(ledger, name="ledger")
+commands.add_to(app)
+
+app.add_typer(groups.ledger, name="ledger")
+app.add_typer(groups.models, name="models")
+app.add_typer(groups.discovery, name="discovery")
+
+schema = typer.Typer(no_args_is_help=True, help="The contract for programs.", rich_markup_mode=None)
+app.add_typer(schema, name="schema")
 
 
-def _ledger_path(data_dir: Path | None, config: Path | None) -> Path:
-    return _settings({"data_dir": data_dir}, config).data_dir / "ledger.json"
+@schema.command("asyncapi")
+def schema_asyncapi(*, broker: Broker = None, topic_prefix: Prefix = None, config: Config = None) -> int:
+    """Print every topic and message as an AsyncAPI 3.0 document, in JSON."""
+    from cesar_mqtt import schemacommands
+
+    return schemacommands.print_asyncapi(_settings({"topic_prefix": topic_prefix, "broker": {"url": broker}}, config))
 
 
-@ledger.command("check")
-def ledger_check(*, data_dir: DataDir = None, config: Config = None) -> int:
-    """Say what the ledger holds, and what of it is damaged (exit 74); changes nothing."""
-    from cesar_mqtt import upkeep
-
-    return upkeep.check(_ledger_path(data_dir, config))
-
-
-@ledger.command("repair")
-def ledger_repair(
+@schema.command("json")
+def schema_json(
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    data_dir: DataDir = None,
-    config: Config = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a file for each payload there instead.")
+    ] = None,
 ) -> int:
-    """Say what a damaged ledger can keep and what it has lost, ask, and write a whole one."""
-    from cesar_mqtt import upkeep
+    """Print the JSON Schema of every payload, as one document."""
+    from cesar_mqtt import schemacommands
 
-    return upkeep.mend(_ledger_path(data_dir, config), yes=yes)
-
-
-@ledger.command("compact")
-def ledger_compact(*, data_dir: DataDir = None, config: Config = None) -> int:
-    """Bring everything into ledger.json alone."""
-    from cesar_mqtt import upkeep
-
-    return upkeep.compact(_ledger_path(data_dir, config))
-
-
-@ledger.command("export")
-def ledger_export(*, data_dir: DataDir = None, config: Config = None) -> int:
-    """Print every job as JSON, one a line."""
-    from cesar_mqtt import upkeep
-
-    return upkeep.export(_ledger_path(data_dir, config))
-
-
-models = typer.Typer(no_args_is_help=True, help="Which models can be used, and fetching one.", rich_markup_mode=None)
-app.add_typer(models, name="models")
-
-
-@models.command("list")
-def models_list(
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    data_dir: DataDir = None,
-    config: Config = None,
-) -> int:
-    """Print the models that can be used without a network, and those that may be fetched."""
-    from cesar_mqtt import modelcommands
-
-    return modelcommands.list_models(_settings({"data_dir": data_dir}, config), as_json=as_json)
-
-
-@models.command("pull")
-def models_pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as base; `models list` names them.")],
-    *,
-    data_dir: DataDir = None,
-    config: Config = None,
-) -> int:
-    """Fetch a model, so that it can be used without a network, and print its folder.
-
-    Exit code 2: there is no such model; 1: it could not be fetched.
-    """
-    from cesar_mqtt import modelcommands
-
-    return modelcommands.pull(name, _settings({"data_dir": data_dir}, config))
+    return schemacommands.print_schemas() if output is None else schemacommands.write_schemas(output)

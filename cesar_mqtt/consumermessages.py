@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from cesar_mqtt import __version__
 from cesar_mqtt.jobs import Job, JobState, Totals
@@ -51,6 +51,20 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
         cancelled_total=totals.cancelled_total,
         rejected_total=totals.rejected_total,
     )
+
+
+def standing_of(totals: Totals) -> tuple[int, ...]:
+    """Return what a queue message tells of all jobs, whatever the consumer was doing."""
+    return totals.queued, totals.completed_total, totals.error_total, totals.cancelled_total
+
+
+def standing_in(payload: bytes) -> tuple[Any, ...] | None:
+    """Return the same of a queue message as it came from the broker; None: it is none."""
+    try:
+        document = from_json(payload)
+        return tuple(document[name] for name in ("queued", "completed_total", "error_total", "cancelled_total"))
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class Last(Payload):

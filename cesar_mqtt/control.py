@@ -37,7 +37,7 @@ from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
 from cesar_mqtt.journal import encode
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Payload, fit, status_of
+from cesar_mqtt.messages import Live, Payload, fit, status_of
 from cesar_mqtt.requests import Refusal
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Control:
         models: DescribesModels,
         consumer: str,
         on_cancelled: Callable[[Job], None],
+        live: Callable[[Job], Live | None] = lambda _job: None,
         on_deleted: Callable[[Job, Sequence[str]], None],
         health: Callable[[], Mapping[str, Any]],
         grouped: bool = False,
@@ -100,6 +101,7 @@ class Control:
             models: what `models` tells of.
             consumer: the name of the consumer, as it stands in every status.
             on_cancelled: called with a job that was just ended without having been in work.
+            live: tells how far a job in work is.
             on_deleted: called with a job that was just deleted, and the names in the spool folder that it leaves.
             health: what `health` tells: values that JSON has.
             grouped: whether other consumers get the same requests, and share the jobs with this one.
@@ -108,6 +110,7 @@ class Control:
         self._models = models
         self._consumer = consumer
         self._on_cancelled = on_cancelled
+        self._live = live
         self._on_deleted = on_deleted
         self._health = health
         self._grouped = grouped
@@ -205,7 +208,7 @@ class Control:
         job = self._ledger.get(job_id)
         if job is None:
             return _unknown(job_id)
-        return cast("dict[str, Any]", from_json(fit(status_of(job, self._consumer), ANSWER_BYTES)))
+        return cast("dict[str, Any]", from_json(fit(status_of(job, self._consumer, self._live(job)), ANSWER_BYTES)))
 
     def _result(self, asked: ResultCommand) -> Outcome:
         job_id = self._named(asked.job_id)

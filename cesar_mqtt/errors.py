@@ -12,10 +12,10 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAILED = 1
-    """`submit`: at least one job did not complete."""
+    """`submit`: at least one job did not complete; the commands that ask: the answer was no."""
     USAGE = 2
     TIMEOUT = 3
-    """`submit`: the time ran out before every job was final."""
+    """`submit`: the time ran out before every job was final; the commands that ask: nobody answered in time."""
     LEDGER_FAILED = 74
     LEDGER_IN_USE = 75
     CONFIG = 78

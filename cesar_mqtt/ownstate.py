@@ -64,10 +64,9 @@ class OwnState:
             if name in self._topics and self._topics[name].payload:
                 self._topics[name].published = self._topics[name].sent = -1
 
-    def may_be_retained(self, name: str, payload: bytes) -> bool:
-        """Whether the broker may retain this payload, as far as is known here."""
-        retained = self._topics[name].retained if name in self._topics else ()
-        return not retained or payload in retained
+    def retained(self, name: str) -> tuple[bytes, ...]:
+        """Return what the broker may retain, as far as is known here; empty: nothing is known."""
+        return self._topics[name].retained if name in self._topics else ()
 
     def forget_retained(self) -> None:
         """Note that nothing is known any more of what the broker retains."""

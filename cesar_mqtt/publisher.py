@@ -15,7 +15,16 @@ from typing import NamedTuple, Protocol
 from cesar_mqtt import formats
 from cesar_mqtt.announcer import Announcer
 from cesar_mqtt.client import CannotPublishError
-from cesar_mqtt.consumermessages import Activity, ConsumerState, deletion_of, event_payload, last_of, queue_of
+from cesar_mqtt.consumermessages import (
+    Activity,
+    ConsumerState,
+    deletion_of,
+    event_payload,
+    last_of,
+    queue_of,
+    standing_in,
+    standing_of,
+)
 from cesar_mqtt.jobs import Gone, Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
@@ -105,6 +114,8 @@ class Publisher:
         self._clearing: set[int] = set()
         self._acknowledged: deque[Hashable] = deque()
         self._own = OwnState()
+        self._known = False
+        self._found = standing_of(ledger.totals())
         self._announcer = Announcer(self._own, monotonic=monotonic)
         self._notes: deque[_Note] = deque(maxlen=_NOTES)
         self._activity: Activity = "starting"
@@ -196,6 +207,11 @@ class Publisher:
     def progress(self, job: Job, live: Live) -> None:
         """Take note of how far a job is; published at most once a second."""
         self._tell(lambda: self._note(job, live))
+
+    def live_of(self, job: Job) -> Live | None:
+        """Return how far a job in work is, as far as is known; None: nothing is."""
+        of, live = self._live or (None, None)
+        return live if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
 
     def found_retained(self, payload: bytes) -> None:
         """Take note of what the broker retains as this consumer's queue, right after a connection was made.
@@ -289,6 +305,7 @@ class Publisher:
         self._connected = True
         self._ledger.coalesce()
         self._max_packet_bytes = max_packet_bytes
+        self._known = bool(self._own.retained("queue"))
         self._own.say_again("state")
         self._announcer.connected()
         if not session_present:
@@ -296,11 +313,14 @@ class Publisher:
             self._ledger.publish_again()
 
     def _compare(self, payload: bytes) -> None:
-        if self._own.may_be_retained("queue", payload):
+        """See whether the broker retains what it acknowledged: to this process, or to the one before.
+
+        What was said by the one before is known by its counts: they are on disk, and it ended by saying them.
+        """
+        if payload in self._own.retained("queue") if self._known else standing_in(payload) == self._found:
             return
-        event(
-            logger, logging.WARNING, "broker_went_back", "The broker has lost its newest messages: all are sent again"
-        )
+        message = "The broker does not have the newest messages: all are sent again"
+        event(logger, logging.WARNING, "broker_went_back", message)
         self._own.say_again()
         self._own.forget_retained()
         self._ledger.publish_again()
@@ -451,9 +471,7 @@ class Publisher:
         return max(0.0, min(waits)) if waits else None
 
     def _publish_status(self, job: Job, number: int) -> bool:
-        of, live = self._live or (None, None)
-        if of is None or (of.seq, of.attempt) != (job.seq, job.attempt):
-            live = None
+        live = self.live_of(job)
         topic, sent = self._topics.status(job.job_id), _Sent(seq=job.seq, number=number)
         try:
             truncated = bool(job.formats) and job.state is JobState.COMPLETED and self._publish_results(job)

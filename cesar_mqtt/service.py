@@ -124,6 +124,7 @@ class Service:
                 models=self._models,
                 consumer=settings.consumer.name,
                 on_cancelled=self._ended,
+                live=self._publisher.live_of,
                 on_deleted=lambda _job, names: self._spool.remove(names),
                 health=self._pulse.fields,
                 grouped=settings.consumer.group is not None,

@@ -17,7 +17,7 @@ from cesar_mqtt.controlmessages import COMMANDS, MOST_BYTES
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.messages import status_of
+from cesar_mqtt.messages import Live, status_of
 from cesar_mqtt.models import StoreDescription
 from cesar_mqtt.transcript import Segment, Window
 from tests.unit.faults import FaultyDisk, failing
@@ -58,12 +58,14 @@ class Bench:
         self.models = FakeModels()
         self.vital: dict[str, Any] = {"uptime": 12.5, "worker_alive": True}
         self.cancelled: list[str] = []
+        self.live: dict[str, Live] = {}
         self.deleted: list[tuple[str, list[str]]] = []
         self.control = Control(
             self.ledger,
             models=self.models,
             consumer="porch",
             on_cancelled=lambda job: self.cancelled.append(job.job_id),
+            live=lambda job: self.live.get(job.job_id),
             on_deleted=self.on_deleted,
             health=lambda: self.vital,
             grouped=grouped,
@@ -613,3 +615,23 @@ def test_what_is_asked_of_another_consumer_by_name_is_left_to_it(bench: Bench, m
 
 def test_the_name_of_a_consumer_has_to_be_one(bench: Bench) -> None:
     assert "consumer must be the name of a consumer" in bench.error("pause", {"consumer": "a/b"})
+
+
+def test_a_job_in_work_is_told_with_how_far_it_is(bench: Bench) -> None:
+    bench.submit("a")
+    bench.claim()
+    bench.live["a"] = Live(
+        progress=0.4, processed_duration=24.0, audio_duration=60.0, speed=6.0, eta=6.0, updated_at=1_700_000_000.0
+    )
+    told = bench.ok("get", b"a")
+    assert (told["progress"], told["processed_duration"], told["speed"], told["eta"]) == (0.4, 24.0, 6.0, 6.0)
+
+
+def test_a_job_that_is_cancelled_before_its_turn_is_told_of_as_ended(bench: Bench) -> None:
+    bench.submit("a")
+    bench.submit("b")
+    bench.claim()
+    bench.ok("cancel", b"a")
+    bench.ok("cancel", b"b")
+    bench.ok("cancel", b"b")
+    assert bench.cancelled == ["b"], "the worker tells of the one in work"

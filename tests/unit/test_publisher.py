@@ -1056,12 +1056,61 @@ def test_a_broker_that_came_back_with_older_messages_is_told_everything_again(be
     assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= said
 
 
-def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(bench: Bench) -> None:
-    bench.publisher.found_retained(b'{"activity":"idle","queued":17}')
-    bench.add("a")
-    bench.connect(session_present=True)
-    bench.settle()
-    assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
+def left_by(bench: Bench, **counts: int) -> bytes:
+    """What the process before has said last."""
+    totals = bench.ledger.totals()
+    return json.dumps(
+        {
+            "activity": "draining",
+            "queued": totals.queued,
+            "completed_total": totals.completed_total,
+            "error_total": totals.error_total,
+            "cancelled_total": totals.cancelled_total,
+            **counts,
+        }
+    ).encode()
+
+
+def restarted(bench: Bench, folder: Path) -> Bench:
+    bench.publisher.stop()
+    bench.ledger.close()
+    return Bench(folder)
+
+
+@pytest.mark.parametrize("said_first", [True, False])
+def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(
+    bench: Bench, tmp_path: Path, *, said_first: bool
+) -> None:
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    found = left_by(again)
+    if said_first:  # its own queue is on its way before the intake has looked at the old one
+        again.connect()
+        again.publisher.found_retained(found)
+    else:
+        again.publisher.found_retained(found)
+        again.connect()
+    assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its place in the queue"
+    again.publisher.stop()
+    again.ledger.close()
+
+
+@pytest.mark.parametrize("found", [{"completed_total": 0}, {"queued": 7}, {"cancelled_total": None}])
+def test_a_broker_that_went_back_while_the_consumer_was_away_is_told_everything_again(
+    bench: Bench, tmp_path: Path, found: dict[str, int]
+) -> None:
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    said = again.connect()
+    again.publisher.found_retained(left_by(again, **found))
+    said += again.settle()
+    assert ("a", "completed") in statuses(said)
+    again.publisher.stop()
+    again.ledger.close()
 
 
 # -- results, segments, answers ------------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""The commands `discovery show` and `discovery remove`: what Home Assistant is told of a consumer, and taking it back.
+
+For the main thread; they talk to the broker, not to the consumer.
+"""
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Self
+
+from cesar_mqtt import homeassistant, logs
+from cesar_mqtt.addresses import parse_broker_url
+from cesar_mqtt.client import MqttClient, PublishTicket, Subscription
+from cesar_mqtt.config import Settings
+from cesar_mqtt.errors import CesarError, ExitCode
+from cesar_mqtt.requester import NoAnswerError, reach
+from cesar_mqtt.topics import Topics
+
+_TIMEOUT_S = 10.0
+_LOOK_S = 0.05
+_QUIET_S = 1.0
+"""What is retained comes right behind the subscription; after so long a silence all of it has come."""
+
+
+def show(settings: Settings) -> ExitCode:
+    """Print what is announced with these settings: a JSON object with a message for each topic."""
+    wanted = settings.homeassistant
+    topics = Topics(settings.topic_prefix, settings.consumer.name)
+    messages = homeassistant.discovery_messages(topics, mode=wanted.discovery, prefix=wanted.prefix)
+    _out(json.dumps({topic: json.loads(payload) for topic, payload in messages.items()}, indent=2, ensure_ascii=False))
+    return ExitCode.OK
+
+
+def remove(settings: Settings, *, as_json: bool) -> ExitCode:
+    """Remove every discovery message of the consumer from the broker, of either mode, and say which there were.
+
+    Raises:
+        CesarError: no broker answered, or it did not take the removal.
+    """
+    logs.configure(settings.log.format, "error")  # what is shown here is said in sentences
+    topics = Topics(settings.topic_prefix, settings.consumer.name)
+    with _Retained(settings, topics) as broker:
+        found = broker.find()
+        announced = sorted(topic for topic in found if topic != topics.own("state"))
+        broker.clear(announced)
+    if as_json:
+        _out(json.dumps({"removed": announced}))
+        return ExitCode.OK
+    for topic in announced:
+        _out(f"removed {topic}")
+    if not announced:
+        name, prefix = settings.consumer.name, settings.homeassistant.prefix
+        _out(f"Nothing of the consumer {name!r} is announced below {prefix}/: there is nothing to remove.")
+    elif b"online" in found.get(topics.own("state"), b""):
+        _say(
+            f"The consumer {settings.consumer.name!r} is running, and announces itself again when it or Home Assistant "
+            "connects the next time: set homeassistant.enabled to false, or stop it, and remove again."
+        )
+    return ExitCode.OK
+
+
+class _Retained:
+    """A connection that sees what the broker retains as a consumer's discovery messages, and can clear it."""
+
+    def __init__(self, settings: Settings, topics: Topics) -> None:
+        filters = homeassistant.discovery_filters(topics.consumer, prefix=settings.homeassistant.prefix)
+        self._address = parse_broker_url(settings.broker.url).redacted
+        self._published: dict[PublishTicket, str | None] = {}
+        self._client = MqttClient(
+            settings.broker,
+            client_id=f"cesar-discovery-{uuid.uuid4().hex[:12]}",
+            persistent=False,
+            subscriptions=[Subscription(name, wants_retained=True) for name in (*filters, topics.own("state"))],
+            on_published=self._published.__setitem__,
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            reach(self._client, self._address, _TIMEOUT_S)
+        except BaseException:
+            self._client.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def find(self) -> Mapping[str, bytes]:
+        """Return what is retained, by topic."""
+        found: dict[str, bytes] = {}
+        while deliveries := self._client.receive(_QUIET_S):
+            found.update({delivery.topic: delivery.payload for delivery in deliveries if delivery.payload})
+            self._client.acknowledge(deliveries)
+        return found
+
+    def clear(self, topics: list[str]) -> None:
+        """Let the broker forget what it retains on these topics. Raises CesarError."""
+        tickets = {topic: self._client.publish(topic, b"", qos=1, retain=True) for topic in topics}
+        missing = dict(tickets)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while missing:
+            # What comes in meanwhile, our own messages among it, is taken: no acknowledgement is read before that.
+            self._client.acknowledge(self._client.receive(_LOOK_S))
+            missing = {topic: ticket for topic, ticket in missing.items() if ticket not in self._published}
+            if missing and time.monotonic() >= deadline:
+                raise NoAnswerError(f"The broker did not confirm that {next(iter(missing))} is removed: try it again.")
+        for topic, ticket in tickets.items():
+            reason = None if ticket is None else self._published[ticket]
+            if reason is not None:
+                raise CesarError(f"The broker does not let {topic} be removed: {reason}.")
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"cesar-mqtt: {text}\n")

@@ -1,0 +1,235 @@
+"""What `jobs`, `show`, `cancel`, `retry`, `delete`, `pause`, `resume` and `health` ask and print; for the main thread.
+
+What a consumer answers goes to stdout, everything else is an error that the command line tells on stderr.
+"""
+
+import json
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cesar_mqtt import wording
+from cesar_mqtt.config import Settings
+from cesar_mqtt.controlmessages import MOST_BYTES, MOST_JOBS
+from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.requester import Requester, RequestRefusedError
+
+_COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
+_TRIES = 3
+_LATER = {
+    "cancel": {
+        "processing": "Job {} is in work; it ends as cancelled within seconds.",
+        "cancelled": "Job {} is cancelled.",
+    },
+    "retry": {"queued": "Job {} is queued again."},
+    "delete": {"deleted": "Job {} is deleted."},
+}
+
+
+def quiet() -> None:
+    """Keep the client's log off the terminal: what matters of it is told in the command's own sentences."""
+    logging.getLogger("cesar_mqtt").addHandler(logging.NullHandler())
+
+
+def jobs(
+    settings: Settings, *, status: str | None, limit: int, consumer: str | None, as_json: bool, timeout_s: float
+) -> ExitCode:
+    """Print the newest jobs, the newest first.
+
+    Args:
+        settings: where to ask.
+        status: only jobs in this state; None: all.
+        limit: how many at most; 0: all.
+        consumer: only jobs of this one; None: of all that are online.
+        as_json: whether to print a JSON object a line.
+        timeout_s: how long to wait for the broker, and for each answer.
+
+    Raises:
+        CesarError: see `Requester`.
+    """
+    quiet()
+    with Requester(settings, ["list"], timeout_s=timeout_s) as requester:
+        told = [_newest(requester, status, limit, each) for each in requester.everyone(consumer)]
+    total = sum(count for _, count in told)
+    merged = sorted((job for page, _ in told for job in page), key=_accepted, reverse=True) if told[1:] else told[0][0]
+    found = merged[: limit or None]
+    if as_json:
+        for job in found:
+            _out(json.dumps(job, ensure_ascii=False))
+        return ExitCode.OK
+    _print_jobs(found)
+    if len(found) < total:
+        _say(f"These are the newest {len(found)} of {total} jobs; --limit 0 shows all.")
+    return ExitCode.OK
+
+
+def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
+    """Print all that a job's status says, the transcript last. Raises CesarError as `Requester` does."""
+    quiet()
+    with Requester(settings, ["get", "result"], timeout_s=timeout_s) as requester:
+        status = requester.ask("get", {"job_id": job_id}, consumer=consumer)
+        if status.get("result_truncated") and status.get("status") == "completed":
+            status |= {"result_text": _whole(requester, str(status["job_id"]), consumer), "result_truncated": False}
+    if as_json:
+        _out(json.dumps(status, ensure_ascii=False))
+        return ExitCode.OK
+    text = status.pop("result_text", None)
+    for line in wording.aligned([(name, _told(name, value)) for name, value in status.items() if _says(value)]):
+        _out(line)
+    if text:
+        _out("\n" + wording.readable(str(text)))
+    return ExitCode.OK
+
+
+def change(
+    settings: Settings, command: str, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float
+) -> ExitCode:
+    """Have a job cancelled, retried or deleted, and say what became of it. Raises CesarError as `Requester` does."""
+    quiet()
+    with Requester(settings, [command], timeout_s=timeout_s) as requester:
+        done = requester.ask(command, {"job_id": job_id}, consumer=consumer)
+    if as_json:
+        _out(json.dumps(done, ensure_ascii=False))
+        return ExitCode.OK
+    state = str(done.get("status"))
+    sentence = _LATER[command].get(state, f"Job {{}} is {wording.printable(state)}.")
+    _out(sentence.format(wording.printable(str(done.get("job_id")))))
+    return ExitCode.OK
+
+
+def pause(settings: Settings, *, on: bool, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
+    """Have no further job started, or have them started again. Raises CesarError as `Requester` does."""
+    for done in _ask_each(settings, "pause" if on else "resume", consumer, timeout_s):
+        name = wording.printable(str(done.get("consumer", "the consumer")))
+        if as_json:
+            _out(json.dumps(done, ensure_ascii=False))
+        elif done.get("paused"):
+            _out(f"Paused: {name} accepts jobs, and starts none until `cesar-mqtt resume`.")
+        else:
+            _out(f"Resumed: {name} starts the jobs that wait.")
+    return ExitCode.OK
+
+
+def health(settings: Settings, *, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
+    """Print how each consumer is; OK only if their workers and networks work. Raises CesarError as `Requester` does."""
+    code = ExitCode.OK
+    for measured in _ask_each(settings, "health", consumer, timeout_s):
+        if as_json:
+            _out(json.dumps(measured))
+        else:
+            for line in wording.aligned([(name, _told(name, value)) for name, value in measured.items()]):
+                _out(line)
+        if measured.get("worker_alive") is not True or measured.get("network_alive") is not True:
+            code = ExitCode.FAILED
+    return code
+
+
+def _ask_each(settings: Settings, command: str, consumer: str | None, timeout_s: float) -> Iterator[dict[str, Any]]:
+    """Ask the one consumer, or each that is online."""
+    quiet()
+    with Requester(settings, [command], timeout_s=timeout_s) as requester:
+        for each in requester.everyone(consumer):
+            yield requester.ask(command, consumer=each)
+
+
+def _newest(
+    requester: Requester, status: str | None, limit: int, consumer: str | None
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the newest jobs, newest first, and how many there are. A job deleted between two pages: from the start."""
+    for tries_left in reversed(range(_TRIES)):
+        newest: deque[dict[str, Any]] = deque(maxlen=limit or None)
+        total = 0
+        try:
+            for page in _pages(requester, status, consumer):
+                newest.extend({**job, "consumer": page.get("consumer", consumer)} for job in page["jobs"])
+                total = page["total"]
+        except RequestRefusedError:
+            if not tries_left or not newest:
+                raise
+            continue
+        break
+    return list(reversed(newest)), total
+
+
+def _accepted(job: Mapping[str, Any]) -> str:
+    return str(job.get("created_at"))
+
+
+def _pages(requester: Requester, status: str | None, consumer: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the pages of all jobs, oldest first, for that is the order in which they can be asked for."""
+    after = None
+    while True:
+        page = requester.ask("list", {"status": status, "limit": MOST_JOBS, "after": after}, consumer=consumer)
+        yield page
+        after = page["next"]
+        if after is None:
+            return
+
+
+def _whole(requester: Requester, job_id: str, consumer: str | None) -> str:
+    """Fetch a transcript in pieces."""
+    text, more, offset = "", True, 0
+    while more:
+        asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MOST_BYTES}
+        piece = requester.ask("result", asked, consumer=consumer)
+        text += piece["text"]
+        more, offset = piece["more"], piece["offset"] + piece["length"]
+    return text
+
+
+def _print_jobs(found: list[dict[str, Any]]) -> None:
+    rows = [_row(job) for job in found]
+    console = Console()
+    if not console.is_terminal:
+        for line in wording.aligned([_COLUMNS, *rows]):
+            _out(line)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        table.add_column(name, no_wrap=name in {"STATUS", "LENGTH"}, justify="right" if name == "LENGTH" else "left")
+    for row in rows:
+        table.add_row(*row, style="red" if row[1].startswith("error") else "")
+    console.print(table, markup=False)
+
+
+def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
+    state, position, code = str(job["status"]), job["queue_position"], job["error_code"]
+    detail = f" ({position})" if position else f" ({code})" if code else ""
+    cells = (
+        job["job_id"],
+        f"{state}{detail}",
+        wording.local_time(job["created_at"]),
+        wording.duration(wording.number(job["audio_duration"])),
+        job["model_size"],
+        job["audio_source"] or "",
+    )
+    return tuple(wording.printable(str(cell)) for cell in cells)
+
+
+def _says(value: object) -> bool:
+    return value is not None and value not in ({}, [])
+
+
+def _told(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    measure = wording.number(value)
+    if measure is not None and name.endswith("_bytes"):
+        return wording.size(measure)
+    if measure is not None and (name.endswith("_duration") or name in {"eta", "uptime"}):
+        return wording.duration(measure)
+    plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return wording.printable(plain)
+
+
+def _out(text: str) -> None:
+    print(text)  # noqa: T201 - stdout is the product
+
+
+def _say(text: str) -> None:
+    print(f"cesar-mqtt: {text}", file=sys.stderr)  # noqa: T201 - this is the terminal

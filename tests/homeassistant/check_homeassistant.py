@@ -1,0 +1,197 @@
+# mypy: ignore-errors
+"""What a user sees in Home Assistant. Each test also fails when Home Assistant logs a warning."""
+
+import json
+from functools import partial
+
+import pytest
+
+ENTITIES = {
+    "binary_sensor.cesar_connection": "on",
+    "sensor.cesar_activity": "idle",
+    "sensor.cesar_queue_length": "0",
+    "sensor.cesar_completed": "0",
+    "sensor.cesar_errors": "0",
+    "sensor.cesar_cancelled": "0",
+    "sensor.cesar_rejected": "0",
+    "sensor.cesar_last_transcript": "unknown",
+    "sensor.cesar_last_error": "unknown",
+    "event.cesar_job": "unknown",
+    "notify.cesar_transcribe": "unknown",
+    "switch.cesar_pause": "off",
+    "button.cesar_cancel_current_job": "unknown",
+}
+HEARD = "call the plumber"
+MOST_RECORDED_BYTES = 16_384  # of attributes
+DEVICE = "homeassistant/device/cesar-mqtt_cesar/config"
+
+
+def shows(house, states):
+    return lambda: {entity: house.state(entity) for entity in states} == states
+
+
+def events(house):
+    """The events of jobs that come from now on: type and id of the job."""
+    seen = []
+
+    def note(event):
+        state = event.data["new_state"]
+        if event.data["entity_id"] == "event.cesar_job" and state is not None and "job_id" in state.attributes:
+            seen.append((state.attributes["event_type"], state.attributes["job_id"]))
+
+    house.hass.bus.async_listen("state_changed", note)
+    return seen
+
+
+async def seen_by(house, bus, topic, when=bool, **how):
+    """Wait for a message without keeping Home Assistant from its work."""
+    return await house.hass.async_add_executor_job(partial(bus.wait, topic, when, **how))
+
+
+@pytest.mark.parametrize("mode", ["device", "component"])
+async def test_every_entity_appears_with_its_state(house, serve, mode):
+    serve(CESAR_HOMEASSISTANT__DISCOVERY=mode)
+    await house.until(shows(house, ENTITIES), "every entity")
+    assert set(house.entities()) == set(ENTITIES)
+    (device,) = house.devices()
+    assert (device.name, device.manufacturer, device.model) == ("cesar", "cesar-mqtt", "Transcription worker")
+    assert "processing" in house.attributes("sensor.cesar_activity")["options"]
+
+
+async def test_a_path_that_is_notified_becomes_a_transcript_and_an_event(house, serve):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    seen = events(house)
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
+    await house.until_state("sensor.cesar_completed", "1")
+    await house.until(lambda: HEARD in house.state("sensor.cesar_last_transcript"), "the transcript")
+    attributes = house.attributes("sensor.cesar_last_transcript")
+    job_id = attributes["job_id"]
+    assert HEARD in attributes["text"]
+    assert (attributes["language"], attributes["text_truncated"]) == ("en", False)
+    await house.until(lambda: len(seen) >= 3, "three events")
+    assert seen == [("queued", job_id), ("processing", job_id), ("completed", job_id)]
+    assert HEARD in house.attributes("event.cesar_job")["text"]
+
+
+async def test_any_text_that_is_notified_is_valid_json_and_its_failure_is_shown(house, serve, bus):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    awkward = 'it\'s "quoted" {{ 1 + 1 }} \\ <b>\n\N{SNOWMAN}\N{GRINNING FACE} ' + "long " * 80
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message=awkward.strip())
+    assert json.loads(await seen_by(house, bus, "cesar/jobs")) == {"audio_path": awkward.strip()}
+    await house.until_state("sensor.cesar_errors", "1")
+    await house.until(lambda: house.state("sensor.cesar_last_error") != "unknown", "the error")
+    attributes = house.attributes("sensor.cesar_last_error")
+    assert attributes["error_code"] == "audio_not_found"
+    assert house.state("sensor.cesar_last_error") == attributes["error_message"][:255]
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
+    await house.until_state("sensor.cesar_completed", "1")
+    assert house.attributes("sensor.cesar_last_error")["job_id"] == attributes["job_id"], "it stays"
+
+
+async def test_a_url_that_is_notified_is_sent_as_one(house, serve, bus):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message="https://example.org/a.mp3")
+    assert json.loads(await seen_by(house, bus, "cesar/jobs")) == {"audio_url": "https://example.org/a.mp3"}
+    await house.until_state("sensor.cesar_errors", "1")
+
+
+async def test_a_long_transcript_is_cut_in_the_state_and_whole_in_the_attribute(house, serve, long_recording):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message=long_recording)
+    await house.until_state("sensor.cesar_activity", "processing")
+    await house.until_state("sensor.cesar_completed", "1")
+    await house.until(lambda: house.state("sensor.cesar_last_transcript") != "unknown", "the transcript")
+    shown, attributes = house.state("sensor.cesar_last_transcript"), house.attributes("sensor.cesar_last_transcript")
+    assert len(shown) in {254, 255}  # a blank at the end is left out
+    assert attributes["text"].startswith(shown)
+    assert len(attributes["text"].split()) > 300
+    assert len(json.dumps(attributes, default=str)) < MOST_RECORDED_BYTES
+    # A job without a transcript leaves the last one as it is.
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message="missing.wav")
+    await house.until_state("sensor.cesar_errors", "1")
+    await house.until(lambda: house.state("sensor.cesar_last_error") != "unknown", "the error")
+    assert house.state("sensor.cesar_last_transcript") == shown
+    assert house.attributes("sensor.cesar_last_transcript")["text"] == attributes["text"]
+
+
+async def test_the_switch_pauses_and_the_button_cancels(house, serve, long_recording):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("switch", "turn_on", "switch.cesar_pause")
+    await house.until_state("switch.cesar_pause", "on")
+    await house.until_state("sensor.cesar_activity", "paused")
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message=long_recording)
+    await house.until_state("sensor.cesar_queue_length", "1")
+    await house.call("switch", "turn_off", "switch.cesar_pause")
+    await house.until_state("sensor.cesar_activity", "processing")
+    assert house.state("switch.cesar_pause") == "off"
+    await house.call("button", "press", "button.cesar_cancel_current_job")
+    await house.until_state("sensor.cesar_cancelled", "1")
+    await house.until(lambda: house.attributes("event.cesar_job").get("event_type") == "cancelled", "the event")
+
+
+async def test_a_consumer_that_is_gone_is_shown_as_such(house, serve):
+    consumer = serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    consumer.kill()
+    await house.until_state("binary_sensor.cesar_connection", "off")
+    await house.until_state("switch.cesar_pause", "unavailable")
+    assert house.state("sensor.cesar_last_transcript") == "unknown"  # it can still be read
+    assert house.state("notify.cesar_transcribe") == "unknown"  # the broker keeps what is sent
+    consumer.start()
+    await house.until(shows(house, ENTITIES), "every entity")
+
+
+async def test_home_assistant_is_told_again_when_it_has_started(house, serve, bus):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    bus.publish(DEVICE, b"", retain=True)
+    await house.until(lambda: not house.entities(), "no entity")
+    await house.connect_again()
+    await house.until(shows(house, ENTITIES), "every entity")
+
+
+@pytest.mark.parametrize("modes", [("device", "component"), ("component", "device")])
+async def test_the_way_of_announcing_can_be_changed(house, serve, bus, modes):
+    before, after = modes
+    consumer = serve(CESAR_HOMEASSISTANT__DISCOVERY=before)
+    await house.until(shows(house, ENTITIES), "every entity")
+    ids = house.entities()
+    consumer.stop()
+    first = await seen_by(house, bus, "cesar/consumer/cesar/state", lambda said: b"offline" in said)
+    assert first
+    consumer.start(CESAR_HOMEASSISTANT__DISCOVERY=after)
+    await house.until(lambda: not house.entities(), "no entity")
+    await house.until(shows(house, ENTITIES), "every entity")
+    assert house.entities() == ids
+    assert len(house.devices()) == 1
+
+
+@pytest.mark.parametrize("mode", ["device", "component"])
+async def test_what_is_removed_leaves_nothing(house, serve, mode):
+    consumer = serve(CESAR_HOMEASSISTANT__DISCOVERY=mode)
+    await house.until(shows(house, ENTITIES), "every entity")
+    consumer.stop()
+    said = await house.hass.async_add_executor_job(consumer.command, "discovery", "remove")
+    assert said.count("removed ") == (1 if mode == "device" else len(ENTITIES))
+    await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+    assert not [state for state in house.hass.states.async_entity_ids() if "cesar" in state]
+    await house.connect_again()
+    await house.until_born()
+    assert not house.entities()
+
+
+async def test_consumers_side_by_side_are_devices_side_by_side(house, serve):
+    serve()
+    serve("kitchen", CESAR_TOPIC_PREFIX="kitchen")
+    serve("attic", CESAR_CONSUMER__GROUP="house")
+    await house.until(shows(house, ENTITIES), "every entity of the first")
+    for name in ("kitchen", "attic"):
+        theirs = {entity.replace("cesar", f"cesar_{name}"): state for entity, state in ENTITIES.items()}
+        await house.until(shows(house, theirs), f"every entity of the one called {name}")
+    assert len(house.entities()) == 3 * len(ENTITIES)
+    assert sorted(device.name for device in house.devices()) == ["cesar", "cesar attic", "cesar kitchen"]

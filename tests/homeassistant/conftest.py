@@ -1,0 +1,299 @@
+# mypy: ignore-errors
+"""A house: a real mosquitto, real consumers, and a real Home Assistant core whose MQTT integration talks to them.
+
+It runs in Home Assistant's own environment (see the Makefile), in which cesar-mqtt is not installed: the consumer is
+the command of the other one, named by CESAR_MQTT. Not type-checked, for elsewhere Home Assistant is not installed.
+"""
+
+import asyncio
+import getpass
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("homeassistant") is None:
+    collect_ignore_glob = ["*.py"]
+else:
+    from homeassistant.components import mqtt
+    from homeassistant.const import MATCH_ALL
+    from homeassistant.core import callback
+    from homeassistant.helpers import device_registry, entity_registry
+    from paho.mqtt.client import Client
+    from paho.mqtt.enums import CallbackAPIVersion
+    from pytest_homeassistant_custom_component.common import MockConfigEntry
+
+DATA = Path(__file__).parents[1] / "data"
+PATIENCE_S = 60.0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def program(name: str) -> str:
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    if path is None:
+        pytest.fail(f"{name} is not installed")
+    return path
+
+
+class Bus:
+    """Another client, which sees everything and can clear what is retained."""
+
+    def __init__(self, port: int) -> None:
+        self.retained: dict[str, bytes] = {}
+        self.messages: list[tuple[str, bytes]] = []
+        self._changed = threading.Condition()
+        self._subscribed = threading.Event()
+        self._client = Client(CallbackAPIVersion.VERSION2)
+        self._client.on_connect = lambda client, *_: client.subscribe([("#", 1)])
+        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_message = self._on_message
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+        assert self._subscribed.wait(PATIENCE_S)
+
+    def _on_message(self, _client, _userdata, message) -> None:
+        with self._changed:
+            self.messages.append((message.topic, message.payload))
+            self._changed.notify_all()
+
+    def publish(self, topic: str, payload: bytes | str, *, retain: bool = False) -> None:
+        self._client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(PATIENCE_S)
+
+    def seen(self, topic: str) -> list[bytes]:
+        with self._changed:
+            return [payload for of, payload in self.messages if of == topic]
+
+    def wait(self, topic: str, when: Callable[[bytes], bool] = bool, *, number: int = 1) -> bytes:
+        """Wait for the message with this number on a topic that satisfies `when`."""
+
+        def found() -> list[bytes]:
+            return [payload for of, payload in self.messages if of == topic and when(payload)]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(found()) >= number, PATIENCE_S), f"nothing came on {topic}"
+            return found()[number - 1]
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+class Consumer:
+    """`cesar-mqtt serve` as its own process."""
+
+    def __init__(self, folder: Path, port: int, **settings: str) -> None:
+        self.log = folder / "consumer.log"
+        self._folder = folder
+        self._environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("CESAR_", "PYTHON"))},
+            "CESAR_BROKER__URL": f"mqtt://127.0.0.1:{port}",
+            "CESAR_MODELS__DEFAULT": "tiny.en",
+            **settings,
+        }
+
+    def start(self, **settings: str) -> None:
+        self._environ |= settings
+        folders = ("--data-dir", "data", "--audio-dir", str(DATA), "--audio-dir", str(self._folder.parent))
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [os.environ["CESAR_MQTT"], "serve", *folders],
+                cwd=self._folder,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            assert self._process.wait(PATIENCE_S) == 0, self.log.read_text()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
+
+    def command(self, *arguments: str) -> str:
+        """Run another command with the same settings; its standard output."""
+        done = subprocess.run(
+            [os.environ["CESAR_MQTT"], *arguments],
+            cwd=self._folder,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+class House:
+    """Home Assistant, connected to the broker."""
+
+    def __init__(self, hass, entry, bus: Bus) -> None:
+        self.hass = hass
+        self.entry = entry
+        self.births = 1
+        self._bus = bus
+
+    def state(self, entity_id: str) -> str | None:
+        state = self.hass.states.get(entity_id)
+        return None if state is None else state.state
+
+    def attributes(self, entity_id: str) -> dict:
+        return dict(self.hass.states.get(entity_id).attributes)
+
+    def entities(self) -> dict[str, str]:
+        """Every entity of a consumer: its unique id, by its entity id."""
+        entries = entity_registry.async_get(self.hass).entities.values()
+        return {entry.entity_id: entry.unique_id for entry in entries if entry.platform == "mqtt"}
+
+    def devices(self) -> list:
+        return device_registry.async_entries_for_config_entry(device_registry.async_get(self.hass), self.entry.entry_id)
+
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until something is so; looked at whenever anything happens in the house."""
+        happened = asyncio.Event()
+        stop = self.hass.bus.async_listen(MATCH_ALL, callback(lambda _event: happened.set()))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not condition():
+                    await happened.wait()
+                    happened.clear()
+        except TimeoutError:
+            states = {state.entity_id: state.state for state in self.hass.states.async_all()}
+            pytest.fail(f"{what} did not come to be; there is {states}")
+        finally:
+            stop()
+
+    async def until_state(self, entity_id: str, state: str) -> None:
+        await self.until(lambda: self.state(entity_id) == state, f"{entity_id} = {state}")
+
+    async def until_born(self) -> None:
+        """Wait until it has said that it has started, as often as it did."""
+        await self.hass.async_add_executor_job(self._wait_born)
+
+    def _wait_born(self) -> None:
+        self._bus.wait("homeassistant/status", lambda said: said == b"online", number=self.births)
+
+    async def connect_again(self) -> None:
+        """Let the MQTT integration start anew; all that it has comes from the broker then."""
+        await self.until_born()
+        self.births += 1
+        assert await self.hass.config_entries.async_reload(self.entry.entry_id)
+
+    async def call(self, domain: str, service: str, entity_id: str, **data: str) -> None:
+        await self.hass.services.async_call(domain, service, {"entity_id": entity_id, **data}, blocking=True)
+
+
+@pytest.fixture
+def port(tmp_path: Path, socket_enabled: None) -> int:
+    """A mosquitto's."""
+    number = free_port()
+    config = tmp_path / "mosquitto.conf"
+    config.write_text(f"user {getpass.getuser()}\nlistener {number} 127.0.0.1\nallow_anonymous true\n")
+    process = subprocess.Popen(
+        [program("mosquitto"), "-v", "-c", str(config)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    for line in process.stderr:
+        if " running" in line:
+            break
+    drain = threading.Thread(target=process.stderr.read, daemon=True)
+    drain.start()
+    yield number
+    process.kill()
+    process.wait(PATIENCE_S)
+    drain.join(PATIENCE_S)
+    process.stderr.close()
+
+
+@pytest.fixture
+def bus(port: int) -> Bus:
+    client = Bus(port)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def serve(port: int, tmp_path: Path) -> Callable[..., Consumer]:
+    """Start consumers; none of them outlives its test."""
+    consumers: list[Consumer] = []
+
+    def start(name: str = "cesar", **settings: str) -> Consumer:
+        folder = tmp_path / name
+        folder.mkdir()
+        consumers.append(Consumer(folder, port, CESAR_CONSUMER__NAME=name, **settings))
+        consumers[-1].start()
+        return consumers[-1]
+
+    yield start
+    for consumer in consumers:
+        consumer.kill()
+
+
+@pytest.fixture
+async def house(hass, port: int, bus: Bus, tmp_path: Path) -> House:
+    """Home Assistant, started, with its MQTT integration connected."""
+    (tmp_path / "configuration.yaml").touch()
+    hass.config.config_dir = str(tmp_path)
+    entry = MockConfigEntry(
+        domain=mqtt.DOMAIN,
+        title="mosquitto",
+        data={"broker": "127.0.0.1", "port": port},
+        version=mqtt.const.CONFIG_ENTRY_VERSION,
+        minor_version=mqtt.const.CONFIG_ENTRY_MINOR_VERSION,
+    )
+    entry.add_to_hass(hass)
+    assert await hass.config_entries.async_setup(entry.entry_id)
+    home = House(hass, entry, bus)
+    yield home
+    await home.until_born()  # stopped before, it complains that it could not say so
+
+
+@pytest.fixture(autouse=True)
+def _nothing_to_complain_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Home Assistant logs a warning for whatever it does not like in what it is told."""
+    yield
+    complaints = [
+        f"{record.name}: {record.getMessage()}"
+        for when in ("setup", "call")
+        for record in caplog.get_records(when)
+        if record.levelname in {"WARNING", "ERROR", "CRITICAL"}
+        and record.name.startswith("homeassistant")
+        # It finds fault with its own MQTT integration, which sets platforms up while it is still being set up itself.
+        and record.name != "homeassistant.helpers.frame"
+    ]
+    assert complaints == []
+
+
+@pytest.fixture
+def long_recording(tmp_path: Path) -> str:
+    """A recording of more than 300 words: the one in the repository, several times."""
+    python = Path(os.environ["CESAR_MQTT"]).parent / "python"
+    target = tmp_path / "many-words.wav"
+    subprocess.run([python, "-c", _REPEAT, DATA / "long.ogg", target], check=True, timeout=PATIENCE_S)
+    return target.name
+
+
+_REPEAT = """
+import sys, wave
+from faster_whisper.audio import decode_audio
+samples = (decode_audio(sys.argv[1]) * 32767).astype("int16").tobytes()
+with wave.open(sys.argv[2], "wb") as file:
+    file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+    for _ in range(3):
+        file.writeframes(samples)
+"""
