@@ -17,7 +17,7 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak test-homeassistant test-node-red clean
+.PHONY: help demo test check bench soak test-homeassistant find-home-python test-node-red clean
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -65,6 +65,9 @@ $(STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@said=$$($(RUN) pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]' 2>&1) \
 	    || { echo "$$said" >&2; exit 1; }
 	@touch $@
+
+find-home-python:
+	@$(find_home_python); echo "$$python"
 
 $(HOME_STAMP): tests/homeassistant/requirements.txt
 	@$(find_home_python); rm -rf $(HOME_VENV); \
