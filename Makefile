@@ -17,7 +17,7 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak test-homeassistant find-home-python test-node-red clean
+.PHONY: help demo test check bench soak test-homeassistant install-homeassistant test-node-red install-node-red clean
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -66,8 +66,8 @@ $(STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	    || { echo "$$said" >&2; exit 1; }
 	@touch $@
 
-find-home-python:
-	@$(find_home_python); echo "$$python"
+install-homeassistant: $(HOME_STAMP)
+install-node-red: $(NODE_RED)/.installed
 
 $(HOME_STAMP): tests/homeassistant/requirements.txt
 	@$(find_home_python); rm -rf $(HOME_VENV); \
