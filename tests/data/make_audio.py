@@ -26,6 +26,11 @@ LONG_TEXT = (
     "published, and the next job can start. That is the end of this recording."
 )
 
+OTHER_LANGUAGES = {
+    "german": ("de", "Guten Morgen. Die Sonne scheint, und wir gehen heute Nachmittag in den Garten."),
+    "spanish": ("es", "Buenos días. Por favor, venga el lunes por la mañana a nuestra casa."),
+}
+
 
 def speak(hibari: str, text: str, target: Path) -> None:
     """Speak a text with hibari-tts 0.2.1, the same noise each time, into a WAV of 24 kHz."""
@@ -58,6 +63,10 @@ def main() -> None:
             speak(hibari, text, spoken)
             convert(spoken, target, container="ogg", codec="libopus", rate=24_000, bit_rate=24_000)
             target.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+        for name, (voice, text) in OTHER_LANGUAGES.items():
+            subprocess.run(["espeak-ng", "-v", voice, "-s", "130", "-w", str(spoken), text], check=True)
+            convert(spoken, HERE / f"{name}.ogg", container="ogg", codec="libopus", rate=24_000, bit_rate=24_000)
+            (HERE / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
         speak(hibari, SPEECH_TEXT, spoken)
         convert(spoken, HERE / "speech.wav", container="wav", codec="pcm_s16le", rate=16_000)
         (HERE / "speech.txt").write_text(SPEECH_TEXT + "\n", encoding="utf-8")

@@ -332,6 +332,12 @@ FORMATS = [
     ("caf", "pcm_s16le", 8_000),
     ("avi", "libmp3lame", 44_100),
     ("amr", "libopencore_amrnb", 8_000),
+    ("mov", "aac", 44_100),
+    ("3gp", "aac", 44_100),
+    ("opus", "libopus", 48_000),
+    ("ac3", "ac3", 48_000),
+    ("au", "pcm_s16be", 22_050),
+    ("mp2", "mp2", 48_000),
 ]
 
 
@@ -609,10 +615,10 @@ def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch
     monkeypatch.setattr("cesar_mqtt.audio._PATIENCE_S", 0.2)
     path = tmp_path / "lost.wav"
     path.write_bytes(wav_bytes(tone(1, 16_000).tobytes()))
-    os.truncate(path, 400_000_000)
-    samples, audio = decode(path, AudioLimits(max_bytes=10**9, max_duration_s=1e6))
+    os.truncate(path, 3_900_000_000)
+    samples, audio = decode(path, AudioLimits(max_bytes=10**10, max_duration_s=1e6))
     assert len(samples) == SAMPLE_RATE
-    assert audio.info.size_bytes == 400_000_000
+    assert audio.info.size_bytes == 3_900_000_000
 
 
 def test_the_patience_with_ffmpeg_does_not_count_what_others_take(
