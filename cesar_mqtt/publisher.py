@@ -8,28 +8,26 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from cesar_mqtt import formats
 from cesar_mqtt.announcer import Announcer
 from cesar_mqtt.client import CannotPublishError
 from cesar_mqtt.consumermessages import (
     Activity,
     ConsumerState,
-    deletion_of,
-    event_payload,
     last_of,
     queue_of,
     standing_in,
     standing_of,
 )
-from cesar_mqtt.jobs import Gone, Job, JobState
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Live, Payload, Rejection, segment_of, status_payload
+from cesar_mqtt.messages import Live, Payload, Rejection, segment_of
 from cesar_mqtt.ownstate import OwnState
+from cesar_mqtt.tellings import Telling, Tellings
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
 
@@ -41,7 +39,6 @@ IN_FLIGHT = 200
 _ACKNOWLEDGED_AT_ONCE = 20
 _EVERY_S = 1.0
 _NOTES = 10_000
-_PACKET_OVERHEAD = 64
 
 
 class Connection(Protocol):
@@ -108,11 +105,11 @@ class Publisher:
         self._stop = threading.Event()
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
-        self._max_packet_bytes: int | None = None
         self._in_flight: dict[Hashable, _Sent] = {}
         self._busy: Counter[int] = Counter()
         self._clearing: set[int] = set()
         self._acknowledged: deque[Hashable] = deque()
+        self._tellings = Tellings(ledger, topics, clock=clock)
         self._own = OwnState()
         self._known = False
         self._found = standing_of(ledger.totals())
@@ -304,7 +301,7 @@ class Publisher:
         self._interrupt()
         self._connected = True
         self._ledger.coalesce()
-        self._max_packet_bytes = max_packet_bytes
+        self._tellings.max_packet_bytes = max_packet_bytes
         self._known = bool(self._own.retained("queue"))
         self._own.say_again("state")
         self._announcer.connected()
@@ -439,21 +436,10 @@ class Publisher:
                 return
 
     def _publish_gone(self) -> None:
-        """Let the broker forget deleted jobs: an empty retained message clears the topic."""
+        """Let the broker forget deleted jobs."""
         for gone in self._ledger.gone(self._room, but=self._clearing) if self._room > 0 else ():
-            *others, last = self._topics_of(gone)
-            if gone.status:
-                self._tell_event(deletion_of(gone.job_id, self._topics.consumer, self._clock()).encode())
-            if not all(self._send(topic, b"", _Sent()) for topic in others):
+            if not self._send_all(self._tellings.of_deletion(gone), _Sent(seq=gone.seq, gone=True)):
                 return
-            if not self._send(last, b"", _Sent(seq=gone.seq, gone=True)):
-                return
-
-    def _topics_of(self, gone: Gone) -> Iterator[str]:
-        """Yield what the broker may retain of a deleted job, the status last."""
-        yield from (self._topics.result(gone.job_id, name) for name in gone.formats)
-        if gone.status:
-            yield self._topics.status(gone.job_id)
 
     def _publish_live(self) -> float | None:
         """Publish the progress if it is time; return the seconds until something of what is limited in rate is due."""
@@ -471,38 +457,21 @@ class Publisher:
         return max(0.0, min(waits)) if waits else None
 
     def _publish_status(self, job: Job, number: int) -> bool:
-        live = self.live_of(job)
-        topic, sent = self._topics.status(job.job_id), _Sent(seq=job.seq, number=number)
+        sent = _Sent(seq=job.seq, number=number)
         try:
-            truncated = bool(job.formats) and job.state is JobState.COMPLETED and self._publish_results(job)
-            payload = status_payload(
-                job, self._topics.consumer, live, result_truncated=truncated, limit_bytes=self._limit_of(topic)
-            )
-            if number == job.revision:  # else it is said again, or only its place in the queue has changed
-                self._tell_event(event_payload(job, self._topics.consumer))
-        except ValueError as exc:  # from a ledger that was edited by hand, say
-            message = "The status on %s cannot be put into words: %s"
-            event(logger, logging.ERROR, "unpublished", message, topic, exc, job_id=job.job_id)
+            # Else it is said again, or only its place in the queue has changed.
+            told = self._tellings.of_job(job, self.live_of(job), news=number == job.revision)
+        except ValueError as exc:
+            message = "What there is to tell of job %s cannot be put into words: %s"
+            event(logger, logging.ERROR, "unpublished", message, job.job_id, exc, job_id=job.job_id)
             self._settle(sent)
             return True
-        return self._send(topic, payload, sent)
+        return self._send_all(told, sent)
 
-    def _tell_event(self, payload: bytes) -> None:
-        """Tell a change before the status that shows it: while that is not acknowledged, both are said again."""
-        self._send(self._topics.events, payload, _Sent(), retain=False)
-
-    def _limit_of(self, topic: str) -> int | None:
-        """Return how large a payload on this topic may be."""
-        return None if self._max_packet_bytes is None else self._max_packet_bytes - len(topic) - _PACKET_OVERHEAD
-
-    def _publish_results(self, job: Job) -> bool:
-        """Publish a completed job's files, so that they are there when its status says so; whether one was cut."""
-        segments = [segment for window in self._ledger.windows(job.seq) for segment in window.segments]
-        content = formats.content_of(job, segments)
-        truncated = False
-        for name in job.formats:
-            topic = self._topics.result(job.job_id, name)
-            payload, cut = formats.render(name, content, limit_bytes=self._limit_of(topic))
-            truncated |= cut
-            self._send(topic, payload, _Sent())
-        return truncated
+    def _send_all(self, told: Iterable[Telling], sent: _Sent) -> bool:
+        """Send messages that belong together; the last one stands for all."""
+        *others, last = told
+        for topic, payload, retain in others:
+            if not self._send(topic, payload, _Sent(), retain=retain):
+                return False
+        return self._send(last.topic, last.payload, sent, retain=last.retain)

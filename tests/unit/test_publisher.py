@@ -436,7 +436,7 @@ def test_a_status_that_cannot_be_put_into_words_does_not_stop_the_others(
     bench.quiet()
     assert set(statuses(bench.connection.sent)) == {("b", "queued")}
     assert not bench.ledger.has_unpublished
-    assert "cesar/status/a" in caplog.text
+    assert "of job a cannot be put into words" in caplog.text
 
 
 # -- progress ------------------------------------------------------------------------------------------------------
