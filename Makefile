@@ -25,7 +25,7 @@ help:
 	@echo 'make demo    one recording through everything, with no set-up'
 	@echo 'make test    the checks, then all tests'
 	@echo 'make check   format, lint and types'
-	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger or ARGS=bus for a part)'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, transcription or jobs for a part)'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'

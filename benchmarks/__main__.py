@@ -4,10 +4,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, ledger
+from benchmarks import bus, jobs, ledger, transcription
 from benchmarks.table import show
 
-PARTS = {"ledger": ledger.run, "bus": bus.run}
+PARTS = {"ledger": ledger.run, "bus": bus.run, "transcription": transcription.run, "jobs": jobs.run}
 
 
 def main(names: list[str]) -> None:

@@ -13,11 +13,15 @@ from faster_whisper import WhisperModel
 from faster_whisper.feature_extractor import FeatureExtractor
 from numpy.typing import NDArray
 
-from cesar_mqtt.audio import Samples
+from cesar_mqtt.audio import SAMPLE_RATE, Samples
 from cesar_mqtt.errors import Stopped
+from cesar_mqtt.machine import give_memory_back
 
-_PIECE_FRAMES = 6000
-"""A minute."""
+LARGE = 120 * SAMPLE_RATE
+"""From here on the 40 ms that it takes to give memory back are nothing beside the work itself."""
+
+_PIECE_FRAMES = 1500
+"""15 s."""
 
 
 def interruptible(model: WhisperModel, should_stop: Callable[[], bool]) -> WhisperModel:
@@ -60,7 +64,7 @@ class _Steps:
 
 
 class _Features:
-    """Stands before faster-whisper's `FeatureExtractor`, and computes the same minute by minute.
+    """Stands before faster-whisper's `FeatureExtractor`, and computes the same piece by piece.
 
     For ten minutes at once the complex spectrum alone, and its copies, take more than 500 MB.
     """
@@ -78,6 +82,8 @@ class _Features:
         if chunk_length is not None:
             features: NDArray[np.float32] = extractor(waveform, padding=padding, chunk_length=chunk_length)
             return features
+        if len(waveform) > LARGE:
+            give_memory_back()  # the VAD has just left large holes behind
         padded = np.pad(np.pad(waveform, (0, padding)), extractor.n_fft // 2, mode="reflect")
         spectrum = np.empty(
             (len(extractor.mel_filters), (len(padded) - extractor.n_fft) // extractor.hop_length), np.float32

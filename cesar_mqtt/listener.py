@@ -4,19 +4,16 @@ The settings are for audio that nobody watches over. Only the worker thread may 
 """
 
 import re
-from collections.abc import Callable, Generator
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-from faster_whisper import BatchedInferencePipeline, WhisperModel
-from faster_whisper.transcribe import restore_speech_timestamps
-from faster_whisper.vad import get_speech_timestamps
+from faster_whisper import WhisperModel
 
-from cesar_mqtt.audio import SAMPLE_RATE, Samples
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.audio import Samples
+from cesar_mqtt.batches import Lazy, listen_batched
+from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.interruption import interruptible
 from cesar_mqtt.options import TranscriptionOptions
-from cesar_mqtt.silences import split
 
 _MAX_TOKENS = 100
 """Of the prompt, and of the hotwords: together they have to leave room in Whisper's 448 tokens for what is heard."""
@@ -25,15 +22,8 @@ _MAX_CHARACTERS = 10_000
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 _LANGUAGE_DETECTION_SEGMENTS = 4
 """Stretches of 30 s that are listened to until one is clear: the first is often music or silence."""
-_PIECE_S = 30
-"""What Whisper hears at once."""
 _MOST_AT_ONCE = {"cpu": 8}
 """On a CPU, more at once are no faster, but a stop has to wait for all of them."""
-_NO_SPEECH_ABOVE, _UNSURE_BELOW, _REPEATED_ABOVE = 0.6, -1.0, 2.4
-"""Whisper's own limits on `no_speech_prob`, `avg_logprob` and `compression_ratio`."""
-
-Lazy: TypeAlias = Generator[Any, None, None]
-"""faster-whisper's segments, each made when it is asked for."""
 
 
 class Listener:
@@ -63,12 +53,9 @@ class Listener:
         found = {"initial_prompt_truncated": prompt_cut, "hotwords_truncated": hotwords_cut}
         self.warnings = tuple(name for name, is_so in found.items() if is_so)
         self._model = interruptible(model, should_stop)
-        if options.batch_size > 1:
-            _keep_what_is_unfinished(self._model)
         self._options = options
-        self._should_stop = should_stop
         self._at_once = min(options.batch_size, _MOST_AT_ONCE.get(device, options.batch_size))
-        self._asked = {
+        self._asked: dict[str, Any] = {
             "task": options.task,
             "beam_size": options.beam_size,
             "initial_prompt": prompt,
@@ -95,77 +82,27 @@ class Listener:
         Raises:
             Stopped: as soon as `should_stop` returns True; so do the segments.
         """
-        if self._options.batch_size > 1:
-            return self._listen_batched(samples, language)
+        options = self._options
+        if options.batch_size > 1:
+            return listen_batched(
+                self._model,
+                samples,
+                language,
+                vad_filter=options.vad_filter,
+                at_once=self._at_once,
+                asked=self._asked,
+            )
         lazy: Lazy
         # The fallback list of temperatures stays faster-whisper's, if none was chosen. Text is not conditioned on what
         # came before: one repetition would otherwise be carried through the rest of the stretch.
         lazy, info = self._model.transcribe(
             samples,
             language=language,
-            vad_filter=self._options.vad_filter,
+            vad_filter=options.vad_filter,
             condition_on_previous_text=False,
             **self._asked,
         )
         return lazy, info
-
-    def _listen_batched(self, samples: Samples, language: str | None) -> tuple[Lazy, Any]:
-        """Begin with many pieces at once.
-
-        The pipeline would cut wherever somebody draws breath for 0.16 s, and not at all without the VAD: so what is
-        speech is put together here, as the plain pipeline does it, and cut in its longest pauses.
-        """
-        speech = get_speech_timestamps(samples) if self._options.vad_filter else [{"start": 0, "end": len(samples)}]
-        if self._should_stop():
-            raise Stopped
-        if not speech:
-            return _nothing(), None
-        heard = np.concatenate([samples[part["start"] : part["end"]] for part in speech])
-        pieces = [
-            {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE}
-            for start, end in split(heard, _PIECE_S * SAMPLE_RATE)
-        ]
-        # A new one each time: it keeps what it knew of the audio before, also when that was broken off.
-        lazy, info = BatchedInferencePipeline(self._model).transcribe(
-            heard,
-            language=language,
-            batch_size=self._at_once,
-            clip_timestamps=pieces,
-            without_timestamps=False,  # segments of a sentence, not of half a minute
-            **self._asked,
-        )
-        return _spoken(restore_speech_timestamps(lazy, speech, SAMPLE_RATE)), info
-
-
-def _nothing() -> Lazy:
-    yield from ()
-
-
-def _keep_what_is_unfinished(view: Any) -> None:
-    """Keep the words behind the last time that the model names in a piece.
-
-    Where speech is cut, it names no time for their end. The plain pipeline goes on from that last time and hears them
-    again; the batched one would drop them without a word.
-    """
-    split_by_times = view._split_segments_by_timestamps  # noqa: SLF001 - there is no other place to step in
-
-    def split_and_keep(**given: Any) -> tuple[list[dict[str, Any]], int, bool]:
-        segments, seek, single_timestamp_ending = split_by_times(**given)
-        rest = list(given["tokens"][sum(len(segment["tokens"]) for segment in segments) :])
-        if any(token < given["tokenizer"].eot for token in rest):
-            end_s = given["time_offset"] + given["segment_duration"]
-            segments.append({"seek": given["seek"], "start": segments[-1]["end"], "end": end_s, "tokens": rest})
-        return segments, seek, single_timestamp_ending
-
-    view._split_segments_by_timestamps = split_and_keep  # noqa: SLF001
-
-
-def _spoken(segments: Lazy) -> Lazy:
-    """Leave out what the plain pipeline would leave out or hear again: nothing, and what it makes of silence."""
-    for segment in segments:
-        is_doubtful = segment.avg_logprob < _UNSURE_BELOW or segment.compression_ratio > _REPEATED_ABOVE
-        if segment.text.strip() and not (is_doubtful and segment.no_speech_prob > _NO_SPEECH_ABOVE):
-            yield segment
 
 
 def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:

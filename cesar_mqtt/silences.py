@@ -18,23 +18,28 @@ _SILENT_BELOW = 0.35
 _LEAD = 32 * _CHUNK
 """About a second that the VAD listens to before its judgement counts: it begins without any memory."""
 _PART = 60 * SAMPLE_RATE
-"""How much is looked through at once, from the end on."""
+_PIECE_PART = 6 * SAMPLE_RATE
+"""Of a piece less is looked through at once: each sample that it is shorter than it may be costs time."""
 _SMOOTHED_CHUNKS = 5
 _WHOLE_MS = SAMPLE_RATE // 1000
 
 
-def find_cut(samples: Samples) -> int:
+def find_cut(samples: Samples, *, part: int = _PART) -> int:
     """Find the best place to cut a stretch in two: as far behind as possible, always in its second half.
 
-    It is the middle of the longest pause in the last minute. Where that holds none, the minute before it is looked
-    through, and so on; where the whole second half holds none, it is the quietest spot in the last minute.
+    It is the middle of the longest pause in the last part. Where that holds none, the part before it is looked
+    through, and so on; where the whole second half holds none, it is the quietest spot in the last part.
+
+    Args:
+        samples: the stretch, which itself is the most that may stay before the cut.
+        part: how many samples to look through at once; a minute if nothing is said.
 
     Returns:
         How many samples stay before the cut, from half of them to all of them; whole milliseconds, as far as the
         stretch is long enough for that.
     """
     half = len(samples) // 2
-    part = min(_PART, len(samples) - half)
+    part = min(part, len(samples) - half)
     for end in range(len(samples), half, -part):
         start = max(half, end - part)
         pause = _longest_pause(samples, start, end)
@@ -49,7 +54,7 @@ def split(samples: Samples, most: int) -> list[tuple[int, int]]:
     pieces = []
     start = 0
     while len(samples) - start > most:
-        end = start + max(1, find_cut(samples[start : start + most]))
+        end = start + max(1, find_cut(samples[start : start + most], part=_PIECE_PART))
         pieces.append((start, end))
         start = end
     return [*pieces, (start, len(samples))]

@@ -15,6 +15,7 @@ from cesar_mqtt import logs
 from cesar_mqtt.audio import AudioLimits
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.interruption import LARGE
 from cesar_mqtt.listener import Listener
 from cesar_mqtt.machine import give_memory_back
 from cesar_mqtt.models import ModelStore, is_out_of_memory
@@ -97,7 +98,6 @@ class Transcriber:
             window = tally.close_window(stretch.end_s)
             if not stretch.last:
                 on_window(window)
-                give_memory_back()  # what a window has fragmented adds up to hundreds of megabytes in a few hours
         return tally.transcript(recording.warnings + (listener.warnings if listener is not None else ()))
 
     def _listener(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Listener:
@@ -113,6 +113,8 @@ class Transcriber:
         with self._blaming(model_size):
             raw_segments, info = listener.listen(stretch.samples, tally.language)
         tally.listening(info)
+        if len(stretch.samples) > LARGE:  # VAD and features leave up to 300 MB of holes behind, more with each window
+            give_memory_back()
         length_s = stretch.end_s - stretch.start_s
         with closing(raw_segments), self._blaming(model_size):
             for raw in raw_segments:

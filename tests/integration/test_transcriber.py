@@ -689,7 +689,6 @@ def test_a_range_outside_of_the_file_is_refused() -> None:
 
 def test_no_more_are_worked_at_once_than_a_stop_can_wait_for() -> None:
     model = cast("Any", FakeModel(multilingual=True))
-    model._split_segments_by_timestamps = None
     for batch_size, device, at_once in ((2, "cpu", 2), (8, "cpu", 8), (32, "cpu", 8), (32, "cuda", 32)):
         options = TranscriptionOptions("base", batch_size=batch_size)
         assert Listener(model, options, device=device, should_stop=never)._at_once == at_once

@@ -128,6 +128,12 @@ def test_a_cut_is_at_a_whole_millisecond(vad: FakeVad) -> None:
     assert vad.heard
 
 
+def test_a_piece_is_as_long_as_its_pauses_allow(vad: FakeVad) -> None:
+    samples = speech(58.0, pauses=[(16.0, 19.0), (26.0, 26.5), (45.0, 47.0)])
+    assert [round(end / SAMPLE_RATE) for _, end in split(samples, 30 * SAMPLE_RATE)] == [26, 46, 58]
+    assert vad.heard
+
+
 def test_pieces_follow_each_other_and_none_is_too_long() -> None:
     samples = decode("long.ogg")
     pieces = split(samples, 10 * SAMPLE_RATE)
