@@ -45,6 +45,11 @@ TRANSITIONS: Mapping[JobState | None, frozenset[JobState]] = {
 """The only ways from one state to another; None stands for a job that does not exist yet."""
 
 
+def wants_audio(state: JobState, code: ErrorCode | None) -> bool:
+    """Whether the audio that came with a job may still be wanted: it has not ended, or it may be retried."""
+    return not state.final or state is JobState.CANCELLED or (code is not None and code.retryable)
+
+
 class IllegalTransitionError(CesarError):
     """A job was asked to go a way that `TRANSITIONS` does not have: a mistake in the caller."""
 

@@ -10,17 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import STATES, AudioSource, Gone, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import STATES, AudioSource, Gone, Job, JobState, NewJob, Result, wants_audio
 from cesar_mqtt.journal import encode
 from cesar_mqtt.transcript import Segment, Window, Word
 
 
 def needs_audio(document: Mapping[str, Any]) -> bool:
-    """Whether the audio that came with this job may still be wanted: it is not final, or a retry may help."""
-    if not JobState(document["state"]).final or document["state"] == JobState.CANCELLED:
-        return True
+    """Whether the audio that came with this job may still be wanted; see `jobs.wants_audio`."""
     code = document.get("error_code")
-    return code is not None and ErrorCode(code).retryable
+    return wants_audio(STATES[document["state"]], None if code is None else ErrorCode(code))
 
 
 def retry_refusal(document: Mapping[str, Any]) -> str | None:

@@ -155,7 +155,7 @@ class Service:
             retry_delay_s=settings.worker.retry_delay,
             timeout_s=settings.worker.job_timeout,
             idle_s=settings.models.idle_timeout,
-            on_idle=self._models.unload,
+            on_idle=self._models.unload_if_idle,
         )
         readings = Readings(
             ledger=self._ledger.path,

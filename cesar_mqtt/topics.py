@@ -65,10 +65,6 @@ class Topics:
         """The retained result of one job as the file `name`, one of the contract's formats."""
         return f"{self.prefix}/result/{job_id}/{name}"
 
-    def results_filter(self, job_id: str) -> str:
-        """A client's subscription for the results of one job in every format."""
-        return self.result(job_id, "+")
-
     def segments(self, job_id: str) -> str:
         """Where the segments of one job appear as soon as they are known, not retained."""
         return f"{self.prefix}/segments/{job_id}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from cesar_mqtt.attempt import Checkpoints, Meter
 from cesar_mqtt.consumermessages import Activity
 from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, wants_audio
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import Live
@@ -119,7 +119,7 @@ class Worker:
         retry_delay_s: float = 2.0,
         timeout_s: float | None = None,
         idle_s: float | None = None,
-        on_idle: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], object] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Wire it; nothing starts here.
@@ -327,7 +327,7 @@ class Worker:
         if ended is None or not ended.state.final:
             return
         self._reports.finished(ended)
-        if ended.audio is not None and ended.audio.kind == "spool" and not may_be_retried(ended):
+        if ended.audio is not None and ended.audio.kind == "spool" and not wants_audio(ended.state, ended.error_code):
             self._spool.remove([ended.audio.name])
         took_s = (ended.completed_at or 0.0) - (ended.started_at or 0.0)
         if ended.state is JobState.COMPLETED:
@@ -361,8 +361,3 @@ def _result(transcript: Transcript) -> Result:
         warnings=transcript.warnings,
         windows=transcript.windows,
     )
-
-
-def may_be_retried(job: Job) -> bool:
-    """Whether audio that came with a job that has ended may be wanted again."""
-    return job.state is JobState.CANCELLED or (job.error_code is not None and job.error_code.retryable)

@@ -317,6 +317,8 @@ def test_a_multilingual_model_keeps_the_language_that_it_has_found(store: ModelS
     try:
         store.load("base")
     except JobFailedError:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no multilingual model is on this machine")
         pytest.skip("no multilingual model is on this machine")
     path = write_wav(
         tmp_path / "late.wav", np.concatenate([silence(20.0), decode(SPEECH), silence(20.0), decode(SPEECH)])

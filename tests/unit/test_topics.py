@@ -34,7 +34,6 @@ def test_every_topic_of_the_contract_stands_under_the_prefix() -> None:
     assert TOPICS.audio_filter == "cesar/audio/#"
     assert TOPICS.status("porch-17") == "cesar/status/porch-17"
     assert TOPICS.result("porch-17", "srt") == "cesar/result/porch-17/srt"
-    assert TOPICS.results_filter("porch-17") == "cesar/result/porch-17/+"
     assert TOPICS.segments("porch-17") == "cesar/segments/porch-17"
     assert TOPICS.request_filter == "cesar/request/#"
     assert TOPICS.response("cancel") == "cesar/response/cancel"
