@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from homeassistant.components import persistent_notification
+from homeassistant.core import callback
 from homeassistant.setup import async_setup_component
 from homeassistant.util.yaml import load_yaml
 
@@ -89,7 +90,7 @@ async def test_the_blueprint_tells_of_a_file_that_is_not_there_and_runs_what_it_
     await served(house, serve)
     action = {"event": "told", "event_data": {"said": "{{ text }}", "of": "{{ title }}"}}
     told = []
-    house.hass.bus.async_listen("told", lambda event: told.append(event.data))
+    house.hass.bus.async_listen("told", callback(lambda event: told.append(event.data)))
     await blueprinted(title_input="Doorbell", actions_input=[action], language_input="en")
     house.hass.bus.async_fire("folder_watcher", {"event_type": "closed", "path": str(DATA / "not-there.wav")})
     await house.until(lambda: bool(told), "the action")

@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 import pytest
+from homeassistant.core import callback
 
 ENTITIES = {
     "binary_sensor.cesar_connection": "on",
@@ -34,6 +35,7 @@ def events(house):
     """The events of jobs that come from now on: type and id of the job."""
     seen = []
 
+    @callback
     def note(event):
         state = event.data["new_state"]
         if event.data["entity_id"] == "event.cesar_job" and state is not None and "job_id" in state.attributes:

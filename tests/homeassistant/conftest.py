@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ else:
 
 DATA = Path(__file__).parents[1] / "data"
 PATIENCE_S = 60.0
+LOOK_AGAIN_S = 1.0
 
 
 def free_port() -> int:
@@ -165,13 +167,17 @@ class House:
         return device_registry.async_entries_for_config_entry(device_registry.async_get(self.hass), self.entry.entry_id)
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until something is so; looked at whenever anything happens in the house."""
+        """Wait until something is so; looked at whenever anything happens in the house, and each second.
+
+        Notifications make no event; a listener that is not a callback runs in a thread, perhaps after the last event.
+        """
         happened = asyncio.Event()
         stop = self.hass.bus.async_listen(MATCH_ALL, callback(lambda _event: happened.set()))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not condition():
-                    await happened.wait()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(happened.wait(), LOOK_AGAIN_S)
                     happened.clear()
         except TimeoutError:
             states = {state.entity_id: state.state for state in self.hass.states.async_all()}
