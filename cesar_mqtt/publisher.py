@@ -7,11 +7,11 @@ network; those called `on_...`, for paho's network thread, not for the disk eith
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from cesar_mqtt.activity import Doing
 from cesar_mqtt.announcer import Announcer
 from cesar_mqtt.client import CannotPublishError
 from cesar_mqtt.consumermessages import (
@@ -22,6 +22,7 @@ from cesar_mqtt.consumermessages import (
     standing_in,
     standing_of,
 )
+from cesar_mqtt.inflight import InFlight, Note, Sent
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
@@ -32,9 +33,6 @@ from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
 
 logger = logging.getLogger(__name__)
-
-IN_FLIGHT = 200
-"""Messages on their way to the broker and not yet acknowledged, at most; keeps the client's own queue short."""
 
 _ACKNOWLEDGED_AT_ONCE = 20
 _EVERY_S = 1.0
@@ -48,34 +46,6 @@ class Connection(Protocol):
         self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
     ) -> Hashable | None:
         """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Note:
-    """A message that is not retained: whoever listens now hears it.
-
-    Attributes:
-        keep: whether it is said later when there is no connection now, or the connection is lost before its PUBACK.
-    """
-
-    topic: str
-    payload: bytes
-    keep: bool = True
-    correlation_data: bytes | None = None
-
-
-class _Sent(NamedTuple):
-    """What a ticket stands for: a job's status or result, one of the consumer's own topics, or a note.
-
-    A message that is one of several (a result before its status, say) bears no number: brokers acknowledge in the
-    order in which they were told (MQTT 5, section 4.6), so the acknowledgement of the last one speaks for all.
-    """
-
-    seq: int | None = None
-    number: int = 0
-    gone: bool = False
-    topic: str | None = None
-    note: _Note | None = None
 
 
 class Publisher:
@@ -105,19 +75,15 @@ class Publisher:
         self._stop = threading.Event()
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
-        self._in_flight: dict[Hashable, _Sent] = {}
-        self._busy: Counter[int] = Counter()
-        self._clearing: set[int] = set()
+        self._in_flight = InFlight()
         self._acknowledged: deque[Hashable] = deque()
         self._tellings = Tellings(ledger, topics, clock=clock)
         self._own = OwnState()
         self._known = False
         self._found = standing_of(ledger.totals())
         self._announcer = Announcer(self._own, monotonic=monotonic)
-        self._notes: deque[_Note] = deque(maxlen=_NOTES)
-        self._activity: Activity = "starting"
-        self._degraded: set[str] = set()
-        self._draining = False
+        self._notes: deque[Note] = deque(maxlen=_NOTES)
+        self._doing = Doing()
         self._live: tuple[Job, Live] | None = None
         self._live_stale = False
         self._live_due = 0.0
@@ -151,17 +117,17 @@ class Publisher:
         May wait for whoever is writing to the ledger, so not for the network thread.
         """
         self._ledger.count_rejected()
-        self._say(_Note(self._topics.rejected, rejection.encode()))
+        self._say(Note(self._topics.rejected, rejection.encode()))
 
     def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         """Answer a request; kept like a refused message until there is a connection."""
-        self._say(_Note(topic, payload, correlation_data=correlation_data))
+        self._say(Note(topic, payload, correlation_data=correlation_data))
 
     def segment(self, job: Job, segment: Segment) -> None:
         """Tell a segment to whoever listens now; it is not kept for later."""
-        self._say(_Note(self._topics.segments(job.job_id), segment_of(job.job_id, segment).encode(), keep=False))
+        self._say(Note(self._topics.segments(job.job_id), segment_of(job.job_id, segment).encode(), keep=False))
 
-    def _say(self, note: _Note) -> None:
+    def _say(self, note: Note) -> None:
         self._tell(lambda: self._notes.append(note) if note.keep or self._connected else None)
 
     def online(self) -> None:
@@ -193,8 +159,7 @@ class Publisher:
 
         One thread speaks for each `who`.
         """
-        if on != (who in self._degraded):
-            (self._degraded.add if on else self._degraded.discard)(who)
+        if self._doing.refuse(who, on=on):
             self._queue_changed()
 
     def draining(self) -> None:
@@ -324,32 +289,25 @@ class Publisher:
 
     def _interrupt(self) -> None:
         self._connected = False
-        lost = [sent.note for sent in self._in_flight.values() if sent.note is not None]
+        lost = self._in_flight.interrupt()
         self._notes = deque((note for note in (*lost, *self._notes) if note.keep), maxlen=_NOTES)
-        self._in_flight.clear()
-        self._busy.clear()
-        self._clearing.clear()
         self._own.interrupt()
 
     def _take_acknowledgements(self) -> None:
         published: list[tuple[int, int]] = []
         while self._acknowledged:
-            sent = self._in_flight.pop(self._acknowledged.popleft(), None)
+            sent = self._in_flight.acknowledge(self._acknowledged.popleft())
             if sent is None:
                 continue
-            if sent.seq is None or sent.gone:
-                self._settle(sent)
-            elif sent.number:
-                self._busy[sent.seq] -= 1
-                if not self._busy[sent.seq]:
-                    del self._busy[sent.seq]
+            if sent.seq is not None and sent.number:
                 published.append((sent.seq, sent.number))
+            else:
+                self._settle(sent)
         if published:
             self._ledger.mark_published(published)
 
-    def _settle(self, sent: _Sent) -> None:
+    def _settle(self, sent: Sent) -> None:
         if sent.seq is not None and sent.gone:
-            self._clearing.discard(sent.seq)
             self._ledger.mark_cleared(sent.seq)
         elif sent.seq is not None and sent.number:
             self._ledger.mark_published([(sent.seq, sent.number)])
@@ -357,11 +315,11 @@ class Publisher:
             self._own.acknowledge(sent.topic, sent.number)
 
     def _set(self, activity: Activity) -> None:
-        self._activity = activity
+        self._doing.worker = activity
         self._queue_stale = True
 
     def _set_draining(self) -> None:
-        self._draining = True
+        self._doing.draining = True
         self._queue_stale = True
 
     def _note(self, job: Job, live: Live) -> None:
@@ -371,7 +329,7 @@ class Publisher:
     # -- publishing -----------------------------------------------------------------------------------------------
 
     def _send(
-        self, topic: str, payload: bytes, sent: _Sent, *, retain: bool = True, correlation_data: bytes | None = None
+        self, topic: str, payload: bytes, sent: Sent, *, retain: bool = True, correlation_data: bytes | None = None
     ) -> bool:
         """Hand a message to the client; False: there is no connection. What no broker takes is given up."""
         try:
@@ -383,16 +341,12 @@ class Publisher:
         if ticket is None:
             self._connected = False
             return False
-        self._in_flight[ticket] = sent
-        if sent.seq is not None and sent.gone:
-            self._clearing.add(sent.seq)
-        elif sent.seq is not None and sent.number:
-            self._busy[sent.seq] += 1
+        self._in_flight.add(ticket, sent)
         return True
 
     @property
     def _room(self) -> int:
-        return IN_FLIGHT - len(self._in_flight) if self._connected else 0
+        return self._in_flight.room if self._connected else 0
 
     def _publish_own(self) -> None:
         if self._queue_stale and (self._monotonic() >= self._queue_due or self._waits_for_the_queue()):
@@ -402,7 +356,7 @@ class Publisher:
         self._announcer.run_once()
         for name, payload, version in self._own.due():
             topic = name if "/" in name else self._topics.own(name)
-            self._send(topic, payload, _Sent(topic=name, number=version))
+            self._send(topic, payload, Sent(topic=name, number=version))
 
     def _waits_for_the_queue(self) -> bool:
         """Whether somebody drains and everything else is said: that is then the last word, and need not wait."""
@@ -410,19 +364,12 @@ class Publisher:
 
     def _queue(self) -> bytes:
         totals = self._ledger.totals()
-        activity: Activity = self._activity
-        if self._draining:
-            activity = "draining"
-        elif self._degraded:
-            activity = "degraded"
-        elif totals.paused and activity == "idle":
-            activity = "paused"
-        return queue_of(totals, activity, self._clock()).encode()
+        return queue_of(totals, self._doing.among(totals), self._clock()).encode()
 
     def _publish_notes(self) -> None:
         while self._notes and self._room > 0:
             note = self._notes[0]
-            sent = _Sent(note=note)
+            sent = Sent(note=note)
             if not self._send(note.topic, note.payload, sent, retain=False, correlation_data=note.correlation_data):
                 return
             self._notes.popleft()
@@ -431,14 +378,14 @@ class Publisher:
         if self._room <= 0:
             return
         # Most of them are two messages, for a change is told as an event, too.
-        for number, job in self._ledger.unpublished((self._room + 1) // 2, but=self._busy):
+        for number, job in self._ledger.unpublished((self._room + 1) // 2, but=self._in_flight.telling):
             if not self._publish_status(job, number):
                 return
 
     def _publish_gone(self) -> None:
         """Let the broker forget deleted jobs."""
-        for gone in self._ledger.gone(self._room, but=self._clearing) if self._room > 0 else ():
-            if not self._send_all(self._tellings.of_deletion(gone), _Sent(seq=gone.seq, gone=True)):
+        for gone in self._ledger.gone(self._room, but=self._in_flight.clearing) if self._room > 0 else ():
+            if not self._send_all(self._tellings.of_deletion(gone), Sent(seq=gone.seq, gone=True)):
                 return
 
     def _publish_live(self) -> float | None:
@@ -457,7 +404,7 @@ class Publisher:
         return max(0.0, min(waits)) if waits else None
 
     def _publish_status(self, job: Job, number: int) -> bool:
-        sent = _Sent(seq=job.seq, number=number)
+        sent = Sent(seq=job.seq, number=number)
         try:
             # Else it is said again, or only its place in the queue has changed.
             told = self._tellings.of_job(job, self.live_of(job), news=number == job.revision)
@@ -468,10 +415,10 @@ class Publisher:
             return True
         return self._send_all(told, sent)
 
-    def _send_all(self, told: Iterable[Telling], sent: _Sent) -> bool:
+    def _send_all(self, told: Iterable[Telling], sent: Sent) -> bool:
         """Send messages that belong together; the last one stands for all."""
         *others, last = told
         for topic, payload, retain in others:
-            if not self._send(topic, payload, _Sent(), retain=retain):
+            if not self._send(topic, payload, Sent(), retain=retain):
                 return False
         return self._send(last.topic, last.payload, sent, retain=last.retain)

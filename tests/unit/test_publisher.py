@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cesar_mqtt.client import CannotPublishError, PacketTooLargeError
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.inflight import MOST
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.messages import Live, Rejection, status_of
-from cesar_mqtt.publisher import IN_FLIGHT, Publisher
+from cesar_mqtt.publisher import Publisher
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment, Window
 
@@ -304,8 +305,8 @@ def test_about_two_hundred_messages_are_on_their_way_at_most(bench: Bench) -> No
     for number in range(450):
         bench.add(f"job-{number}")
     said = bench.turn()
-    assert IN_FLIGHT == 200
-    assert len(said) in {IN_FLIGHT, IN_FLIGHT + 1}, "an event and its status go together"
+    assert MOST == 200
+    assert len(said) in {MOST, MOST + 1}, "an event and its status go together"
     assert bench.turn() == []
     more = bench.acknowledge(*said[:10])
     assert len(more) == 10
@@ -531,7 +532,7 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
 
 def test_progress_waits_without_spinning_while_too_much_is_on_its_way(bench: Bench) -> None:
     bench.quiet()
-    for number in range(IN_FLIGHT + 1):
+    for number in range(MOST + 1):
         bench.add(f"job-{number}")
     job = bench.claim()
     said = bench.turn()
@@ -973,7 +974,7 @@ class AgreementMachine(RuleBasedStateMachine):
     @invariant()
     def not_too_much_is_on_its_way(self) -> None:
         if hasattr(self, "bench"):
-            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= IN_FLIGHT
+            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= MOST
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):

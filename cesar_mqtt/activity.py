@@ -1,0 +1,34 @@
+"""What the consumer is doing: one word, of all that goes on at once."""
+
+from cesar_mqtt.consumermessages import Activity
+from cesar_mqtt.jobs import Totals
+
+
+class Doing:
+    """What the worker does, unless something weighs more: a stop, a disk that refuses, a pause.
+
+    Attributes:
+        worker: what the worker does.
+        draining: whether no further job is started.
+    """
+
+    def __init__(self) -> None:
+        """Begin with the start."""
+        self.worker: Activity = "starting"
+        self.draining = False
+        self._refused: set[str] = set()
+
+    def refuse(self, who: str, *, on: bool) -> bool:
+        """Take note of whether the disk refuses `who`, and return whether that is news. One thread for each `who`."""
+        if on == (who in self._refused):
+            return False
+        (self._refused.add if on else self._refused.discard)(who)
+        return True
+
+    def among(self, totals: Totals) -> Activity:
+        """Return the word for it."""
+        if self.draining:
+            return "draining"
+        if self._refused:
+            return "degraded"
+        return "paused" if totals.paused and self.worker == "idle" else self.worker
