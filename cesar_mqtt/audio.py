@@ -1,14 +1,11 @@
-"""Audio files: which may be read, opening them without a way out of their directory, and decoding them in blocks.
+"""Decoding of audio files, in blocks.
 
 Everything here may be called from any thread; an `AudioReader` belongs to the thread that opened it. FFmpeg gets an
 open file descriptor and never a name, so no protocol and no playlist can make it read anything else.
 """
 
-import errno
 import os
-import stat
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +17,8 @@ import numpy as np
 from av.container import InputContainer
 from numpy.typing import NDArray
 
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.audiofiles import UNREADABLE, failed, file_identity, open_regular
+from cesar_mqtt.errors import ErrorCode, Stopped
 
 SAMPLE_RATE = 16_000
 """Samples per second of everything decoded here; what Whisper models listen to."""
@@ -46,34 +44,7 @@ _PATIENCE_S = 30.0
 """For opening, and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
 _HEAD_BYTES = 4096
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE
-_MAX_SHOWN = 120
 
-# Only the right to pass through a folder is needed to open a file in it, where the system can tell the two apart.
-_FOLDER_FLAGS = (os.O_PATH if sys.platform == "linux" else os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO that took the file's place would otherwise block for ever, before it can be looked at.
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-# What a producer is told: the code, and a sentence that says what to do. Audio that came inside a message has no name.
-_OUTSIDE = (
-    ErrorCode.AUDIO_NOT_ALLOWED,
-    "The audio path {name} does not lead to a file inside `audio.directories`: put the file into one of those.",
-)
-_NOT_FOUND = (
-    ErrorCode.AUDIO_NOT_FOUND,
-    "There is no audio file {name}: check the name, or put the file there and submit the job again.",
-)
-_NOT_PERMITTED = (
-    ErrorCode.AUDIO_NOT_ALLOWED,
-    "The service has no permission to read the audio file {name}: give its user the right to.",
-)
-_NOT_REGULAR = (
-    ErrorCode.AUDIO_NOT_ALLOWED,
-    "The audio path {name} does not name a regular file: name the audio file itself.",
-)
-_UNREADABLE = (
-    ErrorCode.AUDIO_UNREADABLE,
-    "The file cannot be decoded as audio: check that it plays, or convert it to WAV, FLAC, MP3, Ogg or M4A.",
-)
 _NO_STREAM = (ErrorCode.AUDIO_NO_STREAM, "The file holds no audio track: submit one with sound.")
 _EMPTY = (ErrorCode.AUDIO_EMPTY, "The audio file holds no sound: check how it was recorded.")
 _TOO_LARGE = (
@@ -84,15 +55,6 @@ _TOO_LONG = (
     ErrorCode.AUDIO_TOO_LONG,
     "The audio lasts longer than `audio.max_duration`, {most:g} s: submit it in parts, or raise the limit.",
 )
-_WHY_NOT_OPEN = {
-    errno.ENOENT: _NOT_FOUND,
-    errno.ENAMETOOLONG: _NOT_FOUND,
-    errno.EACCES: _NOT_PERMITTED,
-    errno.EPERM: _NOT_PERMITTED,
-    errno.ELOOP: _NOT_REGULAR,  # a symbolic link where a file was,
-    errno.ENOTDIR: _NOT_REGULAR,  # or where a folder was
-    errno.ENXIO: _NOT_REGULAR,  # a socket
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,42 +82,6 @@ class AudioInfo:
     identity: tuple[int, ...]
 
 
-def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
-    """Find the file that a producer named, if it may be read.
-
-    Whether something exists outside the directories cannot be learnt from the answer: every name that leads out, with
-    or without the help of symbolic links, is refused with the same code and sentence.
-
-    Args:
-        name: relative to the directories, which are tried in order, or absolute and inside one of them.
-        directories: the allowed ones; none allows nothing.
-
-    Returns:
-        An absolute path without symbolic links, which `open_audio` opens only as long as that is still so.
-
-    Raises:
-        JobFailedError: `audio_not_found`, or `audio_not_allowed` for what leads out of the directories, cannot be a
-            file name, or is not a regular file.
-    """
-    if not _is_plain(name):
-        raise _failed(_OUTSIDE, name)
-    roots = [Path(os.path.realpath(directory)) for directory in directories]
-    led_out = not roots
-    for root in roots:
-        # Not strict: a name that leads out is refused before anything is asked about what stands there.
-        path = Path(os.path.realpath(root / name))
-        if not any(path.is_relative_to(allowed) for allowed in roots):
-            led_out = True
-        elif _is_regular(path, name):
-            return path
-    raise _failed(_OUTSIDE if led_out else _NOT_FOUND, name)
-
-
-def file_identity(status: os.stat_result) -> tuple[int, ...]:
-    """Tell a file apart from another under the same name, and from what it was before it was written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 @contextmanager
 def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
     """Open a file for decoding, within the limits on its size and on the duration that it declares.
@@ -169,13 +95,13 @@ def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
         JobFailedError: `audio_not_found`, `audio_not_allowed`, `audio_too_large`, `audio_too_long`, `audio_empty`,
             `audio_unreadable`, `audio_no_stream`.
     """
-    with _open_regular(path) as descriptor:
+    with open_regular(path) as descriptor:
         status = os.fstat(descriptor)
         size_bytes = status.st_size
         if size_bytes == 0:
-            raise _failed(_EMPTY)
+            raise failed(_EMPTY)
         if size_bytes > limits.max_bytes:
-            raise _failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
+            raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
         with _open_container(descriptor) as container:
             duration_s = _declared_s(container, _read_head(descriptor), size_bytes)
             _check_duration(duration_s, limits.max_duration_s)
@@ -246,7 +172,7 @@ class AudioReader:
         if pending:
             yield np.concatenate(pending)
         if not self._samples:
-            raise _failed(_UNREADABLE if self._skipped else _EMPTY)
+            raise failed(UNREADABLE if self._skipped else _EMPTY)
 
     def _resampled(self) -> Iterator[Samples]:
         for frame in chain(self._frames(), (None,)):
@@ -302,63 +228,15 @@ class _Resampler:
                 yield converted.to_ndarray()[0].astype(np.float32) / 32768.0
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a name can be one of a file at all; `..` is refused even where it would lead back in."""
-    try:
-        encoded = os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return bool(encoded) and b"\0" not in encoded and ".." not in Path(name).parts
-
-
-def _is_regular(path: Path, name: str) -> bool:
-    try:
-        mode = path.lstat().st_mode
-    except PermissionError as exc:
-        raise _failed(_NOT_PERMITTED, name) from exc
-    except OSError:  # not there, or a name that no file can have
-        return False
-    if not stat.S_ISREG(mode):
-        raise _failed(_NOT_REGULAR, name)
-    return True
-
-
-@contextmanager
-def _open_regular(path: Path) -> Iterator[int]:
-    """Open a file part by part from the root, following no symbolic link, and make sure that it is a regular one."""
-    try:
-        descriptor = _walk(path)
-    except OSError as exc:
-        raise _failed(_WHY_NOT_OPEN.get(exc.errno or 0, _UNREADABLE), path.name) from exc
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _failed(_NOT_REGULAR, path.name)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _walk(path: Path) -> int:
-    folder = os.open(path.anchor or ".", _FOLDER_FLAGS)
-    try:
-        for part in path.parts[1 if path.anchor else 0 : -1]:
-            inner = os.open(part, _FOLDER_FLAGS, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        return os.open(path.name, _FILE_FLAGS, dir_fd=folder)
-    finally:
-        os.close(folder)
-
-
 def _open_container(descriptor: int) -> InputContainer:
     options = {**_OPEN_OPTIONS, "fd": str(descriptor)}
     try:
         container = av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=_PATIENCE_S)
     except av.FFmpegError as exc:
-        raise _failed(_UNREADABLE) from exc
+        raise failed(UNREADABLE) from exc
     if not container.streams.audio:
         container.close()
-        raise _failed(_NO_STREAM)
+        raise failed(_NO_STREAM)
     return container
 
 
@@ -392,11 +270,4 @@ def _read_head(descriptor: int) -> bytes:
 
 def _check_duration(duration_s: float | None, max_duration_s: float) -> None:
     if duration_s is not None and duration_s > max_duration_s:
-        raise _failed(_TOO_LONG, most=max_duration_s)
-
-
-def _failed(reason: tuple[ErrorCode, str], name: str = "", **values: float) -> JobFailedError:
-    """Fill a sentence in; the name is quoted, without control characters and not at any length."""
-    code, sentence = reason
-    shown = repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "…")
-    return JobFailedError(code, sentence.format(name=shown, **values))
+        raise failed(_TOO_LONG, most=max_duration_s)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Generic, Protocol
 
-from cesar_mqtt.audio import resolve_audio_path
+from cesar_mqtt.audiofiles import resolve_audio_path
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.prepared import Download, Entry, Fetches, R, outcome_of

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from cesar_mqtt import logs
-from cesar_mqtt.audio import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, file_identity, open_audio
+from cesar_mqtt.audio import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
+from cesar_mqtt.audiofiles import file_identity
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.silences import find_cut
 

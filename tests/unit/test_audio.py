@@ -19,10 +19,9 @@ from cesar_mqtt.audio import (
     AudioLimits,
     AudioReader,
     Samples,
-    file_identity,
     open_audio,
-    resolve_audio_path,
 )
+from cesar_mqtt.audiofiles import file_identity, resolve_audio_path
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 
 LIMITS = AudioLimits(max_bytes=50_000_000, max_duration_s=600.0)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.attempt import Meter
-from cesar_mqtt.audio import resolve_audio_path
+from cesar_mqtt.audiofiles import resolve_audio_path
 from cesar_mqtt.consumermessages import Activity
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
