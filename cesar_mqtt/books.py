@@ -174,7 +174,7 @@ class Books:
     def _number_the_head(self) -> None:
         """Give the first jobs their new positions, and let the broker be told of those that changed."""
         for seq in self._index.queue.number_head(self._clock()):
-            self._outbox.tell(seq, self._journal.transaction)
+            self._outbox.tell(seq)
 
     def _counters(self, changed: Mapping[JobState, int]) -> Change:
         return Change(COUNTERS, 1, {state.value: total for state, total in changed.items()})
@@ -258,9 +258,7 @@ class Books:
         refuses just now, it goes with the next transaction.
         """
         with self._changed:
-            with contextlib.suppress(LedgerError):
-                self._commit([], ())  # a number greater than that of any change: what is said again is no news
-            self._outbox.owe_all(self._revisions(), self._journal.transaction)
+            self._outbox.owe_all(self._revisions())
             with contextlib.suppress(LedgerError):
                 self._commit([], ())
             self._notify()

@@ -132,7 +132,7 @@ class Ledger(Views):
             for verdict, job_id in verdicts:
                 seq = self._index.register.seq(job_id)
                 if verdict is Verdict.SAME and seq is not None:
-                    self._outbox.tell(seq, self._journal.transaction)
+                    self._outbox.tell(seq)
             if verdicts:
                 self._notify()
             return verdicts

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
-from itertools import islice
+from itertools import count, islice
 
 from cesar_mqtt.jobs import Job
 
@@ -10,48 +10,57 @@ TRAIL = 1000
 """So many changes of state are kept one by one; beyond that, only the newest of a job counts."""
 
 Item = tuple[int, Job]
-"""The number to say when the broker has acknowledged it, and what to tell."""
+"""The number to say when the broker has acknowledged it, and what to tell.
+
+The number is the job's revision as long as that is news, and negative for what is said again.
+"""
 
 
 class Outbox:
     """Jobs whose newest state the broker has not acknowledged, oldest change first.
 
     `owe` is for a change that is on disk: until it is acknowledged, the watermark stays below it, so that a restart
-    knows of it. `tell` is for what is worth telling without a transaction, such as a new position in the queue.
+    knows of it. `tell` is for what is worth telling again without a change, such as a new position in the queue.
     """
 
     def __init__(self, revisions: Iterable[tuple[int, int]]) -> None:
         """Start with what a restart found: revision and sequence number of every change above the watermark."""
         self._newest = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
         self._owed = self._newest.copy()
+        self._unsaid = set(self._newest)
+        self._again = count(-1, -1)
         self._trail: deque[tuple[int, int, Callable[[], Job]]] = deque(maxlen=TRAIL)
 
     def __bool__(self) -> bool:
         return bool(self._newest)
 
-    def tell(self, seq: int, number: int) -> None:
-        """Let the broker be told of a job; `number` is that of the newest transaction, and never falls."""
-        self._newest[seq] = number
-        self._newest.move_to_end(seq)
+    def tell(self, seq: int) -> None:
+        """Let the broker be told of a job once more; a change that it is still to be told of stays news."""
+        if seq not in self._unsaid:
+            self._newest[seq] = next(self._again)
+            self._newest.move_to_end(seq)
 
     def owe(self, seq: int, revision: int) -> None:
         """Let the broker be told of a change that transaction `revision` brought."""
-        self.tell(seq, revision)
-        self._owed[seq] = revision
-        self._owed.move_to_end(seq)
+        for changes in (self._newest, self._owed):
+            changes[seq] = revision
+            changes.move_to_end(seq)
+        self._unsaid.add(seq)
 
-    def owe_all(self, revisions: Iterable[tuple[int, int]], number: int) -> None:
+    def owe_all(self, revisions: Iterable[tuple[int, int]]) -> None:
         """Let the broker be told of everything: it has lost what it knew."""
         self._owed = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
         for seq in sorted(self._owed):
-            self.tell(seq, number)
+            self.tell(seq)
 
     def passed(self, seq: int, render: Callable[[], Job]) -> None:
         """Keep a state of a job for a reader who wants to see every one, in order; `render` gives it when it is due."""
         self._trail.append((seq, self._newest[seq], render))
+        self._unsaid.discard(seq)
 
     def coalesce(self) -> None:
         """Forget the states that jobs passed through; their newest is still told."""
+        self._unsaid.update(seq for seq, number, _ in self._trail if self._newest.get(seq) == number)
         self._trail.clear()
 
     def forget(self, seqs: Collection[int]) -> None:
@@ -59,6 +68,7 @@ class Outbox:
         for seq in seqs:
             self._newest.pop(seq, None)
             self._owed.pop(seq, None)
+            self._unsaid.discard(seq)
         dropped = frozenset(seqs)
         self._trail = deque((item for item in self._trail if item[0] not in dropped), maxlen=TRAIL)
 
@@ -69,7 +79,9 @@ class Outbox:
         if len(taken) < limit:
             on_the_way = {seq for seq, _, _ in passed}.union(but)
             waiting = (item for item in self._newest.items() if item[0] not in on_the_way)
-            taken += [(number, render(seq)) for seq, number in islice(waiting, limit - len(taken))]
+            newest = list(islice(waiting, limit - len(taken)))
+            taken += [(number, render(seq)) for seq, number in newest]
+            self._unsaid.difference_update(seq for seq, _ in newest)
         return taken
 
     def acknowledge(self, seq: int, number: int) -> bool:
