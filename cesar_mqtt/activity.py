@@ -31,4 +31,9 @@ class Doing:
             return "draining"
         if self._refused:
             return "degraded"
-        return "paused" if totals.paused and self.worker == "idle" else self.worker
+        if self.worker not in ("idle", "processing"):
+            return self.worker
+        # The ledger knows of a job before the worker says so, and between two jobs there is no rest.
+        if totals.processing or (self.worker == "processing" and totals.queued and not totals.paused):
+            return "processing"
+        return "paused" if totals.paused else "idle"

@@ -193,9 +193,12 @@ def tls_context(settings: BrokerSettings) -> ssl.SSLContext:
         # The empty password keeps OpenSSL from asking for one at the terminal when the key is encrypted.
         context.load_cert_chain(settings.cert_file, settings.key_file, password="")
     except OSError as exc:
-        name = "broker.cert_file" if settings.key_file is None else "broker.cert_file or broker.key_file"
+        files = {"broker.cert_file": settings.cert_file, "broker.key_file": settings.key_file}
+        named = {name: file for name, file in files.items() if file is not None}
+        # OpenSSL does not say which of the two it means.
+        guilty = {name: file for name, file in named.items() if not file.is_file()} or named
         wanted = "a certificate and its own key, not encrypted, in PEM format"
-        raise _unusable(name, settings.cert_file, exc, wanted) from exc
+        raise _unusable(" or ".join(guilty), next(iter(guilty.values())), exc, wanted) from exc
     return context
 
 

@@ -72,8 +72,6 @@ class Meter:
         return done_s / elapsed_s if elapsed_s > 0 and done_s > 0 else None
 
 
-def _share(processed_s: float, duration_s: float | None) -> float | None:
+def _share(processed_s: float, duration_s: float | None) -> float:
     """Return how much is done; 1 is kept for the end, when the transcript is on disk."""
-    if duration_s is None:
-        return None
-    return min(round(processed_s / duration_s, 3), 0.999) if duration_s > 0 else 0.0
+    return min(round(processed_s / duration_s, 3), 0.999) if duration_s else 0.0

@@ -237,7 +237,8 @@ def load_settings(
     The file is `config_file`, else the first found of `./cesar.toml` and `cesar.toml` in the user's and the system's
     configuration directory; files are not merged. A variable is called `CESAR_` and the setting, with two underscores
     between group and name (`CESAR_BROKER__URL`); an empty one counts as not set. A list in a variable is a JSON list,
-    or its items joined by `:` (paths) or `,` (all others). A path may begin with `~`; a relative one starts from the
+    or its items joined by `:` (paths) or `,` (all others). Under systemd the default data directory is the unit's
+    StateDirectory. A path may begin with `~`; a relative one starts from the
     folder of the file it stands in, or from `cwd` when it comes from a flag or a variable.
 
     Args:
@@ -253,6 +254,8 @@ def load_settings(
     """
     vocabulary = _vocabulary()
     said = {"broker.url": Said(default_broker, "broker.url", default_broker)}
+    if state := environ.get("STATE_DIRECTORY"):  # systemd.exec(5): absolute, joined by colons when there are several
+        said["data_dir"] = Said(state.partition(":")[0], "STATE_DIRECTORY", state)
     said |= file_says(vocabulary, config_file, cwd=cwd)
     said |= environment_says(vocabulary, environ, cwd=cwd)
     said |= flags_say(vocabulary, flags, cwd=cwd)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from cesar_mqtt.activity import Doing
@@ -84,6 +85,7 @@ class Publisher:
         self._announcer = Announcer(self._own, monotonic=monotonic)
         self._notes: deque[Note] = deque(maxlen=_NOTES)
         self._doing = Doing()
+        self._last: Job | None = None
         self._live: tuple[Job, Live] | None = None
         self._live_stale = False
         self._live_due = 0.0
@@ -185,7 +187,7 @@ class Publisher:
 
     def finished(self, job: Job) -> None:
         """Take note of the job that ended last."""
-        self._tell(lambda: self._own.retain("last", last_of(job).encode()))
+        self._tell(lambda: self._set_last(job))
 
     def _tell(self, event: Callable[[], None]) -> None:
         self._events.append(event)
@@ -318,6 +320,10 @@ class Publisher:
         self._doing.worker = activity
         self._queue_stale = True
 
+    def _set_last(self, job: Job) -> None:
+        self._last = job
+        self._own.retain("last", last_of(job).encode())
+
     def _set_draining(self) -> None:
         self._doing.draining = True
         self._queue_stale = True
@@ -385,6 +391,8 @@ class Publisher:
     def _publish_gone(self) -> None:
         """Let the broker forget deleted jobs."""
         for gone in self._ledger.gone(self._room, but=self._in_flight.clearing) if self._room > 0 else ():
+            if self._last is not None and self._last.job_id == gone.job_id:
+                self._set_last(replace(self._last, result_text=None))
             if not self._send_all(self._tellings.of_deletion(gone), Sent(seq=gone.seq, gone=True)):
                 return
 
@@ -393,7 +401,6 @@ class Publisher:
         now = self._monotonic()
         if self._live is not None and self._live_stale and now >= self._live_due and self._room > 0:
             self._live_stale = False
-            self._live_due = now + _EVERY_S
             of, _ = self._live
             job = self._ledger.get(of.job_id)
             if job is not None and job.state is JobState.PROCESSING and job.attempt == of.attempt:
@@ -404,6 +411,8 @@ class Publisher:
         return max(0.0, min(waits)) if waits else None
 
     def _publish_status(self, job: Job, number: int) -> bool:
+        if job.state is JobState.PROCESSING:
+            self._live_due = self._monotonic() + _EVERY_S
         sent = Sent(seq=job.seq, number=number)
         try:
             # Else it is said again, or only its place in the queue has changed.

@@ -17,7 +17,7 @@ from cesar_mqtt.consumermessages import ConsumerState, Info, info_of
 from cesar_mqtt.control import Control
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.download import Downloader
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, DiedError, ExitCode, LedgerError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, DiedError, ExitCode, LedgerError
 from cesar_mqtt.health import Pulse
 from cesar_mqtt.homeassistant import PAUSE_SWITCH, birth_topic, discovery_messages
 from cesar_mqtt.intake import Intake
@@ -69,13 +69,14 @@ class Service:
         self._metrics = metrics_of(settings.metrics, consumer=settings.consumer.name)
         self._models = self._metrics.models(settings.models, folder=settings.data_dir / "models")
         address = parse_broker_url(settings.broker.url)
+        _check_folders(settings.audio.directories)
         settings = settings.model_copy(update={"broker": group.broker_of(settings, address)})
         self._ledger = _open_ledger(settings, self._metrics)
         self._broker: EmbeddedBroker | None = None
         try:
             self._spool = Spool(settings.data_dir / "spool", self._metrics.disk("spool"))
             self._spool.sweep(self._ledger.spooled())
-            self._broker = _start_broker(address, self._topics)
+            self._broker = _start_broker(settings, address, self._topics)
             if self._broker is not None:
                 settings = _inside(settings, self._broker)
             self._wire(settings, settings.audio.directories or (directory,))
@@ -288,7 +289,7 @@ class Service:
         if forced:
             self._abandon()
         self._end(stop, _FORCED_DRAIN_S if forced else _DRAIN_S)
-        return stop.exit_code if forced else ExitCode.OK
+        return stop.exit_code if forced or stop.forced.is_set() else ExitCode.OK
 
     def _current_job_ended(self, stop: StopSignals) -> bool:
         limit_s = self._settings.worker.drain_timeout
@@ -315,7 +316,7 @@ class Service:
         self._preparer.stop()
         self._client.stop_receiving()
         self._intake.stop()
-        if not self._drain(stop, drain_s):
+        if not self._drain(stop, drain_s) and drain_s:
             event(
                 logger, logging.WARNING, "drain", "The broker has not acknowledged everything; the next start tells it"
             )
@@ -325,14 +326,15 @@ class Service:
         self._publisher.stop()
         self._client.close()
         self._close_files()
+        event(logger, logging.INFO, "stopped", "Stopped, %d jobs wait", self._ledger.totals().queued)
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:
-        """Wait for the broker's acknowledgements; a forced stop waits for less."""
+        """Wait for the broker's acknowledgements; a forced stop waits for less, and for no connection."""
         started = time.monotonic()
-        limit_s = limit_s if self._client.connected else min(limit_s, _FORCED_DRAIN_S)
         while not self._publisher.drain(_LOOK_S):
-            waited_s = time.monotonic() - started
-            if waited_s >= limit_s or (stop.forced.is_set() and waited_s >= _FORCED_DRAIN_S):
+            connected, forced = self._client.connected, stop.forced.is_set()
+            most_s = limit_s if connected and not forced else min(limit_s, _FORCED_DRAIN_S)
+            if time.monotonic() - started >= most_s or (forced and not connected):
                 return False
         return True
 
@@ -363,9 +365,22 @@ def _open_ledger(settings: Settings, metrics: Metrics) -> Ledger:
     )
 
 
-def _start_broker(address: BrokerAddress, topics: Topics) -> "EmbeddedBroker | None":
+def _check_folders(directories: tuple[Path, ...]) -> None:
+    """Refuse what is no folder of recordings; one that is missing may be mounted later."""
+    for folder in directories:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"audio.directories names {folder}, which is no folder: name the one that it lies in")
+        if not folder.exists():
+            event(logger, logging.WARNING, "audio", "There is no folder %s (audio.directories) so far", folder)
+
+
+def _start_broker(settings: Settings, address: BrokerAddress, topics: Topics) -> "EmbeddedBroker | None":
     if address.scheme != "embedded":
         return None
+    if settings.broker.protocol == "5":
+        raise ConfigError(
+            "broker.protocol is '5', but the embedded broker speaks MQTT 3.1.1: set 'auto', or broker.url"
+        )
     from cesar_mqtt.broker import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
 
     broker = EmbeddedBroker(address.host, address.port, keeper=topics.consumer, kept=topics.is_submission)
@@ -375,7 +390,7 @@ def _start_broker(address: BrokerAddress, topics: Topics) -> "EmbeddedBroker | N
         logger,
         logging.INFO,
         "broker",
-        "No broker is set, so one runs inside on %s:%d. Try: mosquitto_pub%s -q 1 -t cesar/audio/note-1 -f speech.wav",
+        "The embedded broker runs on %s:%d. Try: mosquitto_pub%s -q 1 -t cesar/audio/note-1 -f speech.wav",
         address.host,
         broker.port,
         port,

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first SIGTERM or SIGINT asks for a graceful stop, the second one for an immediate end.
+"""Being asked to stop: the first SIGTERM, SIGINT or SIGHUP asks for a graceful stop, the second for an immediate end.
 
 The main thread enters `handle_stop_signals`; any thread may look at, or wait for, what it yields.
 """
@@ -14,7 +14,11 @@ from cesar_mqtt.errors import ExitCode
 
 _Handler = Callable[[int, FrameType | None], object] | int | None
 
-_EXIT_CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+_EXIT_CODES = {
+    signal.SIGINT: ExitCode.INTERRUPTED,
+    signal.SIGTERM: ExitCode.TERMINATED,
+    signal.SIGHUP: ExitCode.TERMINATED,  # the terminal is closed; unless it is ignored, as `nohup` has it
+}
 
 
 class StopSignals:
@@ -45,7 +49,7 @@ class StopSignals:
 
 @contextmanager
 def handle_stop_signals() -> Iterator[StopSignals]:
-    """Turn SIGTERM and SIGINT into events for the duration of the block; afterwards the former handlers are back.
+    """Turn these signals into events for the duration of the block; afterwards the former handlers are back.
 
     A handler runs between any two steps of the main thread, even while that holds the lock inside an Event, where
     `Event.set` would wait for ever. So it only puts a number into a SimpleQueue, whose `put` is reentrant (says the
@@ -69,7 +73,8 @@ def handle_stop_signals() -> Iterator[StopSignals]:
     thread.start()
     try:
         for number in _EXIT_CODES:
-            former[number] = signal.signal(number, note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                former[number] = signal.signal(number, note)
         yield stop
     finally:
         for number, handler in former.items():

@@ -106,6 +106,23 @@ def test_a_second_signal_puts_the_job_back_and_ends_at_once(
     assert ended["completed_at"] <= late.status("next")["started_at"], "it kept its place at the front"
 
 
+def test_a_second_signal_ends_the_wait_for_a_broker_that_is_away(mosquitto: Mosquitto, serve: Serve) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    mosquitto.kill()
+    consumer.wait_for_log("Lost the connection")
+    consumer.signal(signal.SIGTERM)
+    consumer.signal(signal.SIGINT)
+    assert consumer.wait() in {130, 143}, "which of two signals at once is the later one, nobody can say"
+
+
+def test_a_closed_terminal_stops_the_consumer_as_a_signal_does(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    consumer.signal(signal.SIGHUP)
+    assert consumer.wait() == 0
+    assert join(mosquitto.port).wait("cesar/consumer/cesar/state") == {"state": "offline"}
+    assert "Stopped, 0 jobs wait" in consumer.logged()
+
+
 def test_the_drain_timeout_bounds_the_wait_for_the_current_job(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     consumer = serve("--broker", mosquitto.url, environ={"CESAR_WORKER__DRAIN_TIMEOUT": "0.2"})
     bus = join(mosquitto.port)

@@ -149,6 +149,15 @@ def test_a_key_without_a_certificate_is_refused(tmp_path: Path) -> None:
         tls_context(BrokerSettings(key_file=tmp_path / "key.pem"))
 
 
+def test_the_file_of_a_pair_that_is_missing_is_the_one_that_is_named(tmp_path: Path) -> None:
+    there, missing = tmp_path / "there.pem", tmp_path / "missing.pem"
+    there.touch()
+    with pytest.raises(ConfigError, match=r"^broker\.key_file .*missing\.pem"):
+        tls_context(BrokerSettings(cert_file=there, key_file=missing))
+    with pytest.raises(ConfigError, match=r"^broker\.cert_file .*missing\.pem"):
+        tls_context(BrokerSettings(cert_file=missing, key_file=there))
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None and os.environ.get("CI") != "true", reason="needs openssl")
 def test_an_encrypted_key_is_refused_instead_of_asked_for_at_the_terminal(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"

@@ -54,6 +54,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def test_in_a_systemd_unit_the_data_directory_is_its_first_state_directory(load: Load) -> None:
+    unit = {"STATE_DIRECTORY": "/var/lib/cesar-mqtt:/var/lib/other"}
+    assert load(environ=unit).data_dir == Path("/var/lib/cesar-mqtt")
+    assert load(environ={**unit, "CESAR_DATA_DIR": "/srv/cesar"}).data_dir == Path("/srv/cesar")
+
+
 def test_with_nothing_set_the_defaults_apply(load: Load, tmp_path: Path) -> None:
     settings = load()
     assert settings.topic_prefix == "cesar"

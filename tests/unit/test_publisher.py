@@ -448,6 +448,7 @@ def test_progress_is_said_at_most_once_a_second_and_then_the_newest(bench: Bench
     bench.add("a")
     job = bench.claim()
     bench.settle()
+    bench.now += 1
     said = []
     for step in range(32):
         bench.publisher.progress(job, live(step / 100))
@@ -472,11 +473,24 @@ def test_progress_that_has_to_wait_says_for_how_long(bench: Bench) -> None:
     assert bench.publisher.run_once() == pytest.approx(0.75)
 
 
+def test_the_first_progress_comes_a_second_after_the_start(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [None, 0.0]
+    bench.now += 0.5
+    bench.publisher.progress(job, live(0.1))
+    assert on("cesar/status/a", bench.settle()) == []
+    bench.now += 0.5
+    assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [0.1]
+
+
 def test_progress_carries_all_fields_of_the_job_at_work(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", metadata={"room": "porch"})
     job = bench.claim()
     bench.settle()
+    bench.now += 1
     bench.publisher.progress(job, live(0.42))
     [fields] = on("cesar/status/a", bench.turn())
     assert fields == json.loads(status_of(job, "kitchen", live(0.42)).encode())
@@ -521,6 +535,7 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
     bench.add("a")
     job = bench.claim()
     queued, processing = (message for message in bench.turn() if message.topic == "cesar/status/a")
+    bench.now += 1
     bench.publisher.progress(job, live(0.1))
     bench.acknowledge(queued)
     [progress] = [message for message in bench.connection.sent if message.fields.get("progress") == 0.1]
@@ -1235,9 +1250,9 @@ def test_a_paused_consumer_says_so_when_it_has_nothing_else_to_say(bench: Bench)
     assert (queue["activity"], queue["paused"]) == ("paused", True)
     bench.settle()
     bench.now += 10
-    bench.publisher.activity("processing")
+    bench.publisher.activity("loading")
     (queue,) = on("cesar/consumer/kitchen/queue", bench.turn())
-    assert (queue["activity"], queue["paused"]) == ("processing", True)
+    assert (queue["activity"], queue["paused"]) == ("loading", True)
 
 
 # -- events --------------------------------------------------------------------------------------------------------
@@ -1278,6 +1293,35 @@ def test_a_status_that_is_only_said_again_is_no_event(bench: Bench) -> None:
     assert events(bench.connect(session_present=False) + bench.settle()) == []
 
 
+def test_a_request_that_comes_again_is_answered_with_the_status_and_no_event(bench: Bench) -> None:
+    bench.quiet()
+    for turn in (lambda: bench.add("a"), lambda: bench.complete(bench.claim())):
+        turn()
+        bench.settle()
+        bench.add("a")
+        said = bench.settle()
+        assert [job_id for job_id, _ in statuses(said)] == ["a"]
+        assert events(said) == []
+
+
+def test_a_start_says_where_jobs_stand_in_the_queue_without_an_event(tmp_path: Path) -> None:
+    with opened(tmp_path) as bench:
+        bench.quiet()
+        bench.add("a")
+        assert events(bench.settle()) == [("a", "queued")]
+    with opened(tmp_path) as bench:
+        said = bench.connect() + bench.settle()
+    assert statuses(said) == [("a", "queued")]
+    assert events(said) == []
+
+
+def test_a_change_that_nobody_heard_of_before_the_crash_is_an_event_after_it(tmp_path: Path) -> None:
+    with opened(tmp_path) as bench:
+        bench.add("a", "b")
+    with opened(tmp_path) as bench:
+        assert events(bench.connect() + bench.settle()) == [("a", "queued"), ("b", "queued")]
+
+
 def test_what_happened_while_offline_is_told_afterwards_as_the_newest_state(bench: Bench) -> None:
     bench.quiet()
     bench.disconnect()
@@ -1299,6 +1343,19 @@ def test_the_end_of_a_job_that_is_deleted_is_an_event(bench: Bench) -> None:
     bench.quiet()
     bench.ledger.delete("a")
     assert events(bench.settle()) == [("a", "deleted")]
+
+
+def test_a_job_that_is_deleted_leaves_its_text_in_no_other_topic(bench: Bench) -> None:
+    bench.quiet()
+    for job_id in ("a", "b"):
+        bench.add(job_id)
+        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+        bench.settle()
+    bench.ledger.delete("a")
+    assert on("cesar/consumer/kitchen/last", bench.settle()) == []
+    bench.ledger.delete("b")
+    [last] = on("cesar/consumer/kitchen/last", bench.settle())
+    assert (last["job_id"], last["status"], last["text"], last["text_truncated"]) == ("b", "completed", None, False)
 
 
 def test_the_text_of_an_event_leaves_room_for_the_metadata(bench: Bench) -> None:

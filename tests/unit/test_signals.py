@@ -16,13 +16,13 @@ DEADLINE_S = 10.0
 
 @pytest.fixture(autouse=True)
 def _handlers_as_before() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_requests_a_stop_and_forces_nothing(number: signal.Signals) -> None:
     with handle_stop_signals() as stop:
         assert not stop.requested.is_set()
@@ -39,6 +39,7 @@ def test_the_first_signal_requests_a_stop_and_forces_nothing(number: signal.Sign
         (signal.SIGINT, signal.SIGINT, 130),
         (signal.SIGTERM, signal.SIGINT, 130),
         (signal.SIGINT, signal.SIGTERM, 143),
+        (signal.SIGHUP, signal.SIGHUP, 143),
     ],
 )
 def test_the_second_signal_forces_the_stop_and_decides_the_exit_code(
@@ -50,6 +51,14 @@ def test_the_second_signal_forces_the_stop_and_decides_the_exit_code(
         signal.raise_signal(second)
         assert stop.forced.wait(DEADLINE_S)
         assert stop.exit_code == code
+
+
+def test_a_closed_terminal_stops_nothing_that_was_started_with_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with handle_stop_signals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert not stop.requested.is_set()
 
 
 def test_two_signals_at_once_are_two_signals() -> None:

@@ -797,13 +797,13 @@ def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
     assert [(live.progress, live.speed, live.eta) for live in lives] == [(0.857, None, None), (0.929, 5.0, 10.0)]
 
 
-def test_as_long_as_nobody_knows_how_long_a_file_is_there_is_no_progress_to_tell() -> None:
+def test_as_long_as_nobody_knows_how_long_a_file_is_its_progress_stays_at_the_beginning() -> None:
     lives: list[Live] = []
     meter = Meter(lives.append)
     for duration_s in (None, 60.0):
         meter.note(Progress(30.0, duration_s))
     assert [(live.progress, live.processed_duration, live.audio_duration) for live in lives] == [
-        (None, 30.0, None),
+        (0.0, 30.0, None),
         (0.5, 30.0, 60.0),
     ]
 
