@@ -189,6 +189,9 @@ class Preparer(Generic[R]):
             path = resolve_audio_path(audio.name, self._directories)
         else:
             path = entry.fetched or self._spool.path(audio.name)
+            if not path.exists():
+                lost = "The recording that came with the job is gone from the spool: submit it again under a new id."
+                raise JobFailedError(ErrorCode.AUDIO_NOT_FOUND, lost)
         return self._open_recording(path, entry.job)
 
     def _run(self) -> None:

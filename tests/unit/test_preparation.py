@@ -204,6 +204,15 @@ def test_each_kind_of_audio_can_be_taken_unprepared(stage: Stage) -> None:
     assert stage.spooled == [b"in the message"]
 
 
+def test_a_recording_that_is_gone_from_the_spool_is_said_to_be_gone(stage: Stage) -> None:
+    (name,) = stage.spool.store([b"in the message"])
+    stage.spool.remove([name])
+    with pytest.raises(JobFailedError, match="gone from the spool") as failed:
+        stage.take(a_job(1, "spool", name))
+    assert failed.value.code is ErrorCode.AUDIO_NOT_FOUND
+    assert name not in str(failed.value)
+
+
 def test_a_job_without_audio_fails(stage: Stage) -> None:
     with pytest.raises(JobFailedError, match="no audio"):
         stage.take(a_job(1, "", ""))
