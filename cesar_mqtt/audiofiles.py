@@ -1,6 +1,7 @@
 """Audio files: which may be read, and opening them without a way out of their directories. Any thread may call it."""
 
 import errno
+import logging
 import os
 import stat
 import sys
@@ -8,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cesar_mqtt.errors import ErrorCode, JobFailedError
+from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError
+from cesar_mqtt.logs import event
+
+logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 120
 
@@ -17,14 +21,15 @@ _FOLDER_FLAGS = (os.O_PATH if sys.platform == "linux" else os.O_RDONLY) | os.O_D
 # O_NONBLOCK: a FIFO that took the file's place would otherwise block for ever, before it can be looked at.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-# What a producer is told: the code, and a sentence that says what to do. Audio that came inside a message has no name.
+# What a producer is told: the code, and a sentence that says what to do. Audio that came inside a message has no name,
+# and what leads out of the directories is not named.
 _OUTSIDE = (
     ErrorCode.AUDIO_NOT_ALLOWED,
-    "The audio path {name} does not lead to a file inside `audio.directories`: put the file into one of those.",
+    "The audio path does not lead to a file inside `audio.directories`: put the file into one of those.",
 )
 _NOT_FOUND = (
     ErrorCode.AUDIO_NOT_FOUND,
-    "There is no audio file {name}: check the name, or put the file there and submit the job again.",
+    "There is no audio file {name}: put it there and retry the job (command `retry`), or name another under a new id.",
 )
 _NOT_PERMITTED = (
     ErrorCode.AUDIO_NOT_ALLOWED,
@@ -49,6 +54,19 @@ _WHY_NOT_OPEN = {
 }
 
 
+def check_directories(directories: Sequence[Path]) -> None:
+    """See that `audio.directories` are folders; one that is missing may be mounted later, so that is only logged.
+
+    Raises:
+        ConfigError: one of them is something else.
+    """
+    for folder in directories:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"audio.directories names {folder}, which is no folder: name the one that it lies in")
+        if not folder.exists():
+            event(logger, logging.WARNING, "audio", "There is no folder %s (audio.directories) so far", folder)
+
+
 def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
     """Find the file that a producer named, if it may be read.
 
@@ -67,17 +85,22 @@ def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
             file name, or is not a regular file.
     """
     if not _is_plain(name):
-        raise failed(_OUTSIDE, name)
+        raise failed(_OUTSIDE)
+    # By its letters, not by what stands on the disk: a folder outside, there or not, is none on a way that comes back.
+    name = os.path.normpath(name)
+    if Path(name).parts[:1] == ("..",):
+        raise failed(_OUTSIDE)
     roots = [Path(os.path.realpath(directory)) for directory in directories]
+    shown = _shown(name, (*directories, *roots))
     led_out = not roots
     for root in roots:
         # Not strict: a name that leads out is refused before anything is asked about what stands there.
         path = Path(os.path.realpath(root / name))
         if not any(path.is_relative_to(allowed) for allowed in roots):
             led_out = True
-        elif _is_regular(path, name):
+        elif _is_regular(path, shown):
             return path
-    raise failed(_OUTSIDE if led_out else _NOT_FOUND, name)
+    raise failed(_OUTSIDE) if led_out else failed(_NOT_FOUND, shown)
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
@@ -86,12 +109,19 @@ def file_identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name can be one of a file at all; `..` is refused even where it would lead back in."""
+    """Whether a name can be one of a file at all."""
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:
         return False
-    return bool(encoded) and b"\0" not in encoded and ".." not in Path(name).parts
+    return bool(encoded) and b"\0" not in encoded
+
+
+def _shown(name: str, directories: Sequence[Path]) -> str:
+    """Return what may be told of a name that leads inside, if need be by a link from outside."""
+    path = Path(name)
+    inside = not path.is_absolute() or any(path.is_relative_to(directory) for directory in directories)
+    return name if inside else path.name
 
 
 def _is_regular(path: Path, name: str) -> bool:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from cesar_mqtt.formats import FORMATS, Format
 from cesar_mqtt.languages import language_code
@@ -27,7 +27,13 @@ _URL = re.compile(
 )
 
 
-def _known_language(text: str) -> str:
+_DETECTED = frozenset({"", "auto"})
+"""What other programs say instead of leaving the language out."""
+
+
+def _known_language(text: str) -> str | None:
+    if text.strip().lower() in _DETECTED:
+        return None
     code = language_code(text)
     if code is None:
         raise ValueError("is no language that Whisper knows: use a code such as 'de', or leave it out")
@@ -43,6 +49,11 @@ def _url(text: str) -> str:
     if not (names_host and _URL.fullmatch(text)):
         raise ValueError("is no URL that begins with http:// or https:// and names a host")
     return text
+
+
+def _whole(value: Any) -> Any:
+    """Take 5.0 for 5: some programs have no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _in_order(clips: list[list[float]]) -> list[list[float]]:
@@ -69,6 +80,8 @@ def _small(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 Language = Annotated[str, AfterValidator(_known_language)]
+BeamSize = Annotated[int, Field(ge=1, le=10), BeforeValidator(_whole)]
+BatchSize = Annotated[int, Field(ge=1, le=32), BeforeValidator(_whole)]
 Url = Annotated[str, Field(max_length=URL_CHARACTERS), AfterValidator(_url)]
 Temperature = Annotated[float, Field(ge=0, le=1)]
 Temperatures = Annotated[list[Temperature], Field(min_length=1, max_length=TEMPERATURES)]

@@ -20,7 +20,7 @@ from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import AudioSource, NewJob, Verdict
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Rejection, excerpt, timestamp
+from cesar_mqtt.messages import Rejection, excerpt, shortened, timestamp
 from cesar_mqtt.plans import ModelNames, Plan, Planner
 from cesar_mqtt.requests import Refusal
 from cesar_mqtt.spool import Spool
@@ -172,7 +172,7 @@ class Intake:
             return
         if self._topics.is_own(topic):
             message = "No answer on %s: a response topic must not be among the consumer's own"
-            event(logger, logging.WARNING, "not_answered", message, topic)
+            event(logger, logging.WARNING, "not_answered", message, shortened(topic))
             return
         self._reports.answer(topic, payload, correlation_data=delivery.correlation_data)
 
@@ -227,9 +227,13 @@ class Intake:
             if plan.job is not None:
                 verdict, job_id = next(verdicts)
                 event(logger, logging.DEBUG, "taken_in", "Request is %s", verdict, job_id=job_id)
-                refusal = refusal or _refusal(job_id, verdict)
+                refusal = refusal or _refusal(None if plan.job.anonymous else job_id, verdict)
             if plan.born:
                 self._on_born()
+            audio_id = self._topics.audio_job_id(plan.delivery.topic)
+            if audio_id is not None and not plan.delivery.payload:
+                message = "An empty file is ignored: no job is made of it"
+                event(logger, logging.INFO, "empty_ignored", message, job_id=shortened(audio_id))
             if plan.found is not None:
                 self._reports.found_retained(plan.found)
             elif refusal is not None:
@@ -241,7 +245,7 @@ class Intake:
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
         message = "Refused on %s: %s: %s"
-        details = (delivery.topic, refusal.reason, refusal.detail)
+        details = (shortened(delivery.topic), refusal.reason, refusal.detail)
         event(logger, logging.WARNING, "rejected", message, *details, job_id=refusal.job_id)
         rejection = _rejection(delivery, refusal)
         self._reports.reject(rejection)
@@ -252,16 +256,19 @@ def _rejection(delivery: Delivery, refusal: Refusal) -> Rejection:
     return Rejection(
         reason=refusal.reason,
         detail=refusal.detail,
-        topic=delivery.topic,
+        topic=shortened(delivery.topic),
         job_id=refusal.job_id,
         payload_excerpt=excerpt(delivery.payload),
         received_at=timestamp(delivery.received_at),
     )
 
 
-def _refusal(job_id: str, verdict: Verdict) -> Refusal | None:
+def _refusal(job_id: str | None, verdict: Verdict) -> Refusal | None:
     if verdict is Verdict.CONFLICT:
-        detail = f"The job id {job_id} belongs to another request, whose job stays as it is. Use a new id."
+        detail = (
+            f"The job id {job_id} belongs to another request, whose job stays as it is. "
+            "Use a new id, or delete the job first."
+        )
         return Refusal("job_id_conflict", detail, job_id)
     if verdict is Verdict.FULL:
         return Refusal("queue_full", "As many jobs wait as may wait (queue.max_queued). Send it again later.", job_id)

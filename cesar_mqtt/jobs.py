@@ -59,8 +59,8 @@ class AudioSource:
     """Where the audio of a job is.
 
     Attributes:
-        kind: `path` (as the producer gave it, looked up in the allowed directories when the job starts), `url` or
-            `spool`.
+        kind: `path` (as the producer gave it, looked up in the allowed directories when the job starts), `url`,
+            `spool`, or `upload` for one that was refused, which nobody keeps.
         name: the path, the URL, or the file's name in the spool folder.
     """
 

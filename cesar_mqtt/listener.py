@@ -13,12 +13,10 @@ from cesar_mqtt.audio import Samples
 from cesar_mqtt.batches import Lazy, listen_batched
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.interruption import interruptible
-from cesar_mqtt.options import TranscriptionOptions
+from cesar_mqtt.options import MOST_CHARACTERS, TranscriptionOptions
 
 _MAX_TOKENS = 100
 """Of the prompt, and of the hotwords: together they have to leave room in Whisper's 448 tokens for what is heard."""
-_MAX_CHARACTERS = 10_000
-"""More cannot become 100 tokens, and need not be looked at."""
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 _LANGUAGE_DETECTION_SEGMENTS = 4
 """Stretches of 30 s that are listened to until one is clear: the first is often music or silence."""
@@ -133,7 +131,7 @@ def _capped(model: WhisperModel, text: str | None, *, kept: slice) -> tuple[str 
     plain = _without_control_tokens((text or "").encode(errors="ignore").decode())
     if not plain:
         return None, False
-    looked_at = plain[:_MAX_CHARACTERS] if kept.start is None else plain[-_MAX_CHARACTERS:]
+    looked_at = plain[:MOST_CHARACTERS] if kept.start is None else plain[-MOST_CHARACTERS:]
     tokens = model.hf_tokenizer.encode(" " + looked_at, add_special_tokens=False).ids
     if len(tokens) <= _MAX_TOKENS and looked_at == plain:
         return " " + plain, False

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 PAYLOADS: Mapping[str, str] = {
     "JobRequest": "A recording to be transcribed. Exactly one of `audio_path`, `audio_url` and `audio_base64` is "
-    "needed; a field that is not known is refused by name.",
+    "needed; of the others, null says the same as to leave it out. A field that is not known is refused by name.",
     "Answer": "What became of a request that named a Response Topic: its job is on disk.",
     "Status": "All that is known of a job. Null: there is nothing to say, or not yet.",
     "Segment": "A stretch of the transcript, told as soon as it is known.",
@@ -41,13 +41,13 @@ ANYWHERE: Mapping[str, str] = {
     "completed_at": "When the job ended, in whichever way.",
     "queue_position": "The place in the queue, from 1; null unless queued. Kept up to date for the first ten.",
     "audio_duration": "How long the recording is, in seconds; null as long as that is not known.",
-    "audio_source": "The path or the URL of the recording, or `upload` for one that came with the request. A URL is "
-    "told without user, password and query.",
+    "audio_source": "The path or the URL of the recording, or `upload` for one that came with the request; null if a "
+    "wrong request does not tell. A URL is told without user, password and query.",
     "model_size": "The model that the job is for.",
     "text_truncated": "Whether the text had to be cut.",
     "error_code": "Why the job ended without a transcript.",
     "error_message": "The same as a sentence that says what to do.",
-    "metadata": "The object that came with the request.",
+    "metadata": "The object that came with the request; empty if that was wrong.",
     "consumer": "The name of the consumer that tells this.",
     "version": "The version of cesar-mqtt.",
     "id": "Counts the segments of a job from 1.",
@@ -77,16 +77,19 @@ _HEALTH = {
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "JobRequest": {
-        "job_id": "A name for the job. The same id with the same request again is the same job. Left out: one is made.",
+        "job_id": "A name for the job, other than `current`. The same id with the same request again is the same job. "
+        "Left out: one is made.",
         "audio_path": "A file on the consumer's machine, inside one of `audio.directories`. A relative path is looked "
         "up there.",
         "audio_url": "Where the consumer is to fetch the recording. Its host has to be in `audio.allowed_hosts`.",
-        "audio_base64": "The recording itself.",
+        "audio_base64": "The recording itself; there may be line ends in it.",
         "model_size": "The model, one of `models.allowed`. Left out: `models.default`.",
-        "language": "The language that is spoken, as Whisper's code, a name or a BCP-47 tag. Left out: it is detected.",
+        "language": "The language that is spoken, as Whisper's code, a name or a BCP-47 tag. Left out, empty or "
+        "`auto`: it is detected.",
         "task": "Whether to write down what was said, or its translation into English.",
-        "initial_prompt": "Text that the model takes for what was said before. Counted in tokens, and capped.",
-        "hotwords": "Words that are likely to be heard. Counted in tokens, and capped.",
+        "initial_prompt": "Text that the model takes for what was said before. Counted in tokens, and capped: "
+        "its end counts.",
+        "hotwords": "Words that are likely to be heard. Counted in tokens, and capped: the first count.",
         "beam_size": "How many readings are followed at once: more are slower and a little better.",
         "temperature": "How freely the model guesses. A list is tried in order. Left out: Whisper's own list.",
         "vad_filter": "Whether silence is left out before the model hears it.",
@@ -142,7 +145,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
     "Rejection": {
         "reason": "Why, for programs.",
         "detail": "Why, as a sentence.",
-        "topic": "Where the message was published.",
+        "topic": "Where the message was published; of a very long one the beginning.",
         "job_id": "The id that the message names; null if it names none that could be used.",
         "payload_excerpt": "The first 200 bytes of the message, to recognise it by.",
         "received_at": "When it came.",

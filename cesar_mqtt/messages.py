@@ -16,6 +16,8 @@ from cesar_mqtt.fields import (
     CLIPS,
     TEMPERATURES,
     URL_CHARACTERS,
+    BatchSize,
+    BeamSize,
     Clips,
     Formats,
     Language,
@@ -26,12 +28,14 @@ from cesar_mqtt.fields import (
 )
 from cesar_mqtt.formats import FORMATS, segment_fields
 from cesar_mqtt.jobs import AudioSource, Job, JobState
+from cesar_mqtt.options import kept_of_hotwords, kept_of_prompt
 from cesar_mqtt.topics import JOB_ID_PATTERN
 from cesar_mqtt.transcript import Segment
 
 _EXCERPT_BYTES = 200
+_TOPIC_CHARACTERS = 200
 _PATH_CHARACTERS = 4096
-_PROMPT_CHARACTERS = 4096
+_PROMPT_CHARACTERS = 65_536
 _MODEL_CHARACTERS = 200
 
 
@@ -69,7 +73,7 @@ class JobRequest(Payload):
     hotwords: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
         default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
     )
-    beam_size: Annotated[int, Field(ge=1, le=10)] = Field(default=5, description="a whole number from 1 to 10")
+    beam_size: BeamSize = Field(default=5, description="a whole number from 1 to 10")
     temperature: Temperature | Temperatures | None = Field(
         default=None, description=f"a number from 0 to 1, or a list of 1 to {TEMPERATURES} such numbers"
     )
@@ -78,8 +82,10 @@ class JobRequest(Payload):
     clip_timestamps: Clips | None = Field(
         default=None, description=f"a list of 1 to {CLIPS} ranges, each as [start, end] in seconds"
     )
-    batch_size: Annotated[int, Field(ge=1, le=32)] = Field(default=1, description="a whole number from 1 to 32")
-    formats: Formats = Field(default_factory=list, description=f"a list of any of {', '.join(FORMATS)}")
+    batch_size: BatchSize = Field(default=1, description="a whole number from 1 to 32")
+    formats: Formats = Field(
+        default_factory=list, description=f'a list such as ["txt"], of any of {", ".join(FORMATS)}'
+    )
     stream: bool = Field(default=False, description="true or false")
     expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="a number of seconds above 0"
@@ -95,8 +101,9 @@ class JobRequest(Payload):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return the transcription options that differ from their defaults."""
-        return self.model_dump(include=_OPTIONS, exclude_defaults=True)
+        """Return the transcription options that differ from their defaults; of very long prompts, what can count."""
+        options = self.model_dump(include=_OPTIONS, exclude_defaults=True)
+        return options | {name: kept(options[name]) for name, kept in _PROMPTS.items() if name in options}
 
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
@@ -112,6 +119,7 @@ _OPTIONS = {
     "clip_timestamps",
     "batch_size",
 }
+_PROMPTS = {"initial_prompt": kept_of_prompt, "hotwords": kept_of_hotwords}
 
 
 Reason = Literal[
@@ -139,6 +147,11 @@ class Rejection(Payload):
 def excerpt(payload: bytes) -> str:
     """Return the beginning of a payload as text that JSON can hold, for a person to recognise it by."""
     return payload[:_EXCERPT_BYTES].decode(errors="replace")
+
+
+def shortened(topic: str) -> str:
+    """Return a topic as it is, or the beginning of one that is longer than any of ours."""
+    return topic if len(topic) <= _TOPIC_CHARACTERS else f"{topic[:_TOPIC_CHARACTERS]}…"
 
 
 class Status(Payload):

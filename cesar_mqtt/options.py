@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST_CHARACTERS = 10_000
+"""More of a text cannot become the tokens that count of it; the listener looks at no more."""
+_CUT = "…"
+"""Stands where a text was cut. It makes the text longer than what is looked at, so that the listener sees the cut."""
+
 
 @dataclass(frozen=True, slots=True)
 class TranscriptionOptions:
@@ -47,3 +52,20 @@ class TranscriptionOptions:
     def clips(self) -> tuple[tuple[float, float], ...]:
         """The ranges of `clip_timestamps` as pairs."""
         return tuple((float(start_s), float(end_s)) for start_s, end_s in self.clip_timestamps)
+
+
+def kept_of_prompt(text: str) -> str:
+    """Return what can count of a prompt, which is its end."""
+    plain = _plain(text)
+    return plain if len(plain) <= MOST_CHARACTERS else _CUT + plain[-MOST_CHARACTERS:]
+
+
+def kept_of_hotwords(text: str) -> str:
+    """Return what can count of hotwords, which is their beginning."""
+    plain = _plain(text)
+    return plain if len(plain) <= MOST_CHARACTERS else plain[:MOST_CHARACTERS] + _CUT
+
+
+def _plain(text: str) -> str:
+    """Return a text; a long one so that the listener, who takes blanks and control tokens out, will find none."""
+    return text if len(text) <= MOST_CHARACTERS else text.replace("|", " ").strip()

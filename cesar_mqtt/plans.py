@@ -7,10 +7,20 @@ from typing import Protocol
 
 from cesar_mqtt.client import Delivery
 from cesar_mqtt.homeassistant import BORN, PAUSE_SWITCH
-from cesar_mqtt.jobs import AudioSource, NewJob
+from cesar_mqtt.jobs import NewJob
 from cesar_mqtt.messages import JobRequest, canonical
-from cesar_mqtt.requests import Accepted, Parsed, Refusal, parse_audio, parse_job
-from cesar_mqtt.topics import Topics, is_job_id
+from cesar_mqtt.requests import (
+    UPLOAD,
+    Accepted,
+    Parsed,
+    Refusal,
+    may_be_id,
+    parse_audio,
+    parse_job,
+    refused_upload,
+    source_of,
+)
+from cesar_mqtt.topics import Topics
 
 
 class ModelNames(Protocol):
@@ -88,25 +98,40 @@ class Planner:
         """Refuse without a look inside: only a topic can tell whose job it would have been."""
         size, limit = len(delivery.payload), self._max_payload_bytes
         detail = f"The message has {size} bytes, at most {limit} are taken (queue.max_payload_bytes)."
-        job_id = audio_id if audio_id is not None and is_job_id(audio_id) else None
-        return Refusal("payload_too_large", detail, job_id, recordable=job_id is not None)
+        if audio_id is None or not may_be_id(audio_id):
+            return Refusal("payload_too_large", detail)
+        return refused_upload("payload_too_large", detail, audio_id, delivery.user_properties)
 
     def _with_model(self, parsed: Accepted) -> Parsed:
-        name, job_id = parsed.request.model_size, parsed.request.job_id
+        request = parsed.request
+        name, job_id = request.model_size, request.job_id
         if name is None or self._models.is_allowed(name):
-            detail = _beyond(name or self._models.default_name(), parsed.request)
+            detail = _beyond(name or self._models.default_name(), request)
         else:
             detail = f"model_size: {name!r} is not among the models that this consumer may use (models.allowed)."
         if detail is None:
             return parsed
-        return Refusal("invalid_request", detail, job_id, recordable=job_id is not None)
+        return Refusal(
+            "invalid_request",
+            detail,
+            job_id,
+            recordable=job_id is not None,
+            metadata=request.metadata,
+            audio=source_of(request) or UPLOAD,
+        )
 
     def _recorded(self, refusal: Refusal) -> NewJob | None:
         if not refusal.recordable or refusal.job_id is None:
             return None
         fingerprint = hashlib.sha256(refusal.detail.encode()).hexdigest()[:32]
-        model = self._models.default_name()
-        return NewJob(refusal.job_id, fingerprint, None, model, failure=refusal.detail)
+        return NewJob(
+            job_id=refusal.job_id,
+            fingerprint=fingerprint,
+            audio=refusal.audio,
+            model_size=self._models.default_name(),
+            metadata=refusal.metadata,
+            failure=refusal.detail,
+        )
 
     def _job(self, delivery: Delivery, parsed: Accepted) -> NewJob:
         request = parsed.request
@@ -120,7 +145,7 @@ class Planner:
         return NewJob(
             job_id=job_id,
             fingerprint=fingerprint,
-            audio=_source(request),
+            audio=source_of(request),
             model_size=request.model_size or self._models.default_name(),
             options=request.options(),
             metadata=request.metadata,
@@ -143,13 +168,6 @@ def _switched(delivery: Delivery) -> Plan:
 
 
 _SWITCH = {b"ON": "pause", b"OFF": "resume"}
-
-
-def _source(request: JobRequest) -> AudioSource | None:
-    """Return where the audio is; None: it came with the request, and gets its place in the spool."""
-    if request.audio_url is not None:
-        return AudioSource("url", request.audio_url)
-    return None if request.audio_path is None else AudioSource("path", request.audio_path)
 
 
 def _expires_at(delivery: Delivery, request: JobRequest) -> float | None:

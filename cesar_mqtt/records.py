@@ -26,7 +26,7 @@ def retry_refusal(document: Mapping[str, Any]) -> str | None:
     job_id, state = document["job_id"], document["state"]
     if state not in {JobState.ERROR, JobState.CANCELLED}:
         return f"Job {job_id} is {state}: only one that ended as error or cancelled can be retried."
-    if "audio" not in document:
+    if state == JobState.ERROR and "attempt" not in document:  # refused, and never begun
         return f"Job {job_id} was refused for what it asked: submit it, mended, under a new id."
     if any(in_spool(document)) and not needs_audio(document):
         return f"The audio of job {job_id} is not kept, for a retry cannot help with {document['error_code']}."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cesar_mqtt import group
 from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
 from cesar_mqtt.announced import Announced
+from cesar_mqtt.audiofiles import check_directories
 from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumermessages import ConsumerState, Info, info_of
@@ -19,7 +20,7 @@ from cesar_mqtt.disk import Disk
 from cesar_mqtt.download import Downloader
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, DiedError, ExitCode, LedgerError
 from cesar_mqtt.health import Pulse
-from cesar_mqtt.homeassistant import PAUSE_SWITCH, birth_topic, discovery_messages
+from cesar_mqtt.homeassistant import PAUSE_SWITCH, birth_topics, discovery_messages
 from cesar_mqtt.intake import Intake
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger import Ledger
@@ -69,7 +70,7 @@ class Service:
         self._metrics = metrics_of(settings.metrics, consumer=settings.consumer.name)
         self._models = self._metrics.models(settings.models, folder=settings.data_dir / "models")
         address = parse_broker_url(settings.broker.url)
-        _check_folders(settings.audio.directories)
+        check_directories(settings.audio.directories)
         settings = settings.model_copy(update={"broker": group.broker_of(settings, address)})
         self._ledger = _open_ledger(settings, self._metrics)
         self._broker: EmbeddedBroker | None = None
@@ -96,7 +97,11 @@ class Service:
             subscriptions=(
                 *group.subscriptions(self._topics, settings.consumer.group),
                 Subscription(self._topics.own(PAUSE_SWITCH)),
-                *([Subscription(birth_topic(settings.homeassistant.prefix))] if settings.homeassistant.enabled else []),
+                *(
+                    Subscription(topic)
+                    for topic in birth_topics(settings.homeassistant.prefix)
+                    if settings.homeassistant.enabled
+                ),
             ),
             unwanted=group.unwanted_filters(
                 self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
@@ -363,15 +368,6 @@ def _open_ledger(settings: Settings, metrics: Metrics) -> Ledger:
         max_queued=settings.queue.max_queued,
         disk=metrics.disk("ledger"),
     )
-
-
-def _check_folders(directories: tuple[Path, ...]) -> None:
-    """Refuse what is no folder of recordings; one that is missing may be mounted later."""
-    for folder in directories:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"audio.directories names {folder}, which is no folder: name the one that it lies in")
-        if not folder.exists():
-            event(logger, logging.WARNING, "audio", "There is no folder %s (audio.directories) so far", folder)
 
 
 def _start_broker(settings: Settings, address: BrokerAddress, topics: Topics) -> "EmbeddedBroker | None":

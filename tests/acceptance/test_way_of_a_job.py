@@ -158,6 +158,7 @@ def test_a_failing_job_says_why_and_the_next_one_completes(mosquitto: Mosquitto,
         assert (status["status"], status["error_code"], status["retryable"]) == ("error", code, False)
         assert status["error_message"].endswith(".")
         assert "Traceback" not in status["error_message"]
+        assert "/etc" not in status["error_message"]
     queue = bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["completed_total"] == 1)
     assert queue["error_total"] == 3
 
@@ -199,6 +200,49 @@ def test_what_is_wrong_is_refused_by_reason_and_never_blocks_a_good_job(
 
 
 @pytest.mark.mosquitto
+def test_whoever_waits_for_a_wrong_request_recognises_its_status(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port, protocol=MQTTProtocolVersion.MQTTv5)
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.UserProperty = [("job_id", "other"), ("room", "porch")]
+    typo = {"job_id": "typo", "audio_path": "speech.wav", "langauge": "de", "metadata": {"room": "porch"}}
+
+    bus.publish("cesar/audio/sent", SPEECH.read_bytes(), properties=properties)
+    bus.publish("cesar/jobs", typo)
+
+    for job_id, source in (("sent", "upload"), ("typo", "speech.wav")):
+        status = bus.status(job_id)
+        assert (status["error_code"], status["metadata"]) == ("invalid_request", {"room": "porch"})
+        assert status["audio_source"] == source
+    bus.publish("cesar/audio/empty", "")
+    consumer.wait_for_log("An empty file is ignored: no job is made of it (job empty)")
+    assert bus.seen("cesar/status/empty") == bus.seen("cesar/status/other") == []
+
+
+@pytest.mark.mosquitto
+def test_what_home_assistant_node_red_and_a_shell_write_is_taken_as_it_is_meant(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    names = ("task", "vad_filter", "word_timestamps", "formats", "stream", "metadata", "temperature", "audio_url")
+    nulls = dict.fromkeys(names)
+    lines = base64.encodebytes(SPEECH.read_bytes()).decode()
+
+    bus.publish("cesar/jobs", {"job_id": "path", "audio_path": "sub/../speech.wav", "language": "auto", **nulls})
+    bus.publish("cesar/jobs", {"job_id": "path", "audio_path": "sub/../speech.wav", "language": ""})
+    bus.publish("cesar/jobs", {"job_id": "lines", "audio_base64": lines, "beam_size": 5.0, "batch_size": 1.0})
+    bus.publish("cesar/jobs", {"job_id": "prompt", "audio_path": "speech.wav", "initial_prompt": "plumber " * 4_000})
+
+    for job_id in ("path", "lines", "prompt"):
+        assert words(bus.status(job_id)["result_text"]) == SPOKEN
+    assert bus.status("prompt")["warnings"] == ["initial_prompt_truncated"]
+    assert bus.seen("cesar/rejected") == []
+
+
+@pytest.mark.mosquitto
 def test_one_job_more_than_may_wait_is_refused(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     serve("--broker", mosquitto.url, environ={"CESAR_QUEUE__MAX_QUEUED": "1"})
     bus = join(mosquitto.port)
@@ -208,8 +252,11 @@ def test_one_job_more_than_may_wait_is_refused(mosquitto: Mosquitto, serve: Serv
     bus.publish("cesar/jobs", {"job_id": "waits", "audio_path": "speech.wav"})
     bus.publish("cesar/jobs", {"job_id": "too-many", "audio_path": "speech.wav"})
 
-    refusal = bus.wait("cesar/rejected")
-    assert (refusal["reason"], refusal["job_id"]) == ("queue_full", "too-many")
+    bus.publish("cesar/jobs", "speech.wav")
+
+    bus.wait("cesar/rejected", lambda _: len(bus.seen("cesar/rejected")) > 1)
+    refusals = [(refusal["reason"], refusal["job_id"]) for refusal in bus.seen("cesar/rejected")]
+    assert refusals == [("queue_full", "too-many"), ("queue_full", None)]
     assert bus.status("waits")["status"] == "completed"
 
 

@@ -17,6 +17,7 @@ import cesar_mqtt
 from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.listener import Listener
+from cesar_mqtt.messages import JobRequest
 from cesar_mqtt.models import ModelStore
 from cesar_mqtt.transcriber import Transcriber, TranscriptionOptions
 from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
@@ -529,6 +530,39 @@ def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bo
     assert store.model.asked[0]["initial_prompt"].split() == said[-100:]
     assert store.model.asked[0]["hotwords"].split() == said[:100]
     assert transcript.warnings == (("initial_prompt_truncated", "hotwords_truncated") if cut else ())
+
+
+def cut_before(field: str, text: str) -> tuple[list[str], tuple[str, ...]]:
+    """What the model is told of a very long text that was cut before it was kept, and the warnings."""
+    request = JobRequest.model_validate({"audio_path": "a", field: text})
+    options = TranscriptionOptions("tiny.en", **request.options())
+    assert len(getattr(options, field)) <= 10_001
+    transcriber, store = with_model(raw(0, 1))
+    transcript = run(transcriber, SPEECH, options)
+    return store.model.asked[0][field].split(), transcript.warnings
+
+
+def test_of_a_prompt_that_is_cut_before_it_is_kept_the_model_is_told_the_same() -> None:
+    said = [f"w{number}" for number in range(9_000)]
+    assert cut_before("initial_prompt", " ".join(said)) == (said[-100:], ("initial_prompt_truncated",))
+    assert cut_before("hotwords", " ".join(said)) == (said[:100], ("hotwords_truncated",))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one" + " " * 30_000 + "two",
+        "one " + "<|de|>" * 10_000 + " two",
+        "one " + "|" * 30_000 + "<|" * 10_000 + "|>" * 5_000 + " two",
+        "one " + "\n" * 20_000 + "<|" + "x" * 9_000 + "|>" + " " * 20_000 + "two",
+    ],
+    ids=["blanks", "tokens", "bars", "a long token"],
+)
+def test_blanks_and_control_tokens_do_not_hide_that_a_prompt_was_cut(text: str) -> None:
+    said, warnings = cut_before("initial_prompt", text)
+    assert (said[-1], warnings) == ("two", ("initial_prompt_truncated",))
+    said, warnings = cut_before("hotwords", text)
+    assert (said[0], warnings) == ("one", ("hotwords_truncated",))
 
 
 @pytest.mark.parametrize(

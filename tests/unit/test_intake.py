@@ -23,9 +23,9 @@ from cesar_mqtt.control import Answer
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.intake import Intake
-from cesar_mqtt.jobs import AudioSource, Job, JobState, Result
+from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, Result
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.messages import Rejection
+from cesar_mqtt.messages import Rejection, status_of
 from cesar_mqtt.requests import Refusal
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.topics import Topics
@@ -467,11 +467,99 @@ def test_a_refusal_with_a_known_id_leaves_that_job_as_it_is(bench: Bench) -> Non
     assert len(bench.jobs()) == 1
 
 
+@pytest.mark.parametrize(
+    ("delivery", "source"),
+    [
+        (request(job_id="a", beam_size=11, metadata={"room": "porch"}), "porch.wav"),
+        (request(job_id="a", model_size="large-v3", metadata={"room": "porch"}), "porch.wav"),
+        (
+            message(
+                b'{"job_id": "a", "audio_url": "https://me:secret@nas/a.wav?key=1", "beam_size": 11,'
+                b'"metadata": {"room": "porch"}}'
+            ),
+            "https://nas/a.wav",
+        ),
+        (message(b'{"job_id": "a", "audio_base64": "?", "metadata": {"room": "porch"}}'), "upload"),
+        (message(b'{"job_id": "a", "metadata": {"room": "porch"}}'), None),
+        (message(b'{"job_id": "a", "audio_path": 7, "metadata": {"room": "porch"}}'), None),
+        (upload("a", user_properties=(("task", "sing"), ("room", "porch"))), "upload"),
+        (upload("a", user_properties=(("job_id", "b"), ("room", "porch"))), "upload"),
+        (upload("a", user_properties=(("model_size", "large-v3"), ("room", "porch"))), "upload"),
+        (upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1), user_properties=(("room", "porch"),)), "upload"),
+    ],
+)
+def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_audio(
+    bench: Bench, delivery: Delivery, source: str | None
+) -> None:
+    bench.take(delivery)
+    status = status_of(bench.job("a"), "kitchen")
+    assert (status.error_code, status.metadata, status.audio_source) == ("invalid_request", {"room": "porch"}, source)
+    assert bench.spooled() == []
+    assert not bench.ledger.spooled()
+
+
+@pytest.mark.parametrize("wrong", [request(job_id="a", beam_size=11), upload("a", user_properties=(("task", "x"),))])
+def test_a_refused_request_cannot_be_retried_though_its_audio_is_told(bench: Bench, wrong: Delivery) -> None:
+    bench.take(wrong)
+    with pytest.raises(IllegalTransitionError, match=r"was refused for what it asked"):
+        bench.ledger.retry("a")
+    assert bench.ledger.delete("a") is not None
+
+
+def test_an_upload_whose_user_property_names_another_id_is_told_on_its_own(bench: Bench) -> None:
+    assert bench.take(upload("u1", user_properties=(("job_id", "other"),))) == ["invalid_request"]
+    assert bench.job("u1").error_code is ErrorCode.INVALID_REQUEST
+    assert bench.reports.rejections[0].job_id == "u1"
+    assert bench.ledger.get("other") is None
+
+
+@pytest.mark.parametrize("delivery", [request(job_id="current"), upload("current")])
+def test_the_name_of_the_job_in_work_is_refused_as_an_id(bench: Bench, delivery: Delivery) -> None:
+    assert bench.take(delivery) == ["invalid_job_id"]
+    assert bench.reports.rejections[0].job_id is None
+    assert bench.jobs() == []
+
+
+def test_a_too_large_upload_without_a_usable_id_is_recorded_nowhere(bench: Bench) -> None:
+    for job_id in ("current", "a/b"):
+        assert bench.take(upload(job_id, b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
+        assert bench.reports.rejections[-1].job_id is None
+    assert bench.jobs() == []
+
+
+def test_an_empty_upload_is_noted_in_the_log_with_its_id_and_an_empty_request_is_not(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        bench.take(message(b"", "cesar/audio/note-1"), message(b""), upload("note-2"))
+    [record] = caplog.records
+    assert (record.levelno, getattr(record, "job_id", None)) == (logging.INFO, "note-1")
+    assert record.getMessage() == "An empty file is ignored: no job is made of it"
+
+
+@pytest.mark.parametrize("topic", ["cesar/audio/", "cesar/request/"])
+def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench.controls.rejection = Refusal("unknown_command", "There is none.")
+    with caplog.at_level(logging.INFO):
+        bench.take(message(WAV, topic + "x" * 60_000, response_topic="cesar/audio/" + "y" * 60_000))
+        bench.take(message(b"", topic + "x" * 60_000))
+    assert bench.reports.rejections[0].topic == topic + "x" * (200 - len(topic)) + "…"
+    assert all(len(record.getMessage()) < 500 for record in caplog.records)
+    assert all(len(getattr(record, "job_id", None) or "") < 500 for record in caplog.records)
+
+
 def test_the_same_bad_request_again_is_refused_again_and_is_no_second_job(bench: Bench) -> None:
     assert bench.take(request(job_id="a", beam_size=11), request(job_id="a", beam_size=11)) == ["invalid_request"] * 2
     assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
     assert len(bench.jobs()) == 1
     assert bench.ledger.totals().error_total == 1
+
+
+def test_a_request_without_an_id_that_finds_the_queue_full_has_none_in_its_refusal(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
+    no_id = (message(b"porch.wav"), message(b"porch.wav", retain=True))
+    assert bench.take(request(job_id="a"), *no_id) == ["queue_full"] * 3
+    assert [rejection.job_id for rejection in bench.reports.rejections] == ["a", None, None]
 
 
 def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
@@ -634,6 +722,7 @@ def test_the_same_id_for_another_request_is_a_conflict_and_the_job_stays_as_it_i
     before = bench.job("a")
     assert bench.take(other) == ["job_id_conflict"]
     assert bench.reports.rejections[0].job_id == "a"
+    assert bench.reports.rejections[0].detail.endswith("Use a new id, or delete the job first.")
     assert bench.job("a") == before
     assert bench.spooled() == []
 

@@ -1,5 +1,6 @@
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.formats import FORMATS
-from cesar_mqtt.jobs import AudioSource, Job, JobState
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.messages import JobRequest, Rejection, canonical, excerpt, status_of
-from cesar_mqtt.requests import SHORT_FORM_BYTES, Accepted, Parsed, Refusal, UserProperties, parse_audio, parse_job
+from cesar_mqtt.records import document_of, job_of
+from cesar_mqtt.requests import (
+    SHORT_FORM_BYTES,
+    UPLOAD,
+    Accepted,
+    Parsed,
+    Refusal,
+    UserProperties,
+    parse_audio,
+    parse_job,
+)
 
+LONG = "x" * 17 + "..." + "x" * 18
+PROMPTS = {"initial_prompt", "hotwords"}
 JARGON = (
     "Input should",
     "input should",
@@ -23,17 +36,6 @@ JARGON = (
 )
 SENTENCE_CHARACTERS = 400
 TOO_DEEP = 250  # levels of JSON; the parser gives up at some 200
-NULLABLE = (
-    "job_id",
-    "audio_url",
-    "audio_base64",
-    "model_size",
-    "language",
-    "initial_prompt",
-    "hotwords",
-    "temperature",
-    "clip_timestamps",
-)
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 
 
@@ -49,6 +51,11 @@ def accepted(parsed: Parsed) -> Accepted:
 def refused(parsed: Parsed) -> Refusal:
     assert isinstance(parsed, Refusal), parsed
     return parsed
+
+
+def told(parsed: Parsed) -> Refusal:
+    """A refusal without what is recorded beside it."""
+    return replace(refused(parsed), metadata={}, audio=None)
 
 
 def check(parsed: Parsed, payload: bytes = b"") -> None:
@@ -92,6 +99,10 @@ def check_refusal(refusal: Refusal, payload: bytes) -> None:
     assert len(detail) <= SENTENCE_CHARACTERS
     assert not [jargon for jargon in JARGON if jargon in detail]
     assert not refusal.recordable or refusal.job_id
+    assert refusal.recordable or (refusal.metadata, refusal.audio) == ({}, None)
+    recorded = NewJob("a", "x", refusal.audio, "base", metadata=refusal.metadata, failure=detail)
+    job = job_of(1, document_of(recorded, 0.0, 1), None, None)
+    assert json.loads(status_of(job, "cesar").encode())["metadata"] == refusal.metadata
     rejection = Rejection(
         reason=refusal.reason,
         detail=detail,
@@ -158,6 +169,13 @@ def test_every_field_is_taken_over() -> None:
     assert request.options() == {name: value for name, value in fields.items() if name not in told_elsewhere}
 
 
+def test_audio_in_base64_may_have_line_ends_and_blanks_in_it() -> None:
+    audio = bytes(range(256))
+    lines = base64.encodebytes(audio).decode()
+    for text in (lines, lines.replace("\n", "\r\n"), " \t" + lines + "\v\f ", " ".join(lines)):
+        assert accepted(parse_job(as_json(audio_base64=text))).audio == audio
+
+
 def test_audio_in_base64_comes_out_as_its_bytes() -> None:
     audio = bytes(range(256))
     assert accepted(parse_job(as_json(audio_base64=base64.b64encode(audio).decode()))).audio == audio
@@ -172,11 +190,11 @@ def test_audio_in_base64_comes_out_as_its_bytes() -> None:
         ("model_size", "x" * 200),
         ("task", "transcribe"),
         ("initial_prompt", ""),
-        ("initial_prompt", "x" * 4096),
+        ("initial_prompt", "x" * 65_536),
         ("beam_size", 1),
         ("beam_size", 10),
         ("hotwords", ""),
-        ("hotwords", "x" * 4096),
+        ("hotwords", "x" * 65_536),
         ("temperature", 0.0),
         ("temperature", 1.0),
         ("temperature", [0.0]),
@@ -193,11 +211,58 @@ def test_audio_in_base64_comes_out_as_its_bytes() -> None:
         ("metadata", {}),
         ("metadata", {"k": "x" * 4088}),  # 4,096 bytes with braces, quotes and colon
         ("metadata", {"k": "ä" * 2044}),
-        *((name, None) for name in NULLABLE),
     ],
 )
 def test_a_field_at_its_limit_is_accepted(field: str, value: object) -> None:
     assert getattr(accepted(parse_job(as_json(**{"audio_path": "a", field: value}))).request, field) == value
+
+
+@pytest.mark.parametrize("name", [name for name in JobRequest.model_fields if name != "audio_path"])
+def test_null_is_the_same_as_to_leave_a_field_out(name: str) -> None:
+    absent = parse_job(b'{"audio_path": "a"}')
+    assert parse_job(as_json(**{"audio_path": "a", name: None})) == absent
+    request = accepted(parse_job(as_json(**{"audio_path": "a", name: None}))).request
+    assert request.model_fields_set == {"audio_path"}
+    if name not in {"job_id", "audio_url", "audio_base64", "model_size", "language", "task"} | PROMPTS:
+        assert parse_job(b"a", ((name, "null"),)) == absent
+
+
+def test_a_user_property_sets_what_the_payload_has_as_null() -> None:
+    properties = (("language", "de"), ("stream", "true"), ("room", "porch"))
+    request = accepted(
+        parse_job(as_json(audio_path="a", language=None, stream=None, metadata=None), properties)
+    ).request
+    assert (request.language, request.stream, request.metadata) == ("de", True, {"room": "porch"})
+
+
+@pytest.mark.parametrize("said", ["", "  ", "auto", "AUTO", " Auto "])
+def test_a_language_may_be_left_to_be_detected_in_so_many_words(said: str) -> None:
+    for parsed in (parse_job(as_json(audio_path="a", language=said)), parse_job(b"a", (("language", said),))):
+        assert accepted(parsed).request.language is None
+        assert accepted(parsed).request.options() == {}
+
+
+@pytest.mark.parametrize("name", ["beam_size", "batch_size"])
+def test_a_whole_number_may_be_written_with_a_point(name: str) -> None:
+    for parsed in (parse_job(b'{"audio_path": "a", "%s": 8.0}' % name.encode()), parse_job(b"a", ((name, "8.0"),))):
+        value = getattr(accepted(parsed).request, name)
+        assert (value, type(value)) == (8, int)
+
+
+def test_of_a_very_long_prompt_what_can_count_is_kept_with_a_mark_where_it_was_cut() -> None:
+    words = " ".join(f"w{number}" for number in range(9_000))
+    request = accepted(parse_job(as_json(audio_path="a", initial_prompt=words, hotwords=words))).request
+    options = request.options()
+    assert options == {"initial_prompt": "…" + words[-10_000:], "hotwords": words[:10_000] + "…"}
+    assert (request.initial_prompt, request.hotwords) == (words, words), "what tells requests apart is all of it"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [("x" * 10_000, "x" * 10_000), ("x" + " " * 20_000, "x"), (" " * 20_000 + "x|", "x")]
+)
+def test_a_prompt_of_which_all_can_count_is_not_marked_as_cut(text: str, kept: str) -> None:
+    options = accepted(parse_job(as_json(audio_path="a", initial_prompt=text, hotwords=text))).request.options()
+    assert options == {"initial_prompt": kept, "hotwords": kept}
 
 
 @pytest.mark.parametrize(("said", "code"), [("German", "de"), ("de-AT", "de"), ("EN_us", "en"), ("haw", "haw")])
@@ -263,17 +328,25 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
         ("model_size", "", "model_size must be the name of a model, not ''."),
         ("model_size", {}, "model_size must be the name of a model, not an object."),
         ("language", 7, "language must be text such as 'de', or be left out, not 7."),
-        ("language", "", "language is no language that Whisper knows: use a code such as 'de', or leave it out."),
-        ("language", "auto", "language is no language that Whisper knows: use a code such as 'de', or leave it out."),
+        (
+            "language",
+            "klingon",
+            "language 'klingon' is no language that Whisper knows: use a code such as 'de', or leave it out.",
+        ),
+        (
+            "language",
+            "x" * 5_000,
+            f"language '{LONG}' is no language that Whisper knows: use a code such as 'de', or leave it out.",
+        ),
         ("task", "summarise", "task must be 'transcribe' or 'translate', not 'summarise'."),
-        ("task", None, "task must be 'transcribe' or 'translate', not null."),
-        ("initial_prompt", "x" * 4097, "initial_prompt must be text of at most 4096 characters."),
+        ("initial_prompt", "x" * 65_537, "initial_prompt must be text of at most 65536 characters."),
         ("beam_size", 0, "beam_size must be a whole number from 1 to 10, not 0."),
         ("beam_size", 11, "beam_size must be a whole number from 1 to 10, not 11."),
-        ("beam_size", 5.0, "beam_size must be a whole number from 1 to 10, not 5.0."),
+        ("beam_size", 5.5, "beam_size must be a whole number from 1 to 10, not 5.5."),
+        ("beam_size", 11.0, "beam_size must be a whole number from 1 to 10, not 11."),
         ("beam_size", "5", "beam_size must be a whole number from 1 to 10, not '5'."),
         ("beam_size", True, "beam_size must be a whole number from 1 to 10, not true."),
-        ("hotwords", "x" * 4097, "hotwords must be text of at most 4096 characters."),
+        ("hotwords", "x" * 65_537, "hotwords must be text of at most 65536 characters."),
         ("temperature", -0.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not -0.1."),
         ("temperature", 1.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not 1.1."),
         ("temperature", True, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not true."),
@@ -327,10 +400,17 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
         ),
         ("batch_size", 0, "batch_size must be a whole number from 1 to 32, not 0."),
         ("batch_size", 33, "batch_size must be a whole number from 1 to 32, not 33."),
-        ("formats", "srt", "formats must be a list of any of txt, srt, vtt, tsv, json, not 'srt'."),
-        ("formats", ["srt", "doc"], "formats must be a list of any of txt, srt, vtt, tsv, json, not 'doc'."),
-        ("formats", ["SRT"], "formats must be a list of any of txt, srt, vtt, tsv, json, not 'SRT'."),
-        ("formats", None, "formats must be a list of any of txt, srt, vtt, tsv, json, not null."),
+        ("formats", "srt", "formats must be a list such as [\"txt\"], of any of txt, srt, vtt, tsv, json, not 'srt'."),
+        (
+            "formats",
+            ["srt", "doc"],
+            "formats must be a list such as [\"txt\"], of any of txt, srt, vtt, tsv, json, not 'doc'.",
+        ),
+        (
+            "formats",
+            ["SRT"],
+            "formats must be a list such as [\"txt\"], of any of txt, srt, vtt, tsv, json, not 'SRT'.",
+        ),
         ("stream", "on", "stream must be true or false, not 'on'."),
         ("vad_filter", 1, "vad_filter must be true or false, not 1."),
         ("vad_filter", "yes", "vad_filter must be true or false, not 'yes'."),
@@ -345,7 +425,7 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
 )
 def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, value: object, sentence: str) -> None:
     parsed = parse_job(as_json(**{"job_id": "porch-17", "audio_path": "a", field: value}))
-    assert parsed == Refusal("invalid_request", sentence, "porch-17", recordable=True)
+    assert told(parsed) == Refusal("invalid_request", sentence, "porch-17", recordable=True)
     check(parsed)
 
 
@@ -380,7 +460,7 @@ def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, va
 def test_what_is_no_url_with_a_host_is_refused_without_being_shown(url: str) -> None:
     parsed = parse_job(as_json(job_id="a", audio_url=url))
     detail = "audio_url is no URL that begins with http:// or https:// and names a host."
-    assert parsed == Refusal("invalid_request", detail, "a", recordable=True)
+    assert told(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
 
 def test_a_url_that_is_too_long_is_refused_without_being_shown() -> None:
@@ -419,13 +499,24 @@ def test_an_id_that_is_no_text_is_not_shown_as_if_it_were() -> None:
     assert refused(parse_job(as_json(audio_path="a", job_id=17))).detail.startswith("17 is no job id: use text")
 
 
+def test_the_name_of_the_job_in_work_is_no_id() -> None:
+    for parsed in (
+        parse_job(as_json(audio_path="a", job_id="current")),
+        parse_job(b"a", (("job_id", "current"),)),
+        parse_audio("current", WAV),
+    ):
+        detail = "'current' is no job id: in commands it stands for the job in work. Use another one."
+        assert parsed == Refusal("invalid_job_id", detail)
+    accepted(parse_audio("currently", WAV))
+
+
 @pytest.mark.parametrize(
     ("typo", "meant"),
     [("langauge", "language"), ("audiopath", "audio_path"), ("beam-size", "beam_size"), ("vadfilter", "vad_filter")],
 )
 def test_an_unknown_field_is_named_with_the_one_that_was_meant(typo: str, meant: str) -> None:
     parsed = parse_job(as_json(**{"job_id": "a", "audio_path": "a", typo: "x"}))
-    assert parsed == Refusal(
+    assert told(parsed) == Refusal(
         "invalid_request", f"There is no field {typo!r} (did you mean {meant}?).", "a", recordable=True
     )
 
@@ -468,11 +559,12 @@ def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
 def test_exactly_one_audio_field_is_needed(fields: dict[str, Any], found: str) -> None:
     parsed = parse_job(as_json(job_id="a", **fields))
     detail = f"Exactly one of audio_path, audio_url, audio_base64 is needed, found {found}."
-    assert parsed == Refusal("invalid_request", detail, "a", recordable=True)
+    assert told(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
 
 @pytest.mark.parametrize(
-    "text", ["YQ", "Y", "YQ==\n", "Y Q==", "YQ==YQ==", "_-__", "ä", "=", "data:audio/wav;base64,YQ=="]
+    "text",
+    ["YQ", "Y", "YQ==YQ==", "YQ==\nYQ==", "_-__", "ä", "YQ\u00a0==", "YQ\0==", "=", "\n", "data:audio/wav;base64,YQ=="],
 )
 def test_what_is_not_strict_base64_is_refused_and_recorded(text: str) -> None:
     parsed = parse_job(as_json(job_id="a", audio_base64=text))
@@ -591,8 +683,57 @@ def test_ten_megabytes_are_refused_without_being_echoed(payload: bytes) -> None:
 
 def test_a_prompt_or_audio_is_never_quoted_in_a_refusal() -> None:
     assert "secret" not in refused(parse_job(as_json(audio_path="a", initial_prompt=["secret"]))).detail
-    assert "secret" not in refused(parse_job(as_json(audio_path="a", initial_prompt="secret" * 1000))).detail
+    assert "secret" not in refused(parse_job(as_json(audio_path="a", initial_prompt="secret" * 11_000))).detail
     assert "secret" not in refused(parse_job(as_json(audio_base64="secret!"))).detail
+
+
+# -- what is kept of a refused request -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "audio"),
+    [
+        ({"audio_path": "in/a.wav"}, AudioSource("path", "in/a.wav")),
+        ({"audio_path": "in/a.wav", "audio_url": None}, AudioSource("path", "in/a.wav")),
+        ({"audio_url": "http://me:secret@nas/a.wav?key=1"}, AudioSource("url", "http://me:secret@nas/a.wav?key=1")),
+        ({"audio_base64": "YQ=="}, UPLOAD),
+        ({"audio_base64": "no base64"}, UPLOAD),
+        ({}, None),
+        ({"audio_path": "a", "audio_url": "http://nas/a"}, None),
+        ({"audio_path": 7}, None),
+        ({"audio_path": "x" * 5_000}, None),
+        ({"audio_url": "http://me:secret@nas:port/a"}, None),
+    ],
+)
+def test_a_refusal_that_is_recorded_says_where_the_audio_would_have_been(
+    fields: dict[str, Any], audio: AudioSource | None
+) -> None:
+    parsed = parse_job(as_json(job_id="a", beam_size=99, metadata={"room": "porch"}, **fields))
+    assert (refused(parsed).audio, refused(parsed).metadata) == (audio, {"room": "porch"})
+    check(parsed)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kept"),
+    [({"a": [1]}, {"a": [1]}), ({"a": "x" * 4089}, {}), (["a"], {}), ("a", {}), (None, {}), ({}, {})],
+)
+def test_metadata_is_kept_if_it_is_right_in_itself(metadata: object, kept: dict[str, Any]) -> None:
+    for wrong in ({"langauge": "de"}, {"audio_url": "http://nas/a"}, {"audio_base64": "?"}):
+        parsed = parse_job(
+            as_json(**{"job_id": "a", "audio_path": "a", "metadata": metadata, "beam_size": 99, **wrong})
+        )
+        assert refused(parsed).metadata == kept
+        check(parsed)
+
+
+def test_what_is_kept_of_a_refused_upload_comes_from_its_user_properties() -> None:
+    for wrong in (("task", "sing"), ("audio_path", "a"), ("job_id", "b"), ("beam_size", "99")):
+        parsed = parse_audio("a", WAV, (("room", "porch"), wrong))
+        assert (refused(parsed).audio, refused(parsed).metadata) == (UPLOAD, {"room": "porch"})
+
+
+def test_nothing_is_kept_of_a_refusal_that_is_not_recorded() -> None:
+    assert refused(parse_job(as_json(audio_path="a", beam_size=99, metadata={"room": "porch"}))).metadata == {}
 
 
 # -- the short form ------------------------------------------------------------------------------------------------
@@ -632,10 +773,6 @@ def test_one_line_of_text_is_a_path(payload: bytes, path: str) -> None:
         b"a.wav" + b"\n" * 5_000 + b"rest",
         b"x" * SHORT_FORM_BYTES + b"\r\nrest",  # without the rest it would be a path
         b"a\0b",
-        b"\n",
-        b"\r\n",
-        b" \t ",
-        b"\xef\xbb\xbf",
         b"\xff\xfea\0",
         b"caf\xe9.wav",
         b"\xed\xa0\x80",
@@ -650,7 +787,23 @@ def test_what_is_not_one_line_of_text_is_malformed(payload: bytes) -> None:
     check(parsed, payload)
 
 
-@pytest.mark.parametrize("url", ["http://example.org/a.wav", "https://example.org/two words.wav?a=b"])
+@pytest.mark.parametrize("payload", [b"\n", b"\r\n", b" \t ", b"\n\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
+def test_a_line_without_anything_is_called_empty(payload: bytes) -> None:
+    parsed = parse_job(payload)
+    assert refused(parsed).reason == "malformed_json"
+    assert refused(parsed).detail.startswith("The payload is an empty line: ")
+    check(parsed, payload)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/a.wav",
+        "https://example.org/two words.wav?a=b",
+        "HTTPS://example.org/a.wav",
+        "Http://example.org/a.wav",
+    ],
+)
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_a_line_that_begins_like_a_url_is_one(url: str, end: bytes) -> None:
     assert accepted(parse_job(url.encode() + end)) == Accepted(JobRequest(audio_url=url), None)
@@ -713,6 +866,14 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
     assert getattr(accepted(parse_job(payload, ((name, text),))).request, name) == value
 
 
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "tRuE"])
+def test_true_and_false_in_a_user_property_may_be_written_in_any_case(text: str) -> None:
+    other = text.lower().replace("true", "False")
+    request = accepted(parse_audio("a", WAV, (("stream", text), ("vad_filter", other)))).request
+    assert (request.stream, request.vad_filter) == (True, False)
+    assert isinstance(parse_job(as_json(audio_path="a", stream=text)), Refusal), "JSON has booleans of its own"
+
+
 @pytest.mark.parametrize(
     ("text", "formats"),
     [
@@ -729,10 +890,10 @@ def test_formats_in_a_user_property_may_be_names_with_commas_between_them(text: 
         assert accepted(parsed).request.formats == formats
 
 
-@pytest.mark.parametrize("text", ["", ",", "srt;vtt", "srt,doc", '"srt"', "7", "null"])
+@pytest.mark.parametrize("text", ["", ",", "srt;vtt", "srt,doc", '"srt"', "7", "True"])
 def test_what_is_no_list_of_formats_in_a_user_property_is_refused(text: str) -> None:
     parsed = parse_audio("a", WAV, (("formats", text),))
-    assert refused(parsed).detail.startswith("formats must be a list of any of txt, srt, vtt, tsv, json, not ")
+    assert refused(parsed).detail.startswith('formats must be a list such as ["txt"], of any of ')
     check(parsed)
 
 
@@ -749,10 +910,11 @@ def test_user_properties_over_four_kib_are_refused() -> None:
     ("name", "text"),
     [
         ("beam_size", "five"),
-        ("beam_size", "5.0"),
+        ("beam_size", "5.1"),
+        ("beam_size", "True"),
         ("beam_size", "1" * 5_000),
         ("beam_size", "NaN"),
-        ("vad_filter", "True"),
+        ("vad_filter", "Truely"),
         ("stream", "yes"),
         ("temperature", "0,0.2"),
         ("clip_timestamps", "0,30"),
@@ -802,14 +964,17 @@ def test_an_audio_topic_without_a_usable_id_is_refused(job_id: str) -> None:
 @pytest.mark.parametrize("name", ["audio_path", "audio_url", "audio_base64"])
 def test_an_audio_message_names_no_other_audio(name: str) -> None:
     parsed = parse_audio("a", WAV, ((name, "YQ=="),))
-    assert parsed == Refusal("invalid_request", f"The payload is the audio: leave out {name}.", "a", recordable=True)
+    assert told(parsed) == Refusal(
+        "invalid_request", f"The payload is the audio: leave out {name}.", "a", recordable=True
+    )
 
 
 def test_a_second_id_beside_the_topics_is_refused_unless_it_is_the_same() -> None:
     accepted(parse_audio("a", WAV, (("job_id", "a"),)))
-    parsed = parse_audio("a", WAV, (("job_id", "b"),))
-    assert refused(parsed).reason == "invalid_request"
-    assert not refused(parsed).recordable
+    parsed = parse_audio("a", WAV, (("job_id", "b"), ("room", "porch")))
+    detail = "The user property job_id differs from the topic: leave it out."
+    metadata = {"room": "porch"}
+    assert parsed == Refusal("invalid_request", detail, "a", recordable=True, metadata=metadata, audio=UPLOAD)
     check(parsed)
 
 
