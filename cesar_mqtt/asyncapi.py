@@ -10,7 +10,7 @@ from cesar_mqtt.addresses import parse_broker_url
 from cesar_mqtt.channels import CHANNELS, JSON, MESSAGES, Channel, Message
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumermessages import ConsumerState
-from cesar_mqtt.controlmessages import COMMANDS, JobCommand
+from cesar_mqtt.controlmessages import COMMANDS, CURRENT, JobCommand
 from cesar_mqtt.examples import examples
 from cesar_mqtt.formats import FORMATS
 from cesar_mqtt.messages import AUDIO_FIELDS, JobRequest
@@ -102,7 +102,10 @@ def _parameters(settings: Settings) -> Document:
             "description": "The name of a consumer, which is also its MQTT client id (`consumer.name`).",
             "default": settings.consumer.name,
         },
-        "job_id": {"description": f"The id of a job, as `{JOB_ID_PATTERN}`.", "examples": ["porch-17"]},
+        "job_id": {
+            "description": f"The id of a job, as `{JOB_ID_PATTERN}`; `{CURRENT}` is none.",
+            "examples": ["porch-17"],
+        },
         "format": {"description": "The format of a result.", "enum": list(FORMATS)},
         "command": {
             "description": "What is asked for. Anything else gets a failure, and is refused as `unknown_command`.",
@@ -219,7 +222,8 @@ def _user_properties(without: frozenset[str]) -> Schema:
     return {
         "title": "User properties",
         "description": "MQTT 5 user properties named like a field of a job request set that field. What is not text is "
-        "written as JSON, formats also as names with commas between them. Others go into the metadata.",
+        "written as JSON, true and false in any case, formats also as names with commas between them. "
+        "Others go into the metadata.",
         "type": "object",
         "properties": {name: {"type": "string", "description": f"Sets `{name}`."} for name in names},
         "additionalProperties": {"type": "string"},

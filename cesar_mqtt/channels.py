@@ -115,7 +115,8 @@ CHANNELS: Mapping[str, Channel] = {
         "receive",
         "takeAudio",
         "Audio files",
-        "The payload is the file; all options have their defaults, unless MQTT 5 user properties set them.",
+        "The payload is the file; all options have their defaults, unless MQTT 5 user properties set them. "
+        "An empty one is ignored.",
         ("audio",),
     ),
     "requests": Channel(

@@ -108,6 +108,7 @@ class MqttClient:
         self._hand_off = HandOff(hand_off_max_messages, hand_off_max_bytes, on_room=self._wake)
         self._version = VersionChoice(settings.protocol)
         self._backoff = Backoff()
+        self._held_s = math.inf
         self._changed = threading.Condition()
         self._connection: Connection | None = None
         self._info: ConnectionInfo | None = None
@@ -229,6 +230,7 @@ class MqttClient:
             self._profile,
             version=self._version.next,
             lasts_s=_PASSING_S if self._version.passing else math.inf,
+            before_s=self._held_s,
             deliver=self._hand_off.put,
         )
         with self._changed:
@@ -290,6 +292,7 @@ class MqttClient:
         if connection.refused and not self._ever_connected:
             self._give_up(connection.reason)
             return None
+        self._held_s = connection.held_s or math.inf  # inf: it never stood, so the broker was away
         delay_s = self._backoff.delay_s(held_s=connection.held_s, refused=connection.refused)
         self._log_trouble(connection, delay_s)
         return delay_s

@@ -79,12 +79,14 @@ class Connection:
         *,
         version: Version,
         lasts_s: float,
+        before_s: float = math.inf,
         deliver: Callable[[Delivery], bool],
     ) -> None:
         """Prepare it; `open` connects.
 
-        After `lasts_s` it is left. `deliver` gets each message and says whether there was room for it; if not, it gets
-        it again at every turn (see `wake`), and nothing is read until then.
+        After `lasts_s` it is left. `before_s` is how long the one before had stood, if it was lost: of two that end
+        soon, the second one is suspicious. `deliver` gets each message and says whether there was room for it; if not,
+        it gets it again at every turn (see `wake`), and nothing is read until then.
         """
         self.info: ConnectionInfo | None = None
         self.opened = False
@@ -97,6 +99,7 @@ class Connection:
         self._version: Version = version
         self._five = version == "5"
         self._lasts_s = lasts_s
+        self._before_s = before_s
         self._deliver = deliver
         self._held: Delivery | None = None
         self._session_present = False
@@ -346,4 +349,5 @@ class Connection:
             return
         said = flags.is_disconnect_packet_from_server
         self.unreadable = not said and self.answer is not None and reasons.is_unreadable(reason)
-        self.reason = reasons.ending(reason, self._profile, said=said, held_s=self.held_s) or self.reason
+        held_s = self.held_s and max(self.held_s, self._before_s)
+        self.reason = reasons.ending(reason, self._profile, said=said, held_s=held_s) or self.reason

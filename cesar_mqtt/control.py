@@ -26,11 +26,8 @@ from cesar_mqtt.controlmessages import (
     Request,
     Response,
     ResultCommand,
-    Scalar,
     brief,
     read,
-    read_transaction,
-    shown,
 )
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
@@ -140,21 +137,19 @@ class Control:
         Returns:
             None: nothing is to be said, for it is another consumer's to answer.
         """
-        if command not in COMMANDS:
-            detail = f"There is no command {shown(command)}: use one of {', '.join(COMMANDS)}."
-            return Answer(_error(detail, read_transaction(payload)), Refusal("unknown_command", detail))
         asked = read(command, payload)
-        if asked.request is None:
-            return Answer(_error(asked.mistakes, asked.transaction))
-        if asked.request.consumer not in (None, self._consumer):
+        if asked.consumer not in (None, self._consumer):
             return None
+        if asked.request is None:
+            rejection = None if command in COMMANDS else Refusal("unknown_command", asked.mistakes)
+            return Answer(self._error(asked.mistakes, asked.transaction), rejection)
         said = self._answer(command, asked.request)
         return None if said is None else Answer(said)
 
     def _answer(self, command: str, request: Request) -> bytes | None:
         open_to_all = self._grouped and request.consumer is None
         if open_to_all and isinstance(request, JobCommand) and request.job_id == CURRENT:
-            return _error(_WHOSE, request.transaction)
+            return self._error(_WHOSE, request.transaction)
         try:
             outcome = self._commands[command](request)
             if open_to_all and isinstance(outcome, _NotHere):
@@ -174,7 +169,12 @@ class Control:
         except ValueError:  # from a ledger that was edited by hand, say
             event(logger, logging.ERROR, "control_failed", "Request %s was not answered", command, exc_info=True)
             problem = "The consumer cannot put the answer into words: its log says why."
-        return _error(problem, request.transaction)
+        return self._error(problem, request.transaction)
+
+    def _error(self, sentence: str, transaction: Any) -> bytes:
+        """Return the payload; in a group each member may send one, so it says who."""
+        data = {"consumer": self._consumer}
+        return Response(status="error", data=data, error=sentence, transaction=transaction).encode()
 
     def _named(self, job_id: str) -> str | None:
         """Return the id that is meant; None: the current job's, and there is none."""
@@ -240,7 +240,8 @@ class Control:
         behind = None if asked.after is None else self._ledger.get(asked.after)
         if asked.after is not None and behind is None:
             return _NotHere(
-                f"There is no job {asked.after} to go on behind, for it was deleted: begin without `after`."
+                f"There is no job {asked.after} to go on behind: it never was here, or it was deleted. "
+                "Start again without `after`."
             )
         states = () if asked.status is None else (JobState(asked.status),)
         after = 0 if behind is None else behind.seq
@@ -341,17 +342,15 @@ def _splits(content: bytes, at: int) -> bool:
 
 def _note(command: str, outcome: Payload | Mapping[str, Any]) -> None:
     """Log what was changed."""
-    if isinstance(outcome, Done):
+    if isinstance(outcome, Done) and outcome.status == JobState.PROCESSING:
+        event(logger, logging.INFO, command, "The job in work was asked to end", job_id=outcome.job_id)
+    elif isinstance(outcome, Done):
         event(logger, logging.INFO, command, "Job is now %s on request", outcome.status, job_id=outcome.job_id)
     elif isinstance(outcome, Paused):
         event(logger, logging.INFO, command, "Jobs are %s on request", "held back" if outcome.paused else "started")
 
 
-def _ok(outcome: Payload | Mapping[str, Any], transaction: Scalar) -> bytes:
+def _ok(outcome: Payload | Mapping[str, Any], transaction: Any) -> bytes:
     """Return the payload. Raises ValueError for what JSON cannot say."""
     data = outcome.model_dump() if isinstance(outcome, Payload) else dict(outcome)
     return encode(Response(status="ok", data=data, error=None, transaction=transaction).model_dump())
-
-
-def _error(sentence: str, transaction: Scalar) -> bytes:
-    return Response(status="error", data={}, error=sentence, transaction=transaction).encode()

@@ -5,10 +5,9 @@ Everything that is read here is untrusted. A bad request is a result, never an e
 
 import codecs
 import difflib
-import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -17,8 +16,9 @@ from pydantic_core import from_json
 
 from cesar_mqtt.consumermessages import HealthMessage
 from cesar_mqtt.formats import FORMATS, Format
+from cesar_mqtt.journal import encode
 from cesar_mqtt.messages import Payload, Status
-from cesar_mqtt.topics import JOB_ID_PATTERN
+from cesar_mqtt.topics import JOB_ID_PATTERN, is_job_id
 
 CURRENT = "current"
 """Stands for the job in work, whatever its id is."""
@@ -28,26 +28,26 @@ MOST_BYTES = 65_536
 
 _REQUEST_BYTES = 65_536
 _LINE_BYTES = 4096
-_TRANSACTION_CHARACTERS = 256
+_TRANSACTION_BYTES = 4096
 _TOLD_MISTAKES = 3
 _LARGEST_INTEGER = 2**53
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 40
 
-Scalar = str | int | float | bool | None
 
-
-def _short(value: Scalar) -> Scalar:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("is too large a number")
-    if len(str(value)) > _TRANSACTION_CHARACTERS:
-        raise ValueError(f"has more than {_TRANSACTION_CHARACTERS} characters")
+def _short(value: Any) -> Any:
+    try:
+        size = len(encode(value))
+    except ValueError as exc:
+        raise ValueError("holds too large a number") from exc
+    if size > _TRANSACTION_BYTES:
+        raise ValueError(f"has more than {_TRANSACTION_BYTES} bytes as JSON")
     return value
 
 
-Transaction = Annotated[Scalar, AfterValidator(_short)]
-_TRANSACTION: TypeAdapter[Scalar] = TypeAdapter(Transaction)
+Transaction = Annotated[Any, AfterValidator(_short)]
+_TRANSACTION: TypeAdapter[Any] = TypeAdapter(Transaction)
 
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
 _JOB_ID = "the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -"
@@ -61,7 +61,7 @@ class Request(Payload):
     """
 
     consumer: JobId | None = Field(default=None, description=_NAME)
-    transaction: Transaction = Field(default=None, description="text, a number, true, false or null")
+    transaction: Transaction = Field(default=None, description=f"at most {_TRANSACTION_BYTES} bytes of any JSON")
 
 
 class JobCommand(Request):
@@ -110,12 +110,12 @@ COMMANDS: Mapping[str, type[Request]] = {
 
 
 class Response(Payload):
-    """What is published on `cesar/response/<command>`; `data` is empty in an error, `error` null otherwise."""
+    """What is published on `cesar/response/<command>`; an error's `data` only name the consumer."""
 
     status: Literal["ok", "error"]
     data: dict[str, Any]
     error: str | None
-    transaction: Scalar
+    transaction: Any
 
 
 class Done(Payload):
@@ -222,29 +222,31 @@ class Asked:
         request: None for a bad one.
         mistakes: what is wrong with a bad one, as a sentence for whoever asks.
         transaction: to be echoed; None also where it could not be read.
+        consumer: the only one that is asked, however bad the request is; None: all are.
     """
 
-    request: Request | None
+    request: Request | None = None
     mistakes: str = ""
-    transaction: Scalar = None
+    transaction: Any = None
+    consumer: str | None = None
 
 
 def read(command: str, payload: bytes) -> Asked:
-    """Read the request of one of `COMMANDS`: a JSON object, a line of text that names a job, or nothing at all."""
-    kind = COMMANDS[command]
+    """Read a request, whose command need not be known: a JSON object, a line that names a job, or nothing at all."""
     document = _document(payload)
+    fields = {} if isinstance(document, str) else document
+    name = fields.get("consumer")
+    consumer = name if isinstance(name, str) and is_job_id(name) else None
+    asked = Asked(transaction=_transaction(fields), consumer=consumer)
+    kind = COMMANDS.get(command)
+    if kind is None:
+        return replace(asked, mistakes=f"There is no command {shown(command)}: use one of {', '.join(COMMANDS)}.")
     if isinstance(document, str):
-        return Asked(None, document)
-    transaction = _transaction(document)
+        return replace(asked, mistakes=document)
     if "job_id" in document and "job_id" not in kind.model_fields:
-        return Asked(None, f"`{command}` is not about one job: leave its id out.", transaction)
-    return _checked(kind, document, transaction)
-
-
-def read_transaction(payload: bytes) -> Scalar:
-    """Return what is to be echoed of a request whose command is not known; None: nothing that could be read."""
-    document = _document(payload)
-    return None if isinstance(document, str) else _transaction(document)
+        return replace(asked, mistakes=f"`{command}` is not about one job: leave its id out.")
+    checked = _checked(kind, document)
+    return replace(asked, mistakes=checked) if isinstance(checked, str) else replace(asked, request=checked)
 
 
 def _document(payload: bytes) -> dict[str, Any] | str:
@@ -273,25 +275,32 @@ def _line(payload: bytes) -> dict[str, Any] | str:
         return neither
 
 
-def _transaction(document: Mapping[str, Any]) -> Scalar:
+def _transaction(document: Mapping[str, Any]) -> Any:
     try:
         return _TRANSACTION.validate_python(document.get("transaction"), strict=True)
     except ValidationError:
         return None
 
 
-def _checked(kind: type[Request], document: dict[str, Any], transaction: Scalar) -> Asked:
+def _checked(kind: type[Request], document: dict[str, Any]) -> Request | str:
+    """Return the request, or what is wrong with it; null counts as left out, except where something is needed."""
     names = kind.model_fields
     unknown = (name for name in document if name not in names)
     mistakes = [_unknown(name, names) for name in islice(unknown, _TOLD_MISTAKES + 1)]
     try:  # of what is known only: a request may bring thousands of other fields, and pydantic would report each
-        request = kind.model_validate({name: document[name] for name in names if name in document})
+        request = kind.model_validate(
+            {
+                name: document[name]
+                for name, field in names.items()
+                if name in document and (document[name] is not None or field.is_required())
+            }
+        )
     except ValidationError as exc:
         mistakes += _mistakes(exc, kind)
     if not mistakes:
-        return Asked(request, transaction=transaction)
+        return request
     more = " There are other mistakes beside these." if len(mistakes) > _TOLD_MISTAKES else ""
-    return Asked(None, ". ".join(mistakes[:_TOLD_MISTAKES]) + "." + more, transaction)
+    return ". ".join(mistakes[:_TOLD_MISTAKES]) + "." + more
 
 
 def _unknown(name: str, names: Mapping[str, Any]) -> str:

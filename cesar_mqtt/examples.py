@@ -63,7 +63,8 @@ _FAILED = replace(
     completed_at=_BEGAN + 0.02,
     audio_duration=None,
     error_code=ErrorCode.AUDIO_NOT_FOUND,
-    error_message="There is no file 'porch.wav' in the audio directories: check its name.",
+    error_message="There is no audio file 'porch.wav': put it there and retry the job (command `retry`), or name "
+    "another under a new id.",
 )
 _LIVE = Live(progress=0.42, processed_duration=1.1, audio_duration=2.6, speed=6.5, eta=0.2, updated_at=_BEGAN + 0.4)
 
@@ -204,7 +205,10 @@ def _answers() -> Examples:
         "models": models,
     }
     failure = Response(
-        status="error", data={}, error="There is no job porch-18: it never was, or it was deleted.", transaction=7
+        status="error",
+        data={"consumer": "cesar"},
+        error="There is no job porch-18: it never was, or it was deleted.",
+        transaction=7,
     )
     told: Examples = {
         f"{command}Response": [
@@ -214,7 +218,7 @@ def _answers() -> Examples:
     }
     told["cancelResponse"].append(_plain(failure))
     unknown = "There is no command 'cancle': use one of cancel, retry, delete, get."
-    told["failure"] = [_plain(Response(status="error", data={}, error=unknown, transaction=None))]
+    told["failure"] = [_plain(Response(status="error", data={"consumer": "cesar"}, error=unknown, transaction=None))]
     return told
 
 

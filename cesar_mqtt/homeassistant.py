@@ -26,9 +26,12 @@ _PRODUCT = "cesar-mqtt"
 _JOBS = "jobs"
 
 
-def birth_topic(prefix: str) -> str:
-    """Return where Home Assistant says that it has started; a birth topic that was set otherwise is not heard."""
-    return f"{prefix}/status"
+def birth_topics(prefix: str) -> tuple[str, ...]:
+    """Return where Home Assistant may say that it has started: its birth topic keeps its name under another prefix.
+
+    A birth topic that was set to something else is not heard.
+    """
+    return tuple(dict.fromkeys((f"{prefix}/status", "homeassistant/status")))
 
 
 def device_id(consumer: str) -> str:

@@ -46,8 +46,8 @@ class Outgoing:
         self._connection = connection
         self._five = five
         self._mid = 0
-        self._waiting: deque[tuple[PublishTicket, int, bytes]] = deque()
-        self._in_flight: dict[int, PublishTicket] = {}
+        self._waiting: deque[tuple[PublishTicket, Publication, bytes]] = deque()
+        self._in_flight: dict[int, tuple[PublishTicket, str]] = {}
         self._written: list[PublishTicket] = []
         self._published: list[tuple[PublishTicket, str | None]] = []
 
@@ -69,15 +69,15 @@ class Outgoing:
         if len(self._waiting) >= _MOST_WAITING:  # so that none of them gets a packet id that another has
             return None
         ticket = PublishTicket(self._connection, mid)
-        self._waiting.append((ticket, publication.qos, packet))
+        self._waiting.append((ticket, publication, packet))
         return ticket
 
     def send(self, sink: Sink) -> None:
         """Send what the window lets through."""
         while self._waiting and len(self._in_flight) < self.window:
-            ticket, qos, packet = self._waiting.popleft()
-            if qos:
-                self._in_flight[ticket.mid] = ticket
+            ticket, publication, packet = self._waiting.popleft()
+            if publication.qos:
+                self._in_flight[ticket.mid] = ticket, publication.topic
             else:
                 self._written.append(ticket)
             sink.send(packet)
@@ -90,11 +90,11 @@ class Outgoing:
 
     def settle(self, mid: int, reason: str | None) -> None:
         """Take note of a PUBACK; with a reason, the broker refused the message."""
-        ticket = self._in_flight.pop(mid, None)
+        ticket, topic = self._in_flight.pop(mid, (None, ""))
         if ticket is None:
             return
         if reason is not None:
-            event(logger, logging.WARNING, "publish_refused", "The broker refused a message: %s", reason)
+            event(logger, logging.WARNING, "publish_refused", "The broker refused a message on %s: %s", topic, reason)
         self._published.append((ticket, reason))
 
     def take_published(self) -> list[tuple[PublishTicket, str | None]]:

@@ -27,7 +27,7 @@ from cesar_mqtt.inflight import InFlight, Note, Sent
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
-from cesar_mqtt.messages import Live, Payload, Rejection, segment_of
+from cesar_mqtt.messages import Live, Payload, Rejection
 from cesar_mqtt.ownstate import OwnState
 from cesar_mqtt.tellings import Telling, Tellings
 from cesar_mqtt.topics import Topics
@@ -127,7 +127,7 @@ class Publisher:
 
     def segment(self, job: Job, segment: Segment) -> None:
         """Tell a segment to whoever listens now; it is not kept for later."""
-        self._say(Note(self._topics.segments(job.job_id), segment_of(job.job_id, segment).encode(), keep=False))
+        self._say(self._tellings.of_segment(job, segment))
 
     def _say(self, note: Note) -> None:
         self._tell(lambda: self._notes.append(note) if note.keep or self._connected else None)
@@ -375,8 +375,8 @@ class Publisher:
     def _publish_notes(self) -> None:
         while self._notes and self._room > 0:
             note = self._notes[0]
-            sent = Sent(note=note)
-            if not self._send(note.topic, note.payload, sent, retain=False, correlation_data=note.correlation_data):
+            payload, sent = self._tellings.of_note(note), Sent(note=note)
+            if not self._send(note.topic, payload, sent, retain=False, correlation_data=note.correlation_data):
                 return
             self._notes.popleft()
 

@@ -231,10 +231,21 @@ def _field(name: str, field: str, schema: Schema) -> Schema:
         more = {"pattern": _TIME}
     elif field == "job_id" and name in _SAID:
         more = {"pattern": JOB_ID_PATTERN}
+    elif field == "job_id" and name == "JobRequest":
+        more = {"not": {"const": control.CURRENT}}
     for kind in schema.get("anyOf", [schema]) if more else ():
         if kind.get("type") == "string":
             kind.update(more)
-    return schema
+    optional = name in _READ and not MODELS[name].model_fields[field].is_required()
+    return _may_be_null(schema) if optional else schema
+
+
+def _may_be_null(schema: Schema) -> Schema:
+    """Return a schema that takes null, too: in a request that says the same as to leave the field out."""
+    if "anyOf" in schema or "type" not in schema:
+        return schema
+    kind = {key: value for key, value in schema.items() if key not in {"default", "description"}}
+    return {"anyOf": [kind, {"type": "null"}], **({"default": schema["default"]} if "default" in schema else {})}
 
 
 def _alone(schema: Schema, others: Mapping[str, Schema]) -> Schema:
@@ -251,8 +262,7 @@ def _alone(schema: Schema, others: Mapping[str, Schema]) -> Schema:
 
 
 def _transaction() -> Schema:
-    kinds = [{"type": kind} for kind in ("string", "number", "boolean", "null")]
-    return {"anyOf": kinds, "description": "That of the request; null without one."}
+    return {"description": "That of the request, whatever JSON it is; null without one."}
 
 
 def _failure() -> Schema:
@@ -262,7 +272,11 @@ def _failure() -> Schema:
         "type": "object",
         "properties": {
             "status": {"const": "error"},
-            "data": {"type": "object", "maxProperties": 0, "description": "Always empty."},
+            "data": {
+                "type": "object",
+                "properties": {"consumer": {"type": "string", "description": "The consumer that says so."}},
+                "description": "Who says so, and nothing else.",
+            },
             "error": {"type": "string", "description": "Why, as a sentence."},
             "transaction": _transaction(),
         },

@@ -1,14 +1,24 @@
-"""What the broker is told of a job: its files, an event, its status, in this order; for the publisher's thread."""
+"""What the broker is told of a job: its files, an event, its status, in this order; for the publisher's thread.
 
+Segments are for the worker's thread.
+"""
+
+import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from cesar_mqtt import formats
 from cesar_mqtt.consumermessages import deletion_of, event_payload
+from cesar_mqtt.fitting import fit_note, fit_segment
+from cesar_mqtt.inflight import Note
 from cesar_mqtt.jobs import Gone, Job, JobState
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.messages import Live, status_payload
+from cesar_mqtt.logs import event
+from cesar_mqtt.messages import Live, segment_of, status_payload
 from cesar_mqtt.topics import Topics
+from cesar_mqtt.transcript import Segment
+
+logger = logging.getLogger(__name__)
 
 _PACKET_OVERHEAD = 64
 
@@ -31,6 +41,7 @@ class Tellings:
     def __init__(self, ledger: Ledger, topics: Topics, *, clock: Callable[[], float]) -> None:
         """Take where windows come from, where messages go, and seconds since the epoch."""
         self.max_packet_bytes: int | None = None
+        self._cut_job: int | None = None
         self._ledger = ledger
         self._topics = topics
         self._clock = clock
@@ -76,7 +87,24 @@ class Tellings:
         if gone.status:
             yield Telling(self._topics.status(gone.job_id), b"")
 
-    def _limit_of(self, topic: str) -> int | None:
-        """Return how large a payload on this topic may be."""
+    def of_segment(self, job: Job, segment: Segment) -> Note:
+        """Return what is told of a segment; for the worker's thread."""
+        topic, message = self._topics.segments(job.job_id), segment_of(job.job_id, segment)
+        payload, limit = message.encode(), self._limit_of(topic)
+        if limit is not None and len(payload) > limit:
+            payload = fit_segment(message, limit)
+            if self._cut_job != job.seq:
+                self._cut_job = job.seq
+                said = "Segments are told without their words, or cut: the broker takes %d bytes in a packet"
+                event(logger, logging.WARNING, "segment_cut", said, self.max_packet_bytes, job_id=job.job_id)
+        return Note(topic, payload, keep=False)
+
+    def of_note(self, note: Note) -> bytes:
+        """Return what can be said of it in one message."""
+        limit = self._limit_of(note.topic, len(note.correlation_data or b""))
+        return note.payload if limit is None else fit_note(note.payload, limit)
+
+    def _limit_of(self, topic: str, more_bytes: int = 0) -> int | None:
+        """Return how large a payload on this topic may be, with so many bytes of properties beside it."""
         limit = self.max_packet_bytes
-        return None if limit is None else limit - len(topic.encode()) - _PACKET_OVERHEAD
+        return None if limit is None else limit - len(topic.encode()) - more_bytes - _PACKET_OVERHEAD

@@ -7,6 +7,8 @@ JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 """Safe as one level of a topic in every broker and inside Home Assistant's entity ids."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MEANT = ("jobs", "audio", "request", "status", "result", "segments", "events", "rejected", "consumer")
+"""What stands behind the prefix where a consumer listens or speaks, except for answers."""
 
 
 def is_job_id(text: str) -> bool:
@@ -55,7 +57,7 @@ class Topics:
 
     def is_own(self, topic: str) -> bool:
         """Whether what is published on a topic is taken for a request, or for something that the consumer said."""
-        return topic.startswith(f"{self.prefix}/") and self._below("response", topic) is None
+        return any(self._below(name, topic) is not None for name in _MEANT)
 
     def status(self, job_id: str) -> str:
         """The retained status of one job."""

@@ -96,7 +96,13 @@ def test_members_share_the_jobs_and_the_owner_answers(serve: Serve, join: Join, 
         bus.publish("cesar/jobs", {"job_id": name, "audio_path": LONG.name})
     busy = owners(bus, ["long-1", "long-2"], "processing")
     assert set(busy.values()) == BOTH
-    assert [told["status"] for told in ask(bus, "cancel", {"job_id": "current"})] == ["error", "error"]
+    refused = ask(bus, "cancel", {"job_id": "current"})
+    assert sorted((told["status"], told["data"]["consumer"]) for told in refused) == [
+        ("error", "attic"),
+        ("error", "cellar"),
+    ]
+    assert [told["data"] for told in ask(bus, "dance", {"consumer": "attic"})] == [{"consumer": "attic"}]
+    assert len(bus.seen("cesar/rejected")) == 1, "whom it is for reports it, and nobody else"
     assert sources(ask(bus, "cancel", {"job_id": "long-1"})) == [busy["long-1"]]
     assert bus.status("long-1")["status"] == "cancelled"
     assert bus.states("long-2")[-1] == "processing"

@@ -71,6 +71,16 @@ def test_a_consumer_is_announced_when_it_connects_and_after_each_birth(
     assert home.every_status() == []
 
 
+@pytest.mark.parametrize("topic", ["other/status", "homeassistant/status"])
+def test_home_assistant_is_heard_on_its_own_birth_topic_whatever_the_discovery_prefix(
+    mosquitto: Mosquitto, serve: Serve, home: Home, topic: str
+) -> None:
+    serve("--broker", mosquitto.url, environ={PREFIX: "other"})
+    home.announced(DEVICE.replace("homeassistant", "other"))
+    home.publish(topic, "online")
+    home.announced(DEVICE.replace("homeassistant", "other"), 2)
+
+
 def test_a_broker_that_has_lost_the_announcement_gets_it_again(mosquitto: Mosquitto, serve: Serve, home: Home) -> None:
     serve("--broker", mosquitto.url)
     home.announced(DEVICE)

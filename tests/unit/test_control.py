@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from cesar_mqtt import formats
 from cesar_mqtt.catalogue import ModelEntry
@@ -19,6 +20,7 @@ from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.messages import Live, status_of
 from cesar_mqtt.models import StoreDescription
+from cesar_mqtt.schemas import payload_schemas
 from cesar_mqtt.transcript import Segment, Window
 from tests.unit.faults import FaultyDisk, failing
 
@@ -102,7 +104,7 @@ class Bench:
     def error(self, command: str, request: Any = b"") -> str:
         said = self.ask(command, request)
         assert said["status"] == "error", said
-        assert said["data"] == {}
+        assert said["data"] == {"consumer": "porch"}, "in a group, others may say the same"
         sentence: str = said["error"]
         assert sentence[-1] in ".!", sentence
         assert str(self.path.parent) not in sentence
@@ -381,9 +383,11 @@ def test_a_list_of_a_thousand_jobs_with_long_names_comes_in_pages_that_every_bro
 def test_a_list_cannot_go_on_behind_a_job_that_was_deleted(bench: Bench) -> None:
     bench.submit("a", "b")
     bench.ledger.delete("a")
-    assert bench.error("list", {"after": "a"}) == (
-        "There is no job a to go on behind, for it was deleted: begin without `after`."
-    )
+    for name in ("a", "ghost"):
+        assert bench.error("list", {"after": name}) == (
+            f"There is no job {name} to go on behind: it never was here, or it was deleted. "
+            "Start again without `after`."
+        )
 
 
 # -- the consumer -------------------------------------------------------------------------------------------------
@@ -458,13 +462,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("result", {"job_id": "a", "offset": 2**60}, "not 1152921504606846976."),
     ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MOST_BYTES}, not 3."),
     ("result", {"job_id": "a", "length": MOST_BYTES + 1}, f"from 4 to {MOST_BYTES}, not 65537."),
-    (
-        "get",
-        {"job_id": "a", "transaction": [1]},
-        "transaction must be text, a number, true, false or null, not a list.",
-    ),
-    ("get", {"job_id": "a", "transaction": "x" * 257}, "transaction has more than 256 characters."),
-    ("get", b'{"job_id": "a", "transaction": 1e999}', "transaction is too large a number."),
+    ("get", {"job_id": "a", "transaction": "ü" * 2048}, "transaction has more than 4096 bytes as JSON."),
+    ("get", {"job_id": "a", "transaction": {"x": [0] * 2048}}, "transaction has more than 4096 bytes as JSON."),
+    ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds too large a number."),
     ("list", {"a": 1, "b": 2, "c": 3, "d": 4}, "There is no field 'c'. There are other mistakes beside these."),
 ]
 
@@ -476,7 +476,18 @@ def test_what_is_wrong_is_said_with_what_it_must_be(bench: Bench, command: str, 
     assert bench.state("a") is JobState.QUEUED
 
 
-@pytest.mark.parametrize("transaction", ["ü" * 256, "", 0, -7, 1.5, 10**200, True, False, None])
+@pytest.mark.parametrize("given", [{"transaction": "x" * 5000}, b'{"transaction": {"a": 1e999}}'])
+def test_a_transaction_that_cannot_be_echoed_is_echoed_as_null(bench: Bench, given: Any) -> None:
+    for command in ("pause", "dance"):
+        said = bench.ask(command, given)
+        assert (said["status"], said["transaction"]) == ("error", None)
+    assert not bench.ledger.totals().paused
+
+
+@pytest.mark.parametrize(
+    "transaction",
+    ["ü" * 2047, "", 0, -7, 1.5, 10**200, True, False, None, [], {}, [1, "a", None], {"id": {"n": [1.5, "ü"]}}],
+)
 def test_the_transaction_is_echoed_with_every_answer(bench: Bench, transaction: Any) -> None:
     bench.submit("a")
     for command, request_ in (
@@ -530,6 +541,46 @@ def test_changes_are_logged_with_the_job_and_looks_are_not(bench: Bench, caplog:
             bench.ok(command)
     said = [record.getMessage() for record in caplog.records]
     assert said == ["Job is now cancelled on request", "Job is now deleted on request", "Jobs are held back on request"]
+
+
+def test_the_cancelling_of_a_job_in_work_is_logged_as_what_it_is(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.submit("a")
+    bench.claim()
+    with caplog.at_level("INFO"):
+        bench.ok("cancel", b"current")
+    (record,) = caplog.records
+    assert record.getMessage() == "The job in work was asked to end"
+    assert (record.__dict__["action"], record.__dict__["job_id"]) == ("cancel", "a")
+
+
+@pytest.mark.parametrize("command", ["get", "result", "list", "pause", "models"])
+def test_null_is_a_field_that_was_left_out(bench: Bench, command: str) -> None:
+    complete(bench, "a", "Good morning. Goodbye.", ("srt",))
+    needed = {"job_id": "a"} if "job_id" in COMMANDS[command].model_fields else {}
+    left_out = dict.fromkeys(COMMANDS[command].model_fields)
+    assert {**left_out, **needed} != needed
+    assert bench.ask(command, {**left_out, **needed}) == bench.ask(command, needed)
+
+
+@pytest.mark.parametrize(
+    ("schema", "command", "request_"),
+    [
+        ("ListCommand", "list", {"limit": None, "status": None, "after": None, "consumer": None}),
+        ("ListCommand", "list", {"limit": 0}),
+        ("ListCommand", "list", {"limit": 5, "transaction": [{"a": 1}, None]}),
+        ("ResultCommand", "result", {"job_id": "a", "format": None, "offset": None, "length": None}),
+        ("ResultCommand", "result", {"job_id": "a", "length": 3}),
+        ("JobCommand", "get", {"job_id": None}),
+    ],
+)
+def test_what_the_schema_of_a_command_allows_is_what_the_consumer_takes(
+    bench: Bench, schema: str, command: str, request_: dict[str, Any]
+) -> None:
+    complete(bench, "a", "Good morning.", ("srt",))
+    allowed = Draft202012Validator(payload_schemas()[schema]).is_valid(request_)
+    assert allowed == (bench.ask(command, request_)["status"] == "ok")
 
 
 # -- anything at all ----------------------------------------------------------------------------------------------
@@ -615,6 +666,13 @@ def test_what_is_asked_of_another_consumer_by_name_is_left_to_it(bench: Bench, m
 
 def test_the_name_of_a_consumer_has_to_be_one(bench: Bench) -> None:
     assert "consumer must be the name of a consumer" in bench.error("pause", {"consumer": "a/b"})
+    bench.ask("dance", {"consumer": "a/b"})
+
+
+@pytest.mark.parametrize("command", ["dance", "pause", "get", "list"])
+def test_a_request_to_another_consumer_is_left_to_it_however_wrong_it_is(bench: Bench, command: str) -> None:
+    assert bench.is_silent(command, {"consumer": "attic", "limit": 0, "nonsense": 1})
+    assert bench.ask(command, {"consumer": "porch", "limit": 0, "nonsense": 1})["data"] == {"consumer": "porch"}
 
 
 def test_a_job_in_work_is_told_with_how_far_it_is(bench: Bench) -> None:

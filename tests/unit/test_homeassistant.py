@@ -15,7 +15,7 @@ from cesar_mqtt.consumermessages import Activity, Event
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.homeassistant import (
     Mode,
-    birth_topic,
+    birth_topics,
     discovery_filters,
     discovery_messages,
 )
@@ -161,8 +161,14 @@ def planner() -> Planner:
     return Planner(KITCHEN, AnyModel(), max_payload_bytes=1000)
 
 
-def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: Planner) -> None:
-    plan = planner.plan(delivery(birth_topic("homeassistant"), b"online"))
+def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix() -> None:
+    assert birth_topics("homeassistant") == ("homeassistant/status",)
+    assert birth_topics("home/discovery") == ("home/discovery/status", "homeassistant/status")
+
+
+@pytest.mark.parametrize("topic", birth_topics("other"))
+def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: Planner, topic: str) -> None:
+    plan = planner.plan(delivery(topic, b"online"))
     assert plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
 

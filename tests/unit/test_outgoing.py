@@ -80,7 +80,7 @@ def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     out.send(line)
     out.settle(ticket.mid, "Not authorized")
     assert out.take_published() == [(ticket, "Not authorized")]
-    assert "refused a message: Not authorized" in caplog.text
+    assert "refused a message on t: Not authorized" in caplog.text
 
 
 def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:

@@ -89,6 +89,32 @@ def test_a_request_topic_gives_away_what_stands_in_the_place_of_the_command(topi
 
 
 @pytest.mark.parametrize(
+    ("topic", "own"),
+    [
+        ("cesar/jobs", True),
+        ("cesar/jobs/a", True),
+        ("cesar/audio", True),
+        ("cesar/audio/a", True),
+        ("cesar/request/cancel", True),
+        ("cesar/status/a", True),
+        ("cesar/result/a/srt", True),
+        ("cesar/segments/a", True),
+        ("cesar/events", True),
+        ("cesar/rejected", True),
+        ("cesar/consumer/attic/state", True),
+        ("cesar/response/me", False),
+        ("cesar/replies/1", False),
+        ("cesar/jobs-done", False),
+        ("cesar", False),
+        ("replies/1", False),
+        ("other/cesar/jobs", False),
+    ],
+)
+def test_an_answer_may_go_to_every_topic_that_has_no_meaning_of_its_own(topic: str, *, own: bool) -> None:
+    assert TOPICS.is_own(topic) is own
+
+
+@pytest.mark.parametrize(
     ("topic", "meant"),
     [("cesar/jobs", True), ("cesar/audio/a", True), ("cesar/audio", True), ("cesar/request/x", False)],
 )
