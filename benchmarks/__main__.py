@@ -1,6 +1,6 @@
 """Run the benchmarks and print one table: `make bench`, or `python -m benchmarks ledger` for a part."""
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -10,10 +10,15 @@ from benchmarks.table import show
 PARTS = {"ledger": ledger.run, "bus": bus.run, "transcription": transcription.run, "jobs": jobs.run}
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Run the benchmarks and print one table.")
+    parser.add_argument("parts", metavar="PART", nargs="*", help=f"of {', '.join(PARTS)}; all when left out")
+    names = parser.parse_args().parts or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}: name any of {', '.join(PARTS)}")
     rows = []
     with tempfile.TemporaryDirectory(prefix="cesar-mqtt-bench-") as folder:
-        for name in names or PARTS:
+        for name in names:
             part = Path(folder) / name
             part.mkdir()
             rows += PARTS[name](part)
@@ -21,4 +26,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -36,7 +36,7 @@ class JobRow:
     created_at: str
     ended_at: str
     note: str
-    """The beginning of the transcript, or what went wrong."""
+    """The beginning of the transcript, or what went wrong, behind the file's name if that came with the job."""
 
     @property
     def is_final(self) -> bool:
@@ -170,11 +170,18 @@ def _row(job_id: str, status: Mapping[str, Any]) -> JobRow:
 
 
 def _note(status: Mapping[str, Any]) -> str:
+    metadata = status.get("metadata")
+    file = metadata.get("file") if isinstance(metadata, Mapping) else None
+    parts = (file if isinstance(file, str) else "", _outcome(status))
+    return printable(": ".join(part for part in parts if part)[:_NOTE_CHARACTERS])
+
+
+def _outcome(status: Mapping[str, Any]) -> str:
     if status["status"] in ("processing", "queued"):
         return ""
     code, message = status.get("error_code"), status.get("error_message")
     if code:
-        return printable(f"{code}: {message}"[:_NOTE_CHARACTERS])
+        return f"{code}: {message}"
     if status.get("no_speech"):
         return "(no speech)"
-    return printable(str(status.get("result_text") or "")[:_NOTE_CHARACTERS])
+    return str(status.get("result_text") or "")

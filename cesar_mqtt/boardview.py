@@ -8,10 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cesar_mqtt.board import Board, ConsumerRow, JobRow
-from cesar_mqtt.wording import duration, local_time, printable
+from cesar_mqtt.wording import duration, fitting, local_clock, printable
 
-_ID_LEAST, _ID_MOST = 12, 36
-_BESIDE_ID = 60
+_ID_LEAST = 12
+_TEXT = "PROGRESS / TEXT"
+_TEXT_LEAST = 9
+_NAME_LEAST = 4
+_JOB_CELLS = {"STATUS": 10, _TEXT: 20, "LENGTH": 7, "SPEED": 6, "ETA/END": 8}
+"""How wide the columns beside the id are; the text takes what is left, and less before it goes itself."""
 _CONSUMER_SHARE = 3
 _BAR_LEAST, _BAR_MOST = 4, 40
 _PERCENT = 5
@@ -28,6 +32,7 @@ _STYLES = {
     "draining": "yellow",
 }
 _CONSUMER_COLUMNS = ("CONSUMER", "ACTIVITY", "QUEUED", "OLDEST", "COMPLETED", "ERROR", "CANCELLED")
+_CONSUMER_CELLS = {"ACTIVITY": 10, "OLDEST": 7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class View:
         yield self._head(width)
         consumers = self.board.consumers
         shown = consumers[: max(1, height // _CONSUMER_SHARE - 2)]
-        yield _consumer_table(shown, missing=len(consumers) - len(shown))
+        yield _consumer_table(shown, width, missing=len(consumers) - len(shown))
         yield Text()
         # Title, the consumers with their head, a blank line; the jobs' head and what is said of the others.
         room = max(1, height - len(shown or [0]) - 5)
@@ -98,49 +103,70 @@ def line_of(row: JobRow | ConsumerRow) -> str:
     return " ".join(("job", row.job_id, *(part for part in facts if part)))
 
 
-def _consumer_table(rows: list[ConsumerRow], *, missing: int) -> Table | Text:
+def _consumer_table(rows: list[ConsumerRow], width: int, *, missing: int) -> Table | Text:
     if not rows:
         return Text("No consumer has been heard of.", style="yellow")
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in _CONSUMER_COLUMNS:
+    widths = {name: max(len(name), _CONSUMER_CELLS.get(name, 0)) for name in _CONSUMER_COLUMNS}
+    widths["CONSUMER"] = max(widths["CONSUMER"], *(len(row.name) for row in rows))
+    names = fitting(widths, width, gap=2, dropped_first=reversed(_CONSUMER_COLUMNS[1:]))
+    for name in names:
         right = name not in ("CONSUMER", "ACTIVITY")
         title = f"{name} ({missing} more)" if missing and name == "CONSUMER" else name
         table.add_column(title, no_wrap=True, justify="right" if right else "left", overflow="ellipsis")
     for row in rows:
         oldest = row.queue.get("oldest_age")
-        cells = (
-            row.count("queued"),
-            duration(oldest) if isinstance(oldest, int | float) else "",
-            row.count("completed_total"),
-            row.count("error_total"),
-            row.count("cancelled_total"),
-        )
-        activity = Text(row.activity, style=_STYLES.get(row.activity, ""))
-        table.add_row(Text(row.name), activity, *cells, style="" if row.online else "dim")
+        cells: dict[str, Text | str] = {
+            "CONSUMER": Text(row.name),
+            "ACTIVITY": Text(row.activity, style=_STYLES.get(row.activity, "")),
+            "QUEUED": row.count("queued"),
+            "OLDEST": duration(oldest) if isinstance(oldest, int | float) else "",
+            "COMPLETED": row.count("completed_total"),
+            "ERROR": row.count("error_total"),
+            "CANCELLED": row.count("cancelled_total"),
+        }
+        table.add_row(*(cells[name] for name in names), style="" if row.online else "dim")
     return table
 
 
 def _job_table(rows: list[JobRow], width: int, *, ascii_only: bool) -> Table:
-    longest = max((len(row.job_id) for row in rows), default=0)
-    id_width = max(_ID_LEAST, min(longest, _ID_MOST, width - _BESIDE_ID))
-    fixed = (id_width, 10, 7, 6, 8)
-    bar_width = max(_BAR_LEAST, width - sum(fixed) - len(fixed) - _PERCENT)
+    widths = {"JOB": max(_ID_LEAST, *(len(row.job_id) for row in rows), 0), **_JOB_CELLS}
+    names = fitting(widths, width, gap=1, dropped_first=("SPEED", "LENGTH", "ETA/END"))
+    least = {name: _TEXT_LEAST if name == _TEXT else widths[name] for name in names}
+    names = fitting(least, width, gap=1, dropped_first=(_TEXT, "STATUS"))
+    room = width - sum(widths[name] + 1 for name in names if name != _TEXT)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0), width=width)
-    table.add_column("JOB", width=fixed[0], no_wrap=True, overflow="ellipsis")
-    table.add_column("STATUS", width=fixed[1], no_wrap=True)
-    table.add_column("PROGRESS / TEXT", ratio=1, no_wrap=True, overflow="ellipsis")
-    for name, cells in zip(("LENGTH", "SPEED", "ETA/END"), fixed[2:], strict=True):
-        table.add_column(name, width=cells, no_wrap=True, justify="right")
+    for name in names:
+        if name == _TEXT:
+            table.add_column(name, ratio=1, no_wrap=True, overflow="ellipsis")
+        else:
+            right = name not in ("JOB", "STATUS")
+            table.add_column(name, width=min(widths[name], width), no_wrap=True, justify="right" if right else "left")
     for row in rows:
-        table.add_row(
-            Text(row.job_id),
-            Text(f"{row.state} {row.position}" if row.position else row.state, style=_STYLES[row.state]),
-            _bar(row.progress, min(_BAR_MOST, bar_width), ascii_only) if row.state == "processing" else Text(row.note),
-            duration(row.duration_s),
-            f"{row.speed:.1f}x" if row.speed else "",
-            local_time(row.ended_at)[-8:] if row.is_final else duration(row.eta_s),
-        )
+        cells = _job_cells(row, room, ascii_only=ascii_only)
+        if "STATUS" not in names:
+            cells["JOB"].stylize(_STYLES[row.state])
+        table.add_row(*(cells[name] for name in names))
     return table
+
+
+def _job_cells(row: JobRow, room: int, *, ascii_only: bool) -> dict[str, Text]:
+    working = row.state == "processing"
+    return {
+        "JOB": Text(row.job_id),
+        "STATUS": Text(f"{row.state} {row.position}" if row.position else row.state, style=_STYLES[row.state]),
+        _TEXT: _work(row, room, ascii_only=ascii_only) if working else Text(row.note),
+        "LENGTH": Text(duration(row.duration_s)),
+        "SPEED": Text(f"{row.speed:.1f}x" if row.speed else ""),
+        "ETA/END": Text(local_clock(row.ended_at) if row.is_final else duration(row.eta_s)),
+    }
+
+
+def _work(row: JobRow, room: int, *, ascii_only: bool) -> Text:
+    """Draw how far a job is, before the file's name if that is known."""
+    most = _BAR_MOST if not row.note else _BAR_MOST // 4
+    bar = _bar(row.progress, max(_BAR_LEAST, min(most, room - _PERCENT)), ascii_only)
+    return bar.append(f" {row.note}", style="") if row.note and room - len(bar) > _NAME_LEAST else bar
 
 
 def _bar(progress: float | None, width: int, ascii_only: bool) -> Text:  # noqa: FBT001 - it is drawn in one place

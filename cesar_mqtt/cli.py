@@ -3,17 +3,22 @@
 Heavy modules are imported by the command that needs them: `--help` has to answer at once.
 """
 
+import errno
 import os
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cesar_mqtt import commands, groups
+from cesar_mqtt import commands, groups, terminal
 from cesar_mqtt.errors import CesarError, ExitCode
-from cesar_mqtt.flags import Broker, Config, DataDir, Prefix
+from cesar_mqtt.flags import Broker, Config, DataDir, NoBroker, NoConfig, NoPrefix, Prefix
 from cesar_mqtt.flags import load as _settings
+
+# As `formats` and `messages` have them, which are too heavy to be imported here.
+_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+_TASKS = ("transcribe", "translate")
 
 app = typer.Typer(
     name="cesar-mqtt",
@@ -26,35 +31,48 @@ app = typer.Typer(
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code and has told the user on stderr what went wrong."""
+    terminal.open_closed()
+    code: int = ExitCode.OK
+    try:
+        code = _run(arguments)
+        terminal.settle()
+    except terminal.OutputError as exc:
+        terminal.say(str(exc))
+        return code or exc.exit_code
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         result = app(arguments, standalone_mode=False)
     except CesarError as exc:
-        _say(str(exc))
+        terminal.say(str(exc))
         return exc.exit_code
-    except typer.Exit as exc:
-        return exc.exit_code
-    except BrokenPipeError:  # whoever read has enough, as `head` has; the interpreter's own last flush must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
+    except SystemExit as exc:
+        if isinstance(exc.__context__, BrokenPipeError):  # whoever read has enough; typer makes a failure of that
+            return ExitCode.OK
+        raise
     except (KeyboardInterrupt, typer.Abort):
         return ExitCode.INTERRUPTED
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        terminal.say(f"Nothing more can be written: {exc.strerror}.")
+        return ExitCode.FAILED
     except Exception as exc:
         if not hasattr(exc, "show"):  # click's own errors can show themselves
             raise
-        exc.show()
+        with suppress(OSError):
+            exc.show()
         return int(getattr(exc, "exit_code", ExitCode.USAGE))
     return result if isinstance(result, int) else ExitCode.OK
-
-
-def _say(text: str) -> None:
-    print(f"cesar-mqtt: {text}", file=sys.stderr)  # noqa: T201 - this is the terminal
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 - typer's way
     if value:
         from cesar_mqtt import __version__
 
-        typer.echo(f"cesar-mqtt {__version__}")
+        terminal.out(f"cesar-mqtt {__version__}")
         raise typer.Exit
 
 
@@ -106,31 +124,36 @@ def serve(
         try:
             code = service.run(stop)
         except CesarError as exc:
-            _say(str(exc))
+            terminal.say(str(exc))
             code = exc.exit_code
     if code is not ExitCode.OK:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
-        sys.stderr.flush()
         os._exit(code)
     return code
 
 
 @app.command()
 def submit(
-    audio: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="The recordings.")],
+    audio: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="The recordings; - is stdin.")],
     *,
     by_path: Annotated[
-        bool, typer.Option("--by-path", help="Send only the paths, for files that the consumer can read.")
+        bool,
+        typer.Option(
+            "--by-path",
+            help="Send only the paths, for files that the consumer can read; "
+            "a relative one is looked up in its audio.directories.",
+        ),
     ] = False,
     job_id: Annotated[str | None, typer.Option(metavar="ID", help="The job's id; for one recording only.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; detected when left out.")] = None,
-    task: Annotated[str | None, typer.Option(metavar="transcribe|translate")] = None,
+    task: Annotated[str | None, typer.Option(metavar="|".join(_TASKS), autocompletion=lambda: _TASKS)] = None,
     result_format: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--format",
-            metavar="txt|srt|vtt|tsv|json",
+            metavar="|".join(_FORMATS),
+            autocompletion=lambda: _FORMATS,
             help="Print such a file instead of the transcript; of several recordings, one file after the other.",
         ),
     ] = None,
@@ -152,14 +175,15 @@ def submit(
 
     Exit code 0: all completed; 1: at least one did not, or its file did not come; 3: the time ran out.
     """
-    from cesar_mqtt.formats import FORMATS
     from cesar_mqtt.submit import Order, submit_and_wait
     from cesar_mqtt.topics import is_job_id
 
     if job_id is not None and (len(audio) > 1 or not is_job_id(job_id)):
         raise typer.BadParameter("it takes one recording and 1 to 64 of A-Z, a-z, 0-9, _ and -", param_hint="--job-id")
-    if result_format is not None and result_format not in FORMATS:
-        raise typer.BadParameter(f"{result_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")
+    if result_format and (len(result_format) > 1 or result_format[0] not in _FORMATS):
+        raise typer.BadParameter(f"it takes one of {', '.join(_FORMATS)}", param_hint="--format")
+    if task is not None and task not in _TASKS:
+        raise typer.BadParameter(f"{task!r} is none of {', '.join(_TASKS)}", param_hint="--task")
     flags = {"topic_prefix": topic_prefix, "broker": {"url": broker}}
     settings = _settings(flags, config)
     options = {"model_size": model, "language": language, "task": task}
@@ -168,7 +192,7 @@ def submit(
         by_path=by_path,
         job_id=job_id,
         options={field: value for field, value in options.items() if value is not None},
-        result_format=result_format,
+        result_format=result_format[0] if result_format else None,
         wait=not no_wait,
         timeout_s=timeout,
         as_json=as_json,
@@ -177,7 +201,7 @@ def submit(
 
 
 @app.command()
-def demo() -> int:
+def demo(*, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, _config: NoConfig = None) -> int:
     """Show the whole way in one process, with no set-up: broker, consumer, a recording, its transcript."""
     from cesar_mqtt import demo as demonstration
 
@@ -208,6 +232,9 @@ def schema_json(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a file for each payload there instead.")
     ] = None,
+    _broker: NoBroker = None,
+    _topic_prefix: NoPrefix = None,
+    _config: NoConfig = None,
 ) -> int:
     """Print the JSON Schema of every payload, as one document."""
     from cesar_mqtt import schemacommands

@@ -153,6 +153,7 @@ class Brief(Payload):
     audio_duration: float | None
     model_size: str
     error_code: str | None
+    metadata: dict[str, Any]
 
 
 class JobList(Payload):

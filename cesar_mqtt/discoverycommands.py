@@ -4,18 +4,17 @@ For the main thread; they talk to the broker, not to the consumer.
 """
 
 import json
-import sys
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Self
 
 from cesar_mqtt import homeassistant, logs
 from cesar_mqtt.addresses import parse_broker_url
-from cesar_mqtt.client import MqttClient, PublishTicket, Subscription
+from cesar_mqtt.client import PublishTicket, Subscription
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import CesarError, ExitCode
-from cesar_mqtt.requester import NoAnswerError, reach
+from cesar_mqtt.requester import NoAnswerError, passing_client, reach
+from cesar_mqtt.terminal import out, say
 from cesar_mqtt.topics import Topics
 
 _TIMEOUT_S = 10.0
@@ -29,7 +28,7 @@ def show(settings: Settings) -> ExitCode:
     wanted = settings.homeassistant
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     messages = homeassistant.discovery_messages(topics, mode=wanted.discovery, prefix=wanted.prefix)
-    _out(json.dumps({topic: json.loads(payload) for topic, payload in messages.items()}, indent=2, ensure_ascii=False))
+    out(json.dumps({topic: json.loads(payload) for topic, payload in messages.items()}, indent=2, ensure_ascii=False))
     return ExitCode.OK
 
 
@@ -46,15 +45,15 @@ def remove(settings: Settings, *, as_json: bool) -> ExitCode:
         announced = sorted(topic for topic in found if topic != topics.own("state"))
         broker.clear(announced)
     if as_json:
-        _out(json.dumps({"removed": announced}))
+        out(json.dumps({"removed": announced}))
         return ExitCode.OK
     for topic in announced:
-        _out(f"removed {topic}")
+        out(f"removed {topic}")
     if not announced:
         name, prefix = settings.consumer.name, settings.homeassistant.prefix
-        _out(f"Nothing of the consumer {name!r} is announced below {prefix}/: there is nothing to remove.")
+        out(f"Nothing of the consumer {name!r} is announced below {prefix}/: there is nothing to remove.")
     elif b"online" in found.get(topics.own("state"), b""):
-        _say(
+        say(
             f"The consumer {settings.consumer.name!r} is running, and announces itself again when it or Home Assistant "
             "connects the next time: set homeassistant.enabled to false, or stop it, and remove again."
         )
@@ -68,20 +67,11 @@ class _Retained:
         filters = homeassistant.discovery_filters(topics.consumer, prefix=settings.homeassistant.prefix)
         self._address = parse_broker_url(settings.broker.url).redacted
         self._published: dict[PublishTicket, str | None] = {}
-        self._client = MqttClient(
-            settings.broker,
-            client_id=f"cesar-discovery-{uuid.uuid4().hex[:12]}",
-            persistent=False,
-            subscriptions=[Subscription(name, wants_retained=True) for name in (*filters, topics.own("state"))],
-            on_published=self._published.__setitem__,
-        )
+        wanted = [Subscription(name, wants_retained=True) for name in (*filters, topics.own("state"))]
+        self._client = passing_client(settings.broker, "discovery", wanted, on_published=self._published.__setitem__)
 
     def __enter__(self) -> Self:
-        try:
-            reach(self._client, self._address, _TIMEOUT_S)
-        except BaseException:
-            self._client.close()
-            raise
+        reach(self._client, self._address, _TIMEOUT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,11 +100,3 @@ class _Retained:
             reason = None if ticket is None else self._published[ticket]
             if reason is not None:
                 raise CesarError(f"The broker does not let {topic} be removed: {reason}.")
-
-
-def _out(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"cesar-mqtt: {text}\n")

@@ -13,16 +13,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cesar_mqtt import __file__ as package_file
 from cesar_mqtt import salvage
 from cesar_mqtt.books import lock
-from cesar_mqtt.config import Settings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
-from cesar_mqtt.requester import NoAnswerError, Requester
+from cesar_mqtt.config import ModelSettings, Settings
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.requester import NoAnswerError, Requester, UnreachableError
 from cesar_mqtt.shell import quiet
+from cesar_mqtt.terminal import out
 from cesar_mqtt.topics import Topics
-from cesar_mqtt.wording import duration, number, printable, size
+from cesar_mqtt.wording import duration, many, number, printable, size
+
+if TYPE_CHECKING:
+    from cesar_mqtt.catalogue import Place
+    from cesar_mqtt.models import ModelStore
 
 _ROOM_BYTES = 1 << 30
 _DAY_S = 24 * 3600.0
@@ -77,34 +83,51 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     try:
         requester = Requester(settings, ["health"], timeout_s=timeout_s, also=wanted)
         connection = requester.connect()
-    except BrokerRefusedError as exc:
-        yield Finding("broker", Verdict.WRONG, str(exc), "The user or the password is wrong, or the broker wants one.")
-        return
     except CesarError as exc:
-        yield Finding("broker", Verdict.WRONG, str(exc), "Start the broker, or set broker.url.")
+        yield Finding("broker", Verdict.WRONG, *_told(exc))
         return
     try:
         yield Finding("broker", Verdict.OK, f"{requester.address} answers in MQTT {connection.protocol}")
-        yield _reading(connection.refused_filters)
+        yield _reading(connection.refused_filters, needed=wanted)
         yield _publishing(requester, topics, tells=connection.protocol == "5")
         yield _consumer(requester)
     finally:
         requester.close()
 
 
-def _reading(refused: tuple[str, ...]) -> Finding:
-    if refused:
+def _told(error: CesarError) -> tuple[str, str]:
+    """Return what happened and what to do, which stand in one sentence or two."""
+    if isinstance(error, UnreachableError):
+        return error.what, error.what_to_do
+    if isinstance(error, ConfigError):
+        unreadable = "cannot be read" in str(error)
+        return str(error), "Let this user read it, or name another one." if unreadable else "Correct that setting."
+    what, sign, to_do = str(error).rpartition("; " if isinstance(error, BrokerRefusedError) else ". ")
+    if not sign:
+        return str(error), "Correct that setting."
+    return what, to_do[:1].upper() + to_do[1:].removesuffix(": see `cesar-mqtt doctor`.")
+
+
+def _reading(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
+    if not refused:
+        return Finding("subscribing", Verdict.OK, "The broker grants the topics of statuses and answers")
+    missing = [topic for topic in refused if topic in needed]
+    if missing:
         advice = "Allow this user to read them, in the broker's access list."
-        return Finding("subscribing", Verdict.WRONG, f"The broker does not grant {', '.join(refused)}", advice)
-    return Finding("subscribing", Verdict.OK, "The broker grants the topics of statuses and answers")
+        return Finding("subscribing", Verdict.WRONG, f"The broker does not grant {', '.join(missing)}", advice)
+    told = f"The broker does not grant {', '.join(refused)}, which `submit` can do without"
+    return Finding("subscribing", Verdict.NOTE, told, "Allow this user to read them for `jobs`, `show` and the like.")
 
 
 def _publishing(requester: Requester, topics: Topics, *, tells: bool) -> Finding:
-    """Publish what consumers pass over: an empty job."""
+    """Publish what consumers pass over: an empty job. Who may answer as a consumer is its user, and needs no more."""
     reason = requester.try_to_publish(topics.jobs, b"")
     if reason is not None:
-        advice = "Allow this user to write there, in the broker's access list."
-        return Finding("publishing", Verdict.WRONG, f"On {topics.jobs}: {printable(reason)}", advice)
+        serves = requester.try_to_publish(topics.response("health"), b"") is None
+        verdict = Verdict.NOTE if serves else Verdict.WRONG
+        advice = "Allow this user to write there, in the broker's access list"
+        advice += ", if it is not only the consumer's." if serves else "."
+        return Finding("publishing", verdict, f"On {topics.jobs}: {printable(reason)}", advice)
     if not tells:
         return Finding("publishing", Verdict.NOTE, "In MQTT 3.1.1 a broker does not say whether it drops what is sent")
     return Finding("publishing", Verdict.OK, f"The broker takes messages on {topics.jobs}")
@@ -113,10 +136,13 @@ def _publishing(requester: Requester, topics: Topics, *, tells: bool) -> Finding
 def _consumer(requester: Requester) -> Finding:
     try:
         health = requester.ask("health")
+    except BrokerRefusedError as exc:  # as a producer's user, which needs no more than to see that somebody is there
+        told = f"{', '.join(requester.online)} is online, but {exc}"
+        return Finding("consumer", Verdict.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
     except NoAnswerError as exc:
-        return Finding("consumer", Verdict.WRONG, str(exc), "Start `cesar-mqtt serve`, or see its log.")
+        return Finding("consumer", Verdict.WRONG, *_told(exc))
     except CesarError as exc:
-        return Finding("consumer", Verdict.WRONG, str(exc), "Allow this user to write and read the control topics.")
+        return Finding("consumer", Verdict.WRONG, str(exc), "See the consumer's log.")
     names = ", ".join(requester.online) or "A consumer"
     if health.get("worker_alive") is not True:
         return Finding(
@@ -130,31 +156,54 @@ def _consumer(requester: Requester) -> Finding:
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
-    """Load the default model as the consumer would, except that nothing is fetched."""
-    from cesar_mqtt.models import ModelStore  # noqa: PLC0415 - the broker's lines should not wait for it
+    """Load the default model as the consumer would, except that nothing is fetched, and joined in a passing folder."""
+    # The broker's lines should not wait for these.
+    from cesar_mqtt.modelcommands import models_folder  # noqa: PLC0415
+    from cesar_mqtt.models import ModelStore  # noqa: PLC0415
 
     local = settings.models.model_copy(update={"download": False})
+    folder = models_folder(settings)
+    advice = "See `cesar-mqtt models list`."
     try:
-        store = ModelStore(local, folder=settings.data_dir / "models")
+        store = ModelStore(local, folder=folder)
         name = store.default_name()
         place = store.catalogue.find(name)
         if place is None and settings.models.download:
             advice = f"It is fetched at the first job; `cesar-mqtt models pull {name}` does it now."
             yield Finding("model", Verdict.NOTE, f"{name} is not on this machine", advice)
             return
-        if place is not None and place.path is None:  # loading would write 145 MB, perhaps as another user
-            advice = f"The first job puts it together; `cesar-mqtt models pull {name}` does it now."
-            yield Finding("model", Verdict.NOTE, f"{name} is here in the parts of its packages", advice)
+        if place is not None and place.path is None:
+            yield _joined(ModelStore, local, settings, name)
             return
-        started = time.monotonic()
-        store.load(name)
+        yield Finding("model", Verdict.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
     except CesarError as exc:
-        yield Finding("model", Verdict.WRONG, str(exc), "See `cesar-mqtt models list`.")
-        return
+        yield Finding("model", Verdict.WRONG, str(exc), advice)
+
+
+def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
+    """Put a model together where the first job will, but under a name that goes again. Raises JobFailedError."""
+    beside = _nearest(settings.data_dir)
+    place = beside if os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".cesar-mqtt-doctor-", dir=place) as passing:
+        told = _proved(make_store(models, folder=Path(passing)), name)
+    advice = f"The first job puts it together to stay; `cesar-mqtt models pull {name}` does it now."
+    return Finding("model", Verdict.OK, f"{name}, put together from its packages for this check, {told}", advice)
+
+
+def _proved(store: "ModelStore", name: str) -> str:
+    """Load a model, which proves that it runs. Raises JobFailedError."""
+    started = time.monotonic()
+    store.load(name)
     took = time.monotonic() - started
-    where = "this machine" if place is None else f"the {place.origin}" + (f" {place.path}" if place.path else "")
-    what = f"{name} from {where} runs on {store.device} in {store.compute_type} (loaded in {took:.1f} s)"
-    yield Finding("model", Verdict.OK, what)
+    return f"runs on {store.device} in {store.compute_type} (loaded in {took:.1f} s)"
+
+
+def _origin(place: "Place | None", joined_in: Path) -> str:
+    if place is None or place.path is None:
+        return ""
+    if place.path.parent == joined_in:
+        return f", put together from its packages in {place.path},"
+    return f" from the {place.origin} {place.path}"
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -230,7 +279,7 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         told = f"{path} is damaged: {printable(salvage.shown(found.lost)[0])}" if found.lost else f"{path} is damaged"
         yield Finding("ledger", Verdict.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
         return
-    yield Finding("ledger", Verdict.OK, f"{path} is whole and holds {len(found.jobs)} jobs")
+    yield Finding("ledger", Verdict.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")
 
 
 def check_clock(now: float) -> Iterator[Finding]:
@@ -261,4 +310,4 @@ def _print(finding: Finding, *, as_json: bool) -> None:
     else:
         line = f"{finding.verdict:<5}  {finding.check:<14}  {printable(finding.detail)}"
         line = f"{line.rstrip('.')}. {finding.what_to_do}" if finding.what_to_do else line
-    print(line, flush=True)  # noqa: T201 - stdout is the product
+    out(line, flush=True)

@@ -18,6 +18,11 @@ DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the led
 Prefix = Annotated[str | None, typer.Option(metavar="P", help="What all topics begin with (default: cesar).")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file (default: ./cesar.toml if there).")]
 
+# Every command takes these three. Where one means nothing it is read, not shown in the help, and passed over.
+NoBroker = Annotated[str | None, typer.Option("--broker", metavar="URL", hidden=True)]
+NoPrefix = Annotated[str | None, typer.Option("--topic-prefix", metavar="P", hidden=True)]
+NoConfig = Annotated[Path | None, typer.Option("--config", metavar="FILE", hidden=True)]
+
 
 def load(flags: dict[str, Any], config: Path | None, *, serving: bool = False) -> "Settings":
     """Read the settings as `config.load_settings` does; only `serve` has a broker inside when none is named.

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cesar_mqtt import flags
-from cesar_mqtt.flags import Broker, Config, DataDir, Prefix
+from cesar_mqtt.flags import Broker, Config, DataDir, NoBroker, NoPrefix, Prefix
 
 ledger = typer.Typer(no_args_is_help=True, help="Look after a ledger that no consumer has open.", rich_markup_mode=None)
 
@@ -20,7 +20,9 @@ def _ledger_path(data_dir: Path | None, config: Path | None) -> Path:
 
 
 @ledger.command("check")
-def ledger_check(*, data_dir: DataDir = None, config: Config = None) -> int:
+def ledger_check(
+    *, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, data_dir: DataDir = None, config: Config = None
+) -> int:
     """Say what the ledger holds, and what of it is damaged (exit 74); changes nothing."""
     from cesar_mqtt import upkeep
 
@@ -32,6 +34,8 @@ def ledger_repair(
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     data_dir: DataDir = None,
+    _broker: NoBroker = None,
+    _topic_prefix: NoPrefix = None,
     config: Config = None,
 ) -> int:
     """Say what a damaged ledger can keep and what it has lost, ask, and write a whole one."""
@@ -41,7 +45,9 @@ def ledger_repair(
 
 
 @ledger.command("compact")
-def ledger_compact(*, data_dir: DataDir = None, config: Config = None) -> int:
+def ledger_compact(
+    *, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, data_dir: DataDir = None, config: Config = None
+) -> int:
     """Bring everything into ledger.json alone."""
     from cesar_mqtt import upkeep
 
@@ -49,7 +55,9 @@ def ledger_compact(*, data_dir: DataDir = None, config: Config = None) -> int:
 
 
 @ledger.command("export")
-def ledger_export(*, data_dir: DataDir = None, config: Config = None) -> int:
+def ledger_export(
+    *, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, data_dir: DataDir = None, config: Config = None
+) -> int:
     """Print every job as JSON, one a line."""
     from cesar_mqtt import upkeep
 
@@ -68,6 +76,7 @@ DiscoveryPrefix = Annotated[
 def discovery_show(
     *,
     name: Name = None,
+    _broker: NoBroker = None,
     topic_prefix: Prefix = None,
     discovery_prefix: DiscoveryPrefix = None,
     config: Config = None,
@@ -113,6 +122,8 @@ def models_list(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     data_dir: DataDir = None,
+    _broker: NoBroker = None,
+    _topic_prefix: NoPrefix = None,
     config: Config = None,
 ) -> int:
     """Print the models that can be used without a network, and those that may be fetched."""
@@ -126,6 +137,8 @@ def models_pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Such as base; `models list` names them.")],
     *,
     data_dir: DataDir = None,
+    _broker: NoBroker = None,
+    _topic_prefix: NoPrefix = None,
     config: Config = None,
 ) -> int:
     """Fetch a model, so that it can be used without a network, and print its folder.

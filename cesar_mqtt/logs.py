@@ -7,6 +7,7 @@ here: a secret is kept out of the log by whoever would have logged it.
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal, TextIO
@@ -34,7 +35,7 @@ def configure(
         level: from which level on this package's own loggers are heard.
         stream: where to write; None: standard error.
     """
-    handler = logging.StreamHandler(stream)
+    handler = _Handler(stream)
     handler.set_name(_OURS)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     # A library may give its own logger a level, which then no longer asks the root: the handler has the last word.
@@ -87,6 +88,15 @@ def event(
     """
     extra = {"action": action, "job_id": job_id, "fields": fields}
     logger.log(level, message, *args, exc_info=exc_info, extra=extra, stacklevel=2)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes lines; where they cannot be written, as nobody reads them or the disk is full, the work goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Let a line go that cannot be written; anything else is a mistake that should be seen."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class TextFormatter(logging.Formatter):

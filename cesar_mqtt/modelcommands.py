@@ -1,7 +1,6 @@
 """The commands `models list` and `models pull`: which models can be used without a network, and fetching one."""
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from cesar_mqtt import hub, logs
 from cesar_mqtt.catalogue import Catalogue, ModelEntry
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, JobFailedError
+from cesar_mqtt.terminal import out, say
 
 _SAY_EVERY_S = 5.0
 _LANGUAGES = {True: "multilingual", False: "English", None: "unknown"}
@@ -27,17 +27,17 @@ def list_models(settings: Settings, *, as_json: bool) -> ExitCode:
     here = [entry for entry in entries if entry.origin is not None]
     if as_json:
         models = [_plain(entry) for entry in here]
-        _out(json.dumps({"default": catalogue.default_name(), "models": models, "downloadable": others}))
+        out(json.dumps({"default": catalogue.default_name(), "models": models, "downloadable": others}))
         return ExitCode.OK
     _print_table(here)
     if not any(entry.default for entry in here):
-        _out(f"The default is {catalogue.default_name()}, which is not on this machine.")
+        out(f"The default is {catalogue.default_name()}, which is not on this machine.")
     if others:
-        _out(f"`cesar-mqtt models pull NAME` fetches: {', '.join(others)}")
+        out(f"`cesar-mqtt models pull NAME` fetches: {', '.join(others)}")
         if hub.is_offline():
-            _out("Now it cannot: HF_HUB_OFFLINE is set.")
+            out("Now it cannot: HF_HUB_OFFLINE is set.")
     elif not settings.models.download:
-        _out("Others may not be downloaded (models.download is false).")
+        out("Others may not be downloaded (models.download is false).")
     return ExitCode.OK
 
 
@@ -52,20 +52,21 @@ def pull(name: str, settings: Settings) -> ExitCode:
     logs.configure(settings.log.format, "error")  # what is shown here is said in sentences
     catalogue = _catalogue(settings)
     if not catalogue.is_allowed(name):
-        _say(f"{name!r} is no model that may be used. Those that may: {', '.join(catalogue.allowed_names())}.")
+        say(f"{name!r} is no model that may be used. Those that may: {', '.join(catalogue.allowed_names())}.")
         return ExitCode.USAGE
     place = catalogue.find(name)
+    hopeless = place is None and (hub.is_offline() or not catalogue.may_download(name))
     try:
-        if place is not None and place.path is not None:
+        if hopeless or (place is not None and place.path is not None):
             path = catalogue.obtain(name)
-            _say(f"{name} is already here.")
+            say(f"{name} is already here.")
         else:
-            with _shown(name) as view:
+            with _shown(name, "not here yet: fetching it" if place is None else "here in parts: joining them") as view:
                 path = catalogue.obtain(name, on_progress=view.show)
     except JobFailedError as exc:
-        _say(exc.message)
+        say(exc.message)
         return ExitCode.FAILED
-    _out(str(path))
+    out(str(path))
     return ExitCode.OK
 
 
@@ -84,7 +85,7 @@ def _plain(entry: ModelEntry) -> dict[str, Any]:
 
 def _print_table(entries: list[ModelEntry]) -> None:
     if not entries:
-        _out("No model is on this machine.")
+        out("No model is on this machine.")
         return
     rows = [("NAME", "FROM", "SIZE", "LANGUAGES", "")] + [
         (
@@ -105,7 +106,7 @@ def _print_table(entries: list[ModelEntry]) -> None:
             languages.ljust(widths[3]),
             note,
         )
-        _out("  ".join(cells).rstrip())
+        out("  ".join(cells).rstrip())
 
 
 class _View(Protocol):
@@ -114,9 +115,9 @@ class _View(Protocol):
     def show(self, done_bytes: int, total_bytes: int) -> None: ...
 
 
-def _shown(name: str) -> _View:
+def _shown(name: str, what: str) -> _View:
     console = Console(stderr=True)
-    return _Bar(name, console) if console.is_terminal else _Lines(name)
+    return _Bar(name, console) if console.is_terminal else _Lines(name, what)
 
 
 class _Bar:
@@ -143,12 +144,13 @@ class _Bar:
 class _Lines:
     """A line now and then, for a stderr that is a file or another program."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, what: str) -> None:
         self._name = name
+        self._what = what
         self._said_at: float | None = None
 
     def __enter__(self) -> Self:
-        _say(f"{self._name} is not here yet: fetching it.")
+        say(f"{self._name} is {self._what}.")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,12 +160,4 @@ class _Lines:
         now = time.monotonic()
         if done_bytes == total_bytes or self._said_at is None or now - self._said_at >= _SAY_EVERY_S:
             self._said_at = now
-            _say(f"{self._name}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")
-
-
-def _say(text: str) -> None:
-    print(f"cesar-mqtt: {text}", file=sys.stderr)  # noqa: T201 - this is the terminal
-
-
-def _out(text: str) -> None:
-    print(text)  # noqa: T201 - stdout is the product
+            say(f"{self._name}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")

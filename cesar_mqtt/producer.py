@@ -5,6 +5,7 @@ One thread uses a `Producer`; it knows nothing of ledgers and models.
 
 import base64
 import json
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from cesar_mqtt.addresses import parse_broker_url
-from cesar_mqtt.client import CannotPublishError, Delivery, MqttClient, PublishTicket, Subscription
+from cesar_mqtt.client import CannotPublishError, Delivery, PublishTicket, Subscription
 from cesar_mqtt.config import BrokerSettings
-from cesar_mqtt.errors import CesarError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError
+from cesar_mqtt.publications import MOST_PACKET_BYTES
+from cesar_mqtt.requester import passing_client, reach
 from cesar_mqtt.topics import Topics
+from cesar_mqtt.wording import printable, size
 
 _FINAL = frozenset({"completed", "error", "cancelled"})
 _LOOK_S = 0.25
@@ -25,8 +29,9 @@ _RESULT_S = 5.0
 """How long a result may come after the status that says that the job is completed; it should come before."""
 
 
-class UnreachableError(CesarError):
-    """No broker answered in time."""
+_NAME_CHARACTERS = 200
+_NAMED_BYTES = 64 << 20
+"""Where MQTT 3.1.1 is spoken, the name of a recording up to this size goes with it: inside JSON, a third larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,14 @@ class Submission:
         audio: the recording's bytes, or None when `path` is to be sent instead.
         path: the path as the consumer is to look it up.
         options: further fields of the request.
+        name: what the job's metadata is to call the file; None: nothing.
     """
 
     job_id: str
     audio: bytes | None = field(repr=False)
     path: str
     options: Mapping[str, Any]
+    name: str | None = None
 
 
 def new_job_id() -> str:
@@ -51,19 +58,38 @@ def new_job_id() -> str:
     return str(uuid.uuid4())
 
 
-def submission(path: Path | str, *, job_id: str | None, by_path: bool, options: Mapping[str, Any]) -> Submission:
-    """Prepare a recording; reads the file unless only its path is to be sent.
+def submission(
+    path: Path | str,
+    *,
+    job_id: str | None,
+    by_path: bool,
+    options: Mapping[str, Any],
+    max_bytes: int = MOST_PACKET_BYTES,
+) -> Submission:
+    """Prepare a recording; reads the file, `-` being stdin, unless only its path is to be sent.
+
+    A job whose id is made here is told apart by the file's name. With an id of the caller's the name is left out: the
+    same recording under another name has to stay the same request.
 
     Raises:
-        CesarError: the file cannot be read.
+        CesarError: the file cannot be read, is empty or larger than `max_bytes`.
     """
+    if by_path:
+        return Submission(job_id or new_job_id(), None, str(path), options)
+    shown = "stdin" if str(path) == "-" else str(path)
     try:
-        audio = None if by_path else Path(path).read_bytes()
+        with sys.stdin.buffer if shown != str(path) else Path(path).open("rb") as file:
+            audio = file.read(max_bytes + 1)
     except OSError as exc:
-        raise CesarError(f"{path} cannot be read: {exc.strerror}.") from exc
-    if audio == b"":
-        raise CesarError(f"{path} is empty: there is nothing to transcribe in it.")
-    return Submission(job_id or new_job_id(), audio, str(path), options)
+        raise CesarError(f"{shown} cannot be read: {exc.strerror}.") from exc
+    if not audio:
+        raise CesarError(f"{shown} is empty: there is nothing to transcribe in it.")
+    if len(audio) > max_bytes:
+        raise CesarError(
+            f"{shown} is over the {size(max_bytes)} that a message may have: send its path with --by-path."
+        )
+    name = None if job_id or shown == "stdin" else printable(Path(path).name)[:_NAME_CHARACTERS]
+    return Submission(job_id or new_job_id(), audio, shown, options, name)
 
 
 class Producer:
@@ -76,10 +102,12 @@ class Producer:
         submissions: Sequence[Submission],
         *,
         result_format: str | None = None,
+        on_lost: Callable[[str], None] | None = None,
     ) -> None:
         """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong.
 
         `result_format` is what every submission asks for in its options, to be waited for; None: the status is enough.
+        `on_lost` is told why a connection was lost, on the network thread.
         """
         self._topics = topics
         self._address = parse_broker_url(settings.url).redacted
@@ -94,20 +122,14 @@ class Producer:
         )
         self._results_due: float | None = None
         self._first_connection = 0
-        self._acknowledged: set[PublishTicket] = set()
+        self._published: dict[PublishTicket, str | None] = {}
         self._consumers: dict[str, bool] = {}
         watched = [*(topics.status(job_id) for job_id in self._submissions), *self._result_topics]
         states = f"{topics.prefix}/consumer/+/state"
-        self._client = MqttClient(
-            settings,
-            client_id=f"cesar-submit-{uuid.uuid4().hex[:12]}",
-            persistent=False,
-            subscriptions=[
-                *(Subscription(topic, wants_retained=True) for topic in (*watched, states)),
-                Subscription(topics.rejected),
-            ],
-        )
-        self._client.on_published = lambda ticket, _reason: self._acknowledged.add(ticket)
+        wanted = [Subscription(topic, wants_retained=True) for topic in (*watched, states)]
+        wanted.append(Subscription(topics.rejected))
+        self._client = passing_client(settings, "submit", wanted, on_published=self._published.__setitem__)
+        self._client.on_disconnected = on_lost
 
     def __enter__(self) -> Self:
         return self
@@ -116,20 +138,13 @@ class Producer:
         self._client.close()
 
     def connect(self, timeout_s: float) -> None:
-        """Connect and subscribe.
+        """Connect and subscribe; a broker that refuses connections may be starting. Raises as `reach`."""
+        self._first_connection = reach(self._client, self._address, timeout_s, patience_s=timeout_s).number
 
-        Raises:
-            UnreachableError: no broker answered within `timeout_s`.
-            BrokerRefusedError: it answered and said no.
-        """
-        self._client.start()
-        connection = self._client.wait_connected(timeout_s)
-        if connection is None:
-            trouble = self._client.trouble or "no answer"
-            raise UnreachableError(
-                f"No broker at {self._address}: {trouble}. Is it running? Name another one with --broker."
-            )
-        self._first_connection = connection.number
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no connection just now; None: there is one."""
+        return None if self._client.connected else self._client.trouble or "it was lost"
 
     @property
     def consumer_online(self) -> bool:
@@ -146,23 +161,30 @@ class Producer:
         """Send every submission at QoS 1 and wait until the broker has taken them; False at the deadline.
 
         Raises:
+            BrokerRefusedError: the broker does not let this client publish there.
             CesarError: a recording is larger than the broker takes.
         """
-        for submission in self._submissions.values():
-            topic, payload = self._message(submission)
-            try:
-                ticket = self._client.publish(topic, payload, qos=1)
-            except CannotPublishError as exc:
-                raise CesarError(f"{submission.path} cannot be sent: {exc} Send its path with --by-path.") from exc
-            while ticket not in self._acknowledged:
+        for item in self._submissions.values():
+            topic, ticket = self._send(item)
+            while ticket not in self._published:
                 if _over(deadline):
                     return False
                 # What comes in meanwhile is taken and acknowledged: amqtt answers nothing before that.
                 self._receive(_SHORT_S)
                 if ticket is None or self._client.connected is None:
                     self._client.wait_connected(_LOOK_S)
-                    ticket = self._client.publish(topic, payload, qos=1)
+                    topic, ticket = self._send(item)
+            reason = None if ticket is None else self._published[ticket]
+            if reason is not None:
+                raise BrokerRefusedError(f"{self._address} does not let this client publish on {topic}: {reason}.")
         return True
+
+    def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
+        topic, payload, properties = self._message(item)
+        try:
+            return topic, self._client.publish(topic, payload, qos=1, user_properties=properties)
+        except CannotPublishError as exc:
+            raise CesarError(f"{item.path} cannot be sent: {exc} Send its path with --by-path.") from exc
 
     def follow(self, deadline: float | None, on_status: Callable[[str, Mapping[str, Any]], None]) -> bool:
         """Receive statuses until every submission is final; False at the deadline.
@@ -212,15 +234,20 @@ class Producer:
         status = self._statuses.get(job_id)
         return status is not None and (status["status"] in _FINAL or status["status"] == "rejected")
 
-    def _message(self, submission: Submission) -> tuple[str, bytes]:
-        if submission.audio is not None and not submission.options:
-            return self._topics.audio(submission.job_id), submission.audio
-        document: dict[str, Any] = {"job_id": submission.job_id, **submission.options}
-        if submission.audio is None:
-            document["audio_path"] = submission.path
+    def _message(self, item: Submission) -> tuple[str, bytes, Sequence[tuple[str, str]]]:
+        """Return topic, payload and user properties; a user property that names no field is metadata."""
+        named = {"file": item.name} if item.name else {}
+        connection = self._client.connected
+        has_properties = connection is None or connection.protocol == "5"
+        bare = has_properties or not named or len(item.audio or b"") > _NAMED_BYTES
+        if item.audio is not None and not item.options and bare:
+            return self._topics.audio(item.job_id), item.audio, tuple(named.items())
+        document: dict[str, Any] = {"job_id": item.job_id, **item.options, **({"metadata": named} if named else {})}
+        if item.audio is None:
+            document["audio_path"] = item.path
         else:
-            document["audio_base64"] = base64.b64encode(submission.audio).decode()
-        return self._topics.jobs, json.dumps(document, ensure_ascii=False).encode()
+            document["audio_base64"] = base64.b64encode(item.audio).decode()
+        return self._topics.jobs, json.dumps(document, ensure_ascii=False).encode(), ()
 
     def _receive(self, timeout_s: float = _LOOK_S) -> None:
         deliveries = self._client.receive(timeout_s)

@@ -63,7 +63,7 @@ def ending(reason: ReasonCode, profile: Profile, *, said: bool, held_s: float) -
         return "the broker was not heard for too long"
     if is_unreadable(reason):
         return "the broker sent something that paho cannot read"
-    if 0.0 < held_s < _SOON_S:
-        # Mosquitto 2.0.11 does not say that another client took over.
+    if profile.persistent and 0.0 < held_s < _SOON_S:
+        # Mosquitto 2.0.11 does not say that another client took over. A name for one connection is nobody else's.
         return f"it was closed soon; if that goes on, another client may have the name '{name}'"
     return None

@@ -6,12 +6,12 @@ One thread uses a `Requester`; it knows nothing of ledgers and models.
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from cesar_mqtt.addresses import parse_broker_url
 from cesar_mqtt.client import ConnectionInfo, Delivery, MqttClient, PublishTicket, Subscription
-from cesar_mqtt.config import Settings
+from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode
 from cesar_mqtt.topics import Topics
 
@@ -23,11 +23,21 @@ _SECOND_TRY_S = 2.0
 
 
 class UnreachableError(CesarError):
-    """No broker answered in time."""
+    """There is no broker, or none that this client can talk to.
+
+    Attributes:
+        what: what happened, as a sentence.
+        what_to_do: another one.
+    """
+
+    def __init__(self, what: str, what_to_do: str) -> None:
+        super().__init__(f"{what} {what_to_do}")
+        self.what = what
+        self.what_to_do = what_to_do
 
 
 class NoAnswerError(CesarError):
-    """No consumer answered in time."""
+    """Nobody answered in time: no consumer, or not even a broker."""
 
     exit_code = ExitCode.TIMEOUT
 
@@ -36,26 +46,68 @@ class RequestRefusedError(CesarError):
     """A consumer answered that it did not do what was asked for; the message is its own sentence."""
 
 
-def reach(client: MqttClient, where: str, timeout_s: float) -> ConnectionInfo:
-    """Start a client and wait for its first connection.
+_SILENT = ("timed out", "the broker did not answer")
+"""How the trouble begins of a broker that says neither yes nor no."""
+_ADVICE = (
+    ("mismatch", "Put a name that stands in its certificate into broker.url."),
+    ("CERTIFICATE_VERIFY_FAILED", "Set broker.ca_file to the authority that signed its certificate."),
+    ("WRONG_VERSION_NUMBER", "That port does not speak TLS: name its TLS port, or write mqtt:// without the s."),
+    ("CERTIFICATE_REQUIRED", "Set broker.cert_file and broker.key_file."),
+)
+
+
+def passing_client(
+    settings: BrokerSettings,
+    role: str,
+    subscriptions: Sequence[Subscription],
+    *,
+    on_published: Callable[[PublishTicket, str | None], None] | None = None,
+) -> MqttClient:
+    """Return a client, not started yet, whose name nobody else has and whom the broker forgets. Raises ConfigError."""
+    return MqttClient(
+        settings,
+        client_id=f"cesar-{role}-{uuid.uuid4().hex[:12]}",
+        persistent=False,
+        subscriptions=subscriptions,
+        on_published=on_published,
+    )
+
+
+def reach(client: MqttClient, where: str, timeout_s: float, *, patience_s: float = _SECOND_TRY_S) -> ConnectionInfo:
+    """Start a client and wait for its first connection; on failure nothing is left open.
 
     Args:
         client: not started yet.
         where: the broker's address as it may be shown.
-        timeout_s: how long at most; less is waited for a broker that refuses connections.
+        timeout_s: how long at most.
+        patience_s: how long for a broker that refuses connections.
 
     Raises:
-        UnreachableError: no broker answered.
+        UnreachableError: there is no broker, or no connection to it comes about.
+        NoAnswerError: it did not answer in time.
         BrokerRefusedError: it answered and said no.
     """
-    client.start()
-    connection = client.wait_connected(min(timeout_s, _SECOND_TRY_S))
-    if connection is None and client.trouble is None:
-        connection = client.wait_connected(timeout_s - _SECOND_TRY_S)
+    connection = None
+    try:
+        client.start()
+        connection = client.wait_connected(min(timeout_s, patience_s))
+        if connection is None and client.trouble is None:
+            connection = client.wait_connected(timeout_s - patience_s)
+    finally:
+        if connection is None:
+            client.close()
     if connection is None:
-        trouble = client.trouble or "no answer"
-        raise UnreachableError(f"No broker at {where}: {trouble}. Is it running? Name another one with --broker.")
+        raise _unreached(where, client.trouble, timeout_s)
     return connection
+
+
+def _unreached(where: str, trouble: str | None, timeout_s: float) -> CesarError:
+    if trouble is None or trouble.startswith(_SILENT):
+        return NoAnswerError(f"Nobody at {where} answered within {timeout_s:g} s. Is it a broker, and is it reachable?")
+    advice = next((advice for sign, advice in _ADVICE if sign in trouble), None)
+    if advice is not None:
+        return UnreachableError(f"No connection to {where}: {trouble}.", advice)
+    return UnreachableError(f"No broker at {where}: {trouble}.", "Is it running? Name another one with --broker.")
 
 
 class Requester:
@@ -89,17 +141,12 @@ class Requester:
         self._answer: dict[str, Any] | None = None
         self._published: dict[PublishTicket, str | None] = {}
         answers = [Subscription(self._topics.response(command)) for command in commands]
-        self._client = MqttClient(
-            settings.broker,
-            client_id=f"cesar-ask-{uuid.uuid4().hex[:12]}",
-            persistent=False,
-            subscriptions=[
-                Subscription(f"{self._prefix}/consumer/+/state", wants_retained=True),
-                *answers,
-                *(Subscription(topic_filter) for topic_filter in also),
-            ],
-            on_published=self._published.__setitem__,
-        )
+        wanted = [
+            Subscription(f"{self._prefix}/consumer/+/state", wants_retained=True),
+            *answers,
+            *(Subscription(topic_filter) for topic_filter in also),
+        ]
+        self._client = passing_client(settings.broker, "ask", wanted, on_published=self._published.__setitem__)
 
     def __enter__(self) -> Self:
         self.connect()
@@ -109,17 +156,8 @@ class Requester:
         self.close()
 
     def connect(self) -> ConnectionInfo:
-        """Connect and subscribe; on failure nothing is left open.
-
-        Raises:
-            UnreachableError: no broker answered in time.
-            BrokerRefusedError: it answered and said no.
-        """
-        try:
-            return reach(self._client, self.address, self._timeout_s)
-        except CesarError:
-            self.close()
-            raise
+        """Connect and subscribe. Raises as `reach`."""
+        return reach(self._client, self.address, self._timeout_s)
 
     def close(self) -> None:
         """Disconnect; may be called twice."""

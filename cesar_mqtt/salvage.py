@@ -19,6 +19,7 @@ from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.journal import body_of, check_format, is_torn, lines_of
 from cesar_mqtt.records import gone_of, job_of, window_of
 from cesar_mqtt.storage import apply, change_of
+from cesar_mqtt.wording import many
 
 _TABLE_LINE = re.compile(rb'^(?:\{)?"([^"]+)": \{$')
 _DOCUMENT_LINE = re.compile(rb'^"(\d+)": (\{.*\}),?\}?,?$')
@@ -144,7 +145,7 @@ def _documents(raw: bytes, found: Salvage) -> Image:
         elif not any(f'"{name}"'.encode() in line for name in RESERVED):
             unreadable += 1
     if unreadable:
-        found.lost.append(f"{unreadable} lines of the checkpoint cannot be read.")
+        found.lost.append(f"{many(unreadable, 'line')} of the checkpoint cannot be read.")
     return image
 
 

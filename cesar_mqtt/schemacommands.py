@@ -9,17 +9,18 @@ from cesar_mqtt.asyncapi import document
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.schemas import Schema, bundle, payload_schemas
+from cesar_mqtt.terminal import out
 
 
 def print_asyncapi(settings: Settings) -> ExitCode:
     """Print the AsyncAPI document of a consumer with these settings. Raises ConfigError."""
-    _out(_written(document(settings)))
+    out(_written(document(settings)))
     return ExitCode.OK
 
 
 def print_schemas() -> ExitCode:
     """Print one JSON Schema that holds those of all payloads in its `$defs`."""
-    _out(_written(whole()))
+    out(_written(whole()))
     return ExitCode.OK
 
 
@@ -33,14 +34,15 @@ def write_schemas(folder: Path) -> ExitCode:
         CesarError: a file cannot be written.
     """
     schemas = payload_schemas()
+    paths = [folder / f"{name}.schema.json" for name in schemas]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in schemas:
-            path = folder / f"{name}.schema.json"
+        for name, path in zip(schemas, paths, strict=True):
             path.write_text(_written(bundle(name, schemas)) + "\n", encoding="utf-8")
-            _out(str(path))
     except OSError as exc:
         raise CesarError(f"{exc.filename or folder} cannot be written: {exc.strerror}.") from exc
+    for path in paths:
+        out(str(path))
     return ExitCode.OK
 
 
@@ -57,7 +59,3 @@ def whole() -> Schema:
 
 def _written(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _out(text: str) -> None:
-    print(text)  # noqa: T201 - stdout is the product

@@ -5,21 +5,27 @@ What a consumer answers goes to stdout, everything else is an error that the com
 
 import json
 import logging
-import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from cesar_mqtt import wording
 from cesar_mqtt.config import Settings
 from cesar_mqtt.controlmessages import MOST_BYTES, MOST_JOBS
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.requester import Requester, RequestRefusedError
+from cesar_mqtt.terminal import out, say
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
+_HEAD = {name: name for name in _COLUMNS}
+_DROPPED_FIRST = ("MODEL", "LENGTH", "ACCEPTED", "AUDIO", "STATUS")
+_AUDIO_LEAST = 12
+_GAP = 2
 _TRIES = 3
 _LATER = {
     "cancel": {
@@ -60,11 +66,11 @@ def jobs(
     found = merged[: limit or None]
     if as_json:
         for job in found:
-            _out(json.dumps(job, ensure_ascii=False))
+            out(json.dumps(job, ensure_ascii=False))
         return ExitCode.OK
     _print_jobs(found)
     if len(found) < total:
-        _say(f"These are the newest {len(found)} of {total} jobs; --limit 0 shows all.")
+        say(f"These are the newest {len(found)} of {total} jobs; --limit 0 shows all.")
     return ExitCode.OK
 
 
@@ -76,13 +82,13 @@ def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool
         if status.get("result_truncated") and status.get("status") == "completed":
             status |= {"result_text": _whole(requester, str(status["job_id"]), consumer), "result_truncated": False}
     if as_json:
-        _out(json.dumps(status, ensure_ascii=False))
+        out(json.dumps(status, ensure_ascii=False))
         return ExitCode.OK
     text = status.pop("result_text", None)
     for line in wording.aligned([(name, _told(name, value)) for name, value in status.items() if _says(value)]):
-        _out(line)
+        out(line)
     if text:
-        _out("\n" + wording.readable(str(text)))
+        out("\n" + wording.readable(str(text)))
     return ExitCode.OK
 
 
@@ -94,11 +100,11 @@ def change(
     with Requester(settings, [command], timeout_s=timeout_s) as requester:
         done = requester.ask(command, {"job_id": job_id}, consumer=consumer)
     if as_json:
-        _out(json.dumps(done, ensure_ascii=False))
+        out(json.dumps(done, ensure_ascii=False))
         return ExitCode.OK
     state = str(done.get("status"))
     sentence = _LATER[command].get(state, f"Job {{}} is {wording.printable(state)}.")
-    _out(sentence.format(wording.printable(str(done.get("job_id")))))
+    out(sentence.format(wording.printable(str(done.get("job_id")))))
     return ExitCode.OK
 
 
@@ -107,11 +113,11 @@ def pause(settings: Settings, *, on: bool, consumer: str | None, as_json: bool, 
     for done in _ask_each(settings, "pause" if on else "resume", consumer, timeout_s):
         name = wording.printable(str(done.get("consumer", "the consumer")))
         if as_json:
-            _out(json.dumps(done, ensure_ascii=False))
+            out(json.dumps(done, ensure_ascii=False))
         elif done.get("paused"):
-            _out(f"Paused: {name} accepts jobs, and starts none until `cesar-mqtt resume`.")
+            out(f"Paused: {name} accepts jobs, and starts none until `cesar-mqtt resume`.")
         else:
-            _out(f"Resumed: {name} starts the jobs that wait.")
+            out(f"Resumed: {name} starts the jobs that wait.")
     return ExitCode.OK
 
 
@@ -120,10 +126,10 @@ def health(settings: Settings, *, consumer: str | None, as_json: bool, timeout_s
     code = ExitCode.OK
     for measured in _ask_each(settings, "health", consumer, timeout_s):
         if as_json:
-            _out(json.dumps(measured))
+            out(json.dumps(measured))
         else:
             for line in wording.aligned([(name, _told(name, value)) for name, value in measured.items()]):
-                _out(line)
+                out(line)
         if measured.get("worker_alive") is not True or measured.get("network_alive") is not True:
             code = ExitCode.FAILED
     return code
@@ -183,32 +189,52 @@ def _whole(requester: Requester, job_id: str, consumer: str | None) -> str:
 
 
 def _print_jobs(found: list[dict[str, Any]]) -> None:
-    rows = [_row(job) for job in found]
     console = Console()
     if not console.is_terminal:
-        for line in wording.aligned([_COLUMNS, *rows]):
-            _out(line)
+        for line in wording.aligned([_COLUMNS, *(tuple(_cells(job).values()) for job in found)]):
+            out(line)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
-        table.add_column(name, no_wrap=name in {"STATUS", "LENGTH"}, justify="right" if name == "LENGTH" else "left")
-    for row in rows:
-        table.add_row(*row, style="red" if row[1].startswith("error") else "")
-    console.print(table, markup=False)
+    styles = ["bold", *("red" if job["status"] == "error" else "" for job in found)]
+    for line, style in zip(wording.aligned(_table(found, console.width)), styles, strict=True):
+        console.print(Text(line, style=style), soft_wrap=True)  # an id is never cut: it goes on in the next line
 
 
-def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
+def _table(found: list[dict[str, Any]], width: int) -> list[Sequence[str]]:
+    """Lay out head and rows for a line of so many cells; what has no room is shortened, then dropped, but no id."""
+    rows = [_HEAD, *map(_cells, found)]
+    if sum(_widths(rows).values()) + _GAP * (len(_COLUMNS) - 1) > width:
+        rows = [_HEAD | {"ACCEPTED": f"ACCEPTED {datetime.now().astimezone():%Z}"}, *map(_short_cells, found)]
+    wide = _widths(rows)
+    least = wide | {"AUDIO": min(wide["AUDIO"], _AUDIO_LEAST)}
+    names = wording.fitting(least, width, gap=_GAP, dropped_first=_DROPPED_FIRST)
+    room = width - sum(wide[name] + _GAP for name in names if name != "AUDIO")
+    rows = [row | {"AUDIO": wording.shortened(row["AUDIO"], max(room, _AUDIO_LEAST))} for row in rows]
+    return [[row[name] for name in names] for row in rows]
+
+
+def _widths(rows: list[dict[str, str]]) -> dict[str, int]:
+    return {name: max(cell_len(row[name]) for row in rows) for name in _COLUMNS}
+
+
+def _short_cells(job: Mapping[str, Any]) -> dict[str, str]:
+    accepted = wording.local_minute(job["created_at"])
+    return _cells({**job, "error_code": None}) | {"ACCEPTED": accepted}
+
+
+def _cells(job: Mapping[str, Any]) -> dict[str, str]:
     state, position, code = str(job["status"]), job["queue_position"], job["error_code"]
     detail = f" ({position})" if position else f" ({code})" if code else ""
+    metadata = job.get("metadata")
+    file = metadata.get("file") if isinstance(metadata, Mapping) else None
     cells = (
         job["job_id"],
         f"{state}{detail}",
         wording.local_time(job["created_at"]),
         wording.duration(wording.number(job["audio_duration"])),
         job["model_size"],
-        job["audio_source"] or "",
+        file or job["audio_source"] or "",
     )
-    return tuple(wording.printable(str(cell)) for cell in cells)
+    return {name: wording.printable(str(cell)) for name, cell in zip(_COLUMNS, cells, strict=True)}
 
 
 def _says(value: object) -> bool:
@@ -223,13 +249,7 @@ def _told(name: str, value: object) -> str:
         return wording.size(measure)
     if measure is not None and (name.endswith("_duration") or name in {"eta", "uptime"}):
         return wording.duration(measure)
+    if name.endswith("_at") and (told := wording.local_time(value)):
+        return told
     plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return wording.printable(plain)
-
-
-def _out(text: str) -> None:
-    print(text)  # noqa: T201 - stdout is the product
-
-
-def _say(text: str) -> None:
-    print(f"cesar-mqtt: {text}", file=sys.stderr)  # noqa: T201 - this is the terminal

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cesar_mqtt import logs
 from cesar_mqtt.books import lock
 from cesar_mqtt.errors import ExitCode, LedgerError
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.salvage import Salvage, examine, repair, shown
+from cesar_mqtt.terminal import out, say
+from cesar_mqtt.wording import many
 
 
 def check(path: Path) -> ExitCode:
@@ -27,14 +30,14 @@ def mend(path: Path, *, yes: bool) -> ExitCode:
         found = examine(path)
         _print(path, found)
         if not found.damaged:
-            _out("Nothing has to be repaired.")
+            out("Nothing has to be repaired.")
             return ExitCode.OK
         if not yes and not _agreed():
-            _out("Nothing was changed.")
+            out("Nothing was changed.")
             return ExitCode.FAILED
         for old in repair(path, found):
-            _out(f"The old file is now {old.name}.")
-    _out(f"Repaired: {len(found.jobs)} jobs are kept. Every status is published again at the next start.")
+            out(f"The old file is now {old.name}.")
+    out(f"Repaired: {many(len(found.jobs), 'job')} kept. Every status is published again at the next start.")
     return ExitCode.OK
 
 
@@ -42,8 +45,9 @@ def compact(path: Path) -> ExitCode:
     """Bring everything into `ledger.json` alone. Raises LedgerError."""
     before = _size(path)
     _must_exist(path)
+    logs.configure("text", "warning")  # of a job that was in work at a crash the ledger says so, with its id
     Ledger(path).close()
-    _out(f"{path}: {before} bytes before, {_size(path)} bytes after")
+    out(f"{path}: {before} bytes before, {_size(path)} bytes after")
     return ExitCode.OK
 
 
@@ -52,9 +56,9 @@ def export(path: Path) -> ExitCode:
     with _alone(path):
         found = examine(path)
     for key, row in sorted(found.jobs.items(), key=lambda item: int(item[0])):
-        _out(json.dumps({"seq": int(key), **row}, ensure_ascii=False))
+        out(json.dumps({"seq": int(key), **row}, ensure_ascii=False))
     for sentence in shown(found.lost):
-        print(f"cesar-mqtt: {sentence}", file=sys.stderr)  # noqa: T201 - this is the terminal
+        say(sentence)
     return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
 
 
@@ -76,20 +80,20 @@ def _must_exist(path: Path) -> None:
 def _print(path: Path, found: Salvage) -> None:
     states = Counter(str(row["state"]) for row in found.jobs.values())
     counts = ", ".join(f"{number} {state}" for state, number in sorted(states.items())) or "none"
-    _out(f"{path}: {len(found.jobs)} jobs ({counts}), {found.transaction} transactions")
+    out(f"{path}: {many(len(found.jobs), 'job')} ({counts}), {many(found.transaction, 'transaction')}")
     for sentence in found.notes:
-        _out(f"  note: {sentence}")
+        out(f"  note: {sentence}")
     for sentence in shown(found.lost):
-        _out(f"  lost: {sentence}")
+        out(f"  lost: {sentence}")
     if found.damaged:
-        _out(f"The ledger is damaged. `cesar-mqtt ledger repair` keeps these {len(found.jobs)} jobs, no more.")
+        out(f"The ledger is damaged. `cesar-mqtt ledger repair` keeps {many(len(found.jobs), 'job')}, no more.")
     else:
-        _out("The ledger is whole.")
+        out("The ledger is whole.")
 
 
 def _agreed() -> bool:
     if not sys.stdin.isatty():
-        _out("Say --yes to do so.")
+        out("Say --yes to do so.")
         return False
     return input("Do so? [y/N] ").strip().lower() in {"y", "yes"}
 
@@ -97,7 +101,3 @@ def _agreed() -> bool:
 def _size(path: Path) -> int:
     files = (path, path.with_name(path.name + ".journal"))
     return sum(file.stat().st_size for file in files if file.exists())
-
-
-def _out(text: str) -> None:
-    print(text)  # noqa: T201 - stdout is the product

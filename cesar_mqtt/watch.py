@@ -4,9 +4,7 @@ For the main thread, which takes messages, draws and looks for signals in turn.
 """
 
 import json
-import sys
 import time
-import uuid
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Self
@@ -17,12 +15,13 @@ from rich.live import Live
 from cesar_mqtt.addresses import parse_broker_url
 from cesar_mqtt.board import MOST_JOBS, Board, ConsumerRow, JobRow
 from cesar_mqtt.boardview import View, line_of
-from cesar_mqtt.client import Delivery, MqttClient, Subscription
+from cesar_mqtt.client import Delivery, Subscription
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.requester import reach
+from cesar_mqtt.requester import passing_client, reach
 from cesar_mqtt.shell import quiet
 from cesar_mqtt.signals import StopSignals, handle_stop_signals
+from cesar_mqtt.terminal import out, say
 from cesar_mqtt.wording import printable
 
 _CONNECT_S = 10.0
@@ -35,8 +34,7 @@ def watch(settings: Settings, *, as_json: bool) -> ExitCode:
     """Show what happens until a signal says that it is enough; a connection that is lost comes back by itself.
 
     Raises:
-        UnreachableError: at the start no broker answered.
-        BrokerRefusedError: it answered and said no.
+        CesarError: as `reach`.
     """
     quiet()
     console = Console()
@@ -58,22 +56,12 @@ class Feed:
         prefix = settings.topic_prefix
         self.prefix = prefix
         self.address = parse_broker_url(settings.broker.url).redacted
-        self._client = MqttClient(
-            settings.broker,
-            client_id=f"cesar-watch-{uuid.uuid4().hex[:12]}",
-            persistent=False,
-            subscriptions=[
-                Subscription(topic, wants_retained=True)
-                for topic in (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
-            ],
-        )
+        topics = (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
+        wanted = [Subscription(topic, wants_retained=True) for topic in topics]
+        self._client = passing_client(settings.broker, "watch", wanted)
 
     def __enter__(self) -> Self:
-        try:
-            reach(self._client, self.address, _CONNECT_S)
-        except BaseException:
-            self._client.close()
-            raise
+        reach(self._client, self.address, _CONNECT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +135,7 @@ class Lines:
         self._say("connected again" if text is None else f"no connection: {text}; trying again")
 
     def _say(self, line: str) -> None:
-        _out(f"{datetime.now().astimezone():%H:%M:%S} {line}")
+        out(f"{datetime.now().astimezone():%H:%M:%S} {line}", flush=True)
 
 
 class JsonLines:
@@ -159,12 +147,12 @@ class JsonLines:
             payload = json.loads(delivery.payload or b"null")
         except (ValueError, RecursionError):
             return
-        _out(json.dumps({"topic": delivery.topic, "payload": payload}, ensure_ascii=False))
+        out(json.dumps({"topic": delivery.topic, "payload": payload}, ensure_ascii=False), flush=True)
 
     def trouble(self, text: str | None) -> None:
         """Tell on stderr that the connection was lost, or is back."""
         told = "connected again" if text is None else f"no connection: {text}; trying again"
-        print(f"cesar-mqtt: {told}", file=sys.stderr)  # noqa: T201 - this is the terminal
+        say(told)
 
 
 def _draw(feed: Feed, stop: StopSignals, console: Console) -> None:
@@ -194,7 +182,3 @@ def _follow(feed: Feed, stop: StopSignals, lines: Lines | JsonLines) -> None:
 
 def _status_of(topic: str) -> str:
     return f"job {printable(topic.rpartition('/')[2])}"
-
-
-def _out(text: str) -> None:
-    print(text, flush=True)  # noqa: T201 - stdout is the product

@@ -1,10 +1,10 @@
 """How durations, sizes and texts from elsewhere are written for a person; pure, any thread may call it."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 _MINUTE_S = 60
 _HOUR_S = 3600
@@ -48,12 +48,25 @@ def size(number: float) -> str:
 
 
 def local_time(text: object) -> str:
-    """Write a time of the contract as this machine's clock shows it; what is none, as nothing."""
+    """Write a time of the contract as this machine's clock shows it, with its zone; what is none, as nothing."""
+    return _as_here(text, "%Y-%m-%d %H:%M:%S %Z")
+
+
+def local_minute(text: object) -> str:
+    """Write day and minute of a time of the contract, as this machine's clock shows it."""
+    return _as_here(text, "%m-%d %H:%M")
+
+
+def local_clock(text: object) -> str:
+    """Write only the time of day of a time of the contract, as this machine's clock shows it."""
+    return _as_here(text, "%H:%M:%S")
+
+
+def _as_here(text: object, layout: str) -> str:
     try:
-        moment = datetime.fromisoformat(str(text))
-    except ValueError:
+        return datetime.fromisoformat(str(text)).astimezone().strftime(layout)
+    except (ValueError, OverflowError):
         return ""
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def number(value: object) -> float | None:
@@ -68,6 +81,33 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     for row in rows:
         yield "  ".join(_padded(row, widths)).rstrip()
+
+
+def fitting(widths: Mapping[str, int], width: int, *, gap: int, dropped_first: Iterable[str]) -> list[str]:
+    """Choose the columns that go into a line: all of them, or without one after the other of those to be dropped.
+
+    Args:
+        widths: of each column, in cells; it is as wide as that, or not there.
+        width: of the line.
+        gap: between two columns.
+        dropped_first: in this order. What is not among them stays, whether it fits or not.
+    """
+    shown = dict(widths)
+    for name in dropped_first:
+        if sum(shown.values()) + gap * (len(shown) - 1) <= width:
+            break
+        del shown[name]
+    return list(shown)
+
+
+def shortened(text: str, cells: int) -> str:
+    """Return a text of at most so many cells, its end replaced by an ellipsis if it had more."""
+    return text if cell_len(text) <= cells else set_cell_size(text, max(0, cells - 1)).rstrip() + "…"
+
+
+def many(number: int, noun: str) -> str:
+    """Write a number of things: 1 job, 2 jobs."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _padded(row: Iterable[str], widths: Iterable[int]) -> Iterator[str]:

@@ -27,10 +27,11 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "laptop")
 
 @pytest.fixture(autouse=True)
 def _loggers_as_before() -> Iterator[None]:
-    """The embedded broker quietens amqtt's loggers for good: right for a process, wrong for the next test."""
-    loggers = [logging.getLogger(name) for name in ("amqtt", "transitions")]
+    """What sets logging up, or quietens a library, does so for good: right for a process, wrong for the next test."""
+    loggers = [logging.getLogger(name) for name in ("", "cesar_mqtt", "amqtt", "transitions", "huggingface_hub")]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     yield
+    logging.captureWarnings(capture=False)
     for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
         logger.level, logger.propagate, logger.handlers = level, propagate, handlers
 

@@ -3,7 +3,6 @@
 A recording goes over MQTT to an embedded broker, from there to a consumer, and its transcript comes back the same way.
 """
 
-import sys
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ from cesar_mqtt.packages import PackagedModels
 from cesar_mqtt.producer import Producer, submission
 from cesar_mqtt.service import Service
 from cesar_mqtt.signals import StopSignals, handle_stop_signals
+from cesar_mqtt.terminal import out, tell
 from cesar_mqtt.topics import Topics
 
 RECORDING = Path(__file__).with_name("recording.ogg")
@@ -83,9 +83,9 @@ def _end(status: Mapping[str, Any] | None) -> ExitCode:
         _step("failed", f"{status.get('error_code')}: {status.get('error_message')}")
         return ExitCode.FAILED
     _step("done", f"{status['audio_duration']:.1f} s of audio, {status['speed']} times as fast as spoken; it says:")
-    print(status["result_text"])  # noqa: T201 - stdout is the product
+    out(status["result_text"])
     return ExitCode.OK
 
 
 def _step(name: str, text: str) -> None:
-    print(f"{name:>8}  {text}", file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
+    tell(f"{name:>8}  {text}")

@@ -4,16 +4,15 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
-from cesar_mqtt.broker import EmbeddedBroker
-from cesar_mqtt.cli import run
+from cesar_mqtt.cli import app
 from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, command, words
 from tests.conftest import Mosquitto, StartMosquitto, find_free_port
 
@@ -35,6 +34,21 @@ def test_the_version_is_that_of_the_package() -> None:
     assert command("--version").stdout == f"cesar-mqtt {version('cesar-mqtt')}\n"
 
 
+def test_every_command_takes_the_flags_that_the_contract_promises() -> None:
+    def commands(group: Any) -> Iterator[Any]:
+        for each in group.commands.values():
+            yield from commands(each) if hasattr(each, "commands") else (each,)
+
+    found = list(commands(get_command(app)))
+    assert len(found) > 20
+    for each in found:
+        options = {option for parameter in each.params for option in parameter.opts}
+        assert options >= {"--broker", "--topic-prefix", "--config"}, each.name
+    ended = command("schema", "json", "--broker", "mqtt://127.0.0.1", "--topic-prefix", "p", "--config", "x")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "config" not in command("demo", "--help").stdout, "what means nothing is not shown"
+
+
 def test_wrong_usage_returns_2() -> None:
     for arguments in (
         ["serve", "--no-such-flag"],
@@ -42,6 +56,8 @@ def test_wrong_usage_returns_2() -> None:
         ["no-such-command"],
         ["submit", "--job-id", "a b", "x.wav"],
         ["submit", "--format", "doc", "x.wav"],
+        ["submit", "--format", "srt", "--format", "vtt", "x.wav"],
+        ["submit", "--task", "foo", "x.wav"],
     ):
         ended = command(*arguments)
         assert ended.returncode == 2, arguments
@@ -141,6 +157,9 @@ def test_submit_waits_and_prints_the_transcript(mosquitto: Mosquitto, serve: Ser
     ended = command("submit", "--broker", mosquitto.url, str(SPEECH))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert words(ended.stdout) == SPOKEN
+    listed = json.loads(command("jobs", "--broker", mosquitto.url, "--json").stdout)
+    told = json.loads(command("show", "--broker", mosquitto.url, "--json", listed["job_id"]).stdout)
+    assert told["metadata"] == {"file": "speech.wav"}, "several uploads can be told apart"
 
     several = command("submit", "--broker", mosquitto.url, "--by-path", "--language", "en", "speech.wav", "long.ogg")
     assert several.returncode == 0
@@ -152,6 +171,7 @@ def test_submit_waits_and_prints_the_transcript(mosquitto: Mosquitto, serve: Ser
     assert (status["job_id"], status["status"]) == ("j-1", "completed")
     again = json.loads(command("submit", "--broker", mosquitto.url, "--json", "--job-id", "j-1", str(SPEECH)).stdout)
     assert again == status, "the same id and recording is the same job"
+    assert status["metadata"] == {}, "whatever the file is called, it is the same recording under this id"
 
 
 @pytest.mark.model
@@ -201,194 +221,10 @@ def test_submit_does_not_wait_when_told_not_to_and_gives_up_in_time(
 @pytest.mark.model
 def test_submit_reaches_an_embedded_broker(serve: Serve, free_port: int) -> None:
     consumer = serve("--broker", f"embedded://127.0.0.1:{free_port}", "--log-level", "debug")
-    ended = command("submit", "--broker", f"mqtt://127.0.0.1:{free_port}", str(DATA / "speech.wav"))
+    ended = command("submit", "--broker", f"mqtt://127.0.0.1:{free_port}", "--json", str(DATA / "speech.wav"))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert words(ended.stdout) == SPOKEN
+    status = json.loads(ended.stdout)
+    assert words(status["result_text"]) == SPOKEN
+    assert status["metadata"] == {"file": "speech.wav"}, "in MQTT 3.1.1, too"
     # It once waited for its own PUBACK without taking what was retained, and amqtt waited five seconds for that.
     assert "Timeout waiting for PUBACK" not in consumer.logged()
-
-
-# -- results in a format, from a consumer of which only the answers are there -----------------------------------------
-
-
-class Answers:
-    """Publishes what a consumer would, when a request comes: results first, then the final status, all retained."""
-
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
-        self._threads = ThreadPoolExecutor()
-
-    def close(self) -> None:
-        self._threads.shutdown()
-
-    def soon(self, path: str, results: Mapping[str, bytes], **status: Any) -> Future[dict[str, Any]]:
-        """Answer the request for this path, in a thread; gives the request."""
-        return self._threads.submit(self._answer, path, results, status)
-
-    def _answer(self, path: str, results: Mapping[str, bytes], status: Mapping[str, Any]) -> dict[str, Any]:
-        request = self._bus.wait("cesar/jobs", lambda request: request.get("audio_path", "upload") == path)
-        self.publish(request["job_id"], results, **status)
-        return request
-
-    def publish(self, job_id: str, results: Mapping[str, bytes], **status: Any) -> None:
-        for name, payload in results.items():
-            self._bus.publish(f"cesar/result/{job_id}/{name}", payload, retain=True)
-        times = {"created_at": "2026-01-23T21:45:00.120Z", "completed_at": "2026-01-23T21:45:09.120Z", "attempt": 1}
-        document = {"job_id": job_id, "status": "completed", "result_text": "Hello.", **times, **status}
-        self._bus.publish(f"cesar/status/{job_id}", document, retain=True)
-
-
-@pytest.fixture
-def answers(mosquitto: Mosquitto, join: Join) -> Iterator[Answers]:
-    answers = Answers(join(mosquitto.port))
-    yield answers
-    answers.close()
-
-
-SRT = "1\r\n00:00:00,000 --> 00:00:01,000\r\nGrüße ✓\r\n".encode()
-
-
-@pytest.mark.mosquitto
-def test_submit_prints_the_file_that_was_asked_for_byte_by_byte(mosquitto: Mosquitto, answers: Answers) -> None:
-    asked = answers.soon("upload", {"vtt": b"another", "srt": SRT})
-    ended = subprocess.run(
-        [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--format", "srt", str(SPEECH)],
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, SRT, b"")
-    request = asked.result()
-    assert request["formats"] == ["srt"]
-    assert request["audio_base64"]
-
-
-@pytest.mark.mosquitto
-def test_the_files_of_several_recordings_come_one_after_the_other_in_the_order_of_the_command_line(
-    mosquitto: Mosquitto, answers: Answers, capsysbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    asked = [answers.soon(f"{name}.wav", {"txt": f"{name}\n".encode()}) for name in ("second", "first")]
-    code = run(["submit", "--broker", mosquitto.url, "--format", "txt", "--by-path", "first.wav", "second.wav"])
-    assert (code, *capsysbinary.readouterr()) == (0, b"first\nsecond\n", b"")
-    assert [request.result()["formats"] for request in asked] == [["txt"], ["txt"]]
-
-
-@pytest.mark.mosquitto
-@pytest.mark.parametrize(
-    ("name", "payload", "result"),
-    [
-        ("srt", SRT, SRT.decode()),
-        ("json", b'{"text": "Hello.", "segments": []}\n', {"text": "Hello.", "segments": []}),
-        ("json", b"not JSON", "not JSON"),
-        ("txt", b"\xff", "\ufffd"),
-    ],
-)
-def test_with_json_the_file_is_a_field_of_the_status(
-    mosquitto: Mosquitto,
-    answers: Answers,
-    capsys: pytest.CaptureFixture[str],
-    *,
-    name: str,
-    payload: bytes,
-    result: object,
-) -> None:
-    answers.soon("a.wav", {name: payload})
-    assert run(["submit", "--broker", mosquitto.url, "--format", name, "--json", "--by-path", "a.wav"]) == 0
-    status = json.loads(capsys.readouterr().out)
-    assert (status["status"], status["result_text"], status["result"]) == ("completed", "Hello.", result)
-
-
-@pytest.mark.mosquitto
-def test_a_result_that_does_not_come_is_not_waited_for_without_end(
-    mosquitto: Mosquitto,
-    answers: Answers,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
-    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
-    answers.soon("a.wav", {"vtt": b"another"})
-    answers.soon("b.wav", {"srt": b"one"})
-    assert run([*flags, "a.wav", "b.wav"]) == 1
-    said = capsys.readouterr()
-    assert said.out == "one", "what has come is printed all the same"
-    assert said.err.startswith("cesar-mqtt: a.wav: job ")
-    assert said.err.endswith(" is completed, but its srt result has not come.\n")
-
-    answers.soon("c.wav", {})
-    assert run([*flags, "--json", "c.wav"]) == 1
-    assert json.loads(capsys.readouterr().out)["result"] is None
-
-    answers.soon("d.wav", {})
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
-    assert run([*flags, "--timeout", "2", "d.wav"]) == 3
-
-
-@pytest.mark.mosquitto
-def test_a_job_that_failed_has_no_result_to_wait_for(
-    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
-    answers.soon("a.wav", {}, status="error", error_code="audio_empty", error_message="It is empty.")
-    assert run(["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path", "a.wav"]) == 1
-    assert "audio_empty: It is empty." in capsys.readouterr().err
-
-
-@pytest.mark.mosquitto
-def test_a_result_of_an_earlier_job_of_the_same_id_is_not_passed_off_as_this_ones(
-    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
-    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
-    for path, results, code, printed in (("a.wav", {}, 1, ""), ("b.wav", {"srt": b"new"}, 0, "new")):
-        answers.publish(path[0], {"srt": b"old"}, created_at="2025-01-01T00:00:00.000Z")
-        answers.soon(path, results)
-        assert run([*flags, "--job-id", path[0], path]) == code
-        assert capsys.readouterr().out == printed
-
-
-@pytest.mark.mosquitto
-def test_the_same_job_again_has_the_result_that_is_retained(
-    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
-    answers.publish("a", {"srt": b"known"})
-    answers.soon("a.wav", {})
-    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
-    assert run([*flags, "--job-id", "a", "a.wav"]) == 0
-    assert capsys.readouterr().out == "known"
-
-
-@pytest.mark.mosquitto
-def test_a_result_that_was_taken_back_is_not_printed(
-    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
-    answers.publish("a", {"srt": b"known"})
-    answers.soon("a.wav", {"srt": b""})
-    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
-    assert run([*flags, "--job-id", "a", "a.wav"]) == 1
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.mosquitto
-@pytest.mark.parametrize("flags", [[], ["--format", "srt"]])
-def test_a_result_that_was_cut_is_printed_with_a_warning(
-    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], flags: list[str]
-) -> None:
-    answers.soon("a.wav", {"srt": b"Hello."}, result_truncated=True)
-    assert run(["submit", "--broker", mosquitto.url, *flags, "--by-path", "a.wav"]) == 0
-    said = capsys.readouterr()
-    assert said.out.strip() == "Hello."
-    assert said.err.endswith("the end may be missing.\n")
-
-
-def test_a_file_comes_through_an_embedded_broker_too(
-    embedded_broker: EmbeddedBroker, join: Join, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answers = Answers(join(embedded_broker.port))
-    answers.soon("a.wav", {"srt": b"one"})
-    flags = ["--broker", f"mqtt://127.0.0.1:{embedded_broker.port}", "--timeout", "30"]
-    assert run(["submit", *flags, "--format", "srt", "--by-path", "a.wav"]) == 0
-    assert capsys.readouterr().out == "one"
-    answers.close()

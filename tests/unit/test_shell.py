@@ -1,7 +1,9 @@
 """What the commands of the control topics print: consumers that are plain functions, no broker."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -200,3 +202,59 @@ def test_wide_characters_are_counted_by_the_cells_they_take() -> None:
 
 def test_times_that_are_none_are_left_out() -> None:
     assert [wording.local_time(text) for text in (None, "", "yesterday", 3)] == ["", "", "", ""]
+
+
+IDS = tuple(f"9b810e76-6ec9-d286-63ca-828dd5f4b3b{n}" for n in range(3))
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+def test_an_id_is_never_cut_for_it_is_what_the_other_commands_need(width: int) -> None:
+    failed = {"status": "error", "error_code": "audio_not_allowed"}
+    found = [
+        job(0, job_id=IDS[0], metadata={"file": "a" * 100}),
+        job(1, job_id=IDS[1], **failed),
+        job(2, job_id=IDS[2]),
+    ]
+    lines = list(wording.aligned(shell._table(found, width)))
+    assert [line.split()[0] for line in lines[1:]] == list(IDS)
+    assert all(len(line) <= max(width, 36) for line in lines)
+
+
+@pytest.mark.usefixtures("_clock_as_before")
+def test_columns_are_shortened_and_dropped_before_they_are_squeezed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    found = [job(1, job_id=IDS[0], audio_source="upload", metadata={"file": "the long interview.wav"})]
+    heads = {width: shell._table(found, width)[0] for width in (120, 80, 60, 40)}
+    assert heads[120] == ["JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO"]
+    assert heads[80] == ["JOB", "STATUS", "ACCEPTED UTC", "AUDIO"]
+    assert heads[60] == ["JOB", "STATUS"]
+    assert heads[40] == ["JOB"]
+    assert shell._table(found, 120)[1][2::3] == ["2026-01-23 21:45:01 UTC", "the long interview.wav"]
+    assert shell._table(found, 80)[1][2:] == ["01-23 21:45", "the long intervi…"]
+
+
+@pytest.mark.usefixtures("_clock_as_before")
+def test_times_are_shown_as_in_the_list_with_their_zone(
+    settings: Settings,
+    answering: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    answering(lambda *_: job(1))
+    shell.show(settings, "job-1", consumer=None, as_json=False, timeout_s=1)
+    assert "2026-01-24 03:15:01 IST\n" in capsys.readouterr().out
+    shell.show(settings, "job-1", consumer=None, as_json=True, timeout_s=1)
+    assert "2026-01-23T21:45:01.000Z" in capsys.readouterr().out
+
+
+@pytest.fixture
+def _clock_as_before() -> Iterator[None]:
+    before = os.environ.get("TZ")
+    yield
+    os.environ.pop("TZ", None)
+    if before is not None:
+        os.environ["TZ"] = before
+    time.tzset()

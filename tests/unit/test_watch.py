@@ -194,3 +194,27 @@ def test_a_row_says_why_a_job_has_no_text() -> None:
     assert isinstance(failed, JobRow)
     assert isinstance(silent, JobRow)
     assert (failed.note, silent.note) == ("audio_empty: Nothing in it.", "(no speech)")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_ids_are_shown_whole_and_what_has_no_room_beside_them_goes(width: int) -> None:
+    board = Board("cesar")
+    long_id = "9b810e76-6ec9-d286-63ca-828dd5f4b3b2"
+    board.take("cesar/consumer/cesar/state", b'{"state": "online"}')
+    board.take(f"cesar/status/{long_id}", status("processing", progress=0.42, eta=5.0, metadata={"file": "porch.wav"}))
+    lines = drawn(board, width, 24)
+    assert long_id in lines[5]
+    assert ("42%" in lines[5], "porch" in lines[5], "SPEED" in lines[4]) == (width > 40, width > 60, width > 80)
+    assert ("CANCELLED" in lines[1]) == (width > 60)
+
+
+def test_a_file_that_came_with_a_job_is_named() -> None:
+    board = Board("cesar")
+    waits = board.take("cesar/status/a", status("queued", metadata={"file": "porch.wav"}))
+    done = board.take("cesar/status/b", ended(1, result_text="Hello.", metadata={"file": "porch.wav"}))
+    junk = board.take("cesar/status/c", ended(1, result_text="Hello.", metadata={"file": ["x"]}))
+    assert [row.note for row in (waits, done, junk) if isinstance(row, JobRow)] == [
+        "porch.wav",
+        "porch.wav: Hello.",
+        "Hello.",
+    ]

@@ -1,0 +1,344 @@
+"""`submit` as a user meets it, at a consumer of which only the answers are there."""
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cesar_mqtt.broker import EmbeddedBroker
+from cesar_mqtt.cli import run
+from tests.acceptance.harness import PATIENCE_S, SPEECH, Bus
+from tests.conftest import Mosquitto, StartMosquitto
+
+Join = Callable[..., Bus]
+
+# -- results in a format, from a consumer of which only the answers are there -----------------------------------------
+
+
+class Answers:
+    """Publishes what a consumer would, when a request comes: results first, then the final status, all retained."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._threads = ThreadPoolExecutor()
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def soon(self, path: str, results: Mapping[str, bytes], **status: Any) -> Future[dict[str, Any]]:
+        """Answer the request for this path, in a thread; gives the request."""
+        return self._threads.submit(self._answer, path, results, status)
+
+    def _answer(self, path: str, results: Mapping[str, bytes], status: Mapping[str, Any]) -> dict[str, Any]:
+        request = self._bus.wait("cesar/jobs", lambda request: request.get("audio_path", "upload") == path)
+        self.publish(request["job_id"], results, **status)
+        return request
+
+    def publish(self, job_id: str, results: Mapping[str, bytes], **status: Any) -> None:
+        for name, payload in results.items():
+            self._bus.publish(f"cesar/result/{job_id}/{name}", payload, retain=True)
+        times = {"created_at": "2026-01-23T21:45:00.120Z", "completed_at": "2026-01-23T21:45:09.120Z", "attempt": 1}
+        document = {"job_id": job_id, "status": "completed", "result_text": "Hello.", **times, **status}
+        self._bus.publish(f"cesar/status/{job_id}", document, retain=True)
+
+
+@pytest.fixture
+def answers(mosquitto: Mosquitto, join: Join) -> Iterator[Answers]:
+    answers = Answers(join(mosquitto.port))
+    yield answers
+    answers.close()
+
+
+SRT = "1\r\n00:00:00,000 --> 00:00:01,000\r\nGrüße ✓\r\n".encode()
+
+
+@pytest.mark.mosquitto
+def test_submit_prints_the_file_that_was_asked_for_byte_by_byte(mosquitto: Mosquitto, answers: Answers) -> None:
+    asked = answers.soon("upload", {"vtt": b"another", "srt": SRT})
+    ended = subprocess.run(
+        [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--format", "srt", str(SPEECH)],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, SRT, b"")
+    request = asked.result()
+    assert request["formats"] == ["srt"]
+    assert request["audio_base64"]
+
+
+@pytest.mark.mosquitto
+def test_the_files_of_several_recordings_come_one_after_the_other_in_the_order_of_the_command_line(
+    mosquitto: Mosquitto, answers: Answers, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    asked = [answers.soon(f"{name}.wav", {"txt": f"{name}\n".encode()}) for name in ("second", "first")]
+    code = run(["submit", "--broker", mosquitto.url, "--format", "txt", "--by-path", "first.wav", "second.wav"])
+    assert (code, *capsysbinary.readouterr()) == (0, b"first\nsecond\n", b"")
+    assert [request.result()["formats"] for request in asked] == [["txt"], ["txt"]]
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize(
+    ("name", "payload", "result"),
+    [
+        ("srt", SRT, SRT.decode()),
+        ("json", b'{"text": "Hello.", "segments": []}\n', {"text": "Hello.", "segments": []}),
+        ("json", b"not JSON", "not JSON"),
+        ("txt", b"\xff", "\ufffd"),
+    ],
+)
+def test_with_json_the_file_is_a_field_of_the_status(
+    mosquitto: Mosquitto,
+    answers: Answers,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    name: str,
+    payload: bytes,
+    result: object,
+) -> None:
+    answers.soon("a.wav", {name: payload})
+    assert run(["submit", "--broker", mosquitto.url, "--format", name, "--json", "--by-path", "a.wav"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["status"], status["result_text"], status["result"]) == ("completed", "Hello.", result)
+
+
+@pytest.mark.mosquitto
+def test_a_result_that_does_not_come_is_not_waited_for_without_end(
+    mosquitto: Mosquitto,
+    answers: Answers,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
+    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
+    answers.soon("a.wav", {"vtt": b"another"})
+    answers.soon("b.wav", {"srt": b"one"})
+    assert run([*flags, "a.wav", "b.wav"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "one", "what has come is printed all the same"
+    assert said.err.startswith("cesar-mqtt: a.wav: job ")
+    assert said.err.endswith(" is completed, but its srt result has not come.\n")
+
+    answers.soon("c.wav", {})
+    assert run([*flags, "--json", "c.wav"]) == 1
+    assert json.loads(capsys.readouterr().out)["result"] is None
+
+    answers.soon("d.wav", {})
+    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
+    assert run([*flags, "--timeout", "2", "d.wav"]) == 3
+
+
+@pytest.mark.mosquitto
+def test_a_job_that_failed_has_no_result_to_wait_for(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
+    answers.soon("a.wav", {}, status="error", error_code="audio_empty", error_message="It is empty.")
+    assert run(["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path", "a.wav"]) == 1
+    assert "audio_empty: It is empty." in capsys.readouterr().err
+
+
+@pytest.mark.mosquitto
+def test_a_result_of_an_earlier_job_of_the_same_id_is_not_passed_off_as_this_ones(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
+    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
+    for path, results, code, printed in (("a.wav", {}, 1, ""), ("b.wav", {"srt": b"new"}, 0, "new")):
+        answers.publish(path[0], {"srt": b"old"}, created_at="2025-01-01T00:00:00.000Z")
+        answers.soon(path, results)
+        assert run([*flags, "--job-id", path[0], path]) == code
+        assert capsys.readouterr().out == printed
+
+
+@pytest.mark.mosquitto
+def test_the_same_job_again_has_the_result_that_is_retained(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
+    answers.publish("a", {"srt": b"known"})
+    answers.soon("a.wav", {})
+    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
+    assert run([*flags, "--job-id", "a", "a.wav"]) == 0
+    assert capsys.readouterr().out == "known"
+
+
+@pytest.mark.mosquitto
+def test_a_result_that_was_taken_back_is_not_printed(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
+    answers.publish("a", {"srt": b"known"})
+    answers.soon("a.wav", {"srt": b""})
+    flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
+    assert run([*flags, "--job-id", "a", "a.wav"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("flags", [[], ["--format", "srt"]])
+def test_a_result_that_was_cut_is_printed_with_a_warning(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    answers.soon("a.wav", {"srt": b"Hello."}, result_truncated=True)
+    assert run(["submit", "--broker", mosquitto.url, *flags, "--by-path", "a.wav"]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == "Hello."
+    assert said.err.endswith("the end may be missing.\n")
+
+
+def test_a_file_comes_through_an_embedded_broker_too(
+    embedded_broker: EmbeddedBroker, join: Join, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = Answers(join(embedded_broker.port))
+    answers.soon("a.wav", {"srt": b"one"})
+    flags = ["--broker", f"mqtt://127.0.0.1:{embedded_broker.port}", "--timeout", "30"]
+    assert run(["submit", *flags, "--format", "srt", "--by-path", "a.wav"]) == 0
+    assert capsys.readouterr().out == "one"
+    answers.close()
+
+
+# -- what goes wrong, and what is worth knowing ------------------------------------------------------------------------
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize("more", [[], ["--no-wait"], ["--by-path"]])
+def test_a_broker_that_refuses_the_recording_is_not_waited_for(
+    start_mosquitto: StartMosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, more: list[str]
+) -> None:
+    (tmp_path / "acl").write_text("topic read cesar/#\n")
+    broker = start_mosquitto(f"acl_file {tmp_path / 'acl'}")
+    assert run(["submit", "--broker", broker.url, "--job-id", "mine", *more, str(SPEECH)]) == 78
+    told = capsys.readouterr()
+    assert told.out == ""
+    topic = "cesar/jobs" if "--by-path" in more else "cesar/audio/mine"
+    assert told.err == f"cesar-mqtt: {broker.url} does not let this client publish on {topic}: Not authorized.\n"
+
+
+@pytest.mark.mosquitto
+def test_no_time_at_all_is_time_that_ran_out(mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--broker", mosquitto.url, "--timeout", "0", str(SPEECH)]) == 3
+    assert "No broker" not in capsys.readouterr().err
+
+
+def test_a_broker_that_says_nothing_is_time_that_ran_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        where = ["--broker", f"mqtt://127.0.0.1:{deaf.getsockname()[1]}", "--timeout", "0.5"]
+        assert run(["submit", *where, str(SPEECH)]) == 3
+        assert run(["jobs", *where]) == 3
+    assert "No broker" not in capsys.readouterr().err
+
+
+@pytest.mark.mosquitto
+def test_a_recording_may_come_from_stdin_and_has_no_name(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"RIFF")))
+    asked = answers.soon("upload", {"srt": b"one"})
+    assert run(["submit", "--broker", mosquitto.url, "--format", "srt", "-"]) == 0
+    assert capsys.readouterr().out == "one"
+    assert "metadata" not in asked.result()
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
+    assert run(["submit", "--broker", mosquitto.url, "-"]) == 1
+    assert "stdin is empty" in capsys.readouterr().err
+
+
+def test_what_is_over_the_limit_is_not_read_to_its_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CESAR_QUEUE__MAX_PAYLOAD_BYTES", "2048")
+    assert run(["submit", "--broker", "mqtt://127.0.0.1:1", "/dev/zero"]) == 1
+    assert "/dev/zero is over the 2.0 kB" in capsys.readouterr().err
+
+
+@pytest.mark.mosquitto
+def test_silence_and_warnings_are_told_beside_the_transcript(
+    mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers.soon("a.wav", {}, result_text="", no_speech=True, warnings=["It ends early."])
+    assert run(["submit", "--broker", mosquitto.url, "--by-path", "a.wav"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "\n"
+    assert told.err == "cesar-mqtt: a.wav: no speech was found in it.\ncesar-mqtt: a.wav: It ends early.\n"
+
+
+@pytest.mark.mosquitto
+def test_a_path_that_only_this_machine_has_is_told_in_full(
+    mosquitto: Mosquitto,
+    answers: Answers,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.wav").touch()
+    failure = {"status": "error", "error_code": "audio_not_found", "error_message": "There is no such file."}
+    for path, told_of in (("here.wav", True), ("gone.wav", False)):
+        answers.soon(path, {}, **failure)
+        assert run(["submit", "--broker", mosquitto.url, "--by-path", path]) == 1
+        assert (f"it is {tmp_path.resolve() / path}: " in capsys.readouterr().err) is told_of
+
+
+@pytest.mark.mosquitto
+def test_without_a_consumer_that_is_said_once(mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--broker", mosquitto.url, "--no-wait", str(SPEECH), str(SPEECH)]) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    assert told.err.count("no consumer is online") == len(told.err.splitlines()) == 1
+
+
+@pytest.mark.mosquitto
+def test_who_waits_is_told_why_and_who_leaves_how_to_go_on(mosquitto: Mosquitto, join: Join) -> None:
+    bus = join(mosquitto.port)
+    ours, theirs = pty.openpty()
+    submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--job-id", "mine"]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([*submit, str(SPEECH)], stderr=theirs, stdout=subprocess.PIPE, env=environ) as process:
+        os.close(theirs)
+        shown = _read_until(ours, b"no consumer is online; waiting")
+        bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
+        bus.publish("cesar/status/mine", {"job_id": "mine", "status": "processing", "progress": 0.42, "eta": 5.0})
+        shown = _read_until(ours, b"processing 42%, 0:05 left")
+        process.send_signal(signal.SIGINT)
+        shown = _read_until(ours, b"job mine goes on: cesar-mqtt show mine")
+        assert process.wait(30) == 130
+    assert b"Traceback" not in shown
+    os.close(ours)
+
+
+def _read_until(terminal: int, wanted: bytes) -> bytes:
+    shown = b""
+    while wanted not in shown:
+        assert select.select([terminal], [], [], PATIENCE_S)[0], shown
+        shown += os.read(terminal, 4096)
+    return shown
+
+
+@pytest.mark.mosquitto
+def test_a_lost_connection_is_told_without_talk_of_a_name_that_nobody_else_can_have(
+    mosquitto: Mosquitto, join: Join
+) -> None:
+    bus = join(mosquitto.port)
+    submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--by-path", "a.wav"]
+    with subprocess.Popen(submit, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        bus.wait("cesar/jobs")
+        bus.close()
+        mosquitto.kill()
+        line = _read_until(process.stderr.fileno(), b"\n")
+        process.kill()
+    assert line.startswith(b"cesar-mqtt: the connection was lost: ")
+    assert b"cesar-submit" not in line
