@@ -32,6 +32,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_NO_SOCKET_S = 5.0
+"""How long until the next try when the system has no descriptors left."""
+
 _PASSING_S = 30.0
 _MOST_UNACKNOWLEDGED = 65_535
 
@@ -219,7 +222,12 @@ class MqttClient:
         delay_s: float | None = 0.0
         while delay_s is not None and not self._stopping.wait(delay_s):
             number += 1
-            connection = self._make_connection(number)
+            try:
+                connection = self._make_connection(number)
+            except OSError as exc:
+                event(logger, logging.WARNING, "not_connected", "No connection to %s: %s", self._where, exc.strerror)
+                delay_s = _NO_SOCKET_S
+                continue
             contained(self._live)(connection)
             self._bury(connection)
             delay_s = self._conclude(connection)

@@ -256,12 +256,15 @@ class Connection:
         cable = self._cable
         pending = look and cable.pending
         timeout_s = 0.0 if pending else min(TURN_S, max(0.0, self._cut_at - time.monotonic()))
-        reads: list[Bell | Cable] = [self._bell, cable] if look else [self._bell]
-        writes = [cable] if cable.unsent or self._paho.want_write() else []
-        readable, _, _ = select.select(reads, writes, [], timeout_s)
-        if self._bell in readable:
+        writes = cable.unsent or self._paho.want_write()
+        poll = select.poll()  # unlike `select.select` for any number of open files
+        poll.register(self._bell, select.POLLIN)
+        if look or writes:
+            poll.register(cable, (select.POLLIN if look else 0) | (select.POLLOUT if writes else 0))
+        ready = dict(poll.poll(timeout_s * 1000))
+        if self._bell.fileno() in ready:
             self._bell.hush()
-        return pending or cable in readable
+        return pending or (look and bool(ready.get(cable.fileno(), 0) & ~select.POLLOUT))
 
     def _route(self) -> None:
         """Take the packets that have come, as long as there is room for their messages."""

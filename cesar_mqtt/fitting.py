@@ -3,11 +3,11 @@
 Pure; any thread may call it.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
-
-from pydantic_core import from_json
 
 from cesar_mqtt.journal import encode
 from cesar_mqtt.messages import SegmentMessage, Status, fit
@@ -24,7 +24,7 @@ def fit_note(payload: bytes, size_bytes: int) -> bytes:
     """
     if len(payload) <= size_bytes:
         return payload
-    said = from_json(payload)
+    said = json.loads(payload)  # unlike pydantic's, it reads whatever metadata we took, one level deeper
     made = payload
     for shorter in _shorter(said, len(payload), size_bytes):
         made = encode(shorter)
@@ -64,12 +64,11 @@ def _shorter(said: Data, was_bytes: int, size_bytes: int) -> Iterator[Data]:
     data = said["data"]
     if "result_text" in data:
         room = size_bytes - len(encode({**said, "data": 0})) + 1
-        yield {**said, "data": from_json(fit(Status.model_validate_json(encode(data)), room))}
-    for name, cut in _CUTS.items():
-        if name in data:
-            kept = _most(len(data[name]), size_bytes, lambda number: encode({**said, "data": cut(data, number)}))  # noqa: B023 - it is called at once
-            if kept:
-                yield {**said, "data": cut(data, kept)}
+        with suppress(ValueError):  # metadata that are nested as deep as we take them are too deep to be read so
+            yield {**said, "data": json.loads(fit(Status.model_validate_json(encode(data)), room))}
+    for name in _CUTS.keys() & data.keys():
+        for fuller in (data, _bare(data)):
+            yield from _beginning(said, name, fuller, size_bytes)
     error = said["error"] or (
         f"It is done, but the answer has {was_bytes} bytes, and a packet of the broker's has room for {size_bytes}: "
         "raise that limit (the broker's own, or broker.max_packet_bytes), or send a shorter transaction."
@@ -77,6 +76,19 @@ def _shorter(said: Data, was_bytes: int, size_bytes: int) -> Iterator[Data]:
     failure = {"status": "error", "data": {"consumer": data.get("consumer")}, "error": error}
     yield {**failure, "transaction": said["transaction"]}
     yield {**failure, "transaction": None}
+
+
+def _beginning(said: Data, name: str, data: Data, size_bytes: int) -> Iterator[Data]:
+    """Yield the answer with as much of one field of its data as there is room for, if there is for any."""
+    cut = _CUTS[name]
+    kept = _most(len(data[name]), size_bytes, lambda number: encode({**said, "data": cut(data, number)}))
+    if kept:
+        yield {**said, "data": cut(data, kept)}
+
+
+def _bare(data: Data) -> Data:
+    """Return a page of jobs without their metadata; anything else as it is."""
+    return {**data, "jobs": [{**job, "metadata": {}} for job in data["jobs"]]} if "jobs" in data else data
 
 
 def _piece(data: Data, characters: int) -> Data:

@@ -36,15 +36,22 @@ class Pulse:
             uptime=round(time.monotonic() - self._started, 1),
             worker_alive=self._worker_alive(),
             network_alive=self._network_alive(),
-            ledger_bytes=sum(_size(path) for path in self._folder.glob("ledger.json*")),
+            ledger_bytes=_sizes(self._folder, "ledger.json*"),
             rss_bytes=_rss_bytes(),
-            spool_bytes=sum(_size(path) for path in self._folder.glob("spool/*")),
+            spool_bytes=_sizes(self._folder / "spool", "*"),
             disk_free_bytes=_free_bytes(self._folder),
         )
 
     def fields(self) -> dict[str, Any]:
         """Measure, and return it by the contract's names."""
         return self.take().model_dump()
+
+
+def _sizes(folder: Path, pattern: str) -> int:
+    try:
+        return sum(_size(path) for path in folder.glob(pattern))
+    except OSError:  # no descriptor is left for looking
+        return 0
 
 
 def _size(path: Path) -> int:

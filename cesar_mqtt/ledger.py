@@ -269,7 +269,7 @@ class Ledger(Views):
                 now = self._monotonic()
                 if deadline is not None and now >= deadline:
                     return False
-                until_ready = None if self._paused else self._index.queue.next_ready_in(now)
+                until_ready = None if self._paused else self._index.queue.next_ready_in(now, self._clock())
                 waits = [until_ready, None if deadline is None else deadline - now]
                 self._changed.wait(min((wait for wait in waits if wait is not None), default=None))
             return not stopped()
@@ -319,11 +319,15 @@ class Ledger(Views):
         Raises:
             LedgerError: the disk refused; those that are left are returned by a later call.
         """
-        with self._changed:
-            expired = self._index.queue.expired(self._clock(), limit)
-            for seq in expired:
+        ended: list[Job] = []
+        for _ in range(limit):
+            with self._changed:  # let go each time, so that nobody waits for more than one sync
+                seq = next(iter(self._index.queue.expired(self._clock(), 1)), None)
+                if seq is None:
+                    break
                 self._move(seq, JobState.CANCELLED, {"completed_at": self._clock(), **_EXPIRED})
-            return [self._job(seq) for seq in expired]
+                ended.append(self._job(seq))
+        return ended
 
     def retry(self, job_id: str) -> Job | None:
         """Queue a job that ended as `error` or `cancelled` once more, with the options that it came with.

@@ -89,9 +89,11 @@ class Line:
             if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
         )
 
-    def next_ready_in(self, now: float) -> float | None:
-        """Return in how many seconds a delayed job will be ready; None: none is delayed."""
-        return max(0.0, min(self._not_before.values()) - now) if self._not_before else None
+    def next_ready_in(self, now: float, time: float) -> float | None:
+        """Return in how many seconds a delayed job will be ready; None: none is that is still worth starting."""
+        worth = (at for seq, at in self._not_before.items() if self._expires_at.get(seq, math.inf) > time)
+        first = min(worth, default=None)
+        return None if first is None else max(0.0, first - now)
 
     def place(self, seq: int) -> tuple[int | None, float | None]:
         """Return a job's position, from 1, and since when it has it, if that is later than its last change."""

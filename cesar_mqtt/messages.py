@@ -1,6 +1,7 @@
 """The wire: every payload of the contract as a frozen model, and what makes JSON of a job. Any thread may call it."""
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -33,6 +34,8 @@ from cesar_mqtt.topics import JOB_ID_PATTERN
 from cesar_mqtt.transcript import Segment
 
 _EXCERPT_BYTES = 200
+_LOOKED_AT_BYTES = 4096
+_CREDENTIALS = re.compile(rb"(?<=://)[^/\s\"]*@")
 _TOPIC_CHARACTERS = 200
 _PATH_CHARACTERS = 4096
 _PROMPT_CHARACTERS = 65_536
@@ -145,8 +148,8 @@ class Rejection(Payload):
 
 
 def excerpt(payload: bytes) -> str:
-    """Return the beginning of a payload as text that JSON can hold, for a person to recognise it by."""
-    return payload[:_EXCERPT_BYTES].decode(errors="replace")
+    """Return the beginning of a payload as text that JSON can hold, to recognise it by; without a URL's password."""
+    return _CREDENTIALS.sub(b"***@", payload[:_LOOKED_AT_BYTES])[:_EXCERPT_BYTES].decode(errors="replace")
 
 
 def shortened(topic: str) -> str:

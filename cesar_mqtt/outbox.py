@@ -60,7 +60,10 @@ class Outbox:
 
     def coalesce(self) -> None:
         """Forget the states that jobs passed through; their newest is still told."""
-        self._unsaid.update(seq for seq, number, _ in self._trail if self._newest.get(seq) == number)
+        for seq, number, _ in self._trail:
+            if self._owed.get(seq) == number:
+                self._newest[seq] = number
+                self._unsaid.add(seq)
         self._trail.clear()
 
     def forget(self, seqs: Collection[int]) -> None:

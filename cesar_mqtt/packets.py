@@ -6,7 +6,7 @@ of MQTT 5.0.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
@@ -38,12 +38,17 @@ class UnreadablePacketError(Exception):
     """A packet that does not keep to MQTT; what comes after it cannot be trusted either."""
 
 
+_MOST_USER_BYTES = 65_536
+"""Of user properties that are kept: many more than metadata may have, so that what is left out changes nothing."""
+
+
 @dataclass(slots=True)
 class _Properties:
     expires_in_s: int | None = None
     response_topic: str | None = None
     correlation_data: bytes | None = None
-    user_properties: tuple[tuple[str, str], ...] = ()
+    user_properties: list[tuple[str, str]] = field(default_factory=list)
+    user_bytes: int = 0
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ def read_publish(first: int, body: bytes, *, five: bool, connection: int) -> Del
         bool(first & _RETAIN),
         bool(first & _DUP),
         Receipt(connection, mid),
-        properties.user_properties,
+        tuple(properties.user_properties),
         properties.response_topic,
         properties.correlation_data,
         properties.expires_in_s,
@@ -176,7 +181,9 @@ def _read_property(into: _Properties, which: int, body: bytes, at: int) -> int:
     if which == _USER_PROPERTY:
         name, at = _read_counted(body, at)
         value, at = _read_counted(body, at)
-        into.user_properties += ((name.decode(errors="replace"), value.decode(errors="replace")),)
+        into.user_bytes += len(name) + len(value)
+        if into.user_bytes <= _MOST_USER_BYTES:
+            into.user_properties.append((name.decode(errors="replace"), value.decode(errors="replace")))
     elif which in _COUNTED:
         data, at = _read_counted(body, at)
         if which == _RESPONSE_TOPIC:

@@ -17,7 +17,8 @@ _MOST_TEXT_BYTES = 65_535
 _MOST_LEVELS = 200  # mosquitto's TOPIC_HIERARCHY_LIMIT
 
 # Control characters, surrogates and non-characters: who sends one is thrown out by mosquitto 2.0.11 [tried].
-_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U0001fffe\U0001ffff]")
+_LAST_OF_PLANES = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+_FORBIDDEN = re.compile(f"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_LAST_OF_PLANES}]")
 
 
 class CannotPublishError(CesarError):

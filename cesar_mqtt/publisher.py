@@ -29,6 +29,7 @@ from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import Live, Payload, Rejection
 from cesar_mqtt.ownstate import OwnState
+from cesar_mqtt.publications import MOST_PACKET_BYTES, PacketTooLargeError
 from cesar_mqtt.tellings import Telling, Tellings
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
@@ -341,6 +342,9 @@ class Publisher:
         try:
             ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
         except CannotPublishError as exc:
+            known_bytes = self._tellings.max_packet_bytes or MOST_PACKET_BYTES
+            if isinstance(exc, PacketTooLargeError) and exc.limit_bytes < known_bytes:
+                return False  # the limit of a connection that we are just being told of
             event(logger, logging.ERROR, "unpublished", "A message on %s is given up: %s", topic, exc)
             self._settle(sent)
             return True

@@ -326,9 +326,12 @@ def _ranges(clips: Sequence[tuple[float, float]], begin: int) -> tuple[_Range, .
     return left or (_Range(begin, begin if clips else math.inf, asked=False),)
 
 
+_FOREVER_S = 1e9
+
+
 def _samples(clip: tuple[float, float]) -> tuple[int, int]:
-    start_s, end_s = clip
-    if 0 <= start_s < end_s < math.inf and round(start_s * SAMPLE_RATE) < round(end_s * SAMPLE_RATE):
+    start_s, end_s = (min(second, _FOREVER_S) for second in clip)
+    if 0 <= start_s < end_s and clip[1] < math.inf and round(start_s * SAMPLE_RATE) < round(end_s * SAMPLE_RATE):
         return round(start_s * SAMPLE_RATE), round(end_s * SAMPLE_RATE)
     raise JobFailedError(
         ErrorCode.INVALID_REQUEST,

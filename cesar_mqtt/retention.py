@@ -44,6 +44,7 @@ class Upkeep:
         self._on_ended = on_ended
         self._clock = clock
         self._monotonic = monotonic
+        self._began = clock() - monotonic()
         self._delay_s = 0.0
         self._not_before = 0.0
 
@@ -65,7 +66,9 @@ class Upkeep:
 
     def _retire(self, stop: threading.Event) -> None:
         """Delete what retention no longer keeps, a few at a time, so that nobody waits for it."""
-        before = self._clock() - self._retention.days * _DAY_S
+        # A clock that is set right long after the start, as on a machine without a battery, makes nothing old.
+        now = min(self._clock(), self._began + self._monotonic())
+        before = now - self._retention.days * _DAY_S
         deleted = _BATCH
         while deleted == _BATCH and not stop.wait(_GAP_S):
             deleted, spooled = self._ledger.retire(before=before, keep=self._retention.max_finished, limit=_BATCH)

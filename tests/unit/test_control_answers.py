@@ -106,6 +106,15 @@ def test_a_status_is_cut_as_the_retained_one_is() -> None:
 PAGE = JobList(jobs=[brief(status_of(job(), "porch"))], next=None, total=1, consumer="porch")
 
 
+@pytest.mark.parametrize("depth", [150, 198, 199])
+def test_metadata_nested_as_deep_as_we_take_them_are_answered_all_the_same(depth: int) -> None:
+    nested = json.loads("[" * depth + "]" * depth)
+    status = status_of(job(result_text="word " * 1000, metadata={"a": nested}), "porch")
+    told = fitted(answer(status), 2000)
+    assert told["transaction"] == "t-1"
+    assert len(json.dumps(told)) < 2500
+
+
 @pytest.mark.parametrize("data", [models(), status_of(job(), "porch"), PAGE], ids=["models", "status", "page"])
 def test_what_cannot_be_cut_to_the_limit_becomes_an_error_that_names_it(data: Payload) -> None:
     payload = answer(data, {"id": ["ü"]})

@@ -1,4 +1,7 @@
+import errno
 from pathlib import Path
+
+import pytest
 
 from cesar_mqtt import health
 from cesar_mqtt.health import Pulse
@@ -21,6 +24,16 @@ def test_the_files_and_the_process_are_measured(tmp_path: Path) -> None:
     assert found.disk_free_bytes is not None
     assert found.disk_free_bytes > 0
     assert found.uptime >= 0
+
+
+def test_a_process_without_descriptors_is_measured_as_far_as_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    assert pulse_of(tmp_path).take().ledger_bytes == 0
 
 
 def test_a_folder_that_is_gone_is_no_reason_to_say_nothing(tmp_path: Path) -> None:

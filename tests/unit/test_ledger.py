@@ -1567,12 +1567,22 @@ def test_a_thread_that_waits_for_work_is_woken_by_a_job_and_by_a_stop(desk: Desk
 def test_a_delay_that_is_over_does_not_keep_the_waiting_thread_from_sleeping() -> None:
     line = Line([1, 2])
     line.delay(1, 5.0)
-    assert line.next_ready_in(2.0) == 3.0
+    assert line.next_ready_in(2.0, 0.0) == 3.0
     assert (list(line.all_ready(4.0, 0.0)), list(line.all_ready(5.0, 0.0))) == ([2], [1, 2])
     line.remove(1)
     line.delay(2, 20.0)
     assert list(line.all_ready(10.0, 0.0)) == []
-    assert line.next_ready_in(10.0) == 10.0
+    assert line.next_ready_in(10.0, 0.0) == 10.0
+    line.delay(2, 5.0)
+    assert line.next_ready_in(10.0, 0.0) == 0.0
+
+
+def test_a_delayed_job_that_is_no_longer_worth_starting_wakes_nobody() -> None:
+    line = Line([1])
+    line.expire(1, 50.0)
+    line.delay(1, 5.0)
+    assert line.next_ready_in(10.0, 49.0) == 0.0
+    assert line.next_ready_in(10.0, 50.0) is None
 
 
 def test_a_job_id_that_was_deleted_and_is_used_again_is_not_deleted_at_the_broker(desk: Desk) -> None:

@@ -460,6 +460,11 @@ def test_a_rejection_has_exactly_the_fields_of_the_contract() -> None:
     }
 
 
+def test_an_excerpt_shows_no_password_of_a_url() -> None:
+    told = excerpt(b'{"audio_ulr": "https://user:se:cr@et@cam.example/a.mp3", "by": "me@home"}')
+    assert told == '{"audio_ulr": "https://***@cam.example/a.mp3", "by": "me@home"}'
+
+
 @given(st.binary(max_size=300))
 @example(b"x" * 199 + "äää".encode())
 def test_an_excerpt_of_any_payload_is_short_text(payload: bytes) -> None:

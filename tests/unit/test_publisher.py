@@ -1330,6 +1330,31 @@ def test_what_happened_while_offline_is_told_afterwards_as_the_newest_state(benc
     assert events(bench.connect() + bench.settle()) == [("a", "completed")]
 
 
+def test_a_job_that_moved_up_while_offline_has_its_event_told_afterwards(bench: Bench) -> None:
+    bench.quiet()
+    bench.disconnect()
+    bench.add("a", "b")
+    bench.claim()
+    assert sorted(events(bench.connect() + bench.settle())) == [("a", "processing"), ("b", "queued")]
+
+
+def test_a_status_is_not_given_up_for_the_limit_of_a_connection_that_was_just_made(bench: Bench) -> None:
+    bench.quiet()
+    bench.disconnect()
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.complete(bench.claim(), "word " * 4000)
+
+    def reconnect(message: Message) -> None:  # in the middle of a turn, to a broker that takes less
+        if message.topic == "cesar/status/a" and bench.connection.limit_bytes is None:
+            bench.connection.limit_bytes = 8000
+            bench.publisher.on_disconnected()
+            bench.publisher.on_connected(session_present=True, max_packet_bytes=8000)
+
+    bench.connection.on_sent = reconnect
+    assert ("b", "completed") in statuses(bench.connect() + bench.settle())
+
+
 def test_an_event_whose_status_was_not_acknowledged_is_told_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")

@@ -233,6 +233,7 @@ def test_a_range_that_is_longer_than_the_window_is_cut(numbered: Path) -> None:
 def test_an_end_behind_the_end_of_the_file_means_its_end(numbered: Path) -> None:
     assert spans(clipped(numbered, (90.0, 100.2))) == [(90.0, 100.0)]
     assert spans(clipped(numbered, (90.0, 5000.0))) == [(90.0, 100.0)]
+    assert spans(clipped(numbered, (90.0, 1e305))) == [(90.0, 100.0)]
 
 
 @pytest.mark.parametrize("start_s", [100.0, 100.01, 104.0, 500.0])

@@ -1,14 +1,18 @@
 """What is deleted, when, and that the broker is told; and failures that are tried again."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, JobState, NewJob, Result, Verdict
 from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.retention import Upkeep
+from cesar_mqtt.spool import Spool
 from cesar_mqtt.transcript import Window
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
@@ -53,6 +57,21 @@ def tell_everything(ledger: Ledger) -> None:
 
 def left(ledger: Ledger, *job_ids: str) -> list[str]:
     return [job_id for job_id in job_ids if ledger.get(job_id) is not None]
+
+
+def test_a_clock_that_is_set_right_after_the_start_makes_nothing_old(
+    tmp_path: Path, ledger: Ledger, clock: Clock
+) -> None:
+    passed = Clock()
+    upkeep = Upkeep(RetentionSettings(), ledger, Spool(tmp_path / "spool"), clock=clock, monotonic=passed)
+    finish(ledger, "a")
+    clock.now += 30 * 86_400
+    passed.now += 5
+    upkeep.run_once(threading.Event())
+    assert left(ledger, "a") == ["a"]
+    passed.now += 8 * 86_400
+    upkeep.run_once(threading.Event())
+    assert left(ledger, "a") == []
 
 
 def test_jobs_that_ended_too_long_ago_are_deleted_oldest_first(ledger: Ledger, clock: Clock) -> None:
