@@ -30,9 +30,9 @@ class Disk:
         """Let the file reach to `end`, with NUL bytes: the room is there to be written to.
 
         They are written, not only allocated: the first sync into blocks that never were has to record that they are
-        now, and took a tenth longer for it (ext4).
+        now, and took a tenth longer for it (ext4). Where not all of them can be, there is less room.
         """
-        self.write_all(descriptor, bytes(end - start), start)
+        os.pwrite(descriptor, bytes(end - start), start)
 
     def truncate(self, descriptor: int, size: int) -> None:
         """Cut the file to `size` bytes; durable only after `sync`."""
