@@ -8,8 +8,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -119,20 +118,18 @@ class Books:
 
     # -- one funnel for every change; the caller holds the lock ------------------------------------------------------
 
-    def _commit(self, changes: list[Change], touched: Sequence[int]) -> None:
-        """Write the changes with the outbox's watermark, then note that the broker has to be told of `touched`."""
+    def _commit(self, changes: list[Change]) -> None:
+        """Write the changes, with the outbox's watermark."""
         if self._closed:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
             changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
         if self._buried:
             changes.extend(Change(GONE, seq, None) for seq in self._buried)
-        transaction = self._journal.transaction
-        revision = self._journal.commit(changes, mark=self._outbox.watermark(transaction))
+        journal = self._journal
+        journal.commit(changes, mark=self._outbox.watermark(journal.transaction))
         self._rejected_on_disk = self._rejected
         self._buried.clear()
-        for seq in touched:
-            self._outbox.owe(seq, revision)
 
     def _move(
         self,
@@ -144,7 +141,8 @@ class Books:
         also: Iterable[Change] = (),
     ) -> None:
         """Take one job from its state to `state`, durably, with other changes in the same transaction."""
-        row = self._rows.get(str(seq))
+        rows, key = self._rows, str(seq)
+        row = rows.get(key)
         if row is None:
             raise IllegalTransitionError(f"There is no job number {seq} to become {state}.")
         before = STATES[row["state"]]
@@ -158,26 +156,22 @@ class Books:
         }
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
-            changes.append(self._counters({state: self._index.ended[state] + 1}))
-        self._commit(changes, (seq,))
+            changes.append(Change(COUNTERS, 1, {state.value: self._index.ended[state] + 1}))
+        self._commit(changes)
         self._index.move(seq, before, state)
         if before is JobState.QUEUED or state is JobState.QUEUED:
             self._number_the_head()
-        self._pass(seq)
+        self._pass(seq, rows[key])
         self._notify()
 
-    def _pass(self, seq: int) -> None:
-        """Keep the state that a job has now for a reader who wants to see every one."""
-        # Documents are replaced and never changed, so this one can be put into words when it is its turn.
-        self._outbox.passed(seq, partial(job_of, seq, self._rows[str(seq)], *self._index.queue.place(seq)))
+    def _pass(self, seq: int, document: Mapping[str, Any]) -> None:
+        """Let the broker be told of the state that a job has now."""
+        self._outbox.owe(seq, document["revision"], (seq, document, *self._index.queue.place(seq)))
 
     def _number_the_head(self) -> None:
         """Give the first jobs their new positions, and let the broker be told of those that changed."""
         for seq in self._index.queue.number_head(self._clock()):
             self._outbox.tell(seq)
-
-    def _counters(self, changed: Mapping[JobState, int]) -> Change:
-        return Change(COUNTERS, 1, {state.value: total for state, total in changed.items()})
 
     def _job(self, seq: int) -> Job:
         return job_of(seq, self._rows[str(seq)], *self._index.queue.place(seq))
@@ -260,7 +254,7 @@ class Books:
         with self._changed:
             self._outbox.owe_all(self._revisions())
             with contextlib.suppress(LedgerError):
-                self._commit([], ())
+                self._commit([])
             self._notify()
 
     def count_rejected(self) -> None:
@@ -306,7 +300,7 @@ class Books:
                 return
             try:
                 if self._rejected != self._rejected_on_disk or self._buried:
-                    self._commit([], ())
+                    self._commit([])
                 self._journal.mark = self._outbox.watermark(self._journal.transaction)
                 self._db.close()
             finally:

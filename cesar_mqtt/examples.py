@@ -1,7 +1,6 @@
 """Examples of every payload, made by what makes the real ones; pure, any thread may call it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,10 @@ _QUEUED = Job(
     metadata={"room": "porch"},
     queue_position=1,
 )
-_PROCESSING = replace(
-    _QUEUED, state=JobState.PROCESSING, attempt=1, started_at=_BEGAN + 0.011, queue_position=None, audio_duration=2.6
+_PROCESSING = _QUEUED._replace(
+    state=JobState.PROCESSING, attempt=1, started_at=_BEGAN + 0.011, queue_position=None, audio_duration=2.6
 )
-_COMPLETED = replace(
-    _PROCESSING,
+_COMPLETED = _PROCESSING._replace(
     state=JobState.COMPLETED,
     updated_at=_BEGAN + 0.811,
     completed_at=_BEGAN + 0.811,
@@ -56,8 +54,7 @@ _COMPLETED = replace(
     language_probability=0.982,
     no_speech=False,
 )
-_FAILED = replace(
-    _PROCESSING,
+_FAILED = _PROCESSING._replace(
     state=JobState.ERROR,
     updated_at=_BEGAN + 0.02,
     completed_at=_BEGAN + 0.02,

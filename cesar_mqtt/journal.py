@@ -125,13 +125,14 @@ class Journal:
             ValueError, TypeError: `entry` is not JSON.
         """
         line, descriptor = _line(entry), self._open_descriptor
-        end = self.size + len(line)
+        disk, size = self._disk, self.size
+        end = size + len(line)
         self.suspect = True  # also after whatever else may interrupt this
         try:
             if end > self._reserved:
                 self._reserve(end)
-            self._disk.write_all(descriptor, line, self.size)
-            self._disk.sync_data(descriptor)
+            disk.write_all(descriptor, line, size)
+            disk.sync_data(descriptor)
         except OSError:
             self._undo()
             raise

@@ -88,7 +88,7 @@ class Ledger(Views):
         Windows that belong to nobody are dropped: the next attempt at their job, or a later job, would find them.
         """
         if self._index.orphans:
-            self._commit([Change(WINDOWS, doc_id, None) for doc_id in self._index.orphans], ())
+            self._commit([Change(WINDOWS, doc_id, None) for doc_id in self._index.orphans])
             self._index.orphans.clear()
         for seq in tuple(self._index.processing):
             row = self._rows[str(seq)]
@@ -144,18 +144,19 @@ class Ledger(Views):
         changes = [Change(JOBS, seq, document_of(request, now, revision)) for seq, request in numbered]
         failed = sum(request.failure is not None for _, request in numbered)
         if failed:
-            changes.append(self._counters({JobState.ERROR: self._index.ended[JobState.ERROR] + failed}))
+            changes.append(Change(COUNTERS, 1, {JobState.ERROR.value: self._index.ended[JobState.ERROR] + failed}))
         revived = [self._index.gone[seq] for seq in map(self._index.gone_ids.get, new) if seq is not None]
         changes += [Change(GONE, gone.seq, {"status": False} if gone.formats else None) for gone in revived]
-        self._commit(changes, range(first, first + len(new)))
+        self._commit(changes)
         for gone in revived:  # the new job's status takes the place of the old one's at the broker
             self._index.forget(gone.seq)
             if gone.formats:
                 self._index.gone[gone.seq] = replace(gone, status=False)
         for seq, request in numbered:
             self._index.add(seq, request)
+        rows = self._rows
         for seq, _ in numbered:
-            self._pass(seq)
+            self._pass(seq, rows[str(seq)])
 
     def forget_deliveries(self) -> None:
         """Take no further message for a redelivery of one that is known, for the broker has begun a new session.
@@ -199,7 +200,7 @@ class Ledger(Views):
             known = self._index.windows.get(seq, 0)
             if seq not in self._index.processing or window.number != known:
                 raise IllegalTransitionError(f"Job number {seq} is not at its window {window.number}.")
-            self._commit([Change(WINDOWS, window_id(seq, known), document)], ())
+            self._commit([Change(WINDOWS, window_id(seq, known), document)])
             self._index.keep_windows(seq, known + 1)
 
     def complete(self, seq: int, result: Result) -> None:
@@ -301,7 +302,7 @@ class Ledger(Views):
             if state is JobState.QUEUED:
                 self._cancel(seq)
             elif not self.is_cancelling(seq):
-                self._commit([Change(JOBS, seq, {"cancelling": True})], ())
+                self._commit([Change(JOBS, seq, {"cancelling": True})])
                 self._notify()
             return self._job(seq)
 
@@ -379,7 +380,7 @@ class Ledger(Views):
         """Let no job be started, or jobs be started again; kept over restarts. Raises LedgerError."""
         with self._changed:
             if on != self._paused:
-                self._commit([Change(COUNTERS, 1, {"paused": on})], ())
+                self._commit([Change(COUNTERS, 1, {"paused": on})])
                 self._paused = on
                 self._notify()
 
@@ -413,7 +414,7 @@ class Ledger(Views):
         changes += [change for seq in seqs for change in self._without_windows(seq)]
         changes += [Change(GONE, job.seq, gone_document(job)) for job in gone]
         changes.append(Change(COUNTERS, 1, {"last_seq": self._index.last_seq}))  # numbers are never used again
-        self._commit(changes, ())
+        self._commit(changes)
         for job, row in zip(gone, rows, strict=True):
             self._index.bury(job, row)
         self._outbox.forget(seqs)

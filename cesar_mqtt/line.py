@@ -106,5 +106,6 @@ class Line:
             for rank, seq in enumerate(islice(self._order, HEAD), start=1)
             if self._places.get(seq, (0, None))[0] != rank
         ]
-        self._places |= {seq: (rank, now) for rank, seq in moved}
+        for rank, seq in moved:
+            self._places[seq] = (rank, now)
         return [seq for _, seq in moved]

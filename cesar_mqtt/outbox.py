@@ -1,10 +1,12 @@
 """The outbox: what the broker has still to be told of, in memory; the ledger owns it and serialises every call."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import count, islice
+from typing import Any
 
 from cesar_mqtt.jobs import Job
+from cesar_mqtt.records import job_of
 
 TRAIL = 1000
 """So many changes of state are kept one by one; beyond that, only the newest of a job counts."""
@@ -14,6 +16,9 @@ Item = tuple[int, Job]
 
 The number is the job's revision as long as that is news, and negative for what is said again.
 """
+
+Moment = tuple[int, Mapping[str, Any], int | None, float | None]
+"""A job's number, its document, which is never changed, its place in the queue and since when it has that."""
 
 
 class Outbox:
@@ -29,7 +34,7 @@ class Outbox:
         self._owed = self._newest.copy()
         self._unsaid = set(self._newest)
         self._again = count(-1, -1)
-        self._trail: deque[tuple[int, int, Callable[[], Job]]] = deque(maxlen=TRAIL)
+        self._trail: deque[tuple[int, Moment]] = deque(maxlen=TRAIL)
 
     def __bool__(self) -> bool:
         return bool(self._newest)
@@ -40,12 +45,14 @@ class Outbox:
             self._newest[seq] = next(self._again)
             self._newest.move_to_end(seq)
 
-    def owe(self, seq: int, revision: int) -> None:
-        """Let the broker be told of a change that transaction `revision` brought."""
-        for changes in (self._newest, self._owed):
-            changes[seq] = revision
-            changes.move_to_end(seq)
-        self._unsaid.add(seq)
+    def owe(self, seq: int, revision: int, moment: Moment) -> None:
+        """Let the broker be told of a change that transaction `revision` brought, and of each such state, in order."""
+        newest, owed = self._newest, self._owed
+        newest[seq] = owed[seq] = revision
+        newest.move_to_end(seq)
+        owed.move_to_end(seq)
+        self._unsaid.discard(seq)
+        self._trail.append((revision, moment))
 
     def owe_all(self, revisions: Iterable[tuple[int, int]]) -> None:
         """Let the broker be told of everything: it has lost what it knew."""
@@ -53,14 +60,9 @@ class Outbox:
         for seq in sorted(self._owed):
             self.tell(seq)
 
-    def passed(self, seq: int, render: Callable[[], Job]) -> None:
-        """Keep a state of a job for a reader who wants to see every one, in order; `render` gives it when it is due."""
-        self._trail.append((seq, self._newest[seq], render))
-        self._unsaid.discard(seq)
-
     def coalesce(self) -> None:
         """Forget the states that jobs passed through; their newest is still told."""
-        for seq, number, _ in self._trail:
+        for number, (seq, *_) in self._trail:
             if self._owed.get(seq) == number:
                 self._newest[seq] = number
                 self._unsaid.add(seq)
@@ -73,14 +75,14 @@ class Outbox:
             self._owed.pop(seq, None)
             self._unsaid.discard(seq)
         dropped = frozenset(seqs)
-        self._trail = deque((item for item in self._trail if item[0] not in dropped), maxlen=TRAIL)
+        self._trail = deque((item for item in self._trail if item[1][0] not in dropped), maxlen=TRAIL)
 
     def take(self, limit: int, but: Collection[int], render: Callable[[int], Job]) -> list[Item]:
         """Return what to tell next; a newest state is returned again until `acknowledge`, unless it is in `but`."""
         passed = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
-        taken = [(number, state()) for _, number, state in passed]
+        taken = [(number, job_of(*moment)) for number, moment in passed]
         if len(taken) < limit:
-            on_the_way = {seq for seq, _, _ in passed}.union(but)
+            on_the_way = {seq for _, (seq, *_) in passed}.union(but)
             waiting = (item for item in self._newest.items() if item[0] not in on_the_way)
             newest = list(islice(waiting, limit - len(taken)))
             taken += [(number, render(seq)) for seq, number in newest]

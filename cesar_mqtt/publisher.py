@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 from cesar_mqtt.activity import Doing
@@ -396,7 +395,7 @@ class Publisher:
         """Let the broker forget deleted jobs."""
         for gone in self._ledger.gone(self._room, but=self._in_flight.clearing) if self._room > 0 else ():
             if self._last is not None and self._last.job_id == gone.job_id:
-                self._set_last(replace(self._last, result_text=None))
+                self._set_last(self._last._replace(result_text=None))
             if not self._send_all(self._tellings.of_deletion(gone), Sent(seq=gone.seq, gone=True)):
                 return
 

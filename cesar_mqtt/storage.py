@@ -56,7 +56,8 @@ def apply(image: Image, change: Change) -> None:
     if change.fields is None:
         rows.pop(key, None)
         return
-    document = {**rows.get(key, {}), **change.fields}
+    known = rows.get(key)
+    document = dict(change.fields) if known is None else {**known, **change.fields}
     for field in change.dropped:
         document.pop(field, None)
     rows[key] = document

@@ -178,7 +178,7 @@ def test_a_job_gives_the_files_what_its_status_says() -> None:
         audio_duration=60.5,
     )
     assert content_of(job, TWO.segments) == replace(TWO, task="translate")
-    assert content_of(replace(job, options={}), TWO.segments) == TWO
+    assert content_of(job._replace(options={}), TWO.segments) == TWO
 
 
 def test_an_unknown_format_is_a_mistake_of_the_caller() -> None:

@@ -545,7 +545,7 @@ def test_windows_that_belong_to_nobody_are_dropped_at_the_next_start(desk: Desk)
     accept(desk.ledger, "a", "b")
     job = work_on(desk.ledger, 1)
     orphans = [window_id(job.seq, 2), window_id(2, 1), window_id(7, 0)]
-    desk.ledger._commit([Change("windows", doc_id, window_document(window(5))) for doc_id in orphans], ())
+    desk.ledger._commit([Change("windows", doc_id, window_document(window(5))) for doc_id in orphans])
     ledger = desk.crash()
     assert (stored_windows(ledger), ledger.windows(job.seq), ledger.windows(2)) == (1, (window(0),), ())
     silence = Window(1, 60.0, "", None, None, ())
@@ -937,7 +937,7 @@ def test_jobs_are_listed_in_the_order_of_acceptance_page_by_page(desk: Desk) -> 
 def test_a_list_takes_no_longer_for_the_numbers_of_jobs_that_are_gone(desk: Desk) -> None:
     """It once looked for every number that had ever been given out."""
     accept(desk.ledger, "old")
-    desk.ledger._commit([Change("counters", 1, {"last_seq": 10**12})], ())
+    desk.ledger._commit([Change("counters", 1, {"last_seq": 10**12})])
     accept(desk.crash(), "new")
     assert [(job.job_id, job.seq) for job in desk.ledger.jobs()] == [("old", 1), ("new", 10**12 + 1)]
 

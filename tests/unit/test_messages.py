@@ -78,16 +78,14 @@ QUEUED = Job(
     audio=AudioSource("path", "porch.wav"),
     queue_position=4,
 )
-PROCESSING = replace(
-    QUEUED,
+PROCESSING = QUEUED._replace(
     state=JobState.PROCESSING,
     attempt=1,
     started_at=ACCEPTED_AT + 1,
     updated_at=ACCEPTED_AT + 1,
     queue_position=None,
 )
-COMPLETED = replace(
-    PROCESSING,
+COMPLETED = PROCESSING._replace(
     state=JobState.COMPLETED,
     completed_at=ACCEPTED_AT + 11,
     updated_at=ACCEPTED_AT + 11,
@@ -98,8 +96,7 @@ COMPLETED = replace(
     audio_duration=60.0,
     warnings=("audio_truncated",),
 )
-FAILED = replace(
-    PROCESSING,
+FAILED = PROCESSING._replace(
     state=JobState.ERROR,
     completed_at=ACCEPTED_AT + 2,
     updated_at=ACCEPTED_AT + 2,
@@ -126,7 +123,7 @@ def test_a_status_has_exactly_the_fields_of_the_contract_in_every_state(job: Job
 
 
 def test_a_queued_job_is_told_with_its_place_and_what_was_asked_for() -> None:
-    asked = replace(QUEUED, options={"language": "de", "task": "translate"}, metadata={"room": "porch"})
+    asked = QUEUED._replace(options={"language": "de", "task": "translate"}, metadata={"room": "porch"})
     assert told(asked) == NOTHING | {
         "job_id": "porch-17",
         "status": "queued",
@@ -181,7 +178,7 @@ def test_a_completed_job_is_told_with_the_whole_transcript_and_progress_one() ->
 
 
 def test_no_speech_is_an_empty_text_and_not_a_missing_one() -> None:
-    silent = replace(COMPLETED, result_text="", detected_language=None, language_probability=None, no_speech=True)
+    silent = COMPLETED._replace(result_text="", detected_language=None, language_probability=None, no_speech=True)
     status = told(silent)
     assert status["result_text"] == ""
     assert status["no_speech"] is True
@@ -191,7 +188,7 @@ def test_no_speech_is_an_empty_text_and_not_a_missing_one() -> None:
 @pytest.mark.parametrize("code", ErrorCode)
 def test_an_error_is_told_with_its_sentence_and_whether_a_retry_may_help(code: ErrorCode) -> None:
     retryable = {"download_failed", "model_unavailable", "timeout", "expired", "crashed", "internal"}
-    status = told(replace(FAILED, error_code=code))
+    status = told(FAILED._replace(error_code=code))
     assert status["error_code"] == code.value
     assert status["error_message"] == "There is no such file."
     assert status["retryable"] is (code.value in retryable)
@@ -199,8 +196,8 @@ def test_an_error_is_told_with_its_sentence_and_whether_a_retry_may_help(code: E
 
 
 def test_audio_that_came_with_the_job_is_called_an_upload_and_never_by_its_file_name() -> None:
-    assert told(replace(QUEUED, audio=AudioSource("spool", "0123abcd")))["audio_source"] == "upload"
-    assert told(replace(QUEUED, audio=None))["audio_source"] is None
+    assert told(QUEUED._replace(audio=AudioSource("spool", "0123abcd")))["audio_source"] == "upload"
+    assert told(QUEUED._replace(audio=None))["audio_source"] is None
 
 
 @pytest.mark.parametrize(
@@ -216,13 +213,13 @@ def test_audio_that_came_with_the_job_is_called_an_upload_and_never_by_its_file_
     ],
 )
 def test_a_url_is_told_without_what_may_be_a_secret_in_it(url: str, source: str) -> None:
-    payload = status_of(replace(QUEUED, audio=AudioSource("url", url)), "kitchen").encode()
+    payload = status_of(QUEUED._replace(audio=AudioSource("url", url)), "kitchen").encode()
     assert json.loads(payload)["audio_source"] == source
     assert b"s3cret" not in payload
 
 
 def test_the_formats_that_were_asked_for_are_told_and_whether_one_had_to_be_cut() -> None:
-    asked = replace(COMPLETED, formats=("srt", "json"))
+    asked = COMPLETED._replace(formats=("srt", "json"))
     assert told(asked)["formats"] == ["srt", "json"]
     assert told(asked)["result_truncated"] is False
     assert status_of(asked, "kitchen", result_truncated=True).result_truncated is True
@@ -234,7 +231,7 @@ def test_progress_that_comes_late_changes_nothing_for_a_job_that_is_not_in_work(
 
 
 def test_a_job_whose_clock_went_back_while_it_ran_has_no_speed() -> None:
-    assert told(replace(COMPLETED, completed_at=ACCEPTED_AT))["speed"] is None
+    assert told(COMPLETED._replace(completed_at=ACCEPTED_AT))["speed"] is None
 
 
 @pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
@@ -280,7 +277,7 @@ def test_a_status_that_fits_keeps_the_mark_of_a_result_that_did_not() -> None:
 
 
 def test_a_text_that_does_not_fit_is_cut_and_marked() -> None:
-    status = status_of(replace(COMPLETED, result_text="word " * 1000, metadata={"room": "porch"}), "kitchen")
+    status = status_of(COMPLETED._replace(result_text="word " * 1000, metadata={"room": "porch"}), "kitchen")
     payload = fit(status, 2000)
     shorter = json.loads(payload)
     assert 1990 <= len(payload) <= 2000
@@ -290,7 +287,7 @@ def test_a_text_that_does_not_fit_is_cut_and_marked() -> None:
 
 
 def test_metadata_goes_only_when_no_text_is_left_to_cut() -> None:
-    status = status_of(replace(COMPLETED, metadata={"k": "x" * 4000}), "kitchen")
+    status = status_of(COMPLETED._replace(metadata={"k": "x" * 4000}), "kitchen")
     shorter = json.loads(fit(status, 2000))
     assert shorter["metadata"] == {}
     assert shorter["result_text"] == "Hello."
@@ -298,18 +295,18 @@ def test_metadata_goes_only_when_no_text_is_left_to_cut() -> None:
 
 
 def test_metadata_of_a_job_without_a_text_can_be_cut_too() -> None:
-    payload = fit(status_of(replace(QUEUED, metadata={"k": "x" * 4000}), "kitchen"), 2000)
+    payload = fit(status_of(QUEUED._replace(metadata={"k": "x" * 4000}), "kitchen"), 2000)
     assert len(payload) <= 2000
     assert json.loads(payload)["metadata"] == {}
     assert json.loads(payload)["result_text"] is None
 
 
 def test_a_limit_that_nothing_can_fit_ends_in_the_least_there_is() -> None:
-    shorter = json.loads(fit(status_of(replace(COMPLETED, metadata={"k": "x"}), "kitchen"), 1))
+    shorter = json.loads(fit(status_of(COMPLETED._replace(metadata={"k": "x"}), "kitchen"), 1))
     assert (shorter["result_text"], shorter["metadata"], shorter["result_truncated"]) == ("", {}, True)
 
 
-LEAST_BYTES = len(fit(status_of(replace(COMPLETED, result_text="x", metadata={"k": "x"}), "kitchen"), 1))
+LEAST_BYTES = len(fit(status_of(COMPLETED._replace(result_text="x", metadata={"k": "x"}), "kitchen"), 1))
 """What the fields that are never cut take."""
 texts = (
     st.text(max_size=300) | st.text(st.sampled_from('"\\\n\r\t\0\x1f a'), max_size=300) | st.text("ä日😀", max_size=300)
@@ -322,7 +319,7 @@ texts = (
 @example("\0" * 300, 10, {}, 3_000)
 def test_what_is_cut_fits_and_wastes_nothing(text: str, times: int, metadata: dict[str, str], room: int) -> None:
     text *= times
-    status = status_of(replace(COMPLETED, result_text=text, metadata=metadata), "kitchen")
+    status = status_of(COMPLETED._replace(result_text=text, metadata=metadata), "kitchen")
     limit = LEAST_BYTES + room
     payload = fit(status, limit)
     shorter = json.loads(payload)
@@ -423,7 +420,7 @@ def test_the_last_job_has_exactly_the_fields_of_the_contract() -> None:
     ],
 )
 def test_the_last_text_is_cut_at_a_whole_character_within_12000_bytes(text: str, kept: int) -> None:
-    last = last_of(replace(COMPLETED, result_text=text))
+    last = last_of(COMPLETED._replace(result_text=text))
     assert last.text == text[:kept]
     assert len(last.text.encode()) <= LAST_TEXT_BYTES == 12_000
     assert last.text_truncated is (kept < len(text))

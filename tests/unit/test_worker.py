@@ -527,7 +527,7 @@ def test_an_end_that_the_disk_refuses_is_recorded_later_and_the_work_is_not_done
     assert bench.job("a").state is (JobState.COMPLETED if error is None else JobState.ERROR)
     assert len(bench.transcriber.calls) == 1
     assert len(bench.reports.ended) == 1
-    degradations = [what for what in bench.reports.told if isinstance(what, tuple)]
+    degradations = [what for what in bench.reports.told if type(what) is tuple]  # a job is a named tuple
     assert degradations == [*[("worker", True)] * 3, ("worker", False)]
     assert bench.job("b").state is JobState.QUEUED
 
@@ -772,7 +772,7 @@ def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
     bench.transcriber.script = script
     bench.add("a")
     bench.worker.run_once()
-    (first_id, first), (_, second) = (what for what in bench.reports.told if isinstance(what, tuple))
+    (first_id, first), (_, second) = (what for what in bench.reports.told if type(what) is tuple)
     assert first_id == "a"
     assert (first.progress, first.processed_duration, first.audio_duration) == (0.0, 0.0, 2.5)
     assert (first.speed, first.eta) == (None, None)
@@ -1008,7 +1008,7 @@ def test_segments_are_told_as_soon_as_they_are_known_to_those_who_asked(bench: B
     bench.add("b")
     bench.worker.run_once()
     bench.worker.run_once()
-    assert [what for what in bench.reports.told if isinstance(what, tuple)] == [("a", segment)]
+    assert [what for what in bench.reports.told if type(what) is tuple] == [("a", segment)]
 
 
 # -- idleness ------------------------------------------------------------------------------------------------------
