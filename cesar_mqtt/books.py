@@ -98,7 +98,7 @@ class Books:
         )
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
         self._paused = bool(counters.get("paused", False))
-        self._buried: list[int] = []
+        self._tidied: list[Change] = []
         mark = self._journal.mark
         self._outbox = Outbox((revision, seq) for revision, seq in self._revisions() if revision > mark)
         self._number_the_head()  # what the broker knows of their positions is not on disk
@@ -124,12 +124,12 @@ class Books:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
             changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
-        if self._buried:
-            changes.extend(Change(GONE, seq, None) for seq in self._buried)
+        if self._tidied:
+            changes[:0] = self._tidied
         journal = self._journal
         journal.commit(changes, mark=self._outbox.watermark(journal.transaction))
         self._rejected_on_disk = self._rejected
-        self._buried.clear()
+        self._tidied.clear()
 
     def _move(
         self,
@@ -213,13 +213,14 @@ class Books:
     def gone(self, limit: int, *, but: Collection[int] = ()) -> list[Gone]:
         """Return deleted jobs of which the broker may still retain something, until `mark_cleared`."""
         with self._changed:
-            return list(islice((gone for seq, gone in self._index.gone.items() if seq not in but), limit))
+            pending = self._index.deleted.pending
+            return list(islice((gone for seq, gone in pending.items() if seq not in but), limit))
 
     @property
     def has_unpublished(self) -> bool:
         """Whether there is a status that the broker has not acknowledged, or has not yet been told to forget."""
         with self._changed:
-            return bool(self._outbox) or bool(self._index.gone)
+            return bool(self._outbox) or bool(self._index.deleted.pending)
 
     def coalesce(self) -> None:
         """Forget the states that jobs passed through: whoever was offline is told the newest only."""
@@ -241,18 +242,23 @@ class Books:
     def mark_cleared(self, seq: int) -> None:
         """Note that the broker has forgotten a deleted job; on disk with the next transaction."""
         with self._changed:
-            if self._index.forget(seq):
-                self._buried.append(seq)
+            pushed_out = self._index.deleted.clear(seq)
+            if pushed_out is not None:
+                self._tidied.append(Change(GONE, seq, {"cleared": True}))
+                self._tidied += [Change(GONE, other, None) for other in pushed_out]
                 self._notify()
 
-    def publish_again(self) -> None:
+    def publish_again(self, *, went_back: bool = False) -> None:
         """Let every status be published again: the broker has lost what it retained.
 
+        If it went back to what it retained earlier, it is also told again to forget the newest jobs that were deleted.
         After a crash in the middle of that the rest is still published: the watermark goes back, on disk. When the disk
         refuses just now, it goes with the next transaction.
         """
         with self._changed:
             self._outbox.owe_all(self._revisions())
+            if went_back:
+                self._tidied += [Change(GONE, seq, {"cleared": False}) for seq in self._index.deleted.clear_again()]
             with contextlib.suppress(LedgerError):
                 self._commit([])
             self._notify()
@@ -299,7 +305,7 @@ class Books:
             if self._closed:
                 return
             try:
-                if self._rejected != self._rejected_on_disk or self._buried:
+                if self._rejected != self._rejected_on_disk or self._tidied:
                     self._commit([])
                 self._journal.mark = self._outbox.watermark(self._journal.transaction)
                 self._db.close()

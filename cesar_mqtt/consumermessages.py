@@ -35,6 +35,7 @@ class Queue(Payload):
     error_total: int
     cancelled_total: int
     rejected_total: int
+    deleted_total: int
 
 
 def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
@@ -50,19 +51,21 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
         error_total=totals.error_total,
         cancelled_total=totals.cancelled_total,
         rejected_total=totals.rejected_total,
+        deleted_total=totals.deleted_total,
     )
 
 
 def standing_of(totals: Totals) -> tuple[int, ...]:
     """Return what a queue message tells of all jobs, whatever the consumer was doing."""
-    return totals.queued, totals.completed_total, totals.error_total, totals.cancelled_total
+    return totals.queued, totals.completed_total, totals.error_total, totals.cancelled_total, totals.deleted_total
 
 
 def standing_in(payload: bytes) -> tuple[Any, ...] | None:
     """Return the same of a queue message as it came from the broker; None: it is none."""
     try:
         document = from_json(payload)
-        return tuple(document[name] for name in ("queued", "completed_total", "error_total", "cancelled_total"))
+        known = (document[name] for name in ("queued", "completed_total", "error_total", "cancelled_total"))
+        return *known, document.get("deleted_total", 0)  # the first versions did not tell
     except (ValueError, TypeError, KeyError):
         return None
 

@@ -139,6 +139,7 @@ def _told_of_the_consumer() -> Examples:
         error_total=1,
         cancelled_total=0,
         rejected_total=0,
+        deleted_total=0,
         oldest_queued_at=_BEGAN - 12.5,
         processing="porch-17",
     )

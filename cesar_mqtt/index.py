@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+from cesar_mqtt.deleted import Deleted
 from cesar_mqtt.jobs import Gone, JobState, NewJob
 from cesar_mqtt.line import Line
-from cesar_mqtt.records import gone_of
 from cesar_mqtt.register import Register
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -32,8 +32,8 @@ class Index:
         finished: the numbers of the jobs that have ended, in the order in which they did.
         ended: how many jobs have ended in each final state since the ledger was made.
         last_seq: the greatest number that was ever given out.
-        gone: deleted jobs of which the broker may still retain something, by number.
-        gone_ids: their numbers by id.
+        deleted: what is still known of deleted jobs.
+        deleted_total: how many jobs have been deleted since the ledger was made.
         windows: how many finished windows are kept of each job that has any.
         orphans: document ids of windows that no job can use, for its row or a window before them is lost; a whole
             ledger has none.
@@ -41,8 +41,11 @@ class Index:
 
     def __init__(self, jobs: Rows, *, gone: Rows, windows: Rows, counters: Mapping[str, Any]) -> None:
         """Build it from the tables of a ledger that was just opened."""
+        buried = sorted((int(key), document) for key, document in gone.items())
         order = sorted((int(key), document) for key, document in jobs.items())
-        self.register = Register(order)
+        self.deleted = Deleted(buried)
+        self.deleted_total: int = counters.get("deleted", 0)
+        self.register = Register(order, answered=self.deleted.answered)
         self.queue = Line(seq for seq, document in order if document["state"] == JobState.QUEUED)
         self.processing = [seq for seq, document in order if document["state"] == JobState.PROCESSING]
         for seq, document in order:
@@ -52,8 +55,6 @@ class Index:
         # A plain dict keeps its order, too, in half the memory of an OrderedDict.
         self.finished = dict.fromkeys(seq for _, seq in ends)
         self.ended = {state: counters.get(state.value, 0) for state in JobState if state.final}
-        self.gone = {int(key): gone_of(int(key), document) for key, document in gone.items()}
-        self.gone_ids = {job.job_id: seq for seq, job in self.gone.items() if job.status}
         self.windows: dict[int, int] = {}
         self.orphans: list[int] = []
         for doc_id in sorted(map(int, windows)):
@@ -63,7 +64,7 @@ class Index:
             else:
                 self.orphans.append(doc_id)
         # The counter alone would do, if it could not be lost with a damaged line.
-        numbers = chain((seq for seq, _ in order), self.gone, (doc_id // WINDOWS_PER_JOB for doc_id in self.orphans))
+        numbers = chain((seq for seq, _ in order + buried), (doc_id // WINDOWS_PER_JOB for doc_id in self.orphans))
         self.last_seq = max(counters.get("last_seq", 0), max(numbers, default=0))
 
     def add(self, seq: int, request: NewJob) -> None:
@@ -97,8 +98,8 @@ class Index:
 
     def bury(self, gone: Gone, document: Mapping[str, Any]) -> None:
         """Note that a job, which was not in work, is deleted."""
-        self.gone[gone.seq] = gone
-        self.gone_ids[gone.job_id] = gone.seq
+        self.deleted.add(gone)
+        self.deleted_total += 1
         if gone.seq in self.finished:
             del self.finished[gone.seq]
         else:
@@ -106,13 +107,6 @@ class Index:
             self.queue.end(gone.seq)
         self.register.remove(gone.seq, document)
         self.keep_windows(gone.seq, 0)
-
-    def forget(self, seq: int) -> bool:
-        """Note that the broker has forgotten a deleted job; whether that was news."""
-        gone = self.gone.pop(seq, None)
-        if gone is not None and self.gone_ids.get(gone.job_id) == seq:
-            del self.gone_ids[gone.job_id]
-        return gone is not None
 
     def window_ids(self, seq: int, *, start: int = 0) -> Iterator[int]:
         """Yield the document ids of a job's windows, in order, from window `start` on."""

@@ -153,12 +153,16 @@ class Gone:
     Attributes:
         formats: the results that the broker may retain.
         status: whether the status is to be cleared, too; not when a newer job bears the id.
+        fingerprint: of the request, if that bore no id.
+        news: whether nobody has been told yet that it was deleted.
     """
 
     seq: int
     job_id: str
     formats: tuple[str, ...] = ()
     status: bool = True
+    fingerprint: str | None = None
+    news: bool = True
 
 
 class Verdict(StrEnum):
@@ -192,7 +196,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How many jobs stand where, and how many have ended or been refused since the ledger was made."""
+    """How many jobs stand where, and how many have ended, been refused or deleted since the ledger was made."""
 
     queued: int
     completed_total: int
@@ -202,3 +206,4 @@ class Totals:
     oldest_queued_at: float | None
     processing: str | None
     paused: bool = False
+    deleted_total: int = 0

@@ -7,7 +7,6 @@ returns.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from cesar_mqtt.books import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.index import window_id
-from cesar_mqtt.jobs import STATES, Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import STATES, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
 from cesar_mqtt.logs import event
 from cesar_mqtt.records import (
     document_of,
     gone_document,
+    gone_with,
     in_spool,
     keeps_windows,
     result_of,
@@ -145,13 +145,11 @@ class Ledger(Views):
         failed = sum(request.failure is not None for _, request in numbered)
         if failed:
             changes.append(Change(COUNTERS, 1, {JobState.ERROR.value: self._index.ended[JobState.ERROR] + failed}))
-        revived = [self._index.gone[seq] for seq in map(self._index.gone_ids.get, new) if seq is not None]
+        revived = [gone for gone in map(self._index.deleted.bearer, new) if gone is not None]
         changes += [Change(GONE, gone.seq, {"status": False} if gone.formats else None) for gone in revived]
         self._commit(changes)
         for gone in revived:  # the new job's status takes the place of the old one's at the broker
-            self._index.forget(gone.seq)
-            if gone.formats:
-                self._index.gone[gone.seq] = replace(gone, status=False)
+            self._index.deleted.keep_status(gone)
         for seq, request in numbered:
             self._index.add(seq, request)
         rows = self._rows
@@ -409,11 +407,13 @@ class Ledger(Views):
         if not seqs:
             return []
         rows = [self._rows[str(seq)] for seq in seqs]
-        gone = [Gone(seq, row["job_id"], tuple(row.get("formats", ()))) for seq, row in zip(seqs, rows, strict=True)]
+        gone = [gone_with(seq, row) for seq, row in zip(seqs, rows, strict=True)]
         changes = [Change(JOBS, seq, None) for seq in seqs]
         changes += [change for seq in seqs for change in self._without_windows(seq)]
         changes += [Change(GONE, job.seq, gone_document(job)) for job in gone]
-        changes.append(Change(COUNTERS, 1, {"last_seq": self._index.last_seq}))  # numbers are never used again
+        # Numbers are never used again, so the last one must outlast its job.
+        counters = {"last_seq": self._index.last_seq, "deleted": self._index.deleted_total + len(seqs)}
+        changes.append(Change(COUNTERS, 1, counters))
         self._commit(changes)
         for job, row in zip(gone, rows, strict=True):
             self._index.bury(job, row)

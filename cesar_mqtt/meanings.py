@@ -159,6 +159,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
         "completed_total": "How many jobs have been completed since the ledger was made.",
         "error_total": "How many jobs have ended in an error since then.",
         "cancelled_total": "How many jobs have been cancelled since then.",
+        "deleted_total": "How many jobs have been deleted since then, also by retention.",
         "rejected_total": "How many messages have been refused since then.",
     },
     "Last": {

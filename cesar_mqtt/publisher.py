@@ -287,7 +287,7 @@ class Publisher:
         event(logger, logging.WARNING, "broker_went_back", message)
         self._own.say_again()
         self._own.forget_retained()
-        self._ledger.publish_again()
+        self._ledger.publish_again(went_back=True)
 
     def _interrupt(self) -> None:
         self._connected = False

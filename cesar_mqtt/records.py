@@ -139,14 +139,35 @@ def _segment(segment_id: int, *values: Any) -> Segment:
     return Segment(segment_id, start_s, end_s, text, avg_logprob, no_speech_prob, spoken)
 
 
+def gone_with(seq: int, document: Mapping[str, Any]) -> Gone:
+    """Return what has to be known of a job once it is deleted."""
+    fingerprint = document["fingerprint"] if "anonymous" in document else None
+    return Gone(seq, document["job_id"], tuple(document.get("formats", ())), fingerprint=fingerprint)
+
+
 def gone_document(gone: Gone) -> dict[str, Any]:
     """Return the document of a job that was just deleted."""
-    return {"job_id": gone.job_id, **({"formats": list(gone.formats)} if gone.formats else {})}
+    document: dict[str, Any] = {"job_id": gone.job_id}
+    if gone.formats:
+        document["formats"] = list(gone.formats)
+    if gone.fingerprint is not None:
+        document["fingerprint"] = gone.fingerprint
+    return document
 
 
 def gone_of(seq: int, document: Mapping[str, Any]) -> Gone:
-    """Return the deleted job that `gone_document` wrote down; its status is another job's once that bears its id."""
-    return Gone(seq, document["job_id"], tuple(document.get("formats", ())), status=document.get("status", True))
+    """Return the deleted job that `gone_document` wrote down; its status is another job's once that bears its id.
+
+    Since the broker has forgotten it, it has the field `cleared`, false when it is to be forgotten once more.
+    """
+    return Gone(
+        seq,
+        document["job_id"],
+        tuple(document.get("formats", ())),
+        status=document.get("status", True),
+        fingerprint=document.get("fingerprint"),
+        news="cleared" not in document,
+    )
 
 
 def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:

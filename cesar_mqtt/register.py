@@ -1,6 +1,6 @@
 """The register: which requests are known, by id, packet id and fingerprint; the ledger serialises every call."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from cesar_mqtt.jobs import NewJob, Verdict
@@ -11,8 +11,16 @@ Mark = TypeVar("Mark", bound=Hashable)
 class Register:
     """Knows of every job what decides whether a request is new."""
 
-    def __init__(self, documents: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-        """Start with the documents of all jobs, in ascending order of their sequence numbers."""
+    def __init__(
+        self, documents: Iterable[tuple[int, Mapping[str, Any]]], *, answered: Callable[[str], str | None]
+    ) -> None:
+        """Start with the documents of all jobs, in ascending order of their sequence numbers.
+
+        Args:
+            documents: the jobs.
+            answered: returns, for a fingerprint, the id of the deleted job that a request without an id became.
+        """
+        self._answered = answered
         self._jobs: dict[str, tuple[int, str]] = {}
         self._ids: dict[int, str] = {}
         self._packet_ids = Marks[int]()
@@ -69,9 +77,12 @@ class Register:
         new: dict[str, NewJob] = {}
         verdicts = []
         for request in requests:
-            job_id = self._first_delivery(request, new) or request.job_id
+            earlier = self._first_delivery(request, new)
+            job_id = earlier or request.job_id
             known = new[job_id].fingerprint if job_id in new else self._jobs.get(job_id, (0, None))[1]
-            if known is not None:
+            if earlier is not None:
+                verdict = Verdict.SAME
+            elif known is not None:
                 verdict = Verdict.SAME if known == request.fingerprint else Verdict.CONFLICT
             elif request.failure is None and room <= 0:
                 verdict = Verdict.FULL
@@ -87,15 +98,16 @@ class Register:
 
         A redelivery has the DUP flag and the packet id of the first (MQTT 5, section 4.4), so two messages that
         happen to ask for the same are two jobs. What comes back because it is retained has neither: it is the job that
-        its first, live delivery made.
+        its first, live delivery made, even if that was deleted since.
         """
         if request.retained and request.anonymous:
             for job_id, other in reversed(new.items()):
                 if other.anonymous and other.fingerprint == request.fingerprint:
                     return job_id
             twin = self._anonymous.latest(request.fingerprint)
-            if twin is not None:
-                return self._ids[twin]
+            earlier = self._answered(request.fingerprint) if twin is None else self._ids[twin]
+            if earlier is not None:
+                return earlier
         if not request.redelivered or request.packet_id is None:
             return None
         for job_id, other in reversed(new.items()):
@@ -113,7 +125,7 @@ class Marks(Generic[Mark]):
         self._bearers: dict[Mark, list[int]] = {}
 
     def add(self, mark: Mark, seq: int) -> None:
-        """Note a bearer that is newer than all others."""
+        """Note a bearer."""
         self._bearers.setdefault(mark, []).append(seq)
 
     def remove(self, mark: Mark, seq: int) -> None:
@@ -126,5 +138,5 @@ class Marks(Generic[Mark]):
 
     def latest(self, mark: Mark) -> int | None:
         """Return the newest bearer; None: nobody bears the mark."""
-        bearers = self._bearers.get(mark)
-        return bearers[-1] if bearers else None
+        bearers = self._bearers.get(mark, ())
+        return max(bearers, default=None)

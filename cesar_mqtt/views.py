@@ -72,6 +72,7 @@ class Views(Books):
                 oldest_queued_at=None if oldest is None else self._rows[str(oldest)]["created_at"],
                 processing=None if working is None else self._rows[str(working)]["job_id"],
                 paused=self._paused,
+                deleted_total=index.deleted_total,
             )
 
     def last_finished(self) -> Job | None:

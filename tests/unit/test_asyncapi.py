@@ -97,6 +97,7 @@ PAYLOAD_FIELDS = {
         "error_total",
         "cancelled_total",
         "rejected_total",
+        "deleted_total",  # an addition: what the broker retains tells of deletions, too
     ],
     "Last": ["job_id", "status", "text", "text_truncated", "language", "audio_duration", "completed_at"],
     "Health": [

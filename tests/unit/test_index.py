@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from cesar_mqtt import deleted as deleted_module
+from cesar_mqtt.deleted import Deleted
 from cesar_mqtt.index import WINDOWS_PER_JOB, Index, window_id
 from cesar_mqtt.jobs import Gone, JobState, NewJob
 
@@ -91,21 +93,52 @@ def test_a_job_that_is_gone_is_known_until_the_broker_has_forgotten_it() -> None
     made.bury(Gone(1, "a"), JOBS[1])
     assert (list(made.finished), list(made.queue)) == ([3, 5], [10])
     assert made.register.seq("a") is None
-    assert made.gone_ids == {"b": 2, "a": 1}
-    assert made.forget(1)
-    assert not made.forget(1)
-    assert made.gone_ids == {"b": 2}
+    deleted = made.deleted
+    assert (list(deleted.pending), made.deleted_total) == ([2, 1], 2)
+    assert deleted.bearer("a") == Gone(1, "a")
+    assert deleted.clear(1) == []
+    assert deleted.clear(1) is None
+    assert list(deleted.pending) == [2]
+    assert deleted.bearer("a") == Gone(1, "a"), "a broker that goes back may show it again"
 
 
 def test_only_the_newest_bearer_of_an_id_has_a_status_that_is_cleared() -> None:
     gone: dict[int, dict[str, Any]] = {2: {"job_id": "b", "formats": ["srt"], "status": False}, 8: {"job_id": "b"}}
     made = index(JOBS, gone=gone)
-    assert list(made.gone.values()) == [Gone(2, "b", ("srt",), status=False), Gone(8, "b")]
-    assert made.gone_ids == {"b": 8}
-    assert made.forget(2)
-    assert made.gone_ids == {"b": 8}
+    assert list(made.deleted.pending.values()) == [Gone(2, "b", ("srt",), status=False), Gone(8, "b")]
+    assert made.deleted.bearer("b") == Gone(8, "b")
+    made.deleted.clear(2)
+    assert made.deleted.bearer("b") == Gone(8, "b")
     del gone[8]
-    assert index(JOBS, gone=gone).gone_ids == {}
+    assert index(JOBS, gone=gone).deleted.bearer("b") is None
+
+
+def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deleted_module, "KEPT", 2)
+    deleted = Deleted([])
+    for seq, job_id in enumerate("abcd", start=1):
+        deleted.add(Gone(seq, job_id, fingerprint="same" if seq < 3 else None))
+    assert [deleted.clear(seq) for seq in (2, 1)] == [[], []]
+    assert deleted.answered("same") == "b"
+    assert deleted.clear(3) == [2]
+    assert deleted.bearer("b") is None
+    assert deleted.answered("same") == "a"
+    assert deleted.clear_again() == [1, 3]
+    assert [(gone.job_id, gone.news) for gone in deleted.pending.values()] == [("d", True), ("a", False), ("c", False)]
+    assert deleted.clear_again() == []
+
+
+def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
+    deleted = Deleted(
+        [(1, {"job_id": "a", "fingerprint": "f", "cleared": True}), (2, {"job_id": "b", "formats": ["srt"]})]
+    )
+    for job_id in "ab":
+        gone = deleted.bearer(job_id)
+        assert gone is not None
+        deleted.keep_status(gone)
+        assert deleted.bearer(job_id) is None
+    assert deleted.answered("f") is None
+    assert (deleted.clear_again(), [*deleted.pending.values()]) == ([], [Gone(2, "b", ("srt",), status=False)])
 
 
 def test_jobs_move_between_states() -> None:

@@ -819,7 +819,7 @@ def test_a_job_that_has_ended_can_be_deleted(desk: Desk, state: str) -> None:
     assert deleted is not None
     assert deleted[1] == ["a.wav"]
     assert (desk.ledger.get("a"), desk.ledger.last_finished(), desk.ledger.delete("a")) == (None, None, None)
-    assert desk.crash().totals() == totals
+    assert desk.crash().totals() == replace(totals, deleted_total=1)
 
 
 def test_a_job_in_work_cannot_be_deleted(desk: Desk) -> None:
@@ -862,8 +862,54 @@ def test_the_results_of_a_deleted_job_are_cleared_also_when_a_new_job_bears_its_
     desk.ledger.append([request("a")])
     for _ in range(2):
         assert gone(desk.ledger) == []
-        assert stored(desk.ledger, "gone") == 0
+        kept = desk.ledger._db.journal.rows("gone").values()
+        assert [row["cleared"] for row in kept] == [True, True], "the results, for a broker that goes back"
         desk.crash()
+
+
+def test_what_was_deleted_is_cleared_again_at_a_broker_that_went_back_also_after_a_crash(desk: Desk) -> None:
+    """It is killed, and comes back with what it had saved before the deletions."""
+    accept(desk.ledger, "a", "b", "c")
+    for name in "abc":
+        desk.ledger.delete(name)
+    for seq in (1, 2):
+        desk.ledger.mark_cleared(seq)
+    desk.ledger.publish_again()
+    assert [gone.job_id for gone in desk.ledger.gone(10)] == ["c"], (
+        "a broker that has lost everything shows nothing old"
+    )
+    desk.crash().publish_again(went_back=True)
+    for _ in range(2):
+        pending = sorted(desk.ledger.gone(10), key=lambda gone: gone.seq)
+        assert [(gone.job_id, gone.news) for gone in pending] == [("a", False), ("b", False), ("c", True)]
+        desk.crash()
+
+
+def test_a_new_job_with_the_id_of_one_that_was_cleared_is_not_cleared_with_it(desk: Desk) -> None:
+    accept(desk.ledger, "a", "b")
+    for seq, name in enumerate("ab", start=1):
+        desk.ledger.delete(name)
+        desk.ledger.mark_cleared(seq)
+    accept(desk.ledger, "a")
+    desk.ledger.publish_again(went_back=True)
+    for _ in range(2):
+        assert [gone.job_id for gone in desk.ledger.gone(10)] == ["b"]
+        desk.crash()
+
+
+def test_a_retained_request_that_comes_again_after_its_job_was_deleted_is_not_done_again(desk: Desk) -> None:
+    """MQTT 3.1.1 sends what is retained at every connect, and retention had deleted the job meanwhile."""
+    live = request("uuid", anonymous=True, fingerprint="f")
+    again = request("retained-f", anonymous=True, retained=True, fingerprint="f")
+    desk.ledger.append([live])
+    desk.ledger.delete("uuid")
+    for _ in range(2):
+        assert desk.ledger.append([again]) == [(Verdict.SAME, "uuid")]
+        desk.ledger.mark_cleared(1)
+        desk.ledger.append([request("other")])
+        desk.crash()
+    assert desk.ledger.append([request("uuid-2", anonymous=True, fingerprint="f")])[0][0] is Verdict.ACCEPTED
+    assert desk.ledger.append([again]) == [(Verdict.SAME, "uuid-2")]
 
 
 def stored(ledger: Ledger, table: str) -> int:

@@ -59,6 +59,9 @@ class Model:
     jobs: dict[str, Entry] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
     gone: dict[int, Gone] = field(default_factory=dict)
+    """What the broker has yet to forget."""
+    buried: dict[int, Gone] = field(default_factory=dict)
+    """That, and what it has forgotten."""
     paused: bool = False
     ended: dict[JobState, int] = field(default_factory=lambda: dict.fromkeys(JobState, 0))
     rejected: int = 0
@@ -75,14 +78,8 @@ class Model:
 
     def judge(self, request: NewJob) -> tuple[Verdict, str]:
         """Decide on one request, and take it in if it is accepted."""
-        if request.retained and request.anonymous:
-            twins = [
-                (entry.seq, name)
-                for name, entry in self.jobs.items()
-                if entry.anonymous and entry.fingerprint == request.fingerprint
-            ]
-            if twins:
-                return Verdict.SAME, max(twins)[1]
+        if request.retained and request.anonymous and (twin := self.twin(request.fingerprint)):
+            return Verdict.SAME, twin
         if request.redelivered and request.packet_id is not None:
             bearers = [(entry.seq, name) for name, entry in self.jobs.items() if entry.packet_id == request.packet_id]
             name = max(bearers, default=(0, ""))[1]
@@ -98,13 +95,19 @@ class Model:
         audio = "none" if request.audio is None else request.audio.kind
         entry = Entry(self.last_seq, request.fingerprint, request.packet_id, request.anonymous, audio, request.formats)
         self.jobs[request.job_id] = entry
-        for gone in [gone for gone in self.gone.values() if gone.job_id == request.job_id and gone.status]:
-            del self.gone[gone.seq]
-            if gone.formats:
-                self.gone[gone.seq] = replace(gone, status=False)
+        for gone in [gone for gone in self.buried.values() if gone.job_id == request.job_id and gone.status]:
+            for graves in (self.buried, self.gone):
+                if graves.pop(gone.seq, None) and gone.formats:
+                    graves[gone.seq] = replace(gone, status=False)
         if request.failure is not None:
             self.end(entry, JobState.ERROR)
         return Verdict.ACCEPTED, request.job_id
+
+    def twin(self, fingerprint: str) -> str | None:
+        """Return the newest job that such a request without an id became: one that there is, or one that was."""
+        alive = [(e.seq, name) for name, e in self.jobs.items() if e.anonymous and e.fingerprint == fingerprint]
+        dead = [(gone.seq, gone.job_id) for gone in self.buried.values() if gone.fingerprint == fingerprint]
+        return max(alive or dead, default=(0, None))[1]
 
     def claim(self, uptime: float) -> tuple[int, int] | None:
         ready = [entry for entry in self.jobs.values() if entry.seq in self.queue and entry.not_before <= uptime]
@@ -178,7 +181,8 @@ class Model:
         entry = self.jobs.pop(name)
         if entry.state.final:
             self.finished.remove(name)
-        self.gone[entry.seq] = Gone(entry.seq, name, entry.formats)
+        fingerprint = entry.fingerprint if entry.anonymous else None
+        self.buried[entry.seq] = self.gone[entry.seq] = Gone(entry.seq, name, entry.formats, fingerprint=fingerprint)
 
     def crash(self) -> None:
         self.rejected = self.rejected_on_disk
@@ -261,6 +265,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.broker: dict[str, tuple[JobState, int]] = {}
         self.results: dict[tuple[str, str], int] = {}
         self.positions: dict[str, int | None] = {}
+        self.saved: tuple[dict[str, tuple[JobState, int]], dict[tuple[str, str], int]] | None = None
         self.now = 1_700_000_000.0
         self.uptime = 0.0
         self.ledger = self.open()
@@ -482,6 +487,21 @@ class LedgerMachine(RuleBasedStateMachine):
         self.results.clear()
         self.positions.clear()
         self.ledger.publish_again()
+        self.model.rejected_on_disk = self.model.rejected
+        self.maybe = None
+
+    @rule()
+    def save_the_broker(self) -> None:
+        self.saved = (self.broker.copy(), self.results.copy())
+
+    @precondition(lambda self: self.saved is not None)
+    @rule()
+    def the_broker_goes_back(self) -> None:
+        """It was killed, and comes back with what it had saved."""
+        assert self.saved is not None
+        self.broker, self.results = self.saved[0].copy(), self.saved[1].copy()
+        self.positions.clear()
+        self.ledger.publish_again(went_back=True)
         self.model.rejected_on_disk = self.model.rejected
         self.maybe = None
 

@@ -368,7 +368,7 @@ def test_the_consumers_state_is_one_field() -> None:
     assert json.loads(ConsumerState(state="offline").encode()) == {"state": "offline"}
 
 
-def test_the_queue_has_exactly_the_fields_of_the_contract() -> None:
+def test_the_queue_has_the_fields_of_the_contract_and_one_more() -> None:
     totals = Totals(
         queued=3,
         completed_total=10,
@@ -377,6 +377,7 @@ def test_the_queue_has_exactly_the_fields_of_the_contract() -> None:
         rejected_total=4,
         oldest_queued_at=1000.0,
         processing="porch-17",
+        deleted_total=5,
     )
     assert json.loads(queue_of(totals, "processing", 1012.34).encode()) == {
         "activity": "processing",
@@ -388,6 +389,7 @@ def test_the_queue_has_exactly_the_fields_of_the_contract() -> None:
         "error_total": 2,
         "cancelled_total": 1,
         "rejected_total": 4,
+        "deleted_total": 5,
     }
     assert queue_of(totals, "idle", 900.0).oldest_age == 0.0  # the clock was set back
     assert queue_of(replace(totals, oldest_queued_at=None), "idle", 900.0).oldest_age is None

@@ -1082,6 +1082,7 @@ def left_by(bench: Bench, **counts: int) -> bytes:
             "completed_total": totals.completed_total,
             "error_total": totals.error_total,
             "cancelled_total": totals.cancelled_total,
+            "deleted_total": totals.deleted_total,
             **counts,
         }
     ).encode()
@@ -1113,7 +1114,9 @@ def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(
     again.ledger.close()
 
 
-@pytest.mark.parametrize("found", [{"completed_total": 0}, {"queued": 7}, {"cancelled_total": None}])
+@pytest.mark.parametrize(
+    "found", [{"completed_total": 0}, {"queued": 7}, {"cancelled_total": None}, {"deleted_total": 3}]
+)
 def test_a_broker_that_went_back_while_the_consumer_was_away_is_told_everything_again(
     bench: Bench, tmp_path: Path, found: dict[str, int]
 ) -> None:
@@ -1127,6 +1130,20 @@ def test_a_broker_that_went_back_while_the_consumer_was_away_is_told_everything_
     assert ("a", "completed") in statuses(said)
     again.publisher.stop()
     again.ledger.close()
+
+
+def test_a_broker_that_went_back_is_told_again_to_forget_what_was_deleted_and_no_event_of_it(bench: Bench) -> None:
+    completed_with(bench, "srt")
+    bench.quiet()
+    bench.ledger.delete("a")
+    bench.quiet()
+    old = left_by(bench, deleted_total=0)
+    bench.disconnect()
+    said = bench.connect()
+    bench.publisher.found_retained(old)
+    said += bench.settle()
+    assert [message.topic for message in said if message.payload == b""] == ["cesar/result/a/srt", "cesar/status/a"]
+    assert [message for message in said if message.topic == "cesar/events"] == []
 
 
 # -- results, segments, answers ------------------------------------------------------------------------------------
