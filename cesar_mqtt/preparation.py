@@ -34,6 +34,9 @@ class Upcoming(Protocol):
     def upcoming(self, limit: int) -> list[Job]:
         """Return the next jobs in the order of their turn."""
 
+    def finished_until(self, seq: int) -> float:
+        """Return the second of a job's recording from which the work goes on."""
+
     def observe(self, observer: Callable[[], None]) -> None:
         """Have a function called after each change; it must be quick and never raise."""
 
@@ -159,8 +162,10 @@ class Preparer(Generic[R]):
     def _recording(self, entry: Entry[R], should_stop: Callable[[], bool]) -> R:
         if should_stop():
             raise Stopped
-        if entry.recording is not None and entry.recording.fresh:
-            return entry.recording
+        ahead = entry.recording
+        # What is finished of a job may be dropped after it was opened: by a retry while it waits.
+        if ahead is not None and ahead.fresh and ahead.from_s == self._upcoming.finished_until(entry.job.seq):
+            return ahead
         entry.close()
         if entry.is_remote:
             self._fetch(entry, should_stop)

@@ -34,6 +34,10 @@ class Prepared(Protocol):
     """What preparation needs of a recording."""
 
     @property
+    def from_s(self) -> float:
+        """The second from which it is decoded."""
+
+    @property
     def fresh(self) -> bool:
         """Whether the file is still the one that was opened."""
 

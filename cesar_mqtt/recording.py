@@ -51,6 +51,9 @@ class Recording:
     """A file that is being decoded, a window at a time, ahead of need, by a thread of its own.
 
     The thread opens the file, fills a window, and waits with the next one until the one before was taken.
+
+    Attributes:
+        from_s: the second from which it is decoded, as it was given.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Recording:
         self._limits = limits
         self._window = round(window_s * SAMPLE_RATE)
         self._clips = tuple(clips)
+        self.from_s = from_s
         self._begin = round(from_s * SAMPLE_RATE)
         self._changed = threading.Condition()
         self._ready: Stretch | None = None

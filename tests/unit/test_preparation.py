@@ -8,9 +8,11 @@ import pytest
 
 from cesar_mqtt import preparation
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
-from cesar_mqtt.jobs import AudioSource, Job, JobState
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.preparation import Preparer
 from cesar_mqtt.spool import Spool
+from cesar_mqtt.transcript import Window
 
 DEADLINE_S = 10.0
 FAILURE = JobFailedError(ErrorCode.DOWNLOAD_FAILED, "The server is away.")
@@ -50,6 +52,9 @@ class FakeQueue:
             raise self.error
         return jobs
 
+    def finished_until(self, _seq: int) -> float:
+        return 0.0
+
     def observe(self, observer: Callable[[], None]) -> None:
         self._observer = observer
 
@@ -61,9 +66,10 @@ class FakeQueue:
 class FakeRecording:
     """Nothing is decoded."""
 
-    def __init__(self, path: Path, job: Job, changes: Changes) -> None:
+    def __init__(self, path: Path, job: Job, changes: Changes, from_s: float = 0.0) -> None:
         self.path = path
         self.job = job
+        self.from_s = from_s
         self.fresh = True
         self.closed = False
         self._changes = changes
@@ -266,6 +272,36 @@ def test_a_file_that_changed_since_is_opened_anew(stage: Stage) -> None:
     stage.recordings[0].fresh = False
     assert stage.take(job) is stage.recordings[1]
     assert stage.recordings[0].closed
+
+
+def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_ahead(stage: Stage) -> None:
+    """Its windows went with the retry; what was opened behind them would leave out the beginning of the recording."""
+    (stage.folder / "a.wav").write_bytes(b"sound")
+    with Ledger(stage.folder / "ledger.json") as ledger:
+        ledger.append([NewJob("a", "f", AudioSource("path", "a.wav"), "base")])
+        job = ledger.claim()
+        assert job is not None
+        ledger.add_window(job.seq, Window(0, 600.0, " The first ten minutes.", "en", 0.9, ()))
+        ledger.requeue(job.seq)
+        preparer = Preparer(
+            ledger,
+            open_recording=lambda path, job: FakeRecording(path, job, stage.changes, ledger.finished_until(job.seq)),
+            spool=stage.spool,
+            directories=[stage.folder],
+            downloader=stage.downloader,
+            ahead=2,
+        )
+        preparer.run_once()
+        ledger.pause(on=True)
+        ledger.cancel("a")
+        preparer.run_once()
+        ledger.retry("a")
+        preparer.run_once()
+        ledger.pause(on=False)
+        job = ledger.claim()
+        assert job is not None
+        assert preparer.take(job, never).from_s == 0.0
+        preparer.release(job, final=True)
 
 
 def test_the_job_after_the_one_in_hand_is_prepared_meanwhile(stage: Stage) -> None:
