@@ -17,9 +17,10 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Writes the windows of a recording down as they are finished; the work never waits for a disk that refuses."""
 
-    def __init__(self, job: Job, ledger: Ledger) -> None:
-        """Take the job, which is in work."""
+    def __init__(self, job: Job, ledger: Ledger, identity: str | None = None) -> None:
+        """Take the job, which is in work, and what its audio is; see `Ledger.keep_windows_of`."""
         self._job = job
+        self._identity = identity
         self._ledger = ledger
         self._unwritten: list[Window] = []
 
@@ -28,7 +29,7 @@ class Checkpoints:
         self._unwritten.append(window)
         try:
             while self._unwritten:
-                self._ledger.add_window(self._job.seq, self._unwritten[0])
+                self._ledger.add_window(self._job.seq, self._unwritten[0], identity=self._identity)
                 del self._unwritten[0]
         except LedgerError as exc:
             message = "%s A crash now would cost more than one window."

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError
@@ -52,6 +53,14 @@ _WHY_NOT_OPEN = {
     errno.ENOTDIR: _NOT_REGULAR,  # or where a folder was
     errno.ENXIO: _NOT_REGULAR,  # a socket
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A file that was downloaded, and the digest of what is in it."""
+
+    path: Path
+    digest: str
 
 
 def check_directories(directories: Sequence[Path]) -> None:
@@ -105,7 +114,16 @@ def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
     """Tell a file apart from another under the same name, and from what it was before it was written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def lasting_identity(identity: tuple[int, ...]) -> str:
+    """Return what holds of a `file_identity` after a restart, too: the size and both times.
+
+    A device may have another number then, and on network file systems a file, too. Whoever puts another file in its
+    place can give that the same size and time of modification, but not the same time of change.
+    """
+    return "-".join(map(str, identity[2:]))
 
 
 def _is_plain(name: str) -> bool:

@@ -6,6 +6,7 @@ sockets that never block for longer than a moment, so it ends soon after it is t
 
 import base64
 import email.utils
+import hashlib
 import logging
 import os
 import random
@@ -23,6 +24,7 @@ import httpcore2
 import httpx2
 
 from cesar_mqtt import __version__
+from cesar_mqtt.audiofiles import Fetched
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.hosts import AllowedHosts, Target, parse_url
@@ -93,7 +95,7 @@ class Downloader:
         """
         self._hosts.admit(parse_url(url))
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Path:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
         """Fetch a URL into a new file, which belongs to the caller; after a failure nothing is left of it.
 
         The file is a cache and not synced. Failures that may pass are met with `audio.download_retries` further tries
@@ -113,15 +115,15 @@ class Downloader:
         patience = Patience(self._settings.download_timeout, should_stop)
         with ExitStack() as undo:
             undo.callback(_remove, path)
-            self._persist(target, path, patience)
+            fetched = self._persist(target, path, patience)
             undo.pop_all()
-        return path
+        return fetched
 
-    def _persist(self, target: Target, path: Path, patience: Patience) -> None:
-        delay_s = self._retry_delay_s
-        for left in range(self._settings.download_retries, -1, -1):
+    def _persist(self, target: Target, path: Path, patience: Patience) -> Fetched:
+        delay_s, left = self._retry_delay_s, self._settings.download_retries
+        while True:
             try:
-                self._follow(target, path, patience)
+                return self._follow(target, path, patience)
             except PassingError as exc:
                 wait_s = max(exc.after_s, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - it spreads attempts
                 if not left or wait_s > min(_RETRY_AFTER_S, patience.left_s):
@@ -129,23 +131,22 @@ class Downloader:
                 event(logger, logging.WARNING, "download_retry", "%s Next try in %.1f s.", exc, wait_s)
                 patience.pause(wait_s)
                 delay_s *= 3
-            else:
-                return
+                left -= 1
 
-    def _follow(self, target: Target, path: Path, patience: Patience) -> None:
+    def _follow(self, target: Target, path: Path, patience: Patience) -> Fetched:
         for _ in range(_MOST_REDIRECTS + 1):
-            location = self._get(target, path, patience)
-            if location is None:
-                return
+            answer = self._get(target, path, patience)
+            if isinstance(answer, Fetched):
+                return answer
             try:
-                target = target.redirected(location)
+                target = target.redirected(answer)
                 self._hosts.admit(target)
             except JobFailedError as exc:
                 message = f"The server of the audio URL redirects, and that is not followed. {exc.message}"
                 raise JobFailedError(exc.code, message) from exc
         raise failed(f"There are more than {_MOST_REDIRECTS} redirects from the audio URL: submit the file's own URL.")
 
-    def _get(self, target: Target, path: Path, patience: Patience) -> str | None:
+    def _get(self, target: Target, path: Path, patience: Patience) -> Fetched | str:
         """Ask once; a file is stored, and of a redirect the location is returned."""
         network = Network(target, self._addresses(target, patience), patience)
         port, scheme, host = target.port, target.scheme.encode(), target.host.encode()
@@ -157,11 +158,10 @@ class Downloader:
                 if response.status in _REDIRECTS and "location" in answer:
                     return answer["location"]
                 self._check(target, response.status, answer)
-                self._store(path, response.iter_stream())
+                return Fetched(path, self._store(path, response.iter_stream()))
         except httpcore2.ProtocolError as exc:
             sentence = f"The answer of the server {target.authority!r} was cut short, or is not HTTP: check the URL."
             raise PassingError(sentence) from exc
-        return None
 
     def _addresses(self, target: Target, patience: Patience) -> list[tuple[int, Any]]:
         """Resolve the name, once, and keep what may be connected to, as family and socket address."""
@@ -202,19 +202,22 @@ class Downloader:
             )
             raise JobFailedError(ErrorCode.AUDIO_TOO_LARGE, sentence.format(most=most))
 
-    def _store(self, path: Path, chunks: Iterable[bytes]) -> None:
+    def _store(self, path: Path, chunks: Iterable[bytes]) -> str:
+        """Write a file anew, and return the digest of what is in it."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        size_bytes = 0
+        size_bytes, digest = 0, hashlib.sha256()
         try:
             with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
                 for chunk in chunks:
                     size_bytes += len(chunk)
                     self._check_size(size_bytes)
+                    digest.update(chunk)
                     file.write(chunk)
         except OSError as exc:
             raise failed(
                 f"The download cannot be written to the spool ({exc.strerror}): make room on the disk."
             ) from exc
+        return digest.hexdigest()
 
 
 def _headers(target: Target) -> list[tuple[str, str]]:

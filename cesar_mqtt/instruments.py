@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cesar_mqtt import __version__
+from cesar_mqtt.audiofiles import Fetched
 from cesar_mqtt.catalogue import never_stop
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.consumermessages import Activity
@@ -301,10 +302,10 @@ class _TimedDownloader:
     to: Fetches
     counts: _Downloads
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Path:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
         started, outcome = time.perf_counter(), "internal"
         try:
-            path = self.to.fetch(url, should_stop)
+            fetched = self.to.fetch(url, should_stop)
             outcome = "done"
         except JobFailedError as exc:
             outcome = exc.code.value
@@ -315,4 +316,4 @@ class _TimedDownloader:
         finally:
             self.counts.ended.labels(outcome).inc()
             self.counts.seconds.observe(time.perf_counter() - started)
-        return path
+        return fetched

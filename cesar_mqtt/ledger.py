@@ -186,20 +186,32 @@ class Ledger(Views):
     def _all_ready(self) -> Iterator[int]:
         return self._index.queue.all_ready(self._monotonic(), self._clock())
 
-    def add_window(self, seq: int, window: Window) -> None:
+    def add_window(self, seq: int, window: Window, *, identity: str | None = None) -> None:
         """Record a finished part of a job in `processing`, from whose end a later attempt goes on.
+
+        With it goes what its audio is, where that may become another one: see `keep_windows_of`.
 
         Raises:
             LedgerError: the disk refused; the work may go on, and a later call may bring this window again.
             IllegalTransitionError: the job is not in work, or a window before this one is missing.
         """
-        document = window_document(window)
+        document = window_document(window) | ({} if identity is None else {"identity": identity})
         with self._changed:
             known = self._index.windows.get(seq, 0)
             if seq not in self._index.processing or window.number != known:
                 raise IllegalTransitionError(f"Job number {seq} is not at its window {window.number}.")
             self._commit([Change(WINDOWS, window_id(seq, known), document)])
             self._index.keep_windows(seq, known + 1)
+
+    def keep_windows_of(self, seq: int, identity: str) -> bool:
+        """Drop a job's windows unless they are known to be of this audio; whether they are kept. Raises LedgerError."""
+        with self._changed:
+            first = self._journal.rows(WINDOWS).get(str(window_id(seq, 0)))
+            if first is None or first.get("identity") == identity:
+                return True
+            self._commit(self._without_windows(seq), ())
+            self._index.keep_windows(seq, 0)
+            return False
 
     def complete(self, seq: int, result: Result) -> None:
         """Record the transcript of a job in `processing`. Raises LedgerError, IllegalTransitionError."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Generic, Protocol
 
-from cesar_mqtt.audiofiles import resolve_audio_path
+from cesar_mqtt.audiofiles import Fetched, resolve_audio_path
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.prepared import Download, Entry, Fetches, R, outcome_of
@@ -139,6 +139,23 @@ class Preparer(Generic[R]):
             undo.pop_all()
         return recording
 
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        """Tell what the audio in hand is, for a later attempt, which may find another one there (worker thread).
+
+        Returns:
+            The same for the same audio; None: it came with the job and cannot become another one, or it cannot be
+            opened, as the recording will say.
+
+        Raises:
+            Stopped: as `take`; the recording stays in hand.
+        """
+        entry = self._taken
+        if entry is None or entry.recording is None or entry.is_spooled:
+            return None
+        if entry.fetched is not None:
+            return entry.fetched.digest
+        return entry.recording.identity(lambda: should_stop() or self._stop.is_set())
+
     def release(self, job: Job, *, final: bool) -> None:
         """End the attempt at a job: its recording is closed, and a download removed, unless the job may come again.
 
@@ -176,7 +193,7 @@ class Preparer(Generic[R]):
         """Have the file there; what failed unexpectedly or some time ago is tried anew."""
         if entry.download is not None:
             outcome = entry.download.wait(should_stop)
-            if isinstance(outcome, Path):
+            if isinstance(outcome, Fetched):
                 return
             if isinstance(outcome, JobFailedError) and entry.download.age_s < _RECENT_S:
                 raise outcome
@@ -193,7 +210,7 @@ class Preparer(Generic[R]):
         if audio.kind == "path":
             path = resolve_audio_path(audio.name, self._directories)
         else:
-            path = entry.fetched or self._spool.path(audio.name)
+            path = entry.fetched.path if entry.fetched is not None else self._spool.path(audio.name)
             if not path.exists():
                 lost = "The recording that came with the job is gone from the spool: submit it again under a new id."
                 raise JobFailedError(ErrorCode.AUDIO_NOT_FOUND, lost)

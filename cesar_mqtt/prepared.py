@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from cesar_mqtt.audiofiles import Fetched
 from cesar_mqtt.errors import JobFailedError, Stopped
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.logs import event
@@ -26,7 +26,7 @@ _GLANCE_S = 0.1
 class Fetches(Protocol):
     """What preparation needs of a downloader."""
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Path:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
         """Fetch into a new file of the spool. Raises JobFailedError, Stopped."""
 
 
@@ -40,6 +40,9 @@ class Prepared(Protocol):
     @property
     def fresh(self) -> bool:
         """Whether the file is still the one that was opened."""
+
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        """Wait until the file is open, and tell it apart from others; None: it could not be. Raises Stopped."""
 
     def close(self) -> None:
         """End decoding; may be called twice, from any thread."""
@@ -61,21 +64,21 @@ class Download:
         self._unwanted = threading.Event()
         self._ended = threading.Event()
         self._ended_at = 0.0
-        self._outcome: Path | Exception = Stopped()
+        self._outcome: Fetched | Exception = Stopped()
         self._thread = threading.Thread(target=self._run, name=f"fetch-{job.job_id}", daemon=True)
         self._thread.start()
 
     @property
-    def path(self) -> Path | None:
+    def fetched(self) -> Fetched | None:
         """The file; None while it is not all there, and when it will never be."""
-        return self._outcome if self._ended.is_set() and isinstance(self._outcome, Path) else None
+        return self._outcome if self._ended.is_set() and isinstance(self._outcome, Fetched) else None
 
     @property
     def age_s(self) -> float:
         """Seconds since it ended."""
         return time.monotonic() - self._ended_at
 
-    def wait(self, should_stop: Callable[[], bool]) -> Path | Exception:
+    def wait(self, should_stop: Callable[[], bool]) -> Fetched | Exception:
         """Return how it ended. Raises Stopped as soon as that is asked for."""
         while not self._ended.wait(_GLANCE_S):
             if should_stop():
@@ -104,8 +107,8 @@ class Download:
         self._on_end(self)
 
     def _remove(self) -> None:
-        if isinstance(self._outcome, Path):
-            self._spool.remove([self._outcome.name])
+        if isinstance(self._outcome, Fetched):
+            self._spool.remove([self._outcome.path.name])
 
 
 @dataclass(eq=False)
@@ -131,9 +134,14 @@ class Entry(Generic[R]):
         return self.job.audio is not None and self.job.audio.kind == "url"
 
     @property
-    def fetched(self) -> Path | None:
+    def is_spooled(self) -> bool:
+        """Whether the audio came with the job."""
+        return self.job.audio is not None and self.job.audio.kind == "spool"
+
+    @property
+    def fetched(self) -> Fetched | None:
         """The downloaded file, if it is there."""
-        return self.download.path if self.download is not None else None
+        return self.download.fetched if self.download is not None else None
 
     def detach(self) -> R | None:
         """Give the recording away: to be closed where that keeps nobody waiting."""

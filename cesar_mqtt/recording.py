@@ -15,7 +15,7 @@ import numpy as np
 
 from cesar_mqtt import logs
 from cesar_mqtt.audio import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
-from cesar_mqtt.audiofiles import file_identity
+from cesar_mqtt.audiofiles import file_identity, lasting_identity
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.silences import find_cut
 
@@ -108,6 +108,26 @@ class Recording:
             return file_identity(self._path.lstat()) == identity
         except OSError:
             return False
+
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        """Wait until the file is open, and return what tells it apart from another under the same name, for good.
+
+        Any thread may ask; `should_stop` is asked ten times a second.
+
+        Returns:
+            `lasting_identity` of the file that is decoded; None: it could not be opened, and `stretches` says why.
+
+        Raises:
+            Stopped: `should_stop` returned True.
+        """
+        while not should_stop():
+            with self._changed:
+                if self._identity is not None:
+                    return lasting_identity(self._identity)
+                if self._ended:
+                    return None
+                self._changed.wait(_LOOK_S)
+        raise Stopped
 
     @property
     def duration_s(self) -> float | None:
@@ -217,6 +237,7 @@ class Recording:
         with self._changed:
             self._identity = info.identity
             self._declared_s = info.duration_s
+            self._changed.notify_all()
 
     def _hand_over(self, stretch: Stretch) -> None:
         """Wait until the stretch was taken, so that no more than one is ever ahead."""

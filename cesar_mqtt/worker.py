@@ -63,6 +63,9 @@ class Prepares(Protocol):
     def take(self, job: Job, should_stop: Callable[[], bool]) -> "Recording":
         """Return the job's recording, from where its work goes on. Raises JobFailedError, Stopped."""
 
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        """Return what the audio of the recording in hand is; None: it cannot become another one. Raises Stopped."""
+
     def release(self, job: Job, *, final: bool) -> None:
         """Take note that an attempt is over, and whether there will be no other."""
 
@@ -262,8 +265,13 @@ class Worker:
             given_up = self._abandoned.is_set() or self._monotonic() >= deadline
             return given_up or self._ledger.is_cancelling(job.seq)
 
-        checkpoints = Checkpoints(job, self._ledger)
-        recording = self._preparer.take(job, should_stop)
+        recording, identity = self._opened(job, should_stop)
+        if identity is not None and not self._keeps_windows(job, identity, should_stop):
+            message = "The audio is not known to be what an earlier attempt worked on: the work begins from the start"
+            event(logger, logging.WARNING, "audio_changed", message, job_id=job.job_id)
+            self._preparer.release(job, final=False)
+            recording, identity = self._opened(job, should_stop)
+        checkpoints = Checkpoints(job, self._ledger, identity)
         return self._transcriber.transcribe(
             recording,
             options_of(job),
@@ -273,6 +281,28 @@ class Worker:
             on_window=checkpoints.write,
             should_stop=should_stop,
         )
+
+    def _opened(self, job: Job, should_stop: Callable[[], bool]) -> tuple["Recording", str | None]:
+        recording = self._preparer.take(job, should_stop)
+        return recording, self._preparer.identity(should_stop)
+
+    def _keeps_windows(self, job: Job, identity: str, should_stop: Callable[[], bool]) -> bool:
+        """Drop windows of another audio, trying until the disk takes it: new ones would be mixed with them."""
+        while not should_stop():
+            try:
+                kept = self._ledger.keep_windows_of(job.seq, identity)
+            except LedgerError as exc:
+                self._refused(job, exc)
+            else:
+                self._reports.degraded("worker", on=False)
+                return kept
+        raise Stopped
+
+    def _refused(self, job: Job, error: LedgerError) -> None:
+        """Say that the disk refuses, and wait before the next try; a forced stop ends the wait."""
+        self._reports.degraded("worker", on=True)
+        event(logger, logging.ERROR, "worker_degraded", "%s Next try in %.0f s.", error, _RETRY_S, job_id=job.job_id)
+        self._abandoned.wait(_RETRY_S)
 
     def _stopped(self, job: Job) -> _Outcome | None:
         """Say why the work was ended before its time."""
@@ -305,10 +335,7 @@ class Worker:
             try:
                 self._write(job, outcome)
             except LedgerError as exc:
-                self._reports.degraded("worker", on=True)
-                message = "%s Next try in %.0f s."
-                event(logger, logging.ERROR, "worker_degraded", message, exc, _RETRY_S, job_id=job.job_id)
-                self._abandoned.wait(_RETRY_S)
+                self._refused(job, exc)
             except IllegalTransitionError:
                 return  # a forced stop has just put the job back
             except ValueError:

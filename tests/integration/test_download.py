@@ -4,6 +4,7 @@ import base64
 import contextlib
 import email.utils
 import errno
+import hashlib
 import itertools
 import logging
 import os
@@ -130,7 +131,7 @@ def test_a_file_arrives_whole_and_for_our_eyes_only(tmp_path: Path, serve: Start
     server = serve(gives(BODY))
     before = os.umask(0)
     try:
-        path = downloader(tmp_path).fetch(server.url("/a%20b?token=x#t=1"), never)
+        path = downloader(tmp_path).fetch(server.url("/a%20b?token=x#t=1"), never).path
     finally:
         os.umask(before)
     assert path.read_bytes() == BODY
@@ -160,11 +161,11 @@ def test_a_file_arrives_whole_and_for_our_eyes_only(tmp_path: Path, serve: Start
     ],
 )
 def test_a_body_arrives_however_its_end_is_marked(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
-    assert downloader(tmp_path).fetch(serve(answer).url(), never).read_bytes() == BODY
+    assert downloader(tmp_path).fetch(serve(answer).url(), never).path.read_bytes() == BODY
 
 
 def test_an_empty_file_is_a_file(tmp_path: Path, serve: StartServer) -> None:
-    assert downloader(tmp_path).fetch(serve(gives(b"")).url(), never).read_bytes() == b""
+    assert downloader(tmp_path).fetch(serve(gives(b"")).url(), never).path.read_bytes() == b""
 
 
 def test_several_downloads_go_on_at_once(tmp_path: Path, serve: StartServer) -> None:
@@ -217,7 +218,7 @@ def test_a_name_that_leads_home_is_refused_unless_the_address_is_listed(tmp_path
     assert f"leads to 127.0.0.1, which is no public address: add '127.0.0.1:{server.port}'" in failure.message
     assert server.asked == []
     fetcher = downloader(tmp_path, named, "127.0.0.0/8:*")
-    assert fetcher.fetch(server.url(host="CAM.test."), never).read_bytes() == BODY
+    assert fetcher.fetch(server.url(host="CAM.test."), never).path.read_bytes() == BODY
     assert f"Host: cam.test:{server.port}".encode() in server.asked[0]
 
 
@@ -235,7 +236,7 @@ def test_of_several_addresses_only_the_allowed_ones_are_connected_to(tmp_path: P
     server = serve(gives(BODY))
     resolver = Resolver(["::1", "127.0.0.2", "127.0.0.1"])  # refused; allowed, where nobody listens; allowed
     fetcher = downloader(tmp_path, "cam.test:*", "127.0.0.0/30:*", getaddrinfo=resolver)
-    assert fetcher.fetch(server.url(host="cam.test"), never).read_bytes() == BODY
+    assert fetcher.fetch(server.url(host="cam.test"), never).path.read_bytes() == BODY
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_connected_to(tmp_path: Path, serve: StartServer) -> None:
@@ -243,7 +244,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(tmp_path: 
     server = serve(gives(BODY))
     resolver = Resolver(["127.0.0.1"], ["10.0.0.1"])
     fetcher = downloader(tmp_path, "cam.test:*", "127.0.0.1:*", getaddrinfo=resolver)
-    assert fetcher.fetch(server.url(host="cam.test"), never).read_bytes() == BODY
+    assert fetcher.fetch(server.url(host="cam.test"), never).path.read_bytes() == BODY
     assert resolver.calls == [("cam.test", server.port)]
 
 
@@ -266,7 +267,7 @@ def test_proxies_and_netrc_of_the_environment_are_left_alone(
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{find_free_port()}")
     server = serve(gives(BODY))
-    assert downloader(folder).fetch(server.url(), never).read_bytes() == BODY
+    assert downloader(folder).fetch(server.url(), never).path.read_bytes() == BODY
     assert b"authorization" not in server.asked[0].lower()
 
 
@@ -276,7 +277,7 @@ def test_proxies_and_netrc_of_the_environment_are_left_alone(
 def test_five_redirects_are_followed_and_a_sixth_is_not(tmp_path: Path, serve: StartServer) -> None:
     statuses = ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"]
     server = serve(*(redirects(f"/{i}", status) for i, status in enumerate(statuses)), gives(BODY))
-    assert downloader(tmp_path).fetch(server.url(), never).read_bytes() == BODY
+    assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     assert [asked.split()[1] for asked in server.asked] == [b"/clip.wav", b"/0", b"/1", b"/2", b"/3", b"/4"]
 
 
@@ -330,7 +331,7 @@ def test_a_redirect_to_another_listed_server_goes_without_password_and_cookie(
     other = serve(gives(BODY))
     cookie = says(head("302 Found", Location="/next", Set_Cookie="id=1", Content_Length=0))
     first = serve(cookie, redirects(other.url()))
-    path = downloader(tmp_path).fetch(first.url(userinfo="us%40er:p%3Aw@"), never)
+    path = downloader(tmp_path).fetch(first.url(userinfo="us%40er:p%3Aw@"), never).path
     assert path.read_bytes() == BODY
     basic = b"Authorization: Basic " + base64.b64encode(b"us@er:p:w")
     assert [basic in asked for asked in (*first.asked, *other.asked)] == [True, True, False]
@@ -359,10 +360,10 @@ def test_the_certificate_is_checked_by_name_while_the_address_is_what_was_checke
     resolver = Resolver(["127.0.0.1"])
     hosts = ("localhost:*", "127.0.0.1:*")
     fetcher = downloader(tmp_path, *hosts, getaddrinfo=resolver, tls=trusting(certificates.ca))
-    assert fetcher.fetch(server.url(host="LOCALHOST"), never).read_bytes() == BODY
+    assert fetcher.fetch(server.url(host="LOCALHOST"), never).path.read_bytes() == BODY
     assert server.names == ["localhost"]
     assert f"Host: localhost:{server.port}".encode() in server.asked[0]
-    assert fetcher.fetch(server.url(), never).read_bytes() == BODY
+    assert fetcher.fetch(server.url(), never).path.read_bytes() == BODY
     assert resolver.calls == [("localhost", server.port)]
 
 
@@ -391,7 +392,7 @@ def test_http_may_lead_on_to_https_but_not_back(tmp_path: Path, serve: StartServ
     good = serve(gives(BODY), tls=showing(certificates))
     bad = serve(redirects(plain.url()), tls=showing(certificates))
     fetcher = downloader(tmp_path, tls=trusting(certificates.ca))
-    path = fetcher.fetch(serve(redirects(good.url())).url(), never)
+    path = fetcher.fetch(serve(redirects(good.url())).url(), never).path
     assert path.read_bytes() == BODY
     path.unlink()
     failure = failure_of(lambda: fetcher.fetch(bad.url(), never), tmp_path)
@@ -429,8 +430,8 @@ def test_an_endless_body_ends_at_the_limit(tmp_path: Path, serve: StartServer, b
 
 def test_a_file_of_exactly_the_limit_is_taken(tmp_path: Path, serve: StartServer) -> None:
     fetcher = downloader(tmp_path, max_bytes=len(BODY))
-    assert fetcher.fetch(serve(gives(BODY)).url(), never).stat().st_size == len(BODY)
-    assert fetcher.fetch(serve(says(head() + BODY)).url(), never).stat().st_size == len(BODY)
+    assert fetcher.fetch(serve(gives(BODY)).url(), never).path.stat().st_size == len(BODY)
+    assert fetcher.fetch(serve(says(head() + BODY)).url(), never).path.stat().st_size == len(BODY)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "zstd"])
@@ -474,7 +475,7 @@ def resets(exchange: Exchange) -> None:
 @pytest.mark.parametrize("answer", [*BROKEN.values(), resets], ids=[*BROKEN, "reset"])
 def test_a_failure_that_may_pass_is_met_with_another_try(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
     server = serve(answer, gives(BODY))
-    assert downloader(tmp_path).fetch(server.url(), never).read_bytes() == BODY
+    assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     assert len(server.asked) == 2
 
 
@@ -497,7 +498,9 @@ def test_a_failure_that_does_not_pass_is_told_after_the_retries(
 
 def test_nothing_of_a_failed_try_is_left_in_the_file(tmp_path: Path, serve: StartServer) -> None:
     server = serve(BROKEN["shorter than announced"], gives(b"short"))
-    assert downloader(tmp_path).fetch(server.url(), never).read_bytes() == b"short"
+    fetched = downloader(tmp_path).fetch(server.url(), never)
+    assert fetched.path.read_bytes() == b"short"
+    assert fetched.digest == hashlib.sha256(b"short").hexdigest(), "nor in what tells it apart"
 
 
 def test_what_a_redirect_says_is_not_logged(
@@ -559,7 +562,7 @@ def test_an_answer_that_will_not_change_is_not_asked_for_again(
 def test_retry_after_is_waited_for(tmp_path: Path, serve: StartServer) -> None:
     server = serve(fails("429 Slow", Retry_After="1"), gives(BODY))
     before = time.monotonic()
-    assert downloader(tmp_path).fetch(server.url(), never).read_bytes() == BODY
+    assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     assert time.monotonic() - before >= 1
 
 
@@ -585,7 +588,7 @@ def test_a_retry_after_beyond_the_time_that_is_left_ends_it(tmp_path: Path, serv
 )
 def test_a_retry_after_without_sense_is_no_reason_to_wait(tmp_path: Path, serve: StartServer, value: str) -> None:
     server = serve(fails("503 Busy", Retry_After=value), gives(BODY))
-    assert downloader(tmp_path).fetch(server.url(), never).read_bytes() == BODY
+    assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
 
 
 def test_a_full_disk_is_said_and_not_tried_again(
@@ -658,7 +661,7 @@ def test_a_stop_ends_a_download_whatever_the_server_does(tmp_path: Path, serve: 
 def test_a_silent_server_is_asked_again(tmp_path: Path, serve: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "_SILENCE_S", 0.3)
     server = serve(lambda exchange: exchange.hang(), gives(BODY))
-    assert downloader(tmp_path).fetch(server.url(), never).read_bytes() == BODY
+    assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     server.left.get(timeout=DEADLINE_S)
 
 

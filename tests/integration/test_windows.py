@@ -1,12 +1,17 @@
 """Long recordings with the real model: in windows, resumed, in ranges, batched."""
 
+import functools
+import http.server
 import importlib.util
+import math
 import os
 import re
+import shutil
+import threading
 import tracemalloc
 import wave
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +22,19 @@ from numpy.typing import NDArray
 
 from cesar_mqtt.audio import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.config import AudioSettings, ModelSettings
+from cesar_mqtt.consumermessages import Activity
+from cesar_mqtt.download import Downloader
 from cesar_mqtt.errors import JobFailedError, Stopped
 from cesar_mqtt.interruption import interruptible
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.messages import Live
 from cesar_mqtt.models import ModelStore
+from cesar_mqtt.preparation import Preparer
+from cesar_mqtt.spool import Spool
 from cesar_mqtt.transcriber import Transcriber, TranscriptionOptions
 from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.worker import Worker, options_of
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPEECH, LONG = DATA / "speech.wav", DATA / "long.ogg"
@@ -120,6 +133,100 @@ def test_what_is_heard_in_windows_is_what_was_said(in_windows: Transcript) -> No
 def test_the_work_can_be_taken_up_after_each_window(store: ModelStore, in_windows: Transcript) -> None:
     for number in (1, len(in_windows.windows) - 1):
         assert run(store, LONG, window_s=12.0, done=in_windows.windows[:number]) == in_windows
+
+
+@dataclass
+class Told:
+    """What a worker tells, and a forced stop as soon as it has done so much."""
+
+    until_s: float
+    stop: Callable[[], None] = lambda: None
+    processed_s: list[float] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+
+    def activity(self, activity: Activity) -> None:
+        """Take no note."""
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        """Take no note."""
+
+    def progress(self, _job: Job, live: Live) -> None:
+        self.processed_s.append(live.processed_duration or 0.0)
+        if self.processed_s[-1] > self.until_s:
+            self.stop()
+
+    def segment(self, _job: Job, segment: Segment) -> None:
+        self.segments.append(segment.id)
+
+    def finished(self, job: Job) -> None:
+        """Take no note."""
+
+
+def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tuple[Job, Told]:
+    """Start a consumer's worker on the job in the ledger, in windows of 12 s, and stop it by force if that is asked."""
+    transcriber, told = Transcriber(store, AudioSettings(), window_s=12.0), Told(until_s)
+    spool = Spool(folder / "spool")
+    with Ledger(folder / "ledger.json") as ledger:
+        preparer = Preparer(
+            ledger,
+            open_recording=lambda path, job: transcriber.open(
+                path, options_of(job), from_s=ledger.finished_until(job.seq)
+            ),
+            spool=spool,
+            directories=[folder],
+            downloader=Downloader(AudioSettings(allowed_hosts=("127.0.0.1:*",)), spool.folder),
+            ahead=1,
+        )
+        worker = Worker(ledger, transcriber, preparer=preparer, spool=spool, reports=told)
+        told.stop = worker.abandon
+        worker.run_once()
+        job = ledger.get("a")
+        assert job is not None
+        return job, told
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where a web server has the files of the folder."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+@pytest.mark.parametrize("found", ["another", "the same"])
+def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
+    kind: str, found: str, store: ModelStore, address: str, tmp_path: Path
+) -> None:
+    """Half a transcript of the one and half of the other would be worse than work that is done twice."""
+    path = tmp_path / "note.ogg"
+    shutil.copy(LONG, path)
+    source = AudioSource(kind, "note.ogg" if kind == "path" else f"{address}/note.ogg")
+    with Ledger(tmp_path / "ledger.json") as ledger:
+        ledger.append([NewJob("a", "f", source, "tiny.en", options={"beam_size": 1}, stream=True)])
+    job, _ = attempt(store, tmp_path, until_s=13.0)
+    assert job.state is JobState.QUEUED
+    if found == "another":
+        write_wav(path, np.concatenate([decode(SPEECH)] * 4))
+    job, told = attempt(store, tmp_path)
+    assert (job.state, job.attempt) == (JobState.COMPLETED, 2)
+    assert told.processed_s == sorted(told.processed_s)
+    if found == "another":
+        assert words(job.result_text or "") == said(*[SPEECH] * 4)
+        assert (told.processed_s[0], told.segments[0]) == (0.0, 1)
+    else:
+        assert words(job.result_text or "") == said(LONG)
+        assert told.processed_s[0] > 6.0
+        assert told.segments[0] > 1
 
 
 def test_ranges_are_heard_where_they_are(store: ModelStore, tmp_path: Path) -> None:

@@ -470,6 +470,49 @@ def test_a_window_out_of_its_turn_or_of_a_job_that_is_not_in_work_is_refused(des
     assert desk.ledger.windows(2) == desk.ledger.windows(99) == ()
 
 
+def test_windows_of_another_audio_are_dropped_and_the_work_begins_at_the_first(desk: Desk) -> None:
+    desk.ledger.append([request("a", formats=("srt",)), request("b")])
+    job = claimed(desk.ledger)
+    assert desk.ledger.keep_windows_of(job.seq, "one"), "there are none"
+    for number in range(2):
+        desk.ledger.add_window(job.seq, window(number), identity="one")
+    claimed(desk.crash())
+    assert desk.ledger.keep_windows_of(job.seq, "one")
+    assert desk.ledger.windows(job.seq) == (window(0), window(1))
+    assert not desk.ledger.keep_windows_of(job.seq, "another")
+    for _ in range(2):
+        assert (desk.ledger.windows(job.seq), desk.ledger.finished_until(job.seq)) == ((), 0.0)
+        assert stored_windows(desk.ledger) == 0
+        desk.crash()
+    silence = Window(0, 30.0, "", None, None, ())
+    claimed(desk.ledger)
+    desk.ledger.add_window(job.seq, silence, identity="another")
+    assert desk.ledger.keep_windows_of(job.seq, "another")
+    desk.ledger.complete(job.seq, replace(result(2), windows=(silence, window(1))))
+    assert desk.crash().windows(job.seq) == (silence, window(1))
+
+
+def test_windows_of_an_audio_that_nobody_noted_are_not_taken_for_those_of_this_one(desk: Desk) -> None:
+    """An earlier version wrote them."""
+    accept(desk.ledger, "a")
+    job = work_on(desk.ledger, 2)
+    assert not desk.crash().keep_windows_of(job.seq, "one")
+    assert stored_windows(desk.ledger) == 0
+
+
+def test_windows_that_the_disk_does_not_let_go_are_still_there(desk: Desk) -> None:
+    accept(desk.ledger, "a")
+    job = work_on(desk.ledger, 2)
+    disk = FaultyDisk()
+    desk.crash(disk)
+    disk.fault = failing(times=1)
+    with pytest.raises(LedgerError):
+        desk.ledger.keep_windows_of(job.seq, "one")
+    assert desk.ledger.windows(job.seq) == (window(0), window(1))
+    disk.heal()
+    assert not desk.ledger.keep_windows_of(job.seq, "one")
+
+
 def test_a_window_is_one_transaction_and_nothing_to_tell(desk: Desk) -> None:
     disk = FaultyDisk()
     desk.crash(disk)

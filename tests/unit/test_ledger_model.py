@@ -360,7 +360,16 @@ class LedgerMachine(RuleBasedStateMachine):
         def modelled(model: Model) -> None:
             self.of(model, seq).windows += 1
 
-        return (lambda ledger: ledger.add_window(seq, window(seq, number))), modelled
+        return (lambda ledger: ledger.add_window(seq, window(seq, number), identity="one")), modelled
+
+    def audio_step(self, seq: int, identity: str) -> Step:
+        def modelled(model: Model) -> bool:
+            entry = self.of(model, seq)
+            same = identity == "one" or not entry.windows
+            entry.windows = entry.windows if same else 0
+            return same
+
+        return (lambda ledger: ledger.keep_windows_of(seq, identity)), modelled
 
     def claim_step(self) -> Step:
         def real(ledger: Ledger) -> object:
@@ -409,6 +418,7 @@ class LedgerMachine(RuleBasedStateMachine):
             steps += [self.complete_step(seq, more) for more in (0, 2)]
             steps += [self.fail_step(seq, code) for code in FAILURES]
             steps += [self.put_back_step(seq, 0.0), self.cancelled_step(seq), self.window_step(seq)]
+            steps.append(self.audio_step(seq, "another"))
         steps.append(self.retire_step(data.draw(st.integers(0, 5))))
         steps += [self.cancel_step(name), self.retry_step(name), self.delete_step(name)]
         steps.append(self.pause_step(on=not self.model.paused))
@@ -426,7 +436,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.processing)
     @rule(
-        chance=chances, kind=st.sampled_from(["complete", "fail", "put back", "cancelled", "window"]), refusals=faults
+        chance=chances,
+        kind=st.sampled_from(["complete", "fail", "put back", "cancelled", "window", "audio"]),
+        refusals=faults,
     )
     def work(self, chance: random.Random, kind: str, refusals: int | None) -> None:
         seq = chance.choice(self.model.processing).seq
@@ -436,6 +448,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "put back": lambda: self.put_back_step(seq, chance.choice((0.0, 5.0))),
             "cancelled": lambda: self.cancelled_step(seq),
             "window": lambda: self.window_step(seq),
+            "audio": lambda: self.audio_step(seq, chance.choice(("one", "another"))),
         }
         self.do(steps[kind](), refusals)
 

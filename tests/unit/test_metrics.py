@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from cesar_mqtt.audiofiles import Fetched
 from cesar_mqtt.config import MetricsSettings, ModelSettings
 from cesar_mqtt.consumermessages import HealthMessage
 from cesar_mqtt.disk import Disk
@@ -55,11 +56,11 @@ class Fetching:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Path:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
         if self.failure is not None:
             raise self.failure
         assert not should_stop()
-        return Path(url)
+        return Fetched(Path(url), "digest")
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_downloads_are_counted_by_how_they_ended(
 ) -> None:
     downloader = instruments.downloader(Fetching(failure))
     if failure is None:
-        assert downloader.fetch("a", lambda: False) == Path("a")
+        assert downloader.fetch("a", lambda: False) == Fetched(Path("a"), "digest")
     else:
         with pytest.raises(type(failure)):
             downloader.fetch("a", lambda: False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt import preparation
+from cesar_mqtt.audiofiles import Fetched
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.ledger import Ledger
@@ -74,6 +75,11 @@ class FakeRecording:
         self.closed = False
         self._changes = changes
 
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        if should_stop():
+            raise Stopped
+        return f"recording of {self.path.name}"
+
     def close(self) -> None:
         self._changes.note(lambda: setattr(self, "closed", True))
 
@@ -90,7 +96,7 @@ class FakeDownloader:
         self._changes = changes
         self._pace = threading.Event()
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Path:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
         self._changes.note(lambda: self.fetched.append(url))
         while url in self.held:
             if should_stop():
@@ -100,7 +106,7 @@ class FakeDownloader:
         if url in self.errors:
             raise self.errors[url]
         (name,) = self._spool.store([url.encode()])
-        return self._spool.path(name)
+        return Fetched(self._spool.path(name), f"digest of {url}")
 
 
 class Stage:
@@ -347,6 +353,34 @@ def test_news_of_the_queue_wake_it(stage: Stage) -> None:
     stage.until(lambda: stage.open_now == ["job-1"])
 
 
+# What the audio is
+
+
+def test_what_may_become_another_audio_is_told_apart_as_long_as_it_is_in_hand(stage: Stage) -> None:
+    (name,) = stage.spool.store([b"in the message"])
+    for job, identity in [
+        (local(stage, 1), "recording of 1.wav"),
+        (remote(2), "digest of http://cam.test/2"),
+        (a_job(3, "spool", name), None),
+    ]:
+        stage.take(job)
+        assert stage.preparer.identity(never) == identity
+        stage.preparer.release(job, final=True)
+        assert stage.preparer.identity(never) is None
+
+
+def test_a_stop_ends_the_wait_for_what_a_file_is(stage: Stage) -> None:
+    job = local(stage, 1)
+    stage.take(job)
+    with pytest.raises(Stopped):
+        stage.preparer.identity(lambda: True)
+    stage.preparer.stop()
+    with pytest.raises(Stopped):
+        stage.preparer.identity(never)
+    stage.preparer.release(job, final=False)
+    assert stage.open_now == []
+
+
 # Waiting, failing
 
 
@@ -486,11 +520,11 @@ def test_a_download_that_ends_just_after_it_was_dropped_leaves_no_file(stage: St
     fetched, dropped = threading.Event(), threading.Event()
     fetch = stage.downloader.fetch
 
-    def late(url: str, should_stop: Callable[[], bool]) -> Path:
-        path = fetch(url, should_stop)
+    def late(url: str, should_stop: Callable[[], bool]) -> Fetched:
+        found = fetch(url, should_stop)
         fetched.set()
         assert dropped.wait(DEADLINE_S)
-        return path
+        return found
 
     stage.downloader.fetch = late  # type: ignore[method-assign]
     stage.take(local(stage, 1))
@@ -604,11 +638,11 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
     fetch = stage.downloader.fetch
     unmoved = threading.Event()
 
-    def stubborn(url: str, should_stop: Callable[[], bool]) -> Path:
-        path = fetch(url, never)
+    def stubborn(url: str, should_stop: Callable[[], bool]) -> Fetched:
+        fetched = fetch(url, never)
         unmoved.wait(DEADLINE_S)
         del should_stop
-        return path
+        return fetched
 
     stage.downloader.fetch = stubborn  # type: ignore[method-assign]
     stage.take(local(stage, 9))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cesar_mqtt import recording as module
 from cesar_mqtt.audio import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
+from cesar_mqtt.audiofiles import lasting_identity
 from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
 from cesar_mqtt.recording import Recording, Stretch
 
@@ -545,6 +546,53 @@ def test_a_recording_is_fresh_until_the_file_changes(change: str, tmp_path: Path
         else:
             path.symlink_to(path.rename(tmp_path / "moved.wav"))
         assert not recording.fresh
+
+
+@pytest.mark.parametrize("change", ["rewritten", "replaced by a copy", "touched"])
+def test_a_file_is_known_again_until_it_changes(change: str, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "note.wav", np.zeros(SAMPLE_RATE))
+    other = write_wav(tmp_path / "other.wav", np.full(SAMPLE_RATE, 0.5))
+    with opened(path) as recording, opened(path, from_s=0.5) as later:
+        identity = recording.identity(never)
+        assert identity is not None
+        assert later.identity(never) == identity
+    if change == "rewritten":
+        path.write_bytes(path.read_bytes() + b"more")
+    elif change == "replaced by a copy":  # of the same size and time
+        os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+        clock = tmp_path / "clock"
+        wait_until(lambda: clock.write_bytes(b"") == 0 and clock.stat().st_ctime_ns > path.stat().st_ctime_ns)
+        other.rename(path)
+    else:
+        os.utime(path, ns=(1, 1))
+    with opened(path) as recording:
+        assert recording.identity(never) != identity
+
+
+def test_where_a_file_lies_is_no_part_of_what_it_is() -> None:
+    """Numbers of devices change at a start of the machine, those of files where a network folder is mounted again."""
+    assert lasting_identity((1, 2, 3, 4, 5)) == lasting_identity((7, 8, 3, 4, 5)) != lasting_identity((1, 2, 3, 4, 6))
+
+
+def test_what_cannot_be_opened_is_nothing_and_the_wait_for_it_can_be_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with opened(tmp_path / "none.wav") as recording:
+        assert recording.identity(never) is None
+    gate = threading.Event()
+
+    @contextmanager
+    def hangs(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
+        gate.wait(WAIT_S)
+        raise Stopped
+        yield FakeAudio()
+
+    monkeypatch.setattr(module, "open_audio", hangs)
+    with opened(Path("any")) as recording:
+        asked = iter([False, True])
+        with pytest.raises(Stopped):
+            recording.identity(lambda: next(asked))
+        gate.set()
 
 
 def test_a_recording_that_could_not_be_opened_is_not_fresh(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ class FakePreparer:
         self._spool = spool
         self._directory = directory
         self.released: list[tuple[str, bool]] = []
+        self.audio: str | None = None
+        self.looking: Callable[[], object] = lambda: None
 
     def take(self, job: Job, should_stop: Callable[[], bool]) -> Any:
         if should_stop():
@@ -97,6 +99,12 @@ class FakePreparer:
         if job.audio.kind == "spool":
             return self._spool.path(job.audio.name)
         return resolve_audio_path(job.audio.name, [self._directory])
+
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        if should_stop():
+            raise Stopped
+        self.looking()
+        return self.audio
 
     def release(self, job: Job, *, final: bool) -> None:
         self.released.append((job.job_id, final))
@@ -965,7 +973,8 @@ def window(number: int) -> Window:
     return Window(number, 600.0 * (number + 1), f" part {number}", "en", 0.9, ())
 
 
-def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench) -> None:
+@pytest.mark.parametrize("audio", [None, "the same"])
+def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench, audio: str | None) -> None:
     def script(call: Call) -> Transcript:
         if len(call.done) < 2:
             call.on_window(window(len(call.done)))
@@ -973,12 +982,77 @@ def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench) -
         return dataclasses.replace(HELLO, windows=(*call.done, window(2)))
 
     bench.transcriber.script = script
+    bench.preparer.audio = audio
     bench.add("a")
     worker = patient(bench, retries=2)
     for _ in range(3):
         worker.run_once()
     assert [call.done for call in bench.transcriber.calls] == [(), (window(0),), (window(0), window(1))]
     assert bench.job("a").state is JobState.COMPLETED
+
+
+def broken_off(bench: Bench, before: str | None) -> Worker:
+    """Work on a job that fails behind two windows of an audio, and then find another one there."""
+
+    def script(call: Call) -> Transcript:
+        if len(bench.transcriber.calls) == 1:
+            call.on_window(window(0))
+            call.on_window(window(1))
+            raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
+        if len(bench.transcriber.calls) == 2:
+            call.on_window(dataclasses.replace(window(0), text=" something else"))
+            raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
+        return dataclasses.replace(HELLO, windows=tuple(call.done))
+
+    bench.transcriber.script = script
+    bench.preparer.audio = before
+    bench.add("a", formats=("txt",))
+    worker = patient(bench, retries=2)
+    worker.run_once()
+    assert len(bench.ledger.windows(bench.job("a").seq)) == 2
+    bench.preparer.audio = "another"
+    return worker
+
+
+@pytest.mark.parametrize("before", ["one", None], ids=["another", "unknown"])
+def test_what_is_finished_of_another_audio_is_dropped_and_the_work_begins_anew(
+    bench: Bench, before: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = broken_off(bench, before)
+    bench.preparer.released.clear()
+    worker.run_once()
+    assert bench.preparer.released == [("a", False)] * 2, "opened behind what was finished, and then anew"
+    worker.run_once()
+    new = dataclasses.replace(window(0), text=" something else")
+    assert [call.done for call in bench.transcriber.calls] == [(), (), (new,)]
+    assert bench.job("a").state is JobState.COMPLETED
+    assert bench.ledger.windows(bench.job("a").seq) == (new,)
+    [said] = [record for record in caplog.records if "begins from the start" in record.message]
+    assert (said.levelno, said.__dict__["job_id"]) == (logging.WARNING, "a")
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_windows_of_another_audio_that_the_disk_does_not_let_go_are_waited_for(bench: Bench) -> None:
+    worker = broken_off(bench, "one")
+    looks = iter([3, 0])
+    bench.preparer.looking = lambda: setattr(bench.disk, "refusals", next(looks))
+    worker.run_once()
+    assert [call.done for call in bench.transcriber.calls] == [(), ()]
+    degradations = [what for what in bench.reports.told if isinstance(what, tuple) and what[0] == "worker"]
+    assert degradations[:4] == [*[("worker", True)] * 3, ("worker", False)]
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_let_go(bench: Bench) -> None:
+    broken_off(bench, "one")
+    bench.preparer.looking = lambda: setattr(bench.disk, "refusals", 1)
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.worker.abandon()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+    assert len(bench.transcriber.calls) == 1
+    assert bench.preparer.released[-1] == ("a", False)
 
 
 def test_a_disk_that_refuses_a_window_does_not_hold_up_the_work_and_gets_it_with_the_next(bench: Bench) -> None:
