@@ -2,25 +2,12 @@
 
 from collections import Counter
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from cesar_mqtt.notes import Note
 
 MOST = 200
 """How many at most; keeps the client's own queue short."""
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A message that is not retained: whoever listens now hears it.
-
-    Attributes:
-        keep: whether it is said later when there is no connection now, or the connection is lost before its PUBACK.
-    """
-
-    topic: str
-    payload: bytes
-    keep: bool = True
-    correlation_data: bytes | None = None
 
 
 class Sent(NamedTuple):

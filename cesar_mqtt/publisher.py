@@ -14,19 +14,13 @@ from typing import Protocol
 from cesar_mqtt.activity import Doing
 from cesar_mqtt.announcer import Announcer
 from cesar_mqtt.client import CannotPublishError
-from cesar_mqtt.consumermessages import (
-    Activity,
-    ConsumerState,
-    last_of,
-    queue_of,
-    standing_in,
-    standing_of,
-)
-from cesar_mqtt.inflight import InFlight, Note, Sent
+from cesar_mqtt.consumermessages import Activity, ConsumerState, last_of, queue_of, standing_in, standing_of
+from cesar_mqtt.inflight import InFlight, Sent
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import Live, Payload, Rejection
+from cesar_mqtt.notes import Note, Notes
 from cesar_mqtt.ownstate import OwnState
 from cesar_mqtt.publications import MOST_PACKET_BYTES, PacketTooLargeError
 from cesar_mqtt.tellings import Telling, Tellings
@@ -37,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _ACKNOWLEDGED_AT_ONCE = 20
 _EVERY_S = 1.0
-_NOTES = 10_000
 
 
 class Connection(Protocol):
@@ -83,7 +76,7 @@ class Publisher:
         self._known = False
         self._found = standing_of(ledger.totals())
         self._announcer = Announcer(self._own, monotonic=monotonic)
-        self._notes: deque[Note] = deque(maxlen=_NOTES)
+        self._notes = Notes(monotonic=monotonic)
         self._doing = Doing()
         self._last: Job | None = None
         self._live: tuple[Job, Live] | None = None
@@ -114,7 +107,7 @@ class Publisher:
             self._wake.set()
 
     def reject(self, rejection: Rejection) -> None:
-        """Report a refused message when connected; the newest 10,000 are kept until then, in memory.
+        """Report a refused message when connected; the newest are kept until then, in memory: see `Notes`.
 
         May wait for whoever is writing to the ledger, so not for the network thread.
         """
@@ -130,7 +123,7 @@ class Publisher:
         self._say(self._tellings.of_segment(job, segment))
 
     def _say(self, note: Note) -> None:
-        self._tell(lambda: self._notes.append(note) if note.keep or self._connected else None)
+        self._tell(lambda: self._notes.add(note) if note.keep or self._connected else None)
 
     def online(self) -> None:
         """Let the consumer's state be `online` at this and every later connection."""
@@ -245,6 +238,7 @@ class Publisher:
         self._take_acknowledgements()
         while self._events:
             self._events.popleft()()
+        self._notes.warn()
         if not self._connected:
             return None
         self._publish_own()
@@ -291,8 +285,7 @@ class Publisher:
 
     def _interrupt(self) -> None:
         self._connected = False
-        lost = self._in_flight.interrupt()
-        self._notes = deque((note for note in (*lost, *self._notes) if note.keep), maxlen=_NOTES)
+        self._notes.interrupt(self._in_flight.interrupt())
         self._own.interrupt()
 
     def _take_acknowledgements(self) -> None:
@@ -377,11 +370,11 @@ class Publisher:
 
     def _publish_notes(self) -> None:
         while self._notes and self._room > 0:
-            note = self._notes[0]
+            note = self._notes.first
             payload, sent = self._tellings.of_note(note), Sent(note=note)
             if not self._send(note.topic, payload, sent, retain=False, correlation_data=note.correlation_data):
                 return
-            self._notes.popleft()
+            self._notes.drop_first()
 
     def _publish_statuses(self) -> None:
         if self._room <= 0:

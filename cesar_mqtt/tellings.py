@@ -10,11 +10,11 @@ from typing import NamedTuple
 from cesar_mqtt import formats
 from cesar_mqtt.consumermessages import deletion_of, event_payload
 from cesar_mqtt.fitting import fit_note, fit_segment
-from cesar_mqtt.inflight import Note
 from cesar_mqtt.jobs import Gone, Job, JobState
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import Live, segment_of, status_payload
+from cesar_mqtt.notes import Note
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
 

@@ -700,7 +700,7 @@ def test_rejections_wait_for_a_connection_and_those_on_their_way_for_the_next_on
 
 
 def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.publisher._NOTES", 5)
+    monkeypatch.setattr("cesar_mqtt.notes.MOST", 5)
     with opened(tmp_path) as bench:
         for number in range(8):
             bench.publisher.reject(rejection(f"{number}"))
@@ -711,6 +711,36 @@ def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch:
         bench.turn()
         bench.disconnect()
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["4", "5", "6", "7", "8"]
+
+
+def test_answers_that_wait_are_bounded_in_bytes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """10,000 answers with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
+    monkeypatch.setattr("cesar_mqtt.notes.MOST_BYTES", 1000)
+    asked = "cesar/response/list"
+
+    def answer(size_bytes: int, *numbers: int) -> None:
+        for number in numbers:
+            bench.publisher.answer(asked, bytes([number]) * size_bytes, correlation_data=bytes(100))
+
+    def answers(messages: list[Message]) -> list[int]:
+        return [message.payload[0] for message in messages if message.topic == asked]
+
+    answer(200, *range(8))
+    bench.turn()
+    assert [record.message.count("the 5 oldest") for record in caplog.records] == [1]
+    assert answers(bench.connect()) == [5, 6, 7]
+    answer(5000, 8)
+    bench.turn()
+    bench.disconnect()
+    assert "the 3 oldest" not in caplog.text, "not so soon again"
+    answer(200, 9)
+    bench.now += 10.0
+    bench.turn()
+    assert "the 4 oldest" in caplog.text
+    answer(5000, 10)
+    assert answers(bench.connect()) == [10], "one always fits"
 
 
 # -- the thread ----------------------------------------------------------------------------------------------------
