@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from sys import getsizeof
 
 from cesar_mqtt.logs import event
 
 logger = logging.getLogger(__name__)
 
 _WARN_EVERY_S = 10.0
+_PAIR_BYTES = 64
+"""What holds the two texts of a user property together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,20 @@ class Delivery:
     received_at: float = 0.0
     """Seconds since the epoch."""
 
+    @property
+    def size_bytes(self) -> int:
+        """How much memory that takes whose size is the sender's choice."""
+        texts = self.topic, self.payload, self.response_topic, self.correlation_data
+        pairs = (getsizeof(name) + getsizeof(value) + _PAIR_BYTES for name, value in self.user_properties)
+        return sum(map(getsizeof, texts)) + sum(pairs)
+
 
 class HandOff:
     """The messages that were not fetched yet: bounded in number and bytes, except that one message always fits.
 
     Args:
         max_messages: how many may wait.
-        max_bytes: how large their payloads may be together.
+        max_bytes: how much memory they may take together, with their properties.
         on_room: called, by the thread that took, when there is room again where `put` found none; must not block.
     """
 
@@ -76,14 +86,15 @@ class HandOff:
         with self._changed:
             if self._closed:
                 return True
-            if not self._has_room(delivery):
+            size_bytes = delivery.size_bytes
+            if not self._has_room(size_bytes):
                 if delivery.qos:
                     self._short = True
                     return False
                 self._drop()
                 return True
             self._waiting.append(delivery)
-            self._waiting_bytes += len(delivery.payload)
+            self._waiting_bytes += size_bytes
             if len(self._waiting) == 1:  # whoever takes, takes all: only the first has to wake it
                 self._changed.notify_all()
             return True
@@ -107,9 +118,9 @@ class HandOff:
             self._changed.notify_all()
         self._on_room()
 
-    def _has_room(self, delivery: Delivery) -> bool:
+    def _has_room(self, size_bytes: int) -> bool:
         return not self._waiting or (
-            len(self._waiting) < self._max_messages and self._waiting_bytes + len(delivery.payload) <= self._max_bytes
+            len(self._waiting) < self._max_messages and self._waiting_bytes + size_bytes <= self._max_bytes
         )
 
     def _drop(self) -> None:

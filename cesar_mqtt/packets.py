@@ -179,9 +179,10 @@ def _read_properties(body: bytes, at: int) -> tuple[_Properties, int]:
 def _read_property(into: _Properties, which: int, body: bytes, at: int) -> int:
     """Note a property if it matters here; return where it ends."""
     if which == _USER_PROPERTY:
+        start = at
         name, at = _read_counted(body, at)
         value, at = _read_counted(body, at)
-        into.user_bytes += len(name) + len(value)
+        into.user_bytes += at - start  # with their lengths: there may be millions of empty ones
         if into.user_bytes <= _MOST_USER_BYTES:
             into.user_properties.append((name.decode(errors="replace"), value.decode(errors="replace")))
     elif which in _COUNTED:

@@ -27,6 +27,7 @@ from cesar_mqtt.client import (
     MqttClient,
     PacketTooLargeError,
     PublishTicket,
+    Receipt,
     Subscription,
     Will,
 )
@@ -291,8 +292,11 @@ def test_messages_of_qos_0_are_dropped_when_nobody_fetches(
     assert caplog.text.count("dropped") == 1
 
 
+IN_MEMORY = Delivery("cesar/jobs", b"00", 1, retain=False, dup=False, receipt=Receipt(1, 1)).size_bytes
+
+
 @both_versions
-@pytest.mark.parametrize("limits", [{"hand_off_max_messages": 5}, {"hand_off_max_bytes": 10}])
+@pytest.mark.parametrize("limits", [{"hand_off_max_messages": 5}, {"hand_off_max_bytes": 5 * IN_MEMORY}])
 def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
     mosquitto: "Mosquitto", watch: Watch, protocol: str, limits: dict[str, int]
 ) -> None:

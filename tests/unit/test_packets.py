@@ -113,6 +113,13 @@ def test_user_properties_without_end_are_read_in_time_and_not_all_kept() -> None
     assert 4_096 < sum(len(name) for name, _ in found.user_properties) <= 65_536
 
 
+def test_user_properties_of_nothing_are_not_kept_without_end() -> None:
+    properties = frame(PUBLISH, b"\x26\0\0\0\0" * 100_000)[1:]
+    found = read_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
+    assert found.payload == b"x"
+    assert 1_000 < len(found.user_properties) <= 16_384
+
+
 def test_a_byte_order_mark_in_a_property_is_a_character_like_others() -> None:
     """paho 2.2 takes it for a malformed packet; MQTT 5, section 1.5.4, wants it kept."""
     properties = b"\x0b\x26\0\3\xef\xbb\xbf\0\3abc"
