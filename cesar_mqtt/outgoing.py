@@ -62,12 +62,13 @@ class Outgoing:
         Raises:
             PacketTooLargeError: it is over the broker's limit.
         """
-        mid = self._next_packet_id()
+        mid = self._free_packet_id()
         packet = write_publish(publication, mid, five=self._five)
         if len(packet) > self.limit_bytes:
             raise PacketTooLargeError(len(packet), self.limit_bytes)
-        if len(self._waiting) >= _MOST_WAITING:  # so that none of them gets a packet id that another has
+        if len(self._waiting) >= _MOST_WAITING:
             return None
+        self._mid = mid
         ticket = PublishTicket(self._connection, mid)
         self._waiting.append((ticket, publication, packet))
         return ticket
@@ -102,8 +103,12 @@ class Outgoing:
         published, self._published = self._published, []
         return published
 
-    def _next_packet_id(self) -> int:
-        self._mid = self._mid % _MOST_PACKET_ID + 1
-        while self._mid in self._in_flight:  # one that the broker has not acknowledged since the last time round
-            self._mid = self._mid % _MOST_PACKET_ID + 1
-        return self._mid
+    def _free_packet_id(self) -> int:
+        """Return the next packet id that nothing has.
+
+        What waits has the ids that were given out last, and is 5,000 short of all there are: those are not reached.
+        """
+        mid = self._mid % _MOST_PACKET_ID + 1
+        while mid in self._in_flight:  # not acknowledged since the last time round
+            mid = mid % _MOST_PACKET_ID + 1
+        return mid

@@ -101,6 +101,35 @@ def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
     assert again.mid == stuck.mid + 1
 
 
+def test_what_waits_has_its_packet_id_alone_however_much_is_refused() -> None:
+    out = outgoing()
+    out.limit_bytes = 100
+    tickets = publish(out, 1)
+    for _ in range(65_534):
+        with pytest.raises(PacketTooLargeError):
+            out.publish(Publication("t", bytes(100), 1, retain=False))
+    tickets += publish(out, 59_999)
+    for _ in range(10_000):
+        assert out.publish(message(0)) is None, "60,000 wait"
+    assert len({ticket.mid for ticket in tickets}) == 60_000
+
+
+def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.outgoing._MOST_PACKET_ID", 70)
+    monkeypatch.setattr("cesar_mqtt.outgoing._MOST_WAITING", 40)
+    out, line = outgoing(), Line()
+    stuck, *ours = publish(out, 40)
+    out.send(line)
+    for number in range(300):
+        ticket = out.publish(message(number))
+        assert ticket is not None
+        assert ticket not in (stuck, *ours)
+        ours.append(ticket)
+        while len(ours) > 58:
+            out.settle(ours.pop(0).mid, None)
+            out.send(line)
+
+
 def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
     out, line = outgoing(), Line()
     ticket = out.publish(Publication("t", bytes(100), 1, retain=False))
