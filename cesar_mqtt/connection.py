@@ -242,6 +242,8 @@ class Connection:
         if self._held is not None:
             self._take(self._held)
             self._route()
+            if self._paho.socket() is None:  # a DISCONNECT stood behind it
+                return True
         full = self._held is not None
         readable = self._wait(look=not full)
         if readable:

@@ -1198,6 +1198,22 @@ def test_the_connection_is_kept_for_as_long_as_nobody_fetches(
     watched.client.close()
 
 
+def test_a_goodbye_behind_messages_that_there_is_no_room_for_is_heard(
+    script: Callable[..., ScriptedBroker], watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was once looked for in a connection that was closed already, with a traceback."""
+    two = b"".join(b"\x32\x07\0\1t\0" + number + b"\0x" for number in (b"\1", b"\2"))
+    shutting_down = b"\xe0\x02\x8b\x00"
+    broker = script(lambda client, connect: accept(client, connect, then=two + shutting_down))
+    watched = watch(broker.url, subscriptions=[Subscription("t")], hand_off_max_messages=1)
+    watched.start()
+    assert holds(lambda: watched.client._connection is not None and watched.client._connection._held is not None)
+    assert payloads(watched.receive(2)) == ["x", "x"]
+    assert "Server shutting down" in watched.lost.get(timeout=_WAIT_S)
+    watched.client.close()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_what_comes_at_qos_2_is_delivered_and_acknowledged(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
     """A session may hold a subscription that somebody else made in it."""
     said: queue.Queue[bytes] = queue.Queue()
