@@ -4,8 +4,9 @@ import math
 from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from heapq import heappop, heappush
 from itertools import islice
+
+from cesar_mqtt.times import Times
 
 HEAD = 10
 """So many of the first jobs in the queue are told their position whenever it changes (the contract's section 2)."""
@@ -19,8 +20,8 @@ class Line:
         self._order = OrderedDict.fromkeys(order)
         self._not_before: dict[int, float] = {}
         self._expires_at: dict[int, float] = {}
-        self._expiries: list[tuple[float, int]] = []
-        """The same as a heap, with entries of jobs that wait no longer."""
+        self._expiries = Times()
+        """The same for the jobs that wait."""
         self._places: dict[int, tuple[int, float | None]] = {
             seq: (rank, None) for rank, seq in enumerate(islice(self._order, HEAD, None), start=HEAD + 1)
         }
@@ -48,13 +49,14 @@ class Line:
             self._order.move_to_end(seq, last=False)
         self._places[seq] = (rank, None)
         if seq in self._expires_at:
-            heappush(self._expiries, (self._expires_at[seq], seq))
+            self._expiries[seq] = self._expires_at[seq]
 
     def remove(self, seq: int) -> None:
         """Let a job wait no longer."""
         del self._order[seq]
         self._places.pop(seq, None)
         self._not_before.pop(seq, None)
+        self._expiries.pop(seq, None)
 
     def delay(self, seq: int, until: float) -> None:
         """Let those behind a job go first until then."""
@@ -63,7 +65,8 @@ class Line:
     def expire(self, seq: int, at: float) -> None:
         """Note from when on a job is no longer worth starting."""
         self._expires_at[seq] = at
-        heappush(self._expiries, (at, seq))
+        if seq in self._order:
+            self._expiries[seq] = at
 
     def end(self, seq: int) -> None:
         """Take note that a job has ended: it may wait once more, but then it does not expire."""
@@ -71,15 +74,7 @@ class Line:
 
     def expired(self, now: float, limit: int) -> list[int]:
         """Return jobs that still wait and are no longer worth starting, at most so many; as often as they are there."""
-        found: list[tuple[float, int]] = []
-        while self._expiries and self._expiries[0][0] <= now and len(found) < limit:
-            entry = heappop(self._expiries)
-            at, seq = entry
-            if seq in self._order and self._expires_at.get(seq) == at and entry not in found:
-                found.append(entry)
-        for entry in found:
-            heappush(self._expiries, entry)
-        return [seq for _, seq in found]
+        return self._expiries.until(now, limit)
 
     def all_ready(self, now: float, time: float) -> Iterator[int]:
         """Yield the jobs that may be begun, oldest first; delays are counted by `now`, expiries by `time`."""

@@ -1865,3 +1865,39 @@ def test_a_thread_that_waits_for_work_is_not_woken_by_what_has_expired(desk: Des
     desk.clock.now += 61.0
     assert desk.ledger.wait_for_work(lambda: False, 0.01) is False
     assert desk.ledger.upcoming(10) == []
+
+
+def test_a_job_that_is_put_back_again_and_again_expires_once(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0), expiring("b", desk, 60.0)])
+    for _ in range(50):
+        desk.ledger.requeue(claimed(desk.ledger).seq)
+    job = claimed(desk.ledger)
+    desk.clock.now += 61.0
+    assert [ended.job_id for ended in desk.ledger.expire()] == ["b"], "not the one in work"
+    desk.ledger.requeue(job.seq)
+    assert [ended.job_id for ended in desk.ledger.expire()] == ["a"]
+
+
+def test_a_job_that_a_crash_has_ended_does_not_expire(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0)])
+    claimed(desk.ledger)
+    desk.crash(max_attempts=1)
+    desk.clock.now += 61.0
+    assert desk.ledger.expire() == []
+    assert known(desk.ledger, "a").error_code is ErrorCode.CRASHED
+
+
+def test_times_of_jobs_that_wait_no_longer_do_not_pile_up() -> None:
+    """They were kept until the jobs would have expired, which may be weeks."""
+    line = Line([])
+    line.add(1)
+    line.expire(1, 5e8)
+    for seq in range(2, 2000):
+        line.add(seq)
+        line.expire(seq, 1e9)
+        line.remove(seq)
+        line.put_back(seq)
+        line.remove(seq)
+        line.end(seq)
+    assert len(line._expiries._heap) < 100
+    assert line.expired(1e9, 10) == [1]
