@@ -158,7 +158,7 @@ class Books:
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended[state] + 1}))
         self._commit(changes)
-        self._index.move(seq, before, state)
+        self._index.move(seq, before, state, document)
         if before is JobState.QUEUED or state is JobState.QUEUED:
             self._number_the_head()
         self._pass(seq, rows[key])

@@ -1,5 +1,6 @@
 """The index: what the way of a job needs to know without a search, in memory; the ledger serialises every call."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -8,6 +9,7 @@ from cesar_mqtt.deleted import Deleted
 from cesar_mqtt.jobs import Gone, JobState, NewJob
 from cesar_mqtt.line import Line
 from cesar_mqtt.register import Register
+from cesar_mqtt.times import Times
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -29,7 +31,8 @@ class Index:
         register: which requests are known.
         queue: the jobs that wait.
         processing: the job in work, if there is one.
-        finished: the numbers of the jobs that have ended, in the order in which they did.
+        finished: the numbers of the jobs that have ended, in the order in which they did, and when that was: a clock
+            may have been wrong, so the times need not have the same order.
         ended: how many jobs have ended in each final state since the ledger was made.
         last_seq: the greatest number that was ever given out.
         deleted: what is still known of deleted jobs.
@@ -52,8 +55,7 @@ class Index:
             if "expires_at" in document and not JobState(document["state"]).final:
                 self.queue.expire(seq, document["expires_at"])
         ends = sorted((document["revision"], seq) for seq, document in order if JobState(document["state"]).final)
-        # A plain dict keeps its order, too, in half the memory of an OrderedDict.
-        self.finished = dict.fromkeys(seq for _, seq in ends)
+        self.finished = Times((seq, _end_of(jobs[str(seq)])) for _, seq in ends)
         self.ended = {state: counters.get(state.value, 0) for state in JobState if state.final}
         self.windows: dict[int, int] = {}
         self.orphans: list[int] = []
@@ -67,8 +69,8 @@ class Index:
         numbers = chain((seq for seq, _ in order + buried), (doc_id // WINDOWS_PER_JOB for doc_id in self.orphans))
         self.last_seq = max(counters.get("last_seq", 0), max(numbers, default=0))
 
-    def add(self, seq: int, request: NewJob) -> None:
-        """Note a new job, whose number is greater than all others."""
+    def add(self, seq: int, request: NewJob, now: float) -> None:
+        """Note a new job, whose number is greater than all others; one that cannot be done ends `now`."""
         self.last_seq = seq
         self.register.add(seq, request)
         if request.failure is None:
@@ -76,11 +78,11 @@ class Index:
             if request.expires_at is not None:
                 self.queue.expire(seq, request.expires_at)
         else:
-            self.finished[seq] = None
+            self.finished[seq] = now
             self.ended[JobState.ERROR] += 1
 
-    def move(self, seq: int, before: JobState, after: JobState) -> None:
-        """Note that a job has gone from one state to another."""
+    def move(self, seq: int, before: JobState, after: JobState, document: Mapping[str, Any]) -> None:
+        """Note that a job has gone from one state to another, and what of it is new."""
         if before is JobState.PROCESSING:
             self.processing.remove(seq)
         elif before is JobState.QUEUED:
@@ -93,7 +95,7 @@ class Index:
             self.queue.put_back(seq)
         else:
             self.ended[after] += 1
-            self.finished[seq] = None
+            self.finished[seq] = _end_of(document)
             self.queue.end(seq)
 
     def bury(self, gone: Gone, document: Mapping[str, Any]) -> None:
@@ -125,3 +127,9 @@ class Index:
         parts += [self.queue] if JobState.QUEUED in states else []
         parts += [self.processing] if JobState.PROCESSING in states else []
         return sorted(chain.from_iterable(parts))
+
+
+def _end_of(document: Mapping[str, Any]) -> float:
+    """Return when a job has ended; one of which that is not known never becomes old."""
+    at = document.get("completed_at")
+    return at if isinstance(at, float | int) else math.inf

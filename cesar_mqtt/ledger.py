@@ -151,7 +151,7 @@ class Ledger(Views):
         for gone in revived:  # the new job's status takes the place of the old one's at the broker
             self._index.deleted.keep_status(gone)
         for seq, request in numbered:
-            self._index.add(seq, request)
+            self._index.add(seq, request, now)
         rows = self._rows
         for seq, _ in numbered:
             self._pass(seq, rows[str(seq)])
@@ -397,7 +397,7 @@ class Ledger(Views):
     # -- retention ------------------------------------------------------------------------------------------------
 
     def retire(self, *, before: float, keep: int, limit: int = 200) -> tuple[int, list[str]]:
-        """Delete finished jobs that ended before `before` (seconds since the epoch) or are beyond the newest `keep`.
+        """Delete finished jobs that ended by `before` (seconds since the epoch) or are beyond the newest `keep`.
 
         Oldest first, at most `limit` in one transaction, so that others do not wait long. The broker is then told to
         forget their statuses.
@@ -410,9 +410,8 @@ class Ledger(Views):
         """
         with self._changed:
             finished = self._index.finished
-            beyond = max(0, len(finished) - keep)
-            oldest = enumerate(islice(finished, limit))
-            retired = [seq for n, seq in oldest if n < beyond or self._rows[str(seq)]["completed_at"] < before]
+            beyond = islice(finished, min(limit, max(0, len(finished) - keep)))
+            retired = list(dict.fromkeys([*beyond, *finished.until(before, limit)]))[:limit]
             return len(retired), self._delete(retired)
 
     def _delete(self, seqs: Sequence[int]) -> list[str]:

@@ -141,15 +141,22 @@ def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
     assert (deleted.clear_again(), [*deleted.pending.values()]) == ([], [Gone(2, "b", ("srt",), status=False)])
 
 
+@pytest.mark.parametrize("odd", [{}, {"completed_at": None}, {"completed_at": "yesterday"}])
+def test_a_job_of_which_it_is_not_known_when_it_ended_never_becomes_old(odd: dict[str, Any]) -> None:
+    made = index({1: row("a", "completed", 1, **odd), 2: row("b", "completed", 2, completed_at=5.0)})
+    assert list(made.finished) == [1, 2]
+    assert made.finished.until(1e12, 10) == [2]
+
+
 def test_jobs_move_between_states() -> None:
     made = index({1: row("a", "queued"), 2: row("b", "queued")})
-    made.move(1, JobState.QUEUED, JobState.PROCESSING)
+    made.move(1, JobState.QUEUED, JobState.PROCESSING, {})
     assert (made.processing, list(made.queue)) == ([1], [2])
-    made.move(1, JobState.PROCESSING, JobState.CANCELLED)
-    assert (made.processing, list(made.finished), made.ended[JobState.CANCELLED]) == ([], [1], 1)
-    made.move(1, JobState.CANCELLED, JobState.QUEUED)
+    made.move(1, JobState.PROCESSING, JobState.CANCELLED, {"completed_at": 7.5})
+    assert (made.processing, dict(made.finished), made.ended[JobState.CANCELLED]) == ([], {1: 7.5}, 1)
+    made.move(1, JobState.CANCELLED, JobState.QUEUED, {})
     assert (list(made.finished), list(made.queue), made.ended[JobState.CANCELLED]) == ([], [1, 2], 1)
-    made.add(3, NewJob("c", "c", None, "base"))
-    made.add(4, NewJob("d", "d", None, "base", failure="wrong"))
-    assert (list(made.queue), list(made.finished), made.last_seq) == ([1, 2, 3], [4], 4)
+    made.add(3, NewJob("c", "c", None, "base"), 8.0)
+    made.add(4, NewJob("d", "d", None, "base", failure="wrong"), 9.0)
+    assert (list(made.queue), dict(made.finished), made.last_seq) == ([1, 2, 3], {4: 9.0}, 4)
     assert made.ended[JobState.ERROR] == 1

@@ -97,6 +97,37 @@ def test_of_the_finished_only_the_newest_are_kept_and_nothing_that_waits_is_dele
     assert ledger.retire(before=0.0, keep=0) == (0, [])
 
 
+def test_jobs_that_ended_while_the_clock_was_ahead_do_not_keep_others(
+    ledger: Ledger, tmp_path: Path, clock: Clock
+) -> None:
+    today = clock.now
+    clock.now = today + 1e9
+    finish(ledger, *"abc")
+    clock.now = today
+    finish(ledger, *"de")
+    clock.now = today - 50
+    finish(ledger, "f")
+    clock.now = today + 100
+    assert ledger.retire(before=today - 10, keep=1000, limit=2)[0] == 1
+    assert left(ledger, *"abcdef") == [*"abcde"]
+    ledger.close()
+    with Ledger(tmp_path / "ledger.json", clock=clock) as again:
+        assert again.retire(before=today - 10, keep=1000, limit=2)[0] == 0
+        assert [again.retire(before=today + 50, keep=4, limit=2)[0] for _ in range(3)] == [2, 1, 0]
+        assert left(again, *"abcdef") == ["b", "c"], "too many by one, too old by two"
+
+
+def test_a_job_that_was_retried_is_as_old_as_its_last_end(ledger: Ledger, clock: Clock) -> None:
+    ledger.append([new("a"), new("b")])
+    ledger.cancel("a")
+    ledger.retry("a")
+    clock.now += 100
+    ledger.cancel("a")
+    ledger.cancel("b")
+    assert ledger.retire(before=clock.now - 50, keep=1000) == (0, [])
+    assert ledger.retire(before=clock.now + 1, keep=1, limit=10)[0] == 2, "too old and too many is once"
+
+
 def test_no_more_than_the_limit_is_deleted_at_once(ledger: Ledger) -> None:
     finish(ledger, *(f"job-{number}" for number in range(25)))
     assert [ledger.retire(before=0.0, keep=0, limit=10)[0] for _ in range(4)] == [10, 10, 5, 0]
