@@ -209,7 +209,7 @@ class Ledger(Views):
             first = self._journal.rows(WINDOWS).get(str(window_id(seq, 0)))
             if first is None or first.get("identity") == identity:
                 return True
-            self._commit(self._without_windows(seq), ())
+            self._commit(self._without_windows(seq))
             self._index.keep_windows(seq, 0)
             return False
 
