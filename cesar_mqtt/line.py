@@ -56,7 +56,8 @@ class Line:
         del self._order[seq]
         self._places.pop(seq, None)
         self._not_before.pop(seq, None)
-        self._expiries.pop(seq, None)
+        if seq in self._expires_at:
+            self._expiries.pop(seq, None)
 
     def delay(self, seq: int, until: float) -> None:
         """Let those behind a job go first until then."""
