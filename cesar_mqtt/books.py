@@ -69,6 +69,7 @@ class Books:
         self._clock = clock
         self._changed = threading.Condition(threading.RLock())
         self._observers: list[Callable[[], None]] = []
+        self._waiting = 0
         self._closed = False
         self._file_lock = lock(path)
         try:
@@ -177,7 +178,8 @@ class Books:
         return job_of(seq, self._rows[str(seq)], *self._index.queue.place(seq))
 
     def _notify(self) -> None:
-        self._changed.notify_all()
+        if self._waiting:
+            self._changed.notify_all()
         for observer in self._observers:
             observer()
 

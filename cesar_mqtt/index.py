@@ -132,4 +132,7 @@ class Index:
 def _end_of(document: Mapping[str, Any]) -> float:
     """Return when a job has ended; one of which that is not known never becomes old."""
     at = document.get("completed_at")
-    return at if isinstance(at, float | int) else math.inf
+    return at if isinstance(at, _NUMBER) else math.inf
+
+
+_NUMBER = (float, int)

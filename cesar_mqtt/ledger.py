@@ -282,7 +282,9 @@ class Ledger(Views):
                     return False
                 until_ready = None if self._paused else self._index.queue.next_ready_in(now, self._clock())
                 waits = [until_ready, None if deadline is None else deadline - now]
+                self._waiting += 1
                 self._changed.wait(min((wait for wait in waits if wait is not None), default=None))
+                self._waiting -= 1
             return not stopped()
 
     def upcoming(self, limit: int) -> list[Job]:
