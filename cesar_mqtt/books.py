@@ -98,6 +98,7 @@ class Books:
             self._rows, gone=self._journal.rows(GONE), windows=self._journal.rows(WINDOWS), counters=counters
         )
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
+        self._settled_on_disk: int = counters.get("settled", 0)
         self._paused = bool(counters.get("paused", False))
         self._tidied: list[Change] = []
         mark = self._journal.mark
@@ -125,11 +126,14 @@ class Books:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
             changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
+        settled = self._index.register.settled
+        if settled != self._settled_on_disk:
+            changes.append(Change(COUNTERS, 1, {"settled": settled}))
         if self._tidied:
             changes[:0] = self._tidied
         journal = self._journal
         journal.commit(changes, mark=self._outbox.watermark(journal.transaction))
-        self._rejected_on_disk = self._rejected
+        self._rejected_on_disk, self._settled_on_disk = self._rejected, settled
         self._tidied.clear()
 
     def _move(
@@ -307,7 +311,8 @@ class Books:
             if self._closed:
                 return
             try:
-                if self._rejected != self._rejected_on_disk or self._tidied:
+                settled = self._index.register.settled
+                if self._rejected != self._rejected_on_disk or settled != self._settled_on_disk or self._tidied:
                     self._commit([])
                 self._journal.mark = self._outbox.watermark(self._journal.transaction)
                 self._db.close()

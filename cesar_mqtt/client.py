@@ -7,13 +7,14 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from cesar_mqtt.addresses import Backoff, VersionChoice, parse_broker_url, read_credentials, tls_context
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.connection import TURN_S, Connection, contained
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
-from cesar_mqtt.handoff import Delivery, HandOff, Receipt
+from cesar_mqtt.handoff import Delivery, HandOff, Receipt, Settled
 from cesar_mqtt.logs import event
 from cesar_mqtt.profile import ConnectionInfo, Profile, Subscription, Will
 from cesar_mqtt.publications import CannotPublishError, PacketTooLargeError, Publication, PublishTicket
@@ -26,6 +27,7 @@ __all__ = [
     "PacketTooLargeError",
     "PublishTicket",
     "Receipt",
+    "Settled",
     "Subscription",
     "Will",
 ]
@@ -117,7 +119,7 @@ class MqttClient:
         self._info: ConnectionInfo | None = None
         self._trouble: str | None = None
         self._refusal: str | None = None
-        self._ever_connected = False
+        self._ever_connected = self._is_new = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
 
@@ -159,6 +161,10 @@ class MqttClient:
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
         """Fetch all that has come in, in order; empty: nothing did in that time, or closed. For one thread."""
         return self._hand_off.take(timeout_s)
+
+    def take_settled(self) -> Settled:
+        """Return what the broker need not send again, of all that `receive` has returned before this call."""
+        return self._hand_off.take_settled()
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """Tell the broker, in this order, that these need not come again.
@@ -240,10 +246,15 @@ class MqttClient:
             lasts_s=_PASSING_S if self._version.passing else math.inf,
             before_s=self._held_s,
             deliver=self._hand_off.put,
+            on_new_session=self._begin_session,
         )
         with self._changed:
             self._connection = connection
         return connection
+
+    def _begin_session(self, number: int) -> None:
+        self._is_new = True
+        self._hand_off.begin_session(number)
 
     def _live(self, connection: Connection) -> None:
         # `close` may have come while this connected: what it asked for was then too early.
@@ -255,9 +266,16 @@ class MqttClient:
 
     def _report(self, connection: Connection) -> None:
         """Tell the owner what the last turn brought."""
-        if connection.info is not None and self._info is None:
-            self._announce(connection.info)
+        info = connection.info
+        if info is None:
+            return
+        if self._info is None:
+            # A session that is new stays news if the connection at which it began did not live to stand.
+            self._announce(replace(info, session_present=not self._is_new))
+            self._is_new = False
         published = connection.take_published()
+        if published:
+            self._hand_off.hear(info.number, connection.heard)
         if published and self.on_published is not None:
             report = contained(self.on_published)
             for ticket, reason in published:

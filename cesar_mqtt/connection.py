@@ -81,12 +81,14 @@ class Connection:
         lasts_s: float,
         before_s: float = math.inf,
         deliver: Callable[[Delivery], bool],
+        on_new_session: Callable[[int], None] = lambda _number: None,
     ) -> None:
         """Prepare it; `open` connects.
 
         After `lasts_s` it is left. `before_s` is how long the one before had stood, if it was lost: of two that end
         soon, the second one is suspicious. `deliver` gets each message and says whether there was room for it; if not,
-        it gets it again at every turn (see `wake`), and nothing is read until then.
+        it gets it again at every turn (see `wake`), and nothing is read until then. `on_new_session` gets the number of
+        the connection before that, when the broker does not know this client.
         """
         self.info: ConnectionInfo | None = None
         self.opened = False
@@ -101,10 +103,12 @@ class Connection:
         self._lasts_s = lasts_s
         self._before_s = before_s
         self._deliver = deliver
+        self._on_new_session = on_new_session
         self._held: Delivery | None = None
         self._session_present = False
         self._outgoing = Outgoing(number, five=self._five, limit_bytes=profile.max_packet_bytes)
         self._to_acknowledge: deque[Delivery] = deque()
+        self._acknowledged = 0
         self._answer_by = self._stands_since = self._cut_at = self._ping_at = math.inf
         self._leaving = self._said_goodbye = False
         self._bell = Bell()
@@ -204,6 +208,11 @@ class Connection:
         """Return what the broker has taken, or refused with a reason, since the last call."""
         return self._outgoing.take_published()
 
+    @property
+    def heard(self) -> int:
+        """How many of our acknowledgements at QoS 1 the broker is known to have."""
+        return self._outgoing.heard
+
     def dispose(self) -> None:
         """Close what is still open, and break the circle of references: paho's descriptors close with its last one."""
         paho = self._paho
@@ -219,7 +228,7 @@ class Connection:
         """Write what may go now."""
         while self._to_acknowledge:
             self._acknowledge(self._to_acknowledge.popleft())
-        self._outgoing.send(self._cable)
+        self._outgoing.send(self._cable, behind=self._acknowledged)
         if self._leaving and not self._outgoing.waits and not self._said_goodbye:
             self._said_goodbye = True
             self._paho.disconnect()
@@ -233,6 +242,7 @@ class Connection:
             return
         if delivery.qos == 1:
             self._cable.send(packets.write_puback(delivery.receipt.mid))
+            self._acknowledged += 1
         else:
             self._paho.ack(delivery.receipt.mid, delivery.qos)
 
@@ -312,6 +322,8 @@ class Connection:
             return
         self.reason = "it was closed"
         self._session_present = flags.session_present
+        if not flags.session_present:
+            self._on_new_session(self._number)
         outgoing = self._outgoing
         outgoing.limit_bytes = min(outgoing.limit_bytes, getattr(properties, "MaximumPacketSize", MOST_PACKET_BYTES))
         outgoing.window = min(outgoing.window, getattr(properties, "ReceiveMaximum", outgoing.window))

@@ -6,8 +6,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from sys import getsizeof
 
 from cesar_mqtt.logs import event
@@ -56,6 +56,20 @@ class Delivery:
         return sum(map(getsizeof, texts)) + sum(pairs)
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the broker need not send again.
+
+    Attributes:
+        session: the connection at which the broker began the session that it has now; what came by an earlier one, it
+            does not remember. 0: it has had the session from before.
+        heard: by connection, how many of our acknowledgements at QoS 1 it is known to have.
+    """
+
+    session: int = 0
+    heard: Mapping[int, int] = field(default_factory=dict)
+
+
 class HandOff:
     """The messages that were not fetched yet: bounded in number and bytes, except that one message always fits.
 
@@ -72,6 +86,8 @@ class HandOff:
         self._changed = threading.Condition()
         self._waiting: list[Delivery] = []
         self._waiting_bytes = 0
+        self._session = 0
+        self._heard: dict[int, int] = {}
         self._closed = False
         self._short = False
         self._dropped = 0
@@ -110,6 +126,22 @@ class HandOff:
         if short:
             self._on_room()
         return taken
+
+    def begin_session(self, connection: int) -> None:
+        """Take note that the broker has begun a new session, before anything that comes by it."""
+        with self._changed:
+            self._session = connection
+
+    def hear(self, connection: int, count: int) -> None:
+        """Take note that the broker has so many of our acknowledgements."""
+        with self._changed:
+            self._heard[connection] = count
+
+    def take_settled(self) -> Settled:
+        """Take what was noted since the last call; holds for all that `take` has returned before."""
+        with self._changed:
+            heard, self._heard = self._heard, {}
+            return Settled(self._session, heard)
 
     def close(self) -> None:
         """Wake whoever waits; nothing goes in or comes out any more."""

@@ -48,7 +48,7 @@ class Index:
         order = sorted((int(key), document) for key, document in jobs.items())
         self.deleted = Deleted(buried)
         self.deleted_total: int = counters.get("deleted", 0)
-        self.register = Register(order, answered=self.deleted.answered)
+        self.register = Register(order, answered=self.deleted.answered, settled=counters.get("settled", 0))
         self.queue = Line(seq for seq, document in order if document["state"] == JobState.QUEUED)
         self.processing = [seq for seq, document in order if document["state"] == JobState.PROCESSING]
         for seq, document in order:

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from pydantic_core import to_json
 
-from cesar_mqtt.client import Delivery
+from cesar_mqtt.client import Delivery, Settled
 from cesar_mqtt.control import Answer
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import AudioSource, NewJob, Verdict
@@ -22,6 +22,7 @@ from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.logs import event
 from cesar_mqtt.messages import Rejection, excerpt, shortened, timestamp
 from cesar_mqtt.plans import ModelNames, Plan, Planner
+from cesar_mqtt.repeats import Repeats
 from cesar_mqtt.requests import Refusal
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.topics import Topics
@@ -39,6 +40,9 @@ class Source(Protocol):
 
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
         """Return everything that has piled up, in order; empty after the time-out or when it is closed."""
+
+    def take_settled(self) -> Settled:
+        """Return what cannot come again, of all that `receive` has returned before this call."""
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """Say, in this order, that the messages need not come again."""
@@ -112,6 +116,7 @@ class Intake:
         self._controls = controls
         self._reports = reports
         self._on_born = on_born
+        self._repeats = Repeats(ledger)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -137,14 +142,18 @@ class Intake:
     def run_once(self, timeout_s: float | None = None) -> int:
         """Take in what has piled up; return how many messages that was."""
         deliveries = self._source.receive(timeout_s)
+        self._repeats.learn(self._source.take_settled())
         plans = [self._planner.plan(delivery) for delivery in deliveries]
         for are_requests, group in groupby(plans, key=lambda plan: plan.command is not None):
-            together = list(group)
+            together, job_ids = list(group), []
             if are_requests:
                 self._answer_all(together)
-            elif not self._persist(together):
+            elif (taken := self._persist(together)) is None:
                 break
+            else:
+                job_ids = taken
             self._source.acknowledge([plan.delivery for plan in together])
+            self._repeats.acknowledged(together, job_ids)
         return len(deliveries)
 
     # -- answers --------------------------------------------------------------------------------------------------
@@ -178,31 +187,39 @@ class Intake:
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
-    def _persist(self, plans: Sequence[Plan]) -> bool:
-        """Put a batch on disk, however often the disk refuses; False when the intake was stopped before it took.
+    def _persist(self, plans: Sequence[Plan]) -> list[str] | None:
+        """Put a batch on disk, however often the disk refuses; None when the intake was stopped before it took.
+
+        Returns the ids of the jobs.
 
         Audio is stored once and stays where it is while the ledger refuses: a refused change may be there all the
         same after a crash (see `JournalStorage.commit`), and its job must find its audio. The next start sweeps.
         """
         jobs = self._patiently(lambda: self._spooled(plans))
         if jobs is None:
-            return False
+            return None
         verdicts = self._patiently(lambda: self._ledger.append(jobs))
         if verdicts is None:
-            return False
+            return None
         self._reports.degraded("intake", on=False)
         known = (job.audio for job, (verdict, _) in zip(jobs, verdicts, strict=True) if verdict is not Verdict.ACCEPTED)
         self._spool.remove([audio.name for audio in known if audio is not None and audio.kind == "spool"])
         self._report(plans, iter(verdicts))
-        return True
+        return [job_id for _, job_id in verdicts]
 
     def _spooled(self, plans: Sequence[Plan]) -> list[NewJob]:
         names = iter(self._spool.store([plan.audio for plan in plans if plan.audio is not None]))
-        return [
-            plan.job if plan.audio is None else replace(plan.job, audio=AudioSource("spool", next(names)))
-            for plan in plans
-            if plan.job is not None
-        ]
+        jobs = []
+        for plan in plans:
+            job = plan.job
+            if job is None:
+                continue
+            if plan.audio is not None:
+                job = replace(job, audio=AudioSource("spool", next(names)))
+            if job.packet_id is not None and not self._repeats.can_repeat(plan.delivery):
+                job = replace(job, packet_id=None)
+            jobs.append(job)
+        return jobs
 
     def _patiently(self, step: Callable[[], Done]) -> Done | None:
         """Return what `step` does, trying again until the disk takes it; None when the intake is stopped first."""

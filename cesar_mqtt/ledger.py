@@ -4,16 +4,17 @@ Every method may be called from any thread; one lock serialises them. What a met
 returns.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cesar_mqtt.books import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.disk import Disk
-from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.errors import ErrorCode, LedgerError
 from cesar_mqtt.index import window_id
 from cesar_mqtt.jobs import STATES, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
 from cesar_mqtt.logs import event
@@ -156,13 +157,22 @@ class Ledger(Views):
         for seq, _ in numbered:
             self._pass(seq, rows[str(seq)])
 
-    def forget_deliveries(self) -> None:
-        """Take no further message for a redelivery of one that is known, for the broker has begun a new session.
+    def settle_deliveries(self, job_ids: Collection[str]) -> None:
+        """Take nothing for a redelivery of these jobs any more; reaches the disk with the next transaction.
 
-        Packet ids belong to a session; in a new one they are given out again, to other messages.
+        Their packet ids may be given to other messages, which may ask for the same.
         """
         with self._changed:
-            self._index.register.forget_packet_ids()
+            self._index.register.settle(job_ids)
+
+    def forget_deliveries(self, *, but: Collection[str] = ()) -> None:
+        """Take nothing for a redelivery any more, except of these; on disk on return, unless the disk refuses."""
+        with self._changed:
+            register = self._index.register
+            register.settle([job_id for job_id in register.repeatable if job_id not in but])
+            if register.settled != self._settled_on_disk:
+                with contextlib.suppress(LedgerError):
+                    self._commit([])
 
     # -- working --------------------------------------------------------------------------------------------------
 

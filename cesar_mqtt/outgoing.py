@@ -37,17 +37,20 @@ class Outgoing:
     Attributes:
         window: how many may be in flight.
         limit_bytes: the largest packet that the broker takes.
+        heard: how much of what was sent before, as the caller of `send` counts it, the broker is known to have read: it
+            reads in order, and has acknowledged what came behind.
     """
 
     def __init__(self, connection: int, *, five: bool, limit_bytes: int | None) -> None:
         """Begin a connection; `five`: it speaks MQTT 5."""
         self.window = IN_FLIGHT
         self.limit_bytes = limit_bytes or MOST_PACKET_BYTES
+        self.heard = 0
         self._connection = connection
         self._five = five
         self._mid = 0
         self._waiting: deque[tuple[PublishTicket, Publication, bytes]] = deque()
-        self._in_flight: dict[int, tuple[PublishTicket, str]] = {}
+        self._in_flight: dict[int, tuple[PublishTicket, str, int]] = {}
         self._written: list[PublishTicket] = []
         self._published: list[tuple[PublishTicket, str | None]] = []
 
@@ -73,12 +76,12 @@ class Outgoing:
         self._waiting.append((ticket, publication, packet))
         return ticket
 
-    def send(self, sink: Sink) -> None:
-        """Send what the window lets through."""
+    def send(self, sink: Sink, *, behind: int = 0) -> None:
+        """Send what the window lets through, behind so many others."""
         while self._waiting and len(self._in_flight) < self.window:
             ticket, publication, packet = self._waiting.popleft()
             if publication.qos:
-                self._in_flight[ticket.mid] = ticket, publication.topic
+                self._in_flight[ticket.mid] = ticket, publication.topic, behind
             else:
                 self._written.append(ticket)
             sink.send(packet)
@@ -91,9 +94,10 @@ class Outgoing:
 
     def settle(self, mid: int, reason: str | None) -> None:
         """Take note of a PUBACK; with a reason, the broker refused the message."""
-        ticket, topic = self._in_flight.pop(mid, (None, ""))
+        ticket, topic, behind = self._in_flight.pop(mid, (None, "", 0))
         if ticket is None:
             return
+        self.heard = max(self.heard, behind)
         if reason is not None:
             event(logger, logging.WARNING, "publish_refused", "The broker refused a message on %s: %s", topic, reason)
         self._published.append((ticket, reason))

@@ -9,26 +9,39 @@ Mark = TypeVar("Mark", bound=Hashable)
 
 
 class Register:
-    """Knows of every job what decides whether a request is new."""
+    """Knows of every job what decides whether a request is new.
+
+    Attributes:
+        settled: the greatest number up to which no job's request can come again by its packet id.
+    """
 
     def __init__(
-        self, documents: Iterable[tuple[int, Mapping[str, Any]]], *, answered: Callable[[str], str | None]
+        self,
+        documents: Iterable[tuple[int, Mapping[str, Any]]],
+        *,
+        answered: Callable[[str], str | None],
+        settled: int = 0,
     ) -> None:
         """Start with the documents of all jobs, in ascending order of their sequence numbers.
 
         Args:
             documents: the jobs.
             answered: returns, for a fingerprint, the id of the deleted job that a request without an id became.
+            settled: as the attribute.
         """
         self._answered = answered
         self._jobs: dict[str, tuple[int, str]] = {}
         self._ids: dict[int, str] = {}
-        self._packet_ids = Marks[int]()
+        self.settled = settled
+        self._packet_ids: dict[int, int] = {}
+        """Who bears a packet id; the latest."""
+        self._borne: dict[int, int] = {}
+        """The same the other way round."""
         self._anonymous = Marks[str]()
         for seq, document in documents:
             self._note(seq, document["job_id"], document["fingerprint"])
-            if "packet_id" in document:
-                self._packet_ids.add(document["packet_id"], seq)
+            if "packet_id" in document and seq > settled:
+                self._bear(seq, document["packet_id"])
             if "anonymous" in document:
                 self._anonymous.add(document["fingerprint"], seq)
 
@@ -44,7 +57,7 @@ class Register:
         """Note a request that became job number `seq`, which is greater than all others."""
         self._note(seq, request.job_id, request.fingerprint)
         if request.packet_id is not None:
-            self._packet_ids.add(request.packet_id, seq)
+            self._bear(seq, request.packet_id)
         if request.anonymous:
             self._anonymous.add(request.fingerprint, seq)
 
@@ -55,14 +68,37 @@ class Register:
     def remove(self, seq: int, document: Mapping[str, Any]) -> None:
         """Forget a job that is deleted."""
         del self._jobs[self._ids.pop(seq)]
-        if "packet_id" in document:
-            self._packet_ids.remove(document["packet_id"], seq)
+        self._settle(seq)
         if "anonymous" in document:
             self._anonymous.remove(document["fingerprint"], seq)
 
-    def forget_packet_ids(self) -> None:
-        """Take no further message for a redelivery of one that is known: the broker gives the ids out anew."""
-        self._packet_ids = Marks()
+    def _bear(self, seq: int, packet_id: int) -> None:
+        """Note the packet id of a request; whoever bore it before cannot come again, for it was free."""
+        before = self._packet_ids.get(packet_id)
+        if before is not None:
+            self._settle(before)
+        self._packet_ids[packet_id] = seq
+        self._borne[seq] = packet_id
+
+    @property
+    def repeatable(self) -> list[str]:
+        """The jobs whose requests may come again by their packet ids."""
+        return [self._ids[seq] for seq in self._borne]
+
+    def settle(self, job_ids: Iterable[str]) -> None:
+        """Take nothing for a redelivery of these any more."""
+        for job_id in job_ids:
+            if job_id in self._jobs:
+                self._settle(self._jobs[job_id][0])
+
+    def _settle(self, seq: int) -> None:
+        packet_id = self._borne.pop(seq, None)
+        if packet_id is None:
+            return
+        del self._packet_ids[packet_id]
+        self.settled = max(self.settled, seq)
+        if self._borne:
+            self.settled = next(iter(self._borne)) - 1
 
     def judge(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Verdict, str]], dict[str, NewJob]]:
         """Decide on each request as if those before it were known already.
@@ -101,20 +137,21 @@ class Register:
         its first, live delivery made, even if that was deleted since.
         """
         if request.retained and request.anonymous:
-            for job_id, other in reversed(new.items()):
+            for name, other in reversed(new.items()):
                 if other.anonymous and other.fingerprint == request.fingerprint:
-                    return job_id
+                    return name
             twin = self._anonymous.latest(request.fingerprint)
-            earlier = self._answered(request.fingerprint) if twin is None else self._ids[twin]
-            if earlier is not None:
-                return earlier
+            job_id = self._answered(request.fingerprint) if twin is None else self._ids[twin]
+            if job_id is not None:
+                return job_id
         if not request.redelivered or request.packet_id is None:
             return None
-        for job_id, other in reversed(new.items()):
+        for name, other in reversed(new.items()):
             if other.packet_id == request.packet_id:
-                return job_id if other.fingerprint == request.fingerprint else None
-        bearer = self._ids.get(self._packet_ids.latest(request.packet_id) or 0)
-        return bearer if bearer is not None and self._jobs[bearer][1] == request.fingerprint else None
+                return name if other.fingerprint == request.fingerprint else None
+        bearer = self._packet_ids.get(request.packet_id)
+        job_id = None if bearer is None else self._ids[bearer]
+        return job_id if job_id is not None and self._jobs[job_id][1] == request.fingerprint else None
 
 
 class Marks(Generic[Mark]):

@@ -174,8 +174,6 @@ class Service:
 
     def _on_connected(self, info: ConnectionInfo) -> None:
         self._refused = group.not_granted(info.refused_filters, self._topics, self._settings.consumer.group)
-        if not info.session_present:
-            self._ledger.forget_deliveries()
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
     def _announce(self) -> None:

@@ -28,6 +28,7 @@ from cesar_mqtt.client import (
     PacketTooLargeError,
     PublishTicket,
     Receipt,
+    Settled,
     Subscription,
     Will,
 )
@@ -1091,6 +1092,61 @@ def test_a_broker_that_takes_few_at_once_is_not_sent_more(script: Callable[..., 
     watched.client.close()
     broker.close()
     assert sent.empty()
+
+
+def test_an_acknowledgement_has_been_heard_when_what_was_published_behind_it_is_acknowledged(
+    script: Callable[..., ScriptedBroker], watch: Watch
+) -> None:
+    sent: queue.Queue[bytes] = queue.Queue()
+    answer: queue.Queue[bytes] = queue.Queue()
+
+    def scene(client: socket.socket, _connect: bytes) -> None:
+        client.sendall(b"\x20\x03\1\0\0")
+        client.sendall(b"\x90\x04" + read_packet(client)[1:3] + b"\0\1")
+        client.sendall(b"\x32\x07\0\1j\0\5\0x" + b"\x32\x07\0\1j\0\6\0y")
+        for _ in range(4):
+            sent.put(read_packet(client))
+        for _ in range(2):
+            client.sendall(b"\x40\x02" + answer.get(timeout=_WAIT_S))
+        read_packet(client)
+
+    watched = watch(script(scene).url, subscriptions=JOBS)
+    watched.start()
+    packet_ids = []
+    for delivery in watched.receive(2):
+        watched.publish("a", b"")
+        packet_ids.append(sent.get(timeout=_WAIT_S)[4:6])
+        watched.client.acknowledge([delivery])
+        assert sent.get(timeout=_WAIT_S)[:3] == b"\x40" + struct.pack("!H", delivery.receipt.mid)
+    for packet_id, heard in zip(packet_ids, (0, 1), strict=True):
+        answer.put(packet_id)
+        watched.published_next()
+        assert watched.client.take_settled() == Settled(0, {1: heard})
+    assert watched.client.take_settled() == Settled(0, {})
+    watched.client.close()
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_new_session_stays_news_when_its_first_connection_does_not_live_to_stand(
+    script: Callable[..., ScriptedBroker], watch: Watch, *, present: bool
+) -> None:
+    def cut_off(client: socket.socket, _connect: bytes) -> None:
+        client.sendall(b"\x20\x03" + bytes([present]) + b"\0\0")
+        read_packet(client)
+
+    def stand(client: socket.socket, _connect: bytes) -> None:
+        client.sendall(b"\x20\x03\1\0\0")
+        subscribe = read_packet(client)
+        client.sendall(b"\x90\x04" + subscribe[1:3] + b"\0\1")
+        read_packet(client)
+
+    watched = watch(script(cut_off, stand, stand).url, subscriptions=JOBS)
+    info = watched.start()
+    assert (info.number, info.session_present) == (2, present)
+    assert watched.client.take_settled() == Settled(0 if present else 1, {})
+    watched.client._connection._paho.socket().close()  # type: ignore[union-attr]
+    assert watched.connected.get(timeout=_WAIT_S).session_present
+    watched.client.close()
 
 
 def test_another_client_of_the_same_name_is_named(

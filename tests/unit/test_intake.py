@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cesar_mqtt.client import Delivery, Receipt
+from cesar_mqtt.client import Delivery, Receipt, Settled
 from cesar_mqtt.control import Answer
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode
@@ -45,6 +45,7 @@ class FakeSource:
         self._trace = trace
         self._batches: queue.Queue[list[Delivery]] = queue.Queue()
         self.acknowledged: list[Delivery] = []
+        self.settled = Settled()
         self.on_acknowledge: Callable[[], object] = lambda: None
 
     def bring(self, *deliveries: Delivery) -> None:
@@ -55,6 +56,10 @@ class FakeSource:
             return self._batches.get(timeout=timeout_s)
         except queue.Empty:
             return []
+
+    def take_settled(self) -> Settled:
+        settled, self.settled = self.settled, Settled(self.settled.session)
+        return settled
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         self._trace.append("acknowledged")
@@ -772,6 +777,35 @@ def test_a_redelivery_of_a_request_without_an_id_makes_no_second_job(bench: Benc
     with opened(tmp_path) as restarted:
         assert restarted.take(again) == []
         assert len(restarted.jobs()) == 1
+
+
+def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redelivery(bench: Bench, tmp_path: Path) -> None:
+    """Some brokers give out the lowest free packet id: each message has the same. A doorbell asks for the same, too."""
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.take(ring)
+    bench.source.settled = Settled(heard={1: 1})  # the broker has our acknowledgement: the packet id is free
+    bench.intake.run_once(timeout_s=0)
+    lost_at_first = replace(ring, dup=True, receipt=Receipt(2, 1))
+    bench.take(lost_at_first)
+    assert len(bench.jobs()) == 2
+    bench.take(replace(lost_at_first, receipt=Receipt(3, 1)))
+    assert len(bench.jobs()) == 2, "this is the second one again"
+    bench.source.settled = Settled(heard={3: 1})
+    bench.take(message(b"hall.wav", receipt=Receipt(3, 2)))  # brings to disk that the second one cannot come again
+    bench.ledger.close()
+    with opened(tmp_path) as restarted:
+        restarted.take(replace(ring, dup=True, receipt=Receipt(1, 1)))
+        assert len(restarted.jobs()) == 4
+
+
+def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: Bench) -> None:
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.source.settled = Settled(session=2)  # it began while this one waited to be fetched
+    bench.take(ring)
+    bench.take(replace(ring, dup=True, receipt=Receipt(3, 1)))
+    assert len(bench.jobs()) == 2
+    bench.take(replace(ring, dup=True, receipt=Receipt(4, 1)))
+    assert len(bench.jobs()) == 2
 
 
 def test_a_redelivery_of_an_upload_without_an_id_leaves_one_file(bench: Bench) -> None:

@@ -66,6 +66,11 @@ class Model:
     ended: dict[JobState, int] = field(default_factory=lambda: dict.fromkeys(JobState, 0))
     rejected: int = 0
     rejected_on_disk: int = 0
+    marks: dict[int | None, int] = field(default_factory=dict)
+    """Who bore a packet id last, of those whose requests may come again."""
+    settled: int = 0
+    settled_on_disk: int = 0
+    """The jobs up to this number bear none."""
     last_seq: int = 0
 
     @property
@@ -80,10 +85,9 @@ class Model:
         """Decide on one request, and take it in if it is accepted."""
         if request.retained and request.anonymous and (twin := self.twin(request.fingerprint)):
             return Verdict.SAME, twin
-        if request.redelivered and request.packet_id is not None:
-            bearers = [(entry.seq, name) for name, entry in self.jobs.items() if entry.packet_id == request.packet_id]
-            name = max(bearers, default=(0, ""))[1]
-            if name and self.jobs[name].fingerprint == request.fingerprint:
+        if request.redelivered and request.packet_id in self.marks:
+            name = self.name_of(self.marks[request.packet_id])
+            if self.jobs[name].fingerprint == request.fingerprint:
                 return Verdict.SAME, name
         known = self.jobs.get(request.job_id)
         if known is not None:
@@ -95,6 +99,7 @@ class Model:
         audio = "none" if request.audio is None else request.audio.kind
         entry = Entry(self.last_seq, request.fingerprint, request.packet_id, request.anonymous, audio, request.formats)
         self.jobs[request.job_id] = entry
+        self.bear(entry)
         for gone in [gone for gone in self.buried.values() if gone.job_id == request.job_id and gone.status]:
             for graves in (self.buried, self.gone):
                 if graves.pop(gone.seq, None) and gone.formats:
@@ -108,6 +113,25 @@ class Model:
         alive = [(e.seq, name) for name, e in self.jobs.items() if e.anonymous and e.fingerprint == fingerprint]
         dead = [(gone.seq, gone.job_id) for gone in self.buried.values() if gone.fingerprint == fingerprint]
         return max(alive or dead, default=(0, None))[1]
+
+    def name_of(self, seq: int) -> str:
+        return next(name for name, entry in self.jobs.items() if entry.seq == seq)
+
+    def bear(self, entry: Entry) -> None:
+        if entry.packet_id is not None:
+            self.settle(self.marks.get(entry.packet_id))
+            self.marks[entry.packet_id] = entry.seq
+
+    def settle(self, seq: int | None) -> None:
+        """Whatever comes with the packet id of this job is another request."""
+        for packet_id in [packet_id for packet_id, bearer in self.marks.items() if bearer == seq]:
+            del self.marks[packet_id]
+            self.settled = min(self.marks.values()) - 1 if self.marks else max(self.settled, seq or 0)
+
+    def forget(self, but: Sequence[str]) -> None:
+        for seq in sorted(self.marks.values()):
+            if self.name_of(seq) not in but:
+                self.settle(seq)
 
     def claim(self, uptime: float) -> tuple[int, int] | None:
         ready = [entry for entry in self.jobs.values() if entry.seq in self.queue and entry.not_before <= uptime]
@@ -179,6 +203,7 @@ class Model:
 
     def bury(self, name: str) -> None:
         entry = self.jobs.pop(name)
+        self.settle(entry.seq)
         if entry.state.final:
             self.finished.remove(name)
         fingerprint = entry.fingerprint if entry.anonymous else None
@@ -186,8 +211,12 @@ class Model:
 
     def crash(self) -> None:
         self.rejected = self.rejected_on_disk
-        for entry in self.jobs.values():
+        self.settled = self.settled_on_disk
+        self.marks.clear()
+        for entry in sorted(self.jobs.values(), key=lambda entry: entry.seq):
             entry.not_before = 0.0
+            if entry.seq > self.settled_on_disk:
+                self.bear(entry)
         for entry in self.processing:
             if entry.cancelling:
                 self.end(entry, JobState.CANCELLED)
@@ -201,7 +230,7 @@ class Model:
     def picture(self) -> object:
         jobs = {n: (e.seq, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()}
         final = (JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED)
-        return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused
+        return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused, self.marks
 
 
 def picture_of(ledger: Ledger) -> object:
@@ -216,7 +245,9 @@ def picture_of(ledger: Ledger) -> object:
         jobs[name] = (job.seq, job.state, job.attempt, job.crashes, cancelling, len(windows))
     totals = ledger.totals()
     ended = [totals.completed_total, totals.error_total, totals.cancelled_total]
-    return jobs, list(ledger._index.queue), ended, totals.rejected_total, totals.paused
+    marks = ledger._index.register._packet_ids
+    assert [ledger._rows[str(seq)]["packet_id"] for seq in marks.values()] == list(marks)
+    return jobs, list(ledger._index.queue), ended, totals.rejected_total, totals.paused, marks
 
 
 Step = tuple[Callable[[Ledger], object], Callable[[Model], object]]
@@ -301,6 +332,7 @@ class LedgerMachine(RuleBasedStateMachine):
         real, modelled = step
         after = copy.deepcopy(self.model)
         expected = modelled(after)
+        after.settled_on_disk = self.model.settled
         before = self.ledger._db.journal.transaction
         if refusals is not None:
             self.disk.fault = failing(times=refusals)
@@ -315,6 +347,8 @@ class LedgerMachine(RuleBasedStateMachine):
             if self.ledger._db.journal.transaction != before:
                 after.rejected_on_disk = after.rejected
                 self.maybe = None
+            else:
+                after.settled_on_disk = self.model.settled_on_disk
             self.model = after
         finally:
             self.disk.heal()
@@ -500,7 +534,27 @@ class LedgerMachine(RuleBasedStateMachine):
         self.results.clear()
         self.positions.clear()
         self.ledger.publish_again()
+        self.written()
+
+    @rule(chance=chances)
+    def settle(self, chance: random.Random) -> None:
+        names = [name for name in self.model.jobs if chance.random() < 0.5]
+        self.ledger.settle_deliveries([*names, "unknown"])
+        for name in names:
+            self.model.settle(self.model.jobs[name].seq)
+
+    @rule(but=st.lists(st.sampled_from(NAMES)))
+    def forget(self, but: list[str]) -> None:
+        before = self.ledger._db.journal.transaction
+        self.ledger.forget_deliveries(but=but)
+        self.model.forget(but)
+        if self.ledger._db.journal.transaction != before:
+            self.written()
+
+    def written(self) -> None:
+        """Something else has brought to disk what waited for that."""
         self.model.rejected_on_disk = self.model.rejected
+        self.model.settled_on_disk = self.model.settled
         self.maybe = None
 
     @rule()
@@ -515,8 +569,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.broker, self.results = self.saved[0].copy(), self.saved[1].copy()
         self.positions.clear()
         self.ledger.publish_again(went_back=True)
-        self.model.rejected_on_disk = self.model.rejected
-        self.maybe = None
+        self.written()
 
     def deliver(self, limit: int, chance: random.Random | None) -> None:
         """Do as the publisher does: what is gone goes first, in order; a lost connection loses the rest."""
@@ -565,15 +618,15 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def stop_and_start(self) -> None:
         self.ledger.close()
-        if self.model.rejected != self.model.rejected_on_disk:
+        if (self.model.rejected, self.model.settled) != (self.model.rejected_on_disk, self.model.settled_on_disk):
             self.maybe = None
-        self.model.rejected_on_disk = self.model.rejected
+        self.model.rejected_on_disk, self.model.settled_on_disk = self.model.rejected, self.model.settled
         self.reopen(self.model)
 
     @rule(refusals=faults, skip=st.integers(0, 6))
     def stop_that_may_be_refused(self, refusals: int | None, skip: int) -> None:
         before = copy.deepcopy(self.model)
-        self.model.rejected_on_disk = self.model.rejected
+        self.model.rejected_on_disk, self.model.settled_on_disk = self.model.rejected, self.model.settled
         self.disk.fault = failing(times=refusals or 0, skip=skip)
         possible = [self.model]
         try:
@@ -593,7 +646,7 @@ class LedgerMachine(RuleBasedStateMachine):
         real, modelled = self.any_step(data)
         after = copy.deepcopy(self.model)
         modelled(after)
-        after.rejected_on_disk = after.rejected
+        after.rejected_on_disk, after.settled_on_disk = after.rejected, self.model.settled
         self.disk.fault = killing(skip=skip)
         possible = [self.model, after, *([] if self.maybe is None else [self.maybe])]
         before = self.ledger._db.journal.transaction

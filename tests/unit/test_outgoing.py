@@ -83,6 +83,17 @@ def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     assert "refused a message on t: Not authorized" in caplog.text
 
 
+def test_what_stands_before_an_acknowledged_message_has_been_heard() -> None:
+    out, line = outgoing(), Line()
+    for behind in (0, 3, 7):
+        publish(out, 1)
+        out.send(line, behind=behind)
+    assert out.heard == 0
+    for mid, heard in ((2, 3), (9, 3), (1, 3), (3, 7)):
+        out.settle(mid, None)
+        assert out.heard == heard
+
+
 def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
     out, line = outgoing(), Line()
     stuck = publish(out, 1)[0]
