@@ -238,7 +238,7 @@ class _CountedReports:
     def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         self.to.answer(topic, payload, correlation_data=correlation_data)
 
-    def found_retained(self, payload: bytes) -> None:
+    def found_retained(self, payload: bytes | None) -> None:
         self.to.found_retained(payload)
 
 

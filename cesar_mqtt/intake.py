@@ -67,8 +67,8 @@ class Reports(Protocol):
     def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         """Answer a request."""
 
-    def found_retained(self, payload: bytes) -> None:
-        """Take note of what the broker retains as the consumer's queue."""
+    def found_retained(self, payload: bytes | None) -> None:
+        """Take note of what the broker retains as the consumer's queue; None: it retained nothing before this."""
 
     def degraded(self, who: str, *, on: bool) -> None:
         """Take note of whether the disk refuses."""
@@ -252,7 +252,7 @@ class Intake:
                 message = "An empty file is ignored: no job is made of it"
                 event(logger, logging.INFO, "empty_ignored", message, job_id=shortened(audio_id))
             if plan.found is not None:
-                self._reports.found_retained(plan.found)
+                self._reports.found_retained(plan.found if plan.delivery.retain else None)
             elif refusal is not None:
                 rejection = self._reject(plan.delivery, refusal)
                 self._respond(plan.delivery, rejection.encode())

@@ -33,6 +33,8 @@ class Outbox:
         self._newest = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
         self._owed = self._newest.copy()
         self._unsaid = set(self._newest)
+        self._heard: set[int] = set()
+        """Jobs whose newest change has been acknowledged as news, while something is to be said of them again."""
         self._again = count(-1, -1)
         self._trail: deque[tuple[int, Moment]] = deque(maxlen=TRAIL)
 
@@ -52,20 +54,22 @@ class Outbox:
         newest.move_to_end(seq)
         owed.move_to_end(seq)
         self._unsaid.discard(seq)
+        self._heard.discard(seq)
         self._trail.append((revision, moment))
 
     def owe_all(self, revisions: Iterable[tuple[int, int]]) -> None:
-        """Let the broker be told of everything: it has lost what it knew."""
+        """Let the broker be told of everything: it has lost what it knew. What it has heard before is no news."""
+        news = self._owed.keys() - self._heard
         self._owed = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
+        self._heard = self._owed.keys() - news
         for seq in sorted(self._owed):
             self.tell(seq)
 
     def coalesce(self) -> None:
-        """Forget the states that jobs passed through; their newest is still told."""
-        for number, (seq, *_) in self._trail:
-            if self._owed.get(seq) == number:
-                self._newest[seq] = number
-                self._unsaid.add(seq)
+        """Forget the states that jobs passed through, and what is on its way; the newest is still told, or again."""
+        for seq in self._owed.keys() - self._heard:
+            self._newest[seq] = self._owed[seq]
+            self._unsaid.add(seq)
         self._trail.clear()
 
     def forget(self, seqs: Collection[int]) -> None:
@@ -74,6 +78,7 @@ class Outbox:
             self._newest.pop(seq, None)
             self._owed.pop(seq, None)
             self._unsaid.discard(seq)
+            self._heard.discard(seq)
         dropped = frozenset(seqs)
         self._trail = deque((item for item in self._trail if item[1][0] not in dropped), maxlen=TRAIL)
 
@@ -91,10 +96,13 @@ class Outbox:
 
     def acknowledge(self, seq: int, number: int) -> bool:
         """Note a PUBACK; whether that was the newest there is to tell of `seq`."""
+        if self._owed.get(seq) == number:
+            self._heard.add(seq)
         if self._newest.get(seq) != number:
             return False
         del self._newest[seq]
         self._owed.pop(seq, None)
+        self._heard.discard(seq)
         return True
 
     def watermark(self, transaction: int) -> int:

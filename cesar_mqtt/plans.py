@@ -43,7 +43,7 @@ class Plan:
         audio: what goes into the spool.
         refusal: what the producer is told.
         command: the request that is to be answered.
-        found: what the broker retains as the consumer's queue.
+        found: what the consumer has said as its queue; what the broker retains of that, if it came retained.
         born: whether Home Assistant says that it has started.
     """
 
@@ -68,7 +68,7 @@ class Planner:
     def plan(self, delivery: Delivery) -> Plan:
         """Read one message; a bad one is a plan, too."""
         if delivery.topic == self._topics.own("queue"):
-            return Plan(delivery, found=delivery.payload if delivery.retain else None)
+            return Plan(delivery, found=delivery.payload)
         command = self._topics.request_command(delivery.topic)
         if command is not None:
             return Plan(delivery, command=command)

@@ -73,7 +73,7 @@ class Publisher:
         self._acknowledged: deque[Hashable] = deque()
         self._tellings = Tellings(ledger, topics, clock=clock)
         self._own = OwnState()
-        self._known = False
+        self._known = self._looked = False
         self._found = standing_of(ledger.totals())
         self._announcer = Announcer(self._own, monotonic=monotonic)
         self._notes = Notes(monotonic=monotonic)
@@ -170,11 +170,12 @@ class Publisher:
         of, live = self._live or (None, None)
         return live if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
 
-    def found_retained(self, payload: bytes) -> None:
+    def found_retained(self, payload: bytes | None) -> None:
         """Take note of what the broker retains as this consumer's queue, right after a connection was made.
 
         A broker that was killed comes back with the sessions and retained messages of its last save: it looks as if
-        it had lost nothing, but what it retains is old.
+        it had lost nothing, but what it retains is old. None: what came first was our own, newest message. So nothing
+        was retained: the process before this one may have died right after it had begun a new session.
         """
         self._tell(lambda: self._compare(payload))
 
@@ -266,15 +267,24 @@ class Publisher:
         self._known = bool(self._own.retained("queue"))
         self._own.say_again("state")
         self._announcer.connected()
+        unseen = self._known and not self._looked  # what was retained before we spoke, nobody can tell any more
         if not session_present:
             self._own.say_again()
+        if unseen or not session_present:
+            self._looked = True
             self._ledger.publish_again()
 
-    def _compare(self, payload: bytes) -> None:
+    def _compare(self, payload: bytes | None) -> None:
         """See whether the broker retains what it acknowledged: to this process, or to the one before.
 
         What was said by the one before is known by its counts: they are on disk, and it ended by saying them.
         """
+        looked, self._looked = self._looked, True
+        if payload is None:
+            if not looked:
+                self._own.say_again()
+                self._ledger.publish_again()
+            return
         if payload in self._own.retained("queue") if self._known else standing_in(payload) == self._found:
             return
         message = "The broker does not have the newest messages: all are sent again"

@@ -100,7 +100,7 @@ class FakeReports:
         self._trace = trace
         self.rejections: list[Rejection] = []
         self.answers: list[tuple[str, bytes, bytes | None]] = []
-        self.found: list[bytes] = []
+        self.found: list[bytes | None] = []
         self.degradations: list[tuple[str, bool]] = []
         self.told_degraded = threading.Event()
 
@@ -112,7 +112,7 @@ class FakeReports:
         self._trace.append("answered")
         self.answers.append((topic, payload, correlation_data))
 
-    def found_retained(self, payload: bytes) -> None:
+    def found_retained(self, payload: bytes | None) -> None:
         self.found.append(payload)
 
     def degraded(self, who: str, *, on: bool) -> None:

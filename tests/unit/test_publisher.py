@@ -86,6 +86,22 @@ class FakeConnection:
         return self.sent[-1].ticket
 
 
+def left_by(bench: "Bench", **counts: int) -> bytes:
+    """What the process before has said last."""
+    totals = bench.ledger.totals()
+    return json.dumps(
+        {
+            "activity": "draining",
+            "queued": totals.queued,
+            "completed_total": totals.completed_total,
+            "error_total": totals.error_total,
+            "cancelled_total": totals.cancelled_total,
+            "deleted_total": totals.deleted_total,
+            **counts,
+        }
+    ).encode()
+
+
 class Bench:
     """A publisher between a real ledger and a fake connection; its turns are taken by hand."""
 
@@ -101,6 +117,8 @@ class Bench:
             monotonic=lambda: self.now,
         )
         self._seen = 0
+        self.left = left_by(self)
+        """What the process before has said last, until the broker has shown it."""
 
     # -- the ledger --
 
@@ -127,6 +145,9 @@ class Bench:
         self.connection.up = True
         self.connection.limit_bytes = limit_bytes
         self.publisher.on_connected(session_present=session_present, max_packet_bytes=limit_bytes)
+        if session_present and self.left:
+            self.publisher.found_retained(self.left)
+        self.left = b""
         return self.turn()
 
     def disconnect(self) -> None:
@@ -1102,22 +1123,6 @@ def test_a_broker_that_came_back_with_older_messages_is_told_everything_again(be
     assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= said
 
 
-def left_by(bench: Bench, **counts: int) -> bytes:
-    """What the process before has said last."""
-    totals = bench.ledger.totals()
-    return json.dumps(
-        {
-            "activity": "draining",
-            "queued": totals.queued,
-            "completed_total": totals.completed_total,
-            "error_total": totals.error_total,
-            "cancelled_total": totals.cancelled_total,
-            "deleted_total": totals.deleted_total,
-            **counts,
-        }
-    ).encode()
-
-
 def restarted(bench: Bench, folder: Path) -> Bench:
     bench.publisher.stop()
     bench.ledger.close()
@@ -1174,6 +1179,44 @@ def test_a_broker_that_went_back_is_told_again_to_forget_what_was_deleted_and_no
     said += bench.settle()
     assert [message.topic for message in said if message.payload == b""] == ["cesar/result/a/srt", "cesar/status/a"]
     assert [message for message in said if message.topic == "cesar/events"] == []
+
+
+def test_a_broker_that_retained_nothing_is_told_everything_although_it_knows_the_session(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """The process before had begun a new session, and died before it could make a note of that."""
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    again.left = b""
+    assert statuses(again.connect()) == [("b", "queued")]
+    again.publisher.found_retained(None)
+    assert ("a", "completed") in statuses(again.settle())
+    for session_present in (True, False):
+        again.disconnect()
+        again.connect(session_present=session_present)
+        again.settle()
+        again.publisher.found_retained(None)
+        assert again.settle() == [], "its own messages come back all the time"
+    again.publisher.stop()
+    again.ledger.close()
+
+
+def test_what_nobody_has_seen_before_the_connection_was_lost_counts_as_lost(bench: Bench, tmp_path: Path) -> None:
+    bench.add("a")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    again.left = b""
+    assert statuses(again.connect()) == []
+    again.disconnect()
+    assert statuses(again.connect()) == [("a", "completed")]
+    again.settle()
+    again.disconnect()
+    assert statuses(again.connect()) == []
+    again.publisher.stop()
+    again.ledger.close()
 
 
 # -- results, segments, answers ------------------------------------------------------------------------------------
@@ -1400,6 +1443,35 @@ def test_a_status_is_not_given_up_for_the_limit_of_a_connection_that_was_just_ma
 
     bench.connection.on_sent = reconnect
     assert ("b", "completed") in statuses(bench.connect() + bench.settle())
+
+
+@pytest.mark.parametrize("session_present", [True, False])
+def test_an_event_is_told_again_also_when_something_else_was_said_of_its_job_meanwhile(
+    bench: Bench, *, session_present: bool
+) -> None:
+    bench.add("a", "b")
+    bench.quiet()
+    bench.add("c")
+    lost = bench.turn()
+    assert events(lost) == [("c", "queued")]
+    bench.ledger.delete("a")  # so that b and c move up
+    bench.turn()
+    bench.disconnect()
+    assert events(bench.connect(session_present=session_present)) == [("a", "deleted"), ("c", "queued")]
+    bench.settle()
+    bench.disconnect()
+    assert events(bench.connect(session_present=session_present)) == []
+
+
+def test_an_event_that_was_acknowledged_is_not_told_again_with_a_new_place(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b")
+    said = bench.turn()
+    bench.ledger.delete("a")
+    bench.turn()
+    bench.acknowledge(*said)
+    bench.disconnect()
+    assert events(bench.connect()) == [("a", "deleted")]
 
 
 def test_an_event_whose_status_was_not_acknowledged_is_told_again(bench: Bench) -> None:
