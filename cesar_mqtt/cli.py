@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cesar_mqtt import commands, groups, terminal
+from cesar_mqtt import commands, subcommands, terminal
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.flags import Broker, Config, DataDir, NoBroker, NoConfig, NoPrefix, Prefix
 from cesar_mqtt.flags import load as _settings
@@ -210,9 +210,9 @@ def demo(*, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, _config: N
 
 commands.add_to(app)
 
-app.add_typer(groups.ledger, name="ledger")
-app.add_typer(groups.models, name="models")
-app.add_typer(groups.discovery, name="discovery")
+app.add_typer(subcommands.ledger, name="ledger")
+app.add_typer(subcommands.models, name="models")
+app.add_typer(subcommands.discovery, name="discovery")
 
 schema = typer.Typer(no_args_is_help=True, help="The contract for programs.", rich_markup_mode=None)
 app.add_typer(schema, name="schema")

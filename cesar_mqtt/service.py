@@ -28,12 +28,12 @@ from cesar_mqtt.logs import event
 from cesar_mqtt.metrics import Metrics, Readings, metrics_of
 from cesar_mqtt.preparation import Preparer
 from cesar_mqtt.publisher import Publisher
-from cesar_mqtt.retention import Upkeep
 from cesar_mqtt.signals import StopSignals
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.systemd import Notifier
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcriber import Transcriber
+from cesar_mqtt.upkeep import Upkeep
 from cesar_mqtt.worker import Worker, options_of
 
 if TYPE_CHECKING:

@@ -1,103 +1,77 @@
-"""The commands `ledger check`, `repair`, `compact` and `export`, for a data directory that no consumer has open."""
+"""The upkeep of the ledger and the spool while the consumer runs: checkpoints, expired jobs, retention.
 
-import json
-import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+For the main thread, between its looks at everything else.
+"""
 
-from cesar_mqtt import logs
-from cesar_mqtt.books import lock
-from cesar_mqtt.errors import ExitCode, LedgerError
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from cesar_mqtt.config import RetentionSettings
+from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.salvage import Salvage, examine, repair, shown
-from cesar_mqtt.terminal import out, say
-from cesar_mqtt.wording import many
+from cesar_mqtt.logs import event
+from cesar_mqtt.spool import Spool
+
+logger = logging.getLogger(__name__)
+
+_DAY_S = 86_400.0
+_BATCH = 200
+_GAP_S = 0.01
+_RETRY_FIRST_S = 1.0
+_RETRY_MOST_S = 300.0
 
 
-def check(path: Path) -> ExitCode:
-    """Print what the ledger holds and what of it is damaged; changes nothing. Raises LedgerError."""
-    with _alone(path):
-        found = examine(path)
-    _print(path, found)
-    return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
+class Upkeep:
+    """Does what is due; after the disk refused, it waits longer before each further try."""
 
+    def __init__(
+        self,
+        retention: RetentionSettings,
+        ledger: Ledger,
+        spool: Spool,
+        *,
+        on_ended: Callable[[Job], None] = lambda _job: None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Wire it; nothing happens here. `on_ended` is told of each job that expired."""
+        self._retention = retention
+        self._ledger = ledger
+        self._spool = spool
+        self._on_ended = on_ended
+        self._clock = clock
+        self._monotonic = monotonic
+        self._began = clock() - monotonic()
+        self._delay_s = 0.0
+        self._not_before = 0.0
 
-def mend(path: Path, *, yes: bool) -> ExitCode:
-    """Print what would be kept and dropped, and do it when told to. Raises LedgerError."""
-    with _alone(path):
-        found = examine(path)
-        _print(path, found)
-        if not found.damaged:
-            out("Nothing has to be repaired.")
-            return ExitCode.OK
-        if not yes and not _agreed():
-            out("Nothing was changed.")
-            return ExitCode.FAILED
-        for old in repair(path, found):
-            out(f"The old file is now {old.name}.")
-    out(f"Repaired: {many(len(found.jobs), 'job')} kept. Every status is published again at the next start.")
-    return ExitCode.OK
+    def run_once(self, stop: threading.Event) -> None:
+        """Do what is due now; returns early when `stop` is set."""
+        if self._monotonic() < self._not_before:
+            return
+        try:
+            self._ledger.maintain()
+            for job in self._ledger.expire():
+                self._on_ended(job)
+            self._retire(stop)
+        except LedgerError as exc:
+            self._delay_s = min(_RETRY_MOST_S, max(_RETRY_FIRST_S, self._delay_s * 2))
+            self._not_before = self._monotonic() + self._delay_s
+            event(logger, logging.WARNING, "upkeep", "%s Next try in %.0f s.", exc, self._delay_s)
+        else:
+            self._delay_s = 0.0
 
-
-def compact(path: Path) -> ExitCode:
-    """Bring everything into `ledger.json` alone. Raises LedgerError."""
-    before = _size(path)
-    _must_exist(path)
-    logs.configure("text", "warning")  # of a job that was in work at a crash the ledger says so, with its id
-    Ledger(path).close()
-    out(f"{path}: {before} bytes before, {_size(path)} bytes after")
-    return ExitCode.OK
-
-
-def export(path: Path) -> ExitCode:
-    """Print every job, a JSON object a line, in the order of acceptance. Raises LedgerError."""
-    with _alone(path):
-        found = examine(path)
-    for key, row in sorted(found.jobs.items(), key=lambda item: int(item[0])):
-        out(json.dumps({"seq": int(key), **row}, ensure_ascii=False))
-    for sentence in shown(found.lost):
-        say(sentence)
-    return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    _must_exist(path)
-    held = lock(path)
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def _must_exist(path: Path) -> None:
-    if not path.exists() and not path.with_name(path.name + ".journal").exists():
-        raise LedgerError(f"There is no ledger at {path}. Name the data directory with --data-dir.")
-
-
-def _print(path: Path, found: Salvage) -> None:
-    states = Counter(str(row["state"]) for row in found.jobs.values())
-    counts = ", ".join(f"{number} {state}" for state, number in sorted(states.items())) or "none"
-    out(f"{path}: {many(len(found.jobs), 'job')} ({counts}), {many(found.transaction, 'transaction')}")
-    for sentence in found.notes:
-        out(f"  note: {sentence}")
-    for sentence in shown(found.lost):
-        out(f"  lost: {sentence}")
-    if found.damaged:
-        out(f"The ledger is damaged. `cesar-mqtt ledger repair` keeps {many(len(found.jobs), 'job')}, no more.")
-    else:
-        out("The ledger is whole.")
-
-
-def _agreed() -> bool:
-    if not sys.stdin.isatty():
-        out("Say --yes to do so.")
-        return False
-    return input("Do so? [y/N] ").strip().lower() in {"y", "yes"}
-
-
-def _size(path: Path) -> int:
-    files = (path, path.with_name(path.name + ".journal"))
-    return sum(file.stat().st_size for file in files if file.exists())
+    def _retire(self, stop: threading.Event) -> None:
+        """Delete what retention no longer keeps, a few at a time, so that nobody waits for it."""
+        # A clock that is set right long after the start, as on a machine without a battery, makes nothing old.
+        now = min(self._clock(), self._began + self._monotonic())
+        before = now - self._retention.days * _DAY_S
+        deleted = _BATCH
+        while deleted == _BATCH and not stop.wait(_GAP_S):
+            deleted, spooled = self._ledger.retire(before=before, keep=self._retention.max_finished, limit=_BATCH)
+            self._spool.remove(spooled)
+            if deleted:
+                event(logger, logging.DEBUG, "retired", "Deleted %d finished jobs", deleted)

@@ -11,9 +11,9 @@ from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, JobState, NewJob, Result, Verdict
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.retention import Upkeep
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.transcript import Window
+from cesar_mqtt.upkeep import Upkeep
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 

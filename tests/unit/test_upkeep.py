@@ -9,8 +9,8 @@ from cesar_mqtt import books as books_module
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.jobs import AudioSource, NewJob, Result
 from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.retention import Upkeep
 from cesar_mqtt.spool import Spool
+from cesar_mqtt.upkeep import Upkeep
 from tests.unit.faults import FaultyDisk, failing
 
 DAY_S = 86_400.0

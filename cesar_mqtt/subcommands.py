@@ -24,9 +24,9 @@ def ledger_check(
     *, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, data_dir: DataDir = None, config: Config = None
 ) -> int:
     """Say what the ledger holds, and what of it is damaged (exit 74); changes nothing."""
-    from cesar_mqtt import upkeep
+    from cesar_mqtt import ledgercommands
 
-    return upkeep.check(_ledger_path(data_dir, config))
+    return ledgercommands.check(_ledger_path(data_dir, config))
 
 
 @ledger.command("repair")
@@ -39,9 +39,9 @@ def ledger_repair(
     config: Config = None,
 ) -> int:
     """Say what a damaged ledger can keep and what it has lost, ask, and write a whole one."""
-    from cesar_mqtt import upkeep
+    from cesar_mqtt import ledgercommands
 
-    return upkeep.mend(_ledger_path(data_dir, config), yes=yes)
+    return ledgercommands.mend(_ledger_path(data_dir, config), yes=yes)
 
 
 @ledger.command("compact")
@@ -49,9 +49,9 @@ def ledger_compact(
     *, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, data_dir: DataDir = None, config: Config = None
 ) -> int:
     """Bring everything into ledger.json alone."""
-    from cesar_mqtt import upkeep
+    from cesar_mqtt import ledgercommands
 
-    return upkeep.compact(_ledger_path(data_dir, config))
+    return ledgercommands.compact(_ledger_path(data_dir, config))
 
 
 @ledger.command("export")
@@ -59,9 +59,9 @@ def ledger_export(
     *, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, data_dir: DataDir = None, config: Config = None
 ) -> int:
     """Print every job as JSON, one a line."""
-    from cesar_mqtt import upkeep
+    from cesar_mqtt import ledgercommands
 
-    return upkeep.export(_ledger_path(data_dir, config))
+    return ledgercommands.export(_ledger_path(data_dir, config))
 
 
 discovery = typer.Typer(no_args_is_help=True, help="What Home Assistant is told of a consumer.", rich_markup_mode=None)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cesar_mqtt import upkeep
+from cesar_mqtt import ledgercommands
 from cesar_mqtt.jobs import AudioSource, NewJob
 from cesar_mqtt.ledger import Ledger
 
@@ -17,7 +17,7 @@ def test_compacting_names_the_job_that_was_in_work_at_a_crash(
     ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
     assert ledger.claim() is not None
     ledger._give_up()
-    assert upkeep.compact(path) == 0
+    assert ledgercommands.compact(path) == 0
     assert "queued again (job porch-17)" in capsys.readouterr().err
 
 
@@ -25,8 +25,8 @@ def test_one_is_not_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = tmp_path / "ledger.json"
     with Ledger(path) as ledger:
         ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
-    assert upkeep.check(path) == 0
+    assert ledgercommands.check(path) == 0
     assert ": 1 job (1 queued), " in capsys.readouterr().out
     path.write_text(path.read_text().replace('"1": {', '"1": '))
-    upkeep.check(path)
+    ledgercommands.check(path)
     assert "1 line of the checkpoint cannot be read." in capsys.readouterr().out
