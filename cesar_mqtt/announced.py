@@ -54,11 +54,8 @@ class Announced:
     def _write(self, topics: frozenset[str]) -> None:
         if topics == self._read():
             return
-        fresh = self._path.with_suffix(".new")
         try:
-            self._disk.create(fresh, [json.dumps({"topics": sorted(topics)}, indent=1).encode()])
-            self._disk.replace(fresh, self._path)
-            self._disk.sync_folder(self._path.parent)
+            self._disk.put(self._path, [json.dumps({"topics": sorted(topics)}, indent=1).encode()])
         except OSError as exc:
             message = "%s cannot be written (%s): a later change of how it is announced may leave an entry behind"
             event(logger, logging.WARNING, "announced", message, self._path.name, exc.strerror)

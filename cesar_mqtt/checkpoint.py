@@ -51,11 +51,7 @@ def save(snapshot: Snapshot, path: Path, *, disk: Disk) -> int:
     Raises:
         OSError: the disk refused; the old file or the new one is there, whole.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    size = disk.create(temporary, _with_checksum(_chunks(snapshot)))
-    disk.replace(temporary, path)
-    disk.sync_folder(path.parent)
-    return size
+    return disk.put(path, _with_checksum(_chunks(snapshot)))
 
 
 def load(path: Path) -> tuple[Snapshot, int] | None:

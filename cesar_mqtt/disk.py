@@ -60,6 +60,17 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    def put(self, path: Path, chunks: Iterable[bytes]) -> int:
+        """Write a file in place of what bears its name; on return it is on disk under that name. Returns its size.
+
+        After an error either is there, whole.
+        """
+        temporary = path.with_name(path.name + ".tmp")
+        size = self.create(temporary, chunks)
+        self.replace(temporary, path)
+        self.sync_folder(path.parent)
+        return size
+
     def create(self, path: Path, chunks: Iterable[bytes]) -> int:
         """Write a new file and sync it; its name is durable only after `sync_folder`. Returns its size in bytes.
 

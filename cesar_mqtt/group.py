@@ -49,13 +49,10 @@ def unwanted_filters(topics: Topics, group: str | None, *, known: Path) -> tuple
         LedgerError: the file cannot be read or written.
     """
     wanted = input_filters(topics, group)
-    disk, new = Disk(), known.with_name(known.name + ".new")
     try:
         before = known.read_text().splitlines() if known.exists() else list(input_filters(topics, None))
         if not set(wanted) <= set(before):
-            disk.create(new, [f"{line}\n".encode() for line in dict.fromkeys([*before, *wanted])])
-            disk.replace(new, known)
-            disk.sync_folder(known.parent)
+            Disk().put(known, [f"{line}\n".encode() for line in dict.fromkeys([*before, *wanted])])
     except (OSError, UnicodeDecodeError) as exc:
         raise LedgerError(f"{known} cannot be read or written: {exc}.") from exc
     return tuple(line for line in before if line and line not in wanted)
