@@ -130,9 +130,11 @@ def read_publish(first: int, body: bytes, *, five: bool, connection: int) -> Del
         connection: by which connection it came.
 
     Raises:
-        UnreadablePacketError: it is shorter than it says, or has a property that a PUBLISH cannot have.
+        UnreadablePacketError: it is shorter than it says, has a property that a PUBLISH cannot have, or a QoS of 3.
     """
     qos = first >> 1 & 3
+    if qos > _HIGHEST_QOS:
+        raise UnreadablePacketError(f"a PUBLISH of QoS {qos}")
     end = 2 + int.from_bytes(body[:2], "big")
     topic, mid, properties = body[2:end], 0, _NONE
     if qos:
@@ -160,6 +162,7 @@ def read_publish(first: int, body: bytes, *, five: bool, connection: int) -> Del
 
 
 _NONE = _Properties()
+_HIGHEST_QOS = 2
 
 
 def _read_properties(body: bytes, at: int) -> tuple[_Properties, int]:

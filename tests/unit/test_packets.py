@@ -157,6 +157,11 @@ def test_properties_that_no_broker_may_send_are_unreadable(properties: bytes) ->
         read_publish(0x32, brought(properties), five=True, connection=1)
 
 
+def test_there_is_no_qos_3() -> None:
+    with pytest.raises(UnreadablePacketError, match="QoS 3"):
+        read_publish(0x36, brought(b""), five=True, connection=1)
+
+
 def test_an_acknowledgement_names_its_message() -> None:
     assert body_of(write_puback(513)) == (0x40, b"\x02\x01")
     assert read_puback(b"\x02\x01") == (513, None)
