@@ -9,15 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
+from cesar_mqtt.audio import AudioLimits, open_audio
 from tests.document import Fault, Judge, Seen, default_document
 
 DATA = Path(__file__).parents[1] / "data"
@@ -27,6 +30,18 @@ PATIENCE_S = 60.0
 CONNECTED = "Connected to "
 SMALL = {"CESAR_MODELS__DEFAULT": "tiny.en"}
 """Where more than one model is installed, the larger one would be the default."""
+
+
+def repeated_long(path: Path, *, times: int) -> Path:
+    """Make a WAV file of `LONG`, over and over, with a second of silence behind each."""
+    with open_audio(LONG.resolve(), AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)) as audio:
+        spoken = (np.concatenate(list(audio.blocks())) * 32767).astype(np.int16)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        for _ in range(times):
+            file.writeframes(spoken.tobytes())
+            file.writeframes(bytes(32_000))
+    return path
 
 
 def words(text: str) -> list[str]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cesar_mqtt.audio import AudioLimits, open_audio
-from tests.acceptance.harness import DATA, LONG, SPOKEN, Bus, Consumer, words
+from tests.acceptance.harness import DATA, LONG, SPOKEN, Bus, Consumer, repeated_long, words
 from tests.conftest import Mosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -28,15 +27,7 @@ TOLD = words(LONG.with_suffix(".txt").read_text())
 @pytest.fixture(scope="module")
 def minutes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording of some four minutes: long.ogg, over and over."""
-    with open_audio(LONG.resolve(), AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)) as audio:
-        spoken = (np.concatenate(list(audio.blocks())) * 32767).astype(np.int16)
-    path = tmp_path_factory.mktemp("audio") / "minutes.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        for _ in range(TIMES):
-            file.writeframes(spoken.tobytes())
-            file.writeframes(bytes(32_000))
-    return path
+    return repeated_long(tmp_path_factory.mktemp("audio") / "minutes.wav", times=TIMES)
 
 
 def errors_in(text: str, expected: list[str]) -> float:

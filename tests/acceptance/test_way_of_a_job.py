@@ -11,7 +11,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, words
+from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, repeated_long, words
 from tests.conftest import Mosquitto, need, run
 
 pytestmark = [pytest.mark.model]
@@ -120,11 +120,14 @@ def test_jobs_wait_in_order_while_one_is_in_work_and_are_picked_up_by_themselves
 
 
 @pytest.mark.mosquitto
-def test_progress_is_told_while_a_long_recording_is_in_work(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+def test_progress_is_told_while_a_long_recording_is_in_work(
+    mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    """It is told once a second at most, so the work has to take some."""
     serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
 
-    bus.publish("cesar/audio/long", LONG.read_bytes())
+    bus.publish("cesar/audio/long", repeated_long(tmp_path / "long.wav", times=3).read_bytes())
     ended = bus.status("long")
 
     told = [status for status in bus.seen("cesar/status/long") if status["status"] == "processing"]
