@@ -55,7 +55,16 @@ class Outbox:
         owed.move_to_end(seq)
         self._unsaid.discard(seq)
         self._heard.discard(seq)
+        if len(self._trail) == TRAIL:
+            self._crowd_out(*self._trail[0])
         self._trail.append((revision, moment))
+
+    def _crowd_out(self, revision: int, moment: Moment) -> None:
+        """Have the newest change of a job told as news in its turn, for the trail has no room for it."""
+        seq, *_ = moment
+        if self._owed.get(seq) == revision:
+            self._newest[seq] = revision
+            self._unsaid.add(seq)
 
     def owe_all(self, revisions: Iterable[tuple[int, int]]) -> None:
         """Let the broker be told of everything: it has lost what it knew. What it has heard before is no news."""

@@ -23,6 +23,7 @@ from cesar_mqtt.inflight import MOST
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.messages import Live, Rejection, status_of
+from cesar_mqtt.outbox import TRAIL
 from cesar_mqtt.publisher import Publisher
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment, Window
@@ -1370,6 +1371,15 @@ def test_each_change_of_a_job_is_told_once_as_an_event_before_the_status_that_sh
         1,
     )
     assert events(bench.settle()) == []
+
+
+def test_of_a_burst_no_event_is_lost_for_those_who_move_up_meanwhile(bench: Bench) -> None:
+    bench.quiet()
+    names = [f"job-{number}" for number in range(TRAIL + 20)]
+    bench.add(*names)
+    bench.claim()
+    said = events(bench.settle())
+    assert sorted(said) == sorted([(names[0], "processing"), *((name, "queued") for name in names[1:])])
 
 
 def test_a_status_that_is_only_said_again_is_no_event(bench: Bench) -> None:
