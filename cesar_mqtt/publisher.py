@@ -73,7 +73,10 @@ class Publisher:
         self._acknowledged: deque[Hashable] = deque()
         self._tellings = Tellings(ledger, topics, clock=clock)
         self._own = OwnState()
-        self._known = self._looked = False
+        self._known: tuple[bytes, ...] = ()
+        """What the broker might retain as our queue when the connection was made."""
+        self._looked = self._seen = self._shown = False
+        """Whether that was compared: ever, by this connection, with what the broker has shown."""
         self._found = standing_of(ledger.totals())
         self._announcer = Announcer(self._own, monotonic=monotonic)
         self._notes = Notes(monotonic=monotonic)
@@ -175,7 +178,8 @@ class Publisher:
 
         A broker that was killed comes back with the sessions and retained messages of its last save: it looks as if
         it had lost nothing, but what it retains is old. None: what came first was our own, newest message. So nothing
-        was retained: the process before this one may have died right after it had begun a new session.
+        was retained: the process before this one may have died right after it had begun a new session, or the broker
+        keeps sessions and loses what it retained; the latter is believed only of one that has shown it before.
         """
         self._tell(lambda: self._compare(payload))
 
@@ -264,10 +268,12 @@ class Publisher:
         self._connected = True
         self._ledger.coalesce()
         self._tellings.max_packet_bytes = max_packet_bytes
-        self._known = bool(self._own.retained("queue"))
+        before, self._known = self._known, self._own.retained("queue")
         self._own.say_again("state")
         self._announcer.connected()
-        unseen = self._known and not self._looked  # what was retained before we spoke, nobody can tell any more
+        # What was retained before we spoke, nobody can tell any more. A broker may never show it: that counts once.
+        unseen = self._known != before and not self._seen and (self._shown or not self._looked)
+        self._seen = not session_present
         if not session_present:
             self._own.say_again()
         if unseen or not session_present:
@@ -279,13 +285,15 @@ class Publisher:
 
         What was said by the one before is known by its counts: they are on disk, and it ended by saying them.
         """
-        looked, self._looked = self._looked, True
+        first = not self._looked or (self._shown and not self._seen)
+        self._looked, self._seen, self._shown = True, True, self._shown or payload is not None
         if payload is None:
-            if not looked:
+            if first:
                 self._own.say_again()
                 self._ledger.publish_again()
             return
-        if payload in self._own.retained("queue") if self._known else standing_in(payload) == self._found:
+        retained = (*self._known, *self._own.retained("queue"))  # it may be late: more may have been said meanwhile
+        if payload in retained if self._known else standing_in(payload) == self._found:
             return
         message = "The broker does not have the newest messages: all are sent again"
         event(logger, logging.WARNING, "broker_went_back", message)

@@ -1204,6 +1204,22 @@ def test_a_broker_that_retained_nothing_is_told_everything_although_it_knows_the
     again.ledger.close()
 
 
+def test_a_broker_that_keeps_sessions_and_loses_what_it_retained_is_told_everything_again(bench: Bench) -> None:
+    bench.add("a")
+    bench.complete(bench.claim())
+    bench.quiet()
+    bench.disconnect()
+    bench.now += 100
+    bench.add("b")
+    said = bench.connect()
+    assert on(QUEUE, said)
+    assert statuses(said + bench.acknowledge(*said)) == [("b", "queued")]
+    bench.publisher.found_retained(None)
+    assert ("a", "completed") in statuses(bench.settle())
+    bench.publisher.found_retained(None)
+    assert bench.settle() == []
+
+
 def test_what_nobody_has_seen_before_the_connection_was_lost_counts_as_lost(bench: Bench, tmp_path: Path) -> None:
     bench.add("a")
     bench.complete(bench.claim())
@@ -1218,6 +1234,43 @@ def test_what_nobody_has_seen_before_the_connection_was_lost_counts_as_lost(benc
     assert statuses(again.connect()) == []
     again.publisher.stop()
     again.ledger.close()
+
+
+def test_what_the_broker_shows_may_be_looked_at_late(bench: Bench) -> None:
+    """The intake looks at it only when a batch is on disk that came before it."""
+    bench.add("a")
+    bench.quiet()
+    (shown,) = bench.publisher._own.retained("queue")
+    bench.disconnect()
+    bench.add("b")
+    assert on(QUEUE, bench.connect())
+    bench.settle()
+    bench.publisher.found_retained(shown)
+    assert bench.settle() == []
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_connection_that_is_lost_before_the_look_tells_everything_again_if_the_broker_ever_shows_anything(
+    bench: Bench, *, shows: bool
+) -> None:
+    """It may have come back with an older save, and shows what we have said since."""
+    bench.left = bench.left if shows else b""
+    bench.add("a")
+    bench.quiet()
+    bench.disconnect()
+    assert (bench.connect() == []) is shows, "what was never shown counts as lost, once"
+    bench.settle()
+    bench.disconnect()
+    bench.now += 100
+    bench.add("b")
+    assert on(QUEUE, bench.connect())
+    bench.settle()
+    bench.disconnect()
+    said = bench.connect()
+    bench.publisher.found_retained(bench.publisher._own.retained("queue")[-1])
+    assert (("a", "queued") in statuses(said + bench.settle())) is shows
+    bench.disconnect()
+    assert statuses(bench.connect()) == []
 
 
 # -- results, segments, answers ------------------------------------------------------------------------------------
