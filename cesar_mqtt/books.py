@@ -102,7 +102,9 @@ class Books:
         self._paused = bool(counters.get("paused", False))
         self._tidied: list[Change] = []
         mark = self._journal.mark
-        self._outbox = Outbox((revision, seq) for revision, seq in self._revisions() if revision > mark)
+        self._told: int = counters.get("told", 0)
+        revisions = ((revision, seq) for revision, seq in self._revisions() if revision > mark)
+        self._outbox = Outbox(revisions, told=self._told)
         self._number_the_head()  # what the broker knows of their positions is not on disk
         if len(self._rows) > _MANY:
             # The garbage collector would look through all of it again and again, and everybody would wait: a tenth of
@@ -258,10 +260,13 @@ class Books:
         """Let every status be published again: the broker has lost what it retained.
 
         If it went back to what it retained earlier, it is also told again to forget the newest jobs that were deleted.
-        After a crash in the middle of that the rest is still published: the watermark goes back, on disk. When the disk
-        refuses just now, it goes with the next transaction.
+        After a crash in the middle of that the rest is still published: the watermark goes back, on disk, with a note
+        of where it was, for up to there nothing is news. When the disk refuses just now, it goes with the next
+        transaction.
         """
         with self._changed:
+            self._told = max(self._told, self._outbox.watermark(self._journal.transaction))
+            self._tidied.append(Change(COUNTERS, 1, {"told": self._told}))
             self._outbox.owe_all(self._revisions())
             if went_back:
                 self._tidied += [Change(GONE, seq, {"cleared": False}) for seq in self._index.deleted.clear_again()]

@@ -28,15 +28,20 @@ class Outbox:
     knows of it. `tell` is for what is worth telling again without a change, such as a new position in the queue.
     """
 
-    def __init__(self, revisions: Iterable[tuple[int, int]]) -> None:
-        """Start with what a restart found: revision and sequence number of every change above the watermark."""
+    def __init__(self, revisions: Iterable[tuple[int, int]], *, told: int = 0) -> None:
+        """Start with what a restart found: revision and sequence number of every change above the watermark.
+
+        Up to the revision `told` the broker has heard of all of them before; they are no news.
+        """
         self._newest = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
         self._owed = self._newest.copy()
-        self._unsaid = set(self._newest)
-        self._heard: set[int] = set()
+        self._unsaid = {seq for seq, revision in self._newest.items() if revision > told}
+        self._heard = self._newest.keys() - self._unsaid
         """Jobs whose newest change has been acknowledged as news, while something is to be said of them again."""
         self._again = count(-1, -1)
         self._trail: deque[tuple[int, Moment]] = deque(maxlen=TRAIL)
+        for seq in sorted(self._heard, key=self._newest.__getitem__):
+            self.tell(seq)
 
     def __bool__(self) -> bool:
         return bool(self._newest)

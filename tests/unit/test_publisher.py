@@ -1475,6 +1475,25 @@ def test_a_change_that_nobody_heard_of_before_the_crash_is_an_event_after_it(tmp
         assert events(bench.connect() + bench.settle()) == [("a", "queued"), ("b", "queued")]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_told_again_to_a_broker_that_has_lost_it_is_no_event_after_a_crash_either(
+    tmp_path: Path, times: int
+) -> None:
+    with opened(tmp_path) as bench:
+        bench.add("a", "b")
+        bench.complete(bench.claim())
+        bench.quiet()
+        bench.disconnect()
+        for _ in range(times):
+            bench.connect(session_present=False)
+            bench.add("c")
+            bench.disconnect()
+    with opened(tmp_path) as bench:
+        said = bench.connect() + bench.settle()
+    assert sorted(statuses(said)) == [("a", "completed"), ("b", "queued"), ("c", "queued")]
+    assert events(said) == [("c", "queued")]
+
+
 def test_what_happened_while_offline_is_told_afterwards_as_the_newest_state(bench: Bench) -> None:
     bench.quiet()
     bench.disconnect()
