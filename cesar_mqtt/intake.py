@@ -142,19 +142,33 @@ class Intake:
     def run_once(self, timeout_s: float | None = None) -> int:
         """Take in what has piled up; return how many messages that was."""
         deliveries = self._source.receive(timeout_s)
-        self._repeats.learn(self._source.take_settled())
+        settled = self._source.take_settled()
+        # What came before the broker began a new session may be a repetition of what it knew in the one before.
+        before = sum(delivery.receipt.connection < settled.session for delivery in deliveries)
+        self._repeats.learn(replace(settled, session=0))
+        if self._take_in(deliveries[:before]):
+            self._repeats.learn(settled)
+            self._take_in(deliveries[before:])
+        if (
+            not deliveries
+        ):  # there is time: after a crash, too, a packet id that was given out again means the new message
+            self._ledger.write_settled()
+        return len(deliveries)
+
+    def _take_in(self, deliveries: Sequence[Delivery]) -> bool:
+        """Do all that these ask for; False when the intake was stopped first."""
         plans = [self._planner.plan(delivery) for delivery in deliveries]
         for are_requests, group in groupby(plans, key=lambda plan: plan.command is not None):
             together, job_ids = list(group), []
             if are_requests:
                 self._answer_all(together)
             elif (taken := self._persist(together)) is None:
-                break
+                return False
             else:
                 job_ids = taken
             self._source.acknowledge([plan.delivery for plan in together])
             self._repeats.acknowledged(together, job_ids)
-        return len(deliveries)
+        return True
 
     # -- answers --------------------------------------------------------------------------------------------------
 

@@ -170,9 +170,13 @@ class Ledger(Views):
         with self._changed:
             register = self._index.register
             register.settle([job_id for job_id in register.repeatable if job_id not in but])
-            if register.settled != self._settled_on_disk:
-                with contextlib.suppress(LedgerError):
-                    self._commit([])
+            self.write_settled()
+
+    def write_settled(self) -> None:
+        """Have on disk what cannot come again, unless the disk refuses: then that goes with the next transaction."""
+        with self._changed, contextlib.suppress(LedgerError):
+            if self._index.register.settled != self._settled_on_disk:
+                self._commit([])
 
     # -- working --------------------------------------------------------------------------------------------------
 

@@ -798,6 +798,32 @@ def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redeliver
         assert len(restarted.jobs()) == 4
 
 
+def test_a_packet_id_that_is_free_again_is_so_after_a_crash_too(bench: Bench, tmp_path: Path) -> None:
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.take(ring)
+    bench.source.settled = Settled(heard={1: 1})
+    bench.intake.run_once(timeout_s=0)
+    synced = len(bench.trace)
+    bench.intake.run_once(timeout_s=0)
+    assert len(bench.trace) == synced, "what is on disk is not written again"
+    bench.ledger._db.journal.abandon()  # killed, with the second one received and not yet on disk
+    bench.ledger._file_lock.release()
+    with opened(tmp_path) as restarted:
+        restarted.take(replace(ring, dup=True))
+        assert len(restarted.jobs()) == 2
+
+
+def test_a_redelivery_that_waits_while_the_broker_begins_a_new_session_is_known_again(bench: Bench) -> None:
+    """The disk refused for a while: meanwhile the message came again, and the broker was started anew."""
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.take(ring)
+    bench.source.settled = Settled(session=3)
+    bench.take(replace(ring, dup=True, receipt=Receipt(2, 1)), replace(ring, receipt=Receipt(3, 1)))
+    assert len(bench.jobs()) == 2
+    bench.take(replace(ring, dup=True, receipt=Receipt(4, 1)))
+    assert len(bench.jobs()) == 2
+
+
 def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: Bench) -> None:
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.source.settled = Settled(session=2)  # it began while this one waited to be fetched
