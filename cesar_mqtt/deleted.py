@@ -41,7 +41,7 @@ class Deleted:
         among[gone.seq] = gone
         if gone.status:
             self._ids[gone.job_id] = gone.seq
-        if gone.fingerprint is not None:
+        if gone.fingerprint is not None and (gone.status or gone.formats):
             self._anonymous.add(gone.fingerprint, gone.seq)
 
     def clear(self, seq: int) -> list[int] | None:
@@ -49,6 +49,8 @@ class Deleted:
         gone = self.pending.pop(seq, None)
         if gone is None:
             return None
+        if not gone.status and not gone.formats:
+            return [seq]
         self._cleared[seq] = gone
         pushed_out = [] if len(self._cleared) <= KEPT else [next(iter(self._cleared))]
         for other in pushed_out:
@@ -68,14 +70,18 @@ class Deleted:
         seq = self._ids.get(job_id)
         return None if seq is None else self._among(seq)[seq]
 
+    def outlasts(self, gone: Gone) -> bool:
+        """Whether something is left to do once a new job has the status: results to clear, or an event to tell."""
+        return bool(gone.formats) or (gone.news and gone.seq in self.pending)
+
     def keep_status(self, gone: Gone) -> None:
-        """Let the status stay as it is, for a new job has it now; results that the old one had may still be there."""
+        """Let the status stay as it is, for a new job has it now."""
         among = self._among(gone.seq)
-        if gone.formats:
-            del self._ids[gone.job_id]
-            among[gone.seq] = replace(gone, status=False)
+        self._forget(gone)
+        if self.outlasts(gone):
+            self._note(replace(gone, status=False), among=among)
         else:
-            self._forget(among.pop(gone.seq))
+            del among[gone.seq]
 
     def answered(self, fingerprint: str) -> str | None:
         """Return the id of the newest of them that was made of such a request without an id; None: none was."""

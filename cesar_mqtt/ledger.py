@@ -146,11 +146,12 @@ class Ledger(Views):
         failed = sum(request.failure is not None for _, request in numbered)
         if failed:
             changes.append(Change(COUNTERS, 1, {JobState.ERROR.value: self._index.ended[JobState.ERROR] + failed}))
-        revived = [gone for gone in map(self._index.deleted.bearer, new) if gone is not None]
-        changes += [Change(GONE, gone.seq, {"status": False} if gone.formats else None) for gone in revived]
+        deleted = self._index.deleted
+        revived = [gone for gone in map(deleted.bearer, new) if gone is not None]
+        changes += [Change(GONE, gone.seq, {"status": False} if deleted.outlasts(gone) else None) for gone in revived]
         self._commit(changes)
         for gone in revived:  # the new job's status takes the place of the old one's at the broker
-            self._index.deleted.keep_status(gone)
+            deleted.keep_status(gone)
         for seq, request in numbered:
             self._index.add(seq, request, now)
         rows = self._rows

@@ -405,7 +405,7 @@ class Publisher:
     def _publish_gone(self) -> None:
         """Let the broker forget deleted jobs."""
         for gone in self._ledger.gone(self._room, but=self._in_flight.clearing) if self._room > 0 else ():
-            if self._last is not None and self._last.job_id == gone.job_id:
+            if self._last is not None and self._last.seq == gone.seq:
                 self._set_last(self._last._replace(result_text=None))
             if not self._send_all(self._tellings.of_deletion(gone), Sent(seq=gone.seq, gone=True)):
                 return

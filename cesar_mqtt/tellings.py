@@ -80,7 +80,7 @@ class Tellings:
 
     def of_deletion(self, gone: Gone) -> Iterator[Telling]:
         """Yield what makes the broker forget a deleted job: an empty retained message clears a topic."""
-        if gone.status and gone.news:
+        if gone.news:
             event = deletion_of(gone.job_id, self._topics.consumer, self._clock())
             yield Telling(self._topics.events, event.encode(), retain=False)
         yield from (Telling(self._topics.result(gone.job_id, name), b"") for name in gone.formats)

@@ -1592,3 +1592,31 @@ def test_the_text_of_an_event_leaves_room_for_the_metadata(bench: Bench) -> None
     assert last["text_truncated"] is True
     assert "Grüße. Grüße. " * 100 in last["text"]
     assert len(json.dumps(last, ensure_ascii=False).encode()) < 14_000
+
+
+@pytest.mark.parametrize("formats", [(), ("srt",)])
+def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_once(
+    tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    with opened(tmp_path) as bench:
+        bench.add("a", formats=formats)
+        bench.quiet()
+        bench.disconnect()
+        bench.ledger.delete("a")
+        bench.add("a")
+        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+    with opened(tmp_path) as bench:
+        last = bench.ledger.last_finished()
+        assert last is not None
+        bench.publisher.finished(last)
+        said = bench.connect()
+        assert events(said) == [("a", "deleted"), ("a", "completed")]
+        said += bench.acknowledge(*said) + bench.settle()
+        assert [fields["text"] for fields in on(LAST, said)] == ["It rains."], "which is the new one's"
+        assert [message.topic for message in said if not message.payload] == [f"cesar/result/a/{n}" for n in formats]
+        bench.disconnect()
+        bench.connect()
+        bench.publisher.found_retained(b"{}")
+        said = bench.settle()
+        assert events(said) == []
+        assert [message.topic for message in said if not message.payload] == [f"cesar/result/a/{n}" for n in formats]
