@@ -68,7 +68,8 @@ class Planner:
     def plan(self, delivery: Delivery) -> Plan:
         """Read one message; a bad one is a plan, too."""
         if delivery.topic == self._topics.own("queue"):
-            return Plan(delivery, found=delivery.payload)
+            # What comes once more tells how it was at an earlier connection.
+            return Plan(delivery, found=None if delivery.dup else delivery.payload)
         command = self._topics.request_command(delivery.topic)
         if command is not None:
             return Plan(delivery, command=command)

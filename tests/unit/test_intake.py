@@ -834,6 +834,15 @@ def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: B
     assert len(bench.jobs()) == 2
 
 
+def test_what_the_broker_retains_is_told_of_this_connection_only(bench: Bench) -> None:
+    """What an earlier one brought, and what it had not acknowledged yet, comes first and once more."""
+    topic = Topics("cesar", "kitchen").own("queue")
+    bench.take(message(b"old", topic, dup=True, retain=True), message(b"ours", topic, dup=True))
+    assert bench.reports.found == []
+    bench.take(message(b"new", topic, retain=True), message(b"ours", topic))
+    assert bench.reports.found == [b"new", None]
+
+
 def test_a_redelivery_of_an_upload_without_an_id_leaves_one_file(bench: Bench) -> None:
     encoded = base64.b64encode(WAV).decode()
     first = message(json.dumps({"audio_base64": encoded}).encode())
