@@ -108,16 +108,14 @@ class Outbox:
             self._unsaid.difference_update(seq for seq, _ in newest)
         return taken
 
-    def acknowledge(self, seq: int, number: int) -> bool:
-        """Note a PUBACK; whether that was the newest there is to tell of `seq`."""
+    def acknowledge(self, seq: int, number: int) -> None:
+        """Note a PUBACK; it ends what there is to tell of `seq` if it is for the newest."""
         if self._owed.get(seq) == number:
             self._heard.add(seq)
-        if self._newest.get(seq) != number:
-            return False
-        del self._newest[seq]
-        self._owed.pop(seq, None)
-        self._heard.discard(seq)
-        return True
+        if self._newest.get(seq) == number:
+            del self._newest[seq]
+            self._owed.pop(seq, None)
+            self._heard.discard(seq)
 
     def watermark(self, transaction: int) -> int:
         """Return the transaction up to which the broker has acknowledged everything; `transaction` is the newest."""

@@ -958,6 +958,49 @@ def test_a_retained_request_that_comes_again_after_its_job_was_deleted_is_not_do
     assert desk.ledger.append([again]) == [(Verdict.SAME, "uuid-2")]
 
 
+def test_of_what_the_broker_has_forgotten_no_more_is_kept_on_disk_than_may_be(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.deleted.KEPT", 2)
+    for number, job in enumerate(accept(desk.ledger, *"abcde"), start=1):
+        desk.ledger.delete(job.job_id)
+        desk.ledger.mark_cleared(number)
+    accept(desk.ledger, "f")
+    assert sorted(desk.ledger._db.journal.rows("gone")) == ["4", "5"]
+    desk.crash().publish_again(went_back=True)
+    assert [gone.job_id for gone in desk.ledger.gone(10)] == ["d", "e"]
+
+
+def test_that_no_packet_id_can_come_again_is_on_disk_at_once(desk: Desk) -> None:
+    """After a crash right then, another message with that packet id was taken for a redelivery, and lost."""
+    desk.ledger.append([delivered("old", 7)])
+    desk.ledger.forget_deliveries()
+    desk.crash()
+    assert verdicts(desk.ledger, redelivered("new", 7)) == [Verdict.ACCEPTED]
+
+
+def test_that_no_packet_id_can_come_again_reaches_the_disk_when_it_takes_it(desk: Desk) -> None:
+    disk = FaultyDisk()
+    desk.crash(disk)
+    desk.ledger.append([delivered("old", 7)])
+    disk.fault = failing(times=float("inf"))
+    desk.ledger.forget_deliveries()
+    disk.heal()
+    desk.restart()
+    assert verdicts(desk.ledger, redelivered("new", 7)) == [Verdict.ACCEPTED]
+
+
+def test_a_deferred_job_that_was_cancelled_meanwhile_is_not_put_off_when_it_is_retried(desk: Desk) -> None:
+    desk.restart(monotonic=desk.clock)
+    accept(desk.ledger, "a")
+    job = claimed(desk.ledger)
+    desk.ledger.cancel("a")
+    desk.ledger.defer(job.seq, 3600.0)
+    assert known(desk.ledger, "a").state is JobState.CANCELLED
+    desk.ledger.retry("a")
+    assert claimed(desk.ledger).job_id == "a"
+
+
 def stored(ledger: Ledger, table: str) -> int:
     return len(ledger._db.journal.rows(table))
 
@@ -1167,6 +1210,20 @@ def test_each_claim_tells_the_first_ten_their_new_positions_and_nobody_else(desk
     assert beyond is not None
     assert (beyond.queue_position, beyond.updated_at) == (12, desk.clock.now - 60), "as it was at updated_at"
     assert publish_all(desk.ledger) == []
+
+
+def test_those_before_a_job_that_leaves_the_queue_keep_their_positions_and_are_not_told(desk: Desk) -> None:
+    accept(desk.ledger, "a", "b", "c", "d")
+    publish_all(desk.ledger)
+    desk.ledger.cancel("c")
+    assert [(job.job_id, job.queue_position) for job in publish_all(desk.ledger)] == [("c", None), ("d", 3)]
+
+
+@pytest.mark.parametrize("leave", ["crash", "restart"])
+def test_a_job_far_back_in_the_queue_has_its_position_after_a_start(desk: Desk, leave: str) -> None:
+    accept(desk.ledger, *(f"job-{number}" for number in range(1, HEAD + 3)))
+    getattr(desk, leave)()
+    assert [job.queue_position for job in desk.ledger.upcoming(100)] == list(range(1, HEAD + 3))
 
 
 def test_a_job_that_is_put_back_tells_those_behind_it(desk: Desk) -> None:
@@ -1669,6 +1726,13 @@ def test_a_delay_that_is_over_does_not_keep_the_waiting_thread_from_sleeping() -
     assert line.next_ready_in(10.0, 0.0) == 0.0
 
 
+def test_whoever_waits_is_woken_for_the_first_of_several_delayed_jobs() -> None:
+    line = Line([1, 2, 3])
+    for seq, until in ((1, 30.0), (2, 20.0), (3, 40.0)):
+        line.delay(seq, until)
+    assert line.next_ready_in(10.0, 0.0) == 10.0
+
+
 def test_a_delayed_job_that_is_no_longer_worth_starting_wakes_nobody() -> None:
     line = Line([1])
     line.expire(1, 50.0)
@@ -1823,9 +1887,17 @@ def test_a_job_that_could_not_start_in_time_is_never_started_and_ends_cancelled(
     (expired,) = desk.ledger.expire()
     assert (expired.job_id, expired.state, expired.error_code) == ("late", JobState.CANCELLED, ErrorCode.EXPIRED)
     assert "expires_in" in (expired.error_message or "")
+    assert expired.completed_at == desk.clock.now
     assert desk.ledger.expire() == []
     assert claimed(desk.ledger).job_id == "early"
     assert desk.ledger.totals().cancelled_total == 1
+
+
+def test_at_no_moment_a_job_may_be_both_started_and_expired(desk: Desk) -> None:
+    desk.ledger.append([expiring("a", desk, 60.0)])
+    desk.clock.now += 60.0
+    assert desk.ledger.claim() is None
+    assert [job.job_id for job in desk.ledger.expire()] == ["a"]
 
 
 def test_a_job_that_was_started_in_time_does_not_expire(desk: Desk) -> None:
@@ -1847,10 +1919,16 @@ def test_a_job_that_is_put_back_too_late_expires(desk: Desk) -> None:
     assert [job.job_id for job in desk.ledger.expire()] == ["a"]
 
 
-def test_a_retry_of_an_expired_job_has_all_the_time_in_the_world(desk: Desk) -> None:
+@pytest.mark.parametrize("leave", ["stay", "crash", "restart"])
+@pytest.mark.parametrize("end", ["expired", "failed"])
+def test_a_retry_of_a_job_that_has_ended_has_all_the_time_in_the_world(desk: Desk, end: str, leave: str) -> None:
     desk.ledger.append([expiring("a", desk, 60.0)])
+    if end == "failed":
+        desk.ledger.fail(claimed(desk.ledger).seq, ErrorCode.DOWNLOAD_FAILED, "It did not answer.")
     desk.clock.now += 61.0
     desk.ledger.expire()
+    if leave != "stay":
+        getattr(desk, leave)()
     desk.ledger.retry("a")
     assert desk.ledger.expire() == []
     assert claimed(desk.ledger).job_id == "a"

@@ -159,3 +159,8 @@ def test_more_than_packet_ids_allow_does_not_wait(monkeypatch: pytest.MonkeyPatc
     out = outgoing()
     publish(out, 3)
     assert out.publish(message(3)) is None
+
+
+def test_a_limit_that_the_broker_tells_holds_from_the_start() -> None:
+    with pytest.raises(PacketTooLargeError):
+        Outgoing(3, five=True, limit_bytes=50).publish(Publication("t", bytes(100), 1, retain=False))

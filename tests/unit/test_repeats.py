@@ -98,3 +98,12 @@ def test_a_new_session_ends_everything() -> None:
     assert bench.took(plan("b", 2)) == {"b"}
     assert bench.learnt(session=2, connection_2=0) == {"b"}, "it began only once"
     assert bench.learnt(session=2, connection_2=1) == set()
+
+
+def test_what_may_overtake_a_redelivery_does_not_end_what_came_before() -> None:
+    """Only of QoS 1 the old messages come first; a job would have been done twice."""
+    bench = Bench()
+    bench.took(plan("a"))
+    assert bench.took(plan("q", 2, qos=0)) == {"a"}
+    assert bench.took(plan("a", 2, dup=True)) == {"a"}
+    assert bench.took(plan("b", 2)) == {"a", "b"}

@@ -34,3 +34,4 @@ def test_what_is_gone_is_forgotten_even_behind_one_that_stays() -> None:
         times[number % 10] = -1.0
         del times[number]
         assert len(times._heap) < 60
+        assert len(times._late) < 60
