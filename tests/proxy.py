@@ -68,7 +68,11 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self._door.accept()
-                broker = socket.create_connection(("127.0.0.1", self._port))
+                try:
+                    broker = socket.create_connection(("127.0.0.1", self._port))
+                except ConnectionRefusedError:  # the broker is away, as the client is to notice
+                    client.close()
+                    continue
                 self._ends += [client, broker]
                 doom = self._dooms.pop(0) if self._dooms else None
                 last = doom is not None and not self._dooms

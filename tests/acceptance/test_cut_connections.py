@@ -1,5 +1,6 @@
 """A burst of jobs over a network that fails again and again; afterwards everything must be as if it had not."""
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -48,13 +49,18 @@ def publish_while_it_fails(bus: Bus, proxy: Proxy) -> list[str]:
     return job_ids
 
 
-def test_no_job_is_lost_doubled_or_overtaken_whatever_the_network_does(
-    mosquitto: Mosquitto, proxy: Proxy, serve: Serve, join: Join, tmp_path: Path
-) -> None:
+@pytest.fixture
+def impatient(tmp_path: Path) -> dict[str, str]:
+    """The environment of a consumer that tries again soon, and keeps all its jobs."""
     (tmp_path / "sitecustomize.py").write_text(IMPATIENT)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = {"PYTHONPATH": path, "CESAR_RETENTION__MAX_FINISHED": str(MOST)}
-    consumer = serve("--broker", proxy.url, environ=environ, ready=None)
+    return {"PYTHONPATH": path, "CESAR_RETENTION__MAX_FINISHED": str(MOST)}
+
+
+def test_no_job_is_lost_doubled_or_overtaken_whatever_the_network_does(
+    mosquitto: Mosquitto, proxy: Proxy, serve: Serve, join: Join, impatient: dict[str, str]
+) -> None:
+    consumer = serve("--broker", proxy.url, environ=impatient, ready=None)
     bus = join(mosquitto.port)
     bus.wait("cesar/consumer/cesar/queue")  # its session is there, from now on nothing is published in vain
 
@@ -77,6 +83,42 @@ def test_no_job_is_lost_doubled_or_overtaken_whatever_the_network_does(
     assert consumer.logged().count("Lost the connection") >= CUTS // 4, (
         f"too few of them stood before they were cut (seed {SEED})"
     )
+
+
+@pytest.mark.parametrize("persistence", [True, False], ids=["persistence", "no persistence"])
+def test_what_is_retained_agrees_with_the_ledger_also_when_the_broker_restarts_in_the_middle(
+    start_mosquitto: StartMosquitto, serve: Serve, join: Join, impatient: dict[str, str], *, persistence: bool
+) -> None:
+    mosquitto = start_mosquitto("max_queued_messages 0", persistence=persistence)
+    with contextlib.closing(Proxy(mosquitto.port, random.Random(SEED), cuts=6)) as proxy:  # noqa: S311
+        consumer = serve("--broker", proxy.url, environ=impatient, ready=None)
+        join(mosquitto.port).wait("cesar/consumer/cesar/queue")
+        sent: list[str] = []
+        for part in range(3):
+            if part:
+                mosquitto.restart()
+            bus = join(mosquitto.port)
+            for number in range(100):
+                sent.append(f"part-{part}-{number:03}")
+                bus.publish("cesar/jobs", {"job_id": sent[-1], "audio_path": "missing.wav"})
+        end = join(mosquitto.port)
+        end.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
+        end.publish("cesar/jobs", {"job_id": "end", "audio_path": "missing.wav"})
+        end.status("end")
+        assert consumer.stop() == 0
+
+    late = join(mosquitto.port)
+    late.settle()
+    retained = [(s["job_id"], s["status"], s["attempt"]) for s in late.every_status()]
+    with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
+        rows = [dict(row) for row in sorted(stock.table("jobs"), key=lambda row: row.doc_id)]
+    assert sorted(retained) == sorted((r["job_id"], r["state"], r["attempt"]) for r in rows), f"seed {SEED}"
+    assert {(state, attempt) for _, state, attempt in retained} == {("error", 1)}, f"seed {SEED}"
+    done = [row["job_id"] for row in rows]
+    assert done == [job_id for job_id in [*sent, "end"] if job_id in set(done)], f"seed {SEED}"
+    if persistence:  # else what came while nobody was subscribed is nobody's
+        assert done == [*sent, "end"], f"seed {SEED}"
+    assert consumer.logged().count("Lost the connection") >= 4, f"two restarts, and hardly a cut (seed {SEED})"
 
 
 def went_back(bus: Bus, job_id: str) -> bool:
