@@ -53,6 +53,31 @@ def test_a_stop_in_mid_job_finishes_it_and_keeps_the_rest_queued(
     assert states == {"long": "completed", "next": "queued", "last": "queued"}
 
 
+def test_a_stop_in_the_middle_of_a_burst_says_everything_and_then_offline_and_then_goodbye(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    for number in range(300):
+        bus.publish("cesar/jobs", {"job_id": f"burst-{number:03}", "audio_path": "missing.wav"})
+
+    assert consumer.stop() == 0
+
+    assert mosquitto.wait_logged("Received DISCONNECT from cesar")
+    talk = [line for line in mosquitto.log if " from cesar" in line or "Sending PUBACK to cesar (" in line]
+    offline = max(number for number, line in enumerate(talk) if "'cesar/consumer/cesar/state'" in line)
+    said = [line for line in talk[:offline] if "Received PUBLISH from cesar (d0, q1" in line]
+    heard = [line for line in talk[:offline] if "Sending PUBACK to cesar" in line]
+    assert len(said) == len(heard) > 300, "nothing was on its way when it said that it goes"
+    assert "Sending PUBACK" in talk[offline + 1]
+    assert "Received DISCONNECT" in talk[offline + 2], "so the broker does not send the last will"
+    with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
+        states = {job["job_id"]: job["state"] for job in stock.table("jobs")}
+    late = join(mosquitto.port)
+    late.settle()
+    assert {status["job_id"]: status["status"] for status in late.every_status()} == states
+
+
 def test_a_restart_goes_on_with_what_was_queued(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
@@ -143,7 +168,10 @@ def test_a_consumer_killed_in_mid_job_starts_it_again_and_keeps_the_order(
 
     consumer.kill()
     bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "offline")  # the last will
+    spool = consumer.data_dir / "spool"
+    (spool / "orphan").write_bytes(b"RIFF")  # as a crash leaves it that comes before its job is in the ledger
     consumer.start()
+    assert not (spool / "orphan").exists()
 
     ended = [bus.status(job_id) for job_id in ("long", "next", "last")]
     assert [status["status"] for status in ended] == ["completed"] * 3

@@ -637,7 +637,7 @@ class Workload:
         self.possible = [self.acknowledged]
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("times", [1, 2, 3, 5, float("inf")])
 def test_a_disk_that_refuses_any_call_costs_nothing_that_was_acknowledged(
     folder: Folder, times: float, code: int

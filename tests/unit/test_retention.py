@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cesar_mqtt import checkpoint
+from cesar_mqtt.checkpoint import Snapshot
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, JobState, NewJob, Result, Verdict
@@ -14,6 +16,7 @@ from cesar_mqtt.ledger import Ledger
 from cesar_mqtt.spool import Spool
 from cesar_mqtt.transcript import Window
 from cesar_mqtt.upkeep import Upkeep
+from tests.unit.faults import QuickDisk
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
@@ -324,3 +327,33 @@ def test_in_a_new_session_a_packet_id_is_no_sign_of_a_redelivery(ledger: Ledger)
         assert job is not None
         ledger.complete(job.seq, RESULT)
     assert ledger.retire(before=0.0, keep=0)[0] == 2
+
+
+def test_a_hundred_thousand_finished_jobs_go_in_steps_between_which_the_next_job_is_accepted(tmp_path: Path) -> None:
+    count = 100_000
+    fixed = {"state": "completed", "created_at": 1.0, "updated_at": 1.0, "completed_at": 1.0, "model_size": "base"}
+    jobs = {
+        str(seq): {"job_id": f"job-{seq}", "revision": seq, "fingerprint": f"f-{seq}", **fixed}
+        for seq in range(1, count + 1)
+    }
+    path, disk = tmp_path / "ledger.json", QuickDisk()
+    checkpoint.save(Snapshot({"jobs": jobs}, transaction=count, mark=count), path, disk=disk)
+    del jobs
+    accepted = 0
+    with Ledger(path, disk=disk) as ledger:
+        while (deleted := ledger.retire(before=2.0, keep=count)[0]) > 0:
+            assert deleted <= 200, "nobody waits for more than one small transaction"
+            if accepted < 20:
+                accepted += 1
+                ledger.append([NewJob(f"new-{accepted}", f"{accepted}", None, "base")])
+        assert ledger.totals().queued == accepted
+    with Ledger(path, disk=disk) as ledger:
+        assert [job.seq for job in ledger.jobs()] == list(range(count + 1, count + accepted + 1))
+        while gone := ledger.gone(1000):
+            for job in gone:
+                ledger.mark_cleared(job.seq)
+        ledger.append([NewJob("after", "after", None, "base")])
+    with Ledger(path, disk=disk) as ledger:
+        assert ledger.gone(1) == []
+        assert ledger.claim() is not None
+    assert path.stat().st_size < 2_000_000, "what was deleted does not go on filling the disk"

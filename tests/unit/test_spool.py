@@ -68,7 +68,7 @@ def test_after_a_power_cut_everything_is_there_whose_name_was_returned(folder: P
         assert promised.items() <= found.items()
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_refuses_any_call_leaves_nothing_of_the_batch(folder: Path, code: int) -> None:
     disk = FaultyDisk()
     spool = Spool(folder, disk)
