@@ -492,6 +492,14 @@ def test_windows_of_another_audio_are_dropped_and_the_work_begins_at_the_first(d
     assert desk.crash().windows(job.seq) == (silence, window(1))
 
 
+def test_a_single_window_of_another_audio_is_dropped_as_well(desk: Desk) -> None:
+    desk.ledger.append([request("a", formats=("srt",))])
+    job = claimed(desk.ledger)
+    desk.ledger.add_window(job.seq, window(0), identity="one")
+    assert not desk.ledger.keep_windows_of(job.seq, "another")
+    assert desk.ledger.windows(job.seq) == ()
+
+
 def test_windows_of_an_audio_that_nobody_noted_are_not_taken_for_those_of_this_one(desk: Desk) -> None:
     """An earlier version wrote them."""
     accept(desk.ledger, "a")
@@ -780,6 +788,30 @@ def test_a_retried_job_is_as_if_it_had_just_come_but_for_its_attempts(desk: Desk
     assert claimed(desk.ledger).attempt == 4
     desk.crash()
     assert known(desk.ledger, "a").state is JobState.QUEUED, "crashes of before the retry do not count"
+
+
+def test_a_retried_job_is_tried_again_as_often_by_itself_as_a_new_one(desk: Desk) -> None:
+    accept(desk.ledger, "a")
+    for _ in range(2):
+        desk.ledger.defer(claimed(desk.ledger).seq, 0.0)
+    desk.ledger.fail(claimed(desk.ledger).seq, ErrorCode.DOWNLOAD_FAILED, "It did not answer.")
+    assert known(desk.ledger, "a").retries == 2
+    desk.ledger.retry("a")
+    assert known(desk.ledger, "a").retries == 0
+
+
+@pytest.mark.parametrize("back", ["requeue", "defer", "crash"])
+def test_a_job_that_waits_again_has_not_been_started(desk: Desk, back: str) -> None:
+    accept(desk.ledger, "a")
+    job = claimed(desk.ledger)
+    assert job.started_at == desk.clock.now
+    if back == "crash":
+        desk.crash()
+    elif back == "defer":
+        desk.ledger.defer(job.seq, 5.0)
+    else:
+        assert desk.ledger.requeue(job.seq).started_at is None
+    assert known(desk.ledger, "a").started_at is None
 
 
 @pytest.mark.parametrize("kind", ["spool", "path", "url"])
@@ -1367,6 +1399,21 @@ def test_everything_is_told_again_when_the_broker_has_lost_it(desk: Desk) -> Non
     assert [job.job_id for job in publish_all(desk.ledger)] == ["a", "b", "c"]
 
 
+def test_a_disk_that_refuses_does_not_keep_the_broker_from_being_told_everything_again(desk: Desk) -> None:
+    disk = FaultyDisk()
+    desk.crash(disk)
+    accept(desk.ledger, "a", "b")
+    finish(desk.ledger, 2)
+    publish_all(desk.ledger)
+    disk.fault = failing(times=float("inf"))
+    desk.ledger.publish_again()
+    assert names(desk.ledger.unpublished(1)) == ["a"]
+    disk.heal()
+    accept(desk.ledger, "c")
+    desk.crash()
+    assert names(desk.ledger.unpublished(10)) == ["a", "b", "c"], "a crash in the middle of it does not end it"
+
+
 @pytest.mark.parametrize("leave", ["crash", "restart"])
 def test_a_start_in_the_middle_of_telling_everything_again_goes_on_with_it(desk: Desk, leave: str) -> None:
     """The broker's session is there again by then, so nobody would ask for it once more."""
@@ -1380,15 +1427,39 @@ def test_a_start_in_the_middle_of_telling_everything_again_goes_on_with_it(desk:
     assert "c" in names(desk.ledger.unpublished(10))
 
 
+CHANGES: list[tuple[Callable[[Ledger], object], dict[str, str]]] = [
+    (lambda ledger: accept(ledger, *"abc"), {"a": "queued", "b": "queued", "c": "queued"}),
+    (lambda ledger: ledger.append([request("a")]), {}),
+    (lambda ledger: ledger.count_rejected(), {}),
+    (lambda ledger: ledger.claim(), {"a": "processing"}),
+    (lambda ledger: ledger.complete(1, RESULT), {"a": "completed"}),
+    (lambda ledger: ledger.claim(), {"b": "processing"}),
+    (lambda ledger: ledger.cancel("b"), {}),
+    (lambda ledger: ledger.cancelled(2), {"b": "cancelled"}),
+    (lambda ledger: ledger.retry("b"), {"b": "queued"}),
+    (lambda ledger: ledger.pause(on=True), {}),
+    (lambda ledger: ledger.retire(before=0.0, keep=0), {"a": "gone"}),
+    (lambda ledger: ledger.mark_cleared(1), {}),
+    (lambda ledger: ledger.delete("c"), {"c": "gone"}),
+    (lambda ledger: ledger.publish_again(), {}),
+]
+
+
 def test_observers_are_called_at_every_change_and_see_it(desk: Desk) -> None:
-    seen: list[int] = []
-    desk.ledger.observe(lambda: seen.append(desk.ledger.totals().queued))
-    accept(desk.ledger, "a", "b")
-    before = len(seen)
-    assert before >= 1
-    desk.ledger.append([request("a")])
-    desk.ledger.count_rejected()
-    assert len(seen) >= before + 2
+    """Who publishes sleeps until then: what nobody is told of would come with the next job only, or never."""
+    seen: list[dict[str, str]] = []
+
+    def look() -> None:
+        jobs = {name: desk.ledger.get(name) for name in "abc"}
+        seen.append({name: "gone" if job is None else job.state.value for name, job in jobs.items()})
+
+    desk.ledger.observe(look)
+    expected = dict.fromkeys("abc", "gone")
+    for change, news in CHANGES:
+        expected |= news
+        seen.clear()
+        change(desk.ledger)
+        assert expected in seen
 
 
 # -- a disk that refuses, a process that dies ---------------------------------------------------------------------
@@ -1724,6 +1795,24 @@ def test_a_delay_that_is_over_does_not_keep_the_waiting_thread_from_sleeping() -
     assert line.next_ready_in(10.0, 0.0) == 10.0
     line.delay(2, 5.0)
     assert line.next_ready_in(10.0, 0.0) == 0.0
+
+
+def test_a_delay_is_as_long_as_it_is_whatever_the_clock_on_the_wall_says(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, slept = Clock(), []
+    desk.restart(monotonic=passed)
+    accept(desk.ledger, "a")
+    desk.ledger.defer(claimed(desk.ledger).seq, 5.0)
+
+    def sleep(timeout_s: float) -> None:
+        slept.append(timeout_s)
+        passed.now += timeout_s
+
+    monkeypatch.setattr(desk.ledger._changed, "wait", sleep)
+    desk.clock.now = 0.0
+    assert desk.ledger.wait_for_work(lambda: False, 60.0)
+    assert slept == [5.0]
 
 
 def test_whoever_waits_is_woken_for_the_first_of_several_delayed_jobs() -> None:
