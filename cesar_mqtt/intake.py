@@ -149,9 +149,7 @@ class Intake:
         if self._take_in(deliveries[:before]):
             self._repeats.learn(settled)
             self._take_in(deliveries[before:])
-        if (
-            not deliveries
-        ):  # there is time: after a crash, too, a packet id that was given out again means the new message
+        if not deliveries:  # there is time for it: after a crash, too, a packet id has to mean the newest message
             self._ledger.write_settled()
         return len(deliveries)
 
