@@ -70,7 +70,9 @@ class Publisher:
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
         self._in_flight = InFlight()
-        self._acknowledged: deque[Hashable] = deque()
+        self._acknowledged: deque[tuple[Hashable, bool]] = deque()
+        self._refused = False
+        """Whether the broker has refused anything that is told of a job: later it may take it."""
         self._tellings = Tellings(ledger, topics, clock=clock)
         self._own = OwnState()
         self._known: tuple[bytes, ...] = ()
@@ -102,9 +104,9 @@ class Publisher:
         """Take note that nothing that is on its way will be acknowledged (network thread)."""
         self._tell(self._interrupt)
 
-    def on_published(self, ticket: Hashable) -> None:
-        """Take note of a PUBACK (network thread)."""
-        self._acknowledged.append(ticket)
+    def on_published(self, ticket: Hashable, *, refused: bool = False) -> None:
+        """Take note of a PUBACK, which may say no (network thread)."""
+        self._acknowledged.append((ticket, refused))
         # In a burst the thread is not woken for each: that costs more than all the rest of this.
         if len(self._acknowledged) >= min(_ACKNOWLEDGED_AT_ONCE, len(self._in_flight)) and not self._wake.is_set():
             self._wake.set()
@@ -276,9 +278,10 @@ class Publisher:
         self._seen = not session_present
         if not session_present:
             self._own.say_again()
-        if unseen or not session_present:
+        if unseen or self._refused or not session_present:
             self._looked = True
-            self._ledger.publish_again()
+            self._ledger.publish_again(went_back=self._refused)
+            self._refused = False
 
     def _compare(self, payload: bytes | None) -> None:
         """See whether the broker retains what it acknowledged: to this process, or to the one before.
@@ -309,9 +312,11 @@ class Publisher:
     def _take_acknowledgements(self) -> None:
         published: list[tuple[int, int]] = []
         while self._acknowledged:
-            sent = self._in_flight.acknowledge(self._acknowledged.popleft())
+            ticket, refused = self._acknowledged.popleft()
+            sent = self._in_flight.acknowledge(ticket)
             if sent is None:
                 continue
+            self._refused |= refused and sent.note is None and sent.topic is None
             if sent.seq is not None and sent.number:
                 published.append((sent.seq, sent.number))
             else:

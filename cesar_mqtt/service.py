@@ -117,7 +117,7 @@ class Service:
         self._reports = self._metrics.reports(self._publisher)
         self._client.on_connected = self._on_connected
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
-        self._client.on_published = lambda ticket, _reason: self._publisher.on_published(ticket)
+        self._client.on_published = lambda ticket, reason: self._publisher.on_published(ticket, refused=bool(reason))
         self._client.on_refused = self._on_refused
         self._intake = Intake(
             self._client,

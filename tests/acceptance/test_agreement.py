@@ -55,6 +55,23 @@ def test_a_broker_that_is_killed_and_comes_back_with_old_messages_is_set_right(
     assert late.status("saved")["status"] == "completed"
 
 
+def test_a_broker_that_refused_a_status_is_told_it_when_it_may_take_it(
+    start_mosquitto: StartMosquitto, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    access = tmp_path / "access"
+    access.write_text("topic readwrite cesar/jobs\ntopic readwrite cesar/consumer/#\ntopic read #\n")
+    mosquitto = start_mosquitto(f"acl_file {access}", persistence=True)
+    consumer = serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    bus.publish("cesar/jobs", {"job_id": "a", "audio_path": "missing.wav"})
+    bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["error_total"] == 1)
+    consumer.wait_for_log("refused a message on cesar/status/a")
+    bus.close()
+    access.write_text("topic readwrite #\n")
+    mosquitto.restart()
+    assert join(mosquitto.port).status("a", "error")["error_code"] == "audio_not_found"
+
+
 def test_a_job_deleted_by_retention_leaves_nothing_at_the_broker(
     mosquitto: Mosquitto, serve: Serve, join: Join
 ) -> None:

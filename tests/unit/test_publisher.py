@@ -434,6 +434,23 @@ def test_a_status_over_the_packet_limit_is_cut_until_it_fits(bench: Bench) -> No
     assert 100 < len(fields["result_text"]) < 1000
 
 
+@pytest.mark.parametrize("topic", ["cesar/status/a", "cesar/consumer/kitchen/queue", REJECTED])
+def test_what_the_broker_refused_to_take_of_a_job_is_said_again_at_the_next_connection(
+    bench: Bench, topic: str
+) -> None:
+    """Whoever lets the broker refuse it may think better of it; until then nobody tries again and again."""
+    bench.quiet()
+    bench.add("a")
+    bench.publisher.reject(rejection())
+    for message in bench.turn():
+        bench.publisher.on_published(message.ticket, refused=message.topic == topic)
+    assert bench.settle() == []
+    for again in (topic == "cesar/status/a", False):
+        bench.disconnect()
+        said = bench.connect()
+        assert [job_id for job_id, _ in statuses(said + bench.acknowledge(*said))] == ["a"] * again
+
+
 def test_a_message_that_no_broker_takes_is_given_up_and_the_others_are_published(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
