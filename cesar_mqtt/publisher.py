@@ -14,7 +14,7 @@ from typing import Protocol
 from cesar_mqtt.activity import Doing
 from cesar_mqtt.announcer import Announcer
 from cesar_mqtt.client import CannotPublishError
-from cesar_mqtt.consumermessages import Activity, ConsumerState, last_of, queue_of, standing_in, standing_of
+from cesar_mqtt.consumermessages import Activity, ConsumerState, last_of, queue_of, standing_of
 from cesar_mqtt.inflight import InFlight, Sent
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger import Ledger
@@ -26,6 +26,7 @@ from cesar_mqtt.publications import MOST_PACKET_BYTES, PacketTooLargeError
 from cesar_mqtt.tellings import Telling, Tellings
 from cesar_mqtt.topics import Topics
 from cesar_mqtt.transcript import Segment
+from cesar_mqtt.witness import Loss, Witness
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +73,10 @@ class Publisher:
         self._in_flight = InFlight()
         self._acknowledged: deque[tuple[Hashable, bool]] = deque()
         self._refused = False
-        """Whether the broker has refused anything that is told of a job: later it may take it."""
+        """Whether the broker has refused the status of a job: later it may take it."""
         self._tellings = Tellings(ledger, topics, clock=clock)
         self._own = OwnState()
-        self._known: tuple[bytes, ...] = ()
-        """What the broker might retain as our queue when the connection was made."""
-        self._looked = self._seen = self._shown = False
-        """Whether that was compared: ever, by this connection, with what the broker has shown."""
-        self._found = standing_of(ledger.totals())
+        self._witness = Witness(standing_of(ledger.totals()))
         self._announcer = Announcer(self._own, monotonic=monotonic)
         self._notes = Notes(monotonic=monotonic)
         self._doing = Doing()
@@ -178,12 +175,9 @@ class Publisher:
     def found_retained(self, payload: bytes | None) -> None:
         """Take note of what the broker retains as this consumer's queue, right after a connection was made.
 
-        A broker that was killed comes back with the sessions and retained messages of its last save: it looks as if
-        it had lost nothing, but what it retains is old. None: what came first was our own, newest message. So nothing
-        was retained: the process before this one may have died right after it had begun a new session, or the broker
-        keeps sessions and loses what it retained; the latter is believed only of one that has shown it before.
+        None: what came first was our own, newest message, so it retained nothing before. See `Witness`.
         """
-        self._tell(lambda: self._compare(payload))
+        self._tell(lambda: self._look(payload))
 
     def finished(self, job: Job) -> None:
         """Take note of the job that ended last."""
@@ -270,39 +264,25 @@ class Publisher:
         self._connected = True
         self._ledger.coalesce()
         self._tellings.max_packet_bytes = max_packet_bytes
-        before, self._known = self._known, self._own.retained("queue")
+        unknown = self._witness.connected(self._own.retained("queue"), session_present=session_present)
         self._own.say_again("state")
         self._announcer.connected()
-        # What was retained before we spoke, nobody can tell any more. A broker may never show it: that counts once.
-        unseen = self._known != before and not self._seen and (self._shown or not self._looked)
-        self._seen = not session_present
         if not session_present:
             self._own.say_again()
-        if unseen or self._refused or not session_present:
-            self._looked = True
+        if unknown or self._refused or not session_present:
             self._ledger.publish_again(went_back=self._refused)
             self._refused = False
 
-    def _compare(self, payload: bytes | None) -> None:
-        """See whether the broker retains what it acknowledged: to this process, or to the one before.
-
-        What was said by the one before is known by its counts: they are on disk, and it ended by saying them.
-        """
-        first = not self._looked or (self._shown and not self._seen)
-        self._looked, self._seen, self._shown = True, True, self._shown or payload is not None
-        if payload is None:
-            if first:
-                self._own.say_again()
-                self._ledger.publish_again()
-            return
-        retained = (*self._known, *self._own.retained("queue"))  # it may be late: more may have been said meanwhile
-        if payload in retained if self._known else standing_in(payload) == self._found:
+    def _look(self, payload: bytes | None) -> None:
+        loss = self._witness.look(payload, self._own.retained("queue"))
+        if loss is None:
             return
         message = "The broker does not have the newest messages: all are sent again"
         event(logger, logging.WARNING, "broker_went_back", message)
         self._own.say_again()
-        self._own.forget_retained()
-        self._ledger.publish_again(went_back=True)
+        if loss is Loss.NEWEST:
+            self._own.forget_retained()
+        self._ledger.publish_again(went_back=loss is Loss.NEWEST)
 
     def _interrupt(self) -> None:
         self._connected = False
@@ -316,7 +296,7 @@ class Publisher:
             sent = self._in_flight.acknowledge(ticket)
             if sent is None:
                 continue
-            self._refused |= refused and sent.note is None and sent.topic is None
+            self._refused |= refused and sent.seq is not None
             if sent.seq is not None and sent.number:
                 published.append((sent.seq, sent.number))
             else:
