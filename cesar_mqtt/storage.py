@@ -132,14 +132,11 @@ class JournalStorage(Storage):
         """Size of the journal, in bytes."""
         return self._journal.size
 
-    def commit(self, changes: Iterable[Change], *, mark: int | None = None) -> int:
+    def commit(self, changes: Iterable[Change], *, mark: int | None = None) -> None:
         """Apply the changes together: on return they are on disk; after an error none has happened.
 
         A crash right after an error may still bring the changes back: a disk that refused to write may also have
         refused to take back. So the caller treats an error as not done and not undone, and says nothing of it.
-
-        Returns:
-            The number of the transaction.
 
         Raises:
             LedgerError: the disk refused; the next commit tries again.
@@ -157,7 +154,6 @@ class JournalStorage(Storage):
         self.transaction, self.mark = number, mark
         for change in changes:
             apply(self._image, change)
-        return number
 
     def _replay(self, line: int, entry: Any) -> None:
         """Take one entry of the journal at opening; those that the checkpoint holds already are only counted."""

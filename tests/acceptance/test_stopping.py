@@ -11,7 +11,7 @@ import pytest
 from tinydb import TinyDB
 
 from tests.acceptance.harness import LONG, PATIENCE_S, SPOKEN, Bus, Consumer, words
-from tests.conftest import Mosquitto
+from tests.conftest import Mosquitto, StartMosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 
@@ -138,6 +138,26 @@ def test_a_second_signal_ends_the_wait_for_a_broker_that_is_away(mosquitto: Mosq
     consumer.signal(signal.SIGTERM)
     consumer.signal(signal.SIGINT)
     assert consumer.wait() in {130, 143}, "which of two signals at once is the later one, nobody can say"
+
+
+def test_a_broker_that_goes_away_during_the_stop_is_told_of_the_end_at_the_next_start(
+    start_mosquitto: StartMosquitto, serve: Serve, join: Join
+) -> None:
+    mosquitto = start_mosquitto(persistence=True)
+    consumer = serve("--broker", mosquitto.url)
+    in_mid_job(consumer, join(mosquitto.port))
+    consumer.signal(signal.SIGTERM)
+    consumer.wait_for_log("Stopping after the current job")
+    mosquitto.kill()
+    assert consumer.wait() == 0
+    assert "has not acknowledged everything" in consumer.logged()
+
+    mosquitto.start()
+    consumer.start()
+
+    ended = join(mosquitto.port).status("long")
+    assert (ended["status"], ended["attempt"]) == ("completed", 1), "it is told, not done again"
+    assert join(mosquitto.port).status("last")["status"] == "completed"
 
 
 def test_a_closed_terminal_stops_the_consumer_as_a_signal_does(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:

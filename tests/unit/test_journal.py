@@ -4,6 +4,7 @@ import copy
 import errno
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -200,14 +201,56 @@ def test_what_json_cannot_say_is_refused_and_changes_nothing(folder: Folder) -> 
 
 
 @needs_proc
-def test_an_opening_that_is_refused_leaves_no_file_open(folder: Folder) -> None:
+@pytest.mark.parametrize("reason", ["damage", "disk"])
+def test_an_opening_that_is_refused_leaves_no_file_open(folder: Folder, reason: str) -> None:
     folder.filled().abandon()
-    folder.journal.write_bytes(b"no journal\n" + folder.journal.read_bytes())
+    disk = FaultyDisk()
+    if reason == "damage":
+        folder.journal.write_bytes(b"no journal\n" + folder.journal.read_bytes())
+    else:
+        disk.fault = failing(times=float("inf"))
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     for _ in range(5):
         with pytest.raises(LedgerError):
-            JournalStorage(folder.ledger)
+            JournalStorage(folder.ledger, disk)
     assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+
+
+@needs_proc
+def test_a_stop_that_the_disk_refuses_leaves_no_file_open(folder: Folder) -> None:
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    disk = FaultyDisk()
+    storage = folder.filled(disk)
+    disk.fault = failing(times=float("inf"))
+    with pytest.raises(LedgerError, match="Its journal holds everything"):
+        storage.close()
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+    assert image_of(folder.open()) == IMAGES[-1]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_after_a_checkpoint_any_thread_may_write_the_next(folder: Folder, *, refused: bool) -> None:
+    """The thread that commits writes one to cure the journal, another one writes those that are due."""
+    disk = FaultyDisk()
+    storage = folder.filled(disk)
+    if refused:
+        disk.fault = failing()
+        with pytest.raises(OSError, match="error"):
+            storage.checkpoint()
+    else:
+        storage.checkpoint()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(storage.checkpoint).result(10)
+
+
+def test_all_tables_are_replaced_by_those_that_are_written(folder: Folder) -> None:
+    """TinyDB's own way to write; whoever has a middleware of TinyDB's in between comes by it."""
+    storage = folder.filled()
+    kept = storage.rows("jobs")
+    storage.write({"jobs": kept, "new": {"7": {"a": 1}}})
+    expected = {"jobs": dict(kept), "new": {"7": {"a": 1}}}
+    assert image_of(storage) == expected
+    assert image_of(folder.open()) == expected
 
 
 # -- stock TinyDB -------------------------------------------------------------------------------------------------
@@ -401,9 +444,10 @@ def test_a_file_that_is_no_journal_is_refused_or_empty(folder: Folder, junk: byt
         assert folder.journal.read_bytes() == junk
 
 
-def test_a_line_of_valid_json_that_is_no_header_is_named(folder: Folder) -> None:
+@pytest.mark.parametrize("line", [[1, 0, []], ["cesar_journal"], {"of": "another program"}])
+def test_a_line_of_valid_json_that_is_no_header_is_named(folder: Folder, line: object) -> None:
     folder.open().close()
-    folder.journal.write_bytes(journal._line([1, 0, []]))
+    folder.journal.write_bytes(journal._line(line))
     with pytest.raises(LedgerError, match="not a journal"):
         folder.open()
 
@@ -416,7 +460,7 @@ def test_a_missing_line_is_noticed(folder: Folder) -> None:
         folder.open()
 
 
-@pytest.mark.parametrize("upto", [2, len(TRANSACTIONS)])
+@pytest.mark.parametrize("upto", [2, len(TRANSACTIONS) - 1, len(TRANSACTIONS)])
 def test_a_journal_that_a_crash_left_beside_its_checkpoint_is_skipped(folder: Folder, upto: int) -> None:
     storage = folder.filled(last=upto)
     stale = folder.journal.read_bytes()
