@@ -143,6 +143,16 @@ def test_what_was_committed_is_there_after_a_clean_stop_and_the_journal_is_gone(
     folder.still_works()
 
 
+def test_a_second_close_leaves_the_files_to_whoever_has_them_now(folder: Folder) -> None:
+    storage = folder.filled()
+    storage.close()
+    folder.ledger.write_bytes(b"what another process has written since")
+    folder.journal.write_bytes(b"as well")
+    before = folder.media()
+    storage.close()
+    assert folder.media() == before
+
+
 def test_the_transaction_number_and_the_mark_outlast_crashes_stops_and_checkpoints(folder: Folder) -> None:
     storage = folder.open()
     storage.commit([], mark=7)
@@ -226,6 +236,16 @@ def test_a_stop_that_the_disk_refuses_leaves_no_file_open(folder: Folder) -> Non
         storage.close()
     assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
     assert image_of(folder.open()) == IMAGES[-1]
+
+
+@needs_proc
+def test_a_checkpoint_leaves_no_more_files_open_than_there_were(folder: Folder) -> None:
+    """A consumer that runs for months writes thousands of them."""
+    storage = folder.filled()
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    for _ in range(5):
+        storage.checkpoint()
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -456,7 +476,7 @@ def test_a_missing_line_is_noticed(folder: Folder) -> None:
     folder.filled()
     lines = folder.journal.read_bytes().splitlines(keepends=True)
     folder.journal.write_bytes(b"".join(lines[:3] + lines[4:]))
-    with pytest.raises(LedgerError, match="misses transaction 3"):
+    with pytest.raises(LedgerError, match="misses transaction 3 before line 4"):
         folder.open()
 
 

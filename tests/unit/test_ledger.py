@@ -14,6 +14,8 @@ import pytest
 from tinydb import Query, TinyDB
 
 from cesar_mqtt import books as books_module
+from cesar_mqtt import checkpoint
+from cesar_mqtt.checkpoint import Snapshot
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
 from cesar_mqtt.index import window_id
@@ -1628,6 +1630,27 @@ def test_a_closed_ledger_refuses_changes_and_still_answers(desk: Desk) -> None:
     assert desk.ledger.get("a") is not None
 
 
+def test_a_checkpoint_is_written_when_the_journal_has_outgrown_it_and_not_before(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs as much as there are jobs: written more often, each job would cost more the more there are."""
+    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 5000)
+    disk = FaultyDisk()
+    journal = desk.crash(disk)._db.journal
+    sizes, number = [], 0
+    while len(sizes) < 4:
+        number += 1
+        accept(desk.ledger, f"job-{number}")
+        due = journal.journal_bytes >= max(5000, journal.checkpoint_bytes)
+        disk.calls.clear()
+        desk.ledger.maintain()
+        assert bool(disk.calls) == due
+        if due:
+            sizes.append(journal.checkpoint_bytes)
+            assert journal.journal_bytes < 100, "it begins anew"
+    assert sizes[0] < 5000 * 2 < sizes[3], "it may grow with the checkpoint"
+
+
 def test_upkeep_after_the_stop_leaves_the_files_to_whoever_has_them_now(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1951,11 +1974,27 @@ def test_a_damaged_ledger_gives_the_lock_back(desk: Desk) -> None:
     desk.ledger.close()
     good = desk.path.read_bytes()
     desk.path.write_bytes(good[:-5])
+    refusals = []  # each of them holds on to the ledger that could not be opened
     for _ in range(2):
-        with pytest.raises(LedgerError, match="damaged"):
+        with pytest.raises(LedgerError, match="damaged") as refused:
             Ledger(desk.path)
+        refusals.append(refused)
     desk.path.write_bytes(good)
     assert desk.open().get("a") is not None
+
+
+def test_a_ledger_of_documents_that_nobody_understands_gives_the_lock_back(desk: Desk) -> None:
+    desk.ledger.close()
+    good = desk.path.read_bytes()
+    checkpoint.save(Snapshot({"jobs": {"1": {"job_id": "of another program"}}}), desk.path, disk=QuickDisk())
+    refusals = []
+    for _ in range(2):
+        with pytest.raises(KeyError) as refused:
+            Ledger(desk.path)
+        refusals.append(refused)
+    desk.path.with_name("ledger.json.journal").unlink()
+    desk.path.write_bytes(good)
+    assert desk.open().jobs() == []
 
 
 # -- jobs that expire ----------------------------------------------------------------------------------------------
