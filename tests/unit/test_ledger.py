@@ -1637,7 +1637,8 @@ def test_a_checkpoint_is_written_when_the_journal_has_outgrown_it_and_not_before
     monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 5000)
     disk = FaultyDisk()
     journal = desk.crash(disk)._db.journal
-    sizes, number = [], 0
+    sizes: list[int] = []
+    number = 0
     while len(sizes) < 4:
         number += 1
         accept(desk.ledger, f"job-{number}")
