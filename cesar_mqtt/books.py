@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 from cesar_mqtt.disk import Disk
 from cesar_mqtt.errors import LedgerError, LedgerInUseError
 from cesar_mqtt.index import Index
-from cesar_mqtt.jobs import STATES, TRANSITIONS, Gone, IllegalTransitionError, Job, JobState
+from cesar_mqtt.jobs import STATES, TRANSITIONS, IllegalTransitionError, Job, JobState
 from cesar_mqtt.outbox import Outbox
 from cesar_mqtt.records import job_of
 from cesar_mqtt.storage import Change, JournalStorage
@@ -218,12 +217,6 @@ class Books:
         with self._changed:
             return self._outbox.take(limit, but, self._job)
 
-    def gone(self, limit: int, *, but: Collection[int] = ()) -> list[Gone]:
-        """Return deleted jobs of which the broker may still retain something, until `mark_cleared`."""
-        with self._changed:
-            pending = self._index.deleted.pending
-            return list(islice((gone for seq, gone in pending.items() if seq not in but), limit))
-
     @property
     def has_unpublished(self) -> bool:
         """Whether there is a status that the broker has not acknowledged, or has not yet been told to forget."""
@@ -246,15 +239,6 @@ class Books:
         with self._changed:
             for seq, number in acknowledged:
                 self._outbox.acknowledge(seq, number)
-
-    def mark_cleared(self, seq: int) -> None:
-        """Note that the broker has forgotten a deleted job; on disk with the next transaction."""
-        with self._changed:
-            pushed_out = self._index.deleted.clear(seq)
-            if pushed_out is not None:
-                self._tidied.append(Change(GONE, seq, {"cleared": True}))
-                self._tidied += [Change(GONE, other, None) for other in pushed_out]
-                self._notify()
 
     def publish_again(self, *, went_back: bool = False) -> None:
         """Let every status be published again: the broker has lost what it retained.

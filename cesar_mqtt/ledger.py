@@ -20,17 +20,14 @@ from cesar_mqtt.jobs import STATES, IllegalTransitionError, Job, JobState, NewJo
 from cesar_mqtt.logs import event
 from cesar_mqtt.records import (
     document_of,
-    gone_document,
-    gone_with,
-    in_spool,
     keeps_windows,
     result_of,
     retry_refusal,
     window_document,
 )
+from cesar_mqtt.retirement import Retirement
 from cesar_mqtt.storage import Change
 from cesar_mqtt.transcript import Window
-from cesar_mqtt.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ _EXPIRED = {
 _OF_AN_ATTEMPT = ("started_at",)
 
 
-class Ledger(Views):
+class Ledger(Retirement):
     """Jobs in the order of their acceptance, their states, and which of them the broker has not been told of.
 
     The order is by an own sequence number that is never used again; clocks only decorate.
@@ -240,9 +237,6 @@ class Ledger(Views):
             self._move(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
             self._index.keep_windows(seq, len(kept))
 
-    def _without_windows(self, seq: int, *, start: int = 0) -> list[Change]:
-        return [Change(WINDOWS, doc_id, None) for doc_id in self._index.window_ids(seq, start=start)]
-
     def fail(self, seq: int, code: ErrorCode, message: str) -> None:
         """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
         with self._changed:
@@ -384,25 +378,6 @@ class Ledger(Views):
                 self._index.keep_windows(seq, 0)
             return self._job(seq)
 
-    def delete(self, job_id: str) -> tuple[Job, list[str]] | None:
-        """Delete a job that waits or has ended; the broker is then told to forget it.
-
-        Returns:
-            The job as it was, and the names in the spool folder that it leaves behind; None: there is no such job.
-
-        Raises:
-            IllegalTransitionError: it is in work.
-            LedgerError: the disk refused; the job stays.
-        """
-        with self._changed:
-            seq = self._index.register.seq(job_id)
-            if seq is None:
-                return None
-            if seq in self._index.processing:
-                raise IllegalTransitionError(f"Job {job_id} is processing: cancel it first.")
-            job = self._job(seq)
-            return job, self._delete([seq])
-
     def pause(self, *, on: bool) -> None:
         """Let no job be started, or jobs be started again; kept over restarts. Raises LedgerError."""
         with self._changed:
@@ -410,42 +385,3 @@ class Ledger(Views):
                 self._commit([Change(COUNTERS, 1, {"paused": on})])
                 self._paused = on
                 self._notify()
-
-    # -- retention ------------------------------------------------------------------------------------------------
-
-    def retire(self, *, before: float, keep: int, limit: int = 200) -> tuple[int, list[str]]:
-        """Delete finished jobs that ended by `before` (seconds since the epoch) or are beyond the newest `keep`.
-
-        Oldest first, at most `limit` in one transaction, so that others do not wait long. The broker is then told to
-        forget their statuses.
-
-        Returns:
-            How many were deleted, and the names in the spool folder that they leave behind.
-
-        Raises:
-            LedgerError: the disk refused; nothing was deleted.
-        """
-        with self._changed:
-            finished = self._index.finished
-            beyond = islice(finished, min(limit, max(0, len(finished) - keep)))
-            retired = list(dict.fromkeys([*beyond, *finished.until(before, limit)]))[:limit]
-            return len(retired), self._delete(retired)
-
-    def _delete(self, seqs: Sequence[int]) -> list[str]:
-        if not seqs:
-            return []
-        rows = [self._rows[str(seq)] for seq in seqs]
-        gone = [gone_with(seq, row) for seq, row in zip(seqs, rows, strict=True)]
-        changes = [Change(JOBS, seq, None) for seq in seqs]
-        changes += [change for seq in seqs for change in self._without_windows(seq)]
-        changes += [Change(GONE, job.seq, gone_document(job)) for job in gone]
-        # Numbers are never used again, so the last one must outlast its job.
-        counters = {"last_seq": self._index.last_seq, "deleted": self._index.deleted_total + len(seqs)}
-        changes.append(Change(COUNTERS, 1, counters))
-        self._commit(changes)
-        for job, row in zip(gone, rows, strict=True):
-            self._index.bury(job, row)
-        self._outbox.forget(seqs)
-        self._number_the_head()
-        self._notify()
-        return [name for row in rows for name in in_spool(row)]
