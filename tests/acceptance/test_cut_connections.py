@@ -92,15 +92,16 @@ def test_what_is_retained_agrees_with_the_ledger_also_when_the_broker_restarts_i
     mosquitto = start_mosquitto("max_queued_messages 0", persistence=persistence)
     with contextlib.closing(Proxy(mosquitto.port, random.Random(SEED), cuts=6)) as proxy:  # noqa: S311
         consumer = serve("--broker", proxy.url, environ=impatient, ready=None)
-        join(mosquitto.port).wait("cesar/consumer/cesar/queue")
         sent: list[str] = []
         for part in range(3):
             if part:
                 mosquitto.restart()
             bus = join(mosquitto.port)
+            bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
             for number in range(100):
                 sent.append(f"part-{part}-{number:03}")
                 bus.publish("cesar/jobs", {"job_id": sent[-1], "audio_path": "missing.wav"})
+            bus.status(sent[-50])
         end = join(mosquitto.port)
         end.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
         end.publish("cesar/jobs", {"job_id": "end", "audio_path": "missing.wav"})
@@ -118,7 +119,8 @@ def test_what_is_retained_agrees_with_the_ledger_also_when_the_broker_restarts_i
     assert done == [job_id for job_id in [*sent, "end"] if job_id in set(done)], f"seed {SEED}"
     if persistence:  # else what came while nobody was subscribed is nobody's
         assert done == [*sent, "end"], f"seed {SEED}"
-    assert consumer.logged().count("Lost the connection") >= 4, f"two restarts, and hardly a cut (seed {SEED})"
+    assert len(done) > 150, f"too few were accepted for the restarts to matter (seed {SEED})"
+    assert consumer.logged().count("Lost the connection") >= 3, f"two restarts, and no cut (seed {SEED})"
 
 
 def went_back(bus: Bus, job_id: str) -> bool:
