@@ -14,15 +14,13 @@ class Notifier:
     """The line to the service manager, from the variables that it set for this process.
 
     Args:
-        environ: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are looked up, once.
+        environ: where NOTIFY_SOCKET is looked up, once.
     """
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         # A leading @ stands for the NUL of Linux's abstract sockets, which have no file.
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
-        self.watchdog_interval_s = _watchdog_interval_s(environ)
-        """How often to call `alive`, in seconds: twice in the time that systemd allows; None: not asked for."""
 
     def ready(self) -> bool:
         """Say that start-up is over. All three return False when nobody was told."""
@@ -33,7 +31,7 @@ class Notifier:
         return self._send("STOPPING=1")
 
     def alive(self) -> bool:
-        """Say that work goes on, so that the watchdog does not end the process."""
+        """Say that work goes on, so that the watchdog does not end the process; every second, whatever it allows."""
         return self._send("WATCHDOG=1")
 
     def _send(self, state: str) -> bool:
@@ -46,11 +44,3 @@ class Notifier:
         except OSError:
             return False  # a manager that cannot be told is no reason to stop transcribing
         return True
-
-
-def _watchdog_interval_s(environ: Mapping[str, str]) -> float | None:
-    allowed_us = environ.get("WATCHDOG_USEC", "")
-    meant_for = environ.get("WATCHDOG_PID", str(os.getpid()))
-    if not allowed_us.isdecimal() or int(allowed_us) == 0 or meant_for != str(os.getpid()):
-        return None
-    return int(allowed_us) / 1e6 / 2

@@ -1,4 +1,3 @@
-import os
 import socket
 import uuid
 from collections.abc import Iterator
@@ -34,9 +33,7 @@ def test_an_abstract_socket_is_reached(manager: socket.socket) -> None:
 
 
 def test_without_systemd_nothing_is_sent() -> None:
-    notifier = Notifier({})
-    assert not notifier.ready()
-    assert notifier.watchdog_interval_s is None
+    assert not Notifier({}).ready()
 
 
 def test_a_manager_that_is_gone_is_no_error(tmp_path: Path) -> None:
@@ -53,22 +50,10 @@ def test_a_manager_that_does_not_read_holds_nobody_up(
     assert not all(notifier.alive() for _ in range(10_000))
 
 
-@pytest.mark.parametrize(
-    ("environ", "interval_s"),
-    [
-        ({"WATCHDOG_USEC": "30000000"}, 15.0),
-        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, 15.0),
-        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
-        ({"WATCHDOG_USEC": "0"}, None),
-        ({"WATCHDOG_USEC": "soon"}, None),
-        ({"WATCHDOG_USEC": "-5"}, None),
-    ],
-)
-def test_the_watchdog_is_fed_twice_in_the_time_it_allows(environ: dict[str, str], interval_s: float | None) -> None:
-    assert Notifier(environ).watchdog_interval_s == interval_s
-
-
-def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
-    monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    assert Notifier().watchdog_interval_s == 1.0
+def test_the_environment_of_the_process_is_the_default(
+    manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.bind(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    assert Notifier().alive()
+    assert manager.recv(100) == b"WATCHDOG=1"
