@@ -13,8 +13,8 @@ class _Topic:
     published: int = -1
     sent: int = -1
     """The version that is on its way."""
-    retained: tuple[bytes, ...] = ()
-    """What the broker may retain: the last acknowledged payload, and those that were sent since."""
+    retained: tuple[tuple[int, bytes], ...] = ()
+    """What the broker may retain, by version: what it has acknowledged last, and what was sent since."""
 
 
 class OwnState:
@@ -36,14 +36,14 @@ class OwnState:
         for name, topic in self._topics.items():
             if topic.version not in (topic.published, topic.sent):
                 topic.sent = topic.version
-                topic.retained = (*topic.retained, topic.payload)
+                topic.retained = (*topic.retained, (topic.version, topic.payload))
                 yield name, topic.payload, topic.version
 
     def acknowledge(self, name: str, version: int) -> None:
         """Note that the broker has what was sent."""
         topic = self._topics[name]
         topic.published = max(topic.published, version)
-        topic.retained = (topic.payload,) if topic.published == topic.version else topic.retained
+        topic.retained = tuple(sent for sent in topic.retained if sent[0] >= topic.published)
 
     @property
     def settled(self) -> bool:
@@ -66,7 +66,7 @@ class OwnState:
 
     def retained(self, name: str) -> tuple[bytes, ...]:
         """Return what the broker may retain, as far as is known here; empty: nothing is known."""
-        return self._topics[name].retained if name in self._topics else ()
+        return tuple(payload for _, payload in self._topics[name].retained) if name in self._topics else ()
 
     def forget_retained(self) -> None:
         """Note that nothing is known any more of what the broker retains."""
