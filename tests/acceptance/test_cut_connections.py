@@ -120,7 +120,7 @@ def test_what_is_retained_agrees_with_the_ledger_also_when_the_broker_restarts_i
     if persistence:  # else what came while nobody was subscribed is nobody's
         assert done == [*sent, "end"], f"seed {SEED}"
     assert len(done) > 150, f"too few were accepted for the restarts to matter (seed {SEED})"
-    assert consumer.logged().count("Lost the connection") >= 3, f"two restarts, and no cut (seed {SEED})"
+    assert consumer.logged().count("Lost the connection") >= 2, f"two restarts, and who noticed? (seed {SEED})"
 
 
 def went_back(bus: Bus, job_id: str) -> bool:
