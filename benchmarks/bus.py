@@ -20,14 +20,14 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from benchmarks.table import Row, median
-from cesar_mqtt.client import MqttClient, Subscription
 from cesar_mqtt.config import BrokerSettings
-from cesar_mqtt.control import Answer
-from cesar_mqtt.intake import Intake
-from cesar_mqtt.ledger import Ledger
-from cesar_mqtt.publisher import Publisher
-from cesar_mqtt.spool import Spool
-from cesar_mqtt.topics import Topics
+from cesar_mqtt.consumer.command_handlers import Answer
+from cesar_mqtt.consumer.intake import Intake
+from cesar_mqtt.consumer.publisher import Publisher
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.mqtt.client import MqttClient, Subscription
+from cesar_mqtt.protocol.topics import Topics
 
 BURST = 20_000
 ROUNDS = 3

@@ -34,7 +34,7 @@ Pcm = NDArray[np.int16]
 
 
 def _pcm(path: Path) -> Pcm:
-    from cesar_mqtt.audio import AudioLimits, open_audio  # noqa: PLC0415 - loads FFmpeg
+    from cesar_mqtt.audio.decoder import AudioLimits, open_audio  # noqa: PLC0415 - loads FFmpeg
 
     with open_audio(path.resolve(), AudioLimits(max_bytes=1 << 30, max_duration_s=86_400)) as audio:
         samples = np.concatenate(list(audio.blocks()))
@@ -120,7 +120,7 @@ def _bare_loop(paths: list[str], pipe: Connection) -> None:
     from faster_whisper import WhisperModel  # noqa: PLC0415 - in this process only
 
     from cesar_mqtt.config import ModelSettings  # noqa: PLC0415
-    from cesar_mqtt.models import ModelStore  # noqa: PLC0415
+    from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
 
     store = ModelStore(ModelSettings())
     model = WhisperModel(

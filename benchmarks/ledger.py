@@ -13,9 +13,9 @@ from pathlib import Path
 from tinydb import TinyDB
 
 from benchmarks.table import Row, median
-from cesar_mqtt.disk import Disk
 from cesar_mqtt.jobs import AudioSource, NewJob, Result
-from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.ledger import Ledger
 
 CYCLES = 500
 ROUNDS = 9

@@ -13,10 +13,10 @@ import numpy as np
 from faster_whisper import WhisperModel
 
 from benchmarks.table import Row, median
-from cesar_mqtt.audio import SAMPLE_RATE, AudioLimits, Samples, open_audio
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.models import ModelStore
-from cesar_mqtt.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.model_store import ModelStore
+from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"

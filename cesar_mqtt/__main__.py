@@ -1,6 +1,6 @@
 """The entry point of the command `cesar-mqtt` and of `python -m cesar_mqtt`."""
 
-from cesar_mqtt.cli import run
+from cesar_mqtt.cli.app import run
 
 
 def main() -> None:

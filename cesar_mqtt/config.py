@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cesar_mqtt.config_sources import DIRECTORIES, Said, Vocabulary, environment_says, file_says, flags_say
 from cesar_mqtt.errors import ConfigError
-from cesar_mqtt.sources import DIRECTORIES, Said, Vocabulary, environment_says, file_says, flags_say
 
 EMBEDDED_BROKER = "embedded"
 """What `serve` uses when nothing names a broker: one of its own."""

@@ -8,36 +8,36 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cesar_mqtt import group
-from cesar_mqtt.addresses import BrokerAddress, parse_broker_url
-from cesar_mqtt.announced import Announced
-from cesar_mqtt.audiofiles import check_directories
-from cesar_mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.audio.download import Downloader
+from cesar_mqtt.audio.paths import check_directories
 from cesar_mqtt.config import Settings
-from cesar_mqtt.consumermessages import ConsumerState, Info, info_of
-from cesar_mqtt.control import Control
-from cesar_mqtt.disk import Disk
-from cesar_mqtt.download import Downloader
+from cesar_mqtt.consumer import shared_subscription as group
+from cesar_mqtt.consumer.command_handlers import Control
+from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
+from cesar_mqtt.consumer.discovery_topics import Announced
+from cesar_mqtt.consumer.intake import Intake
+from cesar_mqtt.consumer.maintenance import Upkeep
+from cesar_mqtt.consumer.prefetch import Preparer
+from cesar_mqtt.consumer.publisher import Publisher
+from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, DiedError, ExitCode, LedgerError
-from cesar_mqtt.health import Pulse
-from cesar_mqtt.homeassistant import PAUSE_SWITCH, birth_topics, discovery_messages
-from cesar_mqtt.intake import Intake
 from cesar_mqtt.jobs import Job
-from cesar_mqtt.ledger import Ledger
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import event
-from cesar_mqtt.metrics import Metrics, Readings, metrics_of
-from cesar_mqtt.preparation import Preparer
-from cesar_mqtt.publisher import Publisher
-from cesar_mqtt.signals import StopSignals
-from cesar_mqtt.spool import Spool
-from cesar_mqtt.systemd import Notifier
-from cesar_mqtt.topics import Topics
-from cesar_mqtt.transcriber import Transcriber
-from cesar_mqtt.upkeep import Upkeep
-from cesar_mqtt.worker import Worker, options_of
+from cesar_mqtt.monitoring.health import Pulse
+from cesar_mqtt.monitoring.metrics import Metrics, Readings, metrics_of
+from cesar_mqtt.monitoring.signals import StopSignals
+from cesar_mqtt.monitoring.systemd import Notifier
+from cesar_mqtt.mqtt.broker_url import BrokerAddress, parse_broker_url
+from cesar_mqtt.mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
+from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
-    from cesar_mqtt.broker import EmbeddedBroker
+    from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 logger = logging.getLogger(__name__)
 
@@ -375,7 +375,7 @@ def _start_broker(settings: Settings, address: BrokerAddress, topics: Topics) ->
         raise ConfigError(
             "broker.protocol is '5', but the embedded broker speaks MQTT 3.1.1: set 'auto', or broker.url"
         )
-    from cesar_mqtt.broker import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
+    from cesar_mqtt.mqtt.embedded import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
 
     broker = EmbeddedBroker(address.host, address.port, keeper=topics.consumer, kept=topics.is_submission)
     broker.start()

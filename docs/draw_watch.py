@@ -12,8 +12,8 @@ from typing import Any
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
-from cesar_mqtt.board import Board
-from cesar_mqtt.boardview import View
+from cesar_mqtt.cli.watch_model import Board
+from cesar_mqtt.cli.watch_view import View
 
 WIDTH, HEIGHT = 100, 16
 NOW = datetime(2026, 1, 23, 21, 45, 12, tzinfo=UTC)

@@ -15,7 +15,7 @@ from typing import Protocol
 import pytest
 from hypothesis import settings
 
-from cesar_mqtt.broker import EmbeddedBroker
+from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 _WAIT_S = 10.0
 

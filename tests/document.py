@@ -11,10 +11,10 @@ from jsonschema import Draft7Validator
 from jsonschema.exceptions import best_match
 from paho.mqtt.client import MQTTMessage
 
-from cesar_mqtt.asyncapi import document
 from cesar_mqtt.config import BrokerSettings, Settings
-from cesar_mqtt.controlmessages import COMMANDS, read
-from cesar_mqtt.requests import Accepted, parse_job
+from cesar_mqtt.protocol.asyncapi import document
+from cesar_mqtt.protocol.commands import COMMANDS, read
+from cesar_mqtt.protocol.parsing import Accepted, parse_job
 
 OFFICIAL = Path(__file__).parent / "data" / "asyncapi-3.0.0.json"
 

@@ -20,7 +20,7 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
-from cesar_mqtt.audio import AudioLimits, open_audio
+from cesar_mqtt.audio.decoder import AudioLimits, open_audio
 from tests.document import Fault, Judge, Seen, default_document
 
 DATA = Path(__file__).parents[1] / "data"

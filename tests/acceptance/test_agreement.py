@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.config import BrokerSettings, Settings
+from cesar_mqtt.consumer.worker import Worker
 from cesar_mqtt.errors import DiedError
+from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.service import Service
-from cesar_mqtt.signals import StopSignals
-from cesar_mqtt.worker import Worker
 from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, command, words
 from tests.conftest import Mosquitto, StartMosquitto
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from cesar_mqtt.cli import app
+from cesar_mqtt.cli.app import app
 from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, command, words
 from tests.conftest import Mosquitto, StartMosquitto, find_free_port
 
@@ -24,7 +24,7 @@ HEAVY = ("faster_whisper", "ctranslate2", "av", "numpy", "amqtt", "pydantic", "p
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     loaded = f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    script = f"import sys; from cesar_mqtt.cli import run; run(['--help']); {loaded}"
+    script = f"import sys; from cesar_mqtt.cli.app import run; run(['--help']); {loaded}"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert all(name in ended.stdout for name in ("serve", "submit", "demo"))
     assert ended.stdout.splitlines()[-1] == "[]"
@@ -69,7 +69,9 @@ def test_wrong_usage_returns_2() -> None:
 def test_the_demo_prints_the_transcript_and_nothing_else_on_stdout() -> None:
     ended = command("demo")
     assert ended.returncode == 0, ended.stderr
-    spoken = Path(sys.modules["tests.acceptance.harness"].__file__ or "").parents[2] / "cesar_mqtt/demo/recording.txt"
+    spoken = (
+        Path(sys.modules["tests.acceptance.harness"].__file__ or "").parents[2] / "cesar_mqtt/cli/demo/recording.txt"
+    )
     assert words(ended.stdout) == words(spoken.read_text())
     assert len(ended.stdout.splitlines()) == 1
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from cesar_mqtt.cli import app
+from cesar_mqtt.cli.app import app
 from tests.acceptance.harness import PATIENCE_S, SMALL, SPOKEN, words
 from tests.conftest import Mosquitto, need
 

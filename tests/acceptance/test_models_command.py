@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fakehub import MODEL, FakeHub, running_hub
+from tests.unit.whisper.fake_hub import MODEL, FakeHub, running_hub
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from cesar_mqtt.broker import EmbeddedBroker
-from cesar_mqtt.cli import run
+from cesar_mqtt.cli.app import run
+from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 from tests.acceptance.harness import PATIENCE_S, SPEECH, Bus
 from tests.conftest import Mosquitto, StartMosquitto
 
@@ -121,7 +121,7 @@ def test_a_result_that_does_not_come_is_not_waited_for_without_end(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
+    monkeypatch.setattr("cesar_mqtt.cli.producer._RESULT_S", 0.5)
     flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
     answers.soon("a.wav", {"vtt": b"another"})
     answers.soon("b.wav", {"srt": b"one"})
@@ -136,7 +136,7 @@ def test_a_result_that_does_not_come_is_not_waited_for_without_end(
     assert json.loads(capsys.readouterr().out)["result"] is None
 
     answers.soon("d.wav", {})
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
+    monkeypatch.setattr("cesar_mqtt.cli.producer._RESULT_S", 3600.0)
     assert run([*flags, "--timeout", "2", "d.wav"]) == 3
 
 
@@ -144,7 +144,7 @@ def test_a_result_that_does_not_come_is_not_waited_for_without_end(
 def test_a_job_that_failed_has_no_result_to_wait_for(
     mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
+    monkeypatch.setattr("cesar_mqtt.cli.producer._RESULT_S", 3600.0)
     answers.soon("a.wav", {}, status="error", error_code="audio_empty", error_message="It is empty.")
     assert run(["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path", "a.wav"]) == 1
     assert "audio_empty: It is empty." in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_a_job_that_failed_has_no_result_to_wait_for(
 def test_a_result_of_an_earlier_job_of_the_same_id_is_not_passed_off_as_this_ones(
     mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
+    monkeypatch.setattr("cesar_mqtt.cli.producer._RESULT_S", 0.5)
     flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
     for path, results, code, printed in (("a.wav", {}, 1, ""), ("b.wav", {"srt": b"new"}, 0, "new")):
         answers.publish(path[0], {"srt": b"old"}, created_at="2025-01-01T00:00:00.000Z")
@@ -167,7 +167,7 @@ def test_a_result_of_an_earlier_job_of_the_same_id_is_not_passed_off_as_this_one
 def test_the_same_job_again_has_the_result_that_is_retained(
     mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 3600.0)
+    monkeypatch.setattr("cesar_mqtt.cli.producer._RESULT_S", 3600.0)
     answers.publish("a", {"srt": b"known"})
     answers.soon("a.wav", {})
     flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]
@@ -179,7 +179,7 @@ def test_the_same_job_again_has_the_result_that_is_retained(
 def test_a_result_that_was_taken_back_is_not_printed(
     mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.producer._RESULT_S", 0.5)
+    monkeypatch.setattr("cesar_mqtt.cli.producer._RESULT_S", 0.5)
     answers.publish("a", {"srt": b"known"})
     answers.soon("a.wav", {"srt": b""})
     flags = ["submit", "--broker", mosquitto.url, "--format", "srt", "--by-path"]

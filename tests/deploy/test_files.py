@@ -15,11 +15,11 @@ import typer.main
 import yaml  # type: ignore[import-untyped,unused-ignore]
 from pydantic import BaseModel
 
-from cesar_mqtt.cli import app
+from cesar_mqtt.cli.app import app
 from cesar_mqtt.config import Settings, load_settings
+from cesar_mqtt.consumer.discovery import discovery_messages
 from cesar_mqtt.errors import ConfigError
-from cesar_mqtt.homeassistant import discovery_messages
-from cesar_mqtt.topics import Topics
+from cesar_mqtt.protocol.topics import Topics
 from tests.conftest import need, run
 from tests.deploy.conftest import DEPLOY, USERS
 

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError, field_validator, model_validator
 
 from cesar_mqtt.config import LOCAL_BROKER, BrokerSettings, Section, Settings, _in_one_sentence, load_settings
+from cesar_mqtt.config_sources import Said
 from cesar_mqtt.errors import ConfigError
-from cesar_mqtt.sources import Said
 
 Load = Callable[..., Settings]
 

@@ -8,7 +8,7 @@ import pytest
 
 from cesar_mqtt import logs
 
-OURS = logging.getLogger("cesar_mqtt.worker")
+OURS = logging.getLogger("cesar_mqtt.consumer.worker")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_json_line_is_one_object_with_the_fields_of_the_event(stream: io.Strin
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
     assert record == {
         "level": "info",
-        "logger": "cesar_mqtt.worker",
+        "logger": "cesar_mqtt.consumer.worker",
         "message": "took 2 s",
         "action": "job_finished",
         "job_id": "porch-17",

@@ -1,0 +1,1 @@
+"""From a path or URL to samples, within limits."""

@@ -1,0 +1,91 @@
+"""The command `demo`: everything in one process, so that a new user sees the whole way without any set-up.
+
+A recording goes over MQTT to an embedded broker, from there to a consumer, and its transcript comes back the same way.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cesar_mqtt import logs
+from cesar_mqtt.cli.console import out, tell
+from cesar_mqtt.cli.producer import Producer, submission
+from cesar_mqtt.config import BrokerSettings, ModelSettings, Settings
+from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
+from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.service import Service
+from cesar_mqtt.whisper.packages import PackagedModels
+
+RECORDING = Path(__file__).with_name("recording.ogg")
+_JOB_ID = "demo"
+_SMALL = "tiny.en"
+_CONNECT_S = 30.0
+_LOOK_S = 0.5
+
+
+def run() -> ExitCode:
+    """Run it; the steps go to stderr, the transcript to stdout."""
+    logs.configure("text", "warning")
+    with tempfile.TemporaryDirectory(prefix="cesar-mqtt-demo-") as folder, handle_stop_signals() as stop:
+        settings = Settings(
+            data_dir=Path(folder),
+            broker=BrokerSettings(url="embedded://127.0.0.1:0"),
+            models=ModelSettings(default=_model(Path(folder))),
+        )
+        service = Service(settings, directory=Path(folder))
+        thread = threading.Thread(target=service.run, args=(stop,), name="service")
+        thread.start()
+        try:
+            return _submit(service.url, stop)
+        finally:
+            stop.requested.set()
+            thread.join()
+
+
+def _model(folder: Path) -> str | None:
+    """Choose the small model if it is installed: a larger one would have to be put together for this one recording."""
+    return _SMALL if PackagedModels(folder).find(_SMALL) is not None else None
+
+
+def _submit(url: str, stop: StopSignals) -> ExitCode:
+    topics = Topics("cesar", "cesar")
+    item = submission(RECORDING, job_id=_JOB_ID, by_path=False, options={})
+    with Producer(BrokerSettings(url=url), topics, [item]) as producer:
+        producer.connect(_CONNECT_S)
+        _step("broker", f"an embedded one at {url}")
+        producer.wait_for_consumer(time.monotonic() + _CONNECT_S)
+        _step("publish", f"{topics.audio(_JOB_ID)}  ({RECORDING.name}, {RECORDING.stat().st_size // 1024} KiB)")
+        producer.publish(None)
+        seen: list[str] = []
+        while not stop.requested.is_set() and not producer.follow(
+            time.monotonic() + _LOOK_S, lambda _, status: _show(status, seen)
+        ):
+            pass
+        status = next(status for _, status in producer.results())
+    return _end(status)
+
+
+def _show(status: Mapping[str, Any], seen: list[str]) -> None:
+    state = str(status["status"])
+    if state not in seen:
+        seen.append(state)
+        _step("status", state)
+
+
+def _end(status: Mapping[str, Any] | None) -> ExitCode:
+    if status is None:
+        return ExitCode.INTERRUPTED
+    if status["status"] != "completed":
+        _step("failed", f"{status.get('error_code')}: {status.get('error_message')}")
+        return ExitCode.FAILED
+    _step("done", f"{status['audio_duration']:.1f} s of audio, {status['speed']} times as fast as spoken; it says:")
+    out(status["result_text"])
+    return ExitCode.OK
+
+
+def _step(name: str, text: str) -> None:
+    tell(f"{name:>8}  {text}")

@@ -1,0 +1,103 @@
+"""The commands `discovery show` and `discovery remove`: what Home Assistant is told of a consumer, and taking it back.
+
+For the main thread; they talk to the broker, not to the consumer.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Self
+
+from cesar_mqtt import logs
+from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.cli.session import NoAnswerError, passing_client, reach
+from cesar_mqtt.config import Settings
+from cesar_mqtt.consumer import discovery as homeassistant
+from cesar_mqtt.errors import CesarError, ExitCode
+from cesar_mqtt.mqtt.broker_url import parse_broker_url
+from cesar_mqtt.mqtt.client import PublishTicket, Subscription
+from cesar_mqtt.protocol.topics import Topics
+
+_TIMEOUT_S = 10.0
+_LOOK_S = 0.05
+_QUIET_S = 1.0
+"""What is retained comes right behind the subscription; after so long a silence all of it has come."""
+
+
+def show(settings: Settings) -> ExitCode:
+    """Print what is announced with these settings: a JSON object with a message for each topic."""
+    wanted = settings.homeassistant
+    topics = Topics(settings.topic_prefix, settings.consumer.name)
+    messages = homeassistant.discovery_messages(topics, mode=wanted.discovery, prefix=wanted.prefix)
+    out(json.dumps({topic: json.loads(payload) for topic, payload in messages.items()}, indent=2, ensure_ascii=False))
+    return ExitCode.OK
+
+
+def remove(settings: Settings, *, as_json: bool) -> ExitCode:
+    """Remove every discovery message of the consumer from the broker, of either mode, and say which there were.
+
+    Raises:
+        CesarError: no broker answered, or it did not take the removal.
+    """
+    logs.configure(settings.log.format, "error")  # what is shown here is said in sentences
+    topics = Topics(settings.topic_prefix, settings.consumer.name)
+    with _Retained(settings, topics) as broker:
+        found = broker.find()
+        announced = sorted(topic for topic in found if topic != topics.own("state"))
+        broker.clear(announced)
+    if as_json:
+        out(json.dumps({"removed": announced}))
+        return ExitCode.OK
+    for topic in announced:
+        out(f"removed {topic}")
+    if not announced:
+        name, prefix = settings.consumer.name, settings.homeassistant.prefix
+        out(f"Nothing of the consumer {name!r} is announced below {prefix}/: there is nothing to remove.")
+    elif b"online" in found.get(topics.own("state"), b""):
+        say(
+            f"The consumer {settings.consumer.name!r} is running, and announces itself again when it or Home Assistant "
+            "connects the next time: set homeassistant.enabled to false, or stop it, and remove again."
+        )
+    return ExitCode.OK
+
+
+class _Retained:
+    """A connection that sees what the broker retains as a consumer's discovery messages, and can clear it."""
+
+    def __init__(self, settings: Settings, topics: Topics) -> None:
+        filters = homeassistant.discovery_filters(topics.consumer, prefix=settings.homeassistant.prefix)
+        self._address = parse_broker_url(settings.broker.url).redacted
+        self._published: dict[PublishTicket, str | None] = {}
+        wanted = [Subscription(name, wants_retained=True) for name in (*filters, topics.own("state"))]
+        self._client = passing_client(settings.broker, "discovery", wanted, on_published=self._published.__setitem__)
+
+    def __enter__(self) -> Self:
+        reach(self._client, self._address, _TIMEOUT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def find(self) -> Mapping[str, bytes]:
+        """Return what is retained, by topic."""
+        found: dict[str, bytes] = {}
+        while deliveries := self._client.receive(_QUIET_S):
+            found.update({delivery.topic: delivery.payload for delivery in deliveries if delivery.payload})
+            self._client.acknowledge(deliveries)
+        return found
+
+    def clear(self, topics: list[str]) -> None:
+        """Let the broker forget what it retains on these topics. Raises CesarError."""
+        tickets = {topic: self._client.publish(topic, b"", qos=1, retain=True) for topic in topics}
+        missing = dict(tickets)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while missing:
+            # What comes in meanwhile, our own messages among it, is taken: no acknowledgement is read before that.
+            self._client.acknowledge(self._client.receive(_LOOK_S))
+            missing = {topic: ticket for topic, ticket in missing.items() if ticket not in self._published}
+            if missing and time.monotonic() >= deadline:
+                raise NoAnswerError(f"The broker did not confirm that {next(iter(missing))} is removed: try it again.")
+        for topic, ticket in tickets.items():
+            reason = None if ticket is None else self._published[ticket]
+            if reason is not None:
+                raise CesarError(f"The broker does not let {topic} be removed: {reason}.")

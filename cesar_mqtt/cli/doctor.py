@@ -1,0 +1,313 @@
+"""The command `doctor`: looks at everything that a consumer and its producers need, and says what to do.
+
+For the main thread. Each check is a function that returns findings and raises nothing; none of them changes anything
+that lasts, and what is said holds no secret.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cesar_mqtt import __file__ as package_file
+from cesar_mqtt.cli.console import out
+from cesar_mqtt.cli.jobs import quiet
+from cesar_mqtt.cli.session import NoAnswerError, Requester, UnreachableError
+from cesar_mqtt.cli.text import duration, many, number, printable, size
+from cesar_mqtt.config import ModelSettings, Settings
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.ledger import repair as salvage
+from cesar_mqtt.ledger.base import lock
+from cesar_mqtt.protocol.topics import Topics
+
+if TYPE_CHECKING:
+    from cesar_mqtt.whisper.catalogue import Place
+    from cesar_mqtt.whisper.model_store import ModelStore
+
+_ROOM_BYTES = 1 << 30
+_DAY_S = 24 * 3600.0
+
+
+class Verdict(StrEnum):
+    """What a check came to."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Nothing is wrong, but something is worth knowing."""
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `what_to_do` is empty where nothing has to be done."""
+
+    check: str
+    verdict: Verdict
+    detail: str
+    what_to_do: str = ""
+
+
+def examine(settings: Settings, *, as_json: bool, timeout_s: float) -> ExitCode:
+    """Do all checks, print a line for each as soon as it is done; FAILED if anything is wrong."""
+    quiet()
+    code = ExitCode.OK
+    for finding in _all(settings, timeout_s):
+        if finding.verdict is Verdict.WRONG:
+            code = ExitCode.FAILED
+        _print(finding, as_json=as_json)
+    return code
+
+
+def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
+    yield from check_broker(settings, timeout_s)
+    yield from check_model(settings)
+    yield from check_folders(settings)
+    yield from check_audio(settings)
+    yield from check_ledger(settings)
+    yield from check_clock(time.time())
+
+
+# -- the broker and who is there ---------------------------------------------------------------------------------------
+
+
+def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
+    """Connect, see what may be published and read, and ask a consumer how it is."""
+    topics = Topics(settings.topic_prefix, settings.consumer.name)
+    wanted = [topics.status("+"), topics.rejected]
+    try:
+        requester = Requester(settings, ["health"], timeout_s=timeout_s, also=wanted)
+        connection = requester.connect()
+    except CesarError as exc:
+        yield Finding("broker", Verdict.WRONG, *_told(exc))
+        return
+    try:
+        yield Finding("broker", Verdict.OK, f"{requester.address} answers in MQTT {connection.protocol}")
+        yield _reading(connection.refused_filters, needed=wanted)
+        yield _publishing(requester, topics, tells=connection.protocol == "5")
+        yield _consumer(requester)
+    finally:
+        requester.close()
+
+
+def _told(error: CesarError) -> tuple[str, str]:
+    """Return what happened and what to do, which stand in one sentence or two."""
+    if isinstance(error, UnreachableError):
+        return error.what, error.what_to_do
+    if isinstance(error, ConfigError):
+        unreadable = "cannot be read" in str(error)
+        return str(error), "Let this user read it, or name another one." if unreadable else "Correct that setting."
+    what, sign, to_do = str(error).rpartition("; " if isinstance(error, BrokerRefusedError) else ". ")
+    if not sign:
+        return str(error), "Correct that setting."
+    return what, to_do[:1].upper() + to_do[1:].removesuffix(": see `cesar-mqtt doctor`.")
+
+
+def _reading(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
+    if not refused:
+        return Finding("subscribing", Verdict.OK, "The broker grants the topics of statuses and answers")
+    missing = [topic for topic in refused if topic in needed]
+    if missing:
+        advice = "Allow this user to read them, in the broker's access list."
+        return Finding("subscribing", Verdict.WRONG, f"The broker does not grant {', '.join(missing)}", advice)
+    told = f"The broker does not grant {', '.join(refused)}, which `submit` can do without"
+    return Finding("subscribing", Verdict.NOTE, told, "Allow this user to read them for `jobs`, `show` and the like.")
+
+
+def _publishing(requester: Requester, topics: Topics, *, tells: bool) -> Finding:
+    """Publish what consumers pass over: an empty job. Who may answer as a consumer is its user, and needs no more."""
+    reason = requester.try_to_publish(topics.jobs, b"")
+    if reason is not None:
+        serves = requester.try_to_publish(topics.response("health"), b"") is None
+        verdict = Verdict.NOTE if serves else Verdict.WRONG
+        advice = "Allow this user to write there, in the broker's access list"
+        advice += ", if it is not only the consumer's." if serves else "."
+        return Finding("publishing", verdict, f"On {topics.jobs}: {printable(reason)}", advice)
+    if not tells:
+        return Finding("publishing", Verdict.NOTE, "In MQTT 3.1.1 a broker does not say whether it drops what is sent")
+    return Finding("publishing", Verdict.OK, f"The broker takes messages on {topics.jobs}")
+
+
+def _consumer(requester: Requester) -> Finding:
+    try:
+        health = requester.ask("health")
+    except BrokerRefusedError as exc:  # as a producer's user, which needs no more than to see that somebody is there
+        told = f"{', '.join(requester.online)} is online, but {exc}"
+        return Finding("consumer", Verdict.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
+    except NoAnswerError as exc:
+        return Finding("consumer", Verdict.WRONG, *_told(exc))
+    except CesarError as exc:
+        return Finding("consumer", Verdict.WRONG, str(exc), "See the consumer's log.")
+    names = ", ".join(requester.online) or "A consumer"
+    if health.get("worker_alive") is not True:
+        return Finding(
+            "consumer", Verdict.WRONG, f"{names} answers, but its worker has ended", "Restart it; see its log."
+        )
+    uptime = duration(number(health.get("uptime")))
+    return Finding("consumer", Verdict.OK, f"{names} is online and answers; up for {uptime}")
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def check_model(settings: Settings) -> Iterator[Finding]:
+    """Load the default model as the consumer would, except that nothing is fetched, and joined in a passing folder."""
+    # The broker's lines should not wait for these.
+    from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
+    from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
+
+    local = settings.models.model_copy(update={"download": False})
+    folder = models_folder(settings)
+    advice = "See `cesar-mqtt models list`."
+    try:
+        store = ModelStore(local, folder=folder)
+        name = store.default_name()
+        place = store.catalogue.find(name)
+        if place is None and settings.models.download:
+            advice = f"It is fetched at the first job; `cesar-mqtt models pull {name}` does it now."
+            yield Finding("model", Verdict.NOTE, f"{name} is not on this machine", advice)
+            return
+        if place is not None and place.path is None:
+            yield _joined(ModelStore, local, settings, name)
+            return
+        yield Finding("model", Verdict.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
+    except CesarError as exc:
+        yield Finding("model", Verdict.WRONG, str(exc), advice)
+
+
+def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
+    """Put a model together where the first job will, but under a name that goes again. Raises JobFailedError."""
+    beside = _nearest(settings.data_dir)
+    place = beside if os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".cesar-mqtt-doctor-", dir=place) as passing:
+        told = _proved(make_store(models, folder=Path(passing)), name)
+    advice = f"The first job puts it together to stay; `cesar-mqtt models pull {name}` does it now."
+    return Finding("model", Verdict.OK, f"{name}, put together from its packages for this check, {told}", advice)
+
+
+def _proved(store: "ModelStore", name: str) -> str:
+    """Load a model, which proves that it runs. Raises JobFailedError."""
+    started = time.monotonic()
+    store.load(name)
+    took = time.monotonic() - started
+    return f"runs on {store.device} in {store.compute_type} (loaded in {took:.1f} s)"
+
+
+def _origin(place: "Place | None", joined_in: Path) -> str:
+    if place is None or place.path is None:
+        return ""
+    if place.path.parent == joined_in:
+        return f", put together from its packages in {place.path},"
+    return f" from the {place.origin} {place.path}"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def check_folders(settings: Settings) -> Iterator[Finding]:
+    """See that the data directory and the spool can be written, and have room."""
+    for name, folder in (("data directory", settings.data_dir), ("spool", settings.data_dir / "spool")):
+        yield _writable(name, folder)
+    yield _room(settings)
+
+
+def _writable(name: str, folder: Path) -> Finding:
+    there = _nearest(folder)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"0")
+    except OSError as exc:
+        advice = f"Give this user the right to write {there}, or choose another place with --data-dir."
+        return Finding(name, Verdict.WRONG, f"{there} cannot be written: {exc.strerror}", advice)
+    if there != folder:
+        return Finding(name, Verdict.OK, f"{folder} is not there yet; `serve` can make it")
+    return Finding(name, Verdict.OK, f"{folder} can be written")
+
+
+def _room(settings: Settings) -> Finding:
+    folder = _nearest(settings.data_dir)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as exc:
+        return Finding("room", Verdict.WRONG, f"{folder}: {exc.strerror}", "Choose another place with --data-dir.")
+    if free < settings.queue.max_payload_bytes:
+        advice = "Make room: without it jobs are not accepted. Retention deletes what has ended."
+        return Finding("room", Verdict.WRONG, f"Only {size(free)} are free at {folder}", advice)
+    verdict = Verdict.OK if free >= _ROOM_BYTES else Verdict.NOTE
+    return Finding("room", verdict, f"{size(free)} are free at {folder}")
+
+
+def check_audio(settings: Settings) -> Iterator[Finding]:
+    """See that the directories for `audio_path` can be read."""
+    if not settings.audio.directories:
+        yield Finding("audio", Verdict.NOTE, "audio.directories is not set: paths start in the folder of `serve`")
+    for folder in settings.audio.directories:
+        try:
+            with os.scandir(folder) as entries:
+                next(entries, None)
+        except OSError as exc:
+            advice = "Make it, give this user the right to read it, or take it out of audio.directories."
+            yield Finding("audio", Verdict.WRONG, f"{folder} cannot be read: {exc.strerror}", advice)
+        else:
+            yield Finding("audio", Verdict.OK, f"{folder} can be read")
+
+
+def check_ledger(settings: Settings) -> Iterator[Finding]:
+    """Read the ledger through, unless a consumer has it open."""
+    path = settings.data_dir / "ledger.json"
+    if not path.exists() and not path.with_name(path.name + ".journal").exists():
+        yield Finding("ledger", Verdict.OK, f"There is none at {path} yet; `serve` makes one")
+        return
+    try:
+        held = lock(path)
+        try:
+            found = salvage.examine(path)
+        finally:
+            held.release()
+    except LedgerInUseError:
+        yield Finding("ledger", Verdict.OK, f"{path} is in use by a consumer, which read it when it started")
+        return
+    except LedgerError as exc:
+        yield Finding("ledger", Verdict.WRONG, str(exc), "Run this as the user that the consumer runs as.")
+        return
+    if found.damaged:
+        told = f"{path} is damaged: {printable(salvage.shown(found.lost)[0])}" if found.lost else f"{path} is damaged"
+        yield Finding("ledger", Verdict.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
+        return
+    yield Finding("ledger", Verdict.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")
+
+
+def check_clock(now: float) -> Iterator[Finding]:
+    """See that the clock is not before the day on which this program was installed.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    installed = Path(package_file).stat().st_mtime
+    if now < installed - _DAY_S:
+        told = f"It shows {time.strftime('%Y-%m-%d', time.gmtime(now))}, before this program was installed"
+        yield Finding("clock", Verdict.WRONG, told, "Set it: retention and expiry go by it.")
+        return
+    yield Finding("clock", Verdict.OK, f"It shows {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))} UTC")
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the nearest one above that is there."""
+    return next((above for above in (folder, *folder.parents) if above.exists()), folder)
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def _print(finding: Finding, *, as_json: bool) -> None:
+    if as_json:
+        line = json.dumps(asdict(finding), ensure_ascii=False)
+    else:
+        line = f"{finding.verdict:<5}  {finding.check:<14}  {printable(finding.detail)}"
+        line = f"{line.rstrip('.')}. {finding.what_to_do}" if finding.what_to_do else line
+    out(line, flush=True)

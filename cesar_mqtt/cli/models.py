@@ -1,0 +1,164 @@
+"""The commands `models list` and `models pull`: which models can be used without a network, and fetching one."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from cesar_mqtt import logs
+from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.config import Settings
+from cesar_mqtt.errors import ExitCode, JobFailedError
+from cesar_mqtt.whisper import hub
+from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
+
+_SAY_EVERY_S = 5.0
+_LANGUAGES = {True: "multilingual", False: "English", None: "unknown"}
+
+
+def list_models(settings: Settings, *, as_json: bool) -> ExitCode:
+    """Print which models are on this machine, and which may be fetched. Raises ConfigError."""
+    catalogue = _catalogue(settings)
+    entries = catalogue.entries()
+    others = [entry.name for entry in entries if entry.origin is None and catalogue.may_download(entry.name)]
+    here = [entry for entry in entries if entry.origin is not None]
+    if as_json:
+        models = [_plain(entry) for entry in here]
+        out(json.dumps({"default": catalogue.default_name(), "models": models, "downloadable": others}))
+        return ExitCode.OK
+    _print_table(here)
+    if not any(entry.default for entry in here):
+        out(f"The default is {catalogue.default_name()}, which is not on this machine.")
+    if others:
+        out(f"`cesar-mqtt models pull NAME` fetches: {', '.join(others)}")
+        if hub.is_offline():
+            out("Now it cannot: HF_HUB_OFFLINE is set.")
+    elif not settings.models.download:
+        out("Others may not be downloaded (models.download is false).")
+    return ExitCode.OK
+
+
+def pull(name: str, settings: Settings) -> ExitCode:
+    """Make a model usable without a network, and print its folder on stdout; the way there is shown on stderr.
+
+    Exit code 2: no model has this name, or `models.allowed` leaves it out; 1: it could not be fetched.
+
+    Raises:
+        ConfigError: a setting names a model that cannot be.
+    """
+    logs.configure(settings.log.format, "error")  # what is shown here is said in sentences
+    catalogue = _catalogue(settings)
+    if not catalogue.is_allowed(name):
+        say(f"{name!r} is no model that may be used. Those that may: {', '.join(catalogue.allowed_names())}.")
+        return ExitCode.USAGE
+    place = catalogue.find(name)
+    hopeless = place is None and (hub.is_offline() or not catalogue.may_download(name))
+    try:
+        if hopeless or (place is not None and place.path is not None):
+            path = catalogue.obtain(name)
+            say(f"{name} is already here.")
+        else:
+            with _shown(name, "not here yet: fetching it" if place is None else "here in parts: joining them") as view:
+                path = catalogue.obtain(name, on_progress=view.show)
+    except JobFailedError as exc:
+        say(exc.message)
+        return ExitCode.FAILED
+    out(str(path))
+    return ExitCode.OK
+
+
+def _catalogue(settings: Settings) -> Catalogue:
+    return Catalogue(settings.models, folder=models_folder(settings))
+
+
+def models_folder(settings: Settings) -> Path:
+    """Return where the consumer keeps the models that it has joined."""
+    return settings.data_dir / "models"
+
+
+def _plain(entry: ModelEntry) -> dict[str, Any]:
+    return asdict(entry) | {"path": None if entry.path is None else str(entry.path)}
+
+
+def _print_table(entries: list[ModelEntry]) -> None:
+    if not entries:
+        out("No model is on this machine.")
+        return
+    rows = [("NAME", "FROM", "SIZE", "LANGUAGES", "")] + [
+        (
+            entry.name,
+            str(entry.origin),
+            f"{(entry.size_bytes or 0) / 1e6:.0f} MB",
+            _LANGUAGES[entry.multilingual],
+            "; ".join(note for note in ("default" if entry.default else None, entry.problem) if note),
+        )
+        for entry in entries
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, origin, size, languages, note in rows:
+        cells = (
+            name.ljust(widths[0]),
+            origin.ljust(widths[1]),
+            size.rjust(widths[2]),
+            languages.ljust(widths[3]),
+            note,
+        )
+        out("  ".join(cells).rstrip())
+
+
+class _View(Protocol):
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def show(self, done_bytes: int, total_bytes: int) -> None: ...
+
+
+def _shown(name: str, what: str) -> _View:
+    console = Console(stderr=True)
+    return _Bar(name, console) if console.is_terminal else _Lines(name, what)
+
+
+class _Bar:
+    """A progress bar that goes when it is done."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+        self._progress = Progress(
+            *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
+        )
+        self._task = self._progress.add_task(name, total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        self._progress.update(self._task, completed=done_bytes, total=total_bytes)
+
+
+class _Lines:
+    """A line now and then, for a stderr that is a file or another program."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self._name = name
+        self._what = what
+        self._said_at: float | None = None
+
+    def __enter__(self) -> Self:
+        say(f"{self._name} is {self._what}.")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if done_bytes == total_bytes or self._said_at is None or now - self._said_at >= _SAY_EVERY_S:
+            self._said_at = now
+            say(f"{self._name}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")

@@ -1,0 +1,295 @@
+"""The producer's side of the contract, for `submit` and `demo`: send recordings, follow their statuses.
+
+One thread uses a `Producer`; it knows nothing of ledgers and models.
+"""
+
+import base64
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from cesar_mqtt.cli.session import passing_client, reach
+from cesar_mqtt.cli.text import printable, size
+from cesar_mqtt.config import BrokerSettings
+from cesar_mqtt.errors import BrokerRefusedError, CesarError
+from cesar_mqtt.mqtt.broker_url import parse_broker_url
+from cesar_mqtt.mqtt.client import CannotPublishError, Delivery, PublishTicket, Subscription
+from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES
+from cesar_mqtt.protocol.topics import Topics
+
+_FINAL = frozenset({"completed", "error", "cancelled"})
+_LOOK_S = 0.25
+_SHORT_S = 0.01
+_RESULT_S = 5.0
+"""How long a result may come after the status that says that the job is completed; it should come before."""
+
+
+_NAME_CHARACTERS = 200
+_NAMED_BYTES = 64 << 20
+"""Where MQTT 3.1.1 is spoken, the name of a recording up to this size goes with it: inside JSON, a third larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One recording to be transcribed.
+
+    Attributes:
+        job_id: its id; the same id with the same recording again is the same job.
+        audio: the recording's bytes, or None when `path` is to be sent instead.
+        path: the path as the consumer is to look it up.
+        options: further fields of the request.
+        name: what the job's metadata is to call the file; None: nothing.
+    """
+
+    job_id: str
+    audio: bytes | None = field(repr=False)
+    path: str
+    options: Mapping[str, Any]
+    name: str | None = None
+
+
+def new_job_id() -> str:
+    """Return an id that nobody else has."""
+    return str(uuid.uuid4())
+
+
+def submission(
+    path: Path | str,
+    *,
+    job_id: str | None,
+    by_path: bool,
+    options: Mapping[str, Any],
+    max_bytes: int = MOST_PACKET_BYTES,
+) -> Submission:
+    """Prepare a recording; reads the file, `-` being stdin, unless only its path is to be sent.
+
+    A job whose id is made here is told apart by the file's name. With an id of the caller's the name is left out: the
+    same recording under another name has to stay the same request.
+
+    Raises:
+        CesarError: the file cannot be read, is empty or larger than `max_bytes`.
+    """
+    if by_path:
+        return Submission(job_id or new_job_id(), None, str(path), options)
+    shown = "stdin" if str(path) == "-" else str(path)
+    try:
+        with sys.stdin.buffer if shown != str(path) else Path(path).open("rb") as file:
+            audio = file.read(max_bytes + 1)
+    except OSError as exc:
+        raise CesarError(f"{shown} cannot be read: {exc.strerror}.") from exc
+    if not audio:
+        raise CesarError(f"{shown} is empty: there is nothing to transcribe in it.")
+    if len(audio) > max_bytes:
+        raise CesarError(
+            f"{shown} is over the {size(max_bytes)} that a message may have: send its path with --by-path."
+        )
+    name = None if job_id or shown == "stdin" else printable(Path(path).name)[:_NAME_CHARACTERS]
+    return Submission(job_id or new_job_id(), audio, shown, options, name)
+
+
+class Producer:
+    """A connection that publishes submissions and receives their statuses, and their results if these are wanted."""
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        topics: Topics,
+        submissions: Sequence[Submission],
+        *,
+        result_format: str | None = None,
+        on_lost: Callable[[str], None] | None = None,
+    ) -> None:
+        """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong.
+
+        `result_format` is what every submission asks for in its options, to be waited for; None: the status is enough.
+        `on_lost` is told why a connection was lost, on the network thread.
+        """
+        self._topics = topics
+        self._address = parse_broker_url(settings.url).redacted
+        self._submissions = {submission.job_id: submission for submission in submissions}
+        self._statuses: dict[str, dict[str, Any]] = {}
+        self._statuses_before: dict[str, dict[str, Any]] = {}
+        """What was retained before we published may be another job of the same id; ours is published afresh."""
+        self._results: dict[str, bytes] = {}
+        self._results_before: dict[str, bytes] = {}
+        self._result_topics = (
+            {topics.result(job_id, result_format): job_id for job_id in self._submissions} if result_format else {}
+        )
+        self._results_due: float | None = None
+        self._first_connection = 0
+        self._published: dict[PublishTicket, str | None] = {}
+        self._consumers: dict[str, bool] = {}
+        watched = [*(topics.status(job_id) for job_id in self._submissions), *self._result_topics]
+        states = f"{topics.prefix}/consumer/+/state"
+        wanted = [Subscription(topic, wants_retained=True) for topic in (*watched, states)]
+        wanted.append(Subscription(topics.rejected))
+        self._client = passing_client(settings, "submit", wanted, on_published=self._published.__setitem__)
+        self._client.on_disconnected = on_lost
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def connect(self, timeout_s: float) -> None:
+        """Connect and subscribe; a broker that refuses connections may be starting. Raises as `reach`."""
+        self._first_connection = reach(self._client, self._address, timeout_s, patience_s=timeout_s).number
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no connection just now; None: there is one."""
+        return None if self._client.connected else self._client.trouble or "it was lost"
+
+    @property
+    def consumer_online(self) -> bool:
+        """Whether any consumer has said that it is there."""
+        return any(self._consumers.values())
+
+    def wait_for_consumer(self, deadline: float) -> bool:
+        """Wait until a consumer says that it is there; False at the deadline."""
+        while not self.consumer_online and not _over(deadline):
+            self._receive()
+        return self.consumer_online
+
+    def publish(self, deadline: float | None) -> bool:
+        """Send every submission at QoS 1 and wait until the broker has taken them; False at the deadline.
+
+        Raises:
+            BrokerRefusedError: the broker does not let this client publish there.
+            CesarError: a recording is larger than the broker takes.
+        """
+        for item in self._submissions.values():
+            topic, ticket = self._send(item)
+            while ticket not in self._published:
+                if _over(deadline):
+                    return False
+                # What comes in meanwhile is taken and acknowledged: amqtt answers nothing before that.
+                self._receive(_SHORT_S)
+                if ticket is None or self._client.connected is None:
+                    self._client.wait_connected(_LOOK_S)
+                    topic, ticket = self._send(item)
+            reason = None if ticket is None else self._published[ticket]
+            if reason is not None:
+                raise BrokerRefusedError(f"{self._address} does not let this client publish on {topic}: {reason}.")
+        return True
+
+    def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
+        topic, payload, properties = self._message(item)
+        try:
+            return topic, self._client.publish(topic, payload, qos=1, user_properties=properties)
+        except CannotPublishError as exc:
+            raise CesarError(f"{item.path} cannot be sent: {exc} Send its path with --by-path.") from exc
+
+    def follow(self, deadline: float | None, on_status: Callable[[str, Mapping[str, Any]], None]) -> bool:
+        """Receive statuses until every submission is final; False at the deadline.
+
+        Results that are wanted and do not come soon after the last status are not waited for any longer.
+
+        Args:
+            deadline: on the monotonic clock; None: as long as it takes.
+            on_status: called with the id and the status whenever one comes; a refusal comes as status `rejected`.
+        """
+        reported: dict[str, Any] = {}
+        while True:
+            for job_id, status in self._statuses.items():
+                if reported.get(job_id) is not status:
+                    reported[job_id] = status
+                    on_status(job_id, status)
+            if self._is_over():
+                return True
+            if _over(deadline):
+                return False
+            self._receive()
+
+    def results(self) -> Iterator[tuple[Submission, Mapping[str, Any] | None]]:
+        """Yield each submission in order with its newest status; None when nothing was heard of it."""
+        for job_id, submission in self._submissions.items():
+            yield submission, self._statuses.get(job_id)
+
+    def result(self, job_id: str) -> bytes | None:
+        """Return the result of a completed job as it was published; None: it has not come."""
+        if job_id in self._results:
+            return self._results[job_id]
+        before, now = self._statuses_before.get(job_id), self._statuses.get(job_id)
+        # The same job again: its status is published anew, what is retained beside it need not be.
+        same = before is not None and now is not None and all(before.get(name) == now.get(name) for name in _RUN)
+        return self._results_before.get(job_id) if same else None
+
+    def _is_over(self) -> bool:
+        if not all(self._is_final(job_id) for job_id in self._submissions):
+            return False
+        completed = [job_id for job_id, status in self._statuses.items() if status["status"] == "completed"]
+        if not self._result_topics or all(self.result(job_id) is not None for job_id in completed):
+            return True
+        self._results_due = self._results_due or time.monotonic() + _RESULT_S
+        return _over(self._results_due)
+
+    def _is_final(self, job_id: str) -> bool:
+        status = self._statuses.get(job_id)
+        return status is not None and (status["status"] in _FINAL or status["status"] == "rejected")
+
+    def _message(self, item: Submission) -> tuple[str, bytes, Sequence[tuple[str, str]]]:
+        """Return topic, payload and user properties; a user property that names no field is metadata."""
+        named = {"file": item.name} if item.name else {}
+        connection = self._client.connected
+        has_properties = connection is None or connection.protocol == "5"
+        bare = has_properties or not named or len(item.audio or b"") > _NAMED_BYTES
+        if item.audio is not None and not item.options and bare:
+            return self._topics.audio(item.job_id), item.audio, tuple(named.items())
+        document: dict[str, Any] = {"job_id": item.job_id, **item.options, **({"metadata": named} if named else {})}
+        if item.audio is None:
+            document["audio_path"] = item.path
+        else:
+            document["audio_base64"] = base64.b64encode(item.audio).decode()
+        return self._topics.jobs, json.dumps(document, ensure_ascii=False).encode(), ()
+
+    def _receive(self, timeout_s: float = _LOOK_S) -> None:
+        deliveries = self._client.receive(timeout_s)
+        for delivery in deliveries:
+            self._take(delivery)
+        self._client.acknowledge(deliveries)
+
+    def _take(self, delivery: Delivery) -> None:
+        before = delivery.retain and delivery.receipt.connection == self._first_connection
+        if delivery.topic in self._result_topics:
+            self._take_result(self._result_topics[delivery.topic], delivery.payload, before=before)
+            return
+        try:
+            document = json.loads(delivery.payload or b"null")
+        except ValueError:
+            return
+        if not isinstance(document, dict):
+            return
+        job_id = document.get("job_id")
+        if delivery.topic == self._topics.rejected and job_id in self._submissions:
+            if not self._is_final(job_id):
+                self._statuses[job_id] = {"job_id": job_id, "status": "rejected", **_refusal(document)}
+        elif job_id in self._submissions and delivery.topic == self._topics.status(job_id):
+            (self._statuses_before if before else self._statuses)[job_id] = document
+        elif "state" in document:
+            self._consumers[delivery.topic] = document["state"] == "online"
+
+    def _take_result(self, job_id: str, payload: bytes, *, before: bool) -> None:
+        if payload:
+            (self._results_before if before else self._results)[job_id] = payload
+        else:  # taken back
+            self._results.pop(job_id, None)
+            self._results_before.pop(job_id, None)
+
+
+_RUN = ("status", "created_at", "attempt", "completed_at")
+"""Fields that are the same in two statuses if they tell of the same run of the same job."""
+
+
+def _refusal(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"error_code": document.get("reason"), "error_message": document.get("detail")}
+
+
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline

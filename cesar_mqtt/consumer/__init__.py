@@ -1,0 +1,1 @@
+"""The threads of the consumer: intake, worker, publisher, and what they share."""

@@ -1,0 +1,242 @@
+"""What Home Assistant is told by MQTT discovery: the consumer as a device with its entities. Pure, for any thread.
+
+The templates in here are Home Assistant's: it renders them for each message (`value`, `value_json`; `this` is the
+entity as it was before).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from cesar_mqtt import __version__
+from cesar_mqtt.protocol.consumer_payloads import Activity, Event
+from cesar_mqtt.protocol.topics import Topics
+
+Mode = Literal["device", "component"]
+"""One message for the whole device, or one for each entity, as Home Assistant before 2024.11 needs it."""
+
+BORN = b"online"
+"""What Home Assistant publishes on its birth topic when it has started."""
+PAUSE_SWITCH = "pause/set"
+"""Below the consumer's own topics: `ON` pauses it, `OFF` lets it go on. Home Assistant's switch has one topic only."""
+
+_STATE_CHARACTERS = 255
+"""A longer state is refused, and logged as a whole."""
+_PRODUCT = "cesar-mqtt"
+_JOBS = "jobs"
+
+
+def birth_topics(prefix: str) -> tuple[str, ...]:
+    """Return where Home Assistant may say that it has started: its birth topic keeps its name under another prefix.
+
+    A birth topic that was set to something else is not heard.
+    """
+    return tuple(dict.fromkeys((f"{prefix}/status", "homeassistant/status")))
+
+
+def device_id(consumer: str) -> str:
+    """Return what stands in discovery topics for a consumer: consumers side by side differ in it."""
+    return f"{_PRODUCT}_{consumer}"
+
+
+def discovery_filters(consumer: str, *, prefix: str) -> tuple[str, str]:
+    """Return the subscriptions that match every discovery topic of a consumer, in either mode and of any version."""
+    return f"{prefix}/device/{device_id(consumer)}/config", f"{prefix}/+/{device_id(consumer)}/+/config"
+
+
+def discovery_messages(topics: Topics, *, mode: Mode, prefix: str) -> dict[str, bytes]:
+    """Return the retained messages that announce a consumer, by topic.
+
+    A device's message is refused as a whole if Home Assistant does not know one key at its root, or an entity has no
+    `unique_id`; and what stands at the root reaches the entities in some versions only. So each entity says all.
+    """
+    about = {"device": _device(topics.consumer), "origin": {"name": _PRODUCT, "sw_version": __version__}}
+    name = device_id(topics.consumer)
+    if mode == "device":
+        components = {key: {"platform": platform, **fields} for key, platform, fields in _entities(topics)}
+        return {f"{prefix}/device/{name}/config": _encode({**about, "components": components})}
+    return {
+        f"{prefix}/{platform}/{name}/{key}/config": _encode({**fields, **about})
+        for key, platform, fields in _entities(topics)
+    }
+
+
+def _encode(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _device(consumer: str) -> dict[str, Any]:
+    """Describe the device; with its name the ids of the entities begin, so it says what it is."""
+    return {
+        "identifiers": [f"{_PRODUCT}.{consumer}"],
+        "name": consumer if consumer.lower().startswith("cesar") else f"cesar {consumer}",
+        "manufacturer": _PRODUCT,
+        "model": "Transcription worker",
+        "sw_version": __version__,
+    }
+
+
+def _entities(topics: Topics) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield key, platform and configuration of each entity. A key stays as it is: users' entities hang on it."""
+    for platform, entities in (
+        ("binary_sensor", _binary_sensors(topics)),
+        ("sensor", {**_queue_sensors(topics), **_total_sensors(topics), **_text_sensors(topics)}),
+        ("event", _events(topics)),
+        ("notify", _notifiers(topics)),
+        ("switch", _switches(topics)),
+        ("button", _buttons(topics)),
+    ):
+        for key, fields in entities.items():
+            # No letter of a consumer's name is a dot, so no two pairs of name and key make the same id.
+            yield key, platform, {"unique_id": f"{_PRODUCT}.{topics.consumer}.{key}", "qos": 1, **fields}
+
+
+Entities = dict[str, dict[str, Any]]
+
+
+def _binary_sensors(topics: Topics) -> Entities:
+    connection = {
+        "name": "Connection",
+        "device_class": "connectivity",
+        "entity_category": "diagnostic",
+        "state_topic": topics.own("state"),
+        "value_template": "{{ value_json.state }}",
+        "payload_on": "online",
+        "payload_off": "offline",
+    }
+    return {"connection": connection}
+
+
+def _queue_sensors(topics: Topics) -> Entities:
+    of_the_queue = {**_only_online(topics), "state_topic": topics.own("queue")}
+    activity = {
+        "name": "Activity",
+        "icon": "mdi:progress-clock",
+        "device_class": "enum",
+        "options": list(get_args(Activity)),
+        "value_template": "{{ value_json.activity }}",
+        "json_attributes_topic": topics.own("queue"),
+        "json_attributes_template": "{{ {'job_id': value_json.job_id} | tojson }}",
+    }
+    queued = {
+        "name": "Queue length",
+        "icon": "mdi:tray-full",
+        "state_class": "measurement",
+        "unit_of_measurement": _JOBS,
+        "value_template": "{{ value_json.queued }}",
+    }
+    return {"activity": {**of_the_queue, **activity}, "queued": {**of_the_queue, **queued}}
+
+
+def _total_sensors(topics: Topics) -> Entities:
+    names = {"completed": "Completed", "error": "Errors", "cancelled": "Cancelled", "rejected": "Rejected"}
+    return {
+        f"{what}_total": {
+            "name": name,
+            "icon": "mdi:counter",
+            "entity_category": "diagnostic",
+            "state_class": "total_increasing",
+            "unit_of_measurement": _JOBS,
+            "state_topic": topics.own("queue"),
+            "value_template": f"{{{{ value_json.{what}_total }}}}",
+        }
+        for what, name in names.items()
+    }
+
+
+def _text_sensors(topics: Topics) -> Entities:
+    """Describe what stays readable while the consumer is offline."""
+    transcript = {
+        "name": "Last transcript",
+        "icon": "mdi:text-long",
+        **_kept_text(
+            topics.own("last"),
+            when="value_json.text is string",
+            text="value_json.text",
+            attributes=("text", "text_truncated", "job_id", "language", "audio_duration", "completed_at"),
+        ),
+    }
+    failed = {
+        "name": "Last error",
+        "icon": "mdi:alert-circle-outline",
+        "entity_category": "diagnostic",
+        **_kept_text(
+            topics.events,
+            when=f"value_json.event_type == 'error' and value_json.consumer == '{topics.consumer}'",
+            text="value_json.error_message",
+            attributes=("error_code", "error_message", "job_id", "attempt", "time"),
+        ),
+    }
+    return {"last_transcript": transcript, "last_error": failed}
+
+
+def _kept_text(topic: str, *, when: str, text: str, attributes: tuple[str, ...]) -> dict[str, Any]:
+    """Describe a sensor that shows the beginning of a text, and keeps it when a message comes that is not `when`.
+
+    The whole text goes into an attribute, for which there is no such limit. None may be called `state` or `icon`: Home
+    Assistant leaves those out. `None` is its word for an unknown state.
+    """
+    kept = "{{ 'None' if this.state in ('unknown', 'unavailable') else this.state }}"
+    start = f"{{{{ {text}[:{_STATE_CHARACTERS}] }}}}"
+    wanted = ", ".join(f"'{name}': told.get('{name}')" for name in attributes)
+    return {
+        "state_topic": topic,
+        "value_template": f"{{% if {when} %}}{start}{{% else %}}{kept}{{% endif %}}",
+        "json_attributes_topic": topic,
+        "json_attributes_template": (
+            f"{{% set told = value_json if {when} else this.attributes %}}{{{{ {{{wanted}}} | tojson }}}}"
+        ),
+    }
+
+
+def _events(topics: Topics) -> Entities:
+    job = {
+        "name": "Job",
+        "icon": "mdi:microphone-message",
+        "state_topic": topics.events,
+        "event_types": list(get_args(Event.model_fields["event_type"].annotation)),
+        # All consumers under one prefix tell their events on one topic; what is empty is passed over.
+        "value_template": f"{{% if value_json.consumer == '{topics.consumer}' %}}{{{{ value }}}}{{% endif %}}",
+    }
+    return {"job": job}
+
+
+def _notifiers(topics: Topics) -> Entities:
+    # Without availability: the broker keeps a request for a consumer that is away.
+    submit = {
+        "name": "Transcribe",
+        "icon": "mdi:file-music-outline",
+        "command_topic": topics.jobs,
+        "command_template": (
+            "{% set field = 'audio_url' if value.startswith(('http://', 'https://')) else 'audio_path' %}"
+            "{{ {field: value} | tojson }}"
+        ),
+    }
+    return {"submit": submit}
+
+
+def _switches(topics: Topics) -> Entities:
+    paused = {
+        **_only_online(topics),
+        "name": "Pause",
+        "icon": "mdi:pause-circle-outline",
+        "state_topic": topics.own("queue"),
+        "value_template": "{{ 'ON' if value_json.paused else 'OFF' }}",
+        "command_topic": topics.own(PAUSE_SWITCH),
+    }
+    return {"paused": paused}
+
+
+def _buttons(topics: Topics) -> Entities:
+    cancel = {
+        **_only_online(topics),
+        "name": "Cancel current job",
+        "icon": "mdi:cancel",
+        "command_topic": f"{topics.prefix}/request/cancel",
+        "payload_press": json.dumps({"job_id": "current", "consumer": topics.consumer}),
+    }
+    return {"cancel": cancel}
+
+
+def _only_online(topics: Topics) -> dict[str, Any]:
+    return {"availability": [{"topic": topics.own("state"), "value_template": "{{ value_json.state }}"}]}

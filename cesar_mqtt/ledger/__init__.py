@@ -1,0 +1,1 @@
+"""Jobs on disk: journal, checkpoint, queue order, outbox. Knows nothing of MQTT."""

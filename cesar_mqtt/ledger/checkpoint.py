@@ -1,0 +1,110 @@
+"""The checkpoint: all tables in one JSON file that stock TinyDB opens, with a header and a checksum as two more tables.
+
+Any thread may write one, from a `Snapshot` that nobody changes; one at a time for each path.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.journal import FORMAT, check_format, encode
+
+Document = dict[str, Any]
+Image = dict[str, dict[str, Document]]
+"""Table name, then document id as a string (as in TinyDB's JSON), then the document."""
+
+RESERVED = frozenset({"checkpoint", "checksum"})
+"""Names that no other table may have."""
+
+_CHECKSUM = b',\n"checksum": '
+_LINES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A moment of the storage, which goes on meanwhile.
+
+    Attributes:
+        image: the tables; not to be changed.
+        transaction: the number of the last transaction in it.
+        mark: the owner's number that came with that transaction.
+        journal_size: where the later transactions begin in the journal.
+    """
+
+    image: Image
+    transaction: int = 0
+    mark: int = 0
+    journal_size: int = 0
+
+
+def save(snapshot: Snapshot, path: Path, *, disk: Disk) -> int:
+    """Write `snapshot` to `path` in place of what is there; on return it is on disk under that name.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        OSError: the disk refused; the old file or the new one is there, whole.
+    """
+    return disk.put(path, _with_checksum(_chunks(snapshot)))
+
+
+def load(path: Path) -> tuple[Snapshot, int] | None:
+    """Read what `save` wrote; None when there is no such file.
+
+    Returns:
+        The snapshot, and the size of the file in bytes.
+
+    Raises:
+        LedgerError: the file is damaged, was changed by another program, or is of a newer version.
+        OSError: it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    end = raw.rfind(_CHECKSUM)
+    if end < 0 or raw[end:] != _checksum(zlib.crc32(memoryview(raw)[:end])):
+        raise LedgerError(
+            f"{path} is damaged or was changed by another program: its checksum does not match. "
+            "Nothing was changed. `cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
+        )
+    tables = json.loads(raw)
+    del tables["checksum"]
+    header = tables.pop("checkpoint")["1"]
+    check_format(path, header["format"])
+    return Snapshot(tables, header["transaction"], header["mark"]), len(raw)
+
+
+def _chunks(snapshot: Snapshot) -> Iterator[bytes]:
+    """Yield the JSON, a document a line, without ever holding all of it."""
+    header = {"format": FORMAT, "transaction": snapshot.transaction, "mark": snapshot.mark}
+    yield b'{"checkpoint": ' + encode({"1": header})
+    for table, rows in snapshot.image.items():
+        yield b",\n" + encode(table) + b": {"
+        separator = b"\n"
+        lines: list[bytes] = []
+        for key, document in rows.items():
+            lines.append(b'%s"%s": %s' % (separator, key.encode(), encode(document)))
+            separator = b",\n"
+            if len(lines) == _LINES_AT_ONCE:
+                yield b"".join(lines)
+                lines.clear()
+        yield b"".join(lines) + b"}"
+
+
+def _with_checksum(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    crc = 0
+    for chunk in chunks:
+        crc = zlib.crc32(chunk, crc)
+        yield chunk
+    yield _checksum(crc)
+
+
+def _checksum(crc: int) -> bytes:
+    return _CHECKSUM + encode({"1": {"crc32": f"{crc:08x}"}}) + b"}\n"

@@ -1,0 +1,257 @@
+"""What a damaged ledger still holds: found without changing anything, and written back only when told to.
+
+For one thread, on files that no consumer has open (the caller holds the ledger's lock).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cesar_mqtt.cli.text import many
+from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.ledger import checkpoint
+from cesar_mqtt.ledger.base import COUNTERS, GONE, JOBS, WINDOWS
+from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
+from cesar_mqtt.ledger.documents import gone_of, job_of, window_of
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.journal import body_of, check_format, is_torn, lines_of
+from cesar_mqtt.ledger.storage import apply, change_of
+
+_TABLE_LINE = re.compile(rb'^(?:\{)?"([^"]+)": \{$')
+_DOCUMENT_LINE = re.compile(rb'^"(\d+)": (\{.*\}),?\}?,?$')
+_MOST_SHOWN = 10
+
+
+@dataclass(slots=True)
+class Salvage:
+    """What can be kept of a ledger.
+
+    Attributes:
+        image: the tables as they would be kept.
+        transaction: the newest transaction that was found.
+        lost: a sentence for each thing that cannot be kept.
+        notes: what is unusual and costs nothing.
+    """
+
+    image: Image = field(default_factory=dict)
+    transaction: int = 0
+    lost: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    damaged: bool = False
+
+    @property
+    def jobs(self) -> dict[str, Document]:
+        """The documents of the jobs that can be kept."""
+        return self.image.get(JOBS, {})
+
+    def lose(self, table: str, key: str, sentence: str) -> None:
+        """Leave a document out, and say what that costs."""
+        self.damaged = True
+        self.lost.append(sentence)
+        del self.image[table][key]
+
+
+def examine(path: Path) -> Salvage:
+    """Read the ledger at `path` as far as it can be read; changes nothing.
+
+    Raises:
+        LedgerError: a file cannot be opened, or a newer version wrote it.
+    """
+    found = Salvage()
+    try:
+        _read_checkpoint(path, found)
+        _read_journal(path.with_name(path.name + ".journal"), found)
+    except OSError as exc:
+        raise LedgerError(f"The ledger {path} cannot be read: {exc.strerror}.") from exc
+    _drop_unreadable(found)
+    return found
+
+
+def repair(path: Path, found: Salvage) -> list[Path]:
+    """Write what was found as a new, whole ledger; the old files stay beside it under other names.
+
+    Every status is published again at the next start.
+
+    Returns:
+        Where the old files are now.
+
+    Raises:
+        LedgerError: the disk refused; the old files are there.
+    """
+    stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+    journal, disk = path.with_name(path.name + ".journal"), Disk()
+    kept = []
+    try:
+        # At no moment is there neither the old ledger nor the new one under the names that a consumer opens.
+        for old in (path, journal):
+            if old.exists():
+                kept.append(old.with_name(f"{old.name}.damaged-{stamp}"))
+                kept[-1].hardlink_to(old)
+        disk.sync_folder(path.parent)
+        checkpoint.save(Snapshot(found.image, found.transaction), path, disk=disk)
+        disk.remove(journal)
+        disk.sync_folder(path.parent)
+    except OSError as exc:
+        raise LedgerError(f"The ledger {path} could not be repaired: {exc.strerror}.") from exc
+    return kept
+
+
+# -- the checkpoint -----------------------------------------------------------------------------------------------
+
+
+def _read_checkpoint(path: Path, found: Salvage) -> None:
+    try:
+        loaded = checkpoint.load(path)
+    except (LedgerError, ValueError, KeyError, TypeError):
+        found.damaged = True
+        _salvage_checkpoint(path, found)
+        return
+    if loaded is not None:
+        found.image, found.transaction = loaded[0].image, loaded[0].transaction
+
+
+def _salvage_checkpoint(path: Path, found: Salvage) -> None:
+    """Read a checkpoint whose checksum is wrong: as a whole if it is still JSON, else a document a line."""
+    raw = path.read_bytes()
+    try:
+        tables = json.loads(raw)
+        header = tables["checkpoint"]["1"]
+        check_format(path, header["format"])
+        found.transaction = int(header["transaction"])
+        found.image = {name: rows for name, rows in tables.items() if name not in RESERVED}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found.image = _documents(raw, found)
+        found.transaction = max((row.get("revision", 0) for row in found.jobs.values()), default=0)
+        return
+    found.notes.append(f"{path.name} was changed by another program or damaged, but all of it can be read.")
+
+
+def _documents(raw: bytes, found: Salvage) -> Image:
+    image: Image = {}
+    table = ""
+    unreadable = 0
+    for line in raw.splitlines():
+        named = _TABLE_LINE.match(line)
+        if named:
+            table = named[1].decode(errors="replace")
+            continue
+        document = _document(line)
+        if document is not None and table not in RESERVED:
+            image.setdefault(table, {})[document[0]] = document[1]
+        elif not any(f'"{name}"'.encode() in line for name in RESERVED):
+            unreadable += 1
+    if unreadable:
+        found.lost.append(f"{many(unreadable, 'line')} of the checkpoint cannot be read.")
+    return image
+
+
+def _document(line: bytes) -> tuple[str, Document] | None:
+    parts = _DOCUMENT_LINE.match(line.strip())
+    if parts is None:
+        return None
+    for text in (parts[2], parts[2][:-1]):  # the last document of a table is followed by the table's own bracket
+        try:
+            content = json.loads(text)
+        except ValueError:
+            continue
+        return (parts[1].decode(), content) if isinstance(content, dict) else None
+    return None
+
+
+# -- the journal --------------------------------------------------------------------------------------------------
+
+
+def _read_journal(path: Path, found: Salvage) -> None:
+    try:
+        used = path.read_bytes().rstrip(b"\0")
+    except FileNotFoundError:
+        return
+    expected: int | None = None
+    for number, entry in _entries(used, path, found):
+        if number == 1 and isinstance(entry, dict):
+            check_format(path, entry.get("cesar_journal", 0))
+            expected = _after(entry, path, found)
+        elif isinstance(entry, list):
+            expected = _take(entry, expected, found)
+
+
+def _entries(used: bytes, path: Path, found: Salvage) -> Iterator[tuple[int, Any]]:
+    end = 0
+    for number, line in enumerate(lines_of(used), start=1):
+        body = body_of(line)
+        if body is not None:
+            yield number, json.loads(body)
+        elif end + len(line) == len(used) and is_torn(line, end):
+            found.notes.append(
+                f"The last line of {path.name} was cut by a crash: it was never acknowledged to anybody."
+            )
+        else:
+            found.damaged = True
+            found.lost.append(f"Line {number} of {path.name} is damaged: what that transaction changed is unknown.")
+        end += len(line)
+
+
+def _after(header: Any, path: Path, found: Salvage) -> int:
+    after = int(header.get("after", 0))
+    if after > found.transaction:
+        found.damaged = True
+        found.lost.append(
+            f"{path.name} goes on after transaction {after}, the checkpoint ends at {found.transaction}: those between "
+            "are missing."
+        )
+    return after + 1
+
+
+def _take(entry: list[Any], expected: int | None, found: Salvage) -> int:
+    number, _, operations = entry
+    if expected is not None and number > max(expected, found.transaction + 1):
+        found.damaged = True
+    if number > found.transaction:
+        for operation in operations:
+            apply(found.image, change_of(operation))
+        found.transaction = number
+    return int(number) + 1
+
+
+def _drop_unreadable(found: Salvage) -> None:
+    """Leave out what the ledger could not read: a repaired one has to open.
+
+    Windows whose job is lost do no harm: the ledger drops them when it is opened.
+    """
+    seen: set[str] = set()
+    for key, row in sorted(found.jobs.items(), key=lambda item: (len(item[0]), item[0])):
+        if not _reads(_read_job, key, row) or row["job_id"] in seen:
+            job_id = row.get("job_id", "id unknown")
+            found.lose(JOBS, key, f"Job number {key} ({job_id}): its beginning is lost or damaged.")
+        else:
+            seen.add(row["job_id"])
+    for key in [key for key, row in found.image.get(GONE, {}).items() if not _reads(gone_of, key, row)]:
+        found.lose(GONE, key, f"Deleted job number {key}: which id it had, and what the broker may retain of it.")
+    for key in [key for key, row in found.image.get(WINDOWS, {}).items() if not _reads(window_of, key, row)]:
+        found.lose(WINDOWS, key, f"Window number {key}: that part of its recording is worked on again.")
+    for name in found.image.keys() - {JOBS, GONE, WINDOWS, COUNTERS}:
+        found.notes.append(f"The table {name!r} is none of a ledger's; it stays as it is.")
+
+
+def _reads(read: Callable[[int, Document], object], key: str, row: Document) -> bool:
+    try:
+        read(int(key), row)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _read_job(seq: int, row: Document) -> None:
+    job = job_of(seq, row, None, None)
+    if job.state.final and job.completed_at is None:
+        raise ValueError("ended at no time")
+
+
+def shown(sentences: list[str]) -> list[str]:
+    """Return the first few of many sentences, and how many more there are."""
+    more = len(sentences) - _MOST_SHOWN
+    return sentences[:_MOST_SHOWN] + ([f"... and {more} more."] if more > 0 else [])

@@ -1,0 +1,75 @@
+"""The spool: audio that came with a job, on disk before the ledger names it, until nobody needs it any more.
+
+Any thread may call it.
+"""
+
+import contextlib
+import uuid
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.ledger.fsync import Disk
+
+
+class Spool:
+    """Files with names of our own making in one folder."""
+
+    def __init__(self, folder: Path, disk: Disk | None = None) -> None:
+        """Create the folder, durably, if it is missing. Raises LedgerError when that is refused."""
+        self._folder = folder.resolve()
+        self._disk = disk or Disk()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._disk.sync_folder(folder.parent)
+        except OSError as exc:
+            raise LedgerError(f"The spool folder {folder} cannot be made: {exc.strerror}.") from exc
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie, absolute; downloads go there as well, and are swept like the rest."""
+        return self._folder
+
+    def path(self, name: str) -> Path:
+        """Return where the file `name` lies."""
+        return self._folder / name
+
+    def store(self, files: Sequence[bytes]) -> list[str]:
+        """Write the files; on return all of them and their names are on disk.
+
+        Returns:
+            Their names, in order.
+
+        Raises:
+            LedgerError: the disk refused; what was written is removed again.
+        """
+        names: list[str] = []
+        try:
+            for content in files:
+                names.append(uuid.uuid4().hex)
+                self._disk.create(self.path(names[-1]), (content,))
+            if names:
+                self._disk.sync_folder(self._folder)
+        except OSError as exc:
+            self.remove(names)
+            raise LedgerError(f"The spool folder {self._folder} cannot be written: {exc.strerror}.") from exc
+        return names
+
+    def remove(self, names: Collection[str]) -> None:
+        """Delete files that no job needs; what cannot be deleted now is swept at the next start."""
+        for name in names:
+            with contextlib.suppress(OSError):
+                self.path(name).unlink(missing_ok=True)
+
+    def sweep(self, needed: Collection[str]) -> int:
+        """Delete every file that is not in `needed`; return how many. Only while nobody stores.
+
+        Raises:
+            LedgerError: the folder cannot be read.
+        """
+        try:
+            orphans = [entry for entry in self._folder.iterdir() if entry.name not in needed]
+        except OSError as exc:
+            raise LedgerError(f"The spool folder {self._folder} cannot be read: {exc.strerror}.") from exc
+        self.remove([entry.name for entry in orphans])
+        return sum(not entry.exists() for entry in orphans)

@@ -1,0 +1,1 @@
+"""From samples to a transcript; faster-whisper stops here."""

@@ -1,0 +1,235 @@
+"""Which Whisper models may be used, where on this machine they are, and how those that are not come here.
+
+A model is looked for in the configured folder, among installed packages, in the Hugging Face cache, and last on the
+hub. Nothing is loaded here; any thread may call.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from cesar_mqtt import logs
+from cesar_mqtt.config import ModelSettings
+from cesar_mqtt.config_sources import DIRECTORIES
+from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.whisper import hub
+from cesar_mqtt.whisper import model_files as modelfiles
+from cesar_mqtt.whisper.model_files import missing_files, unavailable, unusable
+from cesar_mqtt.whisper.packages import PackagedModels
+
+Origin: TypeAlias = Literal["folder", "package", "cache"]
+
+_PREFERRED = "base"
+_ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
+# No separator and no leading dot: a name can never be a way out of the folder that it is looked up in.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model is on this machine; `path` is None for one that is installed in parts and not joined yet."""
+
+    origin: Origin
+    path: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """What can be said of a model without loading it.
+
+    Attributes:
+        name: as jobs give it.
+        origin: where it is on this machine; None: it is not.
+        path: its folder; None: it is not here, or has to be joined first.
+        size_bytes: what it takes on disk; None: it is not here.
+        multilingual: whether it knows more than English; None: its files do not tell.
+        default: whether it is the model of jobs that name none.
+        problem: why it cannot be used as it is, in a few words; None: nothing is known.
+    """
+
+    name: str
+    origin: Origin | None
+    path: Path | None
+    size_bytes: int | None
+    multilingual: bool | None
+    default: bool
+    problem: str | None
+
+
+def never_stop() -> bool:
+    """Say no, for callers that always want what they ask for."""
+    return False
+
+
+def _ignore(_done_bytes: int, _total_bytes: int) -> None:
+    pass
+
+
+class Catalogue:
+    """The models of this machine, by name."""
+
+    def __init__(
+        self, settings: ModelSettings, *, folder: Path | None = None, packages: PackagedModels | None = None
+    ) -> None:
+        """Check the settings; nothing is joined or downloaded.
+
+        Args:
+            settings: what the user has said.
+            folder: where models that come in parts are joined; None: in the user's data directory.
+            packages: None: those that are installed, joined in `folder`.
+
+        Raises:
+            ConfigError: a setting names a model or a folder that cannot be; the message names the setting.
+        """
+        logs.adopt("huggingface_hub")
+        self._settings = settings
+        self._packages = packages or PackagedModels(folder or DIRECTORIES.user_data_path / "models")
+        self._known = tuple(hub.REPOSITORIES)
+        self._check_names()
+        self._default = settings.default or self._choose_default()
+
+    def default_name(self) -> str:
+        """Return the model of jobs that name none; it stays the same for the life of the process."""
+        return self._default
+
+    def allowed_names(self) -> tuple[str, ...]:
+        """Return every name that a job may give, best known first."""
+        if self._settings.allowed is not None:
+            return self._settings.allowed
+        return tuple(dict.fromkeys((*self._known, *self._folders())))
+
+    def is_allowed(self, name: str) -> bool:
+        """Whether a job may name this model; says nothing about whether it is on this machine."""
+        if self._settings.allowed is not None:
+            return name in self._settings.allowed or _ALIASES.get(name) in self._settings.allowed
+        return name in self._known or self._folder(name) is not None
+
+    def is_multilingual(self, name: str) -> bool | None:
+        """Whether a model knows more than English; None: nobody can tell before it is loaded.
+
+        Known names tell by themselves: those that end in `.en`, and the distilled ones, whose makers trained them on
+        English only although they have tokens for more. Of other models the vocabulary is counted.
+        """
+        if name in self._known:
+            return not name.endswith(".en") and not name.startswith("distil-")
+        path = self._folder(name)
+        return None if path is None else modelfiles.is_multilingual(path)
+
+    def may_download(self, name: str) -> bool:
+        """Whether a model that is not on this machine may be fetched."""
+        return self._settings.download and name in self._known and self.is_allowed(name)
+
+    def find(self, name: str) -> Place | None:
+        """Look for a model on this machine, without any network; None: it is not here."""
+        if path := self._folder(name):
+            return Place("folder", path)
+        path = self._packages.find(name)
+        if path is not None or self._packages.can_join(name):
+            return Place("package", path)
+        if path := hub.cached(name):
+            return Place("cache", path)
+        return None
+
+    def obtain(
+        self,
+        name: str,
+        *,
+        should_stop: Callable[[], bool] = never_stop,
+        on_progress: Callable[[int, int], None] = _ignore,
+    ) -> Path:
+        """Return a model's folder; joins it from packages, or fetches it from the hub, where that is needed.
+
+        Args:
+            name: as a job gives it.
+            should_stop: asked several times a second while something is fetched.
+            on_progress: told bytes done, and bytes in all, while something is fetched.
+
+        Raises:
+            JobFailedError: `model_unavailable`; a hub that cannot be reached is given up after seconds.
+            Stopped: `should_stop` returned True.
+        """
+        if not self.is_allowed(name):
+            raise unavailable(f"The model {name!r} is not among `models.allowed`: choose one of those.")
+        place = self.find(name)
+        if place is None and not self.may_download(name):
+            raise unavailable(
+                f"The model {name!r} is not on this machine and may not be downloaded: put it into `models.directory`, "
+                "or choose another model."
+            )
+        if place is None:
+            path = hub.fetch(name, should_stop=should_stop, on_progress=on_progress)
+        else:
+            path = place.path or self._packages.join(name, should_stop=should_stop, on_progress=on_progress)
+        if missing := missing_files(path):
+            raise unusable(name, f"its folder lacks {missing[0]}")
+        return path
+
+    def can_renew(self, name: str, path: Path) -> bool:
+        """Whether a model that turned out to be damaged is one that was joined here, and can be joined again."""
+        return self._packages.is_joined(path) and self._packages.can_join(name)
+
+    def renew(self, name: str, *, should_stop: Callable[[], bool] = never_stop) -> Path:
+        """Join a model again, in the place of what is there. Raises as `obtain`."""
+        return self._packages.join(name, should_stop=should_stop, on_progress=_ignore, anew=True)
+
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """Describe every model that may be used, once: other names of the same model are left out."""
+        names = self.allowed_names()
+        return tuple(self._entry(name) for name in names if _ALIASES.get(name) not in names)
+
+    def _entry(self, name: str) -> ModelEntry:
+        place = self.find(name)
+        size, problem = None, None
+        if place is not None and place.path is not None:
+            missing = missing_files(place.path)
+            size, problem = modelfiles.size_bytes(place.path), f"{missing[0]} is missing" if missing else None
+        elif place is not None:
+            size = self._packages.size_bytes(name)
+        default = self._default in {name, *(alias for alias, meant in _ALIASES.items() if meant == name)}
+        return ModelEntry(
+            name=name,
+            origin=None if place is None else place.origin,
+            path=None if place is None else place.path,
+            size_bytes=size,
+            multilingual=self.is_multilingual(name),
+            default=default,
+            problem=problem,
+        )
+
+    def _check_names(self) -> None:
+        settings = self._settings
+        if settings.directory is not None and not settings.directory.is_dir():
+            raise ConfigError(f"`models.directory` is {str(settings.directory)!r}, which is not a folder.")
+        if settings.allowed is not None and not settings.allowed:
+            raise ConfigError("`models.allowed` is empty: name at least one model, or leave the setting out.")
+        for name in settings.allowed or ():
+            if name not in self._known and self._folder(name) is None:
+                raise ConfigError(
+                    f"`models.allowed` names {name!r}, which is neither a model that faster-whisper knows nor a "
+                    "folder in `models.directory`."
+                )
+        if settings.default is not None and not self.is_allowed(settings.default):
+            raise ConfigError(
+                f"`models.default` is {settings.default!r}, which is not among the allowed models: "
+                f"{', '.join(self.allowed_names())}."
+            )
+
+    def _choose_default(self) -> str:
+        names = (_PREFERRED, *self._packages.names, *self._folders(), *(self._settings.allowed or ()))
+        usable = [name for name in names if self.is_allowed(name)]
+        return next((name for name in usable if self.find(name) is not None), usable[0])
+
+    def _folder(self, name: str) -> Path | None:
+        for known_as in (name, _ALIASES.get(name, name)):
+            if self._settings.directory is not None and _NAME.fullmatch(known_as):
+                folder = self._settings.directory / known_as
+                if (folder / "model.bin").is_file():
+                    return folder
+        return None
+
+    def _folders(self) -> list[str]:
+        if self._settings.directory is None:
+            return []
+        return sorted(entry.name for entry in self._settings.directory.iterdir() if self._folder(entry.name))

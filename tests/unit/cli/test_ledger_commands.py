@@ -1,0 +1,32 @@
+"""What the commands on a ledger say."""
+
+from pathlib import Path
+
+import pytest
+
+from cesar_mqtt.cli import ledger as ledgercommands
+from cesar_mqtt.jobs import AudioSource, NewJob
+from cesar_mqtt.ledger.ledger import Ledger
+
+
+def test_compacting_names_the_job_that_was_in_work_at_a_crash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ledger.json"
+    ledger = Ledger(path)
+    ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
+    assert ledger.claim() is not None
+    ledger._give_up()
+    assert ledgercommands.compact(path) == 0
+    assert "queued again (job porch-17)" in capsys.readouterr().err
+
+
+def test_one_is_not_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ledger.json"
+    with Ledger(path) as ledger:
+        ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
+    assert ledgercommands.check(path) == 0
+    assert ": 1 job (1 queued), " in capsys.readouterr().out
+    path.write_text(path.read_text().replace('"1": {', '"1": '))
+    ledgercommands.check(path)
+    assert "1 line of the checkpoint cannot be read." in capsys.readouterr().out

@@ -1,0 +1,220 @@
+"""What `watch` knows and how it looks: no broker, no terminal."""
+
+import io
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cesar_mqtt.cli.watch import JsonLines, Lines, Screen
+from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, JobRow
+from cesar_mqtt.cli.watch_view import View
+from cesar_mqtt.mqtt.client import Delivery, Receipt
+
+NOW = datetime(2026, 1, 23, 21, 45, 12, tzinfo=UTC)
+
+
+def status(state: str = "completed", **fields: Any) -> bytes:
+    return json.dumps({"status": state, "attempt": 1, **fields}).encode()
+
+
+def ended(second: int, **fields: Any) -> bytes:
+    return status(completed_at=f"2026-01-23T21:{second // 60:02}:{second % 60:02}.000Z", **fields)
+
+
+def delivery(topic: str, payload: bytes, *, retain: bool = False, connection: int = 1) -> Delivery:
+    return Delivery(topic, payload, 1, retain, False, Receipt(connection, 1))  # noqa: FBT003 - a value's fields
+
+
+def drawn(board: Board, width: int, height: int, trouble: str | None = None, **options: Any) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None, **options)
+    with console.capture() as capture:
+        console.print(View(board, "cesar at mqtt://127.0.0.1:1883", trouble, NOW))
+    return capture.get().splitlines()
+
+
+def busy(jobs: int) -> Board:
+    board = Board("cesar")
+    board.take("cesar/consumer/cesar/state", b'{"state": "online"}')
+    queue = {"activity": "processing", "queued": 3, "oldest_age": 75.0, "completed_total": 12, "error_total": 1}
+    board.take("cesar/consumer/cesar/queue", json.dumps(queue).encode())
+    board.take("cesar/status/now", status("processing", progress=0.42, audio_duration=60.0, speed=6.5, eta=5.4))
+    for n in range(1, 4):
+        board.take(f"cesar/status/waits-{n}", status("queued", queue_position=n))
+    for n in range(jobs - 4):
+        board.take(f"cesar/status/done-{n}", ended(n, result_text="Word " * 40))
+    return board
+
+
+def test_work_comes_first_then_the_queue_in_its_order_then_what_ended_last() -> None:
+    board = Board("cesar")
+    board.take("cesar/status/old", ended(1))
+    board.take("cesar/status/new", ended(2))
+    board.take("cesar/status/a-second", status("queued", queue_position=2))
+    board.take("cesar/status/b-first", status("queued", queue_position=1))
+    board.take("cesar/status/now", status("processing"))
+    assert [row.job_id for row in board.jobs(10)] == ["now", "b-first", "a-second", "new", "old"]
+    assert [row.job_id for row in board.jobs(4)] == ["now", "b-first", "a-second", "new"]
+    assert board.counts()["queued"] == 2
+
+
+def test_a_cleared_status_takes_the_job_off_the_board() -> None:
+    board = Board("cesar")
+    board.take("cesar/status/a", status())
+    assert board.take("cesar/status/a", b"") is None
+    assert board.jobs(10) == []
+
+
+def test_of_very_many_jobs_those_are_kept_that_are_shown_first() -> None:
+    board = busy(MOST_JOBS * 2)
+    counts = board.counts()
+    assert sum(counts.values()) <= MOST_JOBS * 1.1
+    assert (counts["processing"], counts["queued"]) == (1, 3)
+    assert board.jobs(5)[4].job_id == f"done-{MOST_JOBS * 2 - 5}"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\xff",
+        b"[]",
+        b"3",
+        b"[" * 100_000,
+        b'{"status": "unheard of"}',
+        b'{"status": ["queued"]}',
+        b'{"status": "queued", "queue_position": "first", "progress": {}, "audio_duration": true, "eta": 1e999}',
+    ],
+)
+def test_junk_on_a_topic_stops_nothing(payload: bytes) -> None:
+    board = Board("cesar")
+    for topic in ("cesar/status/a", "cesar/consumer/a/state", "cesar/consumer/a/queue", "cesar/consumer/state", "x"):
+        board.take(topic, payload)
+    assert drawn(board, 80, 24)
+
+
+def test_what_others_write_gives_the_terminal_no_orders() -> None:
+    board = Board("cesar")
+    board.take("cesar/status/a\x1b[2Jb", ended(1, result_text="red \x1b[31m \x9b2J text\nnext [bold]line"))
+    board.take("cesar/consumer/c\x1b]0;t\x07/state", b'{"state": "online"}')
+    board.take("cesar/consumer/c\x1b]0;t\x07/queue", b'{"activity": "\\u001b[2J", "job_id": "\\u001b[2J"}')
+    text = "\n".join(drawn(board, 120, 24))
+    assert "\x1b" not in text
+    assert "\x9b" not in text
+    assert "next [bold]line" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (60, 10), (20, 5)])
+def test_hundreds_of_jobs_fit_every_terminal(width: int, height: int) -> None:
+    lines = drawn(busy(500), width, height)
+    assert len(lines) <= max(height, 7)
+    assert all(len(line) <= width for line in lines)
+
+
+def test_the_screen_tells_of_progress_the_queue_and_what_is_not_shown() -> None:
+    lines = drawn(busy(500), 80, 24)
+    assert "21:45:12" in lines[0]
+    assert lines[2].split() == ["cesar", "processing", "3", "1:15", "12", "1"]
+    assert lines[5].split()[:2] == ["now", "processing"]
+    assert " 42% " in lines[5]
+    assert lines[5].split()[-3:] == ["1:00", "6.5x", "0:05"]
+    assert lines[6].split() == ["waits-1", "queued", "1"]
+    assert lines[9].startswith("done-495 ")
+    assert lines[-1] == "482 more; of all: 1 processing, 3 queued, 496 completed"
+
+
+def test_a_terminal_without_unicode_gets_a_bar_as_well() -> None:
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80, height=24)
+    with console.capture() as capture:
+        console.print(View(busy(5), "cesar", None, NOW))
+    assert "###" in capture.get()
+    assert "━" not in capture.get()
+
+
+def test_a_lost_connection_is_the_first_line() -> None:
+    assert drawn(busy(5), 80, 24, "Connection refused")[0].startswith("No connection: Connection refused; trying again")
+
+
+def test_a_new_connection_replaces_what_was_known() -> None:
+    screen = Screen("cesar", "mqtt://x")
+    screen.take([delivery("cesar/status/deleted-meanwhile", status()), delivery("cesar/status/stays", status())])
+    screen.take([delivery("cesar/status/stays", status(), connection=2)])
+    assert [row.job_id for row in screen.board.jobs(10)] == ["stays"]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line[9:] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_without_a_terminal_there_is_a_line_for_each_change(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines("cesar")
+    lines.take(delivery("cesar/status/before", ended(1), retain=True))
+    lines.take(delivery("cesar/consumer/cesar/state", b'{"state": "online"}', retain=True))
+    lines.take(delivery("cesar/status/a", status("queued", queue_position=2)))
+    lines.take(delivery("cesar/status/a", status("queued", queue_position=1)))
+    lines.take(delivery("cesar/status/a", status("processing", progress=0.5, speed=6.5, eta=61.0)))
+    lines.take(delivery("cesar/status/a", ended(2, result_text="Good morning.")))
+    lines.take(delivery("cesar/status/a", ended(2, result_text="Good morning.")))
+    lines.take(delivery("cesar/consumer/cesar/queue", b'{"activity": "idle", "queued": 0, "oldest_age": 1.0}'))
+    lines.take(delivery("cesar/consumer/cesar/queue", b'{"activity": "idle", "queued": 0, "oldest_age": 2.0}'))
+    lines.trouble("Connection refused")
+    lines.trouble(None)
+    lines.take(delivery("cesar/status/a", b""))
+    assert said(capsys) == [
+        "consumer cesar online",
+        "job a queued",
+        "job a processing 50% 6.5x 1:01 left",
+        "job a completed Good morning.",
+        "consumer cesar idle 0 queued",
+        "no connection: Connection refused; trying again",
+        "connected again",
+        "job a deleted",
+    ]
+
+
+def test_a_program_gets_topics_and_payloads(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = JsonLines()
+    lines.take(delivery("cesar/status/a", b'{"status": "queued"}'))
+    lines.take(delivery("cesar/status/a", b""))
+    lines.take(delivery("cesar/status/a", b"junk"))
+    lines.trouble("gone")
+    told = capsys.readouterr()
+    assert [json.loads(line) for line in told.out.splitlines()] == [
+        {"topic": "cesar/status/a", "payload": {"status": "queued"}},
+        {"topic": "cesar/status/a", "payload": None},
+    ]
+    assert "gone" in told.err
+
+
+def test_a_row_says_why_a_job_has_no_text() -> None:
+    board = Board("cesar")
+    failed = board.take("cesar/status/a", status("error", error_code="audio_empty", error_message="Nothing in it."))
+    silent = board.take("cesar/status/b", status(no_speech=True, result_text=""))
+    assert isinstance(failed, JobRow)
+    assert isinstance(silent, JobRow)
+    assert (failed.note, silent.note) == ("audio_empty: Nothing in it.", "(no speech)")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_ids_are_shown_whole_and_what_has_no_room_beside_them_goes(width: int) -> None:
+    board = Board("cesar")
+    long_id = "9b810e76-6ec9-d286-63ca-828dd5f4b3b2"
+    board.take("cesar/consumer/cesar/state", b'{"state": "online"}')
+    board.take(f"cesar/status/{long_id}", status("processing", progress=0.42, eta=5.0, metadata={"file": "porch.wav"}))
+    lines = drawn(board, width, 24)
+    assert long_id in lines[5]
+    assert ("42%" in lines[5], "porch" in lines[5], "SPEED" in lines[4]) == (width > 40, width > 60, width > 80)
+    assert ("CANCELLED" in lines[1]) == (width > 60)
+
+
+def test_a_file_that_came_with_a_job_is_named() -> None:
+    board = Board("cesar")
+    waits = board.take("cesar/status/a", status("queued", metadata={"file": "porch.wav"}))
+    done = board.take("cesar/status/b", ended(1, result_text="Hello.", metadata={"file": "porch.wav"}))
+    junk = board.take("cesar/status/c", ended(1, result_text="Hello.", metadata={"file": ["x"]}))
+    assert [row.note for row in (waits, done, junk) if isinstance(row, JobRow)] == [
+        "porch.wav",
+        "porch.wav: Hello.",
+        "Hello.",
+    ]

@@ -1,0 +1,361 @@
+"""What is announced to Home Assistant, and when; that Home Assistant takes it is tested inside of it."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from cesar_mqtt.consumer.discovery import (
+    Mode,
+    birth_topics,
+    discovery_filters,
+    discovery_messages,
+)
+from cesar_mqtt.consumer.discovery_schedule import Announcer
+from cesar_mqtt.consumer.discovery_topics import Announced
+from cesar_mqtt.consumer.incoming import Planner
+from cesar_mqtt.consumer.own_topics import OwnState
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.mqtt.client import Delivery, Receipt
+from cesar_mqtt.protocol.consumer_payloads import Activity, Event
+from cesar_mqtt.protocol.topics import Topics
+
+KITCHEN = Topics("cesar", "kitchen")
+DEVICE = "homeassistant/device/cesar-mqtt_kitchen/config"
+ROOT_KEYS = {"device", "origin", "components"}
+"""Home Assistant knows some more, and drops a device whose message has any other."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+def messages(topics: Topics = KITCHEN, *, mode: Mode = "device", prefix: str = "homeassistant") -> dict[str, Any]:
+    found = discovery_messages(topics, mode=mode, prefix=prefix)
+    return {topic: json.loads(payload) for topic, payload in found.items()}
+
+
+def entities(topics: Topics = KITCHEN) -> dict[str, dict[str, Any]]:
+    (message,) = messages(topics).values()
+    components: dict[str, dict[str, Any]] = message["components"]
+    return components
+
+
+def test_a_device_is_one_message_with_known_keys_only() -> None:
+    (topic,) = messages()
+    assert topic == DEVICE
+    assert set(messages()[topic]) == ROOT_KEYS
+
+
+def test_every_entity_has_an_id_a_quality_of_service_and_a_name() -> None:
+    for key, entity in entities().items():
+        assert entity["unique_id"] == f"cesar-mqtt.kitchen.{key}"
+        assert entity["qos"] == 1
+        assert entity["name"]
+
+
+def test_the_contract_s_entities_are_there() -> None:
+    platforms = {key: entity["platform"] for key, entity in entities().items()}
+    assert platforms == {
+        "connection": "binary_sensor",
+        "activity": "sensor",
+        "queued": "sensor",
+        "completed_total": "sensor",
+        "error_total": "sensor",
+        "cancelled_total": "sensor",
+        "rejected_total": "sensor",
+        "last_transcript": "sensor",
+        "last_error": "sensor",
+        "job": "event",
+        "submit": "notify",
+        "paused": "switch",
+        "cancel": "button",
+    }
+
+
+def test_both_ways_of_announcing_say_the_same() -> None:
+    device = messages()[DEVICE]
+    single = messages(mode="component")
+    assert len(single) == len(device["components"])
+    for key, entity in device["components"].items():
+        platform = entity.pop("platform")
+        topic = f"homeassistant/{platform}/cesar-mqtt_kitchen/{key}/config"
+        assert single[topic] == {**entity, "device": device["device"], "origin": device["origin"]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_topics_and_ids_of_consumers_side_by_side_differ(mode: Mode) -> None:
+    names = ["cesar", "Cesar", "kitchen", "kitchen_last", "kitchen-last", "kitchen_last_error"]
+    told = [messages(Topics("cesar", name), mode=mode) for name in names]
+    topics = [topic for message in told for topic in message]
+    ids = re.findall(r'"unique_id": "([^"]+)"', json.dumps(told))
+    assert len(set(topics)) == len(topics)
+    assert len(set(ids)) == len(ids)
+    assert len({json.dumps(message["device"]) for one in told for message in one.values()}) == len(names)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_topics_are_such_as_home_assistant_listens_to(mode: Mode) -> None:
+    pattern = re.compile(r"my/home/\w+/(?:[a-zA-Z0-9_-]+/)?[a-zA-Z0-9_-]+/config")
+    assert all(pattern.fullmatch(topic) for topic in messages(mode=mode, prefix="my/home"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_announced_is_found_again(mode: Mode) -> None:
+    filters = discovery_filters("kitchen", prefix="homeassistant")
+    patterns = [re.compile(re.escape(one).replace(r"\+", "[^/]+")) for one in filters]
+    for topic in messages(mode=mode):
+        assert any(pattern.fullmatch(topic) for pattern in patterns)
+    for topic in messages(Topics("cesar", "kitchen2"), mode=mode):
+        assert not any(pattern.fullmatch(topic) for pattern in patterns)
+
+
+def test_everything_is_below_the_topic_prefix() -> None:
+    text = json.dumps(entities(Topics("house/voice", "kitchen")))
+    topics = re.findall(r'"(?:\w+_)?topic": "([^"]+)"', text)
+    assert len(topics) > len(entities())
+    assert all(topic.startswith("house/voice/") for topic in topics)
+
+
+def test_the_choices_are_those_of_the_messages() -> None:
+    assert entities()["activity"]["options"] == list(get_args(Activity))
+    assert set(entities()["job"]["event_types"]) == set(get_args(Event.model_fields["event_type"].annotation))
+
+
+def test_no_attribute_has_a_name_that_home_assistant_takes_away() -> None:
+    templates = [
+        entity["json_attributes_template"] for entity in entities().values() if "json_attributes_topic" in entity
+    ]
+    assert len(templates) == 3
+    assert not any(re.search(r"'(state|icon)':", template) for template in templates)
+
+
+def test_what_is_sent_for_a_consumer_that_is_away_stays_possible() -> None:
+    assert "availability" not in entities()["submit"]
+    assert entities()["paused"]["availability"][0]["topic"] == "cesar/consumer/kitchen/state"
+
+
+def test_the_button_cancels_only_its_own_consumer_s_job() -> None:
+    button = entities()["cancel"]
+    assert button["command_topic"] == "cesar/request/cancel"
+    assert json.loads(button["payload_press"]) == {"job_id": "current", "consumer": "kitchen"}
+
+
+# -- what comes in --
+
+
+class AnyModel:
+    def default_name(self) -> str:
+        return "base"
+
+    def is_allowed(self, name: str) -> bool:
+        return bool(name)
+
+
+def delivery(topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
+    return Delivery(topic, payload, qos=1, retain=retain, dup=False, receipt=Receipt(1, 1))
+
+
+@pytest.fixture
+def planner() -> Planner:
+    return Planner(KITCHEN, AnyModel(), max_payload_bytes=1000)
+
+
+def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix() -> None:
+    assert birth_topics("homeassistant") == ("homeassistant/status",)
+    assert birth_topics("home/discovery") == ("home/discovery/status", "homeassistant/status")
+
+
+@pytest.mark.parametrize("topic", birth_topics("other"))
+def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: Planner, topic: str) -> None:
+    plan = planner.plan(delivery(topic, b"online"))
+    assert plan.born
+    assert (plan.job, plan.refusal, plan.command) == (None, None, None)
+
+
+@pytest.mark.parametrize(("payload", "retain"), [(b"offline", False), (b"", False), (b"online", True)])
+def test_what_is_no_birth_is_passed_over(planner: Planner, payload: bytes, *, retain: bool) -> None:
+    plan = planner.plan(delivery("homeassistant/status", payload, retain=retain))
+    assert not plan.born
+    assert (plan.job, plan.refusal, plan.command) == (None, None, None)
+
+
+@pytest.mark.parametrize(("payload", "command"), [(b"ON", "pause"), (b"OFF", "resume")])
+def test_a_switch_becomes_a_request(planner: Planner, payload: bytes, command: str) -> None:
+    plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", payload))
+    assert plan.command == command
+    assert plan.delivery.payload == b""
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_refused(planner: Planner) -> None:
+    plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", b"maybe"))
+    assert plan.refusal is not None
+    assert plan.refusal.reason == "invalid_request"
+
+
+# -- when --
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def own() -> OwnState:
+    state = OwnState()
+    state.retain("state", b"online")
+    return state
+
+
+@pytest.fixture
+def announcer(own: OwnState, clock: Clock) -> Announcer:
+    return Announcer(own, monotonic=clock, spread=lambda least, most: (least + most) / 2)
+
+
+def sent(own: OwnState) -> dict[str, bytes]:
+    """What is sent now, all of it acknowledged."""
+    due = list(own.due())
+    for name, _, version in due:
+        own.acknowledge(name, version)
+    return {name: payload for name, payload, _ in due}
+
+
+def test_a_connection_is_announced_at_once(announcer: Announcer, own: OwnState) -> None:
+    announcer.announce({"ha/a/config": b"{}"})
+    announcer.run_once()
+    assert sent(own) == {"state": b"online"}
+    announcer.connected()
+    announcer.run_once()
+    assert sent(own) == {"state": b"online", "ha/a/config": b"{}"}
+    announcer.run_once()
+    assert sent(own) == {}
+
+
+def test_a_birth_is_answered_a_little_later_with_everything(announcer: Announcer, own: OwnState, clock: Clock) -> None:
+    announcer.announce({"ha/a/config": b"{}"})
+    announcer.connected()
+    announcer.run_once()
+    assert sent(own)
+    announcer.born()
+    (wait_s,) = announcer.waits_s()
+    assert 0 < wait_s < 5
+    announcer.run_once()
+    assert sent(own) == {}
+    clock.now += wait_s
+    announcer.run_once()
+    assert sent(own) == {"state": b"online", "ha/a/config": b"{}"}
+    assert announcer.waits_s() == []
+
+
+def test_what_is_stale_goes_first_and_once(announcer: Announcer, own: OwnState, clock: Clock) -> None:
+    announcer.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
+    announcer.connected()
+    announcer.run_once()
+    assert sent(own) == {"state": b"online", "ha/old/config": b""}
+    own.say_again()
+    assert "ha/old/config" not in sent(own)
+    clock.now += announcer.waits_s()[0]
+    announcer.run_once()
+    assert sent(own)["ha/new/config"] == b"{}"
+    announcer.connected()
+    announcer.run_once()
+    assert sent(own) == {"state": b"online", "ha/new/config": b"{}"}
+
+
+def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own: OwnState) -> None:
+    own.retain("ha/old/config", b"")
+    assert ("ha/old/config", b"", 0) in list(own.due())
+    own.say_again()
+    assert "ha/old/config" not in {name for name, _, _ in own.due()}
+    own.interrupt()
+    assert "ha/old/config" in sent(own)
+    own.acknowledge("ha/old/config", 0)  # of the first one
+    assert own.settled
+
+
+def test_nothing_is_announced_when_there_is_nothing_to_announce(announcer: Announcer, own: OwnState) -> None:
+    announcer.connected()
+    announcer.born()
+    announcer.run_once()
+    assert announcer.waits_s() == []
+    assert sent(own) == {"state": b"online"}
+
+
+# -- what was announced before --
+
+
+def test_only_what_is_no_longer_used_is_stale(tmp_path: Path) -> None:
+    path = tmp_path / "homeassistant.json"
+    assert Announced(path).begin({"a", "b"}) == set()
+    assert Announced(path).begin({"b", "c"}) == {"a"}
+
+
+def test_it_stays_stale_until_the_broker_has_forgotten_it(tmp_path: Path) -> None:
+    path = tmp_path / "homeassistant.json"
+    Announced(path).begin({"a"})
+    Announced(path).begin({"b"})
+    again = Announced(path)
+    assert again.begin({"b"}) == {"a"}
+    again.settle()
+    assert Announced(path).begin({"b"}) == set()
+
+
+def test_without_an_announcement_the_file_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "homeassistant.json"
+    Announced(path).settle()
+    assert not path.exists()
+    Announced(path).begin({"a"})
+    Announced(path).settle()
+    assert Announced(path).begin({"b"}) == {"a"}
+
+
+class FullDisk(Disk):
+    def create(self, path: Path, chunks: Iterable[bytes]) -> int:  # noqa: ARG002 - the real one's
+        raise OSError(28, "No space left on device")
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"topics": 1}', "\xff"])
+def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
+    path = tmp_path / "homeassistant.json"
+    path.write_bytes(content.encode("latin-1"))
+    assert Announced(path).begin({"a"}) == set()
+    assert "homeassistant.json cannot be read" in logged(caplog)
+    assert Announced(path).begin({"b"}) == {"a"}
+
+
+def test_a_disk_that_is_full_does_not_stop_the_consumer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    announced = Announced(tmp_path / "homeassistant.json", disk=FullDisk())
+    assert announced.begin({"a"}) == set()
+    assert "cannot be written (No space left on device)" in logged(caplog)
+
+
+def test_the_entities_stay_what_they_are() -> None:
+    """A key or an id that changes leaves users with dead entities: only add here."""
+    assert sorted(entity["unique_id"] for entity in entities().values()) == [
+        "cesar-mqtt.kitchen.activity",
+        "cesar-mqtt.kitchen.cancel",
+        "cesar-mqtt.kitchen.cancelled_total",
+        "cesar-mqtt.kitchen.completed_total",
+        "cesar-mqtt.kitchen.connection",
+        "cesar-mqtt.kitchen.error_total",
+        "cesar-mqtt.kitchen.job",
+        "cesar-mqtt.kitchen.last_error",
+        "cesar-mqtt.kitchen.last_transcript",
+        "cesar-mqtt.kitchen.paused",
+        "cesar-mqtt.kitchen.queued",
+        "cesar-mqtt.kitchen.rejected_total",
+        "cesar-mqtt.kitchen.submit",
+    ]

@@ -1,0 +1,1093 @@
+import base64
+import errno
+import itertools
+import json
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cesar_mqtt.consumer.command_handlers import Answer
+from cesar_mqtt.consumer.intake import Intake
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, Result
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.mqtt.client import Delivery, Receipt, Settled
+from cesar_mqtt.protocol.parsing import Refusal
+from cesar_mqtt.protocol.payloads import Rejection, status_of
+from cesar_mqtt.protocol.topics import Topics
+
+DEADLINE_S = 10.0
+WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
+MAX_PAYLOAD_BYTES = 4096
+MAX_QUEUED = 20
+
+packet_ids = itertools.count(1)
+
+
+class FakeSource:
+    """Hands out batches, and notes what is acknowledged."""
+
+    def __init__(self, trace: list[str]) -> None:
+        self._trace = trace
+        self._batches: queue.Queue[list[Delivery]] = queue.Queue()
+        self.acknowledged: list[Delivery] = []
+        self.settled = Settled()
+        self.on_acknowledge: Callable[[], object] = lambda: None
+
+    def bring(self, *deliveries: Delivery) -> None:
+        self._batches.put(list(deliveries))
+
+    def receive(self, timeout_s: float | None = None) -> list[Delivery]:
+        try:
+            return self._batches.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+
+    def take_settled(self) -> Settled:
+        settled, self.settled = self.settled, Settled(self.settled.session)
+        return settled
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        self._trace.append("acknowledged")
+        self.on_acknowledge()
+        self.acknowledged += deliveries
+
+
+class FakeModels:
+    def __init__(self) -> None:
+        self.default = "base"
+
+    def default_name(self) -> str:
+        return self.default
+
+    def is_allowed(self, name: str) -> bool:
+        return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
+
+
+class FakeControls:
+    """Answers with what it was asked, and with the jobs that the ledger had then."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.rejection: Refusal | None = None
+        self.seen: list[list[str]] = []
+
+    def answer(self, command: str, payload: bytes) -> Answer | None:
+        self.seen.append([job.job_id for job in self._ledger.jobs()])
+        if payload == b"elsewhere":
+            return None
+        return Answer(f"{command}: ".encode() + payload, self.rejection)
+
+
+class FakeReports:
+    """Notes what it is told; `told_degraded` is set when the disk has refused."""
+
+    def __init__(self, trace: list[str]) -> None:
+        self._trace = trace
+        self.rejections: list[Rejection] = []
+        self.answers: list[tuple[str, bytes, bytes | None]] = []
+        self.found: list[bytes | None] = []
+        self.degradations: list[tuple[str, bool]] = []
+        self.told_degraded = threading.Event()
+
+    def reject(self, rejection: Rejection) -> None:
+        self._trace.append("reported")
+        self.rejections.append(rejection)
+
+    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+        self._trace.append("answered")
+        self.answers.append((topic, payload, correlation_data))
+
+    def found_retained(self, payload: bytes | None) -> None:
+        self.found.append(payload)
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        self.degradations.append((who, on))
+        if on:
+            self.told_degraded.set()
+
+
+class TestDisk(Disk):
+    """A real disk that notes what it has made durable, and can refuse to write for some time."""
+
+    __test__ = False
+
+    def __init__(self, name: str, trace: list[str]) -> None:
+        self._name = name
+        self._trace = trace
+        self.refusals = 0.0
+
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        self._trace.append(f"{self._name} synced")
+
+    def sync_data(self, descriptor: int) -> None:
+        super().sync_data(descriptor)
+        self._trace.append(f"{self._name} synced")
+
+
+@dataclass
+class Bench:
+    """An intake between a fake source and a real ledger and spool, all in one folder."""
+
+    folder: Path
+    trace: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.source = FakeSource(self.trace)
+        self.reports = FakeReports(self.trace)
+        self.ledger_disk = TestDisk("ledger", self.trace)
+        self.spool_disk = TestDisk("spool", self.trace)
+        self.folder.mkdir(exist_ok=True)
+        self.ledger = Ledger(self.folder / "ledger.json", max_queued=MAX_QUEUED, disk=self.ledger_disk)
+        self.models = FakeModels()
+        self.controls = FakeControls(self.ledger)
+        self.spool_folder = self.folder / "spool"
+        self.spool = Spool(self.spool_folder, self.spool_disk)
+        self.intake = Intake(
+            self.source,
+            self.ledger,
+            spool=self.spool,
+            topics=Topics("cesar", "kitchen"),
+            models=self.models,
+            controls=self.controls,
+            max_payload_bytes=MAX_PAYLOAD_BYTES,
+            reports=self.reports,
+        )
+        self.trace.clear()
+
+    def take(self, *deliveries: Delivery) -> list[str]:
+        """Let these come in together; return the reasons of the refusals that they brought."""
+        before = len(self.reports.rejections)
+        self.source.bring(*deliveries)
+        assert self.intake.run_once(timeout_s=0) == len(deliveries)
+        assert self.source.acknowledged[-len(deliveries) :] == list(deliveries)
+        return [rejection.reason for rejection in self.reports.rejections[before:]]
+
+    def job(self, job_id: str) -> Job:
+        job = self.ledger.get(job_id)
+        assert job is not None
+        return job
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs in the order of their acceptance."""
+        self.ledger.publish_again()
+        self.ledger.coalesce()
+        known = (job for _, job in self.ledger.unpublished(1000) if isinstance(job, Job))
+        return sorted(known, key=lambda job: job.seq)
+
+    def spooled(self) -> list[bytes]:
+        return sorted(path.read_bytes() for path in self.spool_folder.iterdir())
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Bench]:
+    bench = Bench(folder)
+    try:
+        yield bench
+    finally:
+        bench.ledger_disk.refusals = 0
+        bench.ledger.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with opened(tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_FIRST_S", 0.001)
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_MOST_S", 0.004)
+
+
+def message(payload: bytes, topic: str = "cesar/jobs", **fields: Any) -> Delivery:
+    defaults: dict[str, Any] = {
+        "qos": 1,
+        "retain": False,
+        "dup": False,
+        "receipt": Receipt(1, next(packet_ids) % 65_535 + 1),
+        "received_at": 1_769_204_700.12,
+    }
+    return Delivery(topic, payload, **{**defaults, **fields})
+
+
+def request(**fields: Any) -> Delivery:
+    return message(json.dumps({"audio_path": "porch.wav", **fields}).encode())
+
+
+def upload(job_id: str, audio: bytes = WAV, **fields: Any) -> Delivery:
+    return message(audio, f"cesar/audio/{job_id}", **fields)
+
+
+# -- the order of events -------------------------------------------------------------------------------------------
+
+
+def test_audio_is_on_disk_before_the_job_before_the_report_before_the_acknowledgement(bench: Bench) -> None:
+    assert bench.take(upload("a"), message(b"{"), request(job_id="b")) == ["malformed_json"]
+    assert bench.trace == [
+        "spool synced",  # the file
+        "spool synced",  # its name
+        "ledger synced",
+        "reported",
+        "acknowledged",
+    ]
+
+
+def test_a_whole_batch_is_one_synced_transaction(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
+    assert bench.trace == ["ledger synced", "acknowledged"]
+    assert bench.ledger.totals().queued == MAX_QUEUED
+
+
+def test_a_batch_of_refusals_alone_touches_no_disk(bench: Bench) -> None:
+    bench.take(message(b"{"), message(b"\xff"))
+    assert bench.trace == ["reported", "reported", "acknowledged"]
+
+
+def test_a_batch_is_acknowledged_in_the_order_of_arrival_whatever_became_of_each(bench: Bench) -> None:
+    batch = [
+        request(job_id="a"),
+        message(b"{"),
+        message(b""),
+        upload("b"),
+        request(job_id="a", beam_size=1),
+        upload("/"),
+    ]
+    bench.take(*batch)
+    assert bench.source.acknowledged == batch
+
+
+def test_jobs_wait_in_the_order_of_arrival(bench: Bench) -> None:
+    bench.take(request(job_id="c"), upload("a"), message(b"{"), request(job_id="b"))
+    bench.take(request(job_id="0"))
+    assert [job.job_id for job in bench.jobs()] == ["c", "a", "b", "0"]
+    assert [job.queue_position for job in bench.jobs()] == [1, 2, 3, 4]
+
+
+def test_at_the_moment_of_the_acknowledgement_a_crash_loses_neither_job_nor_audio(bench: Bench, tmp_path: Path) -> None:
+    crashed = tmp_path / "crashed"
+    bench.source.on_acknowledge = lambda: shutil.copytree(
+        bench.folder, crashed, ignore=shutil.ignore_patterns("*.lock", "crashed")
+    )
+    bench.take(upload("a", WAV * 3), request(job_id="b"))
+    with Ledger(crashed / "ledger.json") as ledger:
+        first, second = ledger.get("a"), ledger.get("b")
+        assert first is not None
+        assert first.audio is not None
+        assert (crashed / "spool" / first.audio.name).read_bytes() == WAV * 3
+        assert second is not None
+        assert second.state is JobState.QUEUED
+
+
+def test_nothing_that_came_in_time_is_nothing_to_do(bench: Bench) -> None:
+    assert bench.intake.run_once(timeout_s=0) == 0
+    assert bench.trace == []
+
+
+# -- what a job is made of -----------------------------------------------------------------------------------------
+
+
+def test_a_request_becomes_a_job_with_what_was_asked_for(bench: Bench) -> None:
+    asked = {"model_size": "turbo", "language": "German", "beam_size": 2, "metadata": {"room": "porch"}}
+    bench.take(request(job_id="porch-17", **asked))
+    job = bench.job("porch-17")
+    assert job.state is JobState.QUEUED
+    assert job.audio == AudioSource("path", "porch.wav")
+    assert job.model_size == "turbo"
+    assert job.options == {"language": "de", "beam_size": 2}
+    assert job.metadata == {"room": "porch"}
+
+
+def test_every_transcription_option_reaches_the_job(bench: Bench) -> None:
+    options = {
+        "task": "translate",
+        "hotwords": "Wächter",
+        "temperature": [0.0, 0.4],
+        "word_timestamps": True,
+        "clip_timestamps": [[0.0, 30.0]],
+        "batch_size": 8,
+    }
+    bench.take(request(job_id="a", **options))
+    assert bench.job("a").options == options
+
+
+def test_the_formats_and_whether_to_stream_reach_the_job_and_are_no_transcription_options(bench: Bench) -> None:
+    bench.take(request(job_id="a", formats=["vtt", "srt", "vtt"], stream=True), request(job_id="b"))
+    assert (bench.job("a").formats, bench.job("a").stream) == (("srt", "vtt"), True)
+    assert (bench.job("b").formats, bench.job("b").stream) == ((), False)
+    assert bench.job("a").options == {}
+
+
+@pytest.mark.parametrize("payload", [b"https://nas.local/a.wav", b'{"audio_url": "https://nas.local/a.wav"}'])
+def test_audio_behind_a_url_is_accepted_whatever_its_host_and_fetched_later(bench: Bench, payload: bytes) -> None:
+    assert bench.take(message(payload)) == []
+    assert [job.audio for job in bench.jobs()] == [AudioSource("url", "https://nas.local/a.wav")]
+    assert bench.spooled() == []
+
+
+def test_a_request_that_names_no_model_gets_the_default_one(bench: Bench) -> None:
+    bench.take(request(job_id="a"), upload("b"))
+    assert bench.job("a").model_size == bench.job("b").model_size == "base"
+
+
+def test_a_request_without_an_id_gets_a_uuid(bench: Bench) -> None:
+    bench.take(message(b"porch.wav"), message(b"porch.wav"))
+    first, second = bench.jobs()
+    assert uuid.UUID(first.job_id).version == 4
+    assert first.job_id != second.job_id
+
+
+def test_the_bytes_of_an_upload_lie_in_the_spool_under_a_name_of_our_own(bench: Bench) -> None:
+    encoded = base64.b64encode(b"other bytes").decode()
+    bench.take(upload("a", b"some bytes"), message(json.dumps({"job_id": "b", "audio_base64": encoded}).encode()))
+    for job_id, content in (("a", b"some bytes"), ("b", b"other bytes")):
+        audio = bench.job(job_id).audio
+        assert audio is not None
+        assert audio.kind == "spool"
+        assert job_id not in {audio.name, Path(audio.name).stem}
+        assert bench.spool.path(audio.name).read_bytes() == content
+    assert len(bench.spooled()) == 2
+
+
+def test_user_properties_of_an_upload_reach_the_job(bench: Bench) -> None:
+    bench.take(upload("a", user_properties=(("language", "de"), ("room", "porch"), ("formats", "srt,vtt"))))
+    assert bench.job("a").options == {"language": "de"}
+    assert bench.job("a").formats == ("srt", "vtt")
+    assert bench.job("a").metadata == {"room": "porch"}
+
+
+# -- what is ignored or refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/note-1", "cesar/audio", "cesar/audio/a/b"])
+@pytest.mark.parametrize("retain", [False, True])
+def test_an_empty_payload_is_ignored_and_acknowledged(bench: Bench, topic: str, *, retain: bool) -> None:
+    assert bench.take(message(b"", topic, retain=retain)) == []
+    assert bench.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("delivery", "reason"),
+    [
+        (message(b"{"), "malformed_json"),
+        (message(b"[]"), "invalid_request"),
+        (message(b'{"job_id": "a b", "audio_path": "a"}'), "invalid_job_id"),
+        (message(WAV, "cesar/audio"), "invalid_job_id"),
+        (message(WAV, "cesar/audio/"), "invalid_job_id"),
+        (message(WAV, "cesar/audio/a/b"), "invalid_job_id"),
+        (message(WAV, f"cesar/audio/{'x' * 65}"), "invalid_job_id"),
+        (message(b"x" * (MAX_PAYLOAD_BYTES + 1)), "payload_too_large"),
+        (message(b"x" * (MAX_PAYLOAD_BYTES + 1), "cesar/audio/a/b"), "payload_too_large"),
+    ],
+)
+def test_a_bad_message_is_refused_acknowledged_and_counted_and_the_next_one_is_taken(
+    bench: Bench, delivery: Delivery, reason: str
+) -> None:
+    assert bench.take(delivery, request(job_id="good")) == [reason]
+    assert [job.job_id for job in bench.jobs()] == ["good"]
+
+
+def test_a_rejection_tells_which_message_it_is_about(bench: Bench) -> None:
+    bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b"))
+    assert bench.reports.rejections == [
+        Rejection(
+            reason="invalid_job_id",
+            detail="'a/b' is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.",
+            topic="cesar/audio/a/b",
+            job_id=None,
+            payload_excerpt="\ufffd\ufffd" + "x" * 198,
+            received_at="2026-01-23T21:45:00.120Z",
+        )
+    ]
+
+
+def test_a_payload_of_just_the_limit_is_taken(bench: Bench) -> None:
+    assert bench.take(upload("a", b"x" * MAX_PAYLOAD_BYTES)) == []
+    assert bench.job("a").state is JobState.QUEUED
+
+
+@pytest.mark.parametrize(
+    "delivery",
+    [
+        request(job_id="a", beam_size=11),
+        request(job_id="a", langauge="de"),
+        request(job_id="a", formats=["doc"]),
+        message(b'{"job_id": "a", "audio_url": "ftp://nas.local/a.wav"}'),
+        request(job_id="a", model_size="large-v3"),
+        upload("a", user_properties=(("task", "sing"),)),
+        upload("a", user_properties=(("model_size", "large-v3"),)),
+        message(b'{"job_id": "a"}'),
+        message(b'{"job_id": "a", "audio_base64": "?"}'),
+    ],
+)
+def test_a_refusal_with_a_new_id_is_also_a_job_that_ended_so_that_whoever_waits_is_told(
+    bench: Bench, delivery: Delivery
+) -> None:
+    assert bench.take(delivery) == ["invalid_request"]
+    job = bench.job("a")
+    assert job.state is JobState.ERROR
+    assert job.error_code is ErrorCode.INVALID_REQUEST
+    assert job.error_message == bench.reports.rejections[0].detail
+    assert bench.reports.rejections[0].job_id == "a"
+    assert bench.ledger.totals().error_total == 1
+    assert bench.ledger.claim() is None
+    assert bench.spooled() == []
+
+
+def test_an_upload_that_is_too_large_is_told_to_whoever_waits_for_its_id(bench: Bench) -> None:
+    assert bench.take(upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
+    assert bench.job("a").state is JobState.ERROR
+    assert bench.job("a").error_message == (
+        "The message has 4097 bytes, at most 4096 are taken (queue.max_payload_bytes)."
+    )
+
+
+def test_a_refusal_with_a_known_id_leaves_that_job_as_it_is(bench: Bench) -> None:
+    bench.take(request(job_id="a"))
+    before = bench.job("a")
+    assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
+    assert bench.job("a") == before
+    assert len(bench.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("delivery", "source"),
+    [
+        (request(job_id="a", beam_size=11, metadata={"room": "porch"}), "porch.wav"),
+        (request(job_id="a", model_size="large-v3", metadata={"room": "porch"}), "porch.wav"),
+        (
+            message(
+                b'{"job_id": "a", "audio_url": "https://me:secret@nas/a.wav?key=1", "beam_size": 11,'
+                b'"metadata": {"room": "porch"}}'
+            ),
+            "https://nas/a.wav",
+        ),
+        (message(b'{"job_id": "a", "audio_base64": "?", "metadata": {"room": "porch"}}'), "upload"),
+        (message(b'{"job_id": "a", "metadata": {"room": "porch"}}'), None),
+        (message(b'{"job_id": "a", "audio_path": 7, "metadata": {"room": "porch"}}'), None),
+        (upload("a", user_properties=(("task", "sing"), ("room", "porch"))), "upload"),
+        (upload("a", user_properties=(("job_id", "b"), ("room", "porch"))), "upload"),
+        (upload("a", user_properties=(("model_size", "large-v3"), ("room", "porch"))), "upload"),
+        (upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1), user_properties=(("room", "porch"),)), "upload"),
+    ],
+)
+def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_audio(
+    bench: Bench, delivery: Delivery, source: str | None
+) -> None:
+    bench.take(delivery)
+    status = status_of(bench.job("a"), "kitchen")
+    assert (status.error_code, status.metadata, status.audio_source) == ("invalid_request", {"room": "porch"}, source)
+    assert bench.spooled() == []
+    assert not bench.ledger.spooled()
+
+
+@pytest.mark.parametrize("wrong", [request(job_id="a", beam_size=11), upload("a", user_properties=(("task", "x"),))])
+def test_a_refused_request_cannot_be_retried_though_its_audio_is_told(bench: Bench, wrong: Delivery) -> None:
+    bench.take(wrong)
+    with pytest.raises(IllegalTransitionError, match=r"was refused for what it asked"):
+        bench.ledger.retry("a")
+    assert bench.ledger.delete("a") is not None
+
+
+def test_an_upload_whose_user_property_names_another_id_is_told_on_its_own(bench: Bench) -> None:
+    assert bench.take(upload("u1", user_properties=(("job_id", "other"),))) == ["invalid_request"]
+    assert bench.job("u1").error_code is ErrorCode.INVALID_REQUEST
+    assert bench.reports.rejections[0].job_id == "u1"
+    assert bench.ledger.get("other") is None
+
+
+@pytest.mark.parametrize("delivery", [request(job_id="current"), upload("current")])
+def test_the_name_of_the_job_in_work_is_refused_as_an_id(bench: Bench, delivery: Delivery) -> None:
+    assert bench.take(delivery) == ["invalid_job_id"]
+    assert bench.reports.rejections[0].job_id is None
+    assert bench.jobs() == []
+
+
+def test_a_too_large_upload_without_a_usable_id_is_recorded_nowhere(bench: Bench) -> None:
+    for job_id in ("current", "a/b"):
+        assert bench.take(upload(job_id, b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
+        assert bench.reports.rejections[-1].job_id is None
+    assert bench.jobs() == []
+
+
+def test_an_empty_upload_is_noted_in_the_log_with_its_id_and_an_empty_request_is_not(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        bench.take(message(b"", "cesar/audio/note-1"), message(b""), upload("note-2"))
+    [record] = caplog.records
+    assert (record.levelno, getattr(record, "job_id", None)) == (logging.INFO, "note-1")
+    assert record.getMessage() == "An empty file is ignored: no job is made of it"
+
+
+@pytest.mark.parametrize("topic", ["cesar/audio/", "cesar/request/"])
+def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench.controls.rejection = Refusal("unknown_command", "There is none.")
+    with caplog.at_level(logging.INFO):
+        bench.take(message(WAV, topic + "x" * 60_000, response_topic="cesar/audio/" + "y" * 60_000))
+        bench.take(message(b"", topic + "x" * 60_000))
+    assert bench.reports.rejections[0].topic == topic + "x" * (200 - len(topic)) + "…"
+    assert all(len(record.getMessage()) < 500 for record in caplog.records)
+    assert all(len(getattr(record, "job_id", None) or "") < 500 for record in caplog.records)
+
+
+def test_the_same_bad_request_again_is_refused_again_and_is_no_second_job(bench: Bench) -> None:
+    assert bench.take(request(job_id="a", beam_size=11), request(job_id="a", beam_size=11)) == ["invalid_request"] * 2
+    assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
+    assert len(bench.jobs()) == 1
+    assert bench.ledger.totals().error_total == 1
+
+
+def test_a_request_without_an_id_that_finds_the_queue_full_has_none_in_its_refusal(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
+    no_id = (message(b"porch.wav"), message(b"porch.wav", retain=True))
+    assert bench.take(request(job_id="a"), *no_id) == ["queue_full"] * 3
+    assert [rejection.job_id for rejection in bench.reports.rejections] == ["a", None, None]
+
+
+def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
+    assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
+    assert "'large-v3'" in bench.reports.rejections[0].detail
+    assert bench.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "detail"),
+    [
+        (
+            "tiny.en",
+            {"language": "de"},
+            "language: the model 'tiny.en' is English-only and knows no 'de'. Choose one that does not end in '.en'.",
+        ),
+        (
+            "tiny.en",
+            {"task": "translate"},
+            "task: the model 'tiny.en' is English-only and cannot translate. Choose one that does not end in '.en'.",
+        ),
+        (
+            "distil-small.en",
+            {"task": "translate", "language": "de"},
+            (
+                "task: the model 'distil-small.en' is English-only and cannot translate. "
+                "Choose one that does not end in '.en'."
+            ),
+        ),
+        *(
+            (
+                model,
+                {"task": "translate"},
+                f"task: the model {model!r} cannot translate. Choose another one, such as 'large-v3'.",
+            )
+            for model in ("turbo", "large-v3-turbo", "distil-large-v3")
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_at_once_be_it_named_or_the_default_one(
+    bench: Bench, model: str, asked: dict[str, str], detail: str
+) -> None:
+    assert bench.take(request(job_id="a", model_size=model, **asked)) == ["invalid_request"]
+    assert bench.reports.rejections[-1].detail == bench.job("a").error_message == detail
+    bench.models.default = model
+    assert bench.take(upload("b", user_properties=tuple(asked.items()))) == ["invalid_request"]
+    assert bench.reports.rejections[-1].detail == bench.job("b").error_message == detail
+    assert bench.spooled() == []
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        ("tiny.en", {}),
+        ("tiny.en", {"language": "en-GB", "task": "transcribe"}),
+        ("turbo", {"language": "de"}),
+        ("distil-large-v3", {"language": "de"}),
+        ("base", {"language": "de", "task": "translate"}),
+    ],
+)
+def test_what_a_model_can_do_is_accepted(bench: Bench, model: str, asked: dict[str, str]) -> None:
+    bench.models.default = "tiny.en"
+    assert bench.take(request(job_id="a", model_size=model, **asked)) == []
+    assert bench.job("a").state is JobState.QUEUED
+
+
+def test_more_jobs_than_may_wait_are_refused_and_leave_no_file(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED - 1)))
+    assert bench.take(request(job_id="last"), request(job_id="over"), upload("upload")) == ["queue_full"] * 2
+    assert [rejection.job_id for rejection in bench.reports.rejections] == ["over", "upload"]
+    assert bench.ledger.get("over") is bench.ledger.get("upload") is None
+    assert bench.spooled() == []
+    bench.ledger.claim()
+    assert bench.take(request(job_id="over")) == []
+
+
+def test_a_known_job_is_known_even_when_the_queue_is_full(bench: Bench) -> None:
+    bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
+    assert bench.take(request(job_id="job-3")) == []
+
+
+# -- the same again ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_request_again_is_the_same_job_and_its_status_is_told_again(bench: Bench) -> None:
+    bench.take(request(job_id="a", metadata={"x": 1, "y": 2}))
+    [(number, job)] = bench.ledger.unpublished(10)
+    bench.ledger.mark_published([(job.seq, number)])
+    assert bench.take(request(job_id="a", metadata={"y": 2, "x": 1}, beam_size=5, language=None)) == []
+    assert [known.job_id for _, known in bench.ledger.unpublished(10)] == ["a"]
+    assert bench.ledger.totals().queued == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "again"),
+    [
+        ({"formats": ["srt", "vtt"]}, {"formats": ["vtt", "srt", "vtt"]}),
+        ({"temperature": 0, "clip_timestamps": [[0, 30]]}, {"temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}),
+        ({}, {"formats": [], "stream": False, "batch_size": 1, "word_timestamps": False, "temperature": None}),
+        (
+            {"audio_path": None, "audio_url": "http://a/b"},
+            {"audio_path": None, "audio_url": "http://a/b", "hotwords": None},
+        ),
+    ],
+)
+def test_the_same_said_in_another_way_is_the_same_request(
+    bench: Bench, fields: dict[str, Any], again: dict[str, Any]
+) -> None:
+    assert bench.take(request(job_id="a", **fields), request(job_id="a", **again)) == []
+    assert len(bench.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "other"),
+    [
+        ({"formats": ["srt"]}, {"formats": ["vtt"]}),
+        ({"temperature": 0.2}, {"temperature": 0.4}),
+        ({"clip_timestamps": [[0, 30]]}, {"clip_timestamps": [[0, 31]]}),
+        ({"hotwords": "a"}, {"hotwords": "b"}),
+        ({"hotwords": "a"}, {"initial_prompt": "a"}),
+        ({"audio_path": None, "audio_url": "http://a/b"}, {"audio_path": None, "audio_url": "http://a/b?c"}),
+    ],
+)
+def test_two_values_of_one_field_are_two_requests(bench: Bench, fields: dict[str, Any], other: dict[str, Any]) -> None:
+    assert bench.take(request(job_id="a", **fields), request(job_id="a", **other)) == ["job_id_conflict"]
+
+
+def test_the_same_request_for_a_job_that_is_done_does_not_run_it_again(bench: Bench) -> None:
+    bench.take(request(job_id="a"))
+    job = bench.ledger.claim()
+    assert job is not None
+    bench.ledger.complete(job.seq, Result("Hello.", 1.0, "en", 0.9, no_speech=False))
+    assert bench.take(request(job_id="a")) == []
+    assert bench.ledger.claim() is None
+    assert bench.job("a").result_text == "Hello."
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        request(job_id="a", audio_path="other.wav"),
+        request(job_id="a", language="de"),
+        request(job_id="a", model_size="base"),
+        request(job_id="a", metadata={"room": "porch"}),
+        request(job_id="a", hotwords="x"),
+        request(job_id="a", temperature=0),
+        request(job_id="a", word_timestamps=True),
+        request(job_id="a", clip_timestamps=[[0, 1]]),
+        request(job_id="a", batch_size=2),
+        request(job_id="a", formats=["srt"]),
+        request(job_id="a", stream=True),
+        message(b'{"job_id": "a", "audio_url": "http://porch.wav"}'),
+        upload("a"),
+    ],
+)
+def test_the_same_id_for_another_request_is_a_conflict_and_the_job_stays_as_it_is(
+    bench: Bench, other: Delivery
+) -> None:
+    bench.take(request(job_id="a"))
+    before = bench.job("a")
+    assert bench.take(other) == ["job_id_conflict"]
+    assert bench.reports.rejections[0].job_id == "a"
+    assert bench.reports.rejections[0].detail.endswith("Use a new id, or delete the job first.")
+    assert bench.job("a") == before
+    assert bench.spooled() == []
+
+
+def test_two_requests_of_one_id_in_one_batch_are_judged_in_order(bench: Bench) -> None:
+    assert bench.take(request(job_id="a"), request(job_id="a"), upload("a"), request(job_id="b")) == ["job_id_conflict"]
+    assert [job.job_id for job in bench.jobs()] == ["a", "b"]
+
+
+def test_an_upload_that_comes_twice_leaves_one_file(bench: Bench) -> None:
+    bench.take(upload("a"), upload("a"))
+    bench.take(upload("a", dup=True))
+    assert bench.spooled() == [WAV]
+    assert bench.take(upload("a", b"other bytes")) == ["job_id_conflict"]
+    assert bench.spooled() == [WAV]
+
+
+def test_an_upload_and_the_same_bytes_in_base64_are_the_same_request(bench: Bench) -> None:
+    encoded = base64.b64encode(WAV).decode()
+    assert bench.take(upload("a"), message(json.dumps({"job_id": "a", "audio_base64": encoded}).encode())) == []
+    assert bench.spooled() == [WAV]
+
+
+def test_a_retained_request_without_an_id_runs_once_however_often_it_comes(bench: Bench) -> None:
+    for _ in range(3):
+        assert bench.take(message(b"porch.wav", retain=True)) == []
+    assert bench.take(message(b'{"audio_path": "porch.wav"}', retain=True)) == []
+    [job] = bench.jobs()
+    assert job.job_id.startswith("retained-")
+    bench.take(message(b"hall.wav", retain=True), message(b"porch.wav", retain=True, user_properties=(("a", "b"),)))
+    assert len(bench.jobs()) == 3
+
+
+def test_a_retained_request_with_an_id_keeps_it(bench: Bench) -> None:
+    bench.take(replace(request(job_id="a"), retain=True))
+    assert [job.job_id for job in bench.jobs()] == ["a"]
+
+
+def test_a_redelivery_of_a_request_without_an_id_makes_no_second_job(bench: Bench, tmp_path: Path) -> None:
+    first = message(b"porch.wav", receipt=Receipt(1, 9))
+    again = replace(first, dup=True, receipt=Receipt(2, 9))
+    bench.take(first)
+    assert bench.take(again) == []
+    assert bench.take(again, again) == []
+    assert len(bench.jobs()) == 1
+    bench.ledger.close()
+    with opened(tmp_path) as restarted:
+        assert restarted.take(again) == []
+        assert len(restarted.jobs()) == 1
+
+
+def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redelivery(bench: Bench, tmp_path: Path) -> None:
+    """Some brokers give out the lowest free packet id: each message has the same. A doorbell asks for the same, too."""
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.take(ring)
+    bench.source.settled = Settled(heard={1: 1})  # the broker has our acknowledgement: the packet id is free
+    bench.intake.run_once(timeout_s=0)
+    lost_at_first = replace(ring, dup=True, receipt=Receipt(2, 1))
+    bench.take(lost_at_first)
+    assert len(bench.jobs()) == 2
+    bench.take(replace(lost_at_first, receipt=Receipt(3, 1)))
+    assert len(bench.jobs()) == 2, "this is the second one again"
+    bench.source.settled = Settled(heard={3: 1})
+    bench.take(message(b"hall.wav", receipt=Receipt(3, 2)))  # brings to disk that the second one cannot come again
+    bench.ledger.close()
+    with opened(tmp_path) as restarted:
+        restarted.take(replace(ring, dup=True, receipt=Receipt(1, 1)))
+        assert len(restarted.jobs()) == 4
+
+
+def test_a_packet_id_that_is_free_again_is_so_after_a_crash_too(bench: Bench, tmp_path: Path) -> None:
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.take(ring)
+    bench.source.settled = Settled(heard={1: 1})
+    bench.intake.run_once(timeout_s=0)
+    synced = len(bench.trace)
+    bench.intake.run_once(timeout_s=0)
+    assert len(bench.trace) == synced, "what is on disk is not written again"
+    bench.ledger._db.journal.abandon()  # killed, with the second one received and not yet on disk
+    bench.ledger._file_lock.release()
+    with opened(tmp_path) as restarted:
+        restarted.take(replace(ring, dup=True))
+        assert len(restarted.jobs()) == 2
+
+
+def test_a_redelivery_that_waits_while_the_broker_begins_a_new_session_is_known_again(bench: Bench) -> None:
+    """The disk refused for a while: meanwhile the message came again, and the broker was started anew."""
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.take(ring)
+    bench.source.settled = Settled(session=3)
+    bench.take(replace(ring, dup=True, receipt=Receipt(2, 1)), replace(ring, receipt=Receipt(3, 1)))
+    assert len(bench.jobs()) == 2
+    bench.take(replace(ring, dup=True, receipt=Receipt(4, 1)))
+    assert len(bench.jobs()) == 2
+
+
+def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: Bench) -> None:
+    ring = message(b"porch.wav", receipt=Receipt(1, 1))
+    bench.source.settled = Settled(session=2)  # it began while this one waited to be fetched
+    bench.take(ring)
+    bench.take(replace(ring, dup=True, receipt=Receipt(3, 1)))
+    assert len(bench.jobs()) == 2
+    bench.take(replace(ring, dup=True, receipt=Receipt(4, 1)))
+    assert len(bench.jobs()) == 2
+
+
+def test_what_the_broker_retains_is_told_of_this_connection_only(bench: Bench) -> None:
+    """What an earlier one brought, and what it had not acknowledged yet, comes first and once more."""
+    topic = Topics("cesar", "kitchen").own("queue")
+    bench.take(message(b"old", topic, dup=True, retain=True), message(b"ours", topic, dup=True))
+    assert bench.reports.found == []
+    bench.take(message(b"new", topic, retain=True), message(b"ours", topic))
+    assert bench.reports.found == [b"new", None]
+
+
+def test_a_redelivery_of_an_upload_without_an_id_leaves_one_file(bench: Bench) -> None:
+    encoded = base64.b64encode(WAV).decode()
+    first = message(json.dumps({"audio_base64": encoded}).encode())
+    bench.take(first, replace(first, dup=True))
+    assert len(bench.jobs()) == 1
+    assert bench.spooled() == [WAV]
+
+
+def test_the_first_delivery_that_was_never_seen_may_be_a_redelivery(bench: Bench) -> None:
+    bench.take(message(b"porch.wav", dup=True))
+    assert len(bench.jobs()) == 1
+
+
+def test_two_messages_that_ask_for_the_same_without_an_id_are_two_jobs(bench: Bench) -> None:
+    bench.take(message(b"porch.wav", receipt=Receipt(1, 1)), message(b"porch.wav", receipt=Receipt(1, 2)))
+    bench.take(message(b"porch.wav", receipt=Receipt(1, 1)))  # the packet id is free again, and this is no redelivery
+    bench.take(message(b"hall.wav", receipt=Receipt(2, 2), dup=True))  # a redelivery of something else
+    assert len(bench.jobs()) == 4
+
+
+def test_messages_of_qos_0_have_no_packet_id_to_be_recognised_by(bench: Bench) -> None:
+    bench.take(*(message(b"porch.wav", qos=0, receipt=Receipt(1, 0), dup=dup) for dup in (False, True)))
+    assert len(bench.jobs()) == 2
+
+
+# -- a disk that refuses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_quick_retries")
+@pytest.mark.parametrize("place", ["ledger_disk", "spool_disk"])
+def test_what_the_disk_refuses_is_tried_again_and_acknowledged_when_it_takes(bench: Bench, place: str) -> None:
+    disk = getattr(bench, place)
+    disk.refusals = 3
+    acknowledged_with = []
+    bench.source.on_acknowledge = lambda: acknowledged_with.append(disk.refusals)
+    assert bench.take(upload("a"), message(b"{"), request(job_id="b")) == ["malformed_json"]
+    assert acknowledged_with == [0]
+    assert [job.job_id for job in bench.jobs()] == ["a", "b"]
+    assert bench.spooled() == [WAV]
+    assert bench.reports.degradations[0] == ("intake", True)
+    assert bench.reports.degradations[-1] == ("intake", False)
+    assert bench.reports.degradations.count(("intake", False)) == 1
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_the_pauses_between_attempts_grow_up_to_a_limit(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.ledger_disk.refusals = 5
+    with caplog.at_level(logging.ERROR):
+        bench.take(request(job_id="a"))
+    pauses = [record.args[-1] for record in caplog.records if isinstance(record.args, tuple)]
+    assert pauses == [0.001, 0.002, 0.004, 0.004, 0.004]
+    assert all("Nothing is acknowledged" in record.getMessage() for record in caplog.records)
+
+
+def test_a_stop_while_the_disk_refuses_ends_at_once_and_acknowledges_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_FIRST_S", 3600.0)
+    bench.ledger_disk.refusals = float("inf")
+    bench.intake.start()
+    bench.source.bring(upload("a"))
+    assert bench.reports.told_degraded.wait(DEADLINE_S)
+    assert bench.source.acknowledged == []
+    bench.intake.stop(DEADLINE_S)
+    assert not bench.intake._thread.is_alive()
+    assert bench.source.acknowledged == []
+    assert bench.ledger.get("a") is None
+    assert bench.spooled() == [WAV], "the change may be there after a crash, so its audio stays for the next start"
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_refusals_are_not_reported_twice_when_the_disk_refuses_their_batch(bench: Bench) -> None:
+    bench.ledger_disk.refusals = 1
+    assert bench.take(message(b"{"), request(job_id="a", beam_size=11)) == ["malformed_json", "invalid_request"]
+
+
+# -- the thread ----------------------------------------------------------------------------------------------------
+
+
+def test_the_thread_takes_what_comes_until_it_is_stopped(bench: Bench) -> None:
+    acknowledged = threading.Event()
+    bench.source.on_acknowledge = acknowledged.set
+    bench.intake.start()
+    for job_id in ("a", "b"):
+        acknowledged.clear()
+        bench.source.bring(request(job_id=job_id))
+        assert acknowledged.wait(DEADLINE_S)
+    bench.source.bring()  # nothing, as a source that is woken does
+    bench.intake.stop(DEADLINE_S)
+    assert not bench.intake._thread.is_alive()
+    assert [job.job_id for job in bench.jobs()] == ["a", "b"]
+
+
+def test_an_intake_that_was_never_started_can_be_stopped(bench: Bench) -> None:
+    bench.intake.stop()
+
+
+# -- anything at all -----------------------------------------------------------------------------------------------
+
+topics = st.sampled_from(
+    [
+        "cesar/jobs",
+        "cesar/audio",
+        "cesar/audio/",
+        "cesar/audio/a",
+        "cesar/audio/b",
+        "cesar/audio/a/b",
+        "cesar/audio/\ufffd",
+    ]
+)
+payloads = st.binary(max_size=60) | st.sampled_from(
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"porch.wav",
+        b"http://example.org/a.wav",
+        b'{"audio_path": "a"}',
+        b'{"audio_path": "a", "job_id": "a"}',
+        b'{"audio_path": "b", "job_id": "a"}',
+        b'{"audio_base64": "YQ==", "job_id": "a"}',
+        b'{"audio_path": "a", "job_id": "b", "metadata": {"a": 1e999}}',
+        b'{"audio_path": "a", "model_size": "\\u0000"}',
+        b'{"audio_path": "a", "job_id": "b", "formats": ["srt"], "clip_timestamps": [[0, 1]]}',
+        b"[" * MAX_PAYLOAD_BYTES,
+        b"x" * (MAX_PAYLOAD_BYTES + 1),
+    ]
+)
+deliveries = st.builds(
+    Delivery,
+    topic=topics,
+    payload=payloads,
+    qos=st.sampled_from([0, 1]),
+    retain=st.booleans(),
+    dup=st.booleans(),
+    receipt=st.builds(Receipt, st.just(1), st.integers(1, 3)),
+    user_properties=st.sampled_from(
+        [(), (("metadata", "["),), (("job_id", "a"),), (("room", "\x00"),), (("task", "x"),)]
+    ),
+    received_at=st.just(0.0),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(deliveries, min_size=1, max_size=6), min_size=1, max_size=3))
+def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batches: list[list[Delivery]]) -> None:
+    with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as bench:
+        for batch in batches:
+            bench.take(*batch)
+        assert bench.take(request(job_id="good")) == []
+        needed = {bench.spool.path(name).name for name in bench.ledger.spooled()}
+        assert needed == {path.name for path in bench.spool_folder.iterdir()}
+        assert len({job.job_id for job in bench.jobs()}) == len(bench.jobs())
+        for rejection in bench.reports.rejections:
+            assert json.loads(rejection.encode())["detail"].endswith(".")
+
+
+# -- requests and answers ------------------------------------------------------------------------------------------
+
+
+def command(name: str, payload: bytes = b"", **fields: Any) -> Delivery:
+    return message(payload, f"cesar/request/{name}", **fields)
+
+
+def test_a_request_is_answered_on_the_topic_of_its_command_and_then_acknowledged(bench: Bench) -> None:
+    assert bench.take(command("cancel", b"a")) == []
+    assert bench.reports.answers == [("cesar/response/cancel", b"cancel: a", None)]
+    assert bench.trace[-2:] == ["answered", "acknowledged"]
+
+
+def test_a_request_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> None:
+    bench.take(request(job_id="a"), command("list"), request(job_id="b"), request(job_id="c"), command("list"))
+    assert bench.controls.seen == [["a"], ["a", "b", "c"]]
+    assert bench.trace.count("acknowledged") == 4, "each stretch in its turn"
+
+
+def test_what_another_consumer_answers_is_acknowledged_in_silence(bench: Bench) -> None:
+    assert bench.take(command("cancel", b"elsewhere", response_topic="my/answers"), command("list")) == []
+    assert bench.reports.answers == [("cesar/response/list", b"list: ", None)]
+    assert len(bench.source.acknowledged) == 2
+
+
+def test_a_request_that_names_a_response_topic_is_answered_there_as_well(bench: Bench) -> None:
+    bench.take(command("health", response_topic="my/answers", correlation_data=b"7"))
+    assert bench.reports.answers == [
+        ("cesar/response/health", b"health: ", None),
+        ("my/answers", b"health: ", b"7"),
+    ]
+
+
+@pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/a", "cesar/status/a", "cesar/request/delete"])
+def test_an_answer_never_goes_where_it_would_be_taken_for_something_else(bench: Bench, topic: str) -> None:
+    bench.take(command("health", response_topic=topic), request(job_id="a", audio_path="b.wav"))
+    bench.take(message(b'{"audio_path": "a.wav"}', response_topic=topic))
+    assert [said for said, _, _ in bench.reports.answers] == ["cesar/response/health"]
+
+
+def test_a_client_may_listen_among_the_response_topics(bench: Bench) -> None:
+    bench.take(command("health", response_topic="cesar/response/my-client"))
+    assert [said for said, _, _ in bench.reports.answers] == ["cesar/response/health", "cesar/response/my-client"]
+
+
+def test_a_retained_request_is_not_done_for_it_would_be_done_at_every_connection(bench: Bench) -> None:
+    assert bench.take(command("delete", b"a", retain=True)) == ["invalid_request"]
+    assert bench.controls.seen == []
+    assert bench.reports.answers == []
+
+
+def test_what_the_control_refuses_is_reported_as_well(bench: Bench) -> None:
+    bench.controls.rejection = Refusal("unknown_command", "There is none.")
+    assert bench.take(command("dance")) == ["unknown_command"]
+    assert bench.reports.answers == [("cesar/response/dance", b"dance: ", None)]
+
+
+def test_a_producer_that_names_a_response_topic_is_told_that_its_job_is_queued(bench: Bench) -> None:
+    bench.take(
+        message(
+            b'{"job_id": "a", "audio_path": "porch.wav"}', response_topic="my/answers", correlation_data=b"\x00\xff"
+        )
+    )
+    ((topic, payload, correlation),) = bench.reports.answers
+    assert (topic, json.loads(payload), correlation) == ("my/answers", {"job_id": "a", "status": "queued"}, b"\x00\xff")
+    assert bench.trace.index("ledger synced") < bench.trace.index("answered"), "it is the promise"
+
+
+def test_a_producer_is_told_the_id_that_was_made_and_that_a_repetition_is_the_same_job(bench: Bench) -> None:
+    first = message(b"porch.wav", response_topic="my/answers")
+    bench.take(first)
+    bench.take(replace(first, dup=True))
+    ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.reports.answers]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
+    assert bench.ledger.get(ids[0]) is not None
+
+
+def test_a_producer_is_told_where_the_job_of_its_id_stands_by_now(bench: Bench) -> None:
+    bench.take(request(job_id="a"))
+    bench.ledger.cancel("a")
+    bench.take(replace(request(job_id="a"), response_topic="my/answers"))
+    ((_, payload, _),) = bench.reports.answers
+    assert json.loads(payload) == {"job_id": "a", "status": "cancelled"}
+
+
+def test_a_producer_is_told_why_it_was_refused(bench: Bench) -> None:
+    bench.take(message(b"{", response_topic="my/answers", correlation_data=b"1"))
+    ((topic, payload, correlation),) = bench.reports.answers
+    assert (topic, correlation) == ("my/answers", b"1")
+    assert json.loads(payload) == bench.reports.rejections[0].model_dump()

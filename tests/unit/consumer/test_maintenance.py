@@ -1,0 +1,100 @@
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cesar_mqtt.config import RetentionSettings
+from cesar_mqtt.consumer.maintenance import Upkeep
+from cesar_mqtt.jobs import AudioSource, NewJob, Result
+from cesar_mqtt.ledger import base as books_module
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from tests.unit.ledger.faults import FaultyDisk, failing
+
+DAY_S = 86_400.0
+
+
+class Clock:
+    """Both clocks in one."""
+
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def disk() -> FaultyDisk:
+    return FaultyDisk()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, clock: Clock, disk: FaultyDisk) -> Iterator[Ledger]:
+    with Ledger(tmp_path / "ledger.json", clock=clock, disk=disk) as ledger:
+        yield ledger
+
+
+def finish_uploads(ledger: Ledger, spool: Spool, count: int) -> None:
+    names = spool.store([b"RIFF"] * count)
+    ledger.append([NewJob(f"job-{n}", "f", AudioSource("spool", name), "base") for n, name in enumerate(names)])
+    while (job := ledger.claim()) is not None:
+        ledger.complete(job.seq, Result("Hello.", 1.0, "en", 0.9, no_speech=False))
+
+
+def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
+    ledger: Ledger, clock: Clock, tmp_path: Path
+) -> None:
+    spool = Spool(tmp_path / "spool")
+    upkeep = Upkeep(RetentionSettings(days=7, max_finished=500), ledger, spool, clock=clock, monotonic=clock)
+    finish_uploads(ledger, spool, 600)
+    upkeep.run_once(threading.Event())
+    assert len(list((tmp_path / "spool").iterdir())) == 500, "as many as may be kept"
+    clock.now += 8 * DAY_S
+    upkeep.run_once(threading.Event())
+    assert list((tmp_path / "spool").iterdir()) == []
+    assert ledger.jobs() == []
+
+
+def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    upkeep = Upkeep(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
+    finish_uploads(ledger, spool, 10)
+    stop = threading.Event()
+    stop.set()
+    upkeep.run_once(stop)
+    assert len(ledger.jobs()) == 10
+
+
+def test_a_disk_that_refuses_is_asked_less_and_less_often(
+    ledger: Ledger,
+    clock: Clock,
+    disk: FaultyDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    spool = Spool(ledger.path.parent / "spool")
+    upkeep = Upkeep(RetentionSettings(), ledger, spool, clock=clock, monotonic=clock)
+    finish_uploads(ledger, spool, 20)
+    disk.fault = failing(times=float("inf"))
+    tried = []
+    with caplog.at_level(logging.WARNING):
+        for second in range(20):
+            upkeep.run_once(threading.Event())
+            if caplog.records:
+                tried.append(second)
+                caplog.clear()
+            clock.now += 1.0
+    assert tried == [0, 1, 3, 7, 15]
+    disk.heal()
+    clock.now += 1000.0
+    size = ledger.path.stat().st_size
+    upkeep.run_once(threading.Event())
+    assert ledger.path.stat().st_size > size, "the checkpoint is written as soon as the disk takes it"

@@ -1,0 +1,787 @@
+"""What is ready before a job's turn, what is done when it is taken, and that nothing is left of what nobody takes."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.consumer import prefetch as preparation
+from cesar_mqtt.consumer.prefetch import Preparer
+from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.transcript import Window
+
+DEADLINE_S = 10.0
+FAILURE = JobFailedError(ErrorCode.DOWNLOAD_FAILED, "The server is away.")
+
+
+class Changes:
+    """A condition that the fakes share, so that a test can wait for what they note."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+
+    def note(self, change: Callable[[], object]) -> None:
+        with self.condition:
+            change()
+            self.condition.notify_all()
+
+    def until(self, satisfied: Callable[[], object]) -> None:
+        with self.condition:
+            assert self.condition.wait_for(satisfied, DEADLINE_S)
+
+
+class FakeQueue:
+    """The next jobs, as a test says, and who observes them."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.limits: list[int] = []
+        self.error: Exception | None = None
+        self.looking: Callable[[], object] = lambda: None
+        self._observer: Callable[[], None] = lambda: None
+
+    def upcoming(self, limit: int) -> list[Job]:
+        self.limits.append(limit)
+        jobs = self.jobs[:limit]
+        self.looking()
+        if self.error is not None:
+            raise self.error
+        return jobs
+
+    def finished_until(self, _seq: int) -> float:
+        return 0.0
+
+    def observe(self, observer: Callable[[], None]) -> None:
+        self._observer = observer
+
+    def set(self, *jobs: Job) -> None:
+        self.jobs = list(jobs)
+        self._observer()
+
+
+class FakeRecording:
+    """Nothing is decoded."""
+
+    def __init__(self, path: Path, job: Job, changes: Changes, from_s: float = 0.0) -> None:
+        self.path = path
+        self.job = job
+        self.from_s = from_s
+        self.fresh = True
+        self.closed = False
+        self._changes = changes
+
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        if should_stop():
+            raise Stopped
+        return f"recording of {self.path.name}"
+
+    def close(self) -> None:
+        self._changes.note(lambda: setattr(self, "closed", True))
+
+
+class FakeDownloader:
+    """Writes files into the spool; a URL that is held waits until it is let go or nobody wants it any more."""
+
+    def __init__(self, spool: Spool, changes: Changes) -> None:
+        self.fetched: list[str] = []
+        self.stopped: list[str] = []
+        self.held: set[str] = set()
+        self.errors: dict[str, Exception] = {}
+        self._spool = spool
+        self._changes = changes
+        self._pace = threading.Event()
+
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+        self._changes.note(lambda: self.fetched.append(url))
+        while url in self.held:
+            if should_stop():
+                self._changes.note(lambda: self.stopped.append(url))
+                raise Stopped
+            self._pace.wait(0.01)
+        if url in self.errors:
+            raise self.errors[url]
+        (name,) = self._spool.store([url.encode()])
+        return Fetched(self._spool.path(name), f"digest of {url}")
+
+
+class Stage:
+    """A preparer among fakes."""
+
+    def __init__(self, folder: Path, ahead: int = 3) -> None:
+        self.changes = Changes()
+        self.queue = FakeQueue()
+        self.folder = folder
+        self.spool = Spool(folder / "spool")
+        self.downloader = FakeDownloader(self.spool, self.changes)
+        self.recordings: list[FakeRecording] = []
+        self.open_error: Exception | None = None
+        self.opening: Callable[[], object] = lambda: None
+        self.preparer: Preparer[FakeRecording] = Preparer(
+            self.queue,
+            open_recording=self._open,
+            spool=self.spool,
+            directories=[folder],
+            downloader=self.downloader,
+            ahead=ahead,
+        )
+
+    def _open(self, path: Path, job: Job) -> FakeRecording:
+        self.opening()
+        if self.open_error is not None:
+            raise self.open_error
+        recording = FakeRecording(path, job, self.changes)
+        self.changes.note(lambda: self.recordings.append(recording))
+        return recording
+
+    def until(self, satisfied: Callable[[], object]) -> None:
+        self.changes.until(satisfied)
+
+    def take(self, job: Job) -> FakeRecording:
+        return self.preparer.take(job, never)
+
+    def look(self) -> bool:
+        return self.preparer.run_once()
+
+    def settle(self) -> None:
+        """Wait for the downloads that are not held."""
+        for download in list(self.preparer._downloads):
+            audio = download._job.audio
+            if audio is not None and audio.name not in self.downloader.held:
+                download.join(DEADLINE_S)
+
+    @property
+    def spooled(self) -> list[bytes]:
+        return sorted(path.read_bytes() for path in self.spool.folder.iterdir())
+
+    @property
+    def open_now(self) -> list[str]:
+        return [recording.job.job_id for recording in self.recordings if not recording.closed]
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(tmp_path)
+    yield stage
+    stage.downloader.held.clear()
+    stage.preparer.stop()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch-", "prepare"))]
+
+
+def a_job(seq: int, kind: str, name: str) -> Job:
+    return Job(
+        seq=seq,
+        job_id=f"job-{seq}",
+        state=JobState.QUEUED,
+        revision=seq,
+        created_at=0.0,
+        updated_at=0.0,
+        fingerprint="f",
+        model_size="tiny.en",
+        audio=AudioSource(kind, name) if kind else None,
+    )
+
+
+def remote(seq: int) -> Job:
+    return a_job(seq, "url", f"http://cam.test/{seq}")
+
+
+def local(stage: Stage, seq: int) -> Job:
+    (stage.folder / f"{seq}.wav").write_bytes(b"sound")
+    return a_job(seq, "path", f"{seq}.wav")
+
+
+# Taking without anything prepared
+
+
+def test_each_kind_of_audio_can_be_taken_unprepared(stage: Stage) -> None:
+    (name,) = stage.spool.store([b"in the message"])
+    for job, content in [
+        (local(stage, 1), b"sound"),
+        (a_job(2, "spool", name), b"in the message"),
+        (remote(3), b"http://cam.test/3"),
+    ]:
+        recording = stage.take(job)
+        assert (recording.path.read_bytes(), recording.job) == (content, job)
+        stage.preparer.release(job, final=True)
+        assert recording.closed
+    assert stage.spooled == [b"in the message"]
+
+
+def test_a_recording_that_is_gone_from_the_spool_is_said_to_be_gone(stage: Stage) -> None:
+    (name,) = stage.spool.store([b"in the message"])
+    stage.spool.remove([name])
+    with pytest.raises(JobFailedError, match="gone from the spool") as failed:
+        stage.take(a_job(1, "spool", name))
+    assert failed.value.code is ErrorCode.AUDIO_NOT_FOUND
+    assert name not in str(failed.value)
+
+
+def test_a_job_without_audio_fails(stage: Stage) -> None:
+    with pytest.raises(JobFailedError, match="no audio"):
+        stage.take(a_job(1, "", ""))
+
+
+def test_a_path_that_leads_out_fails_with_the_code_of_that(stage: Stage) -> None:
+    with pytest.raises(JobFailedError) as error:
+        stage.take(a_job(1, "path", "../x"))
+    assert error.value.code is ErrorCode.AUDIO_NOT_ALLOWED
+
+
+def test_an_unexpected_failure_of_what_is_taken_reaches_the_worker(stage: Stage) -> None:
+    stage.open_error = RuntimeError("odd")
+    with pytest.raises(RuntimeError, match="odd"):
+        stage.take(remote(1))
+    assert stage.spooled == []
+
+
+# Looking ahead
+
+
+def test_the_next_urls_are_fetched_at_once_and_only_the_very_next_is_opened(stage: Stage) -> None:
+    stage.downloader.held = {"http://cam.test/1", "http://cam.test/2", "http://cam.test/3"}
+    stage.queue.jobs = [remote(seq) for seq in range(1, 6)]
+    stage.preparer.start()
+    stage.until(lambda: len(stage.downloader.fetched) == 3)
+    assert stage.queue.limits[0] == 3
+    stage.downloader.held = {"http://cam.test/1"}
+    stage.queue.set(*stage.queue.jobs)
+    assert stage.recordings == []
+    stage.downloader.held = set()
+    stage.until(lambda: stage.recordings)
+    assert stage.open_now == ["job-1"]
+    assert sorted(stage.downloader.fetched) == [f"http://cam.test/{seq}" for seq in (1, 2, 3)]
+    recording = stage.take(stage.queue.jobs[0])
+    assert recording is stage.recordings[0]
+
+
+def test_what_was_prepared_is_what_is_taken(stage: Stage) -> None:
+    job = local(stage, 1)
+    stage.queue.jobs = [job]
+    stage.look()
+    assert stage.take(job) is stage.recordings[0]
+    assert len(stage.recordings) == 1
+
+
+def test_a_file_that_changed_since_is_opened_anew(stage: Stage) -> None:
+    job = local(stage, 1)
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.recordings[0].fresh = False
+    assert stage.take(job) is stage.recordings[1]
+    assert stage.recordings[0].closed
+
+
+def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_ahead(stage: Stage) -> None:
+    """Its windows went with the retry; what was opened behind them would leave out the beginning of the recording."""
+    (stage.folder / "a.wav").write_bytes(b"sound")
+    with Ledger(stage.folder / "ledger.json") as ledger:
+        ledger.append([NewJob("a", "f", AudioSource("path", "a.wav"), "base")])
+        job = ledger.claim()
+        assert job is not None
+        ledger.add_window(job.seq, Window(0, 600.0, " The first ten minutes.", "en", 0.9, ()))
+        ledger.requeue(job.seq)
+        preparer = Preparer(
+            ledger,
+            open_recording=lambda path, job: FakeRecording(path, job, stage.changes, ledger.finished_until(job.seq)),
+            spool=stage.spool,
+            directories=[stage.folder],
+            downloader=stage.downloader,
+            ahead=2,
+        )
+        preparer.run_once()
+        ledger.pause(on=True)
+        ledger.cancel("a")
+        preparer.run_once()
+        ledger.retry("a")
+        preparer.run_once()
+        ledger.pause(on=False)
+        job = ledger.claim()
+        assert job is not None
+        assert preparer.take(job, never).from_s == 0.0
+        preparer.release(job, final=True)
+
+
+def test_the_job_after_the_one_in_hand_is_prepared_meanwhile(stage: Stage) -> None:
+    first, second, third = local(stage, 1), remote(2), local(stage, 3)
+    stage.queue.jobs = [first, second, third]
+    stage.preparer.start()
+    stage.until(lambda: stage.open_now == ["job-1"])
+    stage.queue.set(second, third)
+    stage.take(first)
+    stage.until(lambda: stage.open_now == ["job-1", "job-2"])
+    stage.queue.set(third)
+    stage.preparer.release(first, final=True)
+    taken = stage.take(second)
+    assert taken.path.read_bytes() == b"http://cam.test/2"
+    stage.until(lambda: stage.open_now == ["job-2", "job-3"])
+
+
+def test_a_job_that_comes_in_before_the_next_one_takes_its_place_in_memory(stage: Stage) -> None:
+    first, second = local(stage, 1), local(stage, 2)
+    stage.queue.jobs = [second]
+    stage.look()
+    stage.queue.jobs = [first, second]
+    stage.look()
+    assert stage.open_now == ["job-1"]
+    stage.queue.jobs = [second]
+    stage.take(first)
+    stage.look()
+    assert stage.open_now == ["job-1", "job-2"]
+
+
+def test_a_look_without_news_does_nothing(stage: Stage) -> None:
+    stage.queue.jobs = [remote(1), local(stage, 2)]
+    for _ in range(3):
+        stage.look()
+        stage.settle()
+    assert len(stage.recordings) == 1
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+
+
+def test_news_of_the_queue_wake_it(stage: Stage) -> None:
+    stage.preparer.start()
+    stage.queue.set(local(stage, 1))
+    stage.until(lambda: stage.open_now == ["job-1"])
+
+
+# What the audio is
+
+
+def test_what_may_become_another_audio_is_told_apart_as_long_as_it_is_in_hand(stage: Stage) -> None:
+    (name,) = stage.spool.store([b"in the message"])
+    for job, identity in [
+        (local(stage, 1), "recording of 1.wav"),
+        (remote(2), "digest of http://cam.test/2"),
+        (a_job(3, "spool", name), None),
+    ]:
+        stage.take(job)
+        assert stage.preparer.identity(never) == identity
+        stage.preparer.release(job, final=True)
+        assert stage.preparer.identity(never) is None
+
+
+def test_a_stop_ends_the_wait_for_what_a_file_is(stage: Stage) -> None:
+    job = local(stage, 1)
+    stage.take(job)
+    with pytest.raises(Stopped):
+        stage.preparer.identity(lambda: True)
+    stage.preparer.stop()
+    with pytest.raises(Stopped):
+        stage.preparer.identity(never)
+    stage.preparer.release(job, final=False)
+    assert stage.open_now == []
+
+
+# Waiting, failing
+
+
+def test_taking_waits_for_a_download_that_goes_on(stage: Stage) -> None:
+    job = remote(1)
+    stage.downloader.held = {"http://cam.test/1"}
+    stage.queue.jobs = [job]
+    stage.look()
+    looked = []
+
+    def should_stop() -> bool:
+        looked.append(1)
+        if len(looked) == 3:
+            stage.downloader.held.clear()
+        return False
+
+    assert stage.preparer.take(job, should_stop).path.read_bytes() == b"http://cam.test/1"
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+
+
+def test_a_stop_ends_the_wait_and_the_download(stage: Stage) -> None:
+    job = remote(1)
+    stage.downloader.held = {"http://cam.test/1"}
+    looked = []
+    with pytest.raises(Stopped):
+        stage.preparer.take(job, lambda: looked.append(1) or len(looked) > 2)  # type: ignore[func-returns-value]
+    stage.until(lambda: stage.downloader.stopped == ["http://cam.test/1"])
+
+
+def test_a_stop_comes_before_what_is_prepared(stage: Stage) -> None:
+    job = remote(1)
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.settle()
+    stage.look()
+    with pytest.raises(Stopped):
+        stage.preparer.take(job, lambda: True)
+    assert (stage.open_now, stage.spooled) == ([], [])
+
+
+def test_the_failure_of_a_download_is_told_once_and_then_tried_anew(stage: Stage) -> None:
+    job = remote(1)
+    stage.downloader.errors["http://cam.test/1"] = FAILURE
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.settle()
+    with pytest.raises(JobFailedError) as error:
+        stage.take(job)
+    assert error.value is FAILURE
+    assert len(stage.downloader.fetched) == 1
+    stage.downloader.errors.clear()
+    assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
+
+
+def test_the_failure_of_a_download_long_ago_is_not_believed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "_RECENT_S", 0.0)
+    job = remote(1)
+    stage.downloader.errors["http://cam.test/1"] = FAILURE
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.settle()
+    stage.downloader.errors.clear()
+    assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
+
+
+def test_the_failure_of_a_download_while_it_is_waited_for_is_told(stage: Stage) -> None:
+    stage.downloader.errors["http://cam.test/1"] = FAILURE
+    with pytest.raises(JobFailedError) as error:
+        stage.take(remote(1))
+    assert error.value is FAILURE
+
+
+def test_a_path_that_was_not_there_ahead_is_looked_up_anew(stage: Stage) -> None:
+    job = a_job(1, "path", "1.wav")
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.look()
+    assert stage.recordings == []
+    assert stage.take(local(stage, 1)) is stage.recordings[0]
+
+
+def test_what_goes_wrong_unexpectedly_is_logged_and_done_when_the_job_is_taken(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, other = remote(1), remote(2)
+    stage.downloader.errors["http://cam.test/1"] = RuntimeError("odd")
+    stage.queue.jobs = [job, other]
+    stage.look()
+    stage.settle()
+    assert "Audio could not be prepared" in caplog.text
+    stage.downloader.errors.clear()
+    assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
+    stage.preparer.release(job, final=True)
+    caplog.clear()
+    stage.queue.jobs = [other]
+    stage.open_error = RuntimeError("odd")
+    stage.look()
+    assert "Audio could not be prepared" in caplog.text
+    stage.open_error = None
+    assert stage.take(other).path.read_bytes() == b"http://cam.test/2"
+
+
+def test_an_unexpected_failure_does_not_end_the_thread(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    failed = threading.Event()
+    stage.queue.error = RuntimeError("odd")
+    stage.queue.looking = failed.set
+    stage.preparer.start()
+    assert failed.wait(DEADLINE_S)
+    stage.queue.error = None
+    stage.queue.set(local(stage, 1))
+    stage.until(lambda: stage.recordings)
+    assert stage.preparer.alive
+    assert "Audio could not be prepared" in caplog.text
+
+
+# Jobs that go
+
+
+def test_a_job_that_is_cancelled_while_another_is_in_hand_leaves_nothing(stage: Stage) -> None:
+    current, fetching, fetched, opened = local(stage, 1), remote(2), remote(3), remote(4)
+    stage.take(current)
+    stage.downloader.held = {"http://cam.test/2"}
+    stage.queue.jobs = [opened, fetched, fetching]
+    stage.look()
+    stage.settle()
+    stage.look()
+    assert stage.open_now == ["job-1", "job-4"]
+    assert len(stage.spooled) == 2
+    stage.queue.jobs = []
+    assert not stage.look()
+    stage.until(lambda: stage.downloader.stopped == ["http://cam.test/2"])
+    assert stage.spooled == []
+    assert stage.open_now == ["job-1"]
+
+
+def test_a_download_that_ends_just_after_it_was_dropped_leaves_no_file(stage: Stage) -> None:
+    fetched, dropped = threading.Event(), threading.Event()
+    fetch = stage.downloader.fetch
+
+    def late(url: str, should_stop: Callable[[], bool]) -> Fetched:
+        found = fetch(url, should_stop)
+        fetched.set()
+        assert dropped.wait(DEADLINE_S)
+        return found
+
+    stage.downloader.fetch = late  # type: ignore[method-assign]
+    stage.take(local(stage, 1))
+    stage.queue.jobs = [remote(2)]
+    stage.look()
+    assert fetched.wait(DEADLINE_S)
+    downloads = list(stage.preparer._downloads)
+    stage.queue.jobs = []
+    stage.look()
+    assert len(stage.spooled) == 1
+    dropped.set()
+    downloads[0].join(DEADLINE_S)
+    assert stage.spooled == []
+
+
+def test_a_job_that_was_claimed_but_not_yet_taken_keeps_what_was_prepared(stage: Stage) -> None:
+    """Between the two the worker is on its way, and the job has left the queue just as a cancelled one has."""
+    job = remote(1)
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.settle()
+    stage.look()
+    stage.queue.jobs = [local(stage, 2)]
+    assert stage.look()  # it has to be looked after
+    assert stage.open_now == ["job-1", "job-2"]
+    assert stage.take(job) is stage.recordings[0]
+    assert not stage.look()
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+
+
+def test_a_job_that_left_the_queue_while_nothing_was_in_hand_goes_after_a_while_by_itself(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_GRACE_S", 0.1)
+    stage.queue.jobs = [remote(1)]
+    stage.preparer.start()
+    stage.until(lambda: stage.open_now == ["job-1"])
+    stage.queue.set()
+    stage.until(lambda: stage.open_now == [])
+    stage.preparer.stop()
+    assert stage.spooled == []
+
+
+def test_a_job_that_left_the_queue_goes_when_another_is_taken(stage: Stage) -> None:
+    stage.queue.jobs = [remote(1), local(stage, 2)]
+    stage.look()
+    stage.settle()
+    stage.look()
+    stage.queue.jobs = [local(stage, 2)]
+    stage.look()
+    stage.take(local(stage, 2))
+    assert stage.open_now == ["job-2"]
+    assert stage.spooled == []
+
+
+def test_what_was_seen_of_the_queue_before_a_job_was_taken_is_not_acted_upon(stage: Stage) -> None:
+    first, second = remote(1), remote(2)
+    stage.queue.jobs = [first]
+    stage.look()
+    stage.settle()
+    stage.look()
+
+    def meanwhile() -> None:
+        stage.queue.looking = lambda: None
+        stage.queue.jobs = [second]
+        stage.take(first)
+
+    stage.queue.looking = meanwhile
+    assert not stage.look()
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+    stage.look()
+    stage.settle()
+    assert stage.downloader.fetched == ["http://cam.test/1", "http://cam.test/2"]
+    assert stage.open_now == ["job-1"]
+
+
+def test_a_job_that_is_claimed_after_the_one_in_hand_and_before_a_look_is_over_is_kept(stage: Stage) -> None:
+    first, second = local(stage, 1), remote(2)
+    stage.take(first)
+    stage.queue.jobs = [second]
+    stage.look()
+    stage.settle()
+    stage.look()
+    stage.queue.jobs = []
+
+    def meanwhile() -> None:
+        stage.queue.looking = lambda: None
+        stage.preparer.release(first, final=True)
+
+    stage.queue.looking = meanwhile
+    stage.look()
+    assert stage.take(second) is stage.recordings[1]
+    assert stage.downloader.fetched == ["http://cam.test/2"]
+
+
+def test_a_recording_that_is_opened_too_late_is_closed(stage: Stage) -> None:
+    job = local(stage, 1)
+    stage.queue.jobs = [job]
+
+    def meanwhile() -> None:
+        stage.opening = lambda: None
+        stage.take(job)
+
+    stage.opening = meanwhile
+    stage.look()
+    assert [recording.closed for recording in stage.recordings] == [False, True]
+
+
+def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> None:
+    jobs = [remote(seq) for seq in range(1, 7)]
+    fetch = stage.downloader.fetch
+    unmoved = threading.Event()
+
+    def stubborn(url: str, should_stop: Callable[[], bool]) -> Fetched:
+        fetched = fetch(url, never)
+        unmoved.wait(DEADLINE_S)
+        del should_stop
+        return fetched
+
+    stage.downloader.fetch = stubborn  # type: ignore[method-assign]
+    stage.take(local(stage, 9))
+    stage.queue.jobs = jobs[:3]
+    stage.look()
+    stage.until(lambda: len(stage.downloader.fetched) == 3)
+    stage.queue.jobs = jobs[3:]
+    stage.look()
+    assert len(stage.preparer._downloads) == 3
+    unmoved.set()
+    stage.settle()
+    stage.look()
+    stage.settle()
+    assert len(stage.downloader.fetched) == 6
+
+
+# Releasing
+
+
+def test_a_download_is_kept_for_a_job_that_may_come_again(stage: Stage) -> None:
+    job = remote(1)
+    first = stage.take(job)
+    stage.preparer.release(job, final=False)
+    assert first.closed
+    stage.queue.jobs = [job]
+    stage.look()
+    second = stage.take(job)
+    assert second is not first
+    assert second.path == first.path
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+    stage.preparer.release(job, final=True)
+    assert stage.spooled == []
+
+
+def test_a_download_is_kept_while_its_job_is_put_off_and_others_have_their_turn(stage: Stage) -> None:
+    job, other = remote(1), local(stage, 2)
+    stage.take(job)
+    stage.preparer.release(job, final=False)
+    stage.queue.jobs = [other]
+    stage.look()
+    stage.take(other)
+    stage.queue.jobs = []
+    assert stage.look()
+    stage.preparer.release(other, final=True)
+    assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+
+
+def test_a_kept_download_goes_when_its_job_does_not_come_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "_KEEP_S", 0.0)
+    job = remote(1)
+    stage.take(job)
+    stage.preparer.release(job, final=False)
+    assert len(stage.spooled) == 1
+    stage.look()
+    assert stage.spooled == []
+
+
+def test_a_kept_download_goes_at_once_when_its_job_is_cancelled_in_the_queue(stage: Stage) -> None:
+    job = remote(1)
+    stage.take(job)
+    stage.preparer.release(job, final=False)
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.take(local(stage, 2))
+    stage.queue.jobs = []
+    stage.look()
+    assert stage.spooled == []
+
+
+def test_a_job_that_is_put_back_while_it_is_in_hand_leaves_nothing_behind(stage: Stage) -> None:
+    """A forced stop puts the job back into the queue before the worker lets go of it."""
+    job = remote(1)
+    stage.take(job)
+    stage.queue.jobs = [job]
+    stage.look()
+    stage.settle()
+    stage.look()
+    stage.preparer.release(job, final=False)
+    assert stage.open_now == ["job-1"]
+    assert len(stage.spooled) == 1
+    stage.preparer.release(stage.preparer.take(job, never).job, final=True)
+    assert (stage.open_now, stage.spooled) == ([], [])
+
+
+def test_releasing_what_is_not_in_hand_does_nothing(stage: Stage) -> None:
+    stage.preparer.release(remote(1), final=True)
+    stage.take(remote(2))
+    stage.preparer.release(remote(1), final=True)
+    assert stage.open_now == ["job-2"]
+    stage.preparer.release(remote(2), final=True)
+    stage.preparer.release(remote(2), final=True)
+    assert (stage.open_now, stage.spooled) == ([], [])
+
+
+# Stopping
+
+
+def test_a_stop_ends_everything_and_leaves_only_what_is_in_hand(stage: Stage) -> None:
+    current, fetched, fetching = remote(1), remote(2), remote(3)
+    stage.downloader.held = {"http://cam.test/3"}
+    stage.take(current)
+    stage.queue.jobs = [fetched, fetching]
+    stage.preparer.start()
+    stage.until(lambda: stage.open_now == ["job-1", "job-2"])
+    stage.until(lambda: len(stage.downloader.fetched) == 3)
+    assert stage.preparer.alive
+    stage.preparer.stop()
+    stage.preparer.stop()
+    assert not stage.preparer.alive
+    assert stage.downloader.stopped == ["http://cam.test/3"]
+    assert (stage.open_now, stage.spooled) == (["job-1"], [b"http://cam.test/1"])
+    stage.preparer.release(current, final=False)
+    assert (stage.open_now, stage.spooled) == ([], [])
+
+
+def test_a_stop_ends_the_wait_of_the_worker(stage: Stage) -> None:
+    stage.downloader.held = {"http://cam.test/1"}
+    ended = threading.Event()
+
+    def work() -> None:
+        with pytest.raises(Stopped):
+            stage.take(remote(1))
+        ended.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    stage.until(lambda: stage.downloader.fetched)
+    stage.preparer.stop()
+    assert ended.wait(DEADLINE_S)
+    worker.join(DEADLINE_S)
+    stage.settle()
+    assert stage.spooled == []
+
+
+def test_after_a_stop_nothing_is_begun(stage: Stage) -> None:
+    stage.queue.jobs = [remote(1)]
+    stage.preparer.stop()
+    stage.look()
+    with pytest.raises(Stopped):
+        stage.take(remote(1))
+    assert stage.downloader.fetched == []

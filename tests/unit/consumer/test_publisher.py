@@ -1,0 +1,1639 @@
+import itertools
+import json
+import logging
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from cesar_mqtt.consumer.in_flight import MOST
+from cesar_mqtt.consumer.publisher import Publisher
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.outbox import TRAIL
+from cesar_mqtt.mqtt.client import CannotPublishError, PacketTooLargeError
+from cesar_mqtt.protocol.payloads import Live, Rejection, status_of
+from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.transcript import Segment, Window
+
+DEADLINE_S = 10.0
+QUEUE = "cesar/consumer/kitchen/queue"
+STATE = "cesar/consumer/kitchen/state"
+LAST = "cesar/consumer/kitchen/last"
+REJECTED = "cesar/rejected"
+OVERHEAD_BYTES = 16  # what MQTT adds to topic and payload, at most
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was handed to the connection."""
+
+    ticket: int
+    topic: str
+    payload: bytes
+    retain: bool
+    correlation_data: bytes | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads(self.payload)
+        return fields
+
+
+class FakeConnection:
+    """Notes what is published while `up`; `limit_bytes`, `refused` and `goes_down_after` are its ways to go wrong."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.limit_bytes: int | None = None
+        self.refused: set[str] = set()
+        self.goes_down_after: int | None = None
+        self.sent: list[Message] = []
+        self.attempts = 0
+        self.threads: set[str] = set()
+        self.on_sent: Callable[[Message], None] = lambda _message: None
+        self._tickets = itertools.count(1)
+
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
+    ) -> int | None:
+        self.attempts += 1
+        self.threads.add(threading.current_thread().name)
+        if self.goes_down_after == 0:
+            self.up = False
+        if not self.up:
+            return None
+        size_bytes = len(topic.encode()) + len(payload) + OVERHEAD_BYTES
+        if self.limit_bytes is not None and size_bytes > self.limit_bytes:
+            raise PacketTooLargeError(size_bytes, self.limit_bytes)
+        if topic in self.refused:
+            raise CannotPublishError("Nothing can be published there.")
+        if self.goes_down_after is not None:
+            self.goes_down_after -= 1
+        self.sent.append(Message(next(self._tickets), topic, payload, retain, correlation_data))
+        self.on_sent(self.sent[-1])
+        return self.sent[-1].ticket
+
+
+def left_by(bench: "Bench", **counts: int) -> bytes:
+    """What the process before has said last."""
+    totals = bench.ledger.totals()
+    return json.dumps(
+        {
+            "activity": "draining",
+            "queued": totals.queued,
+            "completed_total": totals.completed_total,
+            "error_total": totals.error_total,
+            "cancelled_total": totals.cancelled_total,
+            "deleted_total": totals.deleted_total,
+            **counts,
+        }
+    ).encode()
+
+
+class Bench:
+    """A publisher between a real ledger and a fake connection; its turns are taken by hand."""
+
+    def __init__(self, folder: Path, disk: Disk | None = None) -> None:
+        self.now = 1000.0
+        self.ledger = Ledger(folder / "ledger.json", clock=lambda: self.now, disk=disk)
+        self.connection = FakeConnection()
+        self.publisher = Publisher(
+            self.connection,
+            self.ledger,
+            Topics("cesar", "kitchen"),
+            clock=lambda: self.now,
+            monotonic=lambda: self.now,
+        )
+        self._seen = 0
+        self.left = left_by(self)
+        """What the process before has said last, until the broker has shown it."""
+
+    # -- the ledger --
+
+    def add(self, *job_ids: str, **fields: Any) -> None:
+        self.ledger.append([NewJob(job_id, "f", AudioSource("path", "a.wav"), "base", **fields) for job_id in job_ids])
+
+    def claim(self) -> Job:
+        job = self.ledger.claim()
+        assert job is not None
+        return job
+
+    def complete(self, job: Job, text: str = "Hello.", windows: tuple[Window, ...] = ()) -> Job:
+        self.ledger.complete(job.seq, Result(text, 2.5, "en", 0.9, no_speech=False, windows=windows))
+        return self.job(job.job_id)
+
+    def job(self, job_id: str) -> Job:
+        job = self.ledger.get(job_id)
+        assert job is not None
+        return job
+
+    # -- the connection --
+
+    def connect(self, *, session_present: bool = True, limit_bytes: int | None = None) -> list[Message]:
+        self.connection.up = True
+        self.connection.limit_bytes = limit_bytes
+        self.publisher.on_connected(session_present=session_present, max_packet_bytes=limit_bytes)
+        if session_present and self.left:
+            self.publisher.found_retained(self.left)
+        self.left = b""
+        return self.turn()
+
+    def disconnect(self) -> None:
+        self.connection.up = False
+        self.publisher.on_disconnected()
+        assert self.turn() == []
+
+    def acknowledge(self, *messages: Message) -> list[Message]:
+        for message in messages:
+            self.publisher.on_published(message.ticket)
+        return self.turn()
+
+    def settle(self) -> list[Message]:
+        """Acknowledge, and take turns, until nothing more is said; return all that was."""
+        said = self.turn()
+        fresh = said or self.connection.sent
+        while fresh:
+            fresh = self.acknowledge(*fresh)
+            said += fresh
+        return said
+
+    def turn(self) -> list[Message]:
+        """Let the publisher do all that it can; return what it has published since the last time."""
+        self.publisher.run_once()
+        fresh = self.connection.sent[self._seen :]
+        self._seen += len(fresh)
+        return fresh
+
+    def quiet(self, **connection: Any) -> None:
+        """Connect, and let everything be said and acknowledged, long ago."""
+        self.connect(**connection)
+        self.settle()
+        self.now += 100
+        self.settle()
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Bench]:
+    bench = Bench(folder)
+    try:
+        yield bench
+    finally:
+        bench.publisher.stop()
+        bench.ledger.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with opened(tmp_path) as bench:
+        yield bench
+
+
+def on(topic: str, messages: list[Message]) -> list[dict[str, Any]]:
+    return [message.fields for message in messages if message.topic == topic]
+
+
+def statuses(messages: list[Message]) -> list[tuple[str, str]]:
+    """Return whose status was said, and what it was, in order."""
+    found = (message.fields for message in messages if message.topic.startswith("cesar/status/"))
+    return [(fields["job_id"], fields["status"]) for fields in found]
+
+
+def rejection(detail: str = "It is wrong.") -> Rejection:
+    return Rejection(
+        reason="malformed_json",
+        detail=detail,
+        topic="cesar/jobs",
+        job_id=None,
+        payload_excerpt="{",
+        received_at="2026-01-23T21:45:00.120Z",
+    )
+
+
+def live(progress: float) -> Live:
+    return Live(
+        progress=progress,
+        processed_duration=progress * 60,
+        audio_duration=60.0,
+        speed=6.5,
+        eta=5.4,
+        updated_at=1000.0,
+    )
+
+
+# -- statuses ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_published_while_there_is_no_connection(bench: Bench) -> None:
+    bench.add("a")
+    bench.publisher.online()
+    bench.publisher.reject(rejection())
+    assert bench.publisher.run_once() is None
+    assert bench.connection.threads == set()
+
+
+def test_a_status_is_retained_on_the_topic_of_its_job(bench: Bench) -> None:
+    bench.add("a", metadata={"room": "porch"})
+    [message] = [message for message in bench.connect() if message.topic == "cesar/status/a"]
+    assert message.retain
+    assert message.fields == json.loads(status_of(bench.job("a"), "kitchen").encode())
+
+
+def test_while_connected_every_state_of_a_job_is_said_in_order(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.complete(bench.claim())
+    assert statuses(bench.turn()) == [("a", "queued"), ("a", "processing"), ("a", "completed")]
+
+
+def test_states_that_were_passed_through_while_offline_are_never_said(bench: Bench) -> None:
+    bench.quiet()
+    bench.disconnect()
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    assert sorted(statuses(bench.connect())) == [("a", "completed"), ("b", "queued")]
+
+
+def test_a_status_counts_as_published_only_at_its_acknowledgement(bench: Bench, tmp_path: Path) -> None:
+    bench.quiet()
+    bench.add("a")
+    said = bench.turn()
+    assert statuses(said) == [("a", "queued")]
+    assert bench.ledger.has_unpublished
+    crashed = tmp_path / "crashed"
+    shutil.copytree(tmp_path, crashed, ignore=shutil.ignore_patterns("*.lock", "crashed"))
+    with Ledger(crashed / "ledger.json") as ledger:
+        assert [job.job_id for _, job in ledger.unpublished(10)] == ["a"]
+    bench.acknowledge(*said)
+    assert not bench.ledger.has_unpublished
+
+
+def test_a_status_is_not_said_again_while_it_is_on_its_way(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    assert statuses(bench.turn()) == [("a", "queued")]
+    assert statuses(bench.turn()) == []
+
+
+def test_an_older_acknowledgement_does_not_count_for_a_newer_state(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    older = bench.turn()
+    job = bench.claim()
+    newer = bench.turn()
+    assert statuses(newer) == [("a", "processing")]
+    bench.acknowledge(*older)
+    assert bench.ledger.has_unpublished
+    bench.disconnect()
+    assert statuses(bench.connect()) == [("a", "processing")]
+    bench.complete(job)
+
+
+def test_an_acknowledgement_of_an_older_connection_or_of_nothing_known_counts_for_nothing(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    lost = bench.turn()
+    bench.disconnect()
+    again = bench.connect()
+    assert statuses(again) == [("a", "queued")]
+    bench.acknowledge(*lost, Message(10_000, "", b"", retain=False))
+    assert bench.ledger.has_unpublished
+    bench.acknowledge(*again)
+    assert not bench.ledger.has_unpublished
+
+
+def test_an_acknowledgement_that_comes_before_publish_has_returned_is_heard(bench: Bench) -> None:
+    bench.connection.on_sent = lambda message: bench.publisher.on_published(message.ticket)
+    bench.add("a")
+    bench.connect()
+    bench.turn()
+    assert not bench.ledger.has_unpublished
+
+
+def test_about_two_hundred_messages_are_on_their_way_at_most(bench: Bench) -> None:
+    bench.quiet()
+    for number in range(450):
+        bench.add(f"job-{number}")
+    said = bench.turn()
+    assert MOST == 200
+    assert len(said) in {MOST, MOST + 1}, "an event and its status go together"
+    assert bench.turn() == []
+    more = bench.acknowledge(*said[:10])
+    assert len(more) == 10
+    bench.now += 10
+    everything = said + more + bench.acknowledge(*said[10:], *more)
+    while bench.ledger.has_unpublished:
+        everything += bench.acknowledge(*everything)
+    assert [job_id for job_id, _ in dict.fromkeys(statuses(everything))] == [f"job-{number}" for number in range(450)]
+
+
+def test_a_connection_that_breaks_in_the_middle_of_a_burst_loses_nothing(bench: Bench) -> None:
+    bench.quiet()
+    bench.add(*(f"job-{number}" for number in range(20)))
+    bench.connection.goes_down_after = 7
+    assert len(statuses(bench.turn())) <= 7
+    assert bench.turn() == []
+    bench.connection.goes_down_after = None
+    bench.disconnect()
+    bench.connect()
+    bench.settle()
+    assert not bench.ledger.has_unpublished
+    assert {job_id for job_id, _ in statuses(bench.connection.sent)} == {f"job-{number}" for number in range(20)}
+
+
+def test_after_a_publish_in_vain_no_other_is_tried_before_the_next_connection(bench: Bench) -> None:
+    bench.quiet()
+    bench.connection.up = False
+    bench.add("a", "b")
+    bench.publisher.reject(rejection())
+    bench.turn()
+    attempts = bench.connection.attempts
+    bench.add("c")
+    bench.now += 10
+    bench.turn()
+    assert bench.connection.attempts == attempts
+    assert len(statuses(bench.connect())) == 3
+
+
+def test_after_a_reconnect_only_what_was_not_acknowledged_is_said_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b")
+    said = bench.turn()
+    assert statuses(said) == [("a", "queued"), ("b", "queued")]
+    bench.acknowledge(*(message for message in said if message.topic != "cesar/status/b"))
+    bench.disconnect()
+    assert statuses(bench.connect()) == [("b", "queued")]
+
+
+def test_after_the_broker_lost_the_session_everything_is_said_again(bench: Bench) -> None:
+    bench.add("a", "b")
+    bench.publisher.online()
+    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.quiet()
+    bench.disconnect()
+    said = bench.connect(session_present=False)
+    assert sorted(statuses(said)) == [("a", "completed"), ("b", "queued")]
+    assert {message.topic for message in said} >= {STATE, QUEUE, LAST}
+
+
+def test_a_start_tells_only_what_the_broker_does_not_know_yet(bench: Bench, tmp_path: Path) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.settle()
+    bench.add("b")
+    bench.publisher.stop()
+    bench.ledger.close()
+    with opened(tmp_path) as restarted:
+        assert ("b", "queued") in statuses(restarted.connect())
+        assert restarted.job("a").state is JobState.QUEUED
+
+
+def test_a_request_that_came_again_has_its_status_said_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.settle()
+    bench.add("a")
+    assert statuses(bench.turn()) == [("a", "queued")]
+
+
+def test_the_others_are_told_when_they_move_up_in_the_queue(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b", "c")
+    bench.settle()
+    bench.complete(bench.claim())
+    positions = {
+        message.fields["job_id"]: message.fields["queue_position"]
+        for message in bench.settle()
+        if message.topic.startswith("cesar/status/")
+    }
+    assert positions == {"a": None, "b": 1, "c": 2}
+
+
+# -- what cannot be published --------------------------------------------------------------------------------------
+
+
+def test_a_status_over_the_packet_limit_is_cut_until_it_fits(bench: Bench) -> None:
+    bench.quiet(limit_bytes=2000)
+    bench.add("a", metadata={"k": "x" * 1000})
+    bench.complete(bench.claim(), 'He said "Grüße".\n' * 1000)
+    fields = on("cesar/status/a", bench.turn())[-1]
+    assert fields["result_truncated"] is True
+    assert fields["status"] == "completed"
+    assert 100 < len(fields["result_text"]) < 1000
+
+
+@pytest.mark.parametrize("topic", ["cesar/status/a", "cesar/consumer/kitchen/queue", REJECTED])
+def test_what_the_broker_refused_to_take_of_a_job_is_said_again_at_the_next_connection(
+    bench: Bench, topic: str
+) -> None:
+    """Whoever lets the broker refuse it may think better of it; until then nobody tries again and again."""
+    bench.quiet()
+    bench.add("a")
+    bench.publisher.reject(rejection())
+    for message in bench.turn():
+        bench.publisher.on_published(message.ticket, refused=message.topic == topic)
+    assert bench.settle() == []
+    for again in (topic == "cesar/status/a", False):
+        bench.disconnect()
+        said = bench.connect()
+        assert [job_id for job_id, _ in statuses(said + bench.acknowledge(*said))] == ["a"] * again
+
+
+def test_a_message_that_no_broker_takes_is_given_up_and_the_others_are_published(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.connection.refused = {"cesar/status/a", REJECTED, LAST}
+    bench.add("a", "b")
+    bench.publisher.reject(rejection())
+    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.online()
+    bench.quiet()
+    assert ("b", "queued") in statuses(bench.connection.sent)
+    assert {STATE, QUEUE} <= {message.topic for message in bench.connection.sent}
+    assert not bench.ledger.has_unpublished
+    given_up = [record for record in caplog.records if record.levelno == logging.ERROR]
+    bench.quiet()
+    assert [record for record in caplog.records if record.levelno == logging.ERROR] == given_up
+
+
+def test_a_status_that_cannot_be_put_into_words_does_not_stop_the_others(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.add("a", "b")
+    bench.complete(bench.claim(), "half a pair: \ud800")
+    bench.quiet()
+    assert set(statuses(bench.connection.sent)) == {("b", "queued")}
+    assert not bench.ledger.has_unpublished
+    assert "of job a cannot be put into words" in caplog.text
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_said_at_most_once_a_second_and_then_the_newest(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.settle()
+    bench.now += 1
+    said = []
+    for step in range(32):
+        bench.publisher.progress(job, live(step / 100))
+        said += [(bench.now, fields["progress"]) for fields in on("cesar/status/a", bench.settle())]
+        bench.now += 0.125
+    assert [progress for _, progress in said] == [0.0, 0.08, 0.16, 0.24]
+    assert [later - earlier for (earlier, _), (later, _) in itertools.pairwise(said)] == [1.0, 1.0, 1.0]
+
+
+def test_progress_that_has_to_wait_says_for_how_long(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.publisher.progress(job, live(0.1))
+    bench.settle()
+    bench.now += 1.5
+    bench.settle()
+    bench.publisher.progress(job, live(0.2))
+    bench.settle()
+    bench.now += 0.25
+    bench.publisher.progress(job, live(0.3))
+    assert bench.publisher.run_once() == pytest.approx(0.75)
+
+
+def test_the_first_progress_comes_a_second_after_the_start(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [None, 0.0]
+    bench.now += 0.5
+    bench.publisher.progress(job, live(0.1))
+    assert on("cesar/status/a", bench.settle()) == []
+    bench.now += 0.5
+    assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [0.1]
+
+
+def test_progress_carries_all_fields_of_the_job_at_work(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", metadata={"room": "porch"})
+    job = bench.claim()
+    bench.settle()
+    bench.now += 1
+    bench.publisher.progress(job, live(0.42))
+    [fields] = on("cesar/status/a", bench.turn())
+    assert fields == json.loads(status_of(job, "kitchen", live(0.42)).encode())
+    assert (fields["progress"], fields["speed"], fields["eta"]) == (0.42, 6.5, 5.4)
+
+
+def test_progress_is_never_said_after_the_end_of_the_job(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.settle()
+    bench.publisher.progress(job, live(0.1))
+    bench.settle()
+    bench.publisher.progress(job, live(0.9))
+    bench.complete(job)
+    bench.publisher.progress(job, live(0.95))
+    said = bench.settle()
+    bench.now += 5
+    said += bench.settle()
+    assert statuses(said) == [("a", "completed")]
+    assert on("cesar/status/a", said)[-1]["progress"] == 1
+
+
+def test_progress_of_an_earlier_attempt_is_not_said_of_the_next_one(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.settle()
+    bench.publisher.progress(job, live(0.1))
+    bench.settle()
+    bench.publisher.progress(job, live(0.9))
+    bench.ledger.requeue(job.seq)
+    bench.claim()
+    said = bench.settle()
+    bench.now += 5
+    said += bench.settle()
+    assert [(fields["attempt"], fields["progress"]) for fields in on("cesar/status/a", said)] == [(1, None), (2, 0.0)]
+
+
+def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    queued, processing = (message for message in bench.turn() if message.topic == "cesar/status/a")
+    bench.now += 1
+    bench.publisher.progress(job, live(0.1))
+    bench.acknowledge(queued)
+    [progress] = [message for message in bench.connection.sent if message.fields.get("progress") == 0.1]
+    bench.acknowledge(progress)
+    assert bench.ledger.has_unpublished
+    bench.acknowledge(processing)
+    assert not bench.ledger.has_unpublished
+
+
+def test_progress_waits_without_spinning_while_too_much_is_on_its_way(bench: Bench) -> None:
+    bench.quiet()
+    for number in range(MOST + 1):
+        bench.add(f"job-{number}")
+    job = bench.claim()
+    said = bench.turn()
+    bench.now += 10
+    bench.turn()
+    bench.publisher.progress(job, live(0.5))
+    assert bench.publisher.run_once() is None  # an acknowledgement will wake it
+    for _ in range(3):
+        said = bench.acknowledge(*said)
+    assert 0.5 in [fields["progress"] for fields in on("cesar/status/job-0", bench.connection.sent)]
+
+
+# -- the consumer's own topics -------------------------------------------------------------------------------------
+
+
+def test_the_state_is_said_at_every_connect_although_the_broker_knows_it(bench: Bench) -> None:
+    bench.publisher.online()
+    for session_present in (False, True, True):
+        said = bench.connect(session_present=session_present)
+        [message] = [message for message in said if message.topic == STATE]
+        assert message.retain
+        assert message.fields == {"state": "online"}
+        bench.settle()
+        bench.disconnect()
+
+
+def test_the_other_own_topics_are_said_again_only_when_they_changed(bench: Bench) -> None:
+    bench.publisher.online()
+    bench.add("a")
+    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.quiet()
+    bench.disconnect()
+    assert [message.topic for message in bench.connect()] == [STATE]
+
+
+def test_offline_is_the_last_word(bench: Bench) -> None:
+    bench.publisher.online()
+    bench.quiet()
+    bench.publisher.offline()
+    assert [(message.topic, message.fields) for message in bench.settle()] == [(STATE, {"state": "offline"})]
+
+
+def test_the_last_finished_job_is_retained_and_only_the_newest(bench: Bench) -> None:
+    bench.add("a", "b")
+    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.finished(bench.complete(bench.claim(), "Bye."))
+    [fields] = on(LAST, bench.connect())
+    assert (fields["job_id"], fields["text"]) == ("b", "Bye.")
+
+
+def test_the_queue_is_said_at_most_once_a_second_however_much_changes(bench: Bench) -> None:
+    bench.quiet()
+    said = []
+    for number in range(32):
+        bench.add(f"job-{number}")
+        said += [(bench.now, fields["queued"]) for fields in on(QUEUE, bench.settle())]
+        bench.now += 0.125
+    assert [queued for _, queued in said] == [1, 9, 17, 25]
+    bench.now += 1
+    assert on(QUEUE, bench.settle())[0]["queued"] == 32
+
+
+def test_a_change_of_the_queue_that_has_to_wait_says_for_how_long(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.settle()
+    bench.now += 0.25
+    bench.add("b")
+    assert bench.publisher.run_once() == pytest.approx(0.75)
+
+
+def test_when_nothing_happens_nothing_is_due(bench: Bench) -> None:
+    bench.add("a")
+    bench.quiet()
+    bench.now += 1000
+    assert bench.publisher.run_once() is None
+    assert bench.turn() == []
+
+
+def test_a_queue_that_is_as_it_was_is_not_said_again(bench: Bench) -> None:
+    bench.quiet()
+    for on_or_off in (True, False):
+        bench.publisher.degraded("intake", on=on_or_off)
+    assert bench.settle() == []
+
+
+def test_the_activity_is_what_the_worker_does_unless_the_disk_refuses_or_a_stop_is_on(bench: Bench) -> None:
+    def activity() -> str:
+        bench.now += 1
+        bench.settle()
+        return str(on(QUEUE, bench.connection.sent)[-1]["activity"])
+
+    bench.quiet()
+    assert activity() == "starting"
+    bench.publisher.activity("loading")
+    assert activity() == "loading"
+    bench.publisher.activity("idle")
+    bench.publisher.degraded("intake", on=True)
+    bench.publisher.degraded("worker", on=True)
+    assert activity() == "degraded"
+    bench.publisher.degraded("intake", on=False)
+    assert activity() == "degraded"
+    bench.publisher.degraded("worker", on=False)
+    assert activity() == "idle"
+    bench.publisher.draining()
+    bench.publisher.degraded("worker", on=True)
+    assert activity() == "draining"
+
+
+def test_a_disk_that_recovers_before_anybody_heard_of_it_leaves_no_trace(bench: Bench) -> None:
+    bench.publisher.activity("idle")
+    bench.publisher.degraded("intake", on=True)
+    bench.publisher.degraded("intake", on=False)
+    assert on(QUEUE, bench.connect())[-1]["activity"] == "idle"
+
+
+def test_the_queue_counts_what_was_refused(bench: Bench) -> None:
+    bench.publisher.reject(rejection())
+    bench.publisher.reject(rejection())
+    assert on(QUEUE, bench.connect())[-1]["rejected_total"] == 2
+
+
+# -- rejections ----------------------------------------------------------------------------------------------------
+
+
+def test_rejections_are_said_in_order_and_not_retained(bench: Bench) -> None:
+    bench.quiet()
+    for number in range(3):
+        bench.publisher.reject(rejection(f"{number}"))
+    said = bench.turn()
+    assert [fields["detail"] for fields in on(REJECTED, said)] == ["0", "1", "2"]
+    assert not any(message.retain for message in said if message.topic == REJECTED)
+
+
+def test_rejections_wait_for_a_connection_and_those_on_their_way_for_the_next_one(bench: Bench) -> None:
+    for number in range(3):
+        bench.publisher.reject(rejection(f"{number}"))
+    first, second, third = (message for message in bench.connect() if message.topic == REJECTED)
+    bench.acknowledge(second)
+    bench.connection.up = False
+    bench.publisher.reject(rejection("3"))
+    bench.disconnect()
+    bench.publisher.reject(rejection("4"))
+    again = bench.connect()
+    assert [fields["detail"] for fields in on(REJECTED, again)] == ["0", "2", "3", "4"]
+    assert (first.fields["detail"], third.fields["detail"]) == ("0", "2")
+    bench.settle()
+    bench.disconnect()
+    assert on(REJECTED, bench.connect(session_present=False)) == []
+
+
+def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.transient_messages.MOST", 5)
+    with opened(tmp_path) as bench:
+        for number in range(8):
+            bench.publisher.reject(rejection(f"{number}"))
+        bench.turn()
+        assert len(bench.publisher._notes) == 5
+        assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["3", "4", "5", "6", "7"]
+        bench.publisher.reject(rejection("8"))
+        bench.turn()
+        bench.disconnect()
+        assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["4", "5", "6", "7", "8"]
+
+
+def test_answers_that_wait_are_bounded_in_bytes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """10,000 answers with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
+    monkeypatch.setattr("cesar_mqtt.consumer.transient_messages.MOST_BYTES", 1000)
+    asked = "cesar/response/list"
+
+    def answer(size_bytes: int, *numbers: int) -> None:
+        for number in numbers:
+            bench.publisher.answer(asked, bytes([number]) * size_bytes, correlation_data=bytes(100))
+
+    def answers(messages: list[Message]) -> list[int]:
+        return [message.payload[0] for message in messages if message.topic == asked]
+
+    answer(200, *range(8))
+    bench.turn()
+    assert [record.message.count("the 5 oldest") for record in caplog.records] == [1]
+    assert answers(bench.connect()) == [5, 6, 7]
+    answer(5000, 8)
+    bench.turn()
+    bench.disconnect()
+    assert "the 3 oldest" not in caplog.text, "not so soon again"
+    answer(200, 9)
+    bench.now += 10.0
+    bench.turn()
+    assert "the 4 oldest" in caplog.text
+    answer(5000, 10)
+    assert answers(bench.connect()) == [10], "one always fits"
+
+
+# -- the thread ----------------------------------------------------------------------------------------------------
+
+
+def acknowledging_at_once(bench: Bench) -> None:
+    bench.connection.on_sent = lambda message: bench.publisher.on_published(message.ticket)
+
+
+def connect_in_the_background(bench: Bench) -> None:
+    bench.connection.up = True
+    bench.publisher.on_connected(session_present=True, max_packet_bytes=None)
+
+
+def test_a_drain_returns_when_everything_is_acknowledged_even_what_was_told_just_before(bench: Bench) -> None:
+    acknowledging_at_once(bench)
+    bench.publisher.online()
+    bench.publisher.start()
+    connect_in_the_background(bench)
+    for number in range(3):
+        bench.add(f"job-{number}")
+        job = bench.claim()
+        bench.publisher.progress(job, live(0.5))
+        bench.publisher.finished(bench.complete(job, f"text {number}"))
+        bench.publisher.reject(rejection(f"{number}"))
+        bench.publisher.draining()
+        assert bench.publisher.drain(DEADLINE_S)
+        sent = list(bench.connection.sent)
+        assert statuses(sent)[-1] == (f"job-{number}", "completed")
+        assert on(LAST, sent)[-1]["text"] == f"text {number}"
+        assert on(REJECTED, sent)[-1]["detail"] == f"{number}"
+        queue = on(QUEUE, sent)[-1]
+        assert (queue["activity"], queue["completed_total"]) == ("draining", number + 1)
+        assert not bench.ledger.has_unpublished
+    bench.publisher.offline()
+    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.connection.sent[-1].fields == {"state": "offline"}
+
+
+@pytest.mark.parametrize("topic", ["cesar/status/a", REJECTED, STATE, QUEUE, LAST])
+def test_a_drain_waits_for_the_last_acknowledgement(bench: Bench, topic: str) -> None:
+    held: list[Message] = []
+    was_sent = threading.Event()
+
+    def on_sent(message: Message) -> None:
+        if message.topic == topic and not held:
+            held.append(message)
+            was_sent.set()
+        else:
+            bench.publisher.on_published(message.ticket)
+
+    bench.connection.on_sent = on_sent
+    bench.publisher.start()
+    connect_in_the_background(bench)
+    bench.publisher.online()
+    bench.add("a")
+    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.reject(rejection())
+    assert was_sent.wait(DEADLINE_S)
+    bench.now += 100  # nothing else has to wait
+    assert not bench.publisher.drain(0.05)
+    bench.publisher.on_published(held[0].ticket)
+    assert bench.publisher.drain(DEADLINE_S)
+
+
+def test_a_drain_without_a_connection_ends_when_its_time_is_over(bench: Bench) -> None:
+    bench.publisher.start()
+    bench.add("a")
+    assert not bench.publisher.drain(0.05)
+    assert bench.connection.sent == []
+
+
+def test_a_drain_does_not_take_a_publish_in_vain_for_an_acknowledgement(bench: Bench) -> None:
+    acknowledging_at_once(bench)
+    bench.publisher.start()
+    connect_in_the_background(bench)
+    assert bench.publisher.drain(DEADLINE_S)
+    bench.connection.up = False  # and nobody has noticed
+    bench.publisher.offline()
+    assert not bench.publisher.drain(0.05)
+
+
+def test_what_is_told_while_the_publisher_looks_does_not_count_as_said(bench: Bench) -> None:
+    bench.quiet()
+
+    class Late(deque[Callable[[], None]]):
+        """Lets something be told, and its drain begin, just after the publisher found nothing more to hear."""
+
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            if not found and bench.publisher._asked == 0:
+                bench.publisher.offline()
+                bench.publisher._asked += 1
+            return found
+
+    bench.publisher._events = Late()
+    assert bench.turn() == []
+    assert bench.publisher._settled < bench.publisher._asked
+    assert on(STATE, bench.settle()) == [{"state": "offline"}]
+    assert bench.publisher._settled == bench.publisher._asked
+
+
+def test_a_drain_that_ran_out_of_time_does_not_satisfy_a_later_one(bench: Bench) -> None:
+    bench.publisher.start()
+    assert not bench.publisher.drain(0.01)
+    acknowledging_at_once(bench)
+    connect_in_the_background(bench)
+    assert bench.publisher.drain(DEADLINE_S)
+    bench.connection.on_sent = lambda _message: None
+    bench.publisher.offline()
+    assert not bench.publisher.drain(0.05)
+
+
+def test_many_drains_do_not_make_a_flood_of_queue_messages(bench: Bench) -> None:
+    bench.quiet()
+    bench.add(*(f"job-{number}" for number in range(50)))
+    waiting = bench.turn()
+    assert on(QUEUE, waiting)
+    meanwhile: list[Message] = []
+    for message in waiting[:20]:
+        assert not bench.publisher.drain(0)
+        bench.publisher.activity("processing")
+        bench.now += 0.04  # enough to change `oldest_age`
+        meanwhile += bench.acknowledge(message)
+    assert on(QUEUE, meanwhile) == []
+    assert len(on(QUEUE, bench.acknowledge(*waiting[20:]))) == 1
+
+
+def test_only_the_publishers_own_thread_publishes(bench: Bench) -> None:
+    acknowledging_at_once(bench)
+    bench.publisher.start()
+    connect_in_the_background(bench)
+    bench.add("a")
+    bench.publisher.reject(rejection())
+    bench.publisher.finished(bench.complete(bench.claim()))
+    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.connection.threads == {"publisher"}
+
+
+def test_a_stop_ends_the_thread_and_can_come_twice_or_before_the_start(tmp_path: Path, bench: Bench) -> None:
+    bench.publisher.start()
+    bench.publisher.stop()
+    bench.publisher.stop()
+    assert not bench.publisher._thread.is_alive()
+    (tmp_path / "other").mkdir()
+    with opened(tmp_path / "other") as other:
+        other.publisher.stop()
+
+
+def test_a_stop_that_comes_just_before_the_thread_looks_for_news_is_heard(bench: Bench) -> None:
+    class StopComesFirst(threading.Event):
+        """Lets the call of the stop come between the thread's waking up and its clearing of the call."""
+
+        def clear(self) -> None:
+            bench.publisher._stop.set()
+            self.set()
+            super().clear()
+
+    bench.publisher._wake = StopComesFirst()
+    bench.publisher.start()
+    bench.publisher._thread.join(DEADLINE_S)
+    assert not bench.publisher._thread.is_alive()
+
+
+# -- any order of events -------------------------------------------------------------------------------------------
+
+
+class QuickDisk(Disk):
+    """A disk whose syncs take no time."""
+
+    def sync(self, descriptor: int) -> None:
+        pass
+
+    def sync_data(self, descriptor: int) -> None:
+        pass
+
+
+class AgreementMachine(RuleBasedStateMachine):
+    """Whatever happens, the broker's retained messages come to agree with the ledger.
+
+    The fake broker holds what reaches it; what is on its way when the connection breaks may or may not have reached it.
+    """
+
+    @initialize()
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.bench = Bench(Path(self.folder.name), QuickDisk())
+        self.bench.publisher.online()
+        self.retained: dict[str, bytes] = {}
+        self.session = False
+        self.on_the_way: list[Message] = []
+        self.number = 0
+
+    def _take_turn(self) -> None:
+        self.on_the_way += self.bench.turn()
+
+    def _arrive(self, count: int) -> list[Message]:
+        arrived, self.on_the_way = self.on_the_way[:count], self.on_the_way[count:]
+        self.retained |= {message.topic: message.payload for message in arrived if message.retain}
+        return arrived
+
+    @rule(count=st.integers(1, 12))
+    def accept(self, count: int) -> None:
+        self.bench.add(*(f"job-{self.number + offset}" for offset in range(count)))
+        self.number += count
+        self._take_turn()
+
+    @rule()
+    def claim(self) -> None:
+        if not self.bench.ledger.processing():
+            self.bench.ledger.claim()
+            self._take_turn()
+
+    @rule(end=st.sampled_from(["completed", "error", "queued"]))
+    def end(self, end: str) -> None:
+        for seq in self.bench.ledger.processing():
+            if end == "completed":
+                self.bench.ledger.complete(seq, Result("Hello.", 2.5, "en", 0.9, no_speech=False))
+            elif end == "error":
+                self.bench.ledger.fail(seq, ErrorCode.INTERNAL, "It failed.")
+            else:
+                self.bench.ledger.requeue(seq)
+        last = self.bench.ledger.last_finished()
+        if last is not None:
+            self.bench.publisher.finished(last)
+        self._take_turn()
+
+    @rule(progress=st.floats(0, 0.999))
+    def make_progress(self, progress: float) -> None:
+        for number in range(self.number):
+            job = self.bench.job(f"job-{number}")
+            if job.state is JobState.PROCESSING:
+                self.bench.publisher.progress(job, live(progress))
+        self._take_turn()
+
+    @rule(number=st.integers(0, 30))
+    def submit_again(self, number: int) -> None:
+        if number < self.number:
+            self.bench.add(f"job-{number}")
+            self._take_turn()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0]))
+    def wait(self, seconds: float) -> None:
+        self.bench.now += seconds
+        self._take_turn()
+
+    @rule()
+    def connect(self) -> None:
+        if not self.bench.connection.up:
+            self.on_the_way += self.bench.connect(session_present=self.session)
+            self.session = True
+
+    @rule(count=st.integers(1, 100))
+    def acknowledge(self, count: int) -> None:
+        arrived = self._arrive(count)
+        self.on_the_way += self.bench.acknowledge(*arrived)
+
+    @rule(arriving=st.integers(0, 100), notice=st.booleans())
+    def disconnect(self, arriving: int, *, notice: bool) -> None:
+        """Lose the connection; some of what was on its way has arrived, but no acknowledgement comes back."""
+        if self.bench.connection.up:
+            self._arrive(arriving)
+            self.on_the_way = []
+            self.bench.connection.up = False
+            if not notice:
+                self._take_turn()
+            self.bench.disconnect()
+
+    @rule()
+    def lose_everything(self) -> None:
+        """Restart a broker that keeps nothing."""
+        self.disconnect(0, notice=True)
+        self.retained = {}
+        self.session = False
+
+    @invariant()
+    def not_too_much_is_on_its_way(self) -> None:
+        if hasattr(self, "bench"):
+            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= MOST
+
+    def teardown(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        try:
+            self.connect()
+            for _ in range(100):
+                self.bench.now += 1
+                self.acknowledge(1000)
+            self._compare()
+        finally:
+            self.bench.ledger.close()
+            self.folder.cleanup()
+
+    def _compare(self) -> None:
+        assert not self.bench.ledger.has_unpublished
+        assert json.loads(self.retained[STATE]) == {"state": "online"}
+        assert json.loads(self.retained[QUEUE])["queued"] == self.bench.ledger.totals().queued
+        for number in range(self.number):
+            job = self.bench.job(f"job-{number}")
+            expected = json.loads(status_of(job, "kitchen").encode())
+            found = json.loads(self.retained[f"cesar/status/job-{number}"])
+            if job.state is JobState.PROCESSING:
+                for status in (expected, found):
+                    for name in ("progress", "processed_duration", "audio_duration", "speed", "eta", "updated_at"):
+                        del status[name]
+            assert found == expected
+
+
+TestAgreement = AgreementMachine.TestCase
+TestAgreement.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+# -- what is deleted, and a broker that lost its newest messages ---------------------------------------------------
+
+
+def test_the_status_of_a_deleted_job_is_cleared_and_not_cleared_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.complete(bench.claim())
+    bench.settle()
+    bench.ledger.retire(before=0.0, keep=0)
+
+    said = [message for message in bench.turn() if message.topic == "cesar/status/a"]
+    assert [(message.payload, message.retain) for message in said] == [(b"", True)]
+    assert bench.ledger.has_unpublished, "it counts only when it is acknowledged"
+    bench.disconnect()
+    again = [message for message in bench.connect() if message.topic == "cesar/status/a"]
+    assert [message.payload for message in again] == [b""]
+    bench.acknowledge(*again)
+    bench.settle()
+    assert not bench.ledger.has_unpublished
+    assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
+
+
+def test_a_broker_that_retains_what_was_said_last_is_told_nothing_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    told = bench.settle()
+    queue = [message.payload for message in told if message.topic.endswith("/queue")]
+    bench.disconnect()
+    bench.connect()
+    bench.settle()
+    assert queue
+    bench.publisher.found_retained(queue[-1])
+    assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
+
+
+def test_a_broker_that_came_back_with_older_messages_is_told_everything_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.settle()
+    bench.disconnect()
+    bench.connect(session_present=True)
+    bench.settle()
+
+    bench.publisher.found_retained(b'{"activity":"idle","queued":17}')
+
+    said = {message.topic for message in bench.turn()}
+    assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= said
+
+
+def restarted(bench: Bench, folder: Path) -> Bench:
+    bench.publisher.stop()
+    bench.ledger.close()
+    return Bench(folder)
+
+
+@pytest.mark.parametrize("said_first", [True, False])
+def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(
+    bench: Bench, tmp_path: Path, *, said_first: bool
+) -> None:
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    found = left_by(again)
+    if said_first:  # its own queue is on its way before the intake has looked at the old one
+        again.connect()
+        again.publisher.found_retained(found)
+    else:
+        again.publisher.found_retained(found)
+        again.connect()
+    assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its place in the queue"
+    again.publisher.stop()
+    again.ledger.close()
+
+
+@pytest.mark.parametrize(
+    "found", [{"completed_total": 0}, {"queued": 7}, {"cancelled_total": None}, {"deleted_total": 3}]
+)
+def test_a_broker_that_went_back_while_the_consumer_was_away_is_told_everything_again(
+    bench: Bench, tmp_path: Path, found: dict[str, int]
+) -> None:
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    said = again.connect()
+    again.publisher.found_retained(left_by(again, **found))
+    said += again.settle()
+    assert ("a", "completed") in statuses(said)
+    again.publisher.stop()
+    again.ledger.close()
+
+
+def test_a_broker_that_went_back_is_told_again_to_forget_what_was_deleted_and_no_event_of_it(bench: Bench) -> None:
+    completed_with(bench, "srt")
+    bench.quiet()
+    bench.ledger.delete("a")
+    bench.quiet()
+    old = left_by(bench, deleted_total=0)
+    bench.disconnect()
+    said = bench.connect()
+    bench.publisher.found_retained(old)
+    said += bench.settle()
+    assert [message.topic for message in said if message.payload == b""] == ["cesar/result/a/srt", "cesar/status/a"]
+    assert [message for message in said if message.topic == "cesar/events"] == []
+
+
+def test_a_broker_that_retained_nothing_is_told_everything_although_it_knows_the_session(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """The process before had begun a new session, and died before it could make a note of that."""
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    again.left = b""
+    assert statuses(again.connect()) == [("b", "queued")]
+    again.publisher.found_retained(None)
+    assert ("a", "completed") in statuses(again.settle())
+    for session_present in (True, False):
+        again.disconnect()
+        again.connect(session_present=session_present)
+        again.settle()
+        again.publisher.found_retained(None)
+        assert again.settle() == [], "its own messages come back all the time"
+    again.publisher.stop()
+    again.ledger.close()
+
+
+def test_a_broker_that_keeps_sessions_and_loses_what_it_retained_is_told_everything_again(bench: Bench) -> None:
+    bench.add("a")
+    bench.complete(bench.claim())
+    bench.quiet()
+    bench.disconnect()
+    bench.now += 100
+    bench.add("b")
+    said = bench.connect()
+    assert on(QUEUE, said)
+    assert statuses(said + bench.acknowledge(*said)) == [("b", "queued")]
+    bench.publisher.found_retained(None)
+    assert ("a", "completed") in statuses(bench.settle())
+    bench.publisher.found_retained(None)
+    assert bench.settle() == []
+
+
+def test_what_nobody_has_seen_before_the_connection_was_lost_counts_as_lost(bench: Bench, tmp_path: Path) -> None:
+    bench.add("a")
+    bench.complete(bench.claim())
+    bench.quiet()
+    again = restarted(bench, tmp_path)
+    again.left = b""
+    assert statuses(again.connect()) == []
+    again.disconnect()
+    assert statuses(again.connect()) == [("a", "completed")]
+    again.settle()
+    again.disconnect()
+    assert statuses(again.connect()) == []
+    again.publisher.stop()
+    again.ledger.close()
+
+
+def test_what_the_broker_shows_may_be_looked_at_late(bench: Bench) -> None:
+    """The intake looks at it only when a batch is on disk that came before it."""
+    bench.add("a")
+    bench.quiet()
+    (shown,) = bench.publisher._own.retained("queue")
+    bench.disconnect()
+    bench.add("b")
+    assert on(QUEUE, bench.connect())
+    bench.settle()
+    bench.publisher.found_retained(shown)
+    assert bench.settle() == []
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_connection_that_is_lost_before_the_look_tells_everything_again_if_the_broker_ever_shows_anything(
+    bench: Bench, *, shows: bool
+) -> None:
+    """It may have come back with an older save, and shows what we have said since."""
+    bench.left = bench.left if shows else b""
+    bench.add("a")
+    bench.quiet()
+    bench.disconnect()
+    assert (bench.connect() == []) is shows, "what was never shown counts as lost, once"
+    bench.settle()
+    bench.disconnect()
+    bench.now += 100
+    bench.add("b")
+    assert on(QUEUE, bench.connect())
+    bench.settle()
+    bench.disconnect()
+    said = bench.connect()
+    bench.publisher.found_retained(bench.publisher._own.retained("queue")[-1])
+    assert (("a", "queued") in statuses(said + bench.settle())) is shows
+    bench.disconnect()
+    assert statuses(bench.connect()) == []
+
+
+# -- results, segments, answers ------------------------------------------------------------------------------------
+
+SPOKEN = tuple(Segment(n, n - 1.0, float(n), f"Sentence {n}.", -0.2, 0.01) for n in range(1, 101))
+WINDOW = Window(0, 100.0, " ".join(segment.text for segment in SPOKEN), "en", 0.9, SPOKEN)
+
+
+def completed_with(bench: Bench, *formats: str) -> None:
+    bench.add("a", formats=formats)
+    bench.complete(bench.claim(), WINDOW.text, (WINDOW,))
+
+
+def test_results_are_retained_before_the_status_says_that_they_are_there(bench: Bench) -> None:
+    completed_with(bench, "srt", "txt")
+    said = [message for message in bench.connect() if message.topic.startswith(("cesar/status", "cesar/result"))]
+    assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/txt", "cesar/status/a"]
+    assert all(message.retain for message in said)
+    assert said[0].payload.startswith(b"1\n00:00:00,000 --> 00:00:01,000\nSentence 1.\n")
+    assert (said[2].fields["formats"], said[2].fields["result_truncated"]) == (["srt", "txt"], False)
+
+
+def test_results_whose_status_was_not_acknowledged_are_published_again(bench: Bench) -> None:
+    completed_with(bench, "json")
+    results = [message for message in bench.connect() if message.topic == "cesar/result/a/json"]
+    bench.acknowledge(*results)
+    bench.disconnect()
+    said = [message.topic for message in bench.connect()]
+    assert said.index("cesar/result/a/json") < said.index("cesar/status/a")
+
+
+def test_a_broker_that_has_lost_everything_is_told_the_results_again(bench: Bench) -> None:
+    completed_with(bench, "tsv")
+    bench.quiet()
+    bench.disconnect()
+    assert "cesar/result/a/tsv" not in [message.topic for message in bench.connect()]
+    bench.settle()
+    bench.disconnect()
+    assert "cesar/result/a/tsv" in [message.topic for message in bench.connect(session_present=False)]
+
+
+@pytest.mark.parametrize("name", ["txt", "srt", "vtt", "tsv", "json"])
+def test_a_result_over_the_brokers_limit_is_cut_and_the_status_says_so(bench: Bench, name: str) -> None:
+    completed_with(bench, name)
+    said = {message.topic: message for message in bench.connect(limit_bytes=1300)}
+    assert len(said[f"cesar/result/a/{name}"].payload) > 1000
+    assert said["cesar/status/a"].fields["result_truncated"] is True
+
+
+def test_a_job_that_has_not_completed_has_no_results(bench: Bench) -> None:
+    bench.add("a", formats=("srt",))
+    job = bench.claim()
+    bench.ledger.fail(job.seq, ErrorCode.AUDIO_EMPTY, "It is empty.")
+    assert [message.topic for message in bench.connect() if message.topic.startswith("cesar/result")] == []
+
+
+def test_deleting_a_job_clears_its_results_and_then_its_status(bench: Bench) -> None:
+    completed_with(bench, "srt", "json")
+    bench.quiet()
+    bench.ledger.delete("a")
+    said = [message for message in bench.turn() if message.payload == b""]
+    assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/json", "cesar/status/a"]
+    assert all(message.retain for message in said)
+    bench.acknowledge(*said)
+    assert bench.ledger.gone(10) == []
+
+
+def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status(bench: Bench) -> None:
+    completed_with(bench, "srt")
+    bench.quiet()
+    bench.disconnect()
+    bench.ledger.delete("a")
+    bench.add("a")
+    said = bench.connect()
+    said += bench.settle()
+    mine = [message for message in said if message.topic.endswith(("/a", "/srt"))]
+    assert [(message.topic, message.payload == b"") for message in mine] == [
+        ("cesar/result/a/srt", True),
+        ("cesar/status/a", False),
+    ]
+    assert bench.ledger.gone(10) == []
+
+
+def test_segments_are_told_to_who_listens_and_dropped_without_a_connection(bench: Bench) -> None:
+    bench.add("a", stream=True)
+    job = bench.claim()
+    bench.publisher.segment(job, SPOKEN[0])
+    bench.quiet()
+    bench.publisher.segment(job, SPOKEN[1])
+    (said,) = bench.turn()
+    assert (said.topic, said.retain, said.fields["id"]) == ("cesar/segments/a", False, 2)
+    bench.disconnect()
+    assert "cesar/segments/a" not in [message.topic for message in bench.connect()], "not again, either"
+
+
+def test_segments_are_told_before_the_status_that_ends_their_job(bench: Bench) -> None:
+    bench.add("a", stream=True)
+    job = bench.claim()
+    bench.quiet()
+    bench.publisher.segment(job, SPOKEN[0])
+    bench.complete(job)
+    topics = [message.topic for message in bench.turn()]
+    assert topics.index("cesar/segments/a") < topics.index("cesar/status/a")
+
+
+def test_an_answer_waits_for_a_connection_and_bears_its_correlation_data(bench: Bench) -> None:
+    bench.publisher.answer("reply/here", b"{}", correlation_data=b"42")
+    (said,) = [message for message in bench.connect() if message.topic == "reply/here"]
+    assert (said.payload, said.retain, said.correlation_data) == (b"{}", False, b"42")
+    bench.disconnect()
+    assert "reply/here" in [message.topic for message in bench.connect()], "it was not acknowledged"
+    bench.settle()
+    bench.disconnect()
+    assert "reply/here" not in [message.topic for message in bench.connect()]
+
+
+def test_a_paused_consumer_says_so_when_it_has_nothing_else_to_say(bench: Bench) -> None:
+    bench.publisher.activity("idle")
+    bench.ledger.pause(on=True)
+    (queue,) = on("cesar/consumer/kitchen/queue", bench.connect())
+    assert (queue["activity"], queue["paused"]) == ("paused", True)
+    bench.settle()
+    bench.now += 10
+    bench.publisher.activity("loading")
+    (queue,) = on("cesar/consumer/kitchen/queue", bench.turn())
+    assert (queue["activity"], queue["paused"]) == ("loading", True)
+
+
+# -- events --------------------------------------------------------------------------------------------------------
+
+
+def events(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(fields["job_id"], fields["event_type"]) for fields in on("cesar/events", messages)]
+
+
+def test_each_change_of_a_job_is_told_once_as_an_event_before_the_status_that_shows_it(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.complete(job, "It rains.")
+    said = bench.turn()
+    assert events(said) == [("a", "queued"), ("a", "processing"), ("a", "completed")]
+    topics = [message.topic for message in said if message.topic in {"cesar/events", "cesar/status/a"}]
+    assert topics == ["cesar/events", "cesar/status/a"] * 3
+    assert not any(message.retain for message in said if message.topic == "cesar/events")
+    last = on("cesar/events", said)[-1]
+    assert (last["text"], last["text_truncated"], last["consumer"], last["attempt"]) == (
+        "It rains.",
+        False,
+        "kitchen",
+        1,
+    )
+    assert events(bench.settle()) == []
+
+
+def test_of_a_burst_no_event_is_lost_for_those_who_move_up_meanwhile(bench: Bench) -> None:
+    bench.quiet()
+    names = [f"job-{number}" for number in range(TRAIL + 20)]
+    bench.add(*names)
+    bench.claim()
+    said = events(bench.settle())
+    assert sorted(said) == sorted([(names[0], "processing"), *((name, "queued") for name in names[1:])])
+
+
+def test_a_status_that_is_only_said_again_is_no_event(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b")
+    bench.settle()
+    bench.claim()
+    assert events(bench.settle()) == [("a", "processing")], "b has moved up, which is no change of its state"
+    bench.add("b")
+    bench.publisher.on_disconnected()
+    assert events(bench.connect(session_present=False) + bench.settle()) == []
+
+
+def test_a_request_that_comes_again_is_answered_with_the_status_and_no_event(bench: Bench) -> None:
+    bench.quiet()
+    for turn in (lambda: bench.add("a"), lambda: bench.complete(bench.claim())):
+        turn()
+        bench.settle()
+        bench.add("a")
+        said = bench.settle()
+        assert [job_id for job_id, _ in statuses(said)] == ["a"]
+        assert events(said) == []
+
+
+def test_a_start_says_where_jobs_stand_in_the_queue_without_an_event(tmp_path: Path) -> None:
+    with opened(tmp_path) as bench:
+        bench.quiet()
+        bench.add("a")
+        assert events(bench.settle()) == [("a", "queued")]
+    with opened(tmp_path) as bench:
+        said = bench.connect() + bench.settle()
+    assert statuses(said) == [("a", "queued")]
+    assert events(said) == []
+
+
+def test_a_change_that_nobody_heard_of_before_the_crash_is_an_event_after_it(tmp_path: Path) -> None:
+    with opened(tmp_path) as bench:
+        bench.add("a", "b")
+    with opened(tmp_path) as bench:
+        assert events(bench.connect() + bench.settle()) == [("a", "queued"), ("b", "queued")]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_told_again_to_a_broker_that_has_lost_it_is_no_event_after_a_crash_either(
+    tmp_path: Path, times: int
+) -> None:
+    with opened(tmp_path) as bench:
+        bench.add("a", "b")
+        bench.complete(bench.claim())
+        bench.quiet()
+        bench.disconnect()
+        for _ in range(times):
+            bench.connect(session_present=False)
+            bench.add("c")
+            bench.disconnect()
+    with opened(tmp_path) as bench:
+        said = bench.connect() + bench.settle()
+    assert sorted(statuses(said)) == [("a", "completed"), ("b", "queued"), ("c", "queued")]
+    assert events(said) == [("c", "queued")]
+
+
+def test_what_happened_while_offline_is_told_afterwards_as_the_newest_state(bench: Bench) -> None:
+    bench.quiet()
+    bench.disconnect()
+    bench.add("a")
+    bench.complete(bench.claim())
+    assert events(bench.connect() + bench.settle()) == [("a", "completed")]
+
+
+def test_a_job_that_moved_up_while_offline_has_its_event_told_afterwards(bench: Bench) -> None:
+    bench.quiet()
+    bench.disconnect()
+    bench.add("a", "b")
+    bench.claim()
+    assert sorted(events(bench.connect() + bench.settle())) == [("a", "processing"), ("b", "queued")]
+
+
+def test_a_status_is_not_given_up_for_the_limit_of_a_connection_that_was_just_made(bench: Bench) -> None:
+    bench.quiet()
+    bench.disconnect()
+    bench.add("a", "b")
+    bench.complete(bench.claim())
+    bench.complete(bench.claim(), "word " * 4000)
+
+    def reconnect(message: Message) -> None:  # in the middle of a turn, to a broker that takes less
+        if message.topic == "cesar/status/a" and bench.connection.limit_bytes is None:
+            bench.connection.limit_bytes = 8000
+            bench.publisher.on_disconnected()
+            bench.publisher.on_connected(session_present=True, max_packet_bytes=8000)
+
+    bench.connection.on_sent = reconnect
+    assert ("b", "completed") in statuses(bench.connect() + bench.settle())
+
+
+@pytest.mark.parametrize("session_present", [True, False])
+def test_an_event_is_told_again_also_when_something_else_was_said_of_its_job_meanwhile(
+    bench: Bench, *, session_present: bool
+) -> None:
+    bench.add("a", "b")
+    bench.quiet()
+    bench.add("c")
+    lost = bench.turn()
+    assert events(lost) == [("c", "queued")]
+    bench.ledger.delete("a")  # so that b and c move up
+    bench.turn()
+    bench.disconnect()
+    assert events(bench.connect(session_present=session_present)) == [("a", "deleted"), ("c", "queued")]
+    bench.settle()
+    bench.disconnect()
+    assert events(bench.connect(session_present=session_present)) == []
+
+
+def test_an_event_that_was_acknowledged_is_not_told_again_with_a_new_place(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b")
+    said = bench.turn()
+    bench.ledger.delete("a")
+    bench.turn()
+    bench.acknowledge(*said)
+    bench.disconnect()
+    assert events(bench.connect()) == [("a", "deleted")]
+
+
+def test_an_event_whose_status_was_not_acknowledged_is_told_again(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    assert events(bench.turn()) == [("a", "queued")]
+    bench.disconnect()
+    assert events(bench.connect()) == [("a", "queued")]
+
+
+def test_the_end_of_a_job_that_is_deleted_is_an_event(bench: Bench) -> None:
+    bench.add("a")
+    bench.quiet()
+    bench.ledger.delete("a")
+    assert events(bench.settle()) == [("a", "deleted")]
+
+
+def test_a_job_that_is_deleted_leaves_its_text_in_no_other_topic(bench: Bench) -> None:
+    bench.quiet()
+    for job_id in ("a", "b"):
+        bench.add(job_id)
+        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+        bench.settle()
+    bench.ledger.delete("a")
+    assert on("cesar/consumer/kitchen/last", bench.settle()) == []
+    bench.ledger.delete("b")
+    [last] = on("cesar/consumer/kitchen/last", bench.settle())
+    assert (last["job_id"], last["status"], last["text"], last["text_truncated"]) == ("b", "completed", None, False)
+
+
+def test_the_text_of_an_event_leaves_room_for_the_metadata(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", metadata={"note": "x" * 4000})
+    bench.complete(bench.claim(), "Grüße. " * 5000)
+    last = on("cesar/events", bench.turn())[-1]
+    assert last["text_truncated"] is True
+    assert "Grüße. Grüße. " * 100 in last["text"]
+    assert len(json.dumps(last, ensure_ascii=False).encode()) < 14_000
+
+
+@pytest.mark.parametrize("formats", [(), ("srt",)])
+def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_once(
+    tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    with opened(tmp_path) as bench:
+        bench.add("a", formats=formats)
+        bench.quiet()
+        bench.disconnect()
+        bench.ledger.delete("a")
+        bench.add("a")
+        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+    with opened(tmp_path) as bench:
+        last = bench.ledger.last_finished()
+        assert last is not None
+        bench.publisher.finished(last)
+        said = bench.connect()
+        assert events(said) == [("a", "deleted"), ("a", "completed")]
+        said += bench.acknowledge(*said) + bench.settle()
+        assert [fields["text"] for fields in on(LAST, said)] == ["It rains."], "which is the new one's"
+        assert [message.topic for message in said if not message.payload] == [f"cesar/result/a/{n}" for n in formats]
+        bench.disconnect()
+        bench.connect()
+        bench.publisher.found_retained(b"{}")
+        said = bench.settle()
+        assert events(said) == []
+        assert [message.topic for message in said if not message.payload] == [f"cesar/result/a/{n}" for n in formats]

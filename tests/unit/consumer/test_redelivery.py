@@ -1,0 +1,109 @@
+"""What may come again: when a packet id stops being a sign of a redelivery."""
+
+from collections.abc import Collection
+
+from cesar_mqtt.consumer.incoming import Plan
+from cesar_mqtt.consumer.redelivery import Repeats
+from cesar_mqtt.jobs import NewJob
+from cesar_mqtt.mqtt.inbox import Delivery, Receipt, Settled
+
+
+class Marked:
+    """The jobs that have marks."""
+
+    def __init__(self, *job_ids: str) -> None:
+        self.job_ids = set(job_ids)
+
+    def settle_deliveries(self, job_ids: Collection[str]) -> None:
+        self.job_ids.difference_update(job_ids)
+
+    def forget_deliveries(self, *, but: Collection[str] = ()) -> None:
+        self.job_ids.intersection_update(but)
+
+
+class Bench:
+    def __init__(self, *job_ids: str) -> None:
+        self.marked = Marked(*job_ids)
+        self.repeats = Repeats(self.marked)
+
+    def took(self, *plans: Plan) -> set[str]:
+        """Take them in, acknowledge them, and return who has a mark then."""
+        jobs = [plan.job for plan in plans if plan.job is not None]
+        self.marked.job_ids |= {job.job_id for job in jobs if job.packet_id is not None}
+        self.repeats.acknowledged(plans, [job.job_id for job in jobs])
+        return self.marked.job_ids
+
+    def learnt(self, session: int = 0, **heard: int) -> set[str]:
+        counts = {int(name.removeprefix("connection_")): count for name, count in heard.items()}
+        self.repeats.learn(Settled(session, counts))
+        return self.marked.job_ids
+
+
+def plan(
+    job_id: str | None,
+    connection: int = 1,
+    *,
+    qos: int = 1,
+    dup: bool = False,
+    retain: bool = False,
+    named: bool = False,
+) -> Plan:
+    delivery = Delivery("cesar/jobs", b"", qos, retain, dup, Receipt(connection, 1))
+    mark = 1 if qos and not retain and not named else None
+    job = None if job_id is None else NewJob(job_id, "same", None, "base", packet_id=mark, redelivered=dup)
+    return Plan(delivery, job)
+
+
+def test_what_the_broker_has_acknowledged_behind_our_acknowledgement_cannot_come_again() -> None:
+    bench = Bench()
+    assert bench.took(plan("a"), plan(None), plan("b"), plan("c")) == {"a", "b", "c"}
+    assert bench.learnt(connection_1=0) == {"a", "b", "c"}
+    assert bench.learnt(connection_1=2) == {"b", "c"}
+    assert bench.took(plan("d", qos=0), plan("e", named=True), plan("f")) == {"b", "c", "f"}
+    assert bench.learnt(connection_1=5) == {"f"}
+    assert bench.learnt() == {"f"}
+    assert bench.learnt(connection_1=6) == set()
+
+
+def test_acknowledgements_are_counted_by_connection() -> None:
+    bench = Bench()
+    bench.took(plan("a"), plan("b"))
+    assert bench.took(plan("b", 2, dup=True)) == {"a", "b"}, "a, too, may still be sent again by this connection"
+    assert bench.learnt(connection_1=2) == {"a", "b"}
+    assert bench.learnt(connection_2=1) == {"a"}
+
+
+def test_something_new_on_a_later_connection_ends_what_came_before() -> None:
+    bench = Bench("from an earlier process")
+    assert "from an earlier process" in bench.took(plan("a", dup=True), plan("r", retain=True), plan(None))
+    assert bench.took(plan("b"), plan("c"), plan("d")) == {"a", "b", "c", "d"}
+    assert bench.took(plan("c", 2, dup=True)) == {"a", "b", "c", "d"}
+    assert bench.took(plan("e", 2), plan("f", 2)) == {"c", "e", "f"}
+    bench.marked.job_ids.add("kept")
+    assert bench.took(plan("g", 2)) == {"c", "e", "f", "g", "kept"}, "that is asked once for a connection"
+
+
+def test_a_batch_may_reach_over_a_lost_connection() -> None:
+    bench = Bench()
+    assert bench.took(plan("a", 1), plan("b", 1), plan("b", 2, dup=True), plan("c", 2)) == {"b", "c"}
+    assert bench.learnt(connection_1=2, connection_2=1) == {"c"}
+
+
+def test_a_new_session_ends_everything() -> None:
+    bench = Bench("old")
+    bench.took(plan("a", 1))
+    assert bench.learnt(session=2) == set()
+    assert not bench.repeats.can_repeat(plan("b", 1).delivery)
+    assert bench.repeats.can_repeat(plan("b", 2).delivery)
+    assert bench.took(plan("b", 2)) == {"b"}
+    assert bench.learnt(session=2, connection_2=0) == {"b"}, "it began only once"
+    assert bench.learnt(session=2, connection_2=1) == set()
+
+
+def test_what_may_overtake_a_redelivery_does_not_end_what_came_before() -> None:
+    """Only of QoS 1 the old messages come first; a job would have been done twice."""
+    bench = Bench()
+    bench.took(plan("a"))
+    assert bench.took(plan("q", 2, qos=0)) == {"a"}
+    assert bench.took(plan("a", 2, dup=True)) == {"a"}
+    assert bench.took(plan("b", 2)) == {"a", "b"}

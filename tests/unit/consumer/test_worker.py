@@ -1,0 +1,1100 @@
+import dataclasses
+import errno
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cesar_mqtt.audio.paths import resolve_audio_path
+from cesar_mqtt.consumer.progress import Meter
+from cesar_mqtt.consumer.worker import Worker
+from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
+from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.payloads import Live
+from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+
+DEADLINE_S = 10.0
+HELLO = Transcript(
+    text="Hello there.",
+    language="en",
+    language_probability=0.97,
+    no_speech=False,
+    audio_duration_s=2.5,
+    windows=(Window(0, 2.5, " Hello there.", "en", 0.97, (Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01),)),),
+    warnings=("audio_truncated",),
+)
+
+
+@dataclass
+class Call:
+    """What a transcription was asked to do."""
+
+    path: Path
+    options: TranscriptionOptions
+    done: Sequence[Window]
+    on_progress: Callable[[Progress], None]
+    on_segment: Callable[[Segment], None]
+    on_window: Callable[[Window], None]
+    should_stop: Callable[[], bool]
+
+
+class FakeTranscriber:
+    """Answers with `script`, and notes the calls. Nothing is transcribed."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.script: Callable[[Call], Transcript] = lambda _call: HELLO
+        self.warm_ups: list[str] = []
+        self.warm_up_error: Exception | None = None
+
+    def transcribe(
+        self,
+        recording: Any,
+        options: TranscriptionOptions,
+        *,
+        done: Sequence[Window],
+        on_progress: Callable[[Progress], None],
+        on_segment: Callable[[Segment], None],
+        on_window: Callable[[Window], None],
+        should_stop: Callable[[], bool],
+    ) -> Transcript:
+        self.calls.append(Call(recording, options, done, on_progress, on_segment, on_window, should_stop))
+        return self.script(self.calls[-1])
+
+    def warm_up(self, model_size: str) -> None:
+        self.warm_ups.append(model_size)
+        if self.warm_up_error is not None:
+            raise self.warm_up_error
+
+
+class FakePreparer:
+    """Hands out the path of a job's audio for its recording, and notes what is given back."""
+
+    def __init__(self, spool: Spool, directory: Path) -> None:
+        self._spool = spool
+        self._directory = directory
+        self.released: list[tuple[str, bool]] = []
+        self.audio: str | None = None
+        self.looking: Callable[[], object] = lambda: None
+
+    def take(self, job: Job, should_stop: Callable[[], bool]) -> Any:
+        if should_stop():
+            raise Stopped
+        if job.audio is None:
+            raise JobFailedError(ErrorCode.INTERNAL, "The job has no audio. Submit it again.")
+        if job.audio.kind == "spool":
+            return self._spool.path(job.audio.name)
+        return resolve_audio_path(job.audio.name, [self._directory])
+
+    def identity(self, should_stop: Callable[[], bool]) -> str | None:
+        if should_stop():
+            raise Stopped
+        self.looking()
+        return self.audio
+
+    def release(self, job: Job, *, final: bool) -> None:
+        self.released.append((job.job_id, final))
+
+
+class FakeReports:
+    """Notes what it is told; `until` waits for something to be among it."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self._changed = threading.Condition()
+
+    def _tell(self, what: object) -> None:
+        with self._changed:
+            self.told.append(what)
+            self._changed.notify_all()
+
+    def activity(self, activity: Activity) -> None:
+        self._tell(activity)
+
+    def degraded(self, who: str, *, on: bool) -> None:
+        if on or (who, True) in self.told:
+            self._tell((who, on))
+
+    def progress(self, job: Job, live: Live) -> None:
+        self._tell((job.job_id, live))
+
+    def segment(self, job: Job, segment: Segment) -> None:
+        self._tell((job.job_id, segment))
+
+    def finished(self, job: Job) -> None:
+        self._tell(job)
+
+    @property
+    def ended(self) -> list[Job]:
+        return [what for what in self.told if isinstance(what, Job)]
+
+    def until(self, satisfied: Callable[[], object]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(satisfied, DEADLINE_S), self.told
+
+
+class RefusingDisk(Disk):
+    """A real disk that refuses to write `refusals` times."""
+
+    refusals = 0.0
+
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data, offset)
+
+
+class RacingLedger(Ledger):
+    """A real ledger that lets something else happen at the worst moment, once."""
+
+    before_claim: Callable[[], object] | None = None
+    after_processing: Callable[[], object] | None = None
+
+    def claim(self) -> Job | None:
+        racer, self.before_claim = self.before_claim, None
+        if racer is not None:
+            racer()
+        return super().claim()
+
+    def processing(self) -> tuple[int, ...]:
+        found = super().processing()
+        racer, self.after_processing = self.after_processing, None
+        if racer is not None:
+            racer()
+        return found
+
+
+class Bench:
+    """A worker with a fake transcriber between a real ledger and spool."""
+
+    def __init__(self, folder: Path, *, warm_up: str | None = None) -> None:
+        self.folder = folder
+        self.disk = RefusingDisk()
+        self.ledger = RacingLedger(folder / "ledger.json", disk=self.disk)
+        self.spool = Spool(folder / "spool")
+        self.audio = folder / "audio"
+        self.audio.mkdir(exist_ok=True)
+        (self.audio / "porch.wav").write_bytes(b"RIFF")
+        (folder / "secret.wav").write_bytes(b"RIFF")
+        self.transcriber = FakeTranscriber()
+        self.reports = FakeReports()
+        self.preparer = FakePreparer(self.spool, self.audio)
+        self.worker = self.make_worker(warm_up=warm_up)
+
+    def make_worker(self, **settings: Any) -> Worker:
+        return Worker(
+            self.ledger,
+            self.transcriber,
+            preparer=self.preparer,
+            spool=self.spool,
+            reports=self.reports,
+            **settings,
+        )
+
+    def add(self, *job_ids: str, path: str = "porch.wav", **fields: Any) -> None:
+        for job_id in job_ids:
+            self.ledger.append([NewJob(job_id, "f", AudioSource("path", path), "base", **fields)])
+
+    def add_upload(self, job_id: str) -> Path:
+        [name] = self.spool.store([b"RIFF"])
+        self.ledger.append([NewJob(job_id, "f", AudioSource("spool", name), "base")])
+        return self.spool.path(name)
+
+    def job(self, job_id: str) -> Job:
+        job = self.ledger.get(job_id)
+        assert job is not None
+        return job
+
+    def fails_with(self, error: Exception) -> None:
+        def script(_call: Call) -> Transcript:
+            raise error
+
+        self.transcriber.script = script
+
+    def blocks(self) -> "Gate":
+        """Let each transcription wait until it is let through."""
+        gate = Gate()
+
+        def script(_call: Call) -> Transcript:
+            gate.entered.set()
+            assert gate.opened.wait(DEADLINE_S)
+            return HELLO
+
+        self.transcriber.script = script
+        return gate
+
+
+class Gate:
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+
+
+@contextmanager
+def opened(folder: Path, *, warm_up: str | None = None) -> Iterator[Bench]:
+    bench = Bench(folder, warm_up=warm_up)
+    try:
+        yield bench
+    finally:
+        bench.disk.refusals = 0
+        bench.worker.stop()
+        assert bench.worker.join(DEADLINE_S)
+        bench.ledger.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with opened(tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.worker._RETRY_S", 0.001)
+
+
+@pytest.fixture
+def _endless_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.worker._RETRY_S", 3600.0)
+
+
+# -- one job -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_job_there_is_nothing_to_do(bench: Bench) -> None:
+    assert bench.worker.run_once() is False
+    assert bench.reports.told == []
+
+
+def test_a_job_is_worked_to_its_end_without_a_thread(bench: Bench) -> None:
+    bench.add(
+        "a", options={"language": "de", "task": "translate", "initial_prompt": "x", "beam_size": 2, "vad_filter": False}
+    )
+    assert bench.worker.run_once() is True
+    job = bench.job("a")
+    assert job.state is JobState.COMPLETED
+    assert job.attempt == 1
+    assert job.result_text == "Hello there."
+    assert job.detected_language == "en"
+    assert job.language_probability == 0.97
+    assert job.no_speech is False
+    assert job.audio_duration == 2.5
+    assert job.warnings == ("audio_truncated",)
+    [call] = bench.transcriber.calls
+    assert call.path == bench.audio / "porch.wav"
+    assert call.options == TranscriptionOptions("base", "de", "translate", "x", 2, vad_filter=False)
+
+
+def test_the_claim_is_on_disk_before_the_work_and_the_end_before_the_report(bench: Bench) -> None:
+    bench.add("a")
+    seen: list[tuple[JobState, int]] = []
+
+    def script(_call: Call) -> Transcript:
+        seen.append((bench.job("a").state, bench.job("a").attempt))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert seen == [(JobState.PROCESSING, 1)]
+    assert bench.reports.ended == [bench.job("a")]
+    assert bench.reports.ended[0].state is JobState.COMPLETED
+
+
+def test_jobs_run_in_the_order_of_their_acceptance(bench: Bench) -> None:
+    bench.add("c", "a", "b")
+    while bench.worker.run_once():
+        pass
+    assert [job.job_id for job in bench.reports.ended] == ["c", "a", "b"]
+
+
+def test_silence_is_recorded_as_no_speech(bench: Bench) -> None:
+    silence = dataclasses.replace(HELLO, text="", language=None, language_probability=None, no_speech=True, windows=())
+    bench.transcriber.script = lambda _call: silence
+    bench.add("a")
+    bench.worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.result_text, job.no_speech, job.detected_language) == (JobState.COMPLETED, "", True, None)
+
+
+def test_what_the_worker_is_doing_is_told_around_each_job_even_when_it_fails(bench: Bench) -> None:
+    bench.add("a")
+    bench.worker.run_once()
+    bench.fails_with(RuntimeError("x"))
+    bench.add("b")
+    bench.worker.run_once()
+    assert [what for what in bench.reports.told if isinstance(what, str)] == ["processing", "idle"] * 2
+
+
+def test_no_transcript_reaches_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.add("a", options={"initial_prompt": "Passwort"})
+    with caplog.at_level(logging.DEBUG):
+        bench.worker.run_once()
+    assert "completed" in caplog.text
+    assert "Hello" not in caplog.text
+    assert "Passwort" not in caplog.text
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_a_job_that_cannot_be_completed_ends_with_its_code_and_sentence(bench: Bench, code: ErrorCode) -> None:
+    bench.fails_with(JobFailedError(code, "Do something about it."))
+    bench.add("a")
+    bench.worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.error_code, job.error_message) == (JobState.ERROR, code, "Do something about it.")
+    assert bench.reports.ended == [job]
+    assert job.result_text is None
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("nothing.wav", ErrorCode.AUDIO_NOT_FOUND),
+        ("../secret.wav", ErrorCode.AUDIO_NOT_ALLOWED),
+        ("/etc/passwd", ErrorCode.AUDIO_NOT_ALLOWED),
+        ("a\0b", ErrorCode.AUDIO_NOT_ALLOWED),
+    ],
+)
+def test_a_path_that_cannot_be_used_never_reaches_the_transcriber(bench: Bench, path: str, code: ErrorCode) -> None:
+    bench.add("a", path=path)
+    bench.worker.run_once()
+    assert bench.job("a").error_code is code
+    assert bench.transcriber.calls == []
+    assert str(bench.folder) not in (bench.job("a").error_message or "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA: /secret/path broke"),
+        MemoryError("/secret/path"),
+        OSError(errno.EIO, "Input/output error", "/secret/path"),
+        KeyError("/secret/path"),
+        RecursionError("/secret/path"),
+        LookupError(),
+    ],
+)
+def test_an_unexpected_error_ends_the_job_without_giving_anything_away_and_the_next_job_completes(
+    bench: Bench, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.add("a", "b")
+    bench.fails_with(error)
+    bench.worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.error_code) == (JobState.ERROR, ErrorCode.INTERNAL)
+    assert job.error_message == "The transcription failed; the consumer's log says why. Retry, or report it."
+    assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [True]
+    bench.transcriber.script = lambda _call: HELLO
+    bench.worker.run_once()
+    assert bench.job("b").state is JobState.COMPLETED
+
+
+def test_a_job_without_audio_or_with_options_of_a_later_version_fails_alone(bench: Bench) -> None:
+    bench.ledger.append([NewJob("a", "f", None, "base")])
+    bench.add("b", options={"voice": "x"})
+    bench.add("c")
+    while bench.worker.run_once():
+        pass
+    assert [job.error_code for job in bench.reports.ended] == [ErrorCode.INTERNAL, ErrorCode.INTERNAL, None]
+
+
+@pytest.mark.parametrize(
+    "unwritable",
+    [
+        dataclasses.replace(HELLO, audio_duration_s=math.nan),
+        dataclasses.replace(HELLO, language_probability=math.inf),
+        None,
+    ],
+)
+def test_a_result_that_cannot_be_written_down_ends_the_job_and_not_the_worker(
+    bench: Bench, unwritable: Transcript
+) -> None:
+    bench.transcriber.script = lambda _call: unwritable
+    bench.add("a", "b")
+    bench.worker.run_once()
+    assert (bench.job("a").state, bench.job("a").error_code) == (JobState.ERROR, ErrorCode.INTERNAL)
+    bench.transcriber.script = lambda _call: HELLO
+    bench.worker.run_once()
+    assert bench.job("b").state is JobState.COMPLETED
+
+
+def test_what_utf_8_cannot_say_is_replaced_before_it_is_written_down(bench: Bench) -> None:
+    bench.fails_with(JobFailedError(ErrorCode.AUDIO_UNREADABLE, "caf\udce9.wav cannot be read."))
+    bench.add("a", "b")
+    bench.worker.run_once()
+    bench.transcriber.script = lambda _call: dataclasses.replace(HELLO, text="Hello \ud83d.")
+    bench.worker.run_once()
+    assert bench.job("a").error_message == "caf?.wav cannot be read."
+    assert bench.job("b").result_text == "Hello ?."
+
+
+# -- the spool -----------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_is_read_from_the_spool_and_removed_once_its_transcript_is_on_disk(bench: Bench) -> None:
+    path = bench.add_upload("a")
+    states = []
+
+    def script(call: Call) -> Transcript:
+        states.append((call.path, call.path.exists()))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert states == [(path, True)]
+    assert bench.job("a").state is JobState.COMPLETED
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_an_upload_is_kept_exactly_as_long_as_a_retry_may_help(bench: Bench, code: ErrorCode) -> None:
+    path = bench.add_upload("a")
+    bench.fails_with(JobFailedError(code, "It failed."))
+    bench.worker.run_once()
+    assert path.exists() is code.retryable
+    assert bench.ledger.spooled() == ({path.name} if code.retryable else set())
+
+
+def test_a_file_that_was_named_by_path_is_never_removed(bench: Bench) -> None:
+    bench.add("a")
+    bench.worker.run_once()
+    assert (bench.audio / "porch.wav").exists()
+
+
+def test_an_upload_stays_when_the_job_is_put_back(bench: Bench) -> None:
+    path = bench.add_upload("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.worker.abandon()
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.QUEUED
+    assert path.exists()
+
+
+# -- a disk that refuses -------------------------------------------------------------------------------------------
+
+
+def test_a_claim_that_the_disk_refuses_starts_nothing_and_the_job_still_waits(bench: Bench) -> None:
+    bench.add("a")
+    bench.disk.refusals = 1
+    with pytest.raises(LedgerError):
+        bench.worker.run_once()
+    assert bench.transcriber.calls == []
+    assert (bench.job("a").state, bench.job("a").attempt) == (JobState.QUEUED, 0)
+    bench.worker.run_once()
+    assert (bench.job("a").state, bench.job("a").attempt) == (JobState.COMPLETED, 1)
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_the_thread_tries_a_refused_claim_again_until_the_disk_takes_it(bench: Bench) -> None:
+    bench.add("a")
+    bench.disk.refusals = 3
+    bench.worker.start()
+    bench.reports.until(lambda: bench.reports.ended)
+    assert bench.job("a").attempt == 1
+    assert len(bench.transcriber.calls) == 1
+    assert bench.reports.told[:4] == ["idle", *[("worker", True)] * 3]
+    assert bench.reports.told.index(("worker", False)) < bench.reports.told.index("processing")
+
+
+@pytest.mark.usefixtures("_quick_retries")
+@pytest.mark.parametrize("error", [None, JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty.")])
+def test_an_end_that_the_disk_refuses_is_recorded_later_and_the_work_is_not_done_twice(
+    bench: Bench, error: Exception | None
+) -> None:
+    bench.add("a", "b")
+
+    def script(_call: Call) -> Transcript:
+        bench.disk.refusals = 3
+        if error is not None:
+            raise error
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert bench.job("a").state is (JobState.COMPLETED if error is None else JobState.ERROR)
+    assert len(bench.transcriber.calls) == 1
+    assert len(bench.reports.ended) == 1
+    degradations = [what for what in bench.reports.told if type(what) is tuple]  # a job is a named tuple
+    assert degradations == [*[("worker", True)] * 3, ("worker", False)]
+    assert bench.job("b").state is JobState.QUEUED
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_stop_while_a_claim_is_refused_ends_at_once(bench: Bench) -> None:
+    bench.add("a")
+    bench.disk.refusals = math.inf
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.worker.stop()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_forced_stop_while_an_end_is_refused_puts_the_job_back(bench: Bench) -> None:
+    bench.add("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.disk.refusals = 1
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.worker.abandon()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+    assert bench.reports.ended == []
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_forced_stop_ends_the_worker_although_the_disk_takes_nothing_at_all(bench: Bench) -> None:
+    bench.add("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.disk.refusals = math.inf
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    with pytest.raises(LedgerError):
+        bench.worker.abandon()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.PROCESSING
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_lets_the_current_job_finish_and_starts_no_other(bench: Bench) -> None:
+    gate = bench.blocks()
+    bench.add("a", "b")
+    bench.worker.start()
+    assert gate.entered.wait(DEADLINE_S)
+    bench.worker.stop()
+    assert not bench.worker.join(0)
+    assert not bench.transcriber.calls[0].should_stop()
+    gate.opened.set()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.COMPLETED
+    assert (bench.job("b").state, bench.job("b").attempt) == (JobState.QUEUED, 0)
+
+
+def test_a_stop_wakes_a_worker_that_waits_for_work(bench: Bench) -> None:
+    bench.worker.start()
+    bench.reports.until(lambda: "idle" in bench.reports.told)
+    bench.worker.stop()
+    assert bench.worker.join(DEADLINE_S)
+
+
+def test_a_worker_that_was_never_started_has_ended(bench: Bench) -> None:
+    bench.worker.stop()
+    assert bench.worker.join(0)
+
+
+def stops_when_asked(call: Call) -> Transcript:
+    while not call.should_stop():
+        call.on_progress(Progress(0.5, 2.5))
+    raise Stopped
+
+
+def test_a_forced_stop_puts_the_job_back_at_the_front_and_ends_the_work(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.transcriber.script = stops_when_asked
+    bench.add("a", "b")
+    bench.worker.start()
+    bench.reports.until(lambda: [what for what in bench.reports.told if what[0] == "a"])
+    bench.worker.abandon()
+    assert bench.job("a").state is JobState.QUEUED  # at once, not when the model is done
+    assert bench.worker.join(DEADLINE_S)
+    job = bench.job("a")
+    assert (job.state, job.attempt, job.started_at, job.queue_position) == (JobState.QUEUED, 1, None, 1)
+    assert bench.reports.ended == []
+    assert len(bench.transcriber.calls) == 1
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("late", [None, RuntimeError("late"), JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty.")])
+def test_what_an_abandoned_job_still_yields_is_thrown_away(bench: Bench, late: Exception | None) -> None:
+    gate = Gate()
+
+    def script(_call: Call) -> Transcript:
+        gate.entered.set()
+        assert gate.opened.wait(DEADLINE_S)
+        if late is not None:
+            raise late
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.start()
+    assert gate.entered.wait(DEADLINE_S)
+    bench.worker.abandon()
+    gate.opened.set()
+    assert bench.worker.join(DEADLINE_S)
+    job = bench.job("a")
+    assert (job.state, job.result_text, job.error_code) == (JobState.QUEUED, None, None)
+    assert bench.reports.ended == []
+
+
+def test_a_job_that_ends_in_the_very_moment_of_a_forced_stop_stays_ended(bench: Bench) -> None:
+    bench.add("a")
+    job = bench.ledger.claim()
+    assert job is not None
+    result = Result("Hello.", 1.0, "en", 0.9, no_speech=False)
+    bench.ledger.after_processing = lambda: bench.ledger.complete(job.seq, result)
+    bench.worker.abandon()
+    assert bench.job("a").state is JobState.COMPLETED
+
+
+def test_a_result_that_comes_just_after_the_job_was_put_back_is_thrown_away(bench: Bench) -> None:
+    bench.add("a")
+
+    def script(_call: Call) -> Transcript:
+        bench.ledger.requeue(bench.job("a").seq)  # what `abandon` does, before it is known here
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.QUEUED
+    assert bench.reports.ended == []
+
+
+def test_a_job_that_is_claimed_in_the_very_moment_of_a_forced_stop_is_put_back_unworked(bench: Bench) -> None:
+    bench.add("a")
+    bench.ledger.before_claim = bench.worker.abandon
+    bench.worker.start()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+    assert bench.transcriber.calls == []
+
+
+def test_a_forced_stop_that_the_disk_refuses_leaves_the_job_to_the_next_start(bench: Bench) -> None:
+    bench.add("a")
+    bench.ledger.claim()
+    bench.disk.refusals = 1
+    with pytest.raises(LedgerError):
+        bench.worker.abandon()
+    bench.ledger.close()
+    with opened(bench.folder) as restarted:
+        assert restarted.job("a").state is JobState.QUEUED
+        restarted.worker.run_once()
+        assert restarted.job("a").state is JobState.COMPLETED
+        assert restarted.job("a").attempt == 2
+
+
+# -- the thread ----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_picked_up_as_soon_as_it_is_there_without_anybody_calling(bench: Bench) -> None:
+    gate = bench.blocks()
+    gate.opened.set()
+    bench.worker.start()
+    bench.reports.until(lambda: "idle" in bench.reports.told)
+    latencies_s = []
+    for number in range(5):
+        gate.entered.clear()
+        started = time.monotonic()
+        bench.add(f"job-{number}")
+        assert gate.entered.wait(DEADLINE_S)
+        latencies_s.append(time.monotonic() - started)
+        bench.reports.until(lambda: len(bench.reports.ended) == number + 1)  # noqa: B023 - called before the next number
+    assert min(latencies_s) < 0.25  # whoever polls is never that quick
+
+
+def test_the_thread_works_off_everything_that_waits_one_job_at_a_time(bench: Bench) -> None:
+    at_work = []
+
+    def script(_call: Call) -> Transcript:
+        at_work.append(len(bench.ledger.processing()))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add(*(f"job-{number}" for number in range(20)))
+    bench.worker.start()
+    bench.reports.until(lambda: len(bench.reports.ended) == 20)
+    assert [job.job_id for job in bench.reports.ended] == [f"job-{number}" for number in range(20)]
+    assert at_work == [1] * 20
+
+
+def test_the_model_is_loaded_before_the_first_job(tmp_path: Path) -> None:
+    with opened(tmp_path, warm_up="tiny.en") as bench:
+        bench.add("a")
+        bench.worker.start()
+        bench.reports.until(lambda: bench.reports.ended)
+        assert bench.transcriber.warm_ups == ["tiny.en"]
+        assert bench.reports.told[:3] == ["loading", "idle", "processing"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JobFailedError(ErrorCode.MODEL_UNAVAILABLE, "The model is not here."),
+        RuntimeError("CUDA driver version is insufficient"),
+        MemoryError(),
+        ImportError("libcublas"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ahead_does_not_end_the_worker(tmp_path: Path, error: Exception) -> None:
+    with opened(tmp_path, warm_up="base") as bench:
+        bench.transcriber.warm_up_error = error
+        bench.add("a")
+        bench.worker.start()
+        bench.reports.until(lambda: bench.reports.ended)
+        assert bench.reports.told[:2] == ["loading", "idle"]
+        assert bench.job("a").state is JobState.COMPLETED
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        call.on_progress(Progress(0.0, 2.5))
+        call.on_progress(Progress(1.0, 2.5))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.run_once()
+    (first_id, first), (_, second) = (what for what in bench.reports.told if type(what) is tuple)
+    assert first_id == "a"
+    assert (first.progress, first.processed_duration, first.audio_duration) == (0.0, 0.0, 2.5)
+    assert (first.speed, first.eta) == (None, None)
+    assert (second.progress, second.processed_duration) == (0.4, 1.0)
+
+
+def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
+    lives: list[Live] = []
+    clock = iter([100.0, 100.5, 105.0, 110.0])
+    meter = Meter(lives.append, lambda: next(clock))
+    for processed_s in (0.0, 20.0, 60.0):
+        meter.note(Progress(processed_s, 60.0))
+    assert [(live.speed, live.eta) for live in lives] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
+
+
+def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
+    lives: list[Live] = []
+    clock = iter([100.0, 100.5, 110.0])
+    meter = Meter(lives.append, lambda: next(clock))
+    for processed_s in (600.0, 650.0):
+        meter.note(Progress(processed_s, 700.0))
+    assert [(live.progress, live.speed, live.eta) for live in lives] == [(0.857, None, None), (0.929, 5.0, 10.0)]
+
+
+def test_as_long_as_nobody_knows_how_long_a_file_is_its_progress_stays_at_the_beginning() -> None:
+    lives: list[Live] = []
+    meter = Meter(lives.append)
+    for duration_s in (None, 60.0):
+        meter.note(Progress(30.0, duration_s))
+    assert [(live.progress, live.processed_duration, live.audio_duration) for live in lives] == [
+        (0.0, 30.0, None),
+        (0.5, 30.0, 60.0),
+    ]
+
+
+durations = st.just(0.0) | st.floats(0.001, 400_000.0).map(lambda seconds: round(seconds, 3))
+steps = st.lists(st.tuples(st.floats(-0.5, 1.5), st.floats(0, 100_000)), min_size=1, max_size=20)
+
+
+@settings(deadline=None)
+@given(durations, steps)
+def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
+    duration_s: float, processed: list[tuple[float, float]]
+) -> None:
+    lives: list[Any] = []
+    now_s = 1000.0
+    meter = Meter(lives.append, lambda: now_s)
+    for share, took_s in processed:
+        now_s += took_s
+        meter.note(Progress(round(share * duration_s, 3), duration_s))
+    assert len(lives) == len(processed)
+    assert all(0.0 <= live.progress < 1.0 for live in lives)
+    assert [live.progress for live in lives] == sorted(live.progress for live in lives)
+    assert [live.processed_duration for live in lives] == sorted(live.processed_duration for live in lives)
+    assert all(0.0 <= live.processed_duration <= duration_s for live in lives)
+    assert all(live.eta is None or (math.isfinite(live.eta) and live.eta >= 0) for live in lives)
+    assert all(live.speed is None or (math.isfinite(live.speed) and live.speed >= 0) for live in lives)
+
+
+# -- failures that may pass ----------------------------------------------------------------------------------------
+
+
+def patient(bench: Bench, retries: int) -> Worker:
+    """A worker that tries again, after no time worth waiting for."""
+    return bench.make_worker(retries=retries, retry_delay_s=1e-9)
+
+
+@pytest.mark.parametrize("code", [ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL])
+def test_a_failure_that_may_pass_is_tried_again_as_often_as_allowed(bench: Bench, code: ErrorCode) -> None:
+    worker = patient(bench, retries=2)
+    bench.add("a")
+    bench.fails_with(JobFailedError(code, "Not now."))
+    seen = []
+    while worker.run_once():
+        seen.append((bench.job("a").state, bench.job("a").retries))
+    assert seen == [(JobState.QUEUED, 1), (JobState.QUEUED, 2), (JobState.ERROR, 2)]
+    assert bench.job("a").error_code is code
+    assert len(bench.transcriber.calls) == 3
+
+
+def test_a_failure_that_cannot_pass_is_not_tried_again(bench: Bench) -> None:
+    worker = patient(bench, retries=2)
+    bench.add("a")
+    bench.fails_with(JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty."))
+    assert worker.run_once()
+    assert bench.job("a").state is JobState.ERROR
+
+
+def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) -> None:
+    worker = bench.make_worker(retries=1, retry_delay_s=3600.0)
+    bench.add("a", "b")
+    bench.fails_with(JobFailedError(ErrorCode.MODEL_UNAVAILABLE, "Not now."))
+    assert worker.run_once()
+    bench.transcriber.script = lambda _call: HELLO
+    assert worker.run_once()
+    assert not worker.run_once()
+    assert (bench.job("a").state, bench.job("b").state) == (JobState.QUEUED, JobState.COMPLETED)
+
+
+# -- ends that somebody asks for -----------------------------------------------------------------------------------
+
+
+def stops_when_told(call: Call) -> Transcript:
+    if call.should_stop():
+        raise Stopped
+    return HELLO
+
+
+def test_a_job_that_is_cancelled_in_work_ends_cancelled_and_the_next_goes_on(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        if len(bench.transcriber.calls) == 1:
+            bench.ledger.cancel("a")
+        return stops_when_told(call)
+
+    bench.transcriber.script = script
+    bench.add("a", "b")
+    assert bench.worker.run_once()
+    assert bench.worker.run_once()
+    assert (bench.job("a").state, bench.job("b").state) == (JobState.CANCELLED, JobState.COMPLETED)
+    assert bench.job("a").error_code is None
+    assert [job.job_id for job in bench.reports.ended] == ["a", "b"]
+    assert bench.preparer.released == [("a", True), ("b", True)]
+
+
+def test_a_cancelled_upload_keeps_its_audio_for_a_retry(bench: Bench) -> None:
+    def script(_call: Call) -> Transcript:
+        bench.ledger.cancel("a")
+        raise Stopped
+
+    path = bench.add_upload("a")
+    bench.transcriber.script = script
+    bench.worker.run_once()
+    assert path.exists()
+    bench.transcriber.script = lambda _call: HELLO
+    bench.ledger.retry("a")
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.COMPLETED
+    assert not path.exists()
+
+
+def test_a_job_that_completes_although_it_was_cancelled_is_completed(bench: Bench) -> None:
+    def script(_call: Call) -> Transcript:
+        bench.ledger.cancel("a")
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.COMPLETED
+    assert not bench.ledger.is_cancelling(bench.job("a").seq)
+
+
+def test_a_job_over_its_time_ends_as_a_timeout_that_says_how_long_it_had(bench: Bench) -> None:
+    now_s = 100.0
+
+    def script(call: Call) -> Transcript:
+        nonlocal now_s
+        assert not call.should_stop()
+        now_s += 61.0
+        return stops_when_told(call)
+
+    bench.transcriber.script = script
+    bench.add("a", "b")
+    worker = bench.make_worker(timeout_s=60.0, monotonic=lambda: now_s, retries=2)
+    worker.run_once()
+    job = bench.job("a")
+    assert (job.state, job.error_code) == (JobState.ERROR, ErrorCode.TIMEOUT)
+    assert "worker.job_timeout, 60.0 s" in (job.error_message or "")
+
+
+def test_a_cancel_that_comes_while_the_audio_is_fetched_ends_the_job(bench: Bench) -> None:
+    bench.add("a")
+    claim = bench.ledger.claim
+
+    def cancelled_at_once() -> Job | None:
+        job = claim()
+        bench.ledger.cancel("a")
+        return job
+
+    bench.ledger.claim = cancelled_at_once  # type: ignore[method-assign]
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.CANCELLED
+    assert bench.transcriber.calls == []
+
+
+# -- windows and segments ------------------------------------------------------------------------------------------
+
+
+def window(number: int) -> Window:
+    return Window(number, 600.0 * (number + 1), f" part {number}", "en", 0.9, ())
+
+
+@pytest.mark.parametrize("audio", [None, "the same"])
+def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench, audio: str | None) -> None:
+    def script(call: Call) -> Transcript:
+        if len(call.done) < 2:
+            call.on_window(window(len(call.done)))
+            raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
+        return dataclasses.replace(HELLO, windows=(*call.done, window(2)))
+
+    bench.transcriber.script = script
+    bench.preparer.audio = audio
+    bench.add("a")
+    worker = patient(bench, retries=2)
+    for _ in range(3):
+        worker.run_once()
+    assert [call.done for call in bench.transcriber.calls] == [(), (window(0),), (window(0), window(1))]
+    assert bench.job("a").state is JobState.COMPLETED
+
+
+def broken_off(bench: Bench, before: str | None) -> Worker:
+    """Work on a job that fails behind two windows of an audio, and then find another one there."""
+
+    def script(call: Call) -> Transcript:
+        if len(bench.transcriber.calls) == 1:
+            call.on_window(window(0))
+            call.on_window(window(1))
+            raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
+        if len(bench.transcriber.calls) == 2:
+            call.on_window(dataclasses.replace(window(0), text=" something else"))
+            raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
+        return dataclasses.replace(HELLO, windows=tuple(call.done))
+
+    bench.transcriber.script = script
+    bench.preparer.audio = before
+    bench.add("a", formats=("txt",))
+    worker = patient(bench, retries=2)
+    worker.run_once()
+    assert len(bench.ledger.windows(bench.job("a").seq)) == 2
+    bench.preparer.audio = "another"
+    return worker
+
+
+@pytest.mark.parametrize("before", ["one", None], ids=["another", "unknown"])
+def test_what_is_finished_of_another_audio_is_dropped_and_the_work_begins_anew(
+    bench: Bench, before: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = broken_off(bench, before)
+    bench.preparer.released.clear()
+    worker.run_once()
+    assert bench.preparer.released == [("a", False)] * 2, "opened behind what was finished, and then anew"
+    worker.run_once()
+    new = dataclasses.replace(window(0), text=" something else")
+    assert [call.done for call in bench.transcriber.calls] == [(), (), (new,)]
+    assert bench.job("a").state is JobState.COMPLETED
+    assert bench.ledger.windows(bench.job("a").seq) == (new,)
+    [said] = [record for record in caplog.records if "begins from the start" in record.message]
+    assert (said.levelno, said.__dict__["job_id"]) == (logging.WARNING, "a")
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_windows_of_another_audio_that_the_disk_does_not_let_go_are_waited_for(bench: Bench) -> None:
+    worker = broken_off(bench, "one")
+    looks = iter([3, 0])
+    bench.preparer.looking = lambda: setattr(bench.disk, "refusals", next(looks))
+    worker.run_once()
+    assert [call.done for call in bench.transcriber.calls] == [(), ()]
+    degradations = [what for what in bench.reports.told if isinstance(what, tuple) and what[0] == "worker"]
+    assert degradations[:4] == [*[("worker", True)] * 3, ("worker", False)]
+
+
+@pytest.mark.usefixtures("_endless_retries")
+def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_let_go(bench: Bench) -> None:
+    broken_off(bench, "one")
+    bench.preparer.looking = lambda: setattr(bench.disk, "refusals", 1)
+    bench.worker.start()
+    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.worker.abandon()
+    assert bench.worker.join(DEADLINE_S)
+    assert bench.job("a").state is JobState.QUEUED
+    assert len(bench.transcriber.calls) == 1
+    assert bench.preparer.released[-1] == ("a", False)
+
+
+def test_a_disk_that_refuses_a_window_does_not_hold_up_the_work_and_gets_it_with_the_next(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        bench.disk.refusals = 1
+        call.on_window(window(0))
+        assert bench.ledger.windows(bench.job("a").seq) == ()
+        call.on_window(window(1))
+        assert bench.ledger.windows(bench.job("a").seq) == (window(0), window(1))
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a")
+    bench.worker.run_once()
+    assert bench.job("a").state is JobState.COMPLETED
+
+
+def test_segments_are_told_as_soon_as_they_are_known_to_those_who_asked(bench: Bench) -> None:
+    segment = Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01)
+
+    def script(call: Call) -> Transcript:
+        call.on_segment(segment)
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("a", stream=True)
+    bench.add("b")
+    bench.worker.run_once()
+    bench.worker.run_once()
+    assert [what for what in bench.reports.told if type(what) is tuple] == [("a", segment)]
+
+
+# -- idleness ------------------------------------------------------------------------------------------------------
+
+
+def test_after_a_time_without_a_job_what_was_held_for_the_next_is_given_back(bench: Bench) -> None:
+    idle = threading.Semaphore(0)
+    worker = bench.make_worker(idle_s=0.01, on_idle=idle.release)
+    worker.start()
+    assert idle.acquire(timeout=DEADLINE_S)
+    bench.add("a")
+    bench.reports.until(lambda: bench.reports.ended)
+    assert idle.acquire(timeout=DEADLINE_S)
+    worker.stop()
+    assert worker.join(DEADLINE_S)

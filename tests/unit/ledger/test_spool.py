@@ -1,0 +1,136 @@
+"""The spool: audio is on disk before anybody hears of it, and gone when nobody needs it."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.ledger.spool import Spool
+from tests.unit.ledger.faults import FaultyDisk, Killed, PoweredDisk, QuickDisk, failing, killing
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks into Linux's /proc")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "spool"
+
+
+@pytest.fixture
+def spool(folder: Path) -> Spool:
+    return Spool(folder, QuickDisk())
+
+
+def test_what_is_stored_can_be_read_under_names_of_our_own(spool: Spool) -> None:
+    first = spool.store([b"one", b"two", b""])
+    second = spool.store([b"one"])
+    names = [*first, *second]
+    assert [spool.path(name).read_bytes() for name in names] == [b"one", b"two", b"", b"one"]
+    assert len(set(names)) == 4
+    assert all(name.isalnum() for name in names)
+
+
+def test_nothing_to_store_is_nothing_done(folder: Path) -> None:
+    disk = FaultyDisk()
+    spool = Spool(folder, disk)
+    disk.calls.clear()
+    assert spool.store([]) == []
+    assert disk.calls == []
+
+
+def test_each_file_and_then_the_folder_is_synced_before_the_names_are_returned(folder: Path) -> None:
+    disk = FaultyDisk()
+    spool = Spool(folder, disk)
+    disk.calls.clear()
+    spool.store([b"one", b"two"])
+    assert disk.calls == ["write", "sync", "write", "sync", "sync"]
+
+
+def test_the_folder_s_own_name_is_durable_before_anything_is_in_it(folder: Path) -> None:
+    disk = FaultyDisk()
+    Spool(folder, disk)
+    assert disk.calls == ["sync"]
+
+
+@needs_proc
+def test_after_a_power_cut_everything_is_there_whose_name_was_returned(folder: Path) -> None:
+    disk = PoweredDisk()
+    spool = Spool(folder, disk)
+    stored: dict[str, bytes] = {}
+    media: list[tuple[dict[str, bytes], dict[str, bytes]]] = []
+    disk.on_step = lambda: media.append((dict(stored), disk.media()))
+    for number in range(20):
+        contents = [bytes([number]) * (400 * number), b"x"]
+        stored.update(zip(spool.store(contents), contents, strict=True))
+    assert len(media) > 60
+    for promised, found in media:
+        assert promised.items() <= found.items()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_any_call_leaves_nothing_of_the_batch(folder: Path, code: int) -> None:
+    disk = FaultyDisk()
+    spool = Spool(folder, disk)
+    (kept,) = spool.store([b"kept"])
+    for skip in range(20):
+        disk.calls.clear()
+        disk.fault = failing(skip=skip, code=code)
+        try:
+            names = spool.store([b"one", b"two"])
+        except LedgerError as exc:
+            assert str(folder) in str(exc)  # noqa: PT017
+            assert [file.name for file in folder.iterdir()] == [kept]
+        else:
+            break
+    assert skip == 5
+    disk.heal()
+    assert sorted(file.name for file in folder.iterdir()) == sorted([kept, *names])
+
+
+def test_a_process_that_dies_while_storing_leaves_what_the_next_start_sweeps(folder: Path) -> None:
+    disk = FaultyDisk()
+    spool = Spool(folder, disk)
+    (kept,) = spool.store([b"kept"])
+    for skip in range(5):
+        disk.fault = killing(skip=skip)
+        with pytest.raises(Killed):
+            spool.store([b"one", b"two"])
+        disk.heal()
+        spool = Spool(folder, disk)
+        assert spool.sweep({kept}) in (1, 2)
+        assert [file.name for file in folder.iterdir()] == [kept]
+
+
+def test_removing_is_quiet_about_what_is_not_there(spool: Spool) -> None:
+    one, two = spool.store([b"one", b"two"])
+    spool.remove([one, "never there", one])
+    assert not spool.path(one).exists()
+    assert spool.path(two).read_bytes() == b"two"
+
+
+def test_a_sweep_deletes_what_nobody_needs_and_counts_it(spool: Spool, folder: Path) -> None:
+    names = spool.store([b"one", b"two", b"three"])
+    (folder / "lost+found").mkdir()
+    assert spool.sweep({names[0], "gone already"}) == 2
+    assert sorted(file.name for file in folder.iterdir()) == sorted([names[0], "lost+found"])
+    assert spool.sweep({names[0]}) == 0
+
+
+def test_a_file_that_came_into_the_folder_by_itself_is_swept_unless_it_is_needed(spool: Spool) -> None:
+    (spool.folder / "download").write_bytes(b"half a file")
+    assert spool.path("download") == spool.folder / "download"
+    assert spool.folder.is_absolute()
+    assert spool.sweep(()) == 1
+    assert list(spool.folder.iterdir()) == []
+
+
+def test_a_spool_that_cannot_be_made_or_read_is_named(tmp_path: Path, spool: Spool, folder: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(LedgerError, match=r"file/spool cannot be made: Not a directory"):
+        Spool(tmp_path / "file" / "spool")
+    folder.rmdir()
+    with pytest.raises(LedgerError, match=r"spool cannot be read: No such file"):
+        spool.sweep(())
+    with pytest.raises(LedgerError, match=r"spool cannot be written: No such file"):
+        spool.store([b"one"])

@@ -1,0 +1,166 @@
+"""What is published, from its taking to its PUBACK, without a network."""
+
+import pytest
+
+from cesar_mqtt.mqtt.publish_limits import PacketTooLargeError, Publication, PublishTicket
+from cesar_mqtt.mqtt.send_queue import IN_FLIGHT, Outgoing
+
+
+class Line:
+    """Takes packets; `unsent` as the test says."""
+
+    def __init__(self) -> None:
+        self.packets: list[bytes] = []
+        self.unsent = False
+
+    def send(self, buffer: bytes) -> None:
+        self.packets.append(buffer)
+
+
+def message(number: int, qos: int = 1) -> Publication:
+    return Publication("t", str(number).encode(), qos, retain=False)
+
+
+def outgoing() -> Outgoing:
+    return Outgoing(3, five=True, limit_bytes=None)
+
+
+def publish(out: Outgoing, count: int, qos: int = 1) -> list[PublishTicket]:
+    tickets = [out.publish(message(number, qos)) for number in range(count)]
+    assert all(tickets)
+    return [ticket for ticket in tickets if ticket is not None]
+
+
+def test_no_more_are_in_flight_than_the_window_lets_through() -> None:
+    out, line = outgoing(), Line()
+    tickets = publish(out, IN_FLIGHT + 2)
+    out.send(line)
+    assert len(line.packets) == IN_FLIGHT
+    assert out.waits
+    out.settle(tickets[5].mid, None)
+    out.send(line)
+    assert [packet[-2:] for packet in line.packets[-1:]] == [b"20"]
+    out.settle(tickets[0].mid, None)
+    out.send(line)
+    assert not out.waits
+    assert out.take_published() == [(tickets[5], None), (tickets[0], None)]
+    assert out.take_published() == []
+
+
+def test_an_acknowledgement_of_what_was_not_sent_counts_for_nothing() -> None:
+    out, line = outgoing(), Line()
+    out.window = 1
+    first, second = publish(out, 2)
+    out.send(line)
+    out.settle(second.mid, None)
+    out.settle(999, None)
+    out.send(line)
+    assert len(line.packets) == 1
+    out.settle(first.mid, None)
+    out.settle(first.mid, None)
+    assert out.take_published() == [(first, None)]
+
+
+def test_a_message_of_qos_0_is_published_when_it_is_written() -> None:
+    out, line = outgoing(), Line()
+    (ticket,) = publish(out, 1, qos=0)
+    line.unsent = True
+    out.send(line)
+    out.note_written(line)
+    assert out.take_published() == []
+    line.unsent = False
+    out.note_written(line)
+    out.note_written(line)
+    assert out.take_published() == [(ticket, None)]
+
+
+def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    out, line = outgoing(), Line()
+    (ticket,) = publish(out, 1)
+    out.send(line)
+    out.settle(ticket.mid, "Not authorized")
+    assert out.take_published() == [(ticket, "Not authorized")]
+    assert "refused a message on t: Not authorized" in caplog.text
+
+
+def test_what_stands_before_an_acknowledged_message_has_been_heard() -> None:
+    out, line = outgoing(), Line()
+    for behind in (0, 3, 7):
+        publish(out, 1)
+        out.send(line, behind=behind)
+    assert out.heard == 0
+    for mid, heard in ((2, 3), (9, 3), (1, 3), (3, 7)):
+        out.settle(mid, None)
+        assert out.heard == heard
+
+
+def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
+    out, line = outgoing(), Line()
+    stuck = publish(out, 1)[0]
+    seen = {stuck.mid}
+    out.send(line)
+    for number in range(65_534):
+        ticket = out.publish(message(number))
+        assert ticket is not None
+        assert 1 <= ticket.mid <= 65_535
+        seen.add(ticket.mid)
+        out.send(line)
+        out.settle(ticket.mid, None)
+    assert len(seen) == 65_535
+    again = out.publish(message(0))
+    assert again is not None
+    assert again.mid == stuck.mid + 1
+
+
+def test_what_waits_has_its_packet_id_alone_however_much_is_refused() -> None:
+    out = outgoing()
+    out.limit_bytes = 100
+    tickets = publish(out, 1)
+    for _ in range(65_534):
+        with pytest.raises(PacketTooLargeError):
+            out.publish(Publication("t", bytes(100), 1, retain=False))
+    tickets += publish(out, 59_999)
+    for _ in range(10_000):
+        assert out.publish(message(0)) is None, "60,000 wait"
+    assert len({ticket.mid for ticket in tickets}) == 60_000
+
+
+def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_PACKET_ID", 70)
+    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_WAITING", 40)
+    out, line = outgoing(), Line()
+    stuck, *ours = publish(out, 40)
+    out.send(line)
+    for number in range(300):
+        ticket = out.publish(message(number))
+        assert ticket is not None
+        assert ticket not in (stuck, *ours)
+        ours.append(ticket)
+        while len(ours) > 58:
+            out.settle(ours.pop(0).mid, None)
+            out.send(line)
+
+
+def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
+    out, line = outgoing(), Line()
+    ticket = out.publish(Publication("t", bytes(100), 1, retain=False))
+    out.send(line)
+    size = len(line.packets[0])
+    assert ticket is not None
+    out.limit_bytes = size
+    assert out.publish(Publication("t", bytes(100), 1, retain=False)) is not None
+    with pytest.raises(PacketTooLargeError) as refused:
+        out.publish(Publication("t", bytes(101), 1, retain=False))
+    assert (refused.value.size_bytes, refused.value.limit_bytes) == (size + 1, size)
+
+
+def test_more_than_packet_ids_allow_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_WAITING", 3)
+    out = outgoing()
+    publish(out, 3)
+    assert out.publish(message(3)) is None
+
+
+def test_a_limit_that_the_broker_tells_holds_from_the_start() -> None:
+    with pytest.raises(PacketTooLargeError):
+        Outgoing(3, five=True, limit_bytes=50).publish(Publication("t", bytes(100), 1, retain=False))

@@ -1,0 +1,511 @@
+import json
+import re
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cesar_mqtt import __version__
+from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
+from cesar_mqtt.protocol.consumer_payloads import (
+    LAST_TEXT_BYTES,
+    ConsumerState,
+    Event,
+    event_payload,
+    last_of,
+    queue_of,
+)
+from cesar_mqtt.protocol.payloads import (
+    JobRequest,
+    Live,
+    Rejection,
+    SegmentMessage,
+    Status,
+    canonical,
+    cut,
+    excerpt,
+    fit,
+    segment_of,
+    status_of,
+    status_payload,
+    timestamp,
+)
+from cesar_mqtt.transcript import Segment, Word
+
+# The contract's section 2, typed by hand and in its order.
+STATUS_FIELDS = [
+    "job_id",
+    "status",
+    "attempt",
+    "created_at",
+    "started_at",
+    "completed_at",
+    "updated_at",
+    "queue_position",
+    "progress",
+    "processed_duration",
+    "audio_duration",
+    "speed",
+    "eta",
+    "audio_source",
+    "model_size",
+    "language",
+    "task",
+    "result_text",
+    "detected_language",
+    "language_probability",
+    "no_speech",
+    "error_code",
+    "error_message",
+    "retryable",
+    "warnings",
+    "formats",
+    "result_truncated",
+    "metadata",
+    "consumer",
+    "version",
+]
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+ACCEPTED_AT = 1_769_204_700.12
+
+QUEUED = Job(
+    seq=7,
+    job_id="porch-17",
+    state=JobState.QUEUED,
+    revision=3,
+    created_at=ACCEPTED_AT,
+    updated_at=ACCEPTED_AT,
+    fingerprint="f",
+    model_size="base",
+    audio=AudioSource("path", "porch.wav"),
+    queue_position=4,
+)
+PROCESSING = QUEUED._replace(
+    state=JobState.PROCESSING,
+    attempt=1,
+    started_at=ACCEPTED_AT + 1,
+    updated_at=ACCEPTED_AT + 1,
+    queue_position=None,
+)
+COMPLETED = PROCESSING._replace(
+    state=JobState.COMPLETED,
+    completed_at=ACCEPTED_AT + 11,
+    updated_at=ACCEPTED_AT + 11,
+    result_text="Hello.",
+    detected_language="en",
+    language_probability=0.98,
+    no_speech=False,
+    audio_duration=60.0,
+    warnings=("audio_truncated",),
+)
+FAILED = PROCESSING._replace(
+    state=JobState.ERROR,
+    completed_at=ACCEPTED_AT + 2,
+    updated_at=ACCEPTED_AT + 2,
+    error_code=ErrorCode.AUDIO_NOT_FOUND,
+    error_message="There is no such file.",
+)
+LIVE = Live(
+    progress=0.42, processed_duration=25.2, audio_duration=60.0, speed=6.5, eta=5.4, updated_at=ACCEPTED_AT + 4.001
+)
+NOTHING = dict.fromkeys(STATUS_FIELDS)
+
+
+def told(job: Job, live: Live | None = None) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(status_of(job, "kitchen", live).encode())
+    return status
+
+
+# -- the status ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_a_status_has_exactly_the_fields_of_the_contract_in_every_state(job: Job) -> None:
+    assert list(told(job)) == STATUS_FIELDS
+
+
+def test_a_queued_job_is_told_with_its_place_and_what_was_asked_for() -> None:
+    asked = QUEUED._replace(options={"language": "de", "task": "translate"}, metadata={"room": "porch"})
+    assert told(asked) == NOTHING | {
+        "job_id": "porch-17",
+        "status": "queued",
+        "attempt": 0,
+        "created_at": "2026-01-23T21:45:00.120Z",
+        "updated_at": "2026-01-23T21:45:00.120Z",
+        "queue_position": 4,
+        "audio_source": "porch.wav",
+        "model_size": "base",
+        "language": "de",
+        "task": "translate",
+        "warnings": [],
+        "formats": [],
+        "result_truncated": False,
+        "metadata": {"room": "porch"},
+        "consumer": "kitchen",
+        "version": __version__,
+    }
+
+
+def test_a_job_in_work_is_told_with_its_progress() -> None:
+    status = told(PROCESSING, LIVE)
+    assert status["status"] == "processing"
+    assert status["attempt"] == 1
+    assert status["started_at"] == "2026-01-23T21:45:01.120Z"
+    assert status["updated_at"] == "2026-01-23T21:45:04.121Z"
+    assert status["progress"] == 0.42
+    assert status["processed_duration"] == 25.2
+    assert status["audio_duration"] == 60.0
+    assert status["speed"] == 6.5
+    assert status["eta"] == 5.4
+    assert status["queue_position"] is None
+
+
+def test_a_job_in_work_without_news_is_at_the_beginning() -> None:
+    assert told(PROCESSING)["progress"] == 0.0
+
+
+def test_a_completed_job_is_told_with_the_whole_transcript_and_progress_one() -> None:
+    status = told(COMPLETED)
+    assert status["status"] == "completed"
+    assert status["completed_at"] == "2026-01-23T21:45:11.120Z"
+    assert status["progress"] == 1
+    assert status["processed_duration"] == status["audio_duration"] == 60.0
+    assert status["speed"] == 6.0
+    assert status["result_text"] == "Hello."
+    assert status["detected_language"] == "en"
+    assert status["language_probability"] == 0.98
+    assert status["no_speech"] is False
+    assert status["warnings"] == ["audio_truncated"]
+    assert status["error_code"] is status["retryable"] is None
+
+
+def test_no_speech_is_an_empty_text_and_not_a_missing_one() -> None:
+    silent = COMPLETED._replace(result_text="", detected_language=None, language_probability=None, no_speech=True)
+    status = told(silent)
+    assert status["result_text"] == ""
+    assert status["no_speech"] is True
+    assert status["detected_language"] is status["language_probability"] is None
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_an_error_is_told_with_its_sentence_and_whether_a_retry_may_help(code: ErrorCode) -> None:
+    retryable = {"download_failed", "model_unavailable", "timeout", "expired", "crashed", "internal"}
+    status = told(FAILED._replace(error_code=code))
+    assert status["error_code"] == code.value
+    assert status["error_message"] == "There is no such file."
+    assert status["retryable"] is (code.value in retryable)
+    assert status["result_text"] is status["progress"] is None
+
+
+def test_audio_that_came_with_the_job_is_called_an_upload_and_never_by_its_file_name() -> None:
+    assert told(QUEUED._replace(audio=AudioSource("spool", "0123abcd")))["audio_source"] == "upload"
+    assert told(QUEUED._replace(audio=None))["audio_source"] is None
+
+
+@pytest.mark.parametrize(
+    ("url", "source"),
+    [
+        ("https://nas.local/in/porch.wav", "https://nas.local/in/porch.wav"),
+        ("https://nas.local", "https://nas.local"),
+        ("http://[::1]:8080/a%20b.wav", "http://[::1]:8080/a%20b.wav"),
+        ("https://me:s3cret@nas.local:444/porch.wav?key=s3cret#s3cret", "https://nas.local:444/porch.wav"),
+        ("https://s3cret@nas.local?s3cret", "https://nas.local"),
+        ("https://me:s3cret%40@nas.local/@home", "https://nas.local/@home"),
+        ("https://a@s3cret@nas.local/x", "https://nas.local/x"),
+    ],
+)
+def test_a_url_is_told_without_what_may_be_a_secret_in_it(url: str, source: str) -> None:
+    payload = status_of(QUEUED._replace(audio=AudioSource("url", url)), "kitchen").encode()
+    assert json.loads(payload)["audio_source"] == source
+    assert b"s3cret" not in payload
+
+
+def test_the_formats_that_were_asked_for_are_told_and_whether_one_had_to_be_cut() -> None:
+    asked = COMPLETED._replace(formats=("srt", "json"))
+    assert told(asked)["formats"] == ["srt", "json"]
+    assert told(asked)["result_truncated"] is False
+    assert status_of(asked, "kitchen", result_truncated=True).result_truncated is True
+
+
+@pytest.mark.parametrize("job", [QUEUED, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_progress_that_comes_late_changes_nothing_for_a_job_that_is_not_in_work(job: Job) -> None:
+    assert told(job, LIVE) == told(job)
+
+
+def test_a_job_whose_clock_went_back_while_it_ran_has_no_speed() -> None:
+    assert told(COMPLETED._replace(completed_at=ACCEPTED_AT))["speed"] is None
+
+
+@pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_every_time_is_rfc_3339_in_utc_with_milliseconds(job: Job) -> None:
+    status = told(job)
+    for name in ("created_at", "started_at", "completed_at", "updated_at"):
+        assert status[name] is None or TIME.fullmatch(status[name])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "1970-01-01T00:00:00.000Z"),
+        (1_769_204_700.0, "2026-01-23T21:45:00.000Z"),
+        (1_769_204_700.9999, "2026-01-23T21:45:00.999Z"),
+        (1_709_164_800.5, "2024-02-29T00:00:00.500Z"),
+    ],
+)
+def test_a_timestamp_is_in_utc_whatever_the_time_zone(
+    seconds: float, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    time.tzset()
+    try:
+        assert timestamp(seconds) == text
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+# -- a status that is too large ------------------------------------------------------------------------------------
+
+
+def test_a_status_within_the_limit_goes_out_as_it_is() -> None:
+    status = status_of(COMPLETED, "kitchen")
+    assert fit(status, None) == fit(status, len(status.encode())) == status.encode()
+
+
+def test_a_status_that_fits_keeps_the_mark_of_a_result_that_did_not() -> None:
+    status = status_of(COMPLETED, "kitchen", result_truncated=True)
+    assert json.loads(fit(status, None))["result_truncated"] is True
+    assert json.loads(fit(status, 500))["result_truncated"] is True
+
+
+def test_a_text_that_does_not_fit_is_cut_and_marked() -> None:
+    status = status_of(COMPLETED._replace(result_text="word " * 1000, metadata={"room": "porch"}), "kitchen")
+    payload = fit(status, 2000)
+    shorter = json.loads(payload)
+    assert 1990 <= len(payload) <= 2000
+    assert shorter["result_truncated"] is True
+    assert ("word " * 1000).startswith(shorter["result_text"])
+    assert shorter["metadata"] == {"room": "porch"}
+
+
+def test_metadata_goes_only_when_no_text_is_left_to_cut() -> None:
+    status = status_of(COMPLETED._replace(metadata={"k": "x" * 4000}), "kitchen")
+    shorter = json.loads(fit(status, 2000))
+    assert shorter["metadata"] == {}
+    assert shorter["result_text"] == "Hello."
+    assert shorter["result_truncated"] is True
+
+
+def test_metadata_of_a_job_without_a_text_can_be_cut_too() -> None:
+    payload = fit(status_of(QUEUED._replace(metadata={"k": "x" * 4000}), "kitchen"), 2000)
+    assert len(payload) <= 2000
+    assert json.loads(payload)["metadata"] == {}
+    assert json.loads(payload)["result_text"] is None
+
+
+def test_a_limit_that_nothing_can_fit_ends_in_the_least_there_is() -> None:
+    shorter = json.loads(fit(status_of(COMPLETED._replace(metadata={"k": "x"}), "kitchen"), 1))
+    assert (shorter["result_text"], shorter["metadata"], shorter["result_truncated"]) == ("", {}, True)
+
+
+LEAST_BYTES = len(fit(status_of(COMPLETED._replace(result_text="x", metadata={"k": "x"}), "kitchen"), 1))
+"""What the fields that are never cut take."""
+texts = (
+    st.text(max_size=300) | st.text(st.sampled_from('"\\\n\r\t\0\x1f a'), max_size=300) | st.text("ä日😀", max_size=300)
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(texts, st.integers(1, 40), st.dictionaries(st.text(max_size=10), texts, max_size=2), st.integers(0, 20_000))
+@example('"' * 300, 40, {}, 5_000)
+@example("\0" * 300, 10, {}, 3_000)
+def test_what_is_cut_fits_and_wastes_nothing(text: str, times: int, metadata: dict[str, str], room: int) -> None:
+    text *= times
+    status = status_of(COMPLETED._replace(result_text=text, metadata=metadata), "kitchen")
+    limit = LEAST_BYTES + room
+    payload = fit(status, limit)
+    shorter = json.loads(payload)
+    assert len(payload) <= limit
+    assert text.startswith(shorter["result_text"])
+    assert shorter["result_truncated"] is (len(status.encode()) > limit)
+    assert shorter["metadata"] in ({}, metadata)
+    kept = len(shorter["result_text"])
+    if kept < len(text):  # one character more would have been too much
+        more = status.model_copy(
+            update={"result_text": text[: kept + 1], "result_truncated": True, "metadata": shorter["metadata"]}
+        )
+        assert len(more.encode()) > limit
+
+
+# -- segments ------------------------------------------------------------------------------------------------------
+
+SEGMENT = Segment(id=3, start_s=1.5, end_s=2.25, text="Hello.", avg_logprob=-0.25, no_speech_prob=0.01)
+
+
+def test_a_segment_is_told_with_its_job_and_without_words_that_nobody_asked_for() -> None:
+    assert json.loads(segment_of("porch-17", SEGMENT).encode()) == {
+        "job_id": "porch-17",
+        "id": 3,
+        "start": 1.5,
+        "end": 2.25,
+        "text": "Hello.",
+        "avg_logprob": -0.25,
+        "no_speech_prob": 0.01,
+    }
+
+
+def test_words_that_were_asked_for_stand_in_their_segment_with_their_blanks() -> None:
+    word = Word(start_s=1.5, end_s=2.0, text=" Hello.", probability=0.9)
+    message = segment_of("porch-17", replace(SEGMENT, words=(word,)))
+    assert json.loads(message.encode())["words"] == [{"word": " Hello.", "start": 1.5, "end": 2.0, "probability": 0.9}]
+    assert json.loads(segment_of("porch-17", replace(SEGMENT, words=())).encode())["words"] == []
+    assert SegmentMessage.model_validate_json(message.encode()) == message
+
+
+# -- the consumer's own topics -------------------------------------------------------------------------------------
+
+
+def test_the_consumers_state_is_one_field() -> None:
+    assert json.loads(ConsumerState(state="online").encode()) == {"state": "online"}
+    assert json.loads(ConsumerState(state="offline").encode()) == {"state": "offline"}
+
+
+def test_the_queue_has_the_fields_of_the_contract_and_one_more() -> None:
+    totals = Totals(
+        queued=3,
+        completed_total=10,
+        error_total=2,
+        cancelled_total=1,
+        rejected_total=4,
+        oldest_queued_at=1000.0,
+        processing="porch-17",
+        deleted_total=5,
+    )
+    assert json.loads(queue_of(totals, "processing", 1012.34).encode()) == {
+        "activity": "processing",
+        "job_id": "porch-17",
+        "queued": 3,
+        "oldest_age": 12.3,
+        "paused": False,
+        "completed_total": 10,
+        "error_total": 2,
+        "cancelled_total": 1,
+        "rejected_total": 4,
+        "deleted_total": 5,
+    }
+    assert queue_of(totals, "idle", 900.0).oldest_age == 0.0  # the clock was set back
+    assert queue_of(replace(totals, oldest_queued_at=None), "idle", 900.0).oldest_age is None
+
+
+def test_the_last_job_has_exactly_the_fields_of_the_contract() -> None:
+    assert json.loads(last_of(COMPLETED).encode()) == {
+        "job_id": "porch-17",
+        "status": "completed",
+        "text": "Hello.",
+        "text_truncated": False,
+        "language": "en",
+        "audio_duration": 60.0,
+        "completed_at": "2026-01-23T21:45:11.120Z",
+    }
+    failed = json.loads(last_of(FAILED).encode())
+    assert (failed["status"], failed["text"], failed["text_truncated"]) == ("error", None, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("x" * 12_000, 12_000),
+        ("x" * 12_001, 12_000),
+        ("ä" * 6_000, 6_000),
+        ("x" + "ä" * 6_000, 6_000),
+        ("日" * 4_001, 4_000),
+        ("xx" + "😀" * 3_000, 3_001),
+        ("", 0),
+    ],
+)
+def test_the_last_text_is_cut_at_a_whole_character_within_12000_bytes(text: str, kept: int) -> None:
+    last = last_of(COMPLETED._replace(result_text=text))
+    assert last.text == text[:kept]
+    assert len(last.text.encode()) <= LAST_TEXT_BYTES == 12_000
+    assert last.text_truncated is (kept < len(text))
+
+
+@given(st.text(max_size=50), st.integers(-5, 250))
+def test_a_cut_text_is_the_longest_beginning_that_fits(text: str, size_bytes: int) -> None:
+    beginning = cut(text, size_bytes)
+    assert text.startswith(beginning)
+    assert len(beginning.encode()) <= max(0, size_bytes)
+    following = text[len(beginning) : len(beginning) + 1]
+    assert not following or len((beginning + following).encode()) > size_bytes
+
+
+# -- refusals and requests -----------------------------------------------------------------------------------------
+
+
+def test_a_rejection_has_exactly_the_fields_of_the_contract() -> None:
+    rejection = Rejection(
+        reason="queue_full",
+        detail="Later.",
+        topic="cesar/jobs",
+        job_id=None,
+        payload_excerpt=excerpt(b"porch.wav"),
+        received_at=timestamp(0),
+    )
+    assert json.loads(rejection.encode()) == {
+        "reason": "queue_full",
+        "detail": "Later.",
+        "topic": "cesar/jobs",
+        "job_id": None,
+        "payload_excerpt": "porch.wav",
+        "received_at": "1970-01-01T00:00:00.000Z",
+    }
+
+
+def test_an_excerpt_shows_no_password_of_a_url() -> None:
+    told = excerpt(b'{"audio_ulr": "https://user:se:cr@et@cam.example/a.mp3", "by": "me@home"}')
+    assert told == '{"audio_ulr": "https://***@cam.example/a.mp3", "by": "me@home"}'
+
+
+@given(st.binary(max_size=300))
+@example(b"x" * 199 + "äää".encode())
+def test_an_excerpt_of_any_payload_is_short_text(payload: bytes) -> None:
+    text = excerpt(payload)
+    assert len(text) <= 200
+    assert json.loads(json.dumps(text)) == text
+    assert text.encode().decode() == text
+
+
+@pytest.mark.parametrize("name", list(JobRequest.model_fields))
+def test_every_field_of_a_request_says_what_it_must_be(name: str) -> None:
+    assert JobRequest.model_fields[name].description
+
+
+def test_a_request_cannot_be_changed_once_it_was_checked() -> None:
+    request = JobRequest(audio_path="a")
+    with pytest.raises(ValidationError, match="frozen"):
+        request.audio_path = "b"  # type: ignore[misc]
+
+
+def test_canonical_json_is_the_same_whatever_the_order_of_keys() -> None:
+    assert canonical({"a": 1, "b": {"d": [1, 2], "c": "ä"}}) == canonical({"b": {"c": "ä", "d": [1, 2]}, "a": 1})
+    assert canonical({"a": [1, 2]}) != canonical({"a": [2, 1]})
+
+
+@pytest.mark.parametrize("limit_bytes", [None, 10_000, 900])
+@pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_the_quick_way_to_a_payload_is_the_long_way(job: Job, limit_bytes: int | None) -> None:
+    told = status_payload(job, "porch", result_truncated=True, limit_bytes=limit_bytes)
+    assert told == fit(status_of(job, "porch", result_truncated=True), limit_bytes)
+    Status.model_validate_json(told)
+
+
+@pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
+def test_an_event_is_what_its_model_says(job: Job) -> None:
+    event = Event.model_validate_json(event_payload(job, "porch"))
+    assert (event.event_type, event.job_id, event.consumer) == (job.state, job.job_id, "porch")
+    assert event.encode() == event_payload(job, "porch")

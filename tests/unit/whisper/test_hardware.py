@@ -1,0 +1,56 @@
+import ctypes
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cesar_mqtt.whisper.hardware import give_memory_back, usable_cores
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/\n", {}, 64),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
+        ("0::/\n", {"cpu.max": "250000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
+        ("0::/system.slice/cesar.service\n", {"system.slice/cesar.service/cpu.max": "300000 100000\n"}, 3),
+        ("0::/a/b\n", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "max 100000\n"}, 4),
+        ("0::/on/the/host/only\n", {"cpu.max": "200000 100000\n"}, 2),
+        (
+            "5:memory:/m\n4:cpu,cpuacct:/docker/x\n0::/\n",
+            {"cpu,cpuacct/docker/x/cpu.cfs_quota_us": "300000", "cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        ("4:cpu:/docker/x\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ("4:cpuset:/\n", {"cpuset/cpu.max": "100000 100000"}, 64),
+        ("0::/\n", {"cpu.max": "rubbish"}, 64),
+    ],
+)
+def test_a_quota_on_the_processor_is_heeded(
+    membership: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    (tmp_path / "membership").write_text(membership)
+    for name, content in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(content)
+    assert usable_cores(tmp_path / "cgroup", tmp_path / "membership") == cores
+
+
+def test_without_groups_the_cores_that_may_be_run_on_count(tmp_path: Path) -> None:
+    assert usable_cores(tmp_path, tmp_path / "missing") == len(os.sched_getaffinity(0))
+
+
+def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=asked.append))
+    give_memory_back()
+    assert asked == [0]
+
+
+def test_a_c_library_that_cannot_give_memory_back_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    give_memory_back()

@@ -1,0 +1,210 @@
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faster_whisper import utils as faster_whisper_utils
+from huggingface_hub import constants
+
+from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.whisper import hub
+from tests.unit.whisper.fake_hub import COMMIT, MODEL, SMALL, FakeHub, point_to, running_hub
+
+REPOSITORY = "models--Systran--faster-whisper-base"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def fake_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with running_hub() as fake:
+        point_to(fake.endpoint, cache, monkeypatch)
+        yield fake
+
+
+def fetch(*, stall_s: float = 20.0) -> Path:
+    return hub.fetch("base", should_stop=lambda: False, on_progress=lambda *_: None, stall_s=stall_s)
+
+
+def refusal(*, stall_s: float = 20.0) -> str:
+    with pytest.raises(JobFailedError) as caught:
+        fetch(stall_s=stall_s)
+    assert caught.value.code is ErrorCode.MODEL_UNAVAILABLE
+    assert "'base'" in caught.value.message
+    return caught.value.message
+
+
+def unfinished(cache: Path) -> list[Path]:
+    return list(cache.glob(f"{REPOSITORY}/blobs/*.incomplete"))
+
+
+def test_the_repositories_are_those_of_faster_whisper() -> None:
+    assert faster_whisper_utils._MODELS == hub.REPOSITORIES
+
+
+def test_a_model_is_fetched_into_the_cache_and_then_found_there(
+    fake_hub: FakeHub, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert hub.cached("base") is None
+    told: list[tuple[int, int]] = []
+    with caplog.at_level(logging.INFO, "cesar_mqtt"):
+        path = hub.fetch("base", should_stop=lambda: False, on_progress=lambda *way: told.append(way))
+
+    assert path == cache / REPOSITORY / "snapshots" / COMMIT
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == SMALL | {"model.bin": MODEL}
+    total = len(MODEL) + sum(map(len, SMALL.values()))
+    assert told[-1] == (total, total)
+    assert "Fetching model base from the hub" in caplog.text
+    assert not unfinished(cache)
+
+    fake_hub.asked.clear()
+    assert hub.cached("base") == path
+    assert fake_hub.asked == []
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_was(fake_hub: FakeHub) -> None:
+    fake_hub.cuts = [1 << 20, 1 << 19]
+    path = fetch()
+    assert (path / "model.bin").read_bytes() == MODEL
+    assert fake_hub.bodies("model.bin") == ["", f"bytes={1 << 20}-", f"bytes={(1 << 20) + (1 << 19)}-"]
+
+
+def test_what_an_interrupted_download_had_completed_is_not_fetched_again(fake_hub: FakeHub, cache: Path) -> None:
+    fake_hub.stall_after = 1 << 20
+    refusal(stall_s=1.5)
+    assert hub.cached("base") is None
+    assert not unfinished(cache), "half a model would lie there for good"
+
+    fake_hub.asked.clear()
+    fake_hub.stall_after = None
+    assert (fetch() / "model.bin").read_bytes() == MODEL
+    assert [len(fake_hub.bodies(name)) for name in ("model.bin", *SMALL)] == [1, 0, 0, 0]
+
+
+def test_a_download_that_stalls_is_given_up(fake_hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
+    fake_hub.stall_after = 1 << 20
+    assert "nothing more came" in refusal(stall_s=1.5)
+    assert fake_hub.left.wait(10)
+    assert "stalled" in caplog.text
+
+
+def test_a_download_ends_within_seconds_of_being_told_to(fake_hub: FakeHub, cache: Path) -> None:
+    fake_hub.stall_after = 1 << 20
+    with pytest.raises(Stopped):
+        hub.fetch("base", should_stop=fake_hub.stalled.is_set, on_progress=lambda *_: None)
+    assert fake_hub.left.wait(10), "the process is gone"
+    assert not unfinished(cache)
+
+
+def test_a_slow_line_is_no_stall(fake_hub: FakeHub) -> None:
+    """The hub's client kept ten megabytes back before it wrote them, and so seemed to have had nothing."""
+    fake_hub.stall_after = 1 << 20
+    told: list[int] = []
+    with pytest.raises(Stopped):
+        hub.fetch(
+            "base", should_stop=lambda: bool(told) and told[-1] >= 1 << 20, on_progress=lambda n, _: told.append(n)
+        )
+
+
+def test_a_download_does_not_outlive_who_asked_for_it(fake_hub: FakeHub, cache: Path) -> None:
+    fake_hub.stall_after = 1 << 20
+    script = "from cesar_mqtt.whisper import hub; hub.fetch('base', should_stop=lambda: False, on_progress=lambda *_: None)"
+    asker = subprocess.Popen([sys.executable, "-c", script])
+    assert fake_hub.stalled.wait(30)
+    asker.send_signal(signal.SIGKILL)
+    asker.wait(10)
+    assert fake_hub.left.wait(10)
+    assert not unfinished(cache)
+
+
+def test_what_a_killed_download_has_left_is_swept_away_by_the_next(fake_hub: FakeHub, cache: Path) -> None:
+    blobs = cache / REPOSITORY / "blobs"
+    blobs.mkdir(parents=True)
+    old, young = blobs / "model.bin.11111111.incomplete", blobs / "model.bin.22222222.incomplete"
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 3600,) * 2)
+    fetch()
+    assert unfinished(cache) == [young], "another process may be writing it"
+    assert fake_hub.asked
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hub_that_refuses_is_told_from_one_that_cannot_be_reached(status: int, fake_hub: FakeHub) -> None:
+    fake_hub.status = status
+    message = refusal()
+    assert "refuses" in message
+    assert "HF_TOKEN" in message
+
+
+def test_a_hub_that_is_out_of_order_is_said_to_have_failed(fake_hub: FakeHub) -> None:
+    fake_hub.status = 500
+    assert "could not be fetched" in refusal()
+
+
+def test_a_hub_that_refuses_connections_is_given_up_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        point_to(f"http://127.0.0.1:{unused.getsockname()[1]}", cache, monkeypatch)
+        assert "does not answer" in refusal()
+
+
+def test_a_hub_that_never_answers_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", cache, monkeypatch)
+        assert "hub" in refusal(stall_s=1.5)
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_not_begun(fake_hub: FakeHub, cache: Path) -> None:
+    fake_hub.sizes["model.bin"] = 1 << 60
+    assert "room" in refusal()
+    assert fake_hub.bodies("model.bin") == []
+    assert hub.cached("base") is None
+    assert not unfinished(cache)
+
+
+def test_the_hubs_own_offline_mode_is_heeded(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refusal()
+    assert fake_hub.asked == []
+
+
+def test_two_fetches_at_once_both_have_the_model(fake_hub: FakeHub) -> None:
+    paths: list[Path] = []
+    threads = [threading.Thread(target=lambda: paths.append(fetch())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 2
+    assert paths[0] == paths[1]
+    assert (paths[0] / "model.bin").read_bytes() == MODEL
+    assert len(fake_hub.bodies("model.bin")) <= 2
+
+
+def test_a_process_that_ends_without_a_word_is_a_failure(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "could not be fetched" in refusal()
+    assert "ended with" in caplog.text
+    assert fake_hub.asked == []
+
+
+def test_no_file_of_the_current_folder_is_imported(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "httpx2.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert (fetch() / "model.bin").is_file()
+    assert fake_hub.asked
