@@ -118,7 +118,9 @@ def test_a_slow_line_is_no_stall(fake_hub: FakeHub) -> None:
 
 def test_a_download_does_not_outlive_who_asked_for_it(fake_hub: FakeHub, cache: Path) -> None:
     fake_hub.stall_after = 1 << 20
-    script = "from cesar_mqtt.whisper import hub; hub.fetch('base', should_stop=lambda: False, on_progress=lambda *_: None)"
+    script = (
+        "from cesar_mqtt.whisper import hub; hub.fetch('base', should_stop=lambda: False, on_progress=lambda *_: None)"
+    )
     asker = subprocess.Popen([sys.executable, "-c", script])
     assert fake_hub.stalled.wait(30)
     asker.send_signal(signal.SIGKILL)
