@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +21,7 @@ from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.jobs import quiet
 from cesar_mqtt.cli.session import ControlClient, NoAnswerError, UnreachableError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
-from cesar_mqtt.config import ModelSettings, Settings
+from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.base import lock
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _ROOM_BYTES = 1 << 30
 _DAY_S = 24 * 3600.0
+_REINSTALL = "Install cesar-mqtt with the library versions that it is tested with: pip install -c constraints.txt."
 
 
 class Severity(StrEnum):
@@ -66,7 +68,10 @@ def examine(settings: Settings, *, as_json: bool, timeout_s: float) -> ExitCode:
 
 def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     yield from check_broker(settings, timeout_s)
-    yield from check_model(settings)
+    decoder = check_decoder()
+    yield decoder
+    if decoder.verdict is Severity.OK:  # without a decoder no model can be tried
+        yield from check_model(settings)
     yield from check_folders(settings)
     yield from check_audio(settings)
     yield from check_ledger(settings)
@@ -152,11 +157,28 @@ def _consumer(requester: ControlClient) -> Finding:
     return Finding("consumer", Severity.OK, f"{names} is online and answers; up for {uptime}")
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------
+# -- the decoder and the model -----------------------------------------------------------------------------------------
+
+
+def check_decoder() -> Finding:
+    """Decode the bundled recording, whether or not there is a model: an unsuitable PyAV fails here as in every job."""
+    defaults = AudioSettings()
+    try:
+        # The broker's lines should not wait for these.
+        from cesar_mqtt.audio.decoder import AudioLimits, open_audio  # noqa: PLC0415
+        from cesar_mqtt.cli.demo import RECORDING  # noqa: PLC0415
+
+        limits = AudioLimits(max_bytes=defaults.max_bytes, max_duration_s=defaults.max_duration)
+        with open_audio(RECORDING.resolve(), limits) as audio:
+            for _ in audio.blocks():
+                pass
+            return Finding("decoder", Severity.OK, f"{audio.decoded_s:.1f} s of a bundled recording were decoded")
+    except Exception as exc:  # noqa: BLE001  # an unsuitable version fails with TypeError, AttributeError and others
+        return Finding("decoder", Severity.WRONG, f"The bundled recording cannot be decoded: {_named(exc)}", _REINSTALL)
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
-    """Load the default model as the consumer would, except that nothing is fetched, and joined in a passing folder."""
+    """Transcribe with the default model as the consumer would, except that nothing is fetched or stays joined."""
     # The broker's lines should not wait for these.
     from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
     from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
@@ -177,7 +199,13 @@ def check_model(settings: Settings) -> Iterator[Finding]:
             return
         yield Finding("model", Severity.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
     except CesarError as exc:
+<<<<<<< HEAD
         yield Finding("model", Severity.WRONG, str(exc), advice)
+=======
+        yield Finding("model", Severity.WRONG, str(exc), advice)
+    except Exception as exc:  # noqa: BLE001  # as for the decoder
+        yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_named(exc)}", _REINSTALL)
+>>>>>>> main
 
 
 def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
@@ -191,11 +219,42 @@ def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Set
 
 
 def _proved(store: "ModelStore", name: str) -> str:
-    """Load a model, which proves that it runs. Raises JobFailedError."""
+    """Load a model and transcribe the bundled recording, through every part that a job needs.
+
+    Raises:
+        JobFailedError: the model cannot be loaded, or fails.
+        Exception: anything that an unsuitable version of a library raises.
+    """
+    from cesar_mqtt.cli.demo import RECORDING  # noqa: PLC0415
+    from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions  # noqa: PLC0415
+
     started = time.monotonic()
     store.load(name)
-    took = time.monotonic() - started
-    return f"runs on {store.device} in {store.compute_type} (loaded in {took:.1f} s)"
+    loaded = time.monotonic()
+    transcriber = Transcriber(store, AudioSettings())
+    options = TranscriptionOptions(model_size=name)
+    with closing(transcriber.open(RECORDING.resolve(), options)) as recording:
+        transcriber.transcribe(
+            recording,
+            options,
+            on_progress=_ignore,
+            on_segment=_ignore,
+            on_window=_ignore,
+            should_stop=lambda: False,
+        )
+    took = time.monotonic() - loaded
+    return (
+        f"runs on {store.device} in {store.compute_type} (loaded in {loaded - started:.1f} s, "
+        f"a bundled recording transcribed in {took:.1f} s)"
+    )
+
+
+def _ignore(_: object) -> None:
+    """Take what a transcription reports while it runs; only its end matters here."""
+
+
+def _named(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {exc}"
 
 
 def _origin(place: "Place | None", joined_in: Path) -> str:

