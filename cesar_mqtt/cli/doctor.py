@@ -199,13 +199,9 @@ def check_model(settings: Settings) -> Iterator[Finding]:
             return
         yield Finding("model", Severity.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
     except CesarError as exc:
-<<<<<<< HEAD
-        yield Finding("model", Severity.WRONG, str(exc), advice)
-=======
         yield Finding("model", Severity.WRONG, str(exc), advice)
     except Exception as exc:  # noqa: BLE001  # as for the decoder
         yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_named(exc)}", _REINSTALL)
->>>>>>> main
 
 
 def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
