@@ -29,9 +29,9 @@ from cesar_mqtt.audio.network_backend import GetAddrInfo, Network, PassingError,
 from cesar_mqtt.audio.paths import Fetched
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _RETRY_AFTER_S = 60.0
 """The longest wait that a server may ask for; the job has its own retries for longer ones."""
@@ -107,7 +107,7 @@ class Downloader:
 
         Raises:
             JobFailedError: `audio_not_allowed`, `audio_not_found`, `audio_too_large`, `download_failed`.
-            Stopped: `should_stop` said so.
+            Cancelled: `should_stop` said so.
         """
         target = parse_url(url)
         self._hosts.admit(target)
@@ -128,7 +128,7 @@ class Downloader:
                 wait_s = max(exc.after_s, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - it spreads attempts
                 if not left or wait_s > min(_RETRY_AFTER_S, patience.left_s):
                     raise failed(str(exc)) from exc
-                event(logger, logging.WARNING, "download_retry", "%s Next try in %.1f s.", exc, wait_s)
+                log.warning("%s Next try in %.1f s.", exc, wait_s, action="download_retry")
                 patience.pause(wait_s)
                 delay_s *= 3
                 left -= 1

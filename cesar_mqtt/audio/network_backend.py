@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import httpcore2
 
 from cesar_mqtt.audio.allowed_hosts import Target
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 
 T = TypeVar("T")
 GetAddrInfo = Callable[..., Sequence[tuple[Any, ...]]]
@@ -59,7 +59,7 @@ class Patience:
     def check(self) -> None:
         """Raise Stopped, or JobFailedError when the time is up."""
         if self._should_stop():
-            raise Stopped
+            raise Cancelled
         if self.left_s <= 0:
             sentence = f"The download took longer than `audio.download_timeout`, {self._timeout_s:g} s: "
             raise failed(sentence + "check the server and the network, or raise the limit.")

@@ -177,7 +177,7 @@ def submit(
 
     Exit code 0: all completed; 1: at least one did not, or its file did not come; 3: the time ran out.
     """
-    from cesar_mqtt.cli.submit import Order, submit_and_wait
+    from cesar_mqtt.cli.submit import SubmitOptions, submit_and_wait
     from cesar_mqtt.protocol.topics import is_job_id
 
     if job_id is not None and (len(audio) > 1 or not is_job_id(job_id)):
@@ -189,7 +189,7 @@ def submit(
     flags = {"topic_prefix": topic_prefix, "broker": {"url": broker}}
     settings = _settings(flags, config)
     options = {"model_size": model, "language": language, "task": task}
-    order = Order(
+    order = SubmitOptions(
         recordings=tuple(audio),
         by_path=by_path,
         job_id=job_id,

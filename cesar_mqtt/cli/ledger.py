@@ -13,7 +13,7 @@ from cesar_mqtt.cli.text import many
 from cesar_mqtt.errors import ExitCode, LedgerError
 from cesar_mqtt.ledger.base import lock
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.repair import Salvage, examine, repair, shown
+from cesar_mqtt.ledger.repair import RecoveredLedger, examine, repair, shown
 
 
 def check(path: Path) -> ExitCode:
@@ -77,7 +77,7 @@ def _must_exist(path: Path) -> None:
         raise LedgerError(f"There is no ledger at {path}. Name the data directory with --data-dir.")
 
 
-def _print(path: Path, found: Salvage) -> None:
+def _print(path: Path, found: RecoveredLedger) -> None:
     states = Counter(str(row["state"]) for row in found.jobs.values())
     counts = ", ".join(f"{number} {state}" for state, number in sorted(states.items())) or "none"
     out(f"{path}: {many(len(found.jobs), 'job')} ({counts}), {many(found.transaction, 'transaction')}")

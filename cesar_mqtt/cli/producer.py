@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from cesar_mqtt.cli.session import passing_client, reach
+from cesar_mqtt.cli.session import ephemeral_client, reach
 from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
@@ -128,7 +128,7 @@ class Producer:
         states = f"{topics.prefix}/consumer/+/state"
         wanted = [Subscription(topic, wants_retained=True) for topic in (*watched, states)]
         wanted.append(Subscription(topics.rejected))
-        self._client = passing_client(settings, "submit", wanted, on_published=self._published.__setitem__)
+        self._client = ephemeral_client(settings, "submit", wanted, on_published=self._published.__setitem__)
         self._client.on_disconnected = on_lost
 
     def __enter__(self) -> Self:

@@ -1,6 +1,6 @@
 """The asking side of the control topics: a request, and the answer that belongs to it.
 
-One thread uses a `Requester`; it knows nothing of ledgers and models.
+One thread uses a `ControlClient`; it knows nothing of ledgers and models.
 """
 
 import json
@@ -56,7 +56,7 @@ _ADVICE = (
 )
 
 
-def passing_client(
+def ephemeral_client(
     settings: BrokerSettings,
     role: str,
     subscriptions: Sequence[Subscription],
@@ -110,7 +110,7 @@ def _unreached(where: str, trouble: str | None, timeout_s: float) -> CesarError:
     return UnreachableError(f"No broker at {where}: {trouble}.", "Is it running? Name another one with --broker.")
 
 
-class Requester:
+class ControlClient:
     """A connection that asks consumers for something, one question at a time.
 
     Attributes:
@@ -146,7 +146,7 @@ class Requester:
             *answers,
             *(Subscription(topic_filter) for topic_filter in also),
         ]
-        self._client = passing_client(settings.broker, "ask", wanted, on_published=self._published.__setitem__)
+        self._client = ephemeral_client(settings.broker, "ask", wanted, on_published=self._published.__setitem__)
 
     def __enter__(self) -> Self:
         self.connect()

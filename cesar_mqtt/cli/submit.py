@@ -27,7 +27,7 @@ _NOT_THERE = frozenset({"audio_not_found", "audio_not_allowed"})
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class SubmitOptions:
     """What the command line asks for.
 
     Attributes:
@@ -51,7 +51,7 @@ class Order:
     as_json: bool
 
 
-def submit_and_wait(order: Order, settings: Settings) -> ExitCode:
+def submit_and_wait(order: SubmitOptions, settings: Settings) -> ExitCode:
     """Send the recordings, wait for their ends if asked to, and print what came of them.
 
     Raises:
@@ -167,7 +167,7 @@ def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
         out(json.dumps({"job_id": item.job_id}) if as_json else item.job_id)
 
 
-def _print_results(producer: Producer, order: Order) -> ExitCode:
+def _print_results(producer: Producer, order: SubmitOptions) -> ExitCode:
     """Print in the order of the command line, and say on stderr what cannot be printed."""
     code = ExitCode.OK
     for item, status in producer.results():
@@ -215,7 +215,7 @@ def _print_result(item: Submission, status: Mapping[str, Any], result: bytes | N
         say(f"{item.path}: the broker's packets are too small for all of job {item.job_id}: the end may be missing.")
 
 
-def _why(item: Submission, status: Mapping[str, Any] | None, producer: Producer, order: Order) -> str:
+def _why(item: Submission, status: Mapping[str, Any] | None, producer: Producer, order: SubmitOptions) -> str:
     if status is None and not producer.consumer_online:
         return f"{item.path}: no consumer is online; job {item.job_id} waits at the broker, if that keeps it for one."
     if status is None:

@@ -14,7 +14,7 @@ from rich.live import Live
 
 from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import passing_client, reach
+from cesar_mqtt.cli.session import ephemeral_client, reach
 from cesar_mqtt.cli.text import printable
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow
 from cesar_mqtt.cli.watch_view import View, line_of
@@ -58,7 +58,7 @@ class Feed:
         self.address = parse_broker_url(settings.broker.url).redacted
         topics = (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
         wanted = [Subscription(topic, wants_retained=True) for topic in topics]
-        self._client = passing_client(settings.broker, "watch", wanted)
+        self._client = ephemeral_client(settings.broker, "watch", wanted)
 
     def __enter__(self) -> Self:
         reach(self._client, self.address, _CONNECT_S)

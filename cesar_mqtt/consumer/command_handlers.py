@@ -3,7 +3,6 @@
 For the intake's thread; any other may call it as well, for the ledger serialises what is done.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -12,9 +11,9 @@ from pydantic_core import from_json, to_json
 
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
-from cesar_mqtt.ledger.journal import encode
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import (
     COMMANDS,
@@ -40,7 +39,7 @@ from cesar_mqtt.protocol.payloads import Live, Payload, fit, status_of
 if TYPE_CHECKING:
     from cesar_mqtt.whisper.model_store import StoreDescription
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 ANSWER_BYTES = 120_000
 """An answer has about so many bytes at most: of the brokers that limit packets, the strictest takes 128 KB."""
@@ -69,7 +68,7 @@ class Answer:
     rejection: Refusal | None = None
 
 
-class Control:
+class CommandHandlers:
     """Answers requests, each with one answer, whatever it holds.
 
     There is none to what another consumer is asked for by name, and in a group none about a job that is not here: its
@@ -161,13 +160,13 @@ class Control:
         except IllegalTransitionError as exc:
             problem = str(exc)
         except LedgerError as exc:  # its message names a path
-            event(logger, logging.ERROR, "control_failed", "Request %s was not done: %s", command, exc)
+            log.error("Request %s was not done: %s", command, exc, action="control_failed")
             problem = "The consumer's disk refuses to write, so nothing was changed: see its log, then ask again."
         except OSError as exc:
-            event(logger, logging.ERROR, "control_failed", "Request %s was not done: %s", command, exc)
+            log.error("Request %s was not done: %s", command, exc, action="control_failed")
             problem = "The consumer cannot read what it needs for this: see its log, then ask again."
         except ValueError:  # from a ledger that was edited by hand, say
-            event(logger, logging.ERROR, "control_failed", "Request %s was not answered", command, exc_info=True)
+            log.exception("Request %s was not answered", command, action="control_failed")
             problem = "The consumer cannot put the answer into words: its log says why."
         return self._error(problem, request.transaction)
 
@@ -343,11 +342,11 @@ def _splits(content: bytes, at: int) -> bool:
 def _note(command: str, outcome: Payload | Mapping[str, Any]) -> None:
     """Log what was changed."""
     if isinstance(outcome, Done) and outcome.status == JobState.PROCESSING:
-        event(logger, logging.INFO, command, "The job in work was asked to end", job_id=outcome.job_id)
+        log.info("The job in work was asked to end", action=command, job_id=outcome.job_id)
     elif isinstance(outcome, Done):
-        event(logger, logging.INFO, command, "Job is now %s on request", outcome.status, job_id=outcome.job_id)
+        log.info("Job is now %s on request", outcome.status, action=command, job_id=outcome.job_id)
     elif isinstance(outcome, Paused):
-        event(logger, logging.INFO, command, "Jobs are %s on request", "held back" if outcome.paused else "started")
+        log.info("Jobs are %s on request", "held back" if outcome.paused else "started", action=command)
 
 
 def _ok(outcome: Payload | Mapping[str, Any], transaction: Any) -> bytes:

@@ -4,7 +4,6 @@ A `Download` has a thread of its own, and any thread may call it. An `Entry` bel
 what is prepared, or the worker.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,12 +11,12 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from cesar_mqtt.audio.paths import Fetched
-from cesar_mqtt.errors import JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _GLANCE_S = 0.1
 """How often a wait for a download looks up to see whether it is still wanted."""
@@ -42,7 +41,7 @@ class Prepared(Protocol):
         """Whether the file is still the one that was opened."""
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
-        """Wait until the file is open, and tell it apart from others; None: it could not be. Raises Stopped."""
+        """Wait until the file is open, and tell it apart from others; None: it could not be. Raises Cancelled."""
 
     def close(self) -> None:
         """End decoding; may be called twice, from any thread."""
@@ -64,7 +63,7 @@ class Download:
         self._unwanted = threading.Event()
         self._ended = threading.Event()
         self._ended_at = 0.0
-        self._outcome: Fetched | Exception = Stopped()
+        self._outcome: Fetched | Exception = Cancelled()
         self._thread = threading.Thread(target=self._run, name=f"fetch-{job.job_id}", daemon=True)
         self._thread.start()
 
@@ -79,10 +78,10 @@ class Download:
         return time.monotonic() - self._ended_at
 
     def wait(self, should_stop: Callable[[], bool]) -> Fetched | Exception:
-        """Return how it ended. Raises Stopped as soon as that is asked for."""
+        """Return how it ended. Raises Cancelled as soon as that is asked for."""
         while not self._ended.wait(_GLANCE_S):
             if should_stop():
-                raise Stopped
+                raise Cancelled
         return self._outcome
 
     def drop(self) -> None:
@@ -165,9 +164,9 @@ def outcome_of(work: Callable[[], T], job: Job | None = None) -> T | Exception:
     """Do something ahead of time: whatever goes wrong is a result, for it is nobody's turn yet."""
     try:
         return work()
-    except (JobFailedError, Stopped) as exc:
+    except (JobFailedError, Cancelled) as exc:
         return exc
-    except Exception as exc:  # noqa: BLE001 - the job is prepared anew when it is taken, and may then fail by itself
+    except Exception as exc:
         job_id = job.job_id if job is not None else None
-        event(logger, logging.ERROR, "preparation", "Audio could not be prepared", job_id=job_id, exc_info=True)
+        log.exception("Audio could not be prepared", action="preparation", job_id=job_id)
         return exc

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
-from cesar_mqtt.consumer.incoming import Plan
-from cesar_mqtt.mqtt.inbox import Delivery, Settled
+from cesar_mqtt.consumer.incoming import IncomingMessage
+from cesar_mqtt.mqtt.receive_buffer import Delivery, Settled
 
 
 class Marks(Protocol):
@@ -60,7 +60,7 @@ class Repeats:
         """Whether the session by which a message came goes on."""
         return delivery.receipt.connection >= self._session
 
-    def acknowledged(self, plans: Sequence[Plan], job_ids: Iterable[str] = ()) -> None:
+    def acknowledged(self, plans: Sequence[IncomingMessage], job_ids: Iterable[str] = ()) -> None:
         """Take note of what was acknowledged, in that order; ids of the jobs of those plans that have one."""
         ids, renewed = iter(job_ids), self._renewed
         for plan in plans:

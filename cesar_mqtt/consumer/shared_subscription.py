@@ -8,7 +8,7 @@ from pathlib import Path
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError, LedgerError
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.mqtt.broker_url import BrokerAddress
+from cesar_mqtt.mqtt.broker_url import BrokerUrl
 from cesar_mqtt.mqtt.client import Subscription
 from cesar_mqtt.protocol.topics import Topics
 
@@ -58,7 +58,7 @@ def unwanted_filters(topics: Topics, group: str | None, *, known: Path) -> tuple
     return tuple(line for line in before if line and line not in wanted)
 
 
-def broker_of(settings: Settings, address: BrokerAddress) -> BrokerSettings:
+def broker_of(settings: Settings, address: BrokerUrl) -> BrokerSettings:
     """Return how to talk to the broker: a member of a group speaks MQTT 5, or not at all.
 
     Raises:

@@ -19,10 +19,10 @@ from cesar_mqtt import __version__
 from cesar_mqtt.audio.paths import Fetched
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.consumer.prefetched import Fetches
-from cesar_mqtt.errors import ConfigError, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, JobFailedError
 from cesar_mqtt.jobs import Job, JobState, Totals
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.monitoring.metrics import Metrics, Readings, Reports
+from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, Reports
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import Live, Rejection
 from cesar_mqtt.transcript import Segment
@@ -75,7 +75,7 @@ class Instruments(Metrics):
         """Return what fetches as `downloader` does, and is timed."""
         return _TimedDownloader(downloader, self._downloads)
 
-    def serve(self, readings: Readings) -> None:
+    def serve(self, readings: MetricSources) -> None:
         """Listen. Raises ConfigError when the port cannot be had."""
         self.registry.register(_Observed(readings))
         try:
@@ -101,7 +101,7 @@ class Instruments(Metrics):
 class _Observed(Collector):
     """What is looked up when somebody asks."""
 
-    def __init__(self, readings: Readings) -> None:
+    def __init__(self, readings: MetricSources) -> None:
         self._readings = readings
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
@@ -310,7 +310,7 @@ class _TimedDownloader:
         except JobFailedError as exc:
             outcome = exc.code.value
             raise
-        except Stopped:
+        except Cancelled:
             outcome = "stopped"
             raise
         finally:

@@ -25,7 +25,7 @@ _USER_INFO = re.compile(r"(?<=://).*@", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class BrokerAddress:
+class BrokerUrl:
     """Where a broker listens, and who the URL says is asking."""
 
     scheme: Scheme
@@ -127,7 +127,7 @@ class Backoff:
         return ceiling_s * random.uniform(0.5, 1.0)  # noqa: S311 - it spreads attempts, it guards nothing
 
 
-def parse_broker_url(url: str) -> BrokerAddress:
+def parse_broker_url(url: str) -> BrokerUrl:
     """Read `mqtt://[user[:password]@]host[:port]`, the same with mqtts, ws and wss, `embedded` or `embedded://host:port`.
 
     User name and password may be percent-encoded. Port 0 is for the embedded broker only: any free port.
@@ -138,7 +138,7 @@ def parse_broker_url(url: str) -> BrokerAddress:
     text = url.strip()
     parts = _split("embedded://127.0.0.1" if text == "embedded" else text)
     scheme = cast("Scheme", parts.scheme)
-    address = BrokerAddress(
+    address = BrokerUrl(
         scheme=scheme,
         host=_host(parts, text),
         port=_port(parts, text),
@@ -153,7 +153,7 @@ def parse_broker_url(url: str) -> BrokerAddress:
     return address
 
 
-def read_credentials(settings: BrokerSettings, address: BrokerAddress) -> Credentials:
+def read_credentials(settings: BrokerSettings, address: BrokerUrl) -> Credentials:
     """Choose user name and password: the URL's user before `broker.username`, `broker.password_file` before the URL's.
 
     Raises:

@@ -1,6 +1,6 @@
 """What stands between paho and its socket, so that much is read and written at once, and what wakes its reader.
 
-A `Cable` belongs to the network thread; a `Bell` may be rung from any thread.
+A `BufferedSocket` belongs to the network thread; a `WakeupPipe` may be rung from any thread.
 """
 
 import os
@@ -25,7 +25,7 @@ _DISCONNECT = 0xE0
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class Cable:
+class BufferedSocket:
     """A socket for paho, and the packets behind it.
 
     What is sent is kept until `flush`; what comes in is cut into packets, and paho receives those that it is `give`n. A
@@ -155,23 +155,23 @@ class Cable:
                     return
 
 
-class CabledClient(Client):
+class BufferedClient(Client):
     """paho on a cable.
 
     Attributes:
         cable: there once it has connected.
     """
 
-    cable: Cable
+    cable: BufferedSocket
 
     def _create_socket(self) -> "SocketLike":
         # Private, but the only place where paho takes a socket that it has not made itself. If a later paho no longer
         # asks here, there is no cable and no connection: every test against a broker would tell.
-        self.cable = Cable(super()._create_socket())
+        self.cable = BufferedSocket(super()._create_socket())
         return self.cable
 
 
-class Bell:
+class WakeupPipe:
     """Ends a select from another thread, once for however much there is to do by then."""
 
     def __init__(self) -> None:

@@ -12,12 +12,12 @@ from typing import Literal
 
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.broker_url import Backoff, VersionChoice, parse_broker_url, read_credentials, tls_context
-from cesar_mqtt.mqtt.connect_options import ConnectionInfo, Profile, Subscription, Will
-from cesar_mqtt.mqtt.connection import TURN_S, Connection, contained
-from cesar_mqtt.mqtt.inbox import Delivery, HandOff, Receipt, Settled
+from cesar_mqtt.mqtt.connect_options import ConnectionInfo, ConnectOptions, Subscription, Will
+from cesar_mqtt.mqtt.connection import TURN_S, Connection, log_exceptions
 from cesar_mqtt.mqtt.publish_limits import CannotPublishError, PacketTooLargeError, Publication, PublishTicket
+from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt, ReceiveBuffer, Settled
 
 __all__ = [
     "CannotPublishError",
@@ -32,7 +32,7 @@ __all__ = [
     "Will",
 ]
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _NO_SOCKET_S = 5.0
 """How long until the next try when the system has no descriptors left."""
@@ -93,7 +93,7 @@ class MqttClient:
         if address.port == 0:
             raise ConfigError(f"broker.url '{address.redacted}' cannot be used by a client: it names no port")
         self._where = address.redacted
-        self._profile = Profile(
+        self._profile = ConnectOptions(
             address=address,
             credentials=read_credentials(settings, address),
             tls=tls_context(settings) if address.encrypted else None,
@@ -110,7 +110,7 @@ class MqttClient:
         self.on_disconnected = on_disconnected
         self.on_published = on_published
         self.on_refused = on_refused
-        self._hand_off = HandOff(hand_off_max_messages, hand_off_max_bytes, on_room=self._wake)
+        self._hand_off = ReceiveBuffer(hand_off_max_messages, hand_off_max_bytes, on_room=self._wake)
         self._version = VersionChoice(settings.protocol)
         self._backoff = Backoff()
         self._held_s = math.inf
@@ -231,10 +231,10 @@ class MqttClient:
             try:
                 connection = self._make_connection(number)
             except OSError as exc:
-                event(logger, logging.WARNING, "not_connected", "No connection to %s: %s", self._where, exc.strerror)
+                log.warning("No connection to %s: %s", self._where, exc.strerror, action="not_connected")
                 delay_s = _NO_SOCKET_S
                 continue
-            contained(self._live)(connection)
+            log_exceptions(self._live)(connection)
             self._bury(connection)
             delay_s = self._conclude(connection)
 
@@ -277,7 +277,7 @@ class MqttClient:
         if published:
             self._hand_off.hear(info.number, connection.heard)
         if published and self.on_published is not None:
-            report = contained(self.on_published)
+            report = log_exceptions(self.on_published)
             for ticket, reason in published:
                 report(ticket, reason)
 
@@ -288,12 +288,12 @@ class MqttClient:
             self._info, self._trouble = info, None
             self._changed.notify_all()
         session = "the session was kept" if info.session_present else "a new session"
-        event(logger, logging.INFO, "connected", "Connected to %s, MQTT %s, %s", self._where, info.protocol, session)
+        log.info("Connected to %s, MQTT %s, %s", self._where, info.protocol, session, action="connected")
         for topic_filter in info.refused_filters:
             message = "The broker did not grant '%s' at QoS 1: what is published there may not arrive"
-            event(logger, logging.WARNING, "subscription_refused", message, topic_filter)
+            log.warning(message, topic_filter, action="subscription_refused")
         if self.on_connected is not None:
-            contained(self.on_connected)(info)
+            log_exceptions(self.on_connected)(info)
 
     def _bury(self, connection: Connection) -> None:
         with self._changed:
@@ -301,7 +301,7 @@ class MqttClient:
             self._connection = self._info = None
         connection.dispose()
         if stood and not self._stopping.is_set() and self.on_disconnected is not None:
-            contained(self.on_disconnected)(connection.reason)
+            log_exceptions(self.on_disconnected)(connection.reason)
 
     def _conclude(self, connection: Connection) -> float | None:
         """Learn from a connection that has ended; return the seconds until the next one, None: there is to be none."""
@@ -313,7 +313,7 @@ class MqttClient:
             unreadable=connection.unreadable,
         )
         if switched or connection.left:
-            event(logger, logging.DEBUG, "reconnecting", "Connecting anew to %s: %s", self._where, connection.reason)
+            log.debug("Connecting anew to %s: %s", self._where, connection.reason, action="reconnecting")
             return 0.0
         if connection.refused and not self._ever_connected:
             self._give_up(connection.reason)
@@ -324,12 +324,12 @@ class MqttClient:
         return delay_s
 
     def _give_up(self, reason: str) -> None:
-        event(logger, logging.ERROR, "refused", "%s", reason)
+        log.error("%s", reason, action="refused")
         with self._changed:
             self._refusal = self._trouble = reason
             self._changed.notify_all()
         if self.on_refused is not None:
-            contained(self.on_refused)(BrokerRefusedError(reason))
+            log_exceptions(self.on_refused)(BrokerRefusedError(reason))
 
     def _log_trouble(self, connection: Connection, delay_s: float) -> None:
         """Warn of each lost connection, and of attempts that fail in a row of the first, until the reason changes."""
@@ -338,4 +338,4 @@ class MqttClient:
         self._trouble = connection.reason
         action, what = ("disconnected", "Lost the connection") if lost else ("not_connected", "No connection")
         message = "%s to %s: %s; the next attempt is in %.1f s"
-        event(logger, level, action, message, what, self._where, connection.reason, delay_s)
+        log.log(level, message, what, self._where, connection.reason, delay_s, action=action)

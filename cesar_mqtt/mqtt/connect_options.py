@@ -9,8 +9,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from cesar_mqtt.mqtt.broker_url import BrokerAddress, Credentials, Version
-from cesar_mqtt.mqtt.buffered_socket import CabledClient
+from cesar_mqtt.mqtt.broker_url import BrokerUrl, Credentials, Version
+from cesar_mqtt.mqtt.buffered_socket import BufferedClient
 
 _SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 
@@ -41,10 +41,10 @@ class Will:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class ConnectOptions:
     """What is the same for every connection of a client."""
 
-    address: BrokerAddress
+    address: BrokerUrl
     credentials: Credentials
     tls: ssl.SSLContext | None
     client_id: str
@@ -67,10 +67,10 @@ class Profile:
             properties.SessionExpiryInterval = _SESSION_NEVER_EXPIRES
         return properties
 
-    def client(self, version: Version) -> CabledClient:
+    def client(self, version: Version) -> BufferedClient:
         """Return a new paho that knows all this; for one connection."""
         five = version == "5"
-        paho = CabledClient(
+        paho = BufferedClient(
             CallbackAPIVersion.VERSION2,
             self.client_id,
             clean_session=None if five else not self.persistent,

@@ -4,7 +4,6 @@ The network thread makes it, runs it and throws it away. `acknowledge`, `publish
 any thread.
 """
 
-import logging
 import math
 import select
 import ssl
@@ -18,17 +17,17 @@ from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt import codec as packets
 from cesar_mqtt.mqtt import reason_codes as reasons
 from cesar_mqtt.mqtt.broker_url import Version
-from cesar_mqtt.mqtt.buffered_socket import Bell, Cable
-from cesar_mqtt.mqtt.connect_options import ConnectionInfo, Profile
-from cesar_mqtt.mqtt.inbox import Delivery, Receipt
+from cesar_mqtt.mqtt.buffered_socket import BufferedSocket, WakeupPipe
+from cesar_mqtt.mqtt.connect_options import ConnectionInfo, ConnectOptions
 from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, Publication, PublishTicket
-from cesar_mqtt.mqtt.send_queue import Outgoing
+from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt
+from cesar_mqtt.mqtt.send_queue import SendQueue
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 TURN_S = 1.0
 """How long a turn waits when nothing happens."""
@@ -39,7 +38,7 @@ _PING_AFTER = 0.25
 _P = ParamSpec("_P")
 
 
-def contained(function: Callable[_P, object]) -> Callable[_P, None]:
+def log_exceptions(function: Callable[_P, object]) -> Callable[_P, None]:
     """Let no exception out: it would end the network thread unseen.
 
     A message that meets one stays unacknowledged.
@@ -49,8 +48,8 @@ def contained(function: Callable[_P, object]) -> Callable[_P, None]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - of all that the network thread runs, this is the one place
-            event(logger, logging.ERROR, "network_failed", "The network thread goes on after an error", exc_info=True)
+        except Exception:
+            log.exception("The network thread goes on after an error", action="network_failed")
 
     return call
 
@@ -76,7 +75,7 @@ class Connection:
     def __init__(
         self,
         number: int,
-        profile: Profile,
+        profile: ConnectOptions,
         *,
         version: Version,
         lasts_s: float,
@@ -107,18 +106,18 @@ class Connection:
         self._on_new_session = on_new_session
         self._held: Delivery | None = None
         self._session_present = False
-        self._outgoing = Outgoing(number, five=self._five, limit_bytes=profile.max_packet_bytes)
+        self._outgoing = SendQueue(number, five=self._five, limit_bytes=profile.max_packet_bytes)
         self._to_acknowledge: deque[Delivery] = deque()
         self._acknowledged = 0
         self._answer_by = self._stands_since = self._cut_at = self._ping_at = math.inf
         self._leaving = self._said_goodbye = False
-        self._bell = Bell()
-        self._cable: Cable
+        self._bell = WakeupPipe()
+        self._cable: BufferedSocket
         self._paho = profile.client(version)
-        self._paho.on_connect = contained(self._on_connect)
-        self._paho.on_subscribe = contained(self._on_subscribe)
-        self._paho.on_message = contained(self._on_message)
-        self._paho.on_disconnect = contained(self._on_disconnect)
+        self._paho.on_connect = log_exceptions(self._on_connect)
+        self._paho.on_subscribe = log_exceptions(self._on_subscribe)
+        self._paho.on_message = log_exceptions(self._on_message)
+        self._paho.on_disconnect = log_exceptions(self._on_disconnect)
 
     @property
     def held_s(self) -> float:
@@ -292,7 +291,7 @@ class Connection:
                 self._cable.give(first, body)
                 self._paho.loop_read()
 
-    @contained
+    @log_exceptions
     def _take(self, delivery: Delivery) -> None:
         self._held = None
         if not self._deliver(delivery):

@@ -26,8 +26,9 @@ from amqtt.mqtt.puback import PubackPacket
 from amqtt.session import IncomingApplicationMessage, OutgoingApplicationMessage, Session
 
 from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LISTENER = "default"
 _BACKLOG = 128
@@ -280,7 +281,7 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
             async with asyncio.timeout(_KEEP_S):
                 await kept
         except TimeoutError:
-            logger.debug("The consumer has not taken a message in %d s: its publisher is let go", _KEEP_S)
+            log.debug("The consumer has not taken a message in %d s: its publisher is let go", _KEEP_S)
             await self.handle_connection_closed()
             return
         message.puback_packet = PubackPacket.build(message.packet_id)
@@ -331,7 +332,7 @@ class _ToDebug(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass it on, without its traceback."""
-        logger.debug("%s: %s", record.name, record.getMessage())
+        log.debug("%s: %s", record.name, record.getMessage())
 
 
 async def _read_opening(reader: asyncio.StreamReader) -> bytes:
@@ -357,7 +358,7 @@ def _quieten_amqtt() -> None:
 
 def _log_quietly(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Take what amqtt's tasks did not handle: always one client's broken connection, never the broker."""
-    logger.debug("amqtt: %s", context.get("exception") or context["message"])
+    log.debug("amqtt: %s", context.get("exception") or context["message"])
 
 
 def _config() -> BrokerConfig:

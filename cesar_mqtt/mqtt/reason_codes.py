@@ -3,7 +3,7 @@
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cesar_mqtt.mqtt.broker_url import Version
-from cesar_mqtt.mqtt.connect_options import Profile
+from cesar_mqtt.mqtt.connect_options import ConnectOptions
 
 # Reason codes of MQTT 5, section 2.4; paho translates the return codes of 3.1.1 into them.
 _PROTOCOL_ERROR = 130
@@ -34,7 +34,7 @@ def is_unreadable(reason: ReasonCode) -> bool:
     return bool(reason.value == _PROTOCOL_ERROR)
 
 
-def refusal(answer: ReasonCode, profile: Profile, version: Version) -> str:
+def refusal(answer: ReasonCode, profile: ConnectOptions, version: Version) -> str:
     """Say why a broker does not take this client, and what can be done."""
     where = profile.address.redacted
     if answer.value == _UNSUPPORTED_VERSION:
@@ -45,7 +45,7 @@ def refusal(answer: ReasonCode, profile: Profile, version: Version) -> str:
     return f"{where} refused this client: {answer}{advice}"
 
 
-def ending(reason: ReasonCode, profile: Profile, *, said: bool, held_s: float) -> str | None:
+def ending(reason: ReasonCode, profile: ConnectOptions, *, said: bool, held_s: float) -> str | None:
     """Say why a connection ended that had been accepted; None: nobody knows.
 
     Args:

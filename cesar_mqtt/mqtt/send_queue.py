@@ -3,15 +3,14 @@
 `publish` is for any thread, one at a time; all else is for the network thread.
 """
 
-import logging
 from collections import deque
 from typing import Protocol
 
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.codec import write_publish
 from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, PacketTooLargeError, Publication, PublishTicket
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 IN_FLIGHT = 20
 """Published and not yet acknowledged, at most: what mosquitto asks for. The others wait."""
@@ -31,7 +30,7 @@ class Sink(Protocol):
         """Take a packet."""
 
 
-class Outgoing:
+class SendQueue:
     """The messages of one connection on their way to the broker, in the order of `publish`.
 
     Attributes:
@@ -99,7 +98,7 @@ class Outgoing:
             return
         self.heard = max(self.heard, behind)
         if reason is not None:
-            event(logger, logging.WARNING, "publish_refused", "The broker refused a message on %s: %s", topic, reason)
+            log.warning("The broker refused a message on %s: %s", topic, reason, action="publish_refused")
         self._published.append((ticket, reason))
 
     def take_published(self) -> list[tuple[PublishTicket, str | None]]:

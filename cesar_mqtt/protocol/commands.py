@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from cesar_mqtt.ledger.journal import encode
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 from cesar_mqtt.protocol.formats import FORMATS, Format
 from cesar_mqtt.protocol.payloads import Payload, Status

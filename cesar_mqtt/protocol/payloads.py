@@ -1,9 +1,7 @@
 """The wire: every payload of the contract as a frozen model, and what makes JSON of a job. Any thread may call it."""
 
-import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
@@ -355,11 +353,3 @@ def cut(text: str, size_bytes: int) -> str:
 def timestamp(seconds: float) -> str:
     """Return seconds since the epoch as RFC 3339 in UTC, in milliseconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def canonical(value: Mapping[str, Any]) -> bytes:
-    """Return JSON that is equal for equal values, whatever the order of their keys."""
-    return _canonical(value).encode()
-
-
-_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from cesar_mqtt.ledger.journal import encode
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.protocol.payloads import SegmentMessage, Status, fit
 
 Data = dict[str, Any]

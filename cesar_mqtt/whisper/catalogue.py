@@ -148,7 +148,7 @@ class Catalogue:
 
         Raises:
             JobFailedError: `model_unavailable`; a hub that cannot be reached is given up after seconds.
-            Stopped: `should_stop` returned True.
+            Cancelled: `should_stop` returned True.
         """
         if not self.is_allowed(name):
             raise unavailable(f"The model {name!r} is not among `models.allowed`: choose one of those.")

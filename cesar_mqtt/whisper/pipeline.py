@@ -24,7 +24,7 @@ _MOST_AT_ONCE = {"cpu": 8}
 """On a CPU, more at once are no faster, but a stop has to wait for all of them."""
 
 
-class Listener:
+class Pipeline:
     """One job's way to hear with a model.
 
     Attributes:
@@ -78,7 +78,7 @@ class Listener:
             where nothing is to be heard.
 
         Raises:
-            Stopped: as soon as `should_stop` returns True; so do the segments.
+            Cancelled: as soon as `should_stop` returns True; so do the segments.
         """
         options = self._options
         if options.batch_size > 1:

@@ -22,7 +22,7 @@ import pytest
 from cesar_mqtt.audio import network_backend as wire
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.config import AudioSettings
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 from tests.conftest import Certificates, find_free_port
 from tests.integration.audio.misbehaving import (
     Answer,
@@ -653,7 +653,7 @@ def test_a_stop_ends_a_download_whatever_the_server_does(tmp_path: Path, serve: 
     def should_stop() -> bool:
         return server.reached.is_set() and next(looked) > 3
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         downloader(tmp_path).fetch(server.url(), should_stop)
     assert list(tmp_path.iterdir()) == []
 
@@ -686,7 +686,7 @@ def test_a_connection_that_does_not_come_about_ends(
     looked = itertools.count()
     with full_backlog() as port:
         fetcher = downloader(tmp_path, download_retries=0)
-        with pytest.raises(Stopped if stop else JobFailedError):
+        with pytest.raises(Cancelled if stop else JobFailedError):
             fetcher.fetch(f"http://127.0.0.1:{port}/", lambda: stop and next(looked) > 3)
 
 
@@ -698,7 +698,7 @@ def test_a_tls_handshake_that_nobody_answers_ends(
     looked = itertools.count()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fetcher = downloader(tmp_path, download_retries=0)
-        with pytest.raises(Stopped if stop else JobFailedError):
+        with pytest.raises(Cancelled if stop else JobFailedError):
             fetcher.fetch(f"https://127.0.0.1:{listener.getsockname()[1]}/", lambda: stop and next(looked) > 5)
 
 
@@ -712,7 +712,7 @@ def test_a_resolver_that_does_not_answer_ends(tmp_path: Path, monkeypatch: pytes
         return []
 
     fetcher = downloader(tmp_path, "cam.test", getaddrinfo=getaddrinfo, download_retries=0)
-    with pytest.raises(Stopped if stop else JobFailedError):
+    with pytest.raises(Cancelled if stop else JobFailedError):
         fetcher.fetch("http://cam.test/", lambda: stop and next(looked) > 3)
     done.set()
     for thread in threading.enumerate():
@@ -722,6 +722,6 @@ def test_a_resolver_that_does_not_answer_ends(tmp_path: Path, monkeypatch: pytes
 
 def test_a_download_that_is_not_wanted_any_more_is_not_begun(tmp_path: Path, serve: StartServer) -> None:
     server = serve(gives(BODY))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         downloader(tmp_path).fetch(server.url(), lambda: True)
     assert server.asked == []

@@ -47,11 +47,11 @@ def shell(broker: EmbeddedBroker, program: str, *arguments: str, text: str | Non
 
 
 @contextmanager
-def listening(broker: EmbeddedBroker, *arguments: str) -> Iterator["Listener"]:
+def listening(broker: EmbeddedBroker, *arguments: str) -> Iterator["Pipeline"]:
     """A mosquitto_sub that has subscribed."""
     command = ["stdbuf", "-oL", "mosquitto_sub", "-d", "-p", str(broker.port), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    listener = Listener(process)
+    listener = Pipeline(process)
     try:
         listener.wait_for("Subscribed")
         yield listener
@@ -61,7 +61,7 @@ def listening(broker: EmbeddedBroker, *arguments: str) -> Iterator["Listener"]:
         listener.close()
 
 
-class Listener:
+class Pipeline:
     """Reads what a process prints, a line at a time and for no longer than it may take."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:

@@ -22,7 +22,7 @@ from cesar_mqtt.audio.decoder import (
     open_audio,
 )
 from cesar_mqtt.audio.paths import check_directories, file_identity, resolve_audio_path
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 
 LIMITS = AudioLimits(max_bytes=50_000_000, max_duration_s=600.0)
 OUTSIDE = "The audio path does not lead to a file inside `audio.directories`: put the file into one of those."
@@ -683,7 +683,7 @@ def test_a_stop_is_heeded_between_two_packets(tmp_path: Path) -> None:
         asked.append(True)
         return len(asked) == 3
 
-    with open_audio(path, LIMITS) as audio, pytest.raises(Stopped):
+    with open_audio(path, LIMITS) as audio, pytest.raises(Cancelled):
         list(audio.blocks(at_the_third_packet))
 
 

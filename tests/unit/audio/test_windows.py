@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from cesar_mqtt.audio import windows as module
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.paths import lasting_identity
-from cesar_mqtt.audio.windows import Recording, Stretch
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.audio.windows import Chunk, Recording
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 LONG = DATA / "long.ogg"
@@ -72,12 +72,12 @@ def opened(
         assert not recording._thread.is_alive()
 
 
-def stretches(path: Path, *, window_s: float = 600.0, from_s: float = 0.0) -> list[Stretch]:
+def stretches(path: Path, *, window_s: float = 600.0, from_s: float = 0.0) -> list[Chunk]:
     with opened(path, window_s=window_s, from_s=from_s) as recording:
         return list(recording.stretches(never))
 
 
-def clipped(path: Path, *clips: tuple[float, float], window_s: float = 600.0, from_s: float = 0.0) -> list[Stretch]:
+def clipped(path: Path, *clips: tuple[float, float], window_s: float = 600.0, from_s: float = 0.0) -> list[Chunk]:
     with opened(path, window_s=window_s, clips=clips, from_s=from_s) as recording:
         return list(recording.stretches(never))
 
@@ -88,7 +88,7 @@ def failure(path: Path, *clips: tuple[float, float], limits: AudioLimits = LIMIT
     return caught.value
 
 
-def spans(found: list[Stretch]) -> list[tuple[float, float]]:
+def spans(found: list[Chunk]) -> list[tuple[float, float]]:
     return [(stretch.start_s, stretch.end_s) for stretch in found]
 
 
@@ -133,9 +133,9 @@ class FakeAudio:
         while self.decoded_s < self.seconds:
             while not self.gate.wait(0.01):
                 if should_stop():
-                    raise Stopped
+                    raise Cancelled
             if should_stop():
-                raise Stopped
+                raise Cancelled
             self.decoded_s += 1.0
             yield np.ones(SAMPLE_RATE, np.float32)
 
@@ -435,7 +435,7 @@ def test_whoever_waits_for_a_stretch_is_told_that_the_recording_was_closed(fake_
         asked.set()
         return False
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         next(iter(recording.stretches(note)))
     closer.join(WAIT_S)
 
@@ -449,7 +449,7 @@ def test_a_stop_is_heeded_while_the_file_is_decoded(fake_audio: FakeAudio) -> No
         return len(asked) == 3
 
     with opened(Path("any")) as recording:
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             next(iter(recording.stretches(stop_at_the_third_time)))
         assert fake_audio.decoded_s == 0.0
 
@@ -584,13 +584,13 @@ def test_what_cannot_be_opened_is_nothing_and_the_wait_for_it_can_be_stopped(
     @contextmanager
     def hangs(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
         gate.wait(WAIT_S)
-        raise Stopped
+        raise Cancelled
         yield FakeAudio()
 
     monkeypatch.setattr(module, "open_audio", hangs)
     with opened(Path("any")) as recording:
         asked = iter([False, True])
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             recording.identity(lambda: next(asked))
         gate.set()
 
@@ -610,7 +610,7 @@ def test_a_recording_that_is_not_open_yet_is_fresh(monkeypatch: pytest.MonkeyPat
     def opens(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
         gate.wait(WAIT_S)
         if gate.is_set():
-            raise Stopped
+            raise Cancelled
         yield FakeAudio()
 
     monkeypatch.setattr(module, "open_audio", opens)

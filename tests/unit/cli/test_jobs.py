@@ -48,7 +48,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 assert command in self._commands, "its answers have to be subscribed to"
                 return ask(command, fields or {}, consumer)
 
-        monkeypatch.setattr(shell, "Requester", FakeRequester)
+        monkeypatch.setattr(shell, "ControlClient", FakeRequester)
 
     return install
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from cesar_mqtt.consumer.command_handlers import ANSWER_BYTES, Answer, Control
+from cesar_mqtt.consumer.command_handlers import ANSWER_BYTES, Answer, CommandHandlers
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
@@ -62,7 +62,7 @@ class Bench:
         self.cancelled: list[str] = []
         self.live: dict[str, Live] = {}
         self.deleted: list[tuple[str, list[str]]] = []
-        self.control = Control(
+        self.control = CommandHandlers(
             self.ledger,
             models=self.models,
             consumer="porch",

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection
 
-from cesar_mqtt.consumer.incoming import Plan
+from cesar_mqtt.consumer.incoming import IncomingMessage
 from cesar_mqtt.consumer.redelivery import Repeats
 from cesar_mqtt.jobs import NewJob
-from cesar_mqtt.mqtt.inbox import Delivery, Receipt, Settled
+from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt, Settled
 
 
 class Marked:
@@ -26,7 +26,7 @@ class Bench:
         self.marked = Marked(*job_ids)
         self.repeats = Repeats(self.marked)
 
-    def took(self, *plans: Plan) -> set[str]:
+    def took(self, *plans: IncomingMessage) -> set[str]:
         """Take them in, acknowledge them, and return who has a mark then."""
         jobs = [plan.job for plan in plans if plan.job is not None]
         self.marked.job_ids |= {job.job_id for job in jobs if job.packet_id is not None}
@@ -47,11 +47,11 @@ def plan(
     dup: bool = False,
     retain: bool = False,
     named: bool = False,
-) -> Plan:
+) -> IncomingMessage:
     delivery = Delivery("cesar/jobs", b"", qos, retain, dup, Receipt(connection, 1))
     mark = 1 if qos and not retain and not named else None
     job = None if job_id is None else NewJob(job_id, "same", None, "base", packet_id=mark, redelivered=dup)
-    return Plan(delivery, job)
+    return IncomingMessage(delivery, job)
 
 
 def test_what_the_broker_has_acknowledged_behind_our_acknowledgement_cannot_come_again() -> None:

@@ -11,7 +11,7 @@ from tinydb.operations import delete
 
 from cesar_mqtt.cli import ledger as ledgercommands
 from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
-from cesar_mqtt.jobs import AudioSource, Gone, JobState, NewJob, Result
+from cesar_mqtt.jobs import AudioSource, DeletedJob, JobState, NewJob, Result
 from cesar_mqtt.ledger.index import window_id
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.repair import examine
@@ -163,7 +163,7 @@ def test_windows_deleted_jobs_and_a_pause_are_no_damage_and_no_jobs(
     with Ledger(rich) as ledger:
         assert windows(ledger)[:3] == [2, 3, 0]
         assert ledger.totals().paused
-        assert ledger.gone(9) == [Gone(3, "c", ("srt",), status=False)]
+        assert ledger.gone(9) == [DeletedJob(3, "c", ("srt",), status=False)]
 
 
 def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:

@@ -15,12 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cesar_mqtt.audio.paths import Fetched
 from cesar_mqtt.config import MetricsSettings, ModelSettings
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, NewJob, Result
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.monitoring.metrics import Metrics, Readings, metrics_of
+from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.prometheus import Instruments
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 from cesar_mqtt.protocol.payloads import Live, Rejection
@@ -102,8 +102,8 @@ def ended(ledger: Ledger, name: str) -> Job:
     return job
 
 
-def readings(ledger: Ledger, health: HealthMessage = HEALTH) -> Readings:
-    return Readings(
+def readings(ledger: Ledger, health: HealthMessage = HEALTH) -> MetricSources:
+    return MetricSources(
         ledger=ledger.path, totals=ledger.totals, health=lambda: health, in_flight=lambda: 7, behind=lambda: True
     )
 
@@ -308,7 +308,7 @@ def test_a_model_is_counted_when_it_comes_into_memory_and_when_it_goes(
     [
         (None, "done"),
         (JobFailedError(ErrorCode.AUDIO_TOO_LARGE, "Too large."), "audio_too_large"),
-        (Stopped(), "stopped"),
+        (Cancelled(), "stopped"),
         (RuntimeError("unforeseen"), "internal"),
     ],
 )

@@ -11,7 +11,7 @@ from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.mqtt.broker_url import (
     Backoff,
-    BrokerAddress,
+    BrokerUrl,
     Credentials,
     VersionChoice,
     parse_broker_url,
@@ -23,20 +23,20 @@ from cesar_mqtt.mqtt.broker_url import (
 @pytest.mark.parametrize(
     ("url", "address"),
     [
-        ("mqtt://broker.lan", BrokerAddress("mqtt", "broker.lan", 1883)),
-        ("mqtts://broker.lan", BrokerAddress("mqtts", "broker.lan", 8883)),
-        ("ws://broker.lan", BrokerAddress("ws", "broker.lan", 80)),
-        ("wss://broker.lan/broker?v=1", BrokerAddress("wss", "broker.lan", 443, path="/broker?v=1")),
-        ("mqtt://broker.lan:1884/", BrokerAddress("mqtt", "broker.lan", 1884)),
-        (" MQTT://Broker.LAN ", BrokerAddress("mqtt", "broker.lan", 1883)),
-        ("mqtt://[::1]:1884", BrokerAddress("mqtt", "::1", 1884)),
-        ("mqtt://ann@b", BrokerAddress("mqtt", "b", 1883, "ann")),
-        ("mqtt://ann:a%3A%2F%40b@b", BrokerAddress("mqtt", "b", 1883, "ann", "a:/@b")),
-        ("embedded", BrokerAddress("embedded", "127.0.0.1", 1883)),
-        ("embedded://127.0.0.1:0", BrokerAddress("embedded", "127.0.0.1", 0)),
+        ("mqtt://broker.lan", BrokerUrl("mqtt", "broker.lan", 1883)),
+        ("mqtts://broker.lan", BrokerUrl("mqtts", "broker.lan", 8883)),
+        ("ws://broker.lan", BrokerUrl("ws", "broker.lan", 80)),
+        ("wss://broker.lan/broker?v=1", BrokerUrl("wss", "broker.lan", 443, path="/broker?v=1")),
+        ("mqtt://broker.lan:1884/", BrokerUrl("mqtt", "broker.lan", 1884)),
+        (" MQTT://Broker.LAN ", BrokerUrl("mqtt", "broker.lan", 1883)),
+        ("mqtt://[::1]:1884", BrokerUrl("mqtt", "::1", 1884)),
+        ("mqtt://ann@b", BrokerUrl("mqtt", "b", 1883, "ann")),
+        ("mqtt://ann:a%3A%2F%40b@b", BrokerUrl("mqtt", "b", 1883, "ann", "a:/@b")),
+        ("embedded", BrokerUrl("embedded", "127.0.0.1", 1883)),
+        ("embedded://127.0.0.1:0", BrokerUrl("embedded", "127.0.0.1", 0)),
     ],
 )
-def test_a_url_becomes_an_address(url: str, address: BrokerAddress) -> None:
+def test_a_url_becomes_an_address(url: str, address: BrokerUrl) -> None:
     assert parse_broker_url(url) == address
 
 

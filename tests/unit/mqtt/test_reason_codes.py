@@ -5,11 +5,11 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from cesar_mqtt.mqtt import reason_codes as reasons
 from cesar_mqtt.mqtt.broker_url import Credentials, parse_broker_url
-from cesar_mqtt.mqtt.connect_options import Profile
+from cesar_mqtt.mqtt.connect_options import ConnectOptions
 
 
 def ending(*, persistent: bool) -> str | None:
-    profile = Profile(
+    profile = ConnectOptions(
         address=parse_broker_url("mqtt://127.0.0.1"),
         credentials=Credentials(),
         tls=None,

@@ -3,10 +3,10 @@
 import pytest
 
 from cesar_mqtt.mqtt.publish_limits import PacketTooLargeError, Publication, PublishTicket
-from cesar_mqtt.mqtt.send_queue import IN_FLIGHT, Outgoing
+from cesar_mqtt.mqtt.send_queue import IN_FLIGHT, SendQueue
 
 
-class Line:
+class JobQueue:
     """Takes packets; `unsent` as the test says."""
 
     def __init__(self) -> None:
@@ -21,18 +21,18 @@ def message(number: int, qos: int = 1) -> Publication:
     return Publication("t", str(number).encode(), qos, retain=False)
 
 
-def outgoing() -> Outgoing:
-    return Outgoing(3, five=True, limit_bytes=None)
+def outgoing() -> SendQueue:
+    return SendQueue(3, five=True, limit_bytes=None)
 
 
-def publish(out: Outgoing, count: int, qos: int = 1) -> list[PublishTicket]:
+def publish(out: SendQueue, count: int, qos: int = 1) -> list[PublishTicket]:
     tickets = [out.publish(message(number, qos)) for number in range(count)]
     assert all(tickets)
     return [ticket for ticket in tickets if ticket is not None]
 
 
 def test_no_more_are_in_flight_than_the_window_lets_through() -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     tickets = publish(out, IN_FLIGHT + 2)
     out.send(line)
     assert len(line.packets) == IN_FLIGHT
@@ -48,7 +48,7 @@ def test_no_more_are_in_flight_than_the_window_lets_through() -> None:
 
 
 def test_an_acknowledgement_of_what_was_not_sent_counts_for_nothing() -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     out.window = 1
     first, second = publish(out, 2)
     out.send(line)
@@ -62,7 +62,7 @@ def test_an_acknowledgement_of_what_was_not_sent_counts_for_nothing() -> None:
 
 
 def test_a_message_of_qos_0_is_published_when_it_is_written() -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     (ticket,) = publish(out, 1, qos=0)
     line.unsent = True
     out.send(line)
@@ -75,7 +75,7 @@ def test_a_message_of_qos_0_is_published_when_it_is_written() -> None:
 
 
 def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     (ticket,) = publish(out, 1)
     out.send(line)
     out.settle(ticket.mid, "Not authorized")
@@ -84,7 +84,7 @@ def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_what_stands_before_an_acknowledged_message_has_been_heard() -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     for behind in (0, 3, 7):
         publish(out, 1)
         out.send(line, behind=behind)
@@ -95,7 +95,7 @@ def test_what_stands_before_an_acknowledged_message_has_been_heard() -> None:
 
 
 def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     stuck = publish(out, 1)[0]
     seen = {stuck.mid}
     out.send(line)
@@ -128,7 +128,7 @@ def test_what_waits_has_its_packet_id_alone_however_much_is_refused() -> None:
 def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_PACKET_ID", 70)
     monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_WAITING", 40)
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     stuck, *ours = publish(out, 40)
     out.send(line)
     for number in range(300):
@@ -142,7 +142,7 @@ def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monke
 
 
 def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
-    out, line = outgoing(), Line()
+    out, line = outgoing(), JobQueue()
     ticket = out.publish(Publication("t", bytes(100), 1, retain=False))
     out.send(line)
     size = len(line.packets[0])
@@ -163,4 +163,4 @@ def test_more_than_packet_ids_allow_does_not_wait(monkeypatch: pytest.MonkeyPatc
 
 def test_a_limit_that_the_broker_tells_holds_from_the_start() -> None:
     with pytest.raises(PacketTooLargeError):
-        Outgoing(3, five=True, limit_bytes=50).publish(Publication("t", bytes(100), 1, retain=False))
+        SendQueue(3, five=True, limit_bytes=50).publish(Publication("t", bytes(100), 1, retain=False))

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.ledger.documents import document_of, job_of
 from cesar_mqtt.protocol.formats import FORMATS
 from cesar_mqtt.protocol.parsing import (
@@ -20,7 +21,7 @@ from cesar_mqtt.protocol.parsing import (
     parse_audio,
     parse_job,
 )
-from cesar_mqtt.protocol.payloads import JobRequest, Rejection, canonical, excerpt, status_of
+from cesar_mqtt.protocol.payloads import JobRequest, Rejection, excerpt, status_of
 
 LONG = "x" * 17 + "..." + "x" * 18
 PROMPTS = {"initial_prompt", "hotwords"}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cesar_mqtt import __version__
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
+from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.protocol.consumer_payloads import (
     LAST_TEXT_BYTES,
     ConsumerState,
@@ -26,7 +27,6 @@ from cesar_mqtt.protocol.payloads import (
     Rejection,
     SegmentMessage,
     Status,
-    canonical,
     cut,
     excerpt,
     fit,

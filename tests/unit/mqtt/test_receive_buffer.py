@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cesar_mqtt.mqtt.inbox import Delivery, HandOff, Receipt, Settled
+from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt, ReceiveBuffer, Settled
 
 SMALL = Delivery("t", b"", 1, retain=False, dup=False, receipt=Receipt(1, 1))
 LARGE = "x" * 60_000
@@ -43,7 +43,7 @@ class Called:
     ],
 )
 def test_what_waits_is_bounded_in_bytes_whatever_it_holds(held: dict[str, Any]) -> None:
-    hand_off = HandOff(2000, 200_000, on_room=lambda: None)
+    hand_off = ReceiveBuffer(2000, 200_000, on_room=lambda: None)
     assert [hand_off.put(replace(SMALL, **held)) for _ in range(4)] == [True, True, True, False]
     assert len(hand_off.take(0)) == 3
     assert hand_off.put(replace(SMALL, payload=bytes(10_000_000))), "one always fits"
@@ -52,14 +52,14 @@ def test_what_waits_is_bounded_in_bytes_whatever_it_holds(held: dict[str, Any]) 
 
 def test_what_fits_to_the_byte_is_taken_and_what_was_taken_makes_room_for_as_much() -> None:
     two = 2 * SMALL.size_bytes
-    hand_off = HandOff(10, two, on_room=lambda: None)
+    hand_off = ReceiveBuffer(10, two, on_room=lambda: None)
     for _ in range(3):
         assert [hand_off.put(message(number)) for number in range(3)] == [True, True, False]
         assert len(hand_off.take(0)) == 2
 
 
 def test_no_more_wait_than_may_and_they_come_out_in_order() -> None:
-    hand_off = HandOff(3, 1_000_000, on_room=lambda: None)
+    hand_off = ReceiveBuffer(3, 1_000_000, on_room=lambda: None)
     assert [hand_off.put(message(number)) for number in range(4)] == [True, True, True, False]
     assert hand_off.take(0) == [message(0), message(1), message(2)], "nothing is kept of what found no room"
     assert hand_off.take(0) == []
@@ -67,7 +67,7 @@ def test_no_more_wait_than_may_and_they_come_out_in_order() -> None:
 
 def test_room_is_told_once_to_whoever_found_none_and_only_then() -> None:
     on_room = Called()
-    hand_off = HandOff(1, 1_000_000, on_room=on_room)
+    hand_off = ReceiveBuffer(1, 1_000_000, on_room=on_room)
     hand_off.put(message(0))
     hand_off.take(0)
     assert on_room.times == 0, "nobody was waiting"
@@ -87,8 +87,8 @@ def test_of_qos_0_what_has_no_room_is_dropped_and_told_now_and_then(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("cesar_mqtt.mqtt.inbox.time.monotonic", lambda: now[0])
-    hand_off = HandOff(1, 1_000_000, on_room=lambda: None)
+    monkeypatch.setattr("cesar_mqtt.mqtt.receive_buffer.time.monotonic", lambda: now[0])
+    hand_off = ReceiveBuffer(1, 1_000_000, on_room=lambda: None)
     hand_off.put(message(0))
 
     def told(drops: int) -> list[str]:
@@ -105,10 +105,12 @@ def test_of_qos_0_what_has_no_room_is_dropped_and_told_now_and_then(
     assert hand_off.take(0) == [message(0)]
 
 
-@pytest.mark.parametrize("end", [lambda hand_off: hand_off.put(message(0)), HandOff.close], ids=["message", "end"])
-def test_whoever_waits_is_woken_by_the_first_message_and_by_the_end(end: Callable[[HandOff], object]) -> None:
+@pytest.mark.parametrize(
+    "end", [lambda hand_off: hand_off.put(message(0)), ReceiveBuffer.close], ids=["message", "end"]
+)
+def test_whoever_waits_is_woken_by_the_first_message_and_by_the_end(end: Callable[[ReceiveBuffer], object]) -> None:
     """Without that it would sleep on, and a consumer with nothing else to do would never take its next job."""
-    hand_off = HandOff(10, 1_000_000, on_room=lambda: None)
+    hand_off = ReceiveBuffer(10, 1_000_000, on_room=lambda: None)
     waits = threading.Event()
     taken: list[list[Delivery]] = []
     hand_off._changed = Watched(waits)
@@ -134,7 +136,7 @@ class Watched(threading.Condition):
 
 def test_after_the_end_nothing_goes_in_or_comes_out_and_whoever_found_no_room_is_told() -> None:
     on_room = Called()
-    hand_off = HandOff(1, 1_000_000, on_room=on_room)
+    hand_off = ReceiveBuffer(1, 1_000_000, on_room=on_room)
     hand_off.put(message(0))
     assert not hand_off.put(message(1))
     hand_off.close()
@@ -144,7 +146,7 @@ def test_after_the_end_nothing_goes_in_or_comes_out_and_whoever_found_no_room_is
 
 
 def test_what_the_broker_has_heard_is_told_once_and_its_session_as_long_as_it_lasts() -> None:
-    hand_off = HandOff(1, 1_000_000, on_room=lambda: None)
+    hand_off = ReceiveBuffer(1, 1_000_000, on_room=lambda: None)
     assert hand_off.take_settled() == Settled(0, {})
     hand_off.begin_session(4)
     hand_off.hear(4, 1)

@@ -1,18 +1,17 @@
 """What comes in over MQTT, on its way from the network thread to whoever fetches it.
 
-`HandOff` is the one place where the two threads meet: the network thread puts, one other thread takes.
+`ReceiveBuffer` is the one place where the two threads meet: the network thread puts, one other thread takes.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from sys import getsizeof
 
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _WARN_EVERY_S = 10.0
 _PAIR_BYTES = 64
@@ -70,7 +69,7 @@ class Settled:
     heard: Mapping[int, int] = field(default_factory=dict)
 
 
-class HandOff:
+class ReceiveBuffer:
     """The messages that were not fetched yet: bounded in number and bytes, except that one message always fits.
 
     Args:
@@ -159,6 +158,6 @@ class HandOff:
         self._dropped += 1
         if time.monotonic() >= self._warn_at:
             message = "More comes in than is taken: %d messages of QoS 0 were dropped. QoS 1 would have waited."
-            event(logger, logging.WARNING, "messages_dropped", message, self._dropped)
+            log.warning(message, self._dropped, action="messages_dropped")
             self._dropped = 0
             self._warn_at = time.monotonic() + _WARN_EVERY_S
