@@ -56,8 +56,6 @@ _EXCEPTIONS = {
     "monitoring.prometheus -> consumer.prefetched",
     "monitoring.prometheus -> faster_whisper",
     "protocol.asyncapi -> mqtt.broker_url",
-    "protocol.commands -> ledger.journal",
-    "protocol.truncate -> ledger.journal",
 }
 
 _MOST_ROOT_MODULES = 12
