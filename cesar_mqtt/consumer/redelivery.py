@@ -15,10 +15,10 @@ from cesar_mqtt.mqtt.receive_buffer import Delivery, Settled
 class Marks(Protocol):
     """Where it is kept which jobs have a packet id by which they are known again: the ledger."""
 
-    def settle_deliveries(self, job_ids: Collection[str]) -> None:
+    def release_packet_ids(self, job_ids: Collection[str]) -> None:
         """Take nothing for a redelivery of these any more."""
 
-    def forget_deliveries(self, *, but: Collection[str] = ()) -> None:
+    def release_all_packet_ids(self, *, keep: Collection[str] = ()) -> None:
         """Take nothing for a redelivery of any, but of these."""
 
 
@@ -48,13 +48,13 @@ class Repeats:
         if settled.session > self._session:
             self._session = settled.session
             self._unproven.clear()
-            self._marks.forget_deliveries()
+            self._marks.release_all_packet_ids()
         heard = settled.heard.get(self._connection, 0)
         proven = []
         while self._unproven and self._unproven[0][0] <= heard:
             proven.append(self._unproven.popleft()[1])
         if proven:
-            self._marks.settle_deliveries(proven)
+            self._marks.release_packet_ids(proven)
 
     def can_repeat(self, delivery: Delivery) -> bool:
         """Whether the session by which a message came goes on."""
@@ -74,7 +74,7 @@ class Repeats:
                 renewed = delivery.receipt.connection
         if renewed > self._renewed:
             self._renewed = renewed
-            self._marks.forget_deliveries(but={job_id for _, job_id in self._unproven})
+            self._marks.release_all_packet_ids(keep={job_id for _, job_id in self._unproven})
 
     def _count(self, delivery: Delivery) -> None:
         if delivery.receipt.connection > self._connection:
