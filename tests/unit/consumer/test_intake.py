@@ -506,7 +506,7 @@ def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_a
 @pytest.mark.parametrize("wrong", [request(job_id="a", beam_size=11), upload("a", user_properties=(("task", "x"),))])
 def test_a_refused_request_cannot_be_retried_though_its_audio_is_told(bench: Bench, wrong: Delivery) -> None:
     bench.take(wrong)
-    with pytest.raises(IllegalTransitionError, match=r"was refused for what it asked"):
+    with pytest.raises(IllegalTransitionError, match=r"was rejected as invalid"):
         bench.ledger.retry("a")
     assert bench.ledger.delete("a") is not None
 
