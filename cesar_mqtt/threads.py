@@ -33,10 +33,13 @@ class StoppableThread:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Ask the thread to end and wait for it, at most `timeout_s`; may be called twice, and before `start`."""
+        """Ask the thread to end and wait for it, at most `timeout_s`.
+
+        May be called twice, before `start`, and by the thread itself, which is not waited for.
+        """
         self._stopping.set()
         self._wake()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
     def _wake(self) -> None:
