@@ -28,8 +28,7 @@ from cesar_mqtt.protocol.field_types import (
 )
 from cesar_mqtt.protocol.formats import FORMATS, segment_fields
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
-from cesar_mqtt.transcript import Segment
-from cesar_mqtt.transcription_options import kept_of_hotwords, kept_of_prompt
+from cesar_mqtt.transcript import Segment, cut_hotwords, cut_prompt
 
 _EXCERPT_BYTES = 200
 _LOOKED_AT_BYTES = 4096
@@ -120,7 +119,7 @@ _OPTIONS = {
     "clip_timestamps",
     "batch_size",
 }
-_PROMPTS = {"initial_prompt": kept_of_prompt, "hotwords": kept_of_hotwords}
+_PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}
 
 
 Reason = Literal[

@@ -1,10 +1,11 @@
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
 
 from cesar_mqtt.errors import Cancelled
-from cesar_mqtt.threads import Backoff, StoppableThread, wait, wait_for
+from cesar_mqtt.threads import Backoff, StoppableThread, never_stop, pause, run_in_background, wait, wait_for
 
 
 class Sleeper(StoppableThread):
@@ -75,3 +76,37 @@ def test_a_wait_for_a_future_gives_its_result_or_its_exception() -> None:
     failed.set_exception(OSError("no"))
     with pytest.raises(OSError, match="no"):
         wait_for(failed, lambda: False)
+
+
+def test_a_wait_that_is_never_over_ends_with_its_timeout() -> None:
+    with pytest.raises(TimeoutError):
+        wait(threading.Event().wait, never_stop, timeout_s=0.05, poll_s=0.01)
+    with pytest.raises(TimeoutError):
+        wait_for(Future[None](), never_stop, timeout_s=0.0)
+
+
+def test_what_is_ready_when_the_time_is_up_counts() -> None:
+    ready = threading.Event()
+    ready.set()
+    wait(ready.wait, never_stop, timeout_s=0.0)
+
+
+def test_a_pause_lasts_as_long_as_it_is_told_and_can_be_cancelled() -> None:
+    before = time.monotonic()
+    pause(0.05, never_stop)
+    assert time.monotonic() - before >= 0.05
+    with pytest.raises(Cancelled):
+        pause(60.0, lambda: True)
+
+
+def test_work_in_the_background_gives_its_result_or_its_exception() -> None:
+    seen: list[threading.Thread] = []
+
+    def work() -> int:
+        seen.append(threading.current_thread())
+        return 7
+
+    assert wait_for(run_in_background(work, "work"), never_stop) == 7
+    assert (seen[0].name, seen[0].daemon) == ("work", True)
+    with pytest.raises(KeyError):
+        wait_for(run_in_background(lambda: dict[str, int]()["missing"], "work"), never_stop)
