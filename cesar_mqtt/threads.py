@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from cesar_mqtt.errors import Cancelled
 
@@ -35,18 +35,56 @@ class StoppableThread:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Ask the thread to end and wait for it, at most `timeout_s`; may be called twice, and before `start`."""
+    def request_stop(self) -> None:
+        """Ask the thread to end and return at once; may be called twice, and before `start`."""
         self._stopping.set()
         self._wake()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread to end, at most `timeout_s`; True: it has ended, or was never started."""
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Ask the thread to end and wait for it, at most `timeout_s`; may be called twice, and before `start`."""
+        self.request_stop()
+        self.join(timeout_s)
 
     def _wake(self) -> None:
         """End whatever the thread waits for, so that it looks at `_stopping`."""
 
     def _run(self) -> None:
         raise NotImplementedError
+
+
+class Task(Generic[T]):
+    """One call in a daemon thread of its own, started at once. Any thread may use it.
+
+    `ThreadPoolExecutor` would do, but the interpreter joins its threads at exit: one that is stuck in a name look-up or
+    on a silent server would hold up the end of the process.
+
+    Attributes:
+        future: the outcome; its callbacks run in the task's thread.
+    """
+
+    def __init__(self, name: str, work: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread to end, the callbacks of `future` included."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            result = self._work()
+        except BaseException as exc:  # noqa: BLE001 - the caller gets it from `future`
+            self.future.set_exception(exc)
+        else:
+            self.future.set_result(result)
 
 
 class Backoff:
@@ -131,22 +169,3 @@ def pause(seconds: float, should_stop: Callable[[], bool]) -> None:
     """Let time pass. Raises Cancelled as soon as `should_stop` returns True."""
     with suppress(TimeoutError):
         wait(threading.Event().wait, should_stop, timeout_s=seconds)
-
-
-def run_in_background(work: Callable[[], T], name: str) -> "Future[T]":
-    """Run `work` in a daemon thread of its own, for calls that may block without end and cannot be cancelled.
-
-    Unlike those of a `ThreadPoolExecutor`, such a thread does not keep the process from ending.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as exc:  # noqa: BLE001 - the future carries it to the thread that waits
-            future.set_exception(exc)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future

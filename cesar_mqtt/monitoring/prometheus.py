@@ -24,7 +24,7 @@ from cesar_mqtt.jobs import Job, JobState, Totals
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, Reports
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.transcript import Segment
 from cesar_mqtt.whisper.model_store import ModelStore
@@ -229,7 +229,7 @@ class _CountedReports:
     def degraded(self, who: str, *, on: bool) -> None:
         self.to.degraded(who, on=on)
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         self.to.progress(job, live)
 
     def segment(self, job: Job, segment: Segment) -> None:

@@ -23,7 +23,7 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.prometheus import Instruments
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
-from cesar_mqtt.protocol.payloads import Live, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.transcript import Segment
 from cesar_mqtt.whisper.model_store import ModelStore
 from tests.conftest import find_free_port
@@ -247,7 +247,7 @@ def test_whatever_is_told_is_passed_on(instruments: Instruments, ledger: Ledger)
         payload_excerpt="",
         received_at="2026-01-23T21:45:00.120Z",
     )
-    live = Live(progress=0.5, processed_duration=30.0, audio_duration=60.0, speed=None, eta=None, updated_at=0.0)
+    live = JobProgress(progress=0.5, processed_duration=30.0, audio_duration=60.0, speed=None, eta=None, updated_at=0.0)
     segment = Segment(1, 0.0, 1.0, "Good", -0.1, 0.1)
     told = Told()
     reports = instruments.reports(told)
