@@ -8,7 +8,7 @@ from typing import Protocol
 from cesar_mqtt.consumer.discovery import BORN, PAUSE_SWITCH
 from cesar_mqtt.jobs import NewJob
 from cesar_mqtt.json_codec import canonical
-from cesar_mqtt.mqtt.client import Delivery
+from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.protocol.parsing import (
     UPLOAD,
     Accepted,

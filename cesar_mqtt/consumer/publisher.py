@@ -20,8 +20,7 @@ from cesar_mqtt.consumer.transient_messages import TransientMessage, TransientMe
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt.client import CannotPublishError
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, PacketTooLargeError
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
 from cesar_mqtt.protocol.payloads import Live, Payload, Rejection
 from cesar_mqtt.protocol.topics import Topics
@@ -342,7 +341,7 @@ class Publisher:
         try:
             ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
         except CannotPublishError as exc:
-            known_bytes = self._tellings.max_packet_bytes or MOST_PACKET_BYTES
+            known_bytes = self._tellings.max_packet_bytes or MAX_PACKET_BYTES
             if isinstance(exc, PacketTooLargeError) and exc.limit_bytes < known_bytes:
                 return False  # the limit of a connection that we are just being told of
             log.error("A message on %s is given up: %s", topic, exc, action="unpublished")

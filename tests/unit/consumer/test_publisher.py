@@ -23,7 +23,7 @@ from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.outbox import TRAIL
-from cesar_mqtt.mqtt.client import CannotPublishError, PacketTooLargeError
+from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.payloads import Live, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Segment, Window
