@@ -30,7 +30,8 @@ from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.monitoring.systemd import Notifier
 from cesar_mqtt.mqtt.broker_url import BrokerUrl, parse_broker_url
-from cesar_mqtt.mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.transcriber import Transcriber

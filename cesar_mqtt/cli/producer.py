@@ -18,8 +18,7 @@ from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import CannotPublishError, Delivery, PublishTicket, Subscription
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, Delivery, PublishTicket, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _FINAL = frozenset({"completed", "error", "cancelled"})
@@ -64,7 +63,7 @@ def submission(
     job_id: str | None,
     by_path: bool,
     options: Mapping[str, Any],
-    max_bytes: int = MOST_PACKET_BYTES,
+    max_bytes: int = MAX_PACKET_BYTES,
 ) -> Submission:
     """Prepare a recording; reads the file, `-` being stdin, unless only its path is to be sent.
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import ConnectionInfo, Delivery, MqttClient, PublishTicket, Subscription
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.messages import ConnectionInfo, Delivery, PublishTicket, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _LOOK_S = 0.1

@@ -17,7 +17,7 @@ from cesar_mqtt.cli.producer import Producer, Submission, submission
 from cesar_mqtt.cli.text import duration, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES
 from cesar_mqtt.protocol.topics import Topics
 
 _CONNECT_S = 10.0
@@ -61,7 +61,7 @@ def submit_and_wait(order: SubmitOptions, settings: Settings) -> ExitCode:
     deadline = None if order.timeout_s is None else time.monotonic() + order.timeout_s
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     options = {**order.options, "formats": [order.result_format]} if order.result_format else order.options
-    limit = min(settings.queue.max_payload_bytes, MOST_PACKET_BYTES)
+    limit = min(settings.queue.max_payload_bytes, MAX_PACKET_BYTES)
     submissions = [
         submission(path, job_id=order.job_id, by_path=order.by_path, options=options, max_bytes=limit)
         for path in order.recordings

@@ -22,7 +22,7 @@ from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import Delivery, Subscription
+from cesar_mqtt.mqtt.messages import Delivery, Subscription
 
 _CONNECT_S = 10.0
 _LOOK_S = 0.25

@@ -21,7 +21,8 @@ from cesar_mqtt.jobs import Admission, AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt.client import Delivery, Settled
+from cesar_mqtt.mqtt.messages import Delivery
+from cesar_mqtt.mqtt.receive_buffer import Settled
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, excerpt, shortened, timestamp
 from cesar_mqtt.protocol.topics import Topics

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from cesar_mqtt.consumer.incoming import IncomingMessage
-from cesar_mqtt.mqtt.receive_buffer import Delivery, Settled
+from cesar_mqtt.mqtt.messages import Delivery
+from cesar_mqtt.mqtt.receive_buffer import Settled
 
 
 class Marks(Protocol):

@@ -9,7 +9,7 @@ from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError, LedgerError
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.mqtt.broker_url import BrokerUrl
-from cesar_mqtt.mqtt.client import Subscription
+from cesar_mqtt.mqtt.messages import Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _NEEDS = "consumer.group needs shared subscriptions, which are part of MQTT 5"

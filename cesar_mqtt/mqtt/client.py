@@ -14,23 +14,17 @@ from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.broker_url import Backoff, VersionChoice, parse_broker_url, read_credentials, tls_context
-from cesar_mqtt.mqtt.connect_options import ConnectionInfo, ConnectOptions, Subscription, Will
 from cesar_mqtt.mqtt.connection import TURN_S, Connection, log_exceptions
-from cesar_mqtt.mqtt.publish_limits import CannotPublishError, PacketTooLargeError, Publication, PublishTicket
-from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt, ReceiveBuffer, Settled
-
-__all__ = [
-    "CannotPublishError",
-    "ConnectionInfo",
-    "Delivery",
-    "MqttClient",
-    "PacketTooLargeError",
-    "PublishTicket",
-    "Receipt",
-    "Settled",
-    "Subscription",
-    "Will",
-]
+from cesar_mqtt.mqtt.messages import (
+    ConnectionInfo,
+    ConnectOptions,
+    Delivery,
+    Publication,
+    PublishTicket,
+    Subscription,
+    Will,
+)
+from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, Settled
 
 log = get_logger(__name__)
 

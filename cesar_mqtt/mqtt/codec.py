@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cesar_mqtt.mqtt.publish_limits import Publication
-from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt
+from cesar_mqtt.mqtt.messages import Delivery, Publication, Receipt
 
 KIND = 0xF0
 """The bits of a packet's first byte that tell its kind."""

@@ -14,17 +14,27 @@ from functools import wraps
 from typing import ParamSpec
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt import codec as packets
 from cesar_mqtt.mqtt import reason_codes as reasons
 from cesar_mqtt.mqtt.broker_url import Version
-from cesar_mqtt.mqtt.buffered_socket import BufferedSocket, WakeupPipe
-from cesar_mqtt.mqtt.connect_options import ConnectionInfo, ConnectOptions
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, Publication, PublishTicket
-from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt
+from cesar_mqtt.mqtt.buffered_socket import BufferedClient, BufferedSocket, WakeupPipe
+from cesar_mqtt.mqtt.messages import (
+    MAX_PACKET_BYTES,
+    ConnectionInfo,
+    ConnectOptions,
+    Delivery,
+    Publication,
+    PublishTicket,
+    Receipt,
+    Subscription,
+)
 from cesar_mqtt.mqtt.send_queue import SendQueue
 
 log = get_logger(__name__)
@@ -32,6 +42,7 @@ log = get_logger(__name__)
 TURN_S = 1.0
 """How long a turn waits when nothing happens."""
 
+_SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 _ANSWER_S = 15.0
 _PING_AFTER = 0.25
 
@@ -113,7 +124,7 @@ class Connection:
         self._leaving = self._said_goodbye = False
         self._bell = WakeupPipe()
         self._cable: BufferedSocket
-        self._paho = profile.client(version)
+        self._paho = _make_paho_client(profile, version)
         self._paho.on_connect = log_exceptions(self._on_connect)
         self._paho.on_subscribe = log_exceptions(self._on_subscribe)
         self._paho.on_message = log_exceptions(self._on_message)
@@ -169,7 +180,7 @@ class Connection:
         host, port = profile.address.host, profile.address.port
         try:
             if self._five:
-                properties, clean = profile.connect_properties, not profile.persistent
+                properties, clean = _connect_properties(profile), not profile.persistent
                 paho.connect(host, port, profile.keepalive_s, clean_start=clean, properties=properties)
             else:
                 paho.connect(host, port, profile.keepalive_s)
@@ -325,13 +336,13 @@ class Connection:
         if not flags.session_present:
             self._on_new_session(self._number)
         outgoing = self._outgoing
-        outgoing.limit_bytes = min(outgoing.limit_bytes, getattr(properties, "MaximumPacketSize", MOST_PACKET_BYTES))
+        outgoing.limit_bytes = min(outgoing.limit_bytes, getattr(properties, "MaximumPacketSize", MAX_PACKET_BYTES))
         outgoing.window = min(outgoing.window, getattr(properties, "ReceiveMaximum", outgoing.window))
         subscriptions = self._profile.subscriptions
         if not subscriptions:
             self._stand(())
         elif self._five:
-            paho.subscribe([(wanted.topic_filter, wanted.options) for wanted in subscriptions])
+            paho.subscribe([(wanted.topic_filter, _subscribe_options(wanted)) for wanted in subscriptions])
         else:
             paho.subscribe([(wanted.topic_filter, 1) for wanted in subscriptions])
         if self._profile.unwanted:  # only now, so that nothing falls between the two
@@ -344,7 +355,7 @@ class Connection:
         self._stand(tuple(wanted.topic_filter for wanted, code in pairs if code.is_failure or code.value < 1))
 
     def _stand(self, refused_filters: tuple[str, ...]) -> None:
-        limit_bytes = self._outgoing.limit_bytes if self._outgoing.limit_bytes < MOST_PACKET_BYTES else None
+        limit_bytes = self._outgoing.limit_bytes if self._outgoing.limit_bytes < MAX_PACKET_BYTES else None
         self._stands_since = time.monotonic()
         self.info = ConnectionInfo(self._session_present, self._version, limit_bytes, self._number, refused_filters)
 
@@ -368,3 +379,40 @@ class Connection:
         self.unreadable = not said and self.answer is not None and reasons.is_unreadable(reason)
         held_s = self.held_s and max(self.held_s, self._before_s)
         self.reason = reasons.ending(reason, self._profile, said=said, held_s=held_s) or self.reason
+
+
+def _make_paho_client(options: ConnectOptions, version: Version) -> BufferedClient:
+    """Return a new paho client with these options, for one connection."""
+    five = version == "5"
+    paho = BufferedClient(
+        CallbackAPIVersion.VERSION2,
+        options.client_id,
+        clean_session=None if five else not options.persistent,
+        protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
+        transport="websockets" if options.address.websockets else "tcp",
+        reconnect_on_failure=False,
+        manual_ack=True,
+    )
+    paho.username_pw_set(options.credentials.username, options.credentials.password)
+    if options.tls is not None:
+        paho.tls_set_context(options.tls)
+    if options.address.websockets:
+        paho.ws_set_options(options.address.path)
+    if options.will is not None:
+        paho.will_set(options.will.topic, options.will.payload, options.will.qos, options.will.retain)
+    return paho
+
+
+def _connect_properties(options: ConnectOptions) -> Properties:
+    """Return the properties of CONNECT in MQTT 5."""
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.ReceiveMaximum = options.receive_maximum
+    if options.persistent:
+        properties.SessionExpiryInterval = _SESSION_NEVER_EXPIRES
+    return properties
+
+
+def _subscribe_options(subscription: Subscription) -> SubscribeOptions:
+    """Return the options of a SUBSCRIBE in MQTT 5."""
+    never, always = SubscribeOptions.RETAIN_DO_NOT_SEND, SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE
+    return SubscribeOptions(qos=1, retainHandling=always if subscription.wants_retained else never)

@@ -3,7 +3,7 @@
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cesar_mqtt.mqtt.broker_url import Version
-from cesar_mqtt.mqtt.connect_options import ConnectOptions
+from cesar_mqtt.mqtt.messages import ConnectOptions
 
 # Reason codes of MQTT 5, section 2.4; paho translates the return codes of 3.1.1 into them.
 _PROTOCOL_ERROR = 130

@@ -7,52 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from sys import getsizeof
 
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.mqtt.messages import Delivery
 
 log = get_logger(__name__)
 
 _WARN_EVERY_S = 10.0
-_PAIR_BYTES = 64
-"""What holds the two texts of a user property together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What it takes to acknowledge a message: the connection that it came by, and its packet id there."""
-
-    connection: int
-    mid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message that came in.
-
-    In a topic that is not UTF-8, U+FFFD stands for what cannot be read. `user_properties` to `expires_in_s` come with
-    MQTT 5 only.
-    """
-
-    topic: str
-    payload: bytes
-    qos: int
-    retain: bool
-    dup: bool
-    receipt: Receipt
-    user_properties: tuple[tuple[str, str], ...] = ()
-    response_topic: str | None = None
-    correlation_data: bytes | None = None
-    expires_in_s: int | None = None
-    received_at: float = 0.0
-    """Seconds since the epoch."""
-
-    @property
-    def size_bytes(self) -> int:
-        """How much memory that takes whose size is the sender's choice."""
-        texts = self.topic, self.payload, self.response_topic, self.correlation_data
-        pairs = (getsizeof(name) + getsizeof(value) + _PAIR_BYTES for name, value in self.user_properties)
-        return sum(map(getsizeof, texts)) + sum(pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.codec import write_publish
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, PacketTooLargeError, Publication, PublishTicket
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, PacketTooLargeError, Publication, PublishTicket
 
 log = get_logger(__name__)
 
@@ -43,7 +43,7 @@ class SendQueue:
     def __init__(self, connection: int, *, five: bool, limit_bytes: int | None) -> None:
         """Begin a connection; `five`: it speaks MQTT 5."""
         self.window = IN_FLIGHT
-        self.limit_bytes = limit_bytes or MOST_PACKET_BYTES
+        self.limit_bytes = limit_bytes or MAX_PACKET_BYTES
         self.heard = 0
         self._connection = connection
         self._five = five

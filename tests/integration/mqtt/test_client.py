@@ -21,20 +21,20 @@ from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.mqtt import client as client_module
 from cesar_mqtt.mqtt.broker_url import Backoff
-from cesar_mqtt.mqtt.client import (
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.embedded import EmbeddedBroker
+from cesar_mqtt.mqtt.messages import (
     CannotPublishError,
     ConnectionInfo,
     Delivery,
-    MqttClient,
     PacketTooLargeError,
+    Publication,
     PublishTicket,
     Receipt,
-    Settled,
     Subscription,
     Will,
 )
-from cesar_mqtt.mqtt.embedded import EmbeddedBroker
-from cesar_mqtt.mqtt.publish_limits import Publication
+from cesar_mqtt.mqtt.receive_buffer import Settled
 
 if TYPE_CHECKING:
     from tests.conftest import Certificates, Mosquitto, StartMosquitto

@@ -17,8 +17,9 @@ import pytest
 
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import ConfigError
-from cesar_mqtt.mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
+from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 
 _WAIT_S = 10.0
 

@@ -25,7 +25,8 @@ from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, 
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.mqtt.client import Delivery, Receipt, Settled
+from cesar_mqtt.mqtt.messages import Delivery, Receipt
+from cesar_mqtt.mqtt.receive_buffer import Settled
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics

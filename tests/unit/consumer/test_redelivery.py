@@ -5,7 +5,8 @@ from collections.abc import Collection
 from cesar_mqtt.consumer.incoming import IncomingMessage
 from cesar_mqtt.consumer.redelivery import Repeats
 from cesar_mqtt.jobs import NewJob
-from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt, Settled
+from cesar_mqtt.mqtt.messages import Delivery, Receipt
+from cesar_mqtt.mqtt.receive_buffer import Settled
 
 
 class Marked:

@@ -21,8 +21,7 @@ from cesar_mqtt.mqtt.codec import (
     write_puback,
     write_publish,
 )
-from cesar_mqtt.mqtt.publish_limits import Publication
-from cesar_mqtt.mqtt.receive_buffer import Receipt
+from cesar_mqtt.mqtt.messages import Publication, Receipt
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Cn"), exclude_characters="\ufeff"))
 PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=4)

@@ -5,7 +5,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from cesar_mqtt.mqtt import reason_codes as reasons
 from cesar_mqtt.mqtt.broker_url import Credentials, parse_broker_url
-from cesar_mqtt.mqtt.connect_options import ConnectOptions
+from cesar_mqtt.mqtt.messages import ConnectOptions
 
 
 def ending(*, persistent: bool) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cesar_mqtt.mqtt.receive_buffer import Delivery, Receipt, ReceiveBuffer, Settled
+from cesar_mqtt.mqtt.messages import Delivery, Receipt
+from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, Settled
 
 SMALL = Delivery("t", b"", 1, retain=False, dup=False, receipt=Receipt(1, 1))
 LARGE = "x" * 60_000

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cesar_mqtt.mqtt.publish_limits import PacketTooLargeError, Publication, PublishTicket
+from cesar_mqtt.mqtt.messages import PacketTooLargeError, Publication, PublishTicket
 from cesar_mqtt.mqtt.send_queue import IN_FLIGHT, SendQueue
 
 
