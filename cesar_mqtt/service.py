@@ -30,7 +30,8 @@ from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.monitoring.systemd import Notifier
 from cesar_mqtt.mqtt.broker_url import BrokerUrl, parse_broker_url
-from cesar_mqtt.mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.transcriber import Transcriber
@@ -102,7 +103,7 @@ class Service:
                     if settings.homeassistant.enabled
                 ),
             ),
-            unwanted=group.unwanted_filters(
+            unwanted_filters=group.unwanted_filters(
                 self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
             ),
         )
@@ -172,7 +173,7 @@ class Service:
         self._metrics.serve(readings)
 
     def _on_connected(self, info: ConnectionInfo) -> None:
-        self._refused = group.not_granted(info.refused_filters, self._topics, self._settings.consumer.group)
+        self._refused = group.check_granted(info.refused_filters, self._topics, self._settings.consumer.group)
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
     def _announce(self) -> None:
@@ -188,7 +189,7 @@ class Service:
         self._reports.finished(job)
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
-        self._refused = group.explained(error, self._settings.consumer.group)
+        self._refused = group.explain_refusal(error, self._settings.consumer.group)
 
     def run(self, stop: StopSignals) -> ExitCode:
         """Serve until a signal asks for a stop, then stop in order.
@@ -374,7 +375,7 @@ def _start_broker(settings: Settings, address: BrokerUrl, topics: Topics) -> "Em
         )
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
 
-    broker = EmbeddedBroker(address.host, address.port, keeper=topics.consumer, kept=topics.is_submission)
+    broker = EmbeddedBroker(address.host, address.port, subscriber=topics.consumer, is_forwarded=topics.is_submission)
     broker.start()
     port = "" if broker.port == _DEFAULT_PORT else f" -p {broker.port}"
     log.info(

@@ -1,11 +1,14 @@
 """What every thread of the consumer is made of: a thread that can be stopped, delays between attempts, one wait."""
 
+import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
-from typing import TypeVar
+from contextlib import suppress
+from typing import Generic, TypeVar
 
 from cesar_mqtt.errors import Cancelled
 
@@ -32,18 +35,59 @@ class StoppableThread:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Ask the thread to end and wait for it, at most `timeout_s`; may be called twice, and before `start`."""
+    def request_stop(self) -> None:
+        """Ask the thread to end and return at once; may be called twice, and before `start`."""
         self._stopping.set()
         self._wake()
-        if self._thread.is_alive():
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread to end, at most `timeout_s`; True: it has ended, or was never started.
+
+        The thread itself may call it, and is not waited for.
+        """
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Ask the thread to end and wait for it, at most `timeout_s`; may be called twice, and before `start`."""
+        self.request_stop()
+        self.join(timeout_s)
 
     def _wake(self) -> None:
         """End whatever the thread waits for, so that it looks at `_stopping`."""
 
     def _run(self) -> None:
         raise NotImplementedError
+
+
+class Task(Generic[T]):
+    """One call in a daemon thread of its own, started at once. Any thread may use it.
+
+    `ThreadPoolExecutor` would do, but the interpreter joins its threads at exit: one that is stuck in a name look-up or
+    on a silent server would hold up the end of the process.
+
+    Attributes:
+        future: the outcome; its callbacks run in the task's thread.
+    """
+
+    def __init__(self, name: str, work: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread to end, the callbacks of `future` included."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            result = self._work()
+        except BaseException as exc:  # noqa: BLE001 - the caller gets it from `future`
+            self.future.set_exception(exc)
+        else:
+            self.future.set_result(result)
 
 
 class Backoff:
@@ -79,23 +123,52 @@ class Backoff:
         self._next_s = self.most_s
 
 
-def wait(ready: Callable[[float], bool], should_stop: Callable[[], bool], *, poll_s: float = _POLL_S) -> None:
+def never_stop() -> bool:
+    """The `should_stop` of callers that always want the result."""
+    return False
+
+
+def wait(
+    ready: Callable[[float], bool],
+    should_stop: Callable[[], bool],
+    *,
+    timeout_s: float = math.inf,
+    poll_s: float = _POLL_S,
+) -> None:
     """Wait until `ready` returns True.
 
     Args:
         ready: waits for at most the seconds it is given and returns whether the wait is over, as `Event.wait` does.
         should_stop: asked before each call of `ready`.
+        timeout_s: the longest wait.
+        poll_s: how often `should_stop` is asked.
 
     Raises:
         Cancelled: `should_stop` returned True first.
+        TimeoutError: `timeout_s` has passed; `ready` was called at least once.
     """
+    deadline = time.monotonic() + timeout_s
     while not should_stop():
-        if ready(poll_s):
+        if ready(max(0.0, min(poll_s, deadline - time.monotonic()))):
             return
+        if time.monotonic() >= deadline:
+            raise TimeoutError
     raise Cancelled
 
 
-def wait_for(future: "Future[T]", should_stop: Callable[[], bool], *, poll_s: float = _POLL_S) -> T:
+def wait_for(
+    future: "Future[T]",
+    should_stop: Callable[[], bool],
+    *,
+    timeout_s: float = math.inf,
+    poll_s: float = _POLL_S,
+) -> T:
     """Wait as `wait` does for a future; return its result or raise its exception."""
-    wait(lambda timeout_s: bool(wait_for_futures([future], timeout_s).done), should_stop, poll_s=poll_s)
+    wait(lambda step_s: bool(wait_for_futures([future], step_s).done), should_stop, timeout_s=timeout_s, poll_s=poll_s)
     return future.result()
+
+
+def pause(seconds: float, should_stop: Callable[[], bool]) -> None:
+    """Let time pass. Raises Cancelled as soon as `should_stop` returns True."""
+    with suppress(TimeoutError):
+        wait(threading.Event().wait, should_stop, timeout_s=seconds)

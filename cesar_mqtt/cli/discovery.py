@@ -15,7 +15,7 @@ from cesar_mqtt.config import Settings
 from cesar_mqtt.consumer import discovery as homeassistant
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import PublishTicket, Subscription
+from cesar_mqtt.mqtt.messages import PublishTicket, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _TIMEOUT_S = 10.0

@@ -10,9 +10,14 @@ from pathlib import Path
 from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.text import many
+from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, LedgerError
 from cesar_mqtt.ledger.ledger import Ledger, acquire_lock
-from cesar_mqtt.ledger.repair import RecoveredLedger, examine, first_sentences, repair
+from cesar_mqtt.ledger.repair import RecoveredLedger, examine, first_sentences, write_repaired
+
+
+def path_of(settings: Settings) -> Path:
+    return settings.data_dir / "ledger.json"
 
 
 def check(path: Path) -> ExitCode:
@@ -23,7 +28,7 @@ def check(path: Path) -> ExitCode:
     return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
 
 
-def mend(path: Path, *, yes: bool) -> ExitCode:
+def repair(path: Path, *, yes: bool) -> ExitCode:
     """Print what would be kept and dropped, and do it when told to. Raises LedgerError."""
     with _alone(path):
         found = examine(path)
@@ -34,7 +39,7 @@ def mend(path: Path, *, yes: bool) -> ExitCode:
         if not yes and not _agreed():
             out("Nothing was changed.")
             return ExitCode.FAILED
-        for old in repair(path, found):
+        for old in write_repaired(path, found):
             out(f"The old file is now {old.name}.")
     out(f"Repaired: {many(len(found.jobs), 'job')} kept. Every status is published again at the next start.")
     return ExitCode.OK

@@ -22,7 +22,7 @@ from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import Delivery, Subscription
+from cesar_mqtt.mqtt.messages import Delivery, Subscription
 
 _CONNECT_S = 10.0
 _LOOK_S = 0.25
@@ -70,7 +70,10 @@ class Feed:
     @property
     def trouble(self) -> str | None:
         """Why nothing comes; None: there is a connection."""
-        return None if self._client.connected else self._client.trouble or "it was lost"
+        if self._client.connected:
+            return None
+        failure = self._client.failure
+        return failure.problem if failure else "the connection was lost"
 
     def take(self, timeout_s: float) -> list[Delivery]:
         """Wait for messages."""

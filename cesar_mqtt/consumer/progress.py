@@ -7,7 +7,7 @@ from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.protocol.payloads import Live
+from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Window
 
 log = get_logger(__name__)
@@ -40,7 +40,7 @@ class WindowCheckpoints:
 class ProgressMeter:
     """Turns what the transcriber has done into what the world is told; progress never goes back."""
 
-    def __init__(self, tell: Callable[[Live], None], monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, tell: Callable[[JobProgress], None], monotonic: Callable[[], float] = time.monotonic) -> None:
         """Start the clock; `tell` is called with each progress."""
         self._tell = tell
         self._monotonic = monotonic
@@ -57,7 +57,7 @@ class ProgressMeter:
         if self._earlier_s is None:
             self._earlier_s = self._processed_s
         speed = self._speed(self._processed_s - self._earlier_s)
-        live = Live(
+        live = JobProgress(
             progress=_share(self._processed_s, duration_s),
             processed_duration=round(self._processed_s, 3),
             audio_duration=None if duration_s is None else round(duration_s, 3),

@@ -20,10 +20,9 @@ from cesar_mqtt.consumer.transient_messages import TransientMessage, TransientMe
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt.client import CannotPublishError
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, PacketTooLargeError
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
-from cesar_mqtt.protocol.payloads import Live, Payload, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Payload, Rejection
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Segment
 
@@ -80,7 +79,7 @@ class Publisher:
         self._notes = TransientMessages(monotonic=monotonic)
         self._doing = ActivityTracker()
         self._last: Job | None = None
-        self._live: tuple[Job, Live] | None = None
+        self._live: tuple[Job, JobProgress] | None = None
         self._live_stale = False
         self._live_due = 0.0
         self._queue_stale = True
@@ -162,11 +161,11 @@ class Publisher:
         """Take note that no further job is started."""
         self._tell(self._set_draining)
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         """Take note of how far a job is; published at most once a second."""
         self._tell(lambda: self._note(job, live))
 
-    def live_of(self, job: Job) -> Live | None:
+    def live_of(self, job: Job) -> JobProgress | None:
         """Return how far a job in work is, as far as is known; None: nothing is."""
         of, live = self._live or (None, None)
         return live if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
@@ -323,7 +322,7 @@ class Publisher:
         self._doing.draining = True
         self._queue_stale = True
 
-    def _note(self, job: Job, live: Live) -> None:
+    def _note(self, job: Job, live: JobProgress) -> None:
         self._live = (job, live)
         self._live_stale = True
 
@@ -342,7 +341,7 @@ class Publisher:
         try:
             ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
         except CannotPublishError as exc:
-            known_bytes = self._tellings.max_packet_bytes or MOST_PACKET_BYTES
+            known_bytes = self._tellings.max_packet_bytes or MAX_PACKET_BYTES
             if isinstance(exc, PacketTooLargeError) and exc.limit_bytes < known_bytes:
                 return False  # the limit of a connection that we are just being told of
             log.error("A message on %s is given up: %s", topic, exc, action="unpublished")

@@ -18,9 +18,8 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
-from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+from cesar_mqtt.protocol.payloads import JobProgress
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording
@@ -78,7 +77,7 @@ class Reports(Protocol):
     def degraded(self, who: str, *, on: bool) -> None:
         """Take note of whether the disk refuses."""
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         """Take note of how far the job is."""
 
     def segment(self, job: Job, segment: Segment) -> None:

@@ -66,7 +66,7 @@ def examine(path: Path) -> RecoveredLedger:
     return found
 
 
-def repair(path: Path, found: RecoveredLedger) -> list[Path]:
+def write_repaired(path: Path, found: RecoveredLedger) -> list[Path]:
     """Write the recovered tables as a new ledger; the old files stay beside it under other names.
 
     Every status is published again at the next start.

@@ -30,11 +30,11 @@ from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.protocol.payloads import JobProgress
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.interruptible import interruptible
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH, LONG = DATA / "speech.wav", DATA / "long.ogg"
@@ -150,7 +150,7 @@ class Told:
     def degraded(self, who: str, *, on: bool) -> None:
         """Take no note."""
 
-    def progress(self, _job: Job, live: Live) -> None:
+    def progress(self, _job: Job, live: JobProgress) -> None:
         self.processed_s.append(live.processed_duration or 0.0)
         if self.processed_s[-1] > self.until_s:
             self.stop()

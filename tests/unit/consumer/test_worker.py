@@ -23,9 +23,8 @@ from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
-from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+from cesar_mqtt.protocol.payloads import JobProgress
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
 DEADLINE_S = 10.0
 HELLO = Transcript(
@@ -129,7 +128,7 @@ class FakeReports:
         if on or (who, True) in self.told:
             self._tell((who, on))
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         self._tell((job.job_id, live))
 
     def segment(self, job: Job, segment: Segment) -> None:
@@ -788,7 +787,7 @@ def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
 
 
 def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
-    lives: list[Live] = []
+    lives: list[JobProgress] = []
     clock = iter([100.0, 100.5, 105.0, 110.0])
     meter = ProgressMeter(lives.append, lambda: next(clock))
     for processed_s in (0.0, 20.0, 60.0):
@@ -797,7 +796,7 @@ def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
 
 
 def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
-    lives: list[Live] = []
+    lives: list[JobProgress] = []
     clock = iter([100.0, 100.5, 110.0])
     meter = ProgressMeter(lives.append, lambda: next(clock))
     for processed_s in (600.0, 650.0):
@@ -806,7 +805,7 @@ def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
 
 
 def test_as_long_as_nobody_knows_how_long_a_file_is_its_progress_stays_at_the_beginning() -> None:
-    lives: list[Live] = []
+    lives: list[JobProgress] = []
     meter = ProgressMeter(lives.append)
     for duration_s in (None, 60.0):
         meter.note(Progress(30.0, duration_s))
