@@ -15,7 +15,7 @@ from cesar_mqtt.protocol.formats import FORMATS, Format
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.payloads import Payload
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
-from cesar_mqtt.transcription_options import kept_of_hotwords, kept_of_prompt
+from cesar_mqtt.transcript import cut_hotwords, cut_prompt
 
 METADATA_BYTES = 4096
 URL_CHARACTERS = 4096
@@ -168,4 +168,4 @@ _OPTIONS = {
     "clip_timestamps",
     "batch_size",
 }
-_PROMPTS = {"initial_prompt": kept_of_prompt, "hotwords": kept_of_hotwords}
+_PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}
