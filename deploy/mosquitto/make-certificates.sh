@@ -3,7 +3,7 @@
 #   make-certificates.sh FOLDER HOST [CLIENT...]
 # HOST is the name or the IPv4 address that clients connect to, or several, joined by commas. Clients check it, so it must
 # be the one in the broker's URL. Each CLIENT gets a client certificate. Existing files are kept; remove one to renew it.
-# Clients need ca.pem only. Keep ca.key away from the broker: with it, anyone can issue certificates.
+# Clients need ca.pem only. Keep ca.key away from the broker: it can issue any certificate.
 set -eu
 
 if [ $# -lt 2 ]; then
