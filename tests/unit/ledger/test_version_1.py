@@ -119,7 +119,9 @@ def test_a_request_that_comes_again_makes_no_second_job(ledger: Ledger, before: 
         audio = AudioSource(*row["audio"])
         return NewJob(row["job_id"], row["fingerprint"], audio, model_size=row["model_size"], **fields)
 
-    verdicts = ledger.append([again("completed"), again("retained", has_generated_id=True, retained=True), again("waiting")])
+    verdicts = ledger.append(
+        [again("completed"), again("retained", has_generated_id=True, retained=True), again("waiting")]
+    )
 
     assert verdicts == [
         (Admission.DUPLICATE, "completed"),
