@@ -104,11 +104,11 @@ class JobMessages:
 
     def of_deletion(self, deleted: DeletedJob) -> Iterator[JobMessage]:
         """Yield the event of a deletion, if it is new, and the empty retained messages that clear the job's topics."""
-        if deleted.news:
+        if deleted.event_pending:
             event = deletion_of(deleted.job_id, self._topics.consumer, self._clock())
             yield JobMessage(self._topics.events, event.encode(), retain=False)
         yield from (JobMessage(self._topics.result(deleted.job_id, name), b"") for name in deleted.formats)
-        if deleted.status:
+        if deleted.owns_status:
             yield JobMessage(self._topics.status(deleted.job_id), b"")
 
     def segment(self, job: Job, segment: Segment) -> TransientMessage:

@@ -310,7 +310,7 @@ class Publisher(StoppableThread):
         if not session_present:
             self._own_topics.republish()
         if unknown or self._status_refused or not session_present:
-            self._ledger.publish_again(went_back=self._status_refused)
+            self._ledger.republish_all(restored=self._status_refused)
             self._status_refused = False
 
     def _end_connection(self) -> None:
@@ -329,7 +329,7 @@ class Publisher(StoppableThread):
         self._own_topics.republish()
         if loss is Loss.NEWEST:
             self._own_topics.forget_retained()
-        self._ledger.publish_again(went_back=loss is Loss.NEWEST)
+        self._ledger.republish_all(restored=loss is Loss.NEWEST)
 
     def _handle_acknowledgements(self) -> None:
         acks: list[PendingAck] = []
@@ -441,7 +441,7 @@ class Publisher(StoppableThread):
         if self._room <= 0:
             return
         in_flight = {ack.seq for ack in self._pending_acks.values() if isinstance(ack, ClearAck)}
-        for deleted in self._ledger.gone(self._room, but=in_flight):
+        for deleted in self._ledger.pending_clears(self._room, exclude=in_flight):
             if self._last_finished is not None and self._last_finished.seq == deleted.seq:
                 self._set_last_finished(self._last_finished._replace(result_text=None))
             if not self._publish_in_order(self._job_messages.of_deletion(deleted), ClearAck(deleted.seq)):
@@ -452,7 +452,7 @@ class Publisher(StoppableThread):
             return
         in_flight = {ack.seq for ack in self._pending_acks.values() if isinstance(ack, StatusAck) and ack.number}
         # Most jobs take two messages, the event of the change and the status.
-        for number, job in self._ledger.unpublished((self._room + 1) // 2, but=in_flight):
+        for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=in_flight):
             if not self._publish_status(job, number):
                 return
 
