@@ -567,7 +567,9 @@ def test_retry_after_is_waited_for(tmp_path: Path, serve: StartServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["3600", "9" * 400, email.utils.formatdate(time.time() + 3600), "Fri, 31 Dec 9999 23:59:59 GMT"]
+    "value",
+    ["3600", "9" * 400, email.utils.formatdate(time.time() + 3600), "Fri, 31 Dec 9999 23:59:59 GMT"],
+    ids=["an hour", "400 digits", "a date in an hour", "the last date"],  # each process that runs tests needs the same
 )
 def test_a_retry_after_that_is_too_far_off_ends_it(tmp_path: Path, serve: StartServer, value: str) -> None:
     server = serve(fails("503 Busy", Retry_After=value), gives(BODY))
