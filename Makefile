@@ -72,8 +72,8 @@ clean:
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo 'installing into $(VENV) what the demo needs: downloads up to 230 MB (the model tiny.en 67, CTranslate2 41, PyAV 33,'
-	@echo 'ONNX Runtime 27, uv 20, NumPy 15, others 27), 580 MB on disk'
+	@echo 'installing into $(VENV) what the demo needs: downloads up to 230 MB (the model tiny.en 67, CTranslate2 41, PyAV 34,'
+	@echo 'ONNX Runtime 27, uv 20, NumPy 16, others 25), 580 MB on disk'
 	@$(call install,$(VENV),--constraint constraints.txt --editable '.[offline]')
 	@touch $@
 

@@ -22,6 +22,10 @@ from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 _WAIT_S = 10.0
 
+# Before the first model is loaded, here or in a process of a test: idle threads of OpenMP otherwise spin, on cores that
+# other tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("laptop", deadline=None)
