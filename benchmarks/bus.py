@@ -26,7 +26,8 @@ from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.mqtt.client import MqttClient, Subscription
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.messages import Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 BURST = 20_000

@@ -8,14 +8,14 @@ from enum import IntEnum, StrEnum
 
 
 class ExitCode(IntEnum):
-    """What the commands return to the shell (the contract's section 6; the high ones are those of sysexits.h)."""
+    """The exit codes of the commands (the high ones are those of sysexits.h)."""
 
     OK = 0
     FAILED = 1
-    """`submit`: at least one job did not complete; the commands that ask: the answer was no."""
+    """`submit`: at least one job did not complete; the commands that ask a consumer: it refused."""
     USAGE = 2
     TIMEOUT = 3
-    """`submit`: the time ran out before every job was final; the commands that ask: nobody answered in time."""
+    """`submit`: the time ran out before every job was final; the commands that ask a consumer: no answer in time."""
     LEDGER_FAILED = 74
     LEDGER_IN_USE = 75
     CONFIG = 78
@@ -61,9 +61,19 @@ _RETRYABLE = frozenset(
 
 
 class CesarError(Exception):
-    """The root of every error that this package raises on purpose."""
+    """The root of every error that this package raises on purpose; as text it is the problem, then the advice.
+
+    Attributes:
+        problem: what happened, with the value, as sentences.
+        advice: what to do about it; "" where the problem says it, or where nothing can be done.
+    """
 
     exit_code: ExitCode = ExitCode.FAILED
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem} {advice}" if advice else problem)
+        self.problem = problem
+        self.advice = advice
 
 
 class ConfigError(CesarError):
@@ -73,12 +83,20 @@ class ConfigError(CesarError):
 
 
 class BrokerRefusedError(CesarError):
-    """The broker answered and said no (credentials, client id, protocol): trying again cannot help."""
+    """The broker refuses the connection (credentials, client id, protocol): trying again cannot help.
+
+    Attributes:
+        reason_code: that of CONNACK, DISCONNECT or SUBACK, as MQTT 5 numbers them; None where there is none.
+    """
 
     exit_code = ExitCode.CONFIG
 
+    def __init__(self, problem: str, advice: str = "", *, reason_code: int | None = None) -> None:
+        super().__init__(problem, advice)
+        self.reason_code = reason_code
 
-class DiedError(CesarError):
+
+class ThreadDiedError(CesarError):
     """A thread of the consumer has ended by itself: the process has to be started again."""
 
 
@@ -108,5 +126,5 @@ class JobFailedError(CesarError):
         self.message = message
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Work was ended because whoever asked for it no longer wants it; what it had is dropped."""
+class Cancelled(Exception):  # noqa: N818 - nothing went wrong
+    """The work was ended because its result is no longer wanted; what it had is dropped."""

@@ -147,7 +147,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class DeletedJob:
     """A job that was deleted, while the broker may still retain something of it.
 
     Attributes:
@@ -165,7 +165,7 @@ class Gone:
     news: bool = True
 
 
-class Verdict(StrEnum):
+class Admission(StrEnum):
     """What became of a `NewJob`."""
 
     ACCEPTED = "accepted"

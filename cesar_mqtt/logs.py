@@ -1,16 +1,16 @@
-"""The log: how a line looks, which loggers are heard, and the one helper that modules log through.
+"""The log: the format of a line, the levels of the loggers, and the logger that every module uses.
 
-The main thread calls `configure` before other threads start; any thread may call `event`. Nothing is filtered out
-here: a secret is kept out of the log by whoever would have logged it.
+The main thread calls `configure` before other threads start; any thread may log. Nothing is filtered here: the caller
+keeps secrets out of what it logs.
 """
 
 import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 _OURS = "cesar_mqtt"
 _LEVELS = {
@@ -19,6 +19,9 @@ _LEVELS = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+
+
+_LOGGING_ARGUMENTS = frozenset({"exc_info", "stack_info", "stacklevel"})
 
 
 def configure(
@@ -63,31 +66,23 @@ def adopt(name: str) -> None:
     logger.setLevel(logging.NOTSET)
 
 
-def event(
-    logger: logging.Logger,
-    level: int,
-    action: str,
-    message: str,
-    /,
-    *args: object,
-    job_id: str | None = None,
-    exc_info: bool | BaseException | None = None,
-    **fields: object,
-) -> None:
-    """Log one thing that happened.
+class Log(logging.LoggerAdapter[logging.Logger]):
+    """A module's logger, whose methods take a stable word for programs and the job that a line is about.
 
-    Args:
-        logger: the module's own.
-        level: as in `logging`.
-        action: a stable word for programs, such as `job_started`.
-        message: for people; `%s` in it takes `args`, and only when the line is written.
-        args: what stands in the message.
-        job_id: the job it is about.
-        exc_info: the exception whose traceback belongs to it, or True for the current one.
-        fields: further values, seen in the JSON format only.
+    `log.info("Job started, attempt %d", 2, action="started", job_id="porch-17")`. Any further keyword is a field of its
+    own, written in the JSON format only. `%s` in the message takes the arguments when the line is written.
     """
-    extra = {"action": action, "job_id": job_id, "fields": fields}
-    logger.log(level, message, *args, exc_info=exc_info, extra=extra, stacklevel=2)
+
+    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[object, MutableMapping[str, Any]]:
+        """Move what `logging` does not know into the record's `action`, `job_id` and `fields`."""
+        known = {name: kwargs.pop(name) for name in _LOGGING_ARGUMENTS & kwargs.keys()}
+        extra = {"action": kwargs.pop("action", None), "job_id": kwargs.pop("job_id", None), "fields": dict(kwargs)}
+        return msg, {**known, "extra": extra}
+
+
+def get_logger(name: str) -> Log:
+    """Return the logger of the module `name`."""
+    return Log(logging.getLogger(name))
 
 
 class _Handler(logging.StreamHandler[TextIO]):

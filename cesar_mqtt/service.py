@@ -3,7 +3,6 @@
 The main thread builds it and calls `run`.
 """
 
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,26 +11,27 @@ from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.audio.paths import check_directories
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumer import shared_subscription as group
-from cesar_mqtt.consumer.command_handlers import Control
+from cesar_mqtt.consumer.command_handlers import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
-from cesar_mqtt.consumer.discovery_topics import Announced
+from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
 from cesar_mqtt.consumer.intake import Intake
-from cesar_mqtt.consumer.maintenance import Upkeep
-from cesar_mqtt.consumer.prefetch import Preparer
+from cesar_mqtt.consumer.maintenance import Maintenance
+from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.worker import Worker, options_of
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, DiedError, ExitCode, LedgerError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.logs import event
-from cesar_mqtt.monitoring.health import Pulse
-from cesar_mqtt.monitoring.metrics import Metrics, Readings, metrics_of
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.monitoring.health import HealthProbe
+from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.monitoring.systemd import Notifier
-from cesar_mqtt.mqtt.broker_url import BrokerAddress, parse_broker_url
-from cesar_mqtt.mqtt.client import ConnectionInfo, MqttClient, Subscription, Will
+from cesar_mqtt.mqtt.broker_url import BrokerUrl, parse_broker_url
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.transcriber import Transcriber
@@ -39,7 +39,7 @@ from cesar_mqtt.whisper.transcriber import Transcriber
 if TYPE_CHECKING:
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _DEFAULT_PORT = 1883  # of mosquitto_pub
 _TICK_S = 1.0
@@ -88,7 +88,7 @@ class Service:
     def _wire(self, settings: Settings, directories: tuple[Path, ...]) -> None:
         self.url = settings.broker.url
         self._refused: BrokerRefusedError | None = None
-        self._upkeep = Upkeep(settings.retention, self._ledger, self._spool, on_ended=self._ended)
+        self._upkeep = Maintenance(settings.retention, self._ledger, self._spool, on_ended=self._ended)
         self._client = MqttClient(
             settings.broker,
             client_id=settings.consumer.name,
@@ -103,17 +103,17 @@ class Service:
                     if settings.homeassistant.enabled
                 ),
             ),
-            unwanted=group.unwanted_filters(
+            unwanted_filters=group.unwanted_filters(
                 self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
             ),
         )
-        self._pulse = Pulse(
+        self._pulse = HealthProbe(
             settings.data_dir,
             worker_alive=lambda: self._worker.alive,
             network_alive=lambda: self._client.connected is not None,
         )
         self._publisher = Publisher(self._client, self._ledger, self._topics)
-        self._announced = Announced(settings.data_dir / "homeassistant.json")
+        self._announced = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._reports = self._metrics.reports(self._publisher)
         self._client.on_connected = self._on_connected
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
@@ -125,7 +125,7 @@ class Service:
             spool=self._spool,
             topics=self._topics,
             models=self._models,
-            controls=Control(
+            controls=CommandHandlers(
                 self._ledger,
                 models=self._models,
                 consumer=settings.consumer.name,
@@ -140,7 +140,7 @@ class Service:
             on_born=self._publisher.announce_again,
         )
         transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
-        self._preparer = Preparer(
+        self._preparer = Prefetcher(
             self._ledger,
             open_recording=lambda path, job: transcriber.open(
                 path, options_of(job), from_s=self._ledger.finished_until(job.seq)
@@ -163,7 +163,7 @@ class Service:
             idle_s=settings.models.idle_timeout,
             on_idle=self._models.unload_if_idle,
         )
-        readings = Readings(
+        readings = MetricSources(
             ledger=self._ledger.path,
             totals=self._ledger.totals,
             health=self._pulse.take,
@@ -173,7 +173,7 @@ class Service:
         self._metrics.serve(readings)
 
     def _on_connected(self, info: ConnectionInfo) -> None:
-        self._refused = group.not_granted(info.refused_filters, self._topics, self._settings.consumer.group)
+        self._refused = group.check_granted(info.refused_filters, self._topics, self._settings.consumer.group)
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
     def _announce(self) -> None:
@@ -189,7 +189,7 @@ class Service:
         self._reports.finished(job)
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
-        self._refused = group.explained(error, self._settings.consumer.group)
+        self._refused = group.explain_refusal(error, self._settings.consumer.group)
 
     def run(self, stop: StopSignals) -> ExitCode:
         """Serve until a signal asks for a stop, then stop in order.
@@ -200,7 +200,7 @@ class Service:
 
         Raises:
             BrokerRefusedError: the broker refused the credentials or the client id at the first connection.
-            DiedError: one of the threads has ended by itself.
+            ThreadDiedError: one of the threads has ended by itself.
         """
         self._start()
         try:
@@ -226,14 +226,12 @@ class Service:
         self._client.start()
         self._notifier.ready()
         waiting = self._ledger.totals().queued
-        event(
-            logger,
-            logging.INFO,
-            "serving",
+        log.info(
             "Serving %s on %s, %d jobs wait",
             self._topics.prefix,
             parse_broker_url(self.url).redacted,
             waiting,
+            action="serving",
         )
 
     def _info(self) -> Info:
@@ -271,7 +269,9 @@ class Service:
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
-            raise DiedError(f"The {dead[0]} thread has ended by itself; the log says why. Start the consumer again.")
+            raise ThreadDiedError(
+                f"The {dead[0]} thread has ended by itself; the log says why. Start the consumer again."
+            )
 
     def _stop(self, stop: StopSignals) -> ExitCode:
         """Stop in the order that the contract promises (section 6).
@@ -299,7 +299,7 @@ class Service:
         deadline = None if limit_s is None else time.monotonic() + limit_s
         alive_again = 0.0
         if self._ledger.processing():
-            event(logger, logging.INFO, "draining", "Stopping after the current job; a second signal stops at once")
+            log.info("Stopping after the current job; a second signal stops at once", action="draining")
         while not self._worker.join(_LOOK_S):
             if time.monotonic() >= alive_again:
                 self._notifier.alive()
@@ -312,7 +312,7 @@ class Service:
         try:
             self._worker.abandon()
         except LedgerError as exc:
-            event(logger, logging.ERROR, "requeued", "%s The next start puts the current job back.", exc)
+            log.error("%s The next start puts the current job back.", exc, action="requeued")
 
     def _end(self, stop: StopSignals, drain_s: float) -> None:
         self._worker.stop()
@@ -320,16 +320,14 @@ class Service:
         self._client.stop_receiving()
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
-            event(
-                logger, logging.WARNING, "drain", "The broker has not acknowledged everything; the next start tells it"
-            )
+            log.warning("The broker has not acknowledged everything; the next start tells it", action="drain")
         self._publisher.offline()
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
             self._announced.settle()
         self._publisher.stop()
         self._client.close()
         self._close_files()
-        event(logger, logging.INFO, "stopped", "Stopped, %d jobs wait", self._ledger.totals().queued)
+        log.info("Stopped, %d jobs wait", self._ledger.totals().queued, action="stopped")
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:
         """Wait for the broker's acknowledgements; a forced stop waits for less, and for no connection."""
@@ -346,7 +344,7 @@ class Service:
         try:
             self._ledger.close()
         except LedgerError as exc:
-            event(logger, logging.ERROR, "checkpoint", "%s", exc)
+            log.error("%s", exc, action="checkpoint")
         if self._broker is not None:
             self._broker.close()
 
@@ -368,7 +366,7 @@ def _open_ledger(settings: Settings, metrics: Metrics) -> Ledger:
     )
 
 
-def _start_broker(settings: Settings, address: BrokerAddress, topics: Topics) -> "EmbeddedBroker | None":
+def _start_broker(settings: Settings, address: BrokerUrl, topics: Topics) -> "EmbeddedBroker | None":
     if address.scheme != "embedded":
         return None
     if settings.broker.protocol == "5":
@@ -377,17 +375,15 @@ def _start_broker(settings: Settings, address: BrokerAddress, topics: Topics) ->
         )
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
 
-    broker = EmbeddedBroker(address.host, address.port, keeper=topics.consumer, kept=topics.is_submission)
+    broker = EmbeddedBroker(address.host, address.port, subscriber=topics.consumer, is_forwarded=topics.is_submission)
     broker.start()
     port = "" if broker.port == _DEFAULT_PORT else f" -p {broker.port}"
-    event(
-        logger,
-        logging.INFO,
-        "broker",
+    log.info(
         "The embedded broker runs on %s:%d. Try: mosquitto_pub%s -q 1 -t cesar/audio/note-1 -f speech.wav",
         address.host,
         broker.port,
         port,
+        action="broker",
     )
     return broker
 

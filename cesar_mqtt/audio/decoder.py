@@ -18,7 +18,7 @@ from av.container import InputContainer
 from numpy.typing import NDArray
 
 from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, open_regular
-from cesar_mqtt.errors import ErrorCode, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode
 
 SAMPLE_RATE = 16_000
 """Samples per second of everything decoded here; what Whisper models listen to."""
@@ -155,7 +155,7 @@ class AudioReader:
             should_stop: asked before each packet, for a large file of nothing but damage gives no block for long.
 
         Raises:
-            Stopped: `should_stop` returned True.
+            Cancelled: `should_stop` returned True.
             JobFailedError: `audio_too_long` as soon as the limit is passed, whatever the file declared; at the end
                 `audio_empty` if there was no sample, and `audio_unreadable` if not one packet could be decoded.
         """
@@ -185,7 +185,7 @@ class AudioReader:
     def _frames(self) -> Iterator[av.AudioFrame]:
         for packet in self._packets():
             if self._should_stop():
-                raise Stopped
+                raise Cancelled
             try:
                 frames = packet.decode()
             except av.FFmpegError:

@@ -1,19 +1,17 @@
 """Audio files: which may be read, and opening them without a way out of their directories. Any thread may call it."""
 
 import errno
-import logging
 import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _MAX_SHOWN = 120
 
@@ -55,14 +53,6 @@ _WHY_NOT_OPEN = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A file that was downloaded, and the digest of what is in it."""
-
-    path: Path
-    digest: str
-
-
 def check_directories(directories: Sequence[Path]) -> None:
     """See that `audio.directories` are folders; one that is missing may be mounted later, so that is only logged.
 
@@ -73,7 +63,7 @@ def check_directories(directories: Sequence[Path]) -> None:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"audio.directories names {folder}, which is no folder: name the one that it lies in")
         if not folder.exists():
-            event(logger, logging.WARNING, "audio", "There is no folder %s (audio.directories) so far", folder)
+            log.warning("There is no folder %s (audio.directories) so far", folder, action="audio")
 
 
 def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:

@@ -4,7 +4,6 @@ Each `Recording` has a thread of its own, the only one that touches the file; wh
 at each of them. Memory is bounded whatever the length: the window in use, one ahead, and what a cut left over.
 """
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cesar_mqtt import logs
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
 from cesar_mqtt.audio.vad import find_cut
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from cesar_mqtt.logs import get_logger
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LOOK_S = 0.1
 """How often whoever waits for a stretch asks whether it still wants one."""
@@ -28,7 +27,7 @@ _END_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stretch:
+class Chunk:
     """Part of a recording, not longer than the window.
 
     Attributes:
@@ -82,7 +81,7 @@ class Recording:
         self.from_s = from_s
         self._begin = round(from_s * SAMPLE_RATE)
         self._changed = threading.Condition()
-        self._ready: Stretch | None = None
+        self._ready: Chunk | None = None
         self._ended = False
         self._closed = False
         self._failure: JobFailedError | None = None
@@ -95,7 +94,7 @@ class Recording:
         self._thread.start()
 
     @property
-    def fresh(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the file under the path is still the one that was opened, unchanged; False if it could not be.
 
         True while it has not been opened yet. Any thread may ask.
@@ -118,7 +117,7 @@ class Recording:
             `lasting_identity` of the file that is decoded; None: it could not be opened, and `stretches` says why.
 
         Raises:
-            Stopped: `should_stop` returned True.
+            Cancelled: `should_stop` returned True.
         """
         while not should_stop():
             with self._changed:
@@ -127,7 +126,7 @@ class Recording:
                 if self._ended:
                     return None
                 self._changed.wait(_LOOK_S)
-        raise Stopped
+        raise Cancelled
 
     @property
     def duration_s(self) -> float | None:
@@ -147,7 +146,7 @@ class Recording:
         with self._changed:
             return self._warnings
 
-    def stretches(self, should_stop: Callable[[], bool]) -> Iterator[Stretch]:
+    def chunks(self, should_stop: Callable[[], bool]) -> Iterator[Chunk]:
         """Give the stretches, in order of time. Only once, and for one thread.
 
         Args:
@@ -156,7 +155,7 @@ class Recording:
         Raises:
             JobFailedError: `audio_*` for the file, `invalid_request` for a range that begins behind its end or is
                 none, `internal` if decoding broke off for a reason of our own.
-            Stopped: `should_stop` returned True, or the recording was closed.
+            Cancelled: `should_stop` returned True, or the recording was closed.
         """
         last = False
         while not last:
@@ -177,17 +176,17 @@ class Recording:
             self._changed.notify_all()
         self._thread.join(_END_S)
         if self._thread.is_alive():
-            logs.event(_log, logging.WARNING, "decoder_stuck", "Decoding is stopped, and has not ended yet")
+            log.warning("Decoding is stopped, and has not ended yet", action="decoder_stuck")
 
     # -- the consumer's side --------------------------------------------------------------------------------------
 
-    def _take(self, should_stop: Callable[[], bool]) -> Stretch:
+    def _take(self, should_stop: Callable[[], bool]) -> Chunk:
         while True:
             if should_stop():
-                raise Stopped
+                raise Cancelled
             with self._changed:
                 if self._closed:
-                    raise Stopped
+                    raise Cancelled
                 if self._ready is not None:
                     stretch, self._ready = self._ready, None
                     self._changed.notify_all()
@@ -202,12 +201,12 @@ class Recording:
         failure: JobFailedError | None = None
         try:
             self._decode()
-        except Stopped:
+        except Cancelled:
             pass
         except JobFailedError as exc:
             failure = exc
-        except (MemoryError, OSError) as exc:
-            logs.event(_log, logging.ERROR, "decoder_failed", "Decoding failed: %s", exc, exc_info=True)
+        except (MemoryError, OSError):
+            log.exception("Decoding failed", action="decoder_failed")
         finally:  # whatever else comes up here, nobody may wait for this thread for ever
             with self._changed:
                 self._failure = failure
@@ -222,7 +221,7 @@ class Recording:
                 # It may be a little wrong, so that only what lies far behind it can be refused before the work.
                 plan.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
             tape = _Tape(audio.blocks(lambda: self._closed))
-            for stretch in plan.stretches(tape):
+            for stretch in plan.chunks(tape):
                 if stretch.last and audio.info.duration_s is None:
                     tape.skip(math.inf)  # its duration cannot be known otherwise
                 with self._changed:
@@ -239,14 +238,14 @@ class Recording:
             self._declared_s = info.duration_s
             self._changed.notify_all()
 
-    def _hand_over(self, stretch: Stretch) -> None:
+    def _hand_over(self, stretch: Chunk) -> None:
         """Wait until the stretch was taken, so that no more than one is ever ahead."""
         if not self._closed:  # nobody would take it any more
             self._ready = stretch
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ready is not stretch)
         if self._closed:
-            raise Stopped
+            raise Cancelled
 
 
 class _Tape:
@@ -309,13 +308,13 @@ class _Plan:
             if wanted.asked and wanted.start >= length:
                 raise _outside(wanted)
 
-    def stretches(self, tape: _Tape) -> Iterator[Stretch]:
+    def chunks(self, tape: _Tape) -> Iterator[Chunk]:
         """Cut what is on the tape. Raises JobFailedError: `invalid_request` for a range that is not in the file."""
         for wanted in self.ranges:
             tape.skip(wanted.start)
             yield from self._windows(tape, wanted, is_last=wanted is self.ranges[-1])
 
-    def _windows(self, tape: _Tape, wanted: _Range, *, is_last: bool) -> Iterator[Stretch]:
+    def _windows(self, tape: _Tape, wanted: _Range, *, is_last: bool) -> Iterator[Chunk]:
         """Cut one range; the one sample more than a window tells whether something follows."""
         start, rest = tape.at, np.empty(0, np.float32)
         while True:
@@ -326,11 +325,11 @@ class _Plan:
             if wanted.asked and not filled:
                 raise _outside(wanted)
             if filled <= self.window:
-                yield Stretch(_seconds(start), buffer[:filled], last=is_last)
+                yield Chunk(_seconds(start), buffer[:filled], last=is_last)
                 return
             cut = find_cut(buffer[: self.window])
             rest = buffer[cut:filled].copy()
-            yield Stretch(_seconds(start), buffer[:cut], last=False)
+            yield Chunk(_seconds(start), buffer[:cut], last=False)
             start += cut
 
 

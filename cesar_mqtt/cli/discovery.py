@@ -10,12 +10,12 @@ from typing import Self
 
 from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, say
-from cesar_mqtt.cli.session import NoAnswerError, passing_client, reach
+from cesar_mqtt.cli.session import NoAnswerError, ephemeral_client, reach
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumer import discovery as homeassistant
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import PublishTicket, Subscription
+from cesar_mqtt.mqtt.messages import PublishTicket, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _TIMEOUT_S = 10.0
@@ -69,7 +69,7 @@ class _Retained:
         self._address = parse_broker_url(settings.broker.url).redacted
         self._published: dict[PublishTicket, str | None] = {}
         wanted = [Subscription(name, wants_retained=True) for name in (*filters, topics.own("state"))]
-        self._client = passing_client(settings.broker, "discovery", wanted, on_published=self._published.__setitem__)
+        self._client = ephemeral_client(settings.broker, "discovery", wanted, on_published=self._published.__setitem__)
 
     def __enter__(self) -> Self:
         reach(self._client, self._address, _TIMEOUT_S)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from cesar_mqtt import __file__ as package_file
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import NoAnswerError, Requester, UnreachableError
+from cesar_mqtt.cli.session import ControlClient, NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.base import lock
 from cesar_mqtt.protocol.topics import Topics
@@ -36,7 +36,7 @@ _DAY_S = 24 * 3600.0
 _REINSTALL = "Install cesar-mqtt with the library versions that it is tested with: pip install -c constraints.txt."
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     """What a check came to."""
 
     OK = "ok"
@@ -50,7 +50,7 @@ class Finding:
     """One line of the report; `what_to_do` is empty where nothing has to be done."""
 
     check: str
-    verdict: Verdict
+    verdict: Severity
     detail: str
     what_to_do: str = ""
 
@@ -60,7 +60,7 @@ def examine(settings: Settings, *, as_json: bool, timeout_s: float) -> ExitCode:
     quiet()
     code = ExitCode.OK
     for finding in _all(settings, timeout_s):
-        if finding.verdict is Verdict.WRONG:
+        if finding.verdict is Severity.WRONG:
             code = ExitCode.FAILED
         _print(finding, as_json=as_json)
     return code
@@ -70,7 +70,7 @@ def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     yield from check_broker(settings, timeout_s)
     decoder = check_decoder()
     yield decoder
-    if decoder.verdict is Verdict.OK:  # without a decoder no model can be tried
+    if decoder.verdict is Severity.OK:  # without a decoder no model can be tried
         yield from check_model(settings)
     yield from check_folders(settings)
     yield from check_audio(settings)
@@ -86,13 +86,13 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     wanted = [topics.status("+"), topics.rejected]
     try:
-        requester = Requester(settings, ["health"], timeout_s=timeout_s, also=wanted)
+        requester = ControlClient(settings, ["health"], timeout_s=timeout_s, also=wanted)
         connection = requester.connect()
     except CesarError as exc:
-        yield Finding("broker", Verdict.WRONG, *_told(exc))
+        yield Finding("broker", Severity.WRONG, *_told(exc))
         return
     try:
-        yield Finding("broker", Verdict.OK, f"{requester.address} answers in MQTT {connection.protocol}")
+        yield Finding("broker", Severity.OK, f"{requester.address} answers in MQTT {connection.protocol}")
         yield _reading(connection.refused_filters, needed=wanted)
         yield _publishing(requester, topics, tells=connection.protocol == "5")
         yield _consumer(requester)
@@ -101,60 +101,52 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
 
 
 def _told(error: CesarError) -> tuple[str, str]:
-    """Return what happened and what to do, which stand in one sentence or two."""
-    if isinstance(error, UnreachableError):
-        return error.what, error.what_to_do
-    if isinstance(error, ConfigError):
-        unreadable = "cannot be read" in str(error)
-        return str(error), "Let this user read it, or name another one." if unreadable else "Correct that setting."
-    what, sign, to_do = str(error).rpartition("; " if isinstance(error, BrokerRefusedError) else ". ")
-    if not sign:
-        return str(error), "Correct that setting."
-    return what, to_do[:1].upper() + to_do[1:].removesuffix(": see `cesar-mqtt doctor`.")
+    """Return the problem and the advice."""
+    return error.problem, error.advice or "Correct that setting."
 
 
 def _reading(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
     if not refused:
-        return Finding("subscribing", Verdict.OK, "The broker grants the topics of statuses and answers")
+        return Finding("subscribing", Severity.OK, "The broker grants the topics of statuses and answers")
     missing = [topic for topic in refused if topic in needed]
     if missing:
         advice = "Allow this user to read them, in the broker's access list."
-        return Finding("subscribing", Verdict.WRONG, f"The broker does not grant {', '.join(missing)}", advice)
+        return Finding("subscribing", Severity.WRONG, f"The broker does not grant {', '.join(missing)}", advice)
     told = f"The broker does not grant {', '.join(refused)}, which `submit` can do without"
-    return Finding("subscribing", Verdict.NOTE, told, "Allow this user to read them for `jobs`, `show` and the like.")
+    return Finding("subscribing", Severity.NOTE, told, "Allow this user to read them for `jobs`, `show` and the like.")
 
 
-def _publishing(requester: Requester, topics: Topics, *, tells: bool) -> Finding:
+def _publishing(requester: ControlClient, topics: Topics, *, tells: bool) -> Finding:
     """Publish what consumers pass over: an empty job. Who may answer as a consumer is its user, and needs no more."""
     reason = requester.try_to_publish(topics.jobs, b"")
     if reason is not None:
         serves = requester.try_to_publish(topics.response("health"), b"") is None
-        verdict = Verdict.NOTE if serves else Verdict.WRONG
+        verdict = Severity.NOTE if serves else Severity.WRONG
         advice = "Allow this user to write there, in the broker's access list"
         advice += ", if it is not only the consumer's." if serves else "."
         return Finding("publishing", verdict, f"On {topics.jobs}: {printable(reason)}", advice)
     if not tells:
-        return Finding("publishing", Verdict.NOTE, "In MQTT 3.1.1 a broker does not say whether it drops what is sent")
-    return Finding("publishing", Verdict.OK, f"The broker takes messages on {topics.jobs}")
+        return Finding("publishing", Severity.NOTE, "In MQTT 3.1.1 a broker does not say whether it drops what is sent")
+    return Finding("publishing", Severity.OK, f"The broker takes messages on {topics.jobs}")
 
 
-def _consumer(requester: Requester) -> Finding:
+def _consumer(requester: ControlClient) -> Finding:
     try:
         health = requester.ask("health")
     except BrokerRefusedError as exc:  # as a producer's user, which needs no more than to see that somebody is there
-        told = f"{', '.join(requester.online)} is online, but {exc}"
-        return Finding("consumer", Verdict.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
+        told = f"{', '.join(requester.online)} is online, but {exc.problem}"
+        return Finding("consumer", Severity.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
     except NoAnswerError as exc:
-        return Finding("consumer", Verdict.WRONG, *_told(exc))
+        return Finding("consumer", Severity.WRONG, *_told(exc))
     except CesarError as exc:
-        return Finding("consumer", Verdict.WRONG, str(exc), "See the consumer's log.")
+        return Finding("consumer", Severity.WRONG, str(exc), "See the consumer's log.")
     names = ", ".join(requester.online) or "A consumer"
     if health.get("worker_alive") is not True:
         return Finding(
-            "consumer", Verdict.WRONG, f"{names} answers, but its worker has ended", "Restart it; see its log."
+            "consumer", Severity.WRONG, f"{names} answers, but its worker has ended", "Restart it; see its log."
         )
     uptime = duration(number(health.get("uptime")))
-    return Finding("consumer", Verdict.OK, f"{names} is online and answers; up for {uptime}")
+    return Finding("consumer", Severity.OK, f"{names} is online and answers; up for {uptime}")
 
 
 # -- the decoder and the model -----------------------------------------------------------------------------------------
@@ -172,9 +164,9 @@ def check_decoder() -> Finding:
         with open_audio(RECORDING.resolve(), limits) as audio:
             for _ in audio.blocks():
                 pass
-            return Finding("decoder", Verdict.OK, f"{audio.decoded_s:.1f} s of a bundled recording were decoded")
+            return Finding("decoder", Severity.OK, f"{audio.decoded_s:.1f} s of a bundled recording were decoded")
     except Exception as exc:  # noqa: BLE001  # an unsuitable version fails with TypeError, AttributeError and others
-        return Finding("decoder", Verdict.WRONG, f"The bundled recording cannot be decoded: {_named(exc)}", _REINSTALL)
+        return Finding("decoder", Severity.WRONG, f"The bundled recording cannot be decoded: {_named(exc)}", _REINSTALL)
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
@@ -192,16 +184,16 @@ def check_model(settings: Settings) -> Iterator[Finding]:
         place = store.catalogue.find(name)
         if place is None and settings.models.download:
             advice = f"It is fetched at the first job; `cesar-mqtt models pull {name}` does it now."
-            yield Finding("model", Verdict.NOTE, f"{name} is not on this machine", advice)
+            yield Finding("model", Severity.NOTE, f"{name} is not on this machine", advice)
             return
         if place is not None and place.path is None:
             yield _joined(ModelStore, local, settings, name)
             return
-        yield Finding("model", Verdict.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
+        yield Finding("model", Severity.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
     except CesarError as exc:
-        yield Finding("model", Verdict.WRONG, str(exc), advice)
+        yield Finding("model", Severity.WRONG, str(exc), advice)
     except Exception as exc:  # noqa: BLE001  # as for the decoder
-        yield Finding("model", Verdict.WRONG, f"The model cannot transcribe: {_named(exc)}", _REINSTALL)
+        yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_named(exc)}", _REINSTALL)
 
 
 def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
@@ -211,7 +203,7 @@ def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Set
     with tempfile.TemporaryDirectory(prefix=".cesar-mqtt-doctor-", dir=place) as passing:
         told = _proved(make_store(models, folder=Path(passing)), name)
     advice = f"The first job puts it together to stay; `cesar-mqtt models pull {name}` does it now."
-    return Finding("model", Verdict.OK, f"{name}, put together from its packages for this check, {told}", advice)
+    return Finding("model", Severity.OK, f"{name}, put together from its packages for this check, {told}", advice)
 
 
 def _proved(store: "ModelStore", name: str) -> str:
@@ -222,7 +214,8 @@ def _proved(store: "ModelStore", name: str) -> str:
         Exception: anything that an unsuitable version of a library raises.
     """
     from cesar_mqtt.cli.demo import RECORDING  # noqa: PLC0415
-    from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions  # noqa: PLC0415
+    from cesar_mqtt.transcript import TranscriptionOptions  # noqa: PLC0415
+    from cesar_mqtt.whisper.transcriber import Transcriber  # noqa: PLC0415
 
     started = time.monotonic()
     store.load(name)
@@ -278,10 +271,10 @@ def _writable(name: str, folder: Path) -> Finding:
             file.write(b"0")
     except OSError as exc:
         advice = f"Give this user the right to write {there}, or choose another place with --data-dir."
-        return Finding(name, Verdict.WRONG, f"{there} cannot be written: {exc.strerror}", advice)
+        return Finding(name, Severity.WRONG, f"{there} cannot be written: {exc.strerror}", advice)
     if there != folder:
-        return Finding(name, Verdict.OK, f"{folder} is not there yet; `serve` can make it")
-    return Finding(name, Verdict.OK, f"{folder} can be written")
+        return Finding(name, Severity.OK, f"{folder} is not there yet; `serve` can make it")
+    return Finding(name, Severity.OK, f"{folder} can be written")
 
 
 def _room(settings: Settings) -> Finding:
@@ -289,34 +282,34 @@ def _room(settings: Settings) -> Finding:
     try:
         free = shutil.disk_usage(folder).free
     except OSError as exc:
-        return Finding("room", Verdict.WRONG, f"{folder}: {exc.strerror}", "Choose another place with --data-dir.")
+        return Finding("room", Severity.WRONG, f"{folder}: {exc.strerror}", "Choose another place with --data-dir.")
     if free < settings.queue.max_payload_bytes:
         advice = "Make room: without it jobs are not accepted. Retention deletes what has ended."
-        return Finding("room", Verdict.WRONG, f"Only {size(free)} are free at {folder}", advice)
-    verdict = Verdict.OK if free >= _ROOM_BYTES else Verdict.NOTE
+        return Finding("room", Severity.WRONG, f"Only {size(free)} are free at {folder}", advice)
+    verdict = Severity.OK if free >= _ROOM_BYTES else Severity.NOTE
     return Finding("room", verdict, f"{size(free)} are free at {folder}")
 
 
 def check_audio(settings: Settings) -> Iterator[Finding]:
     """See that the directories for `audio_path` can be read."""
     if not settings.audio.directories:
-        yield Finding("audio", Verdict.NOTE, "audio.directories is not set: paths start in the folder of `serve`")
+        yield Finding("audio", Severity.NOTE, "audio.directories is not set: paths start in the folder of `serve`")
     for folder in settings.audio.directories:
         try:
             with os.scandir(folder) as entries:
                 next(entries, None)
         except OSError as exc:
             advice = "Make it, give this user the right to read it, or take it out of audio.directories."
-            yield Finding("audio", Verdict.WRONG, f"{folder} cannot be read: {exc.strerror}", advice)
+            yield Finding("audio", Severity.WRONG, f"{folder} cannot be read: {exc.strerror}", advice)
         else:
-            yield Finding("audio", Verdict.OK, f"{folder} can be read")
+            yield Finding("audio", Severity.OK, f"{folder} can be read")
 
 
 def check_ledger(settings: Settings) -> Iterator[Finding]:
     """Read the ledger through, unless a consumer has it open."""
     path = settings.data_dir / "ledger.json"
     if not path.exists() and not path.with_name(path.name + ".journal").exists():
-        yield Finding("ledger", Verdict.OK, f"There is none at {path} yet; `serve` makes one")
+        yield Finding("ledger", Severity.OK, f"There is none at {path} yet; `serve` makes one")
         return
     try:
         held = lock(path)
@@ -325,16 +318,16 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         finally:
             held.release()
     except LedgerInUseError:
-        yield Finding("ledger", Verdict.OK, f"{path} is in use by a consumer, which read it when it started")
+        yield Finding("ledger", Severity.OK, f"{path} is in use by a consumer, which read it when it started")
         return
     except LedgerError as exc:
-        yield Finding("ledger", Verdict.WRONG, str(exc), "Run this as the user that the consumer runs as.")
+        yield Finding("ledger", Severity.WRONG, str(exc), "Run this as the user that the consumer runs as.")
         return
     if found.damaged:
         told = f"{path} is damaged: {printable(salvage.shown(found.lost)[0])}" if found.lost else f"{path} is damaged"
-        yield Finding("ledger", Verdict.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
+        yield Finding("ledger", Severity.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
         return
-    yield Finding("ledger", Verdict.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")
+    yield Finding("ledger", Severity.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")
 
 
 def check_clock(now: float) -> Iterator[Finding]:
@@ -346,9 +339,9 @@ def check_clock(now: float) -> Iterator[Finding]:
     installed = Path(package_file).stat().st_mtime
     if now < installed - _DAY_S:
         told = f"It shows {time.strftime('%Y-%m-%d', time.gmtime(now))}, before this program was installed"
-        yield Finding("clock", Verdict.WRONG, told, "Set it: retention and expiry go by it.")
+        yield Finding("clock", Severity.WRONG, told, "Set it: retention and expiry go by it.")
         return
-    yield Finding("clock", Verdict.OK, f"It shows {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))} UTC")
+    yield Finding("clock", Severity.OK, f"It shows {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))} UTC")
 
 
 def _nearest(folder: Path) -> Path:

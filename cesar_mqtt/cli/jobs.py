@@ -16,10 +16,10 @@ from rich.text import Text
 
 from cesar_mqtt.cli import text as wording
 from cesar_mqtt.cli.console import out, say
-from cesar_mqtt.cli.session import Requester, RequestRefusedError
+from cesar_mqtt.cli.session import ControlClient, RequestRefusedError
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.protocol.commands import MOST_BYTES, MOST_JOBS
+from cesar_mqtt.protocol.commands import MAX_LISTED_JOBS, MAX_RESULT_BYTES
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
 _HEAD = {name: name for name in _COLUMNS}
@@ -42,7 +42,7 @@ def quiet() -> None:
     logging.getLogger("cesar_mqtt").addHandler(logging.NullHandler())
 
 
-def jobs(
+def print_jobs(
     settings: Settings, *, status: str | None, limit: int, consumer: str | None, as_json: bool, timeout_s: float
 ) -> ExitCode:
     """Print the newest jobs, the newest first.
@@ -56,10 +56,10 @@ def jobs(
         timeout_s: how long to wait for the broker, and for each answer.
 
     Raises:
-        CesarError: see `Requester`.
+        CesarError: see `ControlClient`.
     """
     quiet()
-    with Requester(settings, ["list"], timeout_s=timeout_s) as requester:
+    with ControlClient(settings, ["list"], timeout_s=timeout_s) as requester:
         told = [_newest(requester, status, limit, each) for each in requester.everyone(consumer)]
     total = sum(count for _, count in told)
     merged = sorted((job for page, _ in told for job in page), key=_accepted, reverse=True) if told[1:] else told[0][0]
@@ -75,9 +75,9 @@ def jobs(
 
 
 def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
-    """Print all that a job's status says, the transcript last. Raises CesarError as `Requester` does."""
+    """Print all that a job's status says, the transcript last. Raises CesarError as `ControlClient` does."""
     quiet()
-    with Requester(settings, ["get", "result"], timeout_s=timeout_s) as requester:
+    with ControlClient(settings, ["get", "result"], timeout_s=timeout_s) as requester:
         status = requester.ask("get", {"job_id": job_id}, consumer=consumer)
         if status.get("result_truncated") and status.get("status") == "completed":
             status |= {"result_text": _whole(requester, str(status["job_id"]), consumer), "result_truncated": False}
@@ -95,9 +95,9 @@ def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool
 def change(
     settings: Settings, command: str, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float
 ) -> ExitCode:
-    """Have a job cancelled, retried or deleted, and say what became of it. Raises CesarError as `Requester` does."""
+    """Cancel, retry or delete a job and print its state. Raises CesarError as `ControlClient` does."""
     quiet()
-    with Requester(settings, [command], timeout_s=timeout_s) as requester:
+    with ControlClient(settings, [command], timeout_s=timeout_s) as requester:
         done = requester.ask(command, {"job_id": job_id}, consumer=consumer)
     if as_json:
         out(json.dumps(done, ensure_ascii=False))
@@ -109,7 +109,7 @@ def change(
 
 
 def pause(settings: Settings, *, on: bool, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
-    """Have no further job started, or have them started again. Raises CesarError as `Requester` does."""
+    """Have no further job started, or have them started again. Raises CesarError as `ControlClient` does."""
     for done in _ask_each(settings, "pause" if on else "resume", consumer, timeout_s):
         name = wording.printable(str(done.get("consumer", "the consumer")))
         if as_json:
@@ -122,7 +122,7 @@ def pause(settings: Settings, *, on: bool, consumer: str | None, as_json: bool, 
 
 
 def health(settings: Settings, *, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
-    """Print how each consumer is; OK only if their workers and networks work. Raises CesarError as `Requester` does."""
+    """Print the health of each consumer; OK only if all are alive. Raises CesarError as `ControlClient` does."""
     code = ExitCode.OK
     for measured in _ask_each(settings, "health", consumer, timeout_s):
         if as_json:
@@ -138,13 +138,13 @@ def health(settings: Settings, *, consumer: str | None, as_json: bool, timeout_s
 def _ask_each(settings: Settings, command: str, consumer: str | None, timeout_s: float) -> Iterator[dict[str, Any]]:
     """Ask the one consumer, or each that is online."""
     quiet()
-    with Requester(settings, [command], timeout_s=timeout_s) as requester:
+    with ControlClient(settings, [command], timeout_s=timeout_s) as requester:
         for each in requester.everyone(consumer):
             yield requester.ask(command, consumer=each)
 
 
 def _newest(
-    requester: Requester, status: str | None, limit: int, consumer: str | None
+    requester: ControlClient, status: str | None, limit: int, consumer: str | None
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the newest jobs, newest first, and how many there are. A job deleted between two pages: from the start."""
     for tries_left in reversed(range(_TRIES)):
@@ -166,22 +166,22 @@ def _accepted(job: Mapping[str, Any]) -> str:
     return str(job.get("created_at"))
 
 
-def _pages(requester: Requester, status: str | None, consumer: str | None) -> Iterator[dict[str, Any]]:
+def _pages(requester: ControlClient, status: str | None, consumer: str | None) -> Iterator[dict[str, Any]]:
     """Yield the pages of all jobs, oldest first, for that is the order in which they can be asked for."""
     after = None
     while True:
-        page = requester.ask("list", {"status": status, "limit": MOST_JOBS, "after": after}, consumer=consumer)
+        page = requester.ask("list", {"status": status, "limit": MAX_LISTED_JOBS, "after": after}, consumer=consumer)
         yield page
         after = page["next"]
         if after is None:
             return
 
 
-def _whole(requester: Requester, job_id: str, consumer: str | None) -> str:
+def _whole(requester: ControlClient, job_id: str, consumer: str | None) -> str:
     """Fetch a transcript in pieces."""
     text, more, offset = "", True, 0
     while more:
-        asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MOST_BYTES}
+        asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MAX_RESULT_BYTES}
         piece = requester.ask("result", asked, consumer=consumer)
         text += piece["text"]
         more, offset = piece["more"], piece["offset"] + piece["length"]

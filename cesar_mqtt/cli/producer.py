@@ -13,13 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from cesar_mqtt.cli.session import passing_client, reach
+from cesar_mqtt.cli.session import ephemeral_client, reach
 from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import CannotPublishError, Delivery, PublishTicket, Subscription
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import (
+    MAX_PACKET_BYTES,
+    CannotPublishError,
+    ConnectionFailure,
+    Delivery,
+    PublishTicket,
+    Subscription,
+)
 from cesar_mqtt.protocol.topics import Topics
 
 _FINAL = frozenset({"completed", "error", "cancelled"})
@@ -64,7 +70,7 @@ def submission(
     job_id: str | None,
     by_path: bool,
     options: Mapping[str, Any],
-    max_bytes: int = MOST_PACKET_BYTES,
+    max_bytes: int = MAX_PACKET_BYTES,
 ) -> Submission:
     """Prepare a recording; reads the file, `-` being stdin, unless only its path is to be sent.
 
@@ -102,7 +108,7 @@ class Producer:
         submissions: Sequence[Submission],
         *,
         result_format: str | None = None,
-        on_lost: Callable[[str], None] | None = None,
+        on_lost: Callable[[ConnectionFailure], None] | None = None,
     ) -> None:
         """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong.
 
@@ -128,7 +134,7 @@ class Producer:
         states = f"{topics.prefix}/consumer/+/state"
         wanted = [Subscription(topic, wants_retained=True) for topic in (*watched, states)]
         wanted.append(Subscription(topics.rejected))
-        self._client = passing_client(settings, "submit", wanted, on_published=self._published.__setitem__)
+        self._client = ephemeral_client(settings, "submit", wanted, on_published=self._published.__setitem__)
         self._client.on_disconnected = on_lost
 
     def __enter__(self) -> Self:
@@ -144,7 +150,10 @@ class Producer:
     @property
     def trouble(self) -> str | None:
         """Why there is no connection just now; None: there is one."""
-        return None if self._client.connected else self._client.trouble or "it was lost"
+        if self._client.connected:
+            return None
+        failure = self._client.failure
+        return failure.problem if failure else "the connection was lost"
 
     @property
     def consumer_online(self) -> bool:

@@ -17,7 +17,7 @@ from cesar_mqtt.cli.producer import Producer, Submission, submission
 from cesar_mqtt.cli.text import duration, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, ConnectionFailure
 from cesar_mqtt.protocol.topics import Topics
 
 _CONNECT_S = 10.0
@@ -27,14 +27,14 @@ _NOT_THERE = frozenset({"audio_not_found", "audio_not_allowed"})
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class SubmitOptions:
     """What the command line asks for.
 
     Attributes:
         recordings: files, `-` being stdin, or with `by_path` paths as the consumer is to look them up.
         by_path: whether only the paths are sent.
         job_id: the id of the only recording; None: one is made for each.
-        options: further fields of the request.
+        fields: further fields of the request.
         result_format: which result to print instead of the transcript; None: the transcript.
         wait: whether to wait for the ends.
         timeout_s: counts from the start; None: as long as it takes.
@@ -44,14 +44,14 @@ class Order:
     recordings: tuple[str, ...]
     by_path: bool
     job_id: str | None
-    options: Mapping[str, Any]
+    fields: Mapping[str, Any]
     result_format: str | None
     wait: bool
     timeout_s: float | None
     as_json: bool
 
 
-def submit_and_wait(order: Order, settings: Settings) -> ExitCode:
+def submit_and_wait(order: SubmitOptions, settings: Settings) -> ExitCode:
     """Send the recordings, wait for their ends if asked to, and print what came of them.
 
     Raises:
@@ -60,8 +60,8 @@ def submit_and_wait(order: Order, settings: Settings) -> ExitCode:
     quiet()
     deadline = None if order.timeout_s is None else time.monotonic() + order.timeout_s
     topics = Topics(settings.topic_prefix, settings.consumer.name)
-    options = {**order.options, "formats": [order.result_format]} if order.result_format else order.options
-    limit = min(settings.queue.max_payload_bytes, MOST_PACKET_BYTES)
+    options = {**order.fields, "formats": [order.result_format]} if order.result_format else order.fields
+    limit = min(settings.queue.max_payload_bytes, MAX_PACKET_BYTES)
     submissions = [
         submission(path, job_id=order.job_id, by_path=order.by_path, options=options, max_bytes=limit)
         for path in order.recordings
@@ -158,8 +158,8 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{status['status']}{done}" + (f", {duration(eta)} left" if done and eta is not None else "")
 
 
-def _say_lost(reason: str) -> None:
-    say(f"the connection was lost: {reason}; trying again")
+def _say_lost(failure: ConnectionFailure) -> None:
+    say(f"the connection was lost: {failure.problem}; trying again")
 
 
 def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
@@ -167,7 +167,7 @@ def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
         out(json.dumps({"job_id": item.job_id}) if as_json else item.job_id)
 
 
-def _print_results(producer: Producer, order: Order) -> ExitCode:
+def _print_results(producer: Producer, order: SubmitOptions) -> ExitCode:
     """Print in the order of the command line, and say on stderr what cannot be printed."""
     code = ExitCode.OK
     for item, status in producer.results():
@@ -215,7 +215,7 @@ def _print_result(item: Submission, status: Mapping[str, Any], result: bytes | N
         say(f"{item.path}: the broker's packets are too small for all of job {item.job_id}: the end may be missing.")
 
 
-def _why(item: Submission, status: Mapping[str, Any] | None, producer: Producer, order: Order) -> str:
+def _why(item: Submission, status: Mapping[str, Any] | None, producer: Producer, order: SubmitOptions) -> str:
     if status is None and not producer.consumer_online:
         return f"{item.path}: no consumer is online; job {item.job_id} waits at the broker, if that keeps it for one."
     if status is None:

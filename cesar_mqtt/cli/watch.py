@@ -14,7 +14,7 @@ from rich.live import Live
 
 from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import passing_client, reach
+from cesar_mqtt.cli.session import ephemeral_client, reach
 from cesar_mqtt.cli.text import printable
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow
 from cesar_mqtt.cli.watch_view import View, line_of
@@ -22,7 +22,7 @@ from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.client import Delivery, Subscription
+from cesar_mqtt.mqtt.messages import Delivery, Subscription
 
 _CONNECT_S = 10.0
 _LOOK_S = 0.25
@@ -58,7 +58,7 @@ class Feed:
         self.address = parse_broker_url(settings.broker.url).redacted
         topics = (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
         wanted = [Subscription(topic, wants_retained=True) for topic in topics]
-        self._client = passing_client(settings.broker, "watch", wanted)
+        self._client = ephemeral_client(settings.broker, "watch", wanted)
 
     def __enter__(self) -> Self:
         reach(self._client, self.address, _CONNECT_S)
@@ -70,7 +70,10 @@ class Feed:
     @property
     def trouble(self) -> str | None:
         """Why nothing comes; None: there is a connection."""
-        return None if self._client.connected else self._client.trouble or "it was lost"
+        if self._client.connected:
+            return None
+        failure = self._client.failure
+        return failure.problem if failure else "the connection was lost"
 
     def take(self, timeout_s: float) -> list[Delivery]:
         """Wait for messages."""

@@ -4,7 +4,7 @@ from cesar_mqtt.jobs import Totals
 from cesar_mqtt.protocol.consumer_payloads import Activity
 
 
-class Doing:
+class ActivityTracker:
     """What the worker does, unless something weighs more: a stop, a disk that refuses, a pause.
 
     Attributes:

@@ -3,7 +3,6 @@
 For the intake's thread; any other may call it as well, for the ledger serialises what is done.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -12,35 +11,35 @@ from pydantic_core import from_json, to_json
 
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
-from cesar_mqtt.ledger.journal import encode
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import (
     COMMANDS,
     CURRENT,
-    Brief,
-    Done,
+    CommandResult,
     JobCommand,
     JobList,
+    JobSummary,
     ListCommand,
     Model,
     Models,
     Paused,
-    Piece,
     Request,
     Response,
     ResultCommand,
-    brief,
+    ResultPage,
     read,
+    summary_of,
 )
 from cesar_mqtt.protocol.parsing import Refusal
-from cesar_mqtt.protocol.payloads import Live, Payload, fit, status_of
+from cesar_mqtt.protocol.payloads import JobProgress, Payload, fit, status_of
 
 if TYPE_CHECKING:
     from cesar_mqtt.whisper.model_store import StoreDescription
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 ANSWER_BYTES = 120_000
 """An answer has about so many bytes at most: of the brokers that limit packets, the strictest takes 128 KB."""
@@ -69,7 +68,7 @@ class Answer:
     rejection: Refusal | None = None
 
 
-class Control:
+class CommandHandlers:
     """Answers requests, each with one answer, whatever it holds.
 
     There is none to what another consumer is asked for by name, and in a group none about a job that is not here: its
@@ -86,7 +85,7 @@ class Control:
         models: DescribesModels,
         consumer: str,
         on_cancelled: Callable[[Job], None],
-        live: Callable[[Job], Live | None] = lambda _job: None,
+        live: Callable[[Job], JobProgress | None] = lambda _job: None,
         on_deleted: Callable[[Job, Sequence[str]], None],
         health: Callable[[], Mapping[str, Any]],
         grouped: bool = False,
@@ -161,13 +160,13 @@ class Control:
         except IllegalTransitionError as exc:
             problem = str(exc)
         except LedgerError as exc:  # its message names a path
-            event(logger, logging.ERROR, "control_failed", "Request %s was not done: %s", command, exc)
+            log.error("Request %s was not done: %s", command, exc, action="control_failed")
             problem = "The consumer's disk refuses to write, so nothing was changed: see its log, then ask again."
         except OSError as exc:
-            event(logger, logging.ERROR, "control_failed", "Request %s was not done: %s", command, exc)
+            log.error("Request %s was not done: %s", command, exc, action="control_failed")
             problem = "The consumer cannot read what it needs for this: see its log, then ask again."
         except ValueError:  # from a ledger that was edited by hand, say
-            event(logger, logging.ERROR, "control_failed", "Request %s was not answered", command, exc_info=True)
+            log.exception("Request %s was not answered", command, action="control_failed")
             problem = "The consumer cannot put the answer into words: its log says why."
         return self._error(problem, request.transaction)
 
@@ -202,7 +201,7 @@ class Control:
         if deleted is None:
             return _unknown(job_id)
         self._on_deleted(*deleted)
-        return Done(job_id=job_id, status="deleted", consumer=self._consumer)
+        return CommandResult(job_id=job_id, status="deleted", consumer=self._consumer)
 
     def _get(self, job_id: str) -> Outcome:
         job = self._ledger.get(job_id)
@@ -232,7 +231,7 @@ class Control:
     def _status(self, job: Job | None, job_id: str) -> Outcome:
         if job is None:
             return _unknown(job_id)
-        return Done(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
+        return CommandResult(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
 
     # -- all jobs -----------------------------------------------------------------------------------------------------
 
@@ -251,12 +250,12 @@ class Control:
         following = jobs[-1].job_id if rest else None
         return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
 
-    def _page(self, found: Sequence[Job]) -> list[Brief]:
+    def _page(self, found: Sequence[Job]) -> list[JobSummary]:
         """Return as many of the jobs as go into one answer."""
-        jobs: list[Brief] = []
+        jobs: list[JobSummary] = []
         room = ANSWER_BYTES
         for job in found:
-            told = brief(status_of(job, self._consumer))
+            told = summary_of(status_of(job, self._consumer))
             room -= len(told.encode()) + 1
             if room < 0:
                 break
@@ -319,7 +318,7 @@ def _piece(job_id: str, asked: ResultCommand, content: bytes, consumer: str) -> 
             break
         end -= max(1, surplus // 6)
     more = end < total
-    return Piece(
+    return ResultPage(
         job_id=job_id,
         format=asked.format,
         offset=start,
@@ -342,12 +341,12 @@ def _splits(content: bytes, at: int) -> bool:
 
 def _note(command: str, outcome: Payload | Mapping[str, Any]) -> None:
     """Log what was changed."""
-    if isinstance(outcome, Done) and outcome.status == JobState.PROCESSING:
-        event(logger, logging.INFO, command, "The job in work was asked to end", job_id=outcome.job_id)
-    elif isinstance(outcome, Done):
-        event(logger, logging.INFO, command, "Job is now %s on request", outcome.status, job_id=outcome.job_id)
+    if isinstance(outcome, CommandResult) and outcome.status == JobState.PROCESSING:
+        log.info("The job in work was asked to end", action=command, job_id=outcome.job_id)
+    elif isinstance(outcome, CommandResult):
+        log.info("Job is now %s on request", outcome.status, action=command, job_id=outcome.job_id)
     elif isinstance(outcome, Paused):
-        event(logger, logging.INFO, command, "Jobs are %s on request", "held back" if outcome.paused else "started")
+        log.info("Jobs are %s on request", "held back" if outcome.paused else "started", action=command)
 
 
 def _ok(outcome: Payload | Mapping[str, Any], transaction: Any) -> bytes:

@@ -6,7 +6,7 @@ For the publisher's thread.
 import random
 from collections.abc import Callable, Iterable, Mapping
 
-from cesar_mqtt.consumer.own_topics import OwnState
+from cesar_mqtt.consumer.own_topics import OwnTopics
 
 _SPREAD_S = (0.2, 3.0)
 """After its birth message: everything in a house answers to it, and need not do so at the same moment."""
@@ -15,7 +15,7 @@ _WITHDRAWN_S = 3.0
 rest of a device's message whose first entity it is still removing."""
 
 
-class Announcer:
+class DiscoverySchedule:
     """Puts the discovery messages among the consumer's own topics when it is time.
 
     They are said at each connection and after each birth message, although the broker may have them: Home Assistant
@@ -24,7 +24,7 @@ class Announcer:
 
     def __init__(
         self,
-        own: OwnState,
+        own: OwnTopics,
         *,
         monotonic: Callable[[], float],
         spread: Callable[[float, float], float] = random.uniform,

@@ -6,17 +6,16 @@ by the main thread.
 """
 
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
-class Announced:
+class AnnouncedTopics:
     """The topics on which discovery messages may be retained.
 
     A file that cannot be read or written is no reason not to serve: what is stale then stays until `discovery remove`.
@@ -48,7 +47,7 @@ class Announced:
             return frozenset()
         except (OSError, ValueError, KeyError, TypeError) as exc:
             message = "%s cannot be read (%s): an earlier announcement to Home Assistant may stay"
-            event(logger, logging.WARNING, "announced", message, self._path.name, exc)
+            log.warning(message, self._path.name, exc, action="announced")
             return frozenset()
 
     def _write(self, topics: frozenset[str]) -> None:
@@ -58,4 +57,4 @@ class Announced:
             self._disk.put(self._path, [json.dumps({"topics": sorted(topics)}, indent=1).encode()])
         except OSError as exc:
             message = "%s cannot be written (%s): a later change of how it is announced may leave an entry behind"
-            event(logger, logging.WARNING, "announced", message, self._path.name, exc.strerror)
+            log.warning(message, self._path.name, exc.strerror, action="announced")

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Collection, Hashable
 from typing import NamedTuple
 
-from cesar_mqtt.consumer.transient_messages import Note
+from cesar_mqtt.consumer.transient_messages import TransientMessage
 
 MOST = 200
 """How many at most; keeps the client's own queue short."""
 
 
-class Sent(NamedTuple):
+class PendingAck(NamedTuple):
     """What a ticket stands for: a job's status or result, one of the consumer's own topics, or a note.
 
     A message that is one of several (a result before its status, say) bears no number: brokers acknowledge in the
@@ -21,7 +21,7 @@ class Sent(NamedTuple):
     number: int = 0
     gone: bool = False
     topic: str | None = None
-    note: Note | None = None
+    note: TransientMessage | None = None
 
 
 class InFlight:
@@ -29,7 +29,7 @@ class InFlight:
 
     def __init__(self) -> None:
         """Start with none."""
-        self._sent: dict[Hashable, Sent] = {}
+        self._sent: dict[Hashable, PendingAck] = {}
         self._telling: Counter[int] = Counter()
         self._clearing: set[int] = set()
 
@@ -52,7 +52,7 @@ class InFlight:
         """The deleted jobs whose topics are being cleared, by `seq`."""
         return self._clearing
 
-    def add(self, ticket: Hashable, sent: Sent) -> None:
+    def add(self, ticket: Hashable, sent: PendingAck) -> None:
         """Take note of what was handed to the client."""
         self._sent[ticket] = sent
         if sent.seq is None:
@@ -62,7 +62,7 @@ class InFlight:
         elif sent.number:
             self._telling[sent.seq] += 1
 
-    def acknowledge(self, ticket: Hashable) -> Sent | None:
+    def acknowledge(self, ticket: Hashable) -> PendingAck | None:
         """Take note of a PUBACK and return what it is for; None: for nothing, or for a connection that was lost."""
         sent = self._sent.pop(ticket, None)
         if sent is None or sent.seq is None:
@@ -75,7 +75,7 @@ class InFlight:
                 del self._telling[sent.seq]
         return sent
 
-    def interrupt(self) -> list[Note]:
+    def interrupt(self) -> list[TransientMessage]:
         """Take note that nothing will be acknowledged any more; return the notes that were on their way, in order."""
         lost = [sent.note for sent in self._sent.values() if sent.note is not None]
         self._sent.clear()

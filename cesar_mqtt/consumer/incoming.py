@@ -7,19 +7,20 @@ from typing import Protocol
 
 from cesar_mqtt.consumer.discovery import BORN, PAUSE_SWITCH
 from cesar_mqtt.jobs import NewJob
-from cesar_mqtt.mqtt.client import Delivery
+from cesar_mqtt.json_codec import canonical
+from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.protocol.parsing import (
     UPLOAD,
     Accepted,
     Parsed,
     Refusal,
-    may_be_id,
+    is_usable_id,
     parse_audio,
-    parse_job,
-    refused_upload,
+    parse_submission,
+    reject_upload,
     source_of,
 )
-from cesar_mqtt.protocol.payloads import JobRequest, canonical
+from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.protocol.topics import Topics
 
 
@@ -34,7 +35,7 @@ class ModelNames(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class IncomingMessage:
     """What one message asks for: a job, a refusal, both (a refusal that is recorded), or nothing (an empty payload).
 
     Attributes:
@@ -56,7 +57,7 @@ class Plan:
     born: bool = False
 
 
-class Planner:
+class MessageParser:
     """Reads messages; keeps nothing."""
 
     def __init__(self, topics: Topics, models: ModelNames, *, max_payload_bytes: int) -> None:
@@ -65,27 +66,29 @@ class Planner:
         self._models = models
         self._max_payload_bytes = max_payload_bytes
 
-    def plan(self, delivery: Delivery) -> Plan:
+    def plan(self, delivery: Delivery) -> IncomingMessage:
         """Read one message; a bad one is a plan, too."""
         if delivery.topic == self._topics.own("queue"):
             # What comes once more tells how it was at an earlier connection.
-            return Plan(delivery, found=None if delivery.dup else delivery.payload)
+            return IncomingMessage(delivery, found=None if delivery.dup else delivery.payload)
         command = self._topics.request_command(delivery.topic)
         if command is not None:
-            return Plan(delivery, command=command)
+            return IncomingMessage(delivery, command=command)
         if delivery.topic == self._topics.own(PAUSE_SWITCH):
             return _switched(delivery)
         if not self._topics.is_submission(delivery.topic):  # a birth topic, or what an earlier setting subscribed to
-            return Plan(delivery, born=delivery.payload == BORN and not delivery.retain)
-        return self._submitted(delivery) if delivery.payload else Plan(delivery)  # empty: what clears a retained one
+            return IncomingMessage(delivery, born=delivery.payload == BORN and not delivery.retain)
+        return (
+            self._submitted(delivery) if delivery.payload else IncomingMessage(delivery)
+        )  # empty: what clears a retained one
 
-    def _submitted(self, delivery: Delivery) -> Plan:
+    def _submitted(self, delivery: Delivery) -> IncomingMessage:
         parsed = self._parse(delivery)
         if isinstance(parsed, Accepted):
             parsed = self._with_model(parsed)
         if isinstance(parsed, Refusal):
-            return Plan(delivery, self._recorded(parsed), refusal=parsed)
-        return Plan(delivery, self._job(delivery, parsed), parsed.audio)
+            return IncomingMessage(delivery, self._recorded(parsed), refusal=parsed)
+        return IncomingMessage(delivery, self._job(delivery, parsed), parsed.audio)
 
     def _parse(self, delivery: Delivery) -> Parsed:
         audio_id = self._topics.audio_job_id(delivery.topic)
@@ -93,15 +96,15 @@ class Planner:
             return self._too_large(delivery, audio_id)
         if audio_id is not None:
             return parse_audio(audio_id, delivery.payload, delivery.user_properties)
-        return parse_job(delivery.payload, delivery.user_properties)
+        return parse_submission(delivery.payload, delivery.user_properties)
 
     def _too_large(self, delivery: Delivery, audio_id: str | None) -> Refusal:
         """Refuse without a look inside: only a topic can tell whose job it would have been."""
         size, limit = len(delivery.payload), self._max_payload_bytes
         detail = f"The message has {size} bytes, at most {limit} are taken (queue.max_payload_bytes)."
-        if audio_id is None or not may_be_id(audio_id):
+        if audio_id is None or not is_usable_id(audio_id):
             return Refusal("payload_too_large", detail)
-        return refused_upload("payload_too_large", detail, audio_id, delivery.user_properties)
+        return reject_upload("payload_too_large", detail, audio_id, delivery.user_properties)
 
     def _with_model(self, parsed: Accepted) -> Parsed:
         request = parsed.request
@@ -160,12 +163,12 @@ class Planner:
         )
 
 
-def _switched(delivery: Delivery) -> Plan:
+def _switched(delivery: Delivery) -> IncomingMessage:
     """Return what a switch asks for, as if it had been asked for on the control topics."""
     command = _SWITCH.get(delivery.payload)
     if command is None:
-        return Plan(delivery, refusal=Refusal("invalid_request", "A switch takes ON or OFF."))
-    return Plan(replace(delivery, payload=b""), command=command)
+        return IncomingMessage(delivery, refusal=Refusal("invalid_request", "A switch takes ON or OFF."))
+    return IncomingMessage(replace(delivery, payload=b""), command=command)
 
 
 _SWITCH = {b"ON": "pause", b"OFF": "resume"}

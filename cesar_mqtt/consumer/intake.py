@@ -5,7 +5,6 @@ What is no job but a request of the control topics is answered in its turn, betw
 It runs in a thread of its own, the only caller of `run_once`.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,19 +14,20 @@ from typing import Protocol, TypeVar
 from pydantic_core import to_json
 
 from cesar_mqtt.consumer.command_handlers import Answer
-from cesar_mqtt.consumer.incoming import ModelNames, Plan, Planner
-from cesar_mqtt.consumer.redelivery import Repeats
+from cesar_mqtt.consumer.incoming import IncomingMessage, MessageParser, ModelNames
+from cesar_mqtt.consumer.redelivery import RedeliveryTracker
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.jobs import AudioSource, NewJob, Verdict
+from cesar_mqtt.jobs import Admission, AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.logs import event
-from cesar_mqtt.mqtt.client import Delivery, Settled
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.mqtt.messages import Delivery
+from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, excerpt, shortened, timestamp
 from cesar_mqtt.protocol.topics import Topics
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 Done = TypeVar("Done")
 
@@ -41,7 +41,7 @@ class Source(Protocol):
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
         """Return everything that has piled up, in order; empty after the time-out or when it is closed."""
 
-    def take_settled(self) -> Settled:
+    def take_redelivery_bounds(self) -> RedeliveryBounds:
         """Return what cannot come again, of all that `receive` has returned before this call."""
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
@@ -112,11 +112,11 @@ class Intake:
         self._ledger = ledger
         self._spool = spool
         self._topics = topics
-        self._planner = Planner(topics, models, max_payload_bytes=max_payload_bytes)
+        self._planner = MessageParser(topics, models, max_payload_bytes=max_payload_bytes)
         self._controls = controls
         self._reports = reports
         self._on_born = on_born
-        self._repeats = Repeats(ledger)
+        self._redelivery = RedeliveryTracker(ledger)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -142,12 +142,12 @@ class Intake:
     def run_once(self, timeout_s: float | None = None) -> int:
         """Take in what has piled up; return how many messages that was."""
         deliveries = self._source.receive(timeout_s)
-        settled = self._source.take_settled()
+        bounds = self._source.take_redelivery_bounds()
         # What came before the broker began a new session may be a repetition of what it knew in the one before.
-        before = sum(delivery.receipt.connection < settled.session for delivery in deliveries)
-        self._repeats.learn(replace(settled, session=0))
+        before = sum(delivery.receipt.connection < bounds.session for delivery in deliveries)
+        self._redelivery.update(replace(bounds, session=0))
         if self._take_in(deliveries[:before]):
-            self._repeats.learn(settled)
+            self._redelivery.update(bounds)
             self._take_in(deliveries[before:])
         if not deliveries:  # there is time for it: after a crash, too, a packet id has to mean the newest message
             self._ledger.write_settled()
@@ -165,12 +165,12 @@ class Intake:
             else:
                 job_ids = taken
             self._source.acknowledge([plan.delivery for plan in together])
-            self._repeats.acknowledged(together, job_ids)
+            self._redelivery.on_acknowledged(together, job_ids)
         return True
 
     # -- answers --------------------------------------------------------------------------------------------------
 
-    def _answer_all(self, plans: Sequence[Plan]) -> None:
+    def _answer_all(self, plans: Sequence[IncomingMessage]) -> None:
         for plan in plans:
             delivery, command = plan.delivery, plan.command or ""
             if delivery.retain:  # it would be done again at each connection
@@ -193,13 +193,13 @@ class Intake:
             return
         if self._topics.is_own(topic):
             message = "No answer on %s: a response topic must not be among the consumer's own"
-            event(logger, logging.WARNING, "not_answered", message, shortened(topic))
+            log.warning(message, shortened(topic), action="not_answered")
             return
         self._reports.answer(topic, payload, correlation_data=delivery.correlation_data)
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
-    def _persist(self, plans: Sequence[Plan]) -> list[str] | None:
+    def _persist(self, plans: Sequence[IncomingMessage]) -> list[str] | None:
         """Put a batch on disk, however often the disk refuses; None when the intake was stopped before it took.
 
         Returns the ids of the jobs.
@@ -214,12 +214,14 @@ class Intake:
         if verdicts is None:
             return None
         self._reports.degraded("intake", on=False)
-        known = (job.audio for job, (verdict, _) in zip(jobs, verdicts, strict=True) if verdict is not Verdict.ACCEPTED)
+        known = (
+            job.audio for job, (verdict, _) in zip(jobs, verdicts, strict=True) if verdict is not Admission.ACCEPTED
+        )
         self._spool.remove([audio.name for audio in known if audio is not None and audio.kind == "spool"])
         self._report(plans, iter(verdicts))
         return [job_id for _, job_id in verdicts]
 
-    def _spooled(self, plans: Sequence[Plan]) -> list[NewJob]:
+    def _spooled(self, plans: Sequence[IncomingMessage]) -> list[NewJob]:
         names = iter(self._spool.store([plan.audio for plan in plans if plan.audio is not None]))
         jobs = []
         for plan in plans:
@@ -228,7 +230,7 @@ class Intake:
                 continue
             if plan.audio is not None:
                 job = replace(job, audio=AudioSource("spool", next(names)))
-            if job.packet_id is not None and not self._repeats.can_repeat(plan.delivery):
+            if job.packet_id is not None and not self._redelivery.can_be_redelivered(plan.delivery):
                 job = replace(job, packet_id=None)
             jobs.append(job)
         return jobs
@@ -242,27 +244,27 @@ class Intake:
             except LedgerError as exc:
                 self._reports.degraded("intake", on=True)
                 message = "%s Nothing is acknowledged; next try in %.1f s."
-                event(logger, logging.ERROR, "intake_degraded", message, exc, delay_s)
+                log.error(message, exc, delay_s, action="intake_degraded")
                 if self._stop.wait(delay_s):
                     return None
                 delay_s = min(_RETRY_MOST_S, delay_s * 2)
             else:
                 return done
 
-    def _report(self, plans: Sequence[Plan], verdicts: Iterator[tuple[Verdict, str]]) -> None:
+    def _report(self, plans: Sequence[IncomingMessage], verdicts: Iterator[tuple[Admission, str]]) -> None:
         """Say what became of each message."""
         for plan in plans:
             refusal, job_id = plan.refusal, ""
             if plan.job is not None:
                 verdict, job_id = next(verdicts)
-                event(logger, logging.DEBUG, "taken_in", "Request is %s", verdict, job_id=job_id)
+                log.debug("Request is %s", verdict, action="taken_in", job_id=job_id)
                 refusal = refusal or _refusal(None if plan.job.anonymous else job_id, verdict)
             if plan.born:
                 self._on_born()
             audio_id = self._topics.audio_job_id(plan.delivery.topic)
             if audio_id is not None and not plan.delivery.payload:
                 message = "An empty file is ignored: no job is made of it"
-                event(logger, logging.INFO, "empty_ignored", message, job_id=shortened(audio_id))
+                log.info(message, action="empty_ignored", job_id=shortened(audio_id))
             if plan.found is not None:
                 self._reports.found_retained(plan.found if plan.delivery.retain else None)
             elif refusal is not None:
@@ -275,7 +277,7 @@ class Intake:
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
         message = "Refused on %s: %s: %s"
         details = (shortened(delivery.topic), refusal.reason, refusal.detail)
-        event(logger, logging.WARNING, "rejected", message, *details, job_id=refusal.job_id)
+        log.warning(message, *details, action="rejected", job_id=refusal.job_id)
         rejection = _rejection(delivery, refusal)
         self._reports.reject(rejection)
         return rejection
@@ -292,13 +294,13 @@ def _rejection(delivery: Delivery, refusal: Refusal) -> Rejection:
     )
 
 
-def _refusal(job_id: str | None, verdict: Verdict) -> Refusal | None:
-    if verdict is Verdict.CONFLICT:
+def _refusal(job_id: str | None, verdict: Admission) -> Refusal | None:
+    if verdict is Admission.CONFLICT:
         detail = (
             f"The job id {job_id} belongs to another request, whose job stays as it is. "
             "Use a new id, or delete the job first."
         )
         return Refusal("job_id_conflict", detail, job_id)
-    if verdict is Verdict.FULL:
+    if verdict is Admission.FULL:
         return Refusal("queue_full", "As many jobs wait as may wait (queue.max_queued). Send it again later.", job_id)
     return None

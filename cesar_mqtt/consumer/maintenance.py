@@ -3,7 +3,6 @@
 For the main thread, between its looks at everything else.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _DAY_S = 86_400.0
 _BATCH = 200
@@ -24,7 +23,7 @@ _RETRY_FIRST_S = 1.0
 _RETRY_MOST_S = 300.0
 
 
-class Upkeep:
+class Maintenance:
     """Does what is due; after the disk refused, it waits longer before each further try."""
 
     def __init__(
@@ -60,7 +59,7 @@ class Upkeep:
         except LedgerError as exc:
             self._delay_s = min(_RETRY_MOST_S, max(_RETRY_FIRST_S, self._delay_s * 2))
             self._not_before = self._monotonic() + self._delay_s
-            event(logger, logging.WARNING, "upkeep", "%s Next try in %.0f s.", exc, self._delay_s)
+            log.warning("%s Next try in %.0f s.", exc, self._delay_s, action="upkeep")
         else:
             self._delay_s = 0.0
 
@@ -74,4 +73,4 @@ class Upkeep:
             deleted, spooled = self._ledger.retire(before=before, keep=self._retention.max_finished, limit=_BATCH)
             self._spool.remove(spooled)
             if deleted:
-                event(logger, logging.DEBUG, "retired", "Deleted %d finished jobs", deleted)
+                log.debug("Deleted %d finished jobs", deleted, action="retired")

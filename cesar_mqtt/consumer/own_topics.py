@@ -17,7 +17,7 @@ class _Topic:
     """What the broker may retain, by version: what it has acknowledged last, and what was sent since."""
 
 
-class OwnState:
+class OwnTopics:
     """The newest payload of each topic, by the topic's last level; by the whole of it where it is not our own."""
 
     def __init__(self) -> None:

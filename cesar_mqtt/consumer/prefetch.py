@@ -1,6 +1,6 @@
 """Preparation: the audio of the next jobs, fetched and being decoded before their turn comes.
 
-`Preparer` has a thread of its own that looks ahead, and one for each download; the worker's thread calls `take` and
+`Prefetcher` has a thread of its own that looks ahead, and one for each download; the worker's thread calls `take` and
 `release`, the main thread `start` and `stop`. The ledger's observer only sets a flag.
 """
 
@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Generic, Protocol
 
-from cesar_mqtt.audio.paths import Fetched, resolve_audio_path
+from cesar_mqtt.audio.download import DownloadedFile
+from cesar_mqtt.audio.paths import resolve_audio_path
 from cesar_mqtt.consumer.prefetched import Download, Entry, Fetches, R, outcome_of
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.spool import Spool
 
@@ -41,7 +42,7 @@ class Upcoming(Protocol):
         """Have a function called after each change; it must be quick and never raise."""
 
 
-class Preparer(Generic[R]):
+class Prefetcher(Generic[R]):
     """Has the audio of the next jobs ready before their turn: URLs fetched, the very next recording being decoded.
 
     The URLs of the next `ahead` jobs are fetched at once; only one recording is opened ahead, so memory is bounded by
@@ -122,7 +123,7 @@ class Preparer(Generic[R]):
 
         Raises:
             JobFailedError: the audio cannot be had.
-            Stopped: `should_stop` said so, or `stop` was called. After either exception nothing is in hand.
+            Cancelled: `should_stop` said so, or `stop` was called. After either exception nothing is in hand.
         """
         with self._lock:
             entry = self._entries.pop(job.seq, None) or Entry(job)
@@ -147,7 +148,7 @@ class Preparer(Generic[R]):
             opened, as the recording will say.
 
         Raises:
-            Stopped: as `take`; the recording stays in hand.
+            Cancelled: as `take`; the recording stays in hand.
         """
         entry = self._taken
         if entry is None or entry.recording is None or entry.is_spooled:
@@ -178,10 +179,10 @@ class Preparer(Generic[R]):
 
     def _recording(self, entry: Entry[R], should_stop: Callable[[], bool]) -> R:
         if should_stop():
-            raise Stopped
+            raise Cancelled
         ahead = entry.recording
         # What is finished of a job may be dropped after it was opened: by a retry while it waits.
-        if ahead is not None and ahead.fresh and ahead.from_s == self._upcoming.finished_until(entry.job.seq):
+        if ahead is not None and ahead.is_current and ahead.from_s == self._upcoming.finished_until(entry.job.seq):
             return ahead
         entry.close()
         if entry.is_remote:
@@ -193,7 +194,7 @@ class Preparer(Generic[R]):
         """Have the file there; what failed unexpectedly or some time ago is tried anew."""
         if entry.download is not None:
             outcome = entry.download.wait(should_stop)
-            if isinstance(outcome, Fetched):
+            if isinstance(outcome, DownloadedFile):
                 return
             if isinstance(outcome, JobFailedError) and entry.download.age_s < _RECENT_S:
                 raise outcome

@@ -4,20 +4,19 @@ A `Download` has a thread of its own, and any thread may call it. An `Entry` bel
 what is prepared, or the worker.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from cesar_mqtt.audio.paths import Fetched
-from cesar_mqtt.errors import JobFailedError, Stopped
+from cesar_mqtt.audio.download import DownloadedFile
+from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _GLANCE_S = 0.1
 """How often a wait for a download looks up to see whether it is still wanted."""
@@ -26,7 +25,7 @@ _GLANCE_S = 0.1
 class Fetches(Protocol):
     """What preparation needs of a downloader."""
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         """Fetch into a new file of the spool. Raises JobFailedError, Stopped."""
 
 
@@ -38,11 +37,11 @@ class Prepared(Protocol):
         """The second from which it is decoded."""
 
     @property
-    def fresh(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the file is still the one that was opened."""
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
-        """Wait until the file is open, and tell it apart from others; None: it could not be. Raises Stopped."""
+        """Wait until the file is open, and tell it apart from others; None: it could not be. Raises Cancelled."""
 
     def close(self) -> None:
         """End decoding; may be called twice, from any thread."""
@@ -64,25 +63,25 @@ class Download:
         self._unwanted = threading.Event()
         self._ended = threading.Event()
         self._ended_at = 0.0
-        self._outcome: Fetched | Exception = Stopped()
+        self._outcome: DownloadedFile | Exception = Cancelled()
         self._thread = threading.Thread(target=self._run, name=f"fetch-{job.job_id}", daemon=True)
         self._thread.start()
 
     @property
-    def fetched(self) -> Fetched | None:
+    def fetched(self) -> DownloadedFile | None:
         """The file; None while it is not all there, and when it will never be."""
-        return self._outcome if self._ended.is_set() and isinstance(self._outcome, Fetched) else None
+        return self._outcome if self._ended.is_set() and isinstance(self._outcome, DownloadedFile) else None
 
     @property
     def age_s(self) -> float:
         """Seconds since it ended."""
         return time.monotonic() - self._ended_at
 
-    def wait(self, should_stop: Callable[[], bool]) -> Fetched | Exception:
-        """Return how it ended. Raises Stopped as soon as that is asked for."""
+    def wait(self, should_stop: Callable[[], bool]) -> DownloadedFile | Exception:
+        """Return how it ended. Raises Cancelled as soon as that is asked for."""
         while not self._ended.wait(_GLANCE_S):
             if should_stop():
-                raise Stopped
+                raise Cancelled
         return self._outcome
 
     def drop(self) -> None:
@@ -107,7 +106,7 @@ class Download:
         self._on_end(self)
 
     def _remove(self) -> None:
-        if isinstance(self._outcome, Fetched):
+        if isinstance(self._outcome, DownloadedFile):
             self._spool.remove([self._outcome.path.name])
 
 
@@ -139,7 +138,7 @@ class Entry(Generic[R]):
         return self.job.audio is not None and self.job.audio.kind == "spool"
 
     @property
-    def fetched(self) -> Fetched | None:
+    def fetched(self) -> DownloadedFile | None:
         """The downloaded file, if it is there."""
         return self.download.fetched if self.download is not None else None
 
@@ -165,9 +164,9 @@ def outcome_of(work: Callable[[], T], job: Job | None = None) -> T | Exception:
     """Do something ahead of time: whatever goes wrong is a result, for it is nobody's turn yet."""
     try:
         return work()
-    except (JobFailedError, Stopped) as exc:
+    except (JobFailedError, Cancelled) as exc:
         return exc
-    except Exception as exc:  # noqa: BLE001 - the job is prepared anew when it is taken, and may then fail by itself
+    except Exception as exc:
         job_id = job.job_id if job is not None else None
-        event(logger, logging.ERROR, "preparation", "Audio could not be prepared", job_id=job_id, exc_info=True)
+        log.exception("Audio could not be prepared", action="preparation", job_id=job_id)
         return exc

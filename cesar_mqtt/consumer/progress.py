@@ -1,20 +1,19 @@
 """What is noted of a job while it is in work: how far it is, which windows are finished; for the worker's thread."""
 
-import logging
 import time
 from collections.abc import Callable
 
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.logs import event
-from cesar_mqtt.protocol.payloads import Live
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Window
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
-class Checkpoints:
+class WindowCheckpoints:
     """Writes the windows of a recording down as they are finished; the work never waits for a disk that refuses."""
 
     def __init__(self, job: Job, ledger: Ledger, identity: str | None = None) -> None:
@@ -33,15 +32,15 @@ class Checkpoints:
                 del self._unwritten[0]
         except LedgerError as exc:
             message = "%s A crash now would cost more than one window."
-            event(logger, logging.WARNING, "checkpoint_failed", message, exc, job_id=self._job.job_id)
+            log.warning(message, exc, action="checkpoint_failed", job_id=self._job.job_id)
         except IllegalTransitionError:
             self._unwritten.clear()  # the job was taken away, and its work is about to be stopped
 
 
-class Meter:
+class ProgressMeter:
     """Turns what the transcriber has done into what the world is told; progress never goes back."""
 
-    def __init__(self, tell: Callable[[Live], None], monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, tell: Callable[[JobProgress], None], monotonic: Callable[[], float] = time.monotonic) -> None:
         """Start the clock; `tell` is called with each progress."""
         self._tell = tell
         self._monotonic = monotonic
@@ -58,7 +57,7 @@ class Meter:
         if self._earlier_s is None:
             self._earlier_s = self._processed_s
         speed = self._speed(self._processed_s - self._earlier_s)
-        live = Live(
+        live = JobProgress(
             progress=_share(self._processed_s, duration_s),
             processed_duration=round(self._processed_s, 3),
             audio_duration=None if duration_s is None else round(duration_s, 3),

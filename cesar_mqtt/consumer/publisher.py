@@ -4,31 +4,29 @@ Its thread is the only one that publishes. All other methods may be called from 
 network; those called `on_...`, for paho's network thread, not for the disk either.
 """
 
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Protocol
 
-from cesar_mqtt.consumer.activity import Doing
-from cesar_mqtt.consumer.discovery_schedule import Announcer
-from cesar_mqtt.consumer.in_flight import InFlight, Sent
-from cesar_mqtt.consumer.job_messages import Telling, Tellings
-from cesar_mqtt.consumer.own_topics import OwnState
-from cesar_mqtt.consumer.retained_check import Loss, Witness
-from cesar_mqtt.consumer.transient_messages import Note, Notes
+from cesar_mqtt.consumer.activity import ActivityTracker
+from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
+from cesar_mqtt.consumer.in_flight import InFlight, PendingAck
+from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages
+from cesar_mqtt.consumer.own_topics import OwnTopics
+from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
+from cesar_mqtt.consumer.transient_messages import TransientMessage, TransientMessages
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.logs import event
-from cesar_mqtt.mqtt.client import CannotPublishError
-from cesar_mqtt.mqtt.publish_limits import MOST_PACKET_BYTES, PacketTooLargeError
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
-from cesar_mqtt.protocol.payloads import Live, Payload, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Payload, Rejection
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Segment
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _ACKNOWLEDGED_AT_ONCE = 20
 _EVERY_S = 1.0
@@ -74,14 +72,14 @@ class Publisher:
         self._acknowledged: deque[tuple[Hashable, bool]] = deque()
         self._refused = False
         """Whether the broker has refused the status of a job: later it may take it."""
-        self._tellings = Tellings(ledger, topics, clock=clock)
-        self._own = OwnState()
-        self._witness = Witness(standing_of(ledger.totals()))
-        self._announcer = Announcer(self._own, monotonic=monotonic)
-        self._notes = Notes(monotonic=monotonic)
-        self._doing = Doing()
+        self._tellings = JobMessages(ledger, topics, clock=clock)
+        self._own = OwnTopics()
+        self._witness = RetainedCheck(standing_of(ledger.totals()))
+        self._announcer = DiscoverySchedule(self._own, monotonic=monotonic)
+        self._notes = TransientMessages(monotonic=monotonic)
+        self._doing = ActivityTracker()
         self._last: Job | None = None
-        self._live: tuple[Job, Live] | None = None
+        self._live: tuple[Job, JobProgress] | None = None
         self._live_stale = False
         self._live_due = 0.0
         self._queue_stale = True
@@ -109,22 +107,22 @@ class Publisher:
             self._wake.set()
 
     def reject(self, rejection: Rejection) -> None:
-        """Report a refused message when connected; the newest are kept until then, in memory: see `Notes`.
+        """Report a refused message when connected; the newest are kept until then, in memory: see `TransientMessages`.
 
         May wait for whoever is writing to the ledger, so not for the network thread.
         """
         self._ledger.count_rejected()
-        self._say(Note(self._topics.rejected, rejection.encode()))
+        self._say(TransientMessage(self._topics.rejected, rejection.encode()))
 
     def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         """Answer a request; kept like a refused message until there is a connection."""
-        self._say(Note(topic, payload, correlation_data=correlation_data))
+        self._say(TransientMessage(topic, payload, correlation_data=correlation_data))
 
     def segment(self, job: Job, segment: Segment) -> None:
         """Tell a segment to whoever listens now; it is not kept for later."""
         self._say(self._tellings.of_segment(job, segment))
 
-    def _say(self, note: Note) -> None:
+    def _say(self, note: TransientMessage) -> None:
         self._tell(lambda: self._notes.add(note) if note.keep or self._connected else None)
 
     def online(self) -> None:
@@ -163,11 +161,11 @@ class Publisher:
         """Take note that no further job is started."""
         self._tell(self._set_draining)
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         """Take note of how far a job is; published at most once a second."""
         self._tell(lambda: self._note(job, live))
 
-    def live_of(self, job: Job) -> Live | None:
+    def live_of(self, job: Job) -> JobProgress | None:
         """Return how far a job in work is, as far as is known; None: nothing is."""
         of, live = self._live or (None, None)
         return live if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
@@ -175,7 +173,7 @@ class Publisher:
     def found_retained(self, payload: bytes | None) -> None:
         """Take note of what the broker retains as this consumer's queue, right after a connection was made.
 
-        None: what came first was our own, newest message, so it retained nothing before. See `Witness`.
+        None: what came first was our own, newest message, so it retained nothing before. See `RetainedCheck`.
         """
         self._tell(lambda: self._look(payload))
 
@@ -278,7 +276,7 @@ class Publisher:
         if loss is None:
             return
         message = "The broker does not have the newest messages: all are sent again"
-        event(logger, logging.WARNING, "broker_went_back", message)
+        log.warning(message, action="broker_went_back")
         self._own.say_again()
         if loss is Loss.NEWEST:
             self._own.forget_retained()
@@ -304,7 +302,7 @@ class Publisher:
         if published:
             self._ledger.mark_published(published)
 
-    def _settle(self, sent: Sent) -> None:
+    def _settle(self, sent: PendingAck) -> None:
         if sent.seq is not None and sent.gone:
             self._ledger.mark_cleared(sent.seq)
         elif sent.seq is not None and sent.number:
@@ -324,23 +322,29 @@ class Publisher:
         self._doing.draining = True
         self._queue_stale = True
 
-    def _note(self, job: Job, live: Live) -> None:
+    def _note(self, job: Job, live: JobProgress) -> None:
         self._live = (job, live)
         self._live_stale = True
 
     # -- publishing -----------------------------------------------------------------------------------------------
 
     def _send(
-        self, topic: str, payload: bytes, sent: Sent, *, retain: bool = True, correlation_data: bytes | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        sent: PendingAck,
+        *,
+        retain: bool = True,
+        correlation_data: bytes | None = None,
     ) -> bool:
         """Hand a message to the client; False: there is no connection. What no broker takes is given up."""
         try:
             ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
         except CannotPublishError as exc:
-            known_bytes = self._tellings.max_packet_bytes or MOST_PACKET_BYTES
+            known_bytes = self._tellings.max_packet_bytes or MAX_PACKET_BYTES
             if isinstance(exc, PacketTooLargeError) and exc.limit_bytes < known_bytes:
                 return False  # the limit of a connection that we are just being told of
-            event(logger, logging.ERROR, "unpublished", "A message on %s is given up: %s", topic, exc)
+            log.error("A message on %s is given up: %s", topic, exc, action="unpublished")
             self._settle(sent)
             return True
         if ticket is None:
@@ -361,7 +365,7 @@ class Publisher:
         self._announcer.run_once()
         for name, payload, version in self._own.due():
             topic = name if "/" in name else self._topics.own(name)
-            self._send(topic, payload, Sent(topic=name, number=version))
+            self._send(topic, payload, PendingAck(topic=name, number=version))
 
     def _waits_for_the_queue(self) -> bool:
         """Whether somebody drains and everything else is said: that is then the last word, and need not wait."""
@@ -374,7 +378,7 @@ class Publisher:
     def _publish_notes(self) -> None:
         while self._notes and self._room > 0:
             note = self._notes.first
-            payload, sent = self._tellings.of_note(note), Sent(note=note)
+            payload, sent = self._tellings.of_note(note), PendingAck(note=note)
             if not self._send(note.topic, payload, sent, retain=False, correlation_data=note.correlation_data):
                 return
             self._notes.drop_first()
@@ -392,7 +396,7 @@ class Publisher:
         for gone in self._ledger.gone(self._room, but=self._in_flight.clearing) if self._room > 0 else ():
             if self._last is not None and self._last.seq == gone.seq:
                 self._set_last(self._last._replace(result_text=None))
-            if not self._send_all(self._tellings.of_deletion(gone), Sent(seq=gone.seq, gone=True)):
+            if not self._send_all(self._tellings.of_deletion(gone), PendingAck(seq=gone.seq, gone=True)):
                 return
 
     def _publish_live(self) -> float | None:
@@ -412,21 +416,21 @@ class Publisher:
     def _publish_status(self, job: Job, number: int) -> bool:
         if job.state is JobState.PROCESSING:
             self._live_due = self._monotonic() + _EVERY_S
-        sent = Sent(seq=job.seq, number=number)
+        sent = PendingAck(seq=job.seq, number=number)
         try:
             # Else it is said again, or only its place in the queue has changed.
             told = self._tellings.of_job(job, self.live_of(job), news=number == job.revision)
         except ValueError as exc:
             message = "What there is to tell of job %s cannot be put into words: %s"
-            event(logger, logging.ERROR, "unpublished", message, job.job_id, exc, job_id=job.job_id)
+            log.error(message, job.job_id, exc, action="unpublished", job_id=job.job_id)
             self._settle(sent)
             return True
         return self._send_all(told, sent)
 
-    def _send_all(self, told: Iterable[Telling], sent: Sent) -> bool:
+    def _send_all(self, told: Iterable[JobMessage], sent: PendingAck) -> bool:
         """Send messages that belong together; the last one stands for all."""
         *others, last = told
         for topic, payload, retain in others:
-            if not self._send(topic, payload, Sent(), retain=retain):
+            if not self._send(topic, payload, PendingAck(), retain=retain):
                 return False
         return self._send(last.topic, last.payload, sent, retain=last.retain)

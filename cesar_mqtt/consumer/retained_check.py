@@ -17,7 +17,7 @@ class Loss(Enum):
     """It went back to what it retained earlier: it was killed, and came back with its last save."""
 
 
-class Witness:
+class RetainedCheck:
     """The queue message that the broker retains, read back at each connection.
 
     A broker that has lost something looks as if it had not: it may still know the session. Or the process before this

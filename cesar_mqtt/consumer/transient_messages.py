@@ -1,14 +1,13 @@
 """The messages that are not retained and wait until they can be sent; for the publisher's thread."""
 
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST = 10_000
 MOST_BYTES = 16 << 20
@@ -16,7 +15,7 @@ _WARN_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class TransientMessage:
     """A message that is not retained: whoever listens now hears it.
 
     Attributes:
@@ -34,13 +33,13 @@ class Note:
         return len(self.topic) + len(self.payload) + len(self.correlation_data or b"")
 
 
-class Notes:
+class TransientMessages:
     """Notes in their order: at most 10,000, and 16 MiB of them, except that one always fits. The oldest give way."""
 
     def __init__(self, *, monotonic: Callable[[], float]) -> None:
         """Start with none; `monotonic` is the clock, in seconds."""
         self._monotonic = monotonic
-        self._waiting: deque[Note] = deque()
+        self._waiting: deque[TransientMessage] = deque()
         self._waiting_bytes = 0
         self._dropped = 0
         self._warn_at = -math.inf
@@ -49,11 +48,11 @@ class Notes:
         return len(self._waiting)
 
     @property
-    def first(self) -> Note:
+    def first(self) -> TransientMessage:
         """The one whose turn it is; there has to be one."""
         return self._waiting[0]
 
-    def add(self, note: Note) -> None:
+    def add(self, note: TransientMessage) -> None:
         """Let a note wait behind all others."""
         self._waiting.append(note)
         self._waiting_bytes += note.size_bytes
@@ -65,7 +64,7 @@ class Notes:
         """Let the first one wait no longer."""
         self._waiting_bytes -= self._waiting.popleft().size_bytes
 
-    def interrupt(self, lost: Iterable[Note]) -> None:
+    def interrupt(self, lost: Iterable[TransientMessage]) -> None:
         """Take note that the connection is lost, and with it these, which are before all others."""
         notes = (*lost, *self._waiting)
         self._waiting.clear()
@@ -78,6 +77,6 @@ class Notes:
         """Say how many had to give way, now and then."""
         if self._dropped and self._monotonic() >= self._warn_at:
             message = "More is to be said than can be sent: the %d oldest answers, refusals and segments were dropped."
-            event(logger, logging.WARNING, "notes_dropped", message, self._dropped)
+            log.warning(message, self._dropped, action="notes_dropped")
             self._dropped = 0
             self._warn_at = self._monotonic() + _WARN_EVERY_S

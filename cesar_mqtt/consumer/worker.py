@@ -3,7 +3,6 @@
 It runs in a thread of its own, the only caller of `run_once`; `stop` may be called from any other.
 """
 
-import logging
 import math
 import random
 import threading
@@ -12,21 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cesar_mqtt.consumer.progress import Checkpoints, Meter
-from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
+from cesar_mqtt.consumer.progress import ProgressMeter, WindowCheckpoints
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, wants_audio
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
-from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+from cesar_mqtt.protocol.payloads import JobProgress
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _RETRY_S = 5.0
 _PASSING = frozenset({ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
@@ -64,7 +62,7 @@ class Prepares(Protocol):
         """Return the job's recording, from where its work goes on. Raises JobFailedError, Stopped."""
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
-        """Return what the audio of the recording in hand is; None: it cannot become another one. Raises Stopped."""
+        """Return what the audio of the recording in hand is; None: it cannot become another one. Raises Cancelled."""
 
     def release(self, job: Job, *, final: bool) -> None:
         """Take note that an attempt is over, and whether there will be no other."""
@@ -79,7 +77,7 @@ class Reports(Protocol):
     def degraded(self, who: str, *, on: bool) -> None:
         """Take note of whether the disk refuses."""
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         """Take note of how far the job is."""
 
     def segment(self, job: Job, segment: Segment) -> None:
@@ -187,7 +185,7 @@ class Worker:
             job = self._ledger.requeue(seq)
         except IllegalTransitionError:
             return  # it has ended, or was put back, in this very moment
-        event(logger, logging.WARNING, "requeued", "The job in work was put back (%s)", job.state, job_id=job.job_id)
+        log.warning("The job in work was put back (%s)", job.state, action="requeued", job_id=job.job_id)
 
     def join(self, timeout_s: float | None) -> bool:
         """Wait for the thread to end; whether it has."""
@@ -210,7 +208,7 @@ class Worker:
             self.run_once()
         except LedgerError as exc:
             self._reports.degraded("worker", on=True)
-            event(logger, logging.ERROR, "worker_degraded", "%s Next try in %.0f s.", exc, _RETRY_S)
+            log.error("%s Next try in %.0f s.", exc, _RETRY_S, action="worker_degraded")
             self._stop.wait(_RETRY_S)
 
     def _load(self, model_size: str) -> None:
@@ -218,9 +216,9 @@ class Worker:
         try:
             self._transcriber.warm_up(model_size)
         except JobFailedError as exc:
-            event(logger, logging.WARNING, "model", "%s Jobs are accepted, but will end as %s.", exc, exc.code)
-        except Exception:  # noqa: BLE001 - the job that needs the model will fail, and say so to somebody
-            event(logger, logging.ERROR, "model", "Model %s could not be loaded", model_size, exc_info=True)
+            log.warning("%s Jobs are accepted, but will end as %s.", exc, exc.code, action="model")
+        except Exception:
+            log.exception("Model %s could not be loaded", model_size, action="model")
 
     def run_once(self) -> bool:
         """Claim the oldest job and work it to its end; False when none waits.
@@ -248,16 +246,16 @@ class Worker:
 
     def _work(self, job: Job) -> _Outcome | None:
         """Transcribe; None when a forced stop has taken the job away."""
-        event(logger, logging.INFO, "started", "Job started, attempt %d", job.attempt, job_id=job.job_id)
+        log.info("Job started, attempt %d", job.attempt, action="started", job_id=job.job_id)
         deadline = math.inf if self._timeout_s is None else self._monotonic() + self._timeout_s
         try:
             return _Outcome(_result(self._transcribed(job, deadline)))
         except JobFailedError as exc:
             return _Outcome(code=exc.code, message=_sayable(exc.message))
-        except Stopped:
+        except Cancelled:
             return self._stopped(job)
-        except Exception:  # noqa: BLE001 - whatever a file or a model does, the next job goes on
-            event(logger, logging.ERROR, "failed", "Job failed unexpectedly", job_id=job.job_id, exc_info=True)
+        except Exception:
+            log.exception("Job failed unexpectedly", action="failed", job_id=job.job_id)
             return _UNEXPECTED
 
     def _transcribed(self, job: Job, deadline: float) -> Transcript:
@@ -268,15 +266,15 @@ class Worker:
         recording, identity = self._opened(job, should_stop)
         if identity is not None and not self._keeps_windows(job, identity, should_stop):
             message = "The audio is not known to be what an earlier attempt worked on: the work begins from the start"
-            event(logger, logging.WARNING, "audio_changed", message, job_id=job.job_id)
+            log.warning(message, action="audio_changed", job_id=job.job_id)
             self._preparer.release(job, final=False)
             recording, identity = self._opened(job, should_stop)
-        checkpoints = Checkpoints(job, self._ledger, identity)
+        checkpoints = WindowCheckpoints(job, self._ledger, identity)
         return self._transcriber.transcribe(
             recording,
             options_of(job),
             done=self._ledger.windows(job.seq),
-            on_progress=Meter(lambda live: self._reports.progress(job, live), self._monotonic).note,
+            on_progress=ProgressMeter(lambda live: self._reports.progress(job, live), self._monotonic).note,
             on_segment=lambda segment: self._reports.segment(job, segment) if job.stream else None,
             on_window=checkpoints.write,
             should_stop=should_stop,
@@ -296,12 +294,12 @@ class Worker:
             else:
                 self._reports.degraded("worker", on=False)
                 return kept
-        raise Stopped
+        raise Cancelled
 
     def _refused(self, job: Job, error: LedgerError) -> None:
         """Say that the disk refuses, and wait before the next try; a forced stop ends the wait."""
         self._reports.degraded("worker", on=True)
-        event(logger, logging.ERROR, "worker_degraded", "%s Next try in %.0f s.", error, _RETRY_S, job_id=job.job_id)
+        log.error("%s Next try in %.0f s.", error, _RETRY_S, action="worker_degraded", job_id=job.job_id)
         self._abandoned.wait(_RETRY_S)
 
     def _stopped(self, job: Job) -> _Outcome | None:
@@ -323,9 +321,7 @@ class Worker:
             delay_s = self._retry_delay_s * 4**job.retries * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
             self._ledger.defer(job.seq, delay_s)
             message = "Job put back for %.1f s (%s): %s"
-            event(
-                logger, logging.WARNING, "deferred", message, delay_s, outcome.code, outcome.message, job_id=job.job_id
-            )
+            log.warning(message, delay_s, outcome.code, outcome.message, action="deferred", job_id=job.job_id)
         else:
             self._ledger.fail(job.seq, outcome.code, outcome.message)
 
@@ -342,7 +338,7 @@ class Worker:
                 if outcome is _UNEXPECTED:
                     raise
                 message = "The result holds what the ledger cannot write"
-                event(logger, logging.ERROR, "failed", message, job_id=job.job_id, exc_info=True)
+                log.exception(message, action="failed", job_id=job.job_id)
                 outcome = _UNEXPECTED
             else:
                 self._reports.degraded("worker", on=False)
@@ -359,13 +355,13 @@ class Worker:
         took_s = (ended.completed_at or 0.0) - (ended.started_at or 0.0)
         if ended.state is JobState.COMPLETED:
             message = "Job completed in %.2f s (%.1f s of audio)"
-            event(logger, logging.INFO, "completed", message, took_s, ended.audio_duration, job_id=job.job_id)
+            log.info(message, took_s, ended.audio_duration, action="completed", job_id=job.job_id)
         elif ended.state is JobState.CANCELLED:
-            event(logger, logging.INFO, "cancelled", "Job cancelled after %.2f s", took_s, job_id=job.job_id)
+            log.info("Job cancelled after %.2f s", took_s, action="cancelled", job_id=job.job_id)
         else:
             message = "Job ended as %s (%s) after %.2f s: %s"
             details = (ended.state, ended.error_code, took_s, ended.error_message)
-            event(logger, logging.WARNING, "failed", message, *details, job_id=job.job_id)
+            log.warning(message, *details, action="failed", job_id=job.job_id)
 
 
 def options_of(job: Job) -> TranscriptionOptions:

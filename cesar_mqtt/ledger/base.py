@@ -5,7 +5,6 @@ Every method may be called from any thread, unless it says that the caller holds
 
 import contextlib
 import gc
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,8 +21,6 @@ from cesar_mqtt.ledger.index import Index
 from cesar_mqtt.ledger.outbox import Outbox
 from cesar_mqtt.ledger.storage import Change, JournalStorage
 from cesar_mqtt.ledger.tables import JournalDB
-
-logger = logging.getLogger(__name__)
 
 JOBS = "jobs"
 WINDOWS = "windows"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.ledger.journal import FORMAT, check_format, encode
+from cesar_mqtt.ledger.journal import FORMAT, check_format
 
 Document = dict[str, Any]
 Image = dict[str, dict[str, Document]]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from cesar_mqtt.jobs import NewJob, Verdict
+from cesar_mqtt.jobs import Admission, NewJob
 
 Mark = TypeVar("Mark", bound=Hashable)
 
@@ -100,7 +100,7 @@ class Register:
         if self._borne:
             self.settled = next(iter(self._borne)) - 1
 
-    def judge(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Verdict, str]], dict[str, NewJob]]:
+    def judge(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Admission, str]], dict[str, NewJob]]:
         """Decide on each request as if those before it were known already.
 
         Args:
@@ -117,13 +117,13 @@ class Register:
             job_id = earlier or request.job_id
             known = new[job_id].fingerprint if job_id in new else self._jobs.get(job_id, (0, None))[1]
             if earlier is not None:
-                verdict = Verdict.SAME
+                verdict = Admission.SAME
             elif known is not None:
-                verdict = Verdict.SAME if known == request.fingerprint else Verdict.CONFLICT
+                verdict = Admission.SAME if known == request.fingerprint else Admission.CONFLICT
             elif request.failure is None and room <= 0:
-                verdict = Verdict.FULL
+                verdict = Admission.FULL
             else:
-                verdict = Verdict.ACCEPTED
+                verdict = Admission.ACCEPTED
                 new[job_id] = request
                 room -= request.failure is None
             verdicts.append((verdict, job_id))

@@ -6,7 +6,7 @@ Every method may be called from any thread. What a method says is done is on dis
 from collections.abc import Collection, Sequence
 from itertools import islice
 
-from cesar_mqtt.jobs import Gone, IllegalTransitionError, Job
+from cesar_mqtt.jobs import DeletedJob, IllegalTransitionError, Job
 from cesar_mqtt.ledger.base import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.ledger.documents import gone_document, gone_with, in_spool
 from cesar_mqtt.ledger.queries import Views
@@ -75,7 +75,7 @@ class Retirement(Views):
     def _without_windows(self, seq: int, *, start: int = 0) -> list[Change]:
         return [Change(WINDOWS, doc_id, None) for doc_id in self._index.window_ids(seq, start=start)]
 
-    def gone(self, limit: int, *, but: Collection[int] = ()) -> list[Gone]:
+    def gone(self, limit: int, *, but: Collection[int] = ()) -> list[DeletedJob]:
         """Return deleted jobs of which the broker may still retain something, until `mark_cleared`."""
         with self._changed:
             pending = self._index.deleted.pending

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import STATES, AudioSource, Gone, Job, JobState, NewJob, Result, wants_audio
-from cesar_mqtt.ledger.journal import encode
+from cesar_mqtt.jobs import STATES, AudioSource, DeletedJob, Job, JobState, NewJob, Result, wants_audio
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.transcript import Segment, Window, Word
 
 
@@ -139,13 +139,13 @@ def _segment(segment_id: int, *values: Any) -> Segment:
     return Segment(segment_id, start_s, end_s, text, avg_logprob, no_speech_prob, spoken)
 
 
-def gone_with(seq: int, document: Mapping[str, Any]) -> Gone:
+def gone_with(seq: int, document: Mapping[str, Any]) -> DeletedJob:
     """Return what has to be known of a job once it is deleted."""
     fingerprint = document["fingerprint"] if "anonymous" in document else None
-    return Gone(seq, document["job_id"], tuple(document.get("formats", ())), fingerprint=fingerprint)
+    return DeletedJob(seq, document["job_id"], tuple(document.get("formats", ())), fingerprint=fingerprint)
 
 
-def gone_document(gone: Gone) -> dict[str, Any]:
+def gone_document(gone: DeletedJob) -> dict[str, Any]:
     """Return the document of a job that was just deleted."""
     document: dict[str, Any] = {"job_id": gone.job_id}
     if gone.formats:
@@ -155,12 +155,12 @@ def gone_document(gone: Gone) -> dict[str, Any]:
     return document
 
 
-def gone_of(seq: int, document: Mapping[str, Any]) -> Gone:
+def gone_of(seq: int, document: Mapping[str, Any]) -> DeletedJob:
     """Return the deleted job that `gone_document` wrote down; its status is another job's once that bears its id.
 
     Since the broker has forgotten it, it has the field `cleared`, false when it is to be forgotten once more.
     """
-    return Gone(
+    return DeletedJob(
         seq,
         document["job_id"],
         tuple(document.get("formats", ())),

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from cesar_mqtt.jobs import Gone, JobState, NewJob
+from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger.deduplication import Register
 from cesar_mqtt.ledger.expiries import Times
-from cesar_mqtt.ledger.queue import Line
-from cesar_mqtt.ledger.tombstones import Deleted
+from cesar_mqtt.ledger.queue import JobQueue
+from cesar_mqtt.ledger.tombstones import Tombstones
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -46,10 +46,10 @@ class Index:
         """Build it from the tables of a ledger that was just opened."""
         buried = sorted((int(key), document) for key, document in gone.items())
         order = sorted((int(key), document) for key, document in jobs.items())
-        self.deleted = Deleted(buried)
+        self.deleted = Tombstones(buried)
         self.deleted_total: int = counters.get("deleted", 0)
         self.register = Register(order, answered=self.deleted.answered, settled=counters.get("settled", 0))
-        self.queue = Line(seq for seq, document in order if document["state"] == JobState.QUEUED)
+        self.queue = JobQueue(seq for seq, document in order if document["state"] == JobState.QUEUED)
         self.processing = [seq for seq, document in order if document["state"] == JobState.PROCESSING]
         for seq, document in order:
             if "expires_at" in document and not JobState(document["state"]).final:
@@ -98,7 +98,7 @@ class Index:
             self.finished[seq] = _end_of(document)
             self.queue.end(seq)
 
-    def bury(self, gone: Gone, document: Mapping[str, Any]) -> None:
+    def bury(self, gone: DeletedJob, document: Mapping[str, Any]) -> None:
         """Note that a job, which was not in work, is deleted."""
         self.deleted.add(gone)
         self.deleted_total += 1

@@ -14,9 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import to_json
-
 from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.fsync import Disk
 
 FORMAT = 1
@@ -24,31 +23,6 @@ FORMAT = 1
 
 _STEP_BYTES = 256 << 10
 _SECTOR_BYTES = 512
-
-_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-
-
-def encode(value: Any) -> bytes:
-    """Return `value` as JSON in UTF-8; half a surrogate pair, which UTF-8 cannot say, becomes its JSON escape.
-
-    What is not JSON but resembles it (a set, bytes, a path) is written as what it resembles: see `check_json`.
-
-    Raises:
-        ValueError, TypeError: `value` is not JSON.
-    """
-    try:
-        fast = to_json(value)  # a quarter of the time of the standard library's
-    except ValueError:
-        fast = b"NaN"
-    # It takes NaN and infinity, which are not JSON; when such a word may stand there, the standard library decides.
-    if b"NaN" in fast or b"Infinity" in fast:
-        return _json(value).encode("utf-8", "backslashreplace")
-    return fast
-
-
-def check_json(value: Any) -> None:
-    """Raise ValueError or TypeError for what would not come back from the disk as it is in memory."""
-    _json(value)
 
 
 def check_format(path: Path, version: int) -> None:

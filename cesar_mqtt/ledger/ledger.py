@@ -5,7 +5,6 @@ returns.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode, LedgerError
-from cesar_mqtt.jobs import STATES, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import STATES, Admission, IllegalTransitionError, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.base import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.ledger.deletion import Retirement
 from cesar_mqtt.ledger.documents import (
@@ -26,10 +25,10 @@ from cesar_mqtt.ledger.documents import (
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.index import window_id
 from cesar_mqtt.ledger.storage import Change
-from cesar_mqtt.logs import event
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Window
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _OF_AN_END = ("started_at", "completed_at", "error_code", "error_message", "cancelling", "expires_at")
 _EXPIRED = {
@@ -95,13 +94,7 @@ class Ledger(Retirement):
                 self._cancel(seq)
             elif crashes < self._max_attempts:
                 self._move(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_OF_AN_ATTEMPT)
-                event(
-                    logger,
-                    logging.WARNING,
-                    "recovered",
-                    "Job was in work at the last crash: queued again",
-                    job_id=row["job_id"],
-                )
+                log.warning("Job was in work at the last crash: queued again", action="recovered", job_id=row["job_id"])
             else:
                 self._fail(
                     seq,
@@ -112,7 +105,7 @@ class Ledger(Retirement):
 
     # -- accepting ------------------------------------------------------------------------------------------------
 
-    def append(self, requests: Sequence[NewJob]) -> list[tuple[Verdict, str]]:
+    def append(self, requests: Sequence[NewJob]) -> list[tuple[Admission, str]]:
         """Accept what can be accepted, all in one transaction with one fsync.
 
         Returns:
@@ -129,7 +122,7 @@ class Ledger(Retirement):
                 self._insert(new)
             for verdict, job_id in verdicts:
                 seq = self._index.register.seq(job_id)
-                if verdict is Verdict.SAME and seq is not None:
+                if verdict is Admission.SAME and seq is not None:
                     self._outbox.tell(seq)
             if verdicts:
                 self._notify()

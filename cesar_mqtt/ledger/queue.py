@@ -12,7 +12,7 @@ HEAD = 10
 """So many of the first jobs in the queue are told their position whenever it changes (the contract's section 2)."""
 
 
-class Line:
+class JobQueue:
     """Sequence numbers of queued jobs, first in, first out. Times are seconds of whatever clocks the caller has."""
 
     def __init__(self, order: Iterable[int]) -> None:

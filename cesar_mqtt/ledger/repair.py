@@ -27,7 +27,7 @@ _MOST_SHOWN = 10
 
 
 @dataclass(slots=True)
-class Salvage:
+class RecoveredLedger:
     """What can be kept of a ledger.
 
     Attributes:
@@ -55,13 +55,13 @@ class Salvage:
         del self.image[table][key]
 
 
-def examine(path: Path) -> Salvage:
+def examine(path: Path) -> RecoveredLedger:
     """Read the ledger at `path` as far as it can be read; changes nothing.
 
     Raises:
         LedgerError: a file cannot be opened, or a newer version wrote it.
     """
-    found = Salvage()
+    found = RecoveredLedger()
     try:
         _read_checkpoint(path, found)
         _read_journal(path.with_name(path.name + ".journal"), found)
@@ -71,7 +71,7 @@ def examine(path: Path) -> Salvage:
     return found
 
 
-def repair(path: Path, found: Salvage) -> list[Path]:
+def repair(path: Path, found: RecoveredLedger) -> list[Path]:
     """Write what was found as a new, whole ledger; the old files stay beside it under other names.
 
     Every status is published again at the next start.
@@ -103,7 +103,7 @@ def repair(path: Path, found: Salvage) -> list[Path]:
 # -- the checkpoint -----------------------------------------------------------------------------------------------
 
 
-def _read_checkpoint(path: Path, found: Salvage) -> None:
+def _read_checkpoint(path: Path, found: RecoveredLedger) -> None:
     try:
         loaded = checkpoint.load(path)
     except (LedgerError, ValueError, KeyError, TypeError):
@@ -114,7 +114,7 @@ def _read_checkpoint(path: Path, found: Salvage) -> None:
         found.image, found.transaction = loaded[0].image, loaded[0].transaction
 
 
-def _salvage_checkpoint(path: Path, found: Salvage) -> None:
+def _salvage_checkpoint(path: Path, found: RecoveredLedger) -> None:
     """Read a checkpoint whose checksum is wrong: as a whole if it is still JSON, else a document a line."""
     raw = path.read_bytes()
     try:
@@ -130,7 +130,7 @@ def _salvage_checkpoint(path: Path, found: Salvage) -> None:
     found.notes.append(f"{path.name} was changed by another program or damaged, but all of it can be read.")
 
 
-def _documents(raw: bytes, found: Salvage) -> Image:
+def _documents(raw: bytes, found: RecoveredLedger) -> Image:
     image: Image = {}
     table = ""
     unreadable = 0
@@ -165,7 +165,7 @@ def _document(line: bytes) -> tuple[str, Document] | None:
 # -- the journal --------------------------------------------------------------------------------------------------
 
 
-def _read_journal(path: Path, found: Salvage) -> None:
+def _read_journal(path: Path, found: RecoveredLedger) -> None:
     try:
         used = path.read_bytes().rstrip(b"\0")
     except FileNotFoundError:
@@ -179,7 +179,7 @@ def _read_journal(path: Path, found: Salvage) -> None:
             expected = _take(entry, expected, found)
 
 
-def _entries(used: bytes, path: Path, found: Salvage) -> Iterator[tuple[int, Any]]:
+def _entries(used: bytes, path: Path, found: RecoveredLedger) -> Iterator[tuple[int, Any]]:
     end = 0
     for number, line in enumerate(lines_of(used), start=1):
         body = body_of(line)
@@ -195,7 +195,7 @@ def _entries(used: bytes, path: Path, found: Salvage) -> Iterator[tuple[int, Any
         end += len(line)
 
 
-def _after(header: Any, path: Path, found: Salvage) -> int:
+def _after(header: Any, path: Path, found: RecoveredLedger) -> int:
     after = int(header.get("after", 0))
     if after > found.transaction:
         found.damaged = True
@@ -206,7 +206,7 @@ def _after(header: Any, path: Path, found: Salvage) -> int:
     return after + 1
 
 
-def _take(entry: list[Any], expected: int | None, found: Salvage) -> int:
+def _take(entry: list[Any], expected: int | None, found: RecoveredLedger) -> int:
     number, _, operations = entry
     if expected is not None and number > max(expected, found.transaction + 1):
         found.damaged = True
@@ -217,7 +217,7 @@ def _take(entry: list[Any], expected: int | None, found: Salvage) -> int:
     return int(number) + 1
 
 
-def _drop_unreadable(found: Salvage) -> None:
+def _drop_unreadable(found: RecoveredLedger) -> None:
     """Leave out what the ledger could not read: a repaired one has to open.
 
     Windows whose job is lost do no harm: the ledger drops them when it is opened.

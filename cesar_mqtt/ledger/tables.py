@@ -10,8 +10,8 @@ from typing import Any, cast
 from tinydb import TinyDB
 from tinydb.table import Table
 
+from cesar_mqtt.json_codec import check_json, encode
 from cesar_mqtt.ledger.checkpoint import RESERVED, Document
-from cesar_mqtt.ledger.journal import check_json, encode
 from cesar_mqtt.ledger.storage import Change, JournalStorage
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cesar_mqtt.jobs import Gone
+from cesar_mqtt.jobs import DeletedJob
 from cesar_mqtt.ledger.deduplication import Marks
 from cesar_mqtt.ledger.documents import gone_of
 
@@ -16,7 +16,7 @@ KEPT = 10_000
 """So many are known after the broker has forgotten them; ten times what is kept of finished jobs by default."""
 
 
-class Deleted:
+class Tombstones:
     """The deleted jobs, by their numbers.
 
     Attributes:
@@ -25,19 +25,19 @@ class Deleted:
 
     def __init__(self, documents: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
         """Start with the documents that a restart found."""
-        self.pending: dict[int, Gone] = {}
-        self._cleared: dict[int, Gone] = {}
+        self.pending: dict[int, DeletedJob] = {}
+        self._cleared: dict[int, DeletedJob] = {}
         self._ids: dict[str, int] = {}
         self._anonymous = Marks[str]()
         for seq, document in documents:
             gone = gone_of(seq, document)
             self._note(gone, among=self._cleared if document.get("cleared") else self.pending)
 
-    def add(self, gone: Gone) -> None:
+    def add(self, gone: DeletedJob) -> None:
         """Note a job that was just deleted."""
         self._note(gone, among=self.pending)
 
-    def _note(self, gone: Gone, *, among: dict[int, Gone]) -> None:
+    def _note(self, gone: DeletedJob, *, among: dict[int, DeletedJob]) -> None:
         among[gone.seq] = gone
         if gone.status:
             self._ids[gone.job_id] = gone.seq
@@ -65,16 +65,16 @@ class Deleted:
         self._cleared.clear()
         return numbers
 
-    def bearer(self, job_id: str) -> Gone | None:
+    def bearer(self, job_id: str) -> DeletedJob | None:
         """Return the deleted job whose status would be cleared under this id; None: there is none."""
         seq = self._ids.get(job_id)
         return None if seq is None else self._among(seq)[seq]
 
-    def outlasts(self, gone: Gone) -> bool:
+    def outlasts(self, gone: DeletedJob) -> bool:
         """Whether something is left to do once a new job has the status: results to clear, or an event to tell."""
         return bool(gone.formats) or (gone.news and gone.seq in self.pending)
 
-    def keep_status(self, gone: Gone) -> None:
+    def keep_status(self, gone: DeletedJob) -> None:
         """Let the status stay as it is, for a new job has it now."""
         among = self._among(gone.seq)
         self._forget(gone)
@@ -88,10 +88,10 @@ class Deleted:
         seq = self._anonymous.latest(fingerprint)
         return None if seq is None else self._among(seq)[seq].job_id
 
-    def _among(self, seq: int) -> dict[int, Gone]:
+    def _among(self, seq: int) -> dict[int, DeletedJob]:
         return self.pending if seq in self.pending else self._cleared
 
-    def _forget(self, gone: Gone) -> None:
+    def _forget(self, gone: DeletedJob) -> None:
         if self._ids.get(gone.job_id) == gone.seq:
             del self._ids[gone.job_id]
         if gone.fingerprint is not None:

@@ -14,7 +14,7 @@ from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 _STATM = Path("/proc/self/statm")
 
 
-class Pulse:
+class HealthProbe:
     """Takes measurements of one consumer."""
 
     def __init__(self, folder: Path, *, worker_alive: Callable[[], bool], network_alive: Callable[[], bool]) -> None:

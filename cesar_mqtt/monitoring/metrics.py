@@ -24,7 +24,7 @@ class Reports(worker.Reports, intake.Reports, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
+class MetricSources:
     """What can be asked of a consumer at any moment, from any thread.
 
     Attributes:
@@ -61,7 +61,7 @@ class Metrics:
         """Return what fetches as `downloader` does."""
         return downloader
 
-    def serve(self, readings: Readings) -> None:
+    def serve(self, readings: MetricSources) -> None:
         """Begin to answer whoever asks for the numbers. Raises ConfigError when the port cannot be had."""
 
     def close(self) -> None:

@@ -16,17 +16,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cesar_mqtt import __version__
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.consumer.prefetched import Fetches
-from cesar_mqtt.errors import ConfigError, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, JobFailedError
 from cesar_mqtt.jobs import Job, JobState, Totals
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.monitoring.metrics import Metrics, Readings, Reports
+from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, Reports
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.transcript import Segment
-from cesar_mqtt.whisper.catalogue import never_stop
 from cesar_mqtt.whisper.model_store import ModelStore
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Instruments(Metrics):
         """Return what fetches as `downloader` does, and is timed."""
         return _TimedDownloader(downloader, self._downloads)
 
-    def serve(self, readings: Readings) -> None:
+    def serve(self, readings: MetricSources) -> None:
         """Listen. Raises ConfigError when the port cannot be had."""
         self.registry.register(_Observed(readings))
         try:
@@ -101,7 +101,7 @@ class Instruments(Metrics):
 class _Observed(Collector):
     """What is looked up when somebody asks."""
 
-    def __init__(self, readings: Readings) -> None:
+    def __init__(self, readings: MetricSources) -> None:
         self._readings = readings
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
@@ -229,7 +229,7 @@ class _CountedReports:
     def degraded(self, who: str, *, on: bool) -> None:
         self.to.degraded(who, on=on)
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         self.to.progress(job, live)
 
     def segment(self, job: Job, segment: Segment) -> None:
@@ -302,7 +302,7 @@ class _TimedDownloader:
     to: Fetches
     counts: _Downloads
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         started, outcome = time.perf_counter(), "internal"
         try:
             fetched = self.to.fetch(url, should_stop)
@@ -310,7 +310,7 @@ class _TimedDownloader:
         except JobFailedError as exc:
             outcome = exc.code.value
             raise
-        except Stopped:
+        except Cancelled:
             outcome = "stopped"
             raise
         finally:

@@ -5,7 +5,6 @@ can be cancelled, while a process can be ended at any instant and takes its memo
 """
 
 import json
-import logging
 import os
 import selectors
 import subprocess
@@ -19,11 +18,11 @@ from typing import Any, NoReturn
 
 from huggingface_hub import constants, snapshot_download
 
-from cesar_mqtt import logs
-from cesar_mqtt.errors import JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, JobFailedError
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.whisper.model_files import PATTERNS, missing_files, unavailable
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 REPOSITORIES = {
     "tiny.en": "Systran/faster-whisper-tiny.en",
@@ -106,7 +105,7 @@ def fetch(
 
     Raises:
         JobFailedError: `model_unavailable`: offline, no answer, refused, no room, stalled or failed.
-        Stopped: `should_stop` returned True.
+        Cancelled: `should_stop` returned True.
     """
     if is_offline():
         raise _failure(name, "offline")
@@ -115,7 +114,7 @@ def fetch(
         heard_at, last = time.monotonic(), ""
         for news in _news_of(process):
             if should_stop():
-                raise Stopped
+                raise Cancelled
             if news is not None:
                 match news.kind:
                     case "path":
@@ -152,7 +151,7 @@ class _Progress:
             percent = 100 * done_bytes // total_bytes if total_bytes else 0
             text = "Fetching model %s from the hub: %d %% of %.0f MB"
             arguments = (self._name, percent, total_bytes / 1e6)
-            logs.event(_log, logging.INFO, "model_download", text, *arguments, percent=percent, bytes=done_bytes)
+            log.info(text, *arguments, action="model_download", percent=percent, bytes=done_bytes)
         return True
 
 
@@ -212,13 +211,13 @@ def _read(line: bytes) -> _News:
             ((kind, value),) = said.items()
             return _News(kind, value)
     text = line.decode("utf-8", "replace")
-    logs.event(_log, logging.DEBUG, "model_download", "The hub's client says: %s", text)
+    log.debug("The hub's client says: %s", text, action="model_download")
     return _News("log", text)
 
 
 def _fail(name: str, reason: str, detail: str) -> NoReturn:
     text = "Model %s cannot be fetched (%s): %s"
-    logs.event(_log, logging.WARNING, "model_download_failed", text, name, reason, detail)
+    log.warning(text, name, reason, detail, action="model_download_failed")
     raise _failure(name, reason)
 
 

@@ -14,7 +14,7 @@ from faster_whisper.feature_extractor import FeatureExtractor
 from numpy.typing import NDArray
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
-from cesar_mqtt.errors import Stopped
+from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.whisper.hardware import give_memory_back
 
 LARGE = 120 * SAMPLE_RATE
@@ -25,7 +25,7 @@ _PIECE_FRAMES = 1500
 
 
 def interruptible(model: WhisperModel, should_stop: Callable[[], bool]) -> WhisperModel:
-    """Give a view of the model whose every step asks `should_stop` first, and raises `Stopped` if it says so.
+    """Give a view of the model whose every step asks `should_stop` first, and raises `Cancelled` if it says so.
 
     The longest steps are the VAD, about a second for ten minutes of audio, and a beam search over 30 s.
     """
@@ -47,7 +47,7 @@ class _Steps:
 
     def _step(self, name: str, *args: object, **options: object) -> Any:
         if self._should_stop():
-            raise Stopped
+            raise Cancelled
         return getattr(self._model, name)(*args, **options)
 
     def encode(self, *args: object, **options: object) -> Any:
@@ -90,7 +90,7 @@ class _Features:
         )
         for first in range(0, spectrum.shape[1], _PIECE_FRAMES):
             if self._should_stop():
-                raise Stopped
+                raise Cancelled
             piece = spectrum[:, first : first + _PIECE_FRAMES]
             piece[:] = self._log_mel(padded, first, piece.shape[1])
         # Whisper's own scale (openai/whisper, `log_mel_spectrogram`): 80 dB below the loudest, then about -1 to 1.

@@ -3,7 +3,6 @@
 `load`, `unload` and what belongs to idling are for the worker thread; everything else may be called from any thread.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ import ctranslate2
 import numpy as np
 from faster_whisper import WhisperModel
 
-from cesar_mqtt import logs
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import ConfigError, JobFailedError
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files as modelfiles
-from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry, never_stop
+from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
 from cesar_mqtt.whisper.hardware import give_memory_back, usable_cores
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _COMPUTE_TYPES = {"cpu": ("int8", "float32"), "cuda": ("float16", "int8_float16", "int8", "float32")}
 """Best first, for `auto`."""
@@ -121,7 +121,7 @@ class ModelStore:
 
         Raises:
             JobFailedError: `model_unavailable`.
-            Stopped: `should_stop` returned True.
+            Cancelled: `should_stop` returned True.
         """
         self.mark_used()
         if self._model is not None and self._name == name:
@@ -131,7 +131,7 @@ class ModelStore:
             self.unload()
             self._model = self._start_or_renew(name, path, should_stop)
             self._path = path
-            logs.event(_log, logging.INFO, "model_loaded", "Model %s is ready", name, device=self.device, path=path)
+            log.info("Model %s is ready", name, action="model_loaded", device=self.device, path=path)
         self._name = name
         self.mark_used()
         return self._model
@@ -158,7 +158,7 @@ class ModelStore:
         deadline = self.idle_deadline()
         if deadline is None or self._clock() < deadline:
             return False
-        logs.event(_log, logging.INFO, "model_unloaded", "Model %s has idled and is unloaded", self._name)
+        log.info("Model %s has idled and is unloaded", self._name, action="model_unloaded")
         self.unload()
         return True
 
@@ -184,7 +184,7 @@ class ModelStore:
         except Exception as exc:
             # Nothing but the model can be at fault here, and broken ones raise what they like: the tokenizer's loader
             # raises the bare Exception, its encoder an IndexError, CTranslate2 whatever its own files make it.
-            logs.event(_log, logging.WARNING, "model_failed", "Model %s cannot be loaded: %s", name, exc, path=path)
+            log.warning("Model %s cannot be loaded: %s", name, exc, action="model_failed", path=path)
             if is_out_of_memory(exc):
                 raise _no_memory(name) from exc
             raise _BrokenModelError from exc

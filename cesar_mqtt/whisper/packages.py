@@ -7,7 +7,6 @@ Any thread and any process may call; those that join the same model at once take
 import errno
 import hashlib
 import importlib.util
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +17,12 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from cesar_mqtt import logs
-from cesar_mqtt.errors import Stopped
+from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.logs import get_logger
 from cesar_mqtt.whisper.model_files import missing_files, unavailable
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _BESIDE = ("config.json", "tokenizer.json", "vocabulary.txt")
 _CHUNK_BYTES = 1 << 20
@@ -132,7 +131,7 @@ class PackagedModels:
 
         Raises:
             JobFailedError: `model_unavailable`: no room, no right to write, or a damaged package.
-            Stopped: `should_stop` returned True; nothing is left behind.
+            Cancelled: `should_stop` returned True; nothing is left behind.
         """
         package = self._packages[name]
         joined = self._joined(name, package)
@@ -142,7 +141,7 @@ class PackagedModels:
                 if anew or not _is_whole(joined, package):
                     self._write(joined, package, _Copy(name, self.size_bytes(name), should_stop, on_progress))
         except OSError as exc:
-            logs.event(_log, logging.WARNING, "model_failed", "Model %s cannot be joined: %s", name, exc, path=joined)
+            log.warning("Model %s cannot be joined: %s", name, exc, action="model_failed", path=joined)
             raise unavailable(_why(name, exc)) from exc
         return joined
 
@@ -168,7 +167,7 @@ class PackagedModels:
                 break
             except Timeout:
                 if should_stop():
-                    raise Stopped from None
+                    raise Cancelled from None
         try:
             yield
         finally:
@@ -202,7 +201,7 @@ class PackagedModels:
             self._disk.sync_folder(self._folder)
         finally:
             shutil.rmtree(making, ignore_errors=True)
-        logs.event(_log, logging.INFO, "model_joined", "Model %s is joined", copy.name, path=joined)
+        log.info("Model %s is joined", copy.name, action="model_joined", path=joined)
 
 
 class _Copy:
@@ -222,7 +221,7 @@ class _Copy:
             with source.open("rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):
                     if self._should_stop():
-                        raise Stopped
+                        raise Cancelled
                     if digest is not None:
                         digest.update(chunk)
                     yield chunk

@@ -4,28 +4,24 @@ Knows nothing of jobs or MQTT. Progress and results are told, and whether to sto
 on the thread that transcribes, the worker's.
 """
 
-import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cesar_mqtt import logs
 from cesar_mqtt.audio.decoder import AudioLimits
-from cesar_mqtt.audio.windows import Recording, Stretch
+from cesar_mqtt.audio.windows import Chunk, Recording
 from cesar_mqtt.config import AudioSettings
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window, Word
-from cesar_mqtt.transcription_options import TranscriptionOptions
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
 from cesar_mqtt.whisper.hardware import give_memory_back
 from cesar_mqtt.whisper.interruptible import LARGE
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
-from cesar_mqtt.whisper.pipeline import Listener
+from cesar_mqtt.whisper.pipeline import Pipeline
 
-__all__ = ["Transcriber", "TranscriptionOptions"]
-
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LEAST_LOGPROB = -100.0
 
@@ -81,12 +77,12 @@ class Transcriber:
         Raises:
             JobFailedError: `audio_*` for the file, `model_unavailable` for the model, `invalid_request` for what this
                 model cannot do or this file has not, `internal` for a model that fails on the way.
-            Stopped: `should_stop` returned True.
+            Cancelled: `should_stop` returned True.
         """
         tally = _Tally(recording, options, done, on_progress=on_progress, on_segment=on_segment)
         tally.reached(done[-1].until_s if done else 0.0)
-        listener: Listener | None = None
-        for stretch in recording.stretches(should_stop):
+        listener: Pipeline | None = None
+        for stretch in recording.chunks(should_stop):
             tally.reached(stretch.start_s)
             if stretch.samples.size:
                 listener = listener or self._listener(options, should_stop)
@@ -100,14 +96,14 @@ class Transcriber:
                 on_window(window)
         return tally.transcript(recording.warnings + (listener.warnings if listener is not None else ()))
 
-    def _listener(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Listener:
+    def _listener(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
         model = self._models.load(options.model_size, should_stop=should_stop)
-        listener = Listener(model, options, device=self._models.device, should_stop=should_stop)
+        listener = Pipeline(model, options, device=self._models.device, should_stop=should_stop)
         _stop_if(should_stop)
         return listener
 
     def _heard(
-        self, listener: Listener, stretch: Stretch, model_size: str, tally: "_Tally"
+        self, listener: Pipeline, stretch: Chunk, model_size: str, tally: "_Tally"
     ) -> Generator[tuple[Segment, str], None, None]:
         """Give each segment with its text as the model has it, whose leading blank joins it to the one before."""
         with self._blaming(model_size):
@@ -129,7 +125,7 @@ class Transcriber:
         except (MemoryError, RuntimeError, ValueError) as exc:
             self._models.unload()
             reason = "ran out of memory" if is_out_of_memory(exc) else "failed"
-            logs.event(_log, logging.WARNING, "model_failed", "Model %s %s: %s", model_size, reason, exc)
+            log.warning("Model %s %s: %s", model_size, reason, exc, action="model_failed")
             raise JobFailedError(
                 ErrorCode.INTERNAL,
                 f"The model {model_size!r} {reason} while it transcribed; the audio itself could be read: retry, or "
@@ -219,7 +215,7 @@ class _Tally:
         )
 
 
-def _segment(raw: Any, stretch: Stretch, *, after: Segment | None) -> Segment:
+def _segment(raw: Any, stretch: Chunk, *, after: Segment | None) -> Segment:
     start_s = _inside(raw.start, stretch, otherwise=stretch.start_s)
     if after is not None:  # batched, a time may lie outside of the piece that it was heard in
         start_s = max(start_s, after.start_s)
@@ -234,13 +230,13 @@ def _segment(raw: Any, stretch: Stretch, *, after: Segment | None) -> Segment:
     )
 
 
-def _word(raw: Any, stretch: Stretch) -> Word:
+def _word(raw: Any, stretch: Chunk) -> Word:
     start_s = _inside(raw.start, stretch, otherwise=stretch.start_s)
     end_s = max(start_s, _inside(raw.end, stretch, otherwise=start_s))
     return Word(start_s=start_s, end_s=end_s, text=raw.word, probability=_finite(raw.probability, otherwise=0.0))
 
 
-def _inside(time_s: float, stretch: Stretch, *, otherwise: float) -> float:
+def _inside(time_s: float, stretch: Chunk, *, otherwise: float) -> float:
     """Give a time of the model as one of the file, of three decimals, not outside the stretch that it was heard in."""
     in_file_s = _finite(stretch.start_s + float(time_s), otherwise=otherwise)
     return min(max(round(stretch.start_s, 3), in_file_s), round(stretch.end_s, 3))
@@ -254,4 +250,4 @@ def _finite(value: float, *, otherwise: float) -> float:
 
 def _stop_if(should_stop: Callable[[], bool]) -> None:
     if should_stop():
-        raise Stopped
+        raise Cancelled

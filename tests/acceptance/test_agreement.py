@@ -12,7 +12,7 @@ import pytest
 
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.consumer.worker import Worker
-from cesar_mqtt.errors import DiedError
+from cesar_mqtt.errors import ThreadDiedError
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.service import Service
 from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, command, words
@@ -166,7 +166,7 @@ def test_a_thread_that_dies_ends_the_consumer_for_its_supervisor(
     def run() -> None:
         try:
             service.run(StopSignals())
-        except DiedError as exc:
+        except ThreadDiedError as exc:
             ended.append(exc)
 
     thread = threading.Thread(target=run)
@@ -184,4 +184,4 @@ def test_two_consumers_of_one_name_are_told_from_a_bad_network(mosquitto: Mosqui
     first = serve("--broker", mosquitto.url, name="first")
     second = serve("--broker", mosquitto.url, name="second")
     for consumer in (first, second):
-        consumer.wait_for_log("another client")
+        consumer.wait_for_log("other client")

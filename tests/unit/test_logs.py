@@ -8,7 +8,7 @@ import pytest
 
 from cesar_mqtt import logs
 
-OURS = logging.getLogger("cesar_mqtt.consumer.worker")
+OURS = logs.get_logger("cesar_mqtt.consumer.worker")
 
 
 @pytest.fixture
@@ -22,20 +22,20 @@ def fail() -> None:
 
 def test_a_text_line_is_time_level_message_and_job(stream: io.StringIO) -> None:
     logs.configure("text", "info", stream)
-    logs.event(OURS, logging.INFO, "job_finished", "transcribed in %.1f s", 1.25, job_id="porch-17", speed=6.5)
+    OURS.info("transcribed in %.1f s", 1.25, action="job_finished", job_id="porch-17", speed=6.5)
     line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d info    transcribed in 1\.2 s \(job porch-17\)\n"
     assert re.fullmatch(line, stream.getvalue())
 
 
 def test_a_text_line_without_a_job_ends_with_the_message(stream: io.StringIO) -> None:
     logs.configure("text", "info", stream)
-    logs.event(OURS, logging.WARNING, "broker_lost", "the broker is gone")
+    OURS.warning("the broker is gone", action="broker_lost")
     assert stream.getvalue().endswith(" warning the broker is gone\n")
 
 
 def test_text_from_outside_can_neither_break_a_line_nor_steer_the_terminal(stream: io.StringIO) -> None:
     logs.configure("text", "info", stream)
-    logs.event(OURS, logging.INFO, "read", "%s", "a\nb\x1b[31m\x9b\u2028\udc80 Grüße", job_id="x\r")
+    OURS.info("%s", "a\nb\x1b[31m\x9b\u2028\udc80 Grüße", action="read", job_id="x\r")
     assert stream.getvalue().endswith("a\\nb\\x1b[31m\\x9b\\u2028\\udc80 Grüße (job x\\r)\n")
     assert stream.getvalue().count("\n") == 1
 
@@ -45,7 +45,7 @@ def test_a_traceback_follows_its_text_line_indented(stream: io.StringIO) -> None
     try:
         fail()
     except ValueError:
-        logs.event(OURS, logging.ERROR, "job_failed", "failed", exc_info=True)
+        OURS.error("failed", action="job_failed", exc_info=True)
     first, *rest = stream.getvalue().splitlines()
     assert first.endswith("failed")
     assert rest[0] == "    Traceback (most recent call last):"
@@ -55,7 +55,7 @@ def test_a_traceback_follows_its_text_line_indented(stream: io.StringIO) -> None
 
 def test_a_json_line_is_one_object_with_the_fields_of_the_event(stream: io.StringIO) -> None:
     logs.configure("json", "info", stream)
-    logs.event(OURS, logging.INFO, "job_finished", "took %s s", 2, job_id="porch-17", speed=6.5, name="a\nb")
+    OURS.info("took %s s", 2, action="job_finished", job_id="porch-17", speed=6.5, name="a\nb")
     (line,) = stream.getvalue().splitlines()
     record = json.loads(line)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
@@ -74,16 +74,14 @@ def test_a_traceback_is_one_field_of_its_json_line(stream: io.StringIO) -> None:
     logs.configure("json", "info", stream)
     with pytest.raises(ValueError, match="first") as caught:
         fail()
-    logs.event(OURS, logging.ERROR, "job_failed", "failed", exc_info=caught.value)
+    OURS.error("failed", action="job_failed", exc_info=caught.value)
     (line,) = stream.getvalue().splitlines()
     assert json.loads(line)["exception"].endswith("ValueError: first line\nsecond line\x1b")
 
 
 def test_json_lines_are_json_whatever_the_fields_are(stream: io.StringIO) -> None:
     logs.configure("json", "info", stream)
-    logs.event(
-        OURS, logging.INFO, "odd", "m", nan=float("nan"), what={1}, name="\udc80", message="x", level=0, none=None
-    )
+    OURS.info("m", action="odd", nan=float("nan"), what={1}, name="\udc80", message="x", none=None)
     record = json.loads(stream.getvalue())
     assert record["nan"] is None
     assert record["what"] == "{1}"
@@ -176,13 +174,13 @@ def test_a_message_below_the_level_is_not_even_put_together(stream: io.StringIO)
             raise AssertionError("formatted")
 
     logs.configure("text", "info", stream)
-    logs.event(OURS, logging.DEBUG, "detail", "%s", Costly())
+    OURS.debug("%s", Costly(), action="detail")
     assert stream.getvalue() == ""
 
 
 def test_an_event_names_the_caller_as_its_place(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "cesar_mqtt"):
-        logs.event(OURS, logging.INFO, "a", "m")
+        OURS.info("m", action="a")
     assert caplog.records[0].funcName == "test_an_event_names_the_caller_as_its_place"
 
 

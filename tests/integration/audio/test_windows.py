@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.consumer.prefetch import Preparer
+from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.worker import Worker, options_of
-from cesar_mqtt.errors import JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.protocol.payloads import JobProgress
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.interruptible import interruptible
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH, LONG = DATA / "speech.wav", DATA / "long.ogg"
@@ -150,7 +150,7 @@ class Told:
     def degraded(self, who: str, *, on: bool) -> None:
         """Take no note."""
 
-    def progress(self, _job: Job, live: Live) -> None:
+    def progress(self, _job: Job, live: JobProgress) -> None:
         self.processed_s.append(live.processed_duration or 0.0)
         if self.processed_s[-1] > self.until_s:
             self.stop()
@@ -167,7 +167,7 @@ def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tu
     transcriber, told = Transcriber(store, AudioSettings(), window_s=12.0), Told(until_s)
     spool = Spool(folder / "spool")
     with Ledger(folder / "ledger.json") as ledger:
-        preparer = Preparer(
+        preparer = Prefetcher(
             ledger,
             open_recording=lambda path, job: transcriber.open(
                 path, options_of(job), from_s=ledger.finished_until(job.seq)
@@ -306,7 +306,7 @@ def test_a_batched_job_that_was_broken_off_leaves_nothing_to_the_next(store: Mod
     options = replace(BATCHED, word_timestamps=True)
     before = run(store, SPEECH, options)
     heard: list[Segment] = []
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(store, LONG, options, on_segment=heard.append, should_stop=lambda: bool(heard))
     assert run(store, SPEECH, options) == before
 
@@ -377,7 +377,7 @@ def test_a_stop_is_heeded_wherever_it_is_asked(options: TranscriptionOptions, st
         patience = Patience(stops)
         try:
             run(store, SPEECH, options, should_stop=patience)
-        except Stopped:
+        except Cancelled:
             assert patience.asked == stops
         else:
             break
@@ -413,7 +413,7 @@ def test_the_features_of_a_long_window_need_little_memory_and_can_be_stopped(sto
     finally:
         tracemalloc.stop()
     assert peak < 6 * samples.nbytes  # at once they take sixteen times as much as the samples
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         interruptible(model, patience).feature_extractor(samples)
 
 

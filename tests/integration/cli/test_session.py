@@ -11,7 +11,7 @@ import pytest
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
-from cesar_mqtt.cli.session import NoAnswerError, Requester, RequestRefusedError, UnreachableError
+from cesar_mqtt.cli.session import ControlClient, NoAnswerError, RequestRefusedError, UnreachableError
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import BrokerRefusedError
 from tests.conftest import Mosquitto, StartMosquitto
@@ -84,7 +84,7 @@ def test_the_answer_of_the_own_transaction_is_returned_and_others_are_passed_ove
         return [ok({"transaction": "of somebody else"}, n=1), ok(request, n=3), ok({"transaction": None}, n=2)]
 
     asked = consumer(mosquitto, answer=answers).asked
-    with Requester(settings(mosquitto.url), ["get"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(mosquitto.url), ["get"], timeout_s=WAIT_S) as requester:
         assert requester.ask("get", {"job_id": "a"}) == {"n": 3}
         assert requester.ask("get", {"job_id": "b"}) == {"n": 3}
     assert [request["job_id"] for _, request in asked] == ["a", "b"]
@@ -98,7 +98,7 @@ def test_a_refusal_is_the_consumers_own_sentence(mosquitto: Mosquitto, consumer:
 
     consumer(mosquitto, answer=refuse)
     with (
-        Requester(settings(mosquitto.url), ["get"], timeout_s=WAIT_S) as requester,
+        ControlClient(settings(mosquitto.url), ["get"], timeout_s=WAIT_S) as requester,
         pytest.raises(RequestRefusedError, match=r"^There is no job a\.$"),
     ):
         requester.ask("get", {"job_id": "a"})
@@ -110,7 +110,7 @@ def test_a_consumer_that_is_away_is_not_asked_so_that_nothing_is_done_when_it_is
 ) -> None:
     away = consumer(mosquitto, state="offline", answer=lambda request: [ok(request)])
     with (
-        Requester(settings(mosquitto.url), ["delete"], timeout_s=WAIT_S) as requester,
+        ControlClient(settings(mosquitto.url), ["delete"], timeout_s=WAIT_S) as requester,
         pytest.raises(NoAnswerError, match="offline") as failed,
     ):
         requester.ask("delete", {"job_id": "a"})
@@ -121,7 +121,7 @@ def test_a_consumer_that_is_away_is_not_asked_so_that_nothing_is_done_when_it_is
 @pytest.mark.mosquitto
 def test_where_nobody_ever_was_that_is_said(mosquitto: Mosquitto) -> None:
     with (
-        Requester(settings(mosquitto.url), ["health"], timeout_s=0.7) as requester,
+        ControlClient(settings(mosquitto.url), ["health"], timeout_s=0.7) as requester,
         pytest.raises(NoAnswerError, match="cesar-mqtt serve"),
     ):
         requester.ask("health")
@@ -131,7 +131,7 @@ def test_where_nobody_ever_was_that_is_said(mosquitto: Mosquitto) -> None:
 def test_a_consumer_that_is_online_and_silent_is_named(mosquitto: Mosquitto, consumer: Start) -> None:
     consumer(mosquitto, "attic")
     with (
-        Requester(settings(mosquitto.url), ["health"], timeout_s=0.7) as requester,
+        ControlClient(settings(mosquitto.url), ["health"], timeout_s=0.7) as requester,
         pytest.raises(NoAnswerError, match="attic is online but did not answer"),
     ):
         requester.ask("health")
@@ -145,7 +145,7 @@ def test_of_several_consumers_each_can_be_asked_by_name(mosquitto: Mosquitto, co
             return [ok(request, consumer=name)] if request.get("consumer") == name else []
 
         consumer(mosquitto, name, answer)
-    with Requester(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
         everyone = requester.everyone(None)
         assert everyone == ["attic", "cesar"]
         assert [requester.ask("health", consumer=name)["consumer"] for name in everyone] == everyone
@@ -155,7 +155,7 @@ def test_of_several_consumers_each_can_be_asked_by_name(mosquitto: Mosquitto, co
 @pytest.mark.mosquitto
 def test_a_single_consumer_is_asked_without_a_name(mosquitto: Mosquitto, consumer: Start) -> None:
     consumer(mosquitto)
-    with Requester(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
         assert requester.everyone(None) == [None]
 
 
@@ -163,7 +163,7 @@ def test_a_single_consumer_is_asked_without_a_name(mosquitto: Mosquitto, consume
 def test_a_broker_that_forbids_to_ask_is_quoted(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
     (tmp_path / "acl").write_text("topic read cesar/#\n")
     broker = start_mosquitto(f"acl_file {tmp_path / 'acl'}")
-    with Requester(settings(broker.url), ["cancel"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(broker.url), ["cancel"], timeout_s=WAIT_S) as requester:
         requester.consumers["cesar"] = True
         with pytest.raises(BrokerRefusedError, match="cesar/request/cancel") as failed:
             requester.ask("cancel", {"job_id": "a"})
@@ -177,10 +177,10 @@ def test_a_wrong_password_and_a_broker_that_is_not_there_are_told_apart(
 ) -> None:
     broker = start_mosquitto(users={"me": "right"})
     with pytest.raises(BrokerRefusedError) as refused:
-        Requester(settings(f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), ["get"], timeout_s=WAIT_S).connect()
+        ControlClient(settings(f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), ["get"], timeout_s=WAIT_S).connect()
     assert "wr0ng" not in str(refused.value)
     with pytest.raises(UnreachableError, match="--broker"):
-        Requester(settings(f"mqtt://127.0.0.1:{free_port}"), ["get"], timeout_s=0.5).connect()
+        ControlClient(settings(f"mqtt://127.0.0.1:{free_port}"), ["get"], timeout_s=0.5).connect()
 
 
 @pytest.mark.mosquitto
@@ -191,7 +191,7 @@ def test_a_connection_that_is_lost_while_waiting_is_told(mosquitto: Mosquitto, c
 
     consumer(mosquitto, answer=stop)
     with (
-        Requester(settings(mosquitto.url), ["get"], timeout_s=600) as requester,  # longer than a test may take
+        ControlClient(settings(mosquitto.url), ["get"], timeout_s=600) as requester,  # longer than a test may take
         pytest.raises(NoAnswerError, match="lost before an answer"),
     ):
         requester.ask("get", {"job_id": "a"})
@@ -200,6 +200,6 @@ def test_a_connection_that_is_lost_while_waiting_is_told(mosquitto: Mosquitto, c
 def test_a_broker_that_says_nothing_is_not_one_that_is_not_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"mqtt://127.0.0.1:{deaf.getsockname()[1]}"
-        with pytest.raises(NoAnswerError, match="Nobody at") as failed:
-            Requester(settings(url), ["get"], timeout_s=0.3).connect()
+        with pytest.raises(NoAnswerError, match="Nothing at") as failed:
+            ControlClient(settings(url), ["get"], timeout_s=0.3).connect()
     assert failed.value.exit_code == 3

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 import cesar_mqtt
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
-from cesar_mqtt.protocol.payloads import JobRequest
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.pipeline import Listener
-from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.pipeline import Pipeline
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH = DATA / "speech.wav"
@@ -248,7 +248,7 @@ def test_a_prompt_cannot_steer_the_model_with_control_tokens(prompt: str, transc
 @pytest.mark.model
 def test_a_stop_ends_the_work_after_the_segment_and_the_next_job_runs(transcriber: Transcriber) -> None:
     seen: list[Segment] = []
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(transcriber, LONG, on_segment=seen.append, should_stop=lambda: len(seen) > 3)
     assert len(seen) == 4
     assert words(run(transcriber, SPEECH).text) == words(SPEECH.with_suffix(".txt").read_text())
@@ -377,7 +377,7 @@ def test_audio_that_cannot_be_read_loads_no_model(tmp_path: Path) -> None:
 
 def test_a_stop_before_the_model_starts_asks_nothing_of_it() -> None:
     transcriber, store = with_model(raw(0, 1))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(transcriber, SPEECH, should_stop=lambda: True)
     assert store.loaded == 0
     begun: list[int] = []
@@ -386,7 +386,7 @@ def test_a_stop_before_the_model_starts_asks_nothing_of_it() -> None:
         begun.append(store.loaded)
         return begun[-2:] == [1, 1]  # the first time, the store itself asks
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(transcriber, SPEECH, should_stop=once_it_is_loaded)
     assert store.model.asked == []
 
@@ -394,7 +394,7 @@ def test_a_stop_before_the_model_starts_asks_nothing_of_it() -> None:
 def test_a_stop_closes_the_generator_whoever_holds_on_to_the_exception() -> None:
     transcriber, store = with_model(raw(0, 1), raw(1, 2), raw(2, 3))
     seen: list[Segment] = []
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(Cancelled) as caught:
         run(transcriber, SPEECH, on_segment=seen.append, should_stop=lambda: len(seen) == 2)
     assert caught.value.__traceback__ is not None
     assert store.model.closed == [True]
@@ -403,7 +403,7 @@ def test_a_stop_closes_the_generator_whoever_holds_on_to_the_exception() -> None
 
 def test_a_stop_is_heeded_while_nothing_is_heard() -> None:
     transcriber, store = with_model(raw(0, 1), 1000, raw(2, 3))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(transcriber, SPEECH, should_stop=lambda: store.model.model.encoded == 20)
     assert store.model.model.encoded == 20
     assert store.model.closed == [True]
@@ -694,7 +694,7 @@ def test_with_nothing_left_to_do_the_transcript_is_what_was_done(minute: Path) -
 def test_a_stop_between_two_windows_keeps_those_that_were_told(minute: Path) -> None:
     transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
     told: list[Window] = []
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(transcriber, minute, on_window=told.append, should_stop=lambda: bool(told))
     assert len(told) == len(store.model.asked) == 1
 
@@ -725,4 +725,4 @@ def test_no_more_are_worked_at_once_than_a_stop_can_wait_for() -> None:
     model = cast("Any", FakeModel(multilingual=True))
     for batch_size, device, at_once in ((2, "cpu", 2), (8, "cpu", 8), (32, "cpu", 8), (32, "cuda", 32)):
         options = TranscriptionOptions("base", batch_size=batch_size)
-        assert Listener(model, options, device=device, should_stop=never)._at_once == at_once
+        assert Pipeline(model, options, device=device, should_stop=never)._at_once == at_once

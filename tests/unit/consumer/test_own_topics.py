@@ -1,10 +1,10 @@
 """The consumer's own topics: what is due, and what the broker may retain of them."""
 
-from cesar_mqtt.consumer.own_topics import OwnState
+from cesar_mqtt.consumer.own_topics import OwnTopics
 
 
 def test_what_the_broker_may_retain_is_what_it_acknowledged_last_and_what_was_sent_since() -> None:
-    own = OwnState()
+    own = OwnTopics()
     assert own.retained("queue") == ()
     for number in range(4):
         own.retain("queue", b"%d" % number)
@@ -18,7 +18,7 @@ def test_what_the_broker_may_retain_is_what_it_acknowledged_last_and_what_was_se
 
 
 def test_what_is_said_again_is_retained_once_it_is_acknowledged() -> None:
-    own = OwnState()
+    own = OwnTopics()
     own.retain("queue", b"x")
     list(own.due())
     own.acknowledge("queue", 0)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.consumer import prefetch as preparation
-from cesar_mqtt.consumer.prefetch import Preparer
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.consumer.prefetch import Prefetcher
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -71,13 +71,13 @@ class FakeRecording:
         self.path = path
         self.job = job
         self.from_s = from_s
-        self.fresh = True
+        self.is_current = True
         self.closed = False
         self._changes = changes
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
         if should_stop():
-            raise Stopped
+            raise Cancelled
         return f"recording of {self.path.name}"
 
     def close(self) -> None:
@@ -96,17 +96,17 @@ class FakeDownloader:
         self._changes = changes
         self._pace = threading.Event()
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         self._changes.note(lambda: self.fetched.append(url))
         while url in self.held:
             if should_stop():
                 self._changes.note(lambda: self.stopped.append(url))
-                raise Stopped
+                raise Cancelled
             self._pace.wait(0.01)
         if url in self.errors:
             raise self.errors[url]
         (name,) = self._spool.store([url.encode()])
-        return Fetched(self._spool.path(name), f"digest of {url}")
+        return DownloadedFile(self._spool.path(name), f"digest of {url}")
 
 
 class Stage:
@@ -121,7 +121,7 @@ class Stage:
         self.recordings: list[FakeRecording] = []
         self.open_error: Exception | None = None
         self.opening: Callable[[], object] = lambda: None
-        self.preparer: Preparer[FakeRecording] = Preparer(
+        self.preparer: Prefetcher[FakeRecording] = Prefetcher(
             self.queue,
             open_recording=self._open,
             spool=self.spool,
@@ -275,7 +275,7 @@ def test_a_file_that_changed_since_is_opened_anew(stage: Stage) -> None:
     job = local(stage, 1)
     stage.queue.jobs = [job]
     stage.look()
-    stage.recordings[0].fresh = False
+    stage.recordings[0].is_current = False
     assert stage.take(job) is stage.recordings[1]
     assert stage.recordings[0].closed
 
@@ -289,7 +289,7 @@ def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_
         assert job is not None
         ledger.add_window(job.seq, Window(0, 600.0, " The first ten minutes.", "en", 0.9, ()))
         ledger.requeue(job.seq)
-        preparer = Preparer(
+        preparer = Prefetcher(
             ledger,
             open_recording=lambda path, job: FakeRecording(path, job, stage.changes, ledger.finished_until(job.seq)),
             spool=stage.spool,
@@ -372,10 +372,10 @@ def test_what_may_become_another_audio_is_told_apart_as_long_as_it_is_in_hand(st
 def test_a_stop_ends_the_wait_for_what_a_file_is(stage: Stage) -> None:
     job = local(stage, 1)
     stage.take(job)
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         stage.preparer.identity(lambda: True)
     stage.preparer.stop()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         stage.preparer.identity(never)
     stage.preparer.release(job, final=False)
     assert stage.open_now == []
@@ -405,7 +405,7 @@ def test_a_stop_ends_the_wait_and_the_download(stage: Stage) -> None:
     job = remote(1)
     stage.downloader.held = {"http://cam.test/1"}
     looked = []
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         stage.preparer.take(job, lambda: looked.append(1) or len(looked) > 2)  # type: ignore[func-returns-value]
     stage.until(lambda: stage.downloader.stopped == ["http://cam.test/1"])
 
@@ -416,7 +416,7 @@ def test_a_stop_comes_before_what_is_prepared(stage: Stage) -> None:
     stage.look()
     stage.settle()
     stage.look()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         stage.preparer.take(job, lambda: True)
     assert (stage.open_now, stage.spooled) == ([], [])
 
@@ -520,7 +520,7 @@ def test_a_download_that_ends_just_after_it_was_dropped_leaves_no_file(stage: St
     fetched, dropped = threading.Event(), threading.Event()
     fetch = stage.downloader.fetch
 
-    def late(url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def late(url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         found = fetch(url, should_stop)
         fetched.set()
         assert dropped.wait(DEADLINE_S)
@@ -638,7 +638,7 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
     fetch = stage.downloader.fetch
     unmoved = threading.Event()
 
-    def stubborn(url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def stubborn(url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         fetched = fetch(url, never)
         unmoved.wait(DEADLINE_S)
         del should_stop
@@ -764,7 +764,7 @@ def test_a_stop_ends_the_wait_of_the_worker(stage: Stage) -> None:
     ended = threading.Event()
 
     def work() -> None:
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             stage.take(remote(1))
         ended.set()
 
@@ -782,6 +782,6 @@ def test_after_a_stop_nothing_is_begun(stage: Stage) -> None:
     stage.queue.jobs = [remote(1)]
     stage.preparer.stop()
     stage.look()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         stage.take(remote(1))
     assert stage.downloader.fetched == []

@@ -15,17 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.audio.paths import resolve_audio_path
-from cesar_mqtt.consumer.progress import Meter
+from cesar_mqtt.consumer.progress import ProgressMeter
 from cesar_mqtt.consumer.worker import Worker
-from cesar_mqtt.errors import ErrorCode, JobFailedError, LedgerError, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
-from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+from cesar_mqtt.protocol.payloads import JobProgress
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
 DEADLINE_S = 10.0
 HELLO = Transcript(
@@ -93,7 +92,7 @@ class FakePreparer:
 
     def take(self, job: Job, should_stop: Callable[[], bool]) -> Any:
         if should_stop():
-            raise Stopped
+            raise Cancelled
         if job.audio is None:
             raise JobFailedError(ErrorCode.INTERNAL, "The job has no audio. Submit it again.")
         if job.audio.kind == "spool":
@@ -102,7 +101,7 @@ class FakePreparer:
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
         if should_stop():
-            raise Stopped
+            raise Cancelled
         self.looking()
         return self.audio
 
@@ -129,7 +128,7 @@ class FakeReports:
         if on or (who, True) in self.told:
             self._tell((who, on))
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         self._tell((job.job_id, live))
 
     def segment(self, job: Job, segment: Segment) -> None:
@@ -617,7 +616,7 @@ def test_a_worker_that_was_never_started_has_ended(bench: Bench) -> None:
 def stops_when_asked(call: Call) -> Transcript:
     while not call.should_stop():
         call.on_progress(Progress(0.5, 2.5))
-    raise Stopped
+    raise Cancelled
 
 
 def test_a_forced_stop_puts_the_job_back_at_the_front_and_ends_the_work(
@@ -788,26 +787,26 @@ def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
 
 
 def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
-    lives: list[Live] = []
+    lives: list[JobProgress] = []
     clock = iter([100.0, 100.5, 105.0, 110.0])
-    meter = Meter(lives.append, lambda: next(clock))
+    meter = ProgressMeter(lives.append, lambda: next(clock))
     for processed_s in (0.0, 20.0, 60.0):
         meter.note(Progress(processed_s, 60.0))
     assert [(live.speed, live.eta) for live in lives] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
 
 
 def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
-    lives: list[Live] = []
+    lives: list[JobProgress] = []
     clock = iter([100.0, 100.5, 110.0])
-    meter = Meter(lives.append, lambda: next(clock))
+    meter = ProgressMeter(lives.append, lambda: next(clock))
     for processed_s in (600.0, 650.0):
         meter.note(Progress(processed_s, 700.0))
     assert [(live.progress, live.speed, live.eta) for live in lives] == [(0.857, None, None), (0.929, 5.0, 10.0)]
 
 
 def test_as_long_as_nobody_knows_how_long_a_file_is_its_progress_stays_at_the_beginning() -> None:
-    lives: list[Live] = []
-    meter = Meter(lives.append)
+    lives: list[JobProgress] = []
+    meter = ProgressMeter(lives.append)
     for duration_s in (None, 60.0):
         meter.note(Progress(30.0, duration_s))
     assert [(live.progress, live.processed_duration, live.audio_duration) for live in lives] == [
@@ -827,7 +826,7 @@ def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
 ) -> None:
     lives: list[Any] = []
     now_s = 1000.0
-    meter = Meter(lives.append, lambda: now_s)
+    meter = ProgressMeter(lives.append, lambda: now_s)
     for share, took_s in processed:
         now_s += took_s
         meter.note(Progress(round(share * duration_s, 3), duration_s))
@@ -885,7 +884,7 @@ def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) 
 
 def stops_when_told(call: Call) -> Transcript:
     if call.should_stop():
-        raise Stopped
+        raise Cancelled
     return HELLO
 
 
@@ -908,7 +907,7 @@ def test_a_job_that_is_cancelled_in_work_ends_cancelled_and_the_next_goes_on(ben
 def test_a_cancelled_upload_keeps_its_audio_for_a_retry(bench: Bench) -> None:
     def script(_call: Call) -> Transcript:
         bench.ledger.cancel("a")
-        raise Stopped
+        raise Cancelled
 
     path = bench.add_upload("a")
     bench.transcriber.script = script

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from cesar_mqtt.jobs import NewJob, Verdict
+from cesar_mqtt.jobs import Admission, NewJob
 from cesar_mqtt.ledger.deduplication import Register
 
-ACCEPTED, SAME = Verdict.ACCEPTED, Verdict.SAME
+ACCEPTED, SAME = Admission.ACCEPTED, Admission.SAME
 
 
 def request(job_id: str, fingerprint: str = "same", **fields: Any) -> NewJob:
@@ -28,7 +28,7 @@ class Desk:
         self.register = Register([], answered=lambda _: None)
         self.judge(*requests)
 
-    def judge(self, *requests: NewJob) -> list[tuple[Verdict, str]]:
+    def judge(self, *requests: NewJob) -> list[tuple[Admission, str]]:
         """Decide, and take in what is accepted."""
         verdicts, new = self.register.judge(requests, room=100)
         for seq, job in enumerate(new.values(), start=max(self.documents, default=0) + 1):

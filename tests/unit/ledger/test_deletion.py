@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.config import RetentionSettings
-from cesar_mqtt.consumer.maintenance import Upkeep
+from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import Admission, AudioSource, DeletedJob, IllegalTransitionError, JobState, NewJob, Result
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.ledger import Ledger
@@ -66,7 +66,7 @@ def test_a_clock_that_is_set_right_after_the_start_makes_nothing_old(
     tmp_path: Path, ledger: Ledger, clock: Clock
 ) -> None:
     passed = Clock()
-    upkeep = Upkeep(RetentionSettings(), ledger, Spool(tmp_path / "spool"), clock=clock, monotonic=passed)
+    upkeep = Maintenance(RetentionSettings(), ledger, Spool(tmp_path / "spool"), clock=clock, monotonic=passed)
     finish(ledger, "a")
     clock.now += 30 * 86_400
     passed.now += 5
@@ -175,14 +175,14 @@ def test_the_broker_is_told_to_forget_the_results_as_well(ledger: Ledger, tmp_pa
     ledger.cancel("a")
     ledger.retire(before=0.0, keep=0)
     ledger.append([new("a", formats=("vtt",))])
-    assert ledger.gone(10) == [Gone(1, "a", ("txt", "srt"), status=False)]
+    assert ledger.gone(10) == [DeletedJob(1, "a", ("txt", "srt"), status=False)]
     ledger.close()
     with Ledger(tmp_path / "ledger.json", clock=clock) as again:
-        assert again.gone(10) == [Gone(1, "a", ("txt", "srt"), status=False)]
+        assert again.gone(10) == [DeletedJob(1, "a", ("txt", "srt"), status=False)]
         assert again.has_unpublished
         again.mark_cleared(1)
         again.delete("a")
-        assert again.gone(10) == [Gone(2, "a", ("vtt",))]
+        assert again.gone(10) == [DeletedJob(2, "a", ("vtt",))]
 
 
 def test_the_broker_is_told_to_forget_until_it_has(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
@@ -216,7 +216,7 @@ def test_an_id_that_is_used_again_is_a_new_job_and_its_status_is_not_cleared(led
     finish(ledger, "a")
     tell_everything(ledger)
     ledger.retire(before=0.0, keep=0)
-    assert [verdict for verdict, _ in ledger.append([new("a")])] == [Verdict.ACCEPTED]
+    assert [verdict for verdict, _ in ledger.append([new("a")])] == [Admission.ACCEPTED]
     assert [(gone.status, gone.formats) for gone in ledger.gone(10)] == [(False, ())], "only an event is left to tell"
     assert [job.state for _, job in ledger.unpublished(10)] == [JobState.QUEUED]
 
@@ -300,7 +300,7 @@ def test_a_retained_request_without_an_id_is_the_job_that_its_live_delivery_made
     [(first, live)] = ledger.append([asked("uuid-1", retained=False)])
     [(second, known)] = ledger.append([asked("retained-same", retained=True)])
     [(third, _)] = ledger.append([asked("uuid-2", retained=False)])
-    assert (first, second, third) == (Verdict.ACCEPTED, Verdict.SAME, Verdict.ACCEPTED)
+    assert (first, second, third) == (Admission.ACCEPTED, Admission.SAME, Admission.ACCEPTED)
     assert known == live == "uuid-1"
 
 
@@ -310,7 +310,7 @@ def test_deleting_the_newest_of_two_equal_requests_does_not_make_the_other_unkno
 
     ledger.append([asked("waits"), asked("failed", "It is wrong.")])
     assert ledger.retire(before=0.0, keep=0)[0] == 1
-    assert ledger.append([asked("again", retained=True)]) == [(Verdict.SAME, "waits")]
+    assert ledger.append([asked("again", retained=True)]) == [(Admission.SAME, "waits")]
 
 
 def test_in_a_new_session_a_packet_id_is_no_sign_of_a_redelivery(ledger: Ledger) -> None:
@@ -318,10 +318,10 @@ def test_in_a_new_session_a_packet_id_is_no_sign_of_a_redelivery(ledger: Ledger)
         return NewJob(job_id, "same", None, "tiny.en", anonymous=True, packet_id=1, redelivered=redelivered)
 
     ledger.append([asked("first", redelivered=False)])
-    assert ledger.append([asked("again", redelivered=True)])[0][0] is Verdict.SAME
+    assert ledger.append([asked("again", redelivered=True)])[0][0] is Admission.SAME
     ledger.forget_deliveries()
-    assert ledger.append([asked("other", redelivered=True)])[0][0] is Verdict.ACCEPTED
-    assert ledger.append([asked("again", redelivered=True)])[0][0] is Verdict.SAME
+    assert ledger.append([asked("other", redelivered=True)])[0][0] is Admission.ACCEPTED
+    assert ledger.append([asked("again", redelivered=True)])[0][0] is Admission.SAME
     for _ in range(2):
         job = ledger.claim()
         assert job is not None

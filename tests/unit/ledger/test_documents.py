@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, JobState, NewJob, Result
+from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.documents import (
     document_of,
     in_spool,
@@ -21,7 +22,6 @@ from cesar_mqtt.ledger.documents import (
     window_document,
     window_of,
 )
-from cesar_mqtt.ledger.journal import encode
 from cesar_mqtt.transcript import Segment, Window, Word
 
 LONE = st.text(st.characters(exclude_categories=())).filter(lambda text: not _has_pair(text))

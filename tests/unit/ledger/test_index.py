@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from cesar_mqtt.jobs import Gone, JobState, NewJob
+from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger import tombstones as deleted_module
 from cesar_mqtt.ledger.index import WINDOWS_PER_JOB, Index, window_id
-from cesar_mqtt.ledger.tombstones import Deleted
+from cesar_mqtt.ledger.tombstones import Tombstones
 
 
 def row(job_id: str, state: str, revision: int = 1, **fields: Any) -> dict[str, Any]:
@@ -89,35 +89,35 @@ def test_numbers_are_those_of_the_jobs_in_these_states_in_order() -> None:
 
 def test_a_job_that_is_gone_is_known_until_the_broker_has_forgotten_it() -> None:
     made = index(JOBS)
-    made.bury(Gone(2, "b", ("srt",)), JOBS[2])
-    made.bury(Gone(1, "a"), JOBS[1])
+    made.bury(DeletedJob(2, "b", ("srt",)), JOBS[2])
+    made.bury(DeletedJob(1, "a"), JOBS[1])
     assert (list(made.finished), list(made.queue)) == ([3, 5], [10])
     assert made.register.seq("a") is None
     deleted = made.deleted
     assert (list(deleted.pending), made.deleted_total) == ([2, 1], 2)
-    assert deleted.bearer("a") == Gone(1, "a")
+    assert deleted.bearer("a") == DeletedJob(1, "a")
     assert deleted.clear(1) == []
     assert deleted.clear(1) is None
     assert list(deleted.pending) == [2]
-    assert deleted.bearer("a") == Gone(1, "a"), "a broker that goes back may show it again"
+    assert deleted.bearer("a") == DeletedJob(1, "a"), "a broker that goes back may show it again"
 
 
 def test_only_the_newest_bearer_of_an_id_has_a_status_that_is_cleared() -> None:
     gone: dict[int, dict[str, Any]] = {2: {"job_id": "b", "formats": ["srt"], "status": False}, 8: {"job_id": "b"}}
     made = index(JOBS, gone=gone)
-    assert list(made.deleted.pending.values()) == [Gone(2, "b", ("srt",), status=False), Gone(8, "b")]
-    assert made.deleted.bearer("b") == Gone(8, "b")
+    assert list(made.deleted.pending.values()) == [DeletedJob(2, "b", ("srt",), status=False), DeletedJob(8, "b")]
+    assert made.deleted.bearer("b") == DeletedJob(8, "b")
     made.deleted.clear(2)
-    assert made.deleted.bearer("b") == Gone(8, "b")
+    assert made.deleted.bearer("b") == DeletedJob(8, "b")
     del gone[8]
     assert index(JOBS, gone=gone).deleted.bearer("b") is None
 
 
 def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deleted_module, "KEPT", 2)
-    deleted = Deleted([])
+    deleted = Tombstones([])
     for seq, job_id in enumerate("abcd", start=1):
-        deleted.add(Gone(seq, job_id, fingerprint="same" if seq < 3 else None))
+        deleted.add(DeletedJob(seq, job_id, fingerprint="same" if seq < 3 else None))
     assert [deleted.clear(seq) for seq in (2, 1)] == [[], []]
     assert deleted.answered("same") == "b"
     assert deleted.clear(3) == [2]
@@ -129,7 +129,7 @@ def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.
 
 
 def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
-    deleted = Deleted(
+    deleted = Tombstones(
         [(1, {"job_id": "a", "fingerprint": "f", "cleared": True}), (2, {"job_id": "b", "formats": ["srt"]})]
     )
     for job_id in "ab":
@@ -138,7 +138,7 @@ def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
         deleted.keep_status(gone)
         assert deleted.bearer(job_id) is None
     assert deleted.answered("f") is None
-    assert (deleted.clear_again(), [*deleted.pending.values()]) == ([], [Gone(2, "b", ("srt",), status=False)])
+    assert (deleted.clear_again(), [*deleted.pending.values()]) == ([], [DeletedJob(2, "b", ("srt",), status=False)])
 
 
 @pytest.mark.parametrize("odd", [{}, {"completed_at": None}, {"completed_at": "yesterday"}])

@@ -14,7 +14,7 @@ import pytest
 from tinydb import Query, TinyDB
 
 from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
-from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import Admission, AudioSource, IllegalTransitionError, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import base as books_module
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
@@ -22,7 +22,7 @@ from cesar_mqtt.ledger.documents import window_document
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.index import window_id
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.queue import HEAD, Line
+from cesar_mqtt.ledger.queue import HEAD, JobQueue
 from cesar_mqtt.ledger.storage import Change
 from cesar_mqtt.transcript import Segment, Window, Word
 from tests.unit.ledger.faults import FaultyDisk, Killed, QuickDisk, failing, killing
@@ -113,7 +113,7 @@ def claimed(ledger: Ledger) -> Job:
     return job
 
 
-def verdicts(ledger: Ledger, *requests: NewJob) -> list[Verdict]:
+def verdicts(ledger: Ledger, *requests: NewJob) -> list[Admission]:
     return [verdict for verdict, _ in ledger.append(requests)]
 
 
@@ -204,7 +204,7 @@ def test_the_same_id_is_the_same_job_or_a_conflict(desk: Desk) -> None:
     (first,) = accept(desk.ledger, "a")
     publish_all(desk.ledger)
     (same, job), (conflict, other) = desk.ledger.append([request("a"), request("a", fingerprint="other")])
-    assert (same, conflict) == (Verdict.SAME, Verdict.CONFLICT)
+    assert (same, conflict) == (Admission.SAME, Admission.CONFLICT)
     assert job == other == "a"
     assert known(desk.ledger, "a") == first
     assert names(desk.ledger.unpublished(10)) == ["a"], "its status is published again, once"
@@ -220,7 +220,7 @@ def test_verdicts_within_one_batch_are_those_of_one_after_the_other(desk: Desk) 
         request("b", failure="no such field"),
         request("b"),
     )
-    accepted, same, conflict = Verdict.ACCEPTED, Verdict.SAME, Verdict.CONFLICT
+    accepted, same, conflict = Admission.ACCEPTED, Admission.SAME, Admission.CONFLICT
     assert got == [accepted, same, conflict, accepted, same, same]
     assert desk.ledger.totals().queued == 1
 
@@ -237,7 +237,7 @@ def test_an_id_is_remembered_over_restarts_and_in_every_state(desk: Desk, leave:
 
 
 def test_a_request_that_is_wrong_is_recorded_as_an_error_and_never_claimed(desk: Desk) -> None:
-    assert verdicts(desk.ledger, request("bad", failure="beam_size: at most 10.")) == [Verdict.ACCEPTED]
+    assert verdicts(desk.ledger, request("bad", failure="beam_size: at most 10.")) == [Admission.ACCEPTED]
     job = known(desk.ledger, "bad")
     assert (job.state, job.error_code, job.error_message) == (
         JobState.ERROR,
@@ -270,7 +270,7 @@ def test_a_redelivery_of_a_request_without_an_id_is_the_job_of_the_first_deliver
         if leave != "stay":
             getattr(desk, leave)()
         ((verdict, same),) = desk.ledger.append([again])
-    assert verdict is Verdict.SAME
+    assert verdict is Admission.SAME
     assert same == "uuid-1"
     assert desk.ledger.totals().queued == 1
     assert desk.ledger.get("uuid-2") is None
@@ -287,22 +287,22 @@ def test_requests_that_only_look_alike_are_jobs_of_their_own(desk: Desk) -> None
 
 def test_a_packet_id_means_the_newest_message_that_bore_it_also_within_a_batch(desk: Desk) -> None:
     *_, again = desk.ledger.append([delivered("old", 7), delivered("new", 7), redelivered("again", 7)])
-    assert again == (Verdict.SAME, "new")
+    assert again == (Admission.SAME, "new")
 
 
 def test_a_packet_id_means_the_newest_message_that_bore_it(desk: Desk) -> None:
     desk.ledger.append([delivered("old", 7), delivered("new", 7)])
     for _ in range(2):
-        assert desk.ledger.append([redelivered("again", 7)]) == [(Verdict.SAME, "new")]
+        assert desk.ledger.append([redelivered("again", 7)]) == [(Admission.SAME, "new")]
         desk.crash()
 
 
 def test_a_full_queue_refuses_new_jobs_and_nothing_else(desk: Desk) -> None:
     ledger = desk.restart(max_queued=3)
-    accepted, full = Verdict.ACCEPTED, Verdict.FULL
+    accepted, full = Admission.ACCEPTED, Admission.FULL
     wrong = request("wrong", failure="no")
     requests = [request("a"), wrong, request("b"), request("c"), request("d"), request("a"), request("d")]
-    assert verdicts(ledger, *requests) == [accepted, accepted, accepted, accepted, full, Verdict.SAME, full]
+    assert verdicts(ledger, *requests) == [accepted, accepted, accepted, accepted, full, Admission.SAME, full]
     assert ledger.append([request("d")]) == [(full, "d")]
     assert verdicts(ledger, request("b", fingerprint="x"), request("wrong too", failure="no")) == ["conflict", accepted]
     claimed(ledger)
@@ -984,12 +984,12 @@ def test_a_retained_request_that_comes_again_after_its_job_was_deleted_is_not_do
     desk.ledger.append([live])
     desk.ledger.delete("uuid")
     for _ in range(2):
-        assert desk.ledger.append([again]) == [(Verdict.SAME, "uuid")]
+        assert desk.ledger.append([again]) == [(Admission.SAME, "uuid")]
         desk.ledger.mark_cleared(1)
         desk.ledger.append([request("other")])
         desk.crash()
-    assert desk.ledger.append([request("uuid-2", anonymous=True, fingerprint="f")])[0][0] is Verdict.ACCEPTED
-    assert desk.ledger.append([again]) == [(Verdict.SAME, "uuid-2")]
+    assert desk.ledger.append([request("uuid-2", anonymous=True, fingerprint="f")])[0][0] is Admission.ACCEPTED
+    assert desk.ledger.append([again]) == [(Admission.SAME, "uuid-2")]
 
 
 def test_of_what_the_broker_has_forgotten_no_more_is_kept_on_disk_than_may_be(
@@ -1010,7 +1010,7 @@ def test_that_no_packet_id_can_come_again_is_on_disk_at_once(desk: Desk) -> None
     desk.ledger.append([delivered("old", 7)])
     desk.ledger.forget_deliveries()
     desk.crash()
-    assert verdicts(desk.ledger, redelivered("new", 7)) == [Verdict.ACCEPTED]
+    assert verdicts(desk.ledger, redelivered("new", 7)) == [Admission.ACCEPTED]
 
 
 def test_that_no_packet_id_can_come_again_reaches_the_disk_when_it_takes_it(desk: Desk) -> None:
@@ -1021,7 +1021,7 @@ def test_that_no_packet_id_can_come_again_reaches_the_disk_when_it_takes_it(desk
     desk.ledger.forget_deliveries()
     disk.heal()
     desk.restart()
-    assert verdicts(desk.ledger, redelivered("new", 7)) == [Verdict.ACCEPTED]
+    assert verdicts(desk.ledger, redelivered("new", 7)) == [Admission.ACCEPTED]
 
 
 def test_a_deferred_job_that_was_cancelled_meanwhile_is_not_put_off_when_it_is_retried(desk: Desk) -> None:
@@ -1809,7 +1809,7 @@ def test_a_thread_that_waits_for_work_is_woken_by_a_job_and_by_a_stop(desk: Desk
 
 
 def test_a_delay_that_is_over_does_not_keep_the_waiting_thread_from_sleeping() -> None:
-    line = Line([1, 2])
+    line = JobQueue([1, 2])
     line.delay(1, 5.0)
     assert line.next_ready_in(2.0, 0.0) == 3.0
     assert (list(line.all_ready(4.0, 0.0)), list(line.all_ready(5.0, 0.0))) == ([2], [1, 2])
@@ -1840,14 +1840,14 @@ def test_a_delay_is_as_long_as_it_is_whatever_the_clock_on_the_wall_says(
 
 
 def test_whoever_waits_is_woken_for_the_first_of_several_delayed_jobs() -> None:
-    line = Line([1, 2, 3])
+    line = JobQueue([1, 2, 3])
     for seq, until in ((1, 30.0), (2, 20.0), (3, 40.0)):
         line.delay(seq, until)
     assert line.next_ready_in(10.0, 0.0) == 10.0
 
 
 def test_a_delayed_job_that_is_no_longer_worth_starting_wakes_nobody() -> None:
-    line = Line([1])
+    line = JobQueue([1])
     line.expire(1, 50.0)
     line.delay(1, 5.0)
     assert line.next_ready_in(10.0, 49.0) == 0.0
@@ -2107,7 +2107,7 @@ def test_a_job_that_a_crash_has_ended_does_not_expire(desk: Desk) -> None:
 
 def test_times_of_jobs_that_wait_no_longer_do_not_pile_up() -> None:
     """They were kept until the jobs would have expired, which may be weeks."""
-    line = Line([])
+    line = JobQueue([])
     line.add(1)
     line.expire(1, 5e8)
     for seq in range(2, 2000):

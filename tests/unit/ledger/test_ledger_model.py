@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cesar_mqtt.errors import ErrorCode, LedgerError
-from cesar_mqtt.jobs import AudioSource, Gone, IllegalTransitionError, Job, JobState, NewJob, Result, Verdict
+from cesar_mqtt.jobs import Admission, AudioSource, DeletedJob, IllegalTransitionError, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger import base as books_module
 from cesar_mqtt.ledger import journal
 from cesar_mqtt.ledger.ledger import Ledger
@@ -58,9 +58,9 @@ class Model:
 
     jobs: dict[str, Entry] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
-    gone: dict[int, Gone] = field(default_factory=dict)
+    gone: dict[int, DeletedJob] = field(default_factory=dict)
     """What the broker has yet to forget."""
-    buried: dict[int, Gone] = field(default_factory=dict)
+    buried: dict[int, DeletedJob] = field(default_factory=dict)
     """That, and what it has forgotten."""
     paused: bool = False
     ended: dict[JobState, int] = field(default_factory=lambda: dict.fromkeys(JobState, 0))
@@ -81,20 +81,20 @@ class Model:
     def processing(self) -> list[Entry]:
         return [entry for entry in self.jobs.values() if entry.state is JobState.PROCESSING]
 
-    def judge(self, request: NewJob) -> tuple[Verdict, str]:
+    def judge(self, request: NewJob) -> tuple[Admission, str]:
         """Decide on one request, and take it in if it is accepted."""
         if request.retained and request.anonymous and (twin := self.twin(request.fingerprint)):
-            return Verdict.SAME, twin
+            return Admission.SAME, twin
         if request.redelivered and request.packet_id in self.marks:
             name = self.name_of(self.marks[request.packet_id])
             if self.jobs[name].fingerprint == request.fingerprint:
-                return Verdict.SAME, name
+                return Admission.SAME, name
         known = self.jobs.get(request.job_id)
         if known is not None:
             same = known.fingerprint == request.fingerprint
-            return Verdict.SAME if same else Verdict.CONFLICT, request.job_id
+            return Admission.SAME if same else Admission.CONFLICT, request.job_id
         if request.failure is None and len(self.queue) >= MAX_QUEUED:
-            return Verdict.FULL, request.job_id
+            return Admission.FULL, request.job_id
         self.last_seq += 1
         audio = "none" if request.audio is None else request.audio.kind
         entry = Entry(self.last_seq, request.fingerprint, request.packet_id, request.anonymous, audio, request.formats)
@@ -106,7 +106,7 @@ class Model:
                     graves[gone.seq] = replace(gone, status=False)
         if request.failure is not None:
             self.end(entry, JobState.ERROR)
-        return Verdict.ACCEPTED, request.job_id
+        return Admission.ACCEPTED, request.job_id
 
     def twin(self, fingerprint: str) -> str | None:
         """Return the newest job that such a request without an id became: one that there is, or one that was."""
@@ -207,7 +207,9 @@ class Model:
         if entry.state.final:
             self.finished.remove(name)
         fingerprint = entry.fingerprint if entry.anonymous else None
-        self.buried[entry.seq] = self.gone[entry.seq] = Gone(entry.seq, name, entry.formats, fingerprint=fingerprint)
+        self.buried[entry.seq] = self.gone[entry.seq] = DeletedJob(
+            entry.seq, name, entry.formats, fingerprint=fingerprint
+        )
 
     def crash(self) -> None:
         self.rejected = self.rejected_on_disk
@@ -574,21 +576,21 @@ class LedgerMachine(RuleBasedStateMachine):
     def deliver(self, limit: int, chance: random.Random | None) -> None:
         """Do as the publisher does: what is gone goes first, in order; a lost connection loses the rest."""
         gone = self.ledger.gone(limit)
-        messages: list[Gone | tuple[int, Job]] = [*gone, *self.ledger.unpublished(limit - len(gone))]
+        messages: list[DeletedJob | tuple[int, Job]] = [*gone, *self.ledger.unpublished(limit - len(gone))]
         arrived = len(messages) if chance is None else chance.randint(0, len(messages))
         acknowledged = arrived if chance is None else chance.randint(0, arrived)
         for message in messages[:arrived]:
             self.arrive(message)
         for message in messages[:acknowledged]:
-            if isinstance(message, Gone):
+            if isinstance(message, DeletedJob):
                 self.ledger.mark_cleared(message.seq)
                 self.model.gone.pop(message.seq, None)
             else:
                 number, job = message
                 self.ledger.mark_published([(job.seq, number)])
 
-    def arrive(self, message: Gone | tuple[int, Job]) -> None:
-        if isinstance(message, Gone):
+    def arrive(self, message: DeletedJob | tuple[int, Job]) -> None:
+        if isinstance(message, DeletedJob):
             if message.status:
                 self.broker.pop(message.job_id, None)
             for name in message.formats:

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.monitoring import health
-from cesar_mqtt.monitoring.health import Pulse
+from cesar_mqtt.monitoring.health import HealthProbe
 
 
-def pulse_of(folder: Path, *, worker: bool = True, network: bool = True) -> Pulse:
-    return Pulse(folder, worker_alive=lambda: worker, network_alive=lambda: network)
+def pulse_of(folder: Path, *, worker: bool = True, network: bool = True) -> HealthProbe:
+    return HealthProbe(folder, worker_alive=lambda: worker, network_alive=lambda: network)
 
 
 def test_the_files_and_the_process_are_measured(tmp_path: Path) -> None:

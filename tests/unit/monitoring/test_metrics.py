@@ -13,17 +13,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.config import MetricsSettings, ModelSettings
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, NewJob, Result
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.monitoring.metrics import Metrics, Readings, metrics_of
+from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.prometheus import Instruments
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
-from cesar_mqtt.protocol.payloads import Live, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.transcript import Segment
 from cesar_mqtt.whisper.model_store import ModelStore
 from tests.conftest import find_free_port
@@ -56,11 +56,11 @@ class Fetching:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         if self.failure is not None:
             raise self.failure
         assert not should_stop()
-        return Fetched(Path(url), "digest")
+        return DownloadedFile(Path(url), "digest")
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def ended(ledger: Ledger, name: str) -> Job:
     return job
 
 
-def readings(ledger: Ledger, health: HealthMessage = HEALTH) -> Readings:
-    return Readings(
+def readings(ledger: Ledger, health: HealthMessage = HEALTH) -> MetricSources:
+    return MetricSources(
         ledger=ledger.path, totals=ledger.totals, health=lambda: health, in_flight=lambda: 7, behind=lambda: True
     )
 
@@ -247,7 +247,7 @@ def test_whatever_is_told_is_passed_on(instruments: Instruments, ledger: Ledger)
         payload_excerpt="",
         received_at="2026-01-23T21:45:00.120Z",
     )
-    live = Live(progress=0.5, processed_duration=30.0, audio_duration=60.0, speed=None, eta=None, updated_at=0.0)
+    live = JobProgress(progress=0.5, processed_duration=30.0, audio_duration=60.0, speed=None, eta=None, updated_at=0.0)
     segment = Segment(1, 0.0, 1.0, "Good", -0.1, 0.1)
     told = Told()
     reports = instruments.reports(told)
@@ -308,7 +308,7 @@ def test_a_model_is_counted_when_it_comes_into_memory_and_when_it_goes(
     [
         (None, "done"),
         (JobFailedError(ErrorCode.AUDIO_TOO_LARGE, "Too large."), "audio_too_large"),
-        (Stopped(), "stopped"),
+        (Cancelled(), "stopped"),
         (RuntimeError("unforeseen"), "internal"),
     ],
 )
@@ -317,7 +317,7 @@ def test_downloads_are_counted_by_how_they_ended(
 ) -> None:
     downloader = instruments.downloader(Fetching(failure))
     if failure is None:
-        assert downloader.fetch("a", lambda: False) == Fetched(Path("a"), "digest")
+        assert downloader.fetch("a", lambda: False) == DownloadedFile(Path("a"), "digest")
     else:
         with pytest.raises(type(failure)):
             downloader.fetch("a", lambda: False)

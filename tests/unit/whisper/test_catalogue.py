@@ -9,7 +9,7 @@ from faster_whisper import available_models
 from huggingface_hub import constants
 
 from cesar_mqtt.config import ModelSettings
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 from cesar_mqtt.whisper import catalogue as catalogue_module
 from cesar_mqtt.whisper.catalogue import Catalogue, Place
 from cesar_mqtt.whisper.packages import Package, PackagedModels
@@ -252,7 +252,7 @@ def test_a_model_of_the_hub_that_lacks_a_file_is_called_broken(fake_hub: FakeHub
 
 def test_fetching_can_be_stopped(fake_hub: FakeHub) -> None:
     fake_hub.stall_after = 1000
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         look(ModelSettings()).obtain("base", should_stop=fake_hub.stalled.is_set)
 
 

@@ -13,7 +13,7 @@ import pytest
 from faster_whisper import utils as faster_whisper_utils
 from huggingface_hub import constants
 
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.whisper import hub
 from tests.unit.whisper.fake_hub import COMMIT, MODEL, SMALL, FakeHub, point_to, running_hub
 
@@ -110,7 +110,7 @@ def test_a_download_that_stalls_is_given_up(fake_hub: FakeHub, caplog: pytest.Lo
 
 def test_a_download_ends_within_seconds_of_being_told_to(fake_hub: FakeHub, cache: Path) -> None:
     fake_hub.stall_after = 1 << 20
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         hub.fetch("base", should_stop=fake_hub.stalled.is_set, on_progress=lambda *_: None)
     assert fake_hub.left.wait(10), "the process is gone"
     assert not unfinished(cache)
@@ -120,7 +120,7 @@ def test_a_slow_line_is_no_stall(fake_hub: FakeHub) -> None:
     """The hub's client kept ten megabytes back before it wrote them, and so seemed to have had nothing."""
     fake_hub.stall_after = 1 << 20
     told: list[int] = []
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         hub.fetch(
             "base", should_stop=lambda: bool(told) and told[-1] >= 1 << 20, on_progress=lambda n, _: told.append(n)
         )

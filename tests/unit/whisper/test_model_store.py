@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from cesar_mqtt.config import ModelSettings
-from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 from cesar_mqtt.whisper import catalogue, hub
 from cesar_mqtt.whisper import model_store as models
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
@@ -212,7 +212,7 @@ def test_a_joined_model_whose_packages_are_gone_is_called_broken(
 @pytest.mark.usefixtures("parted", "fake_model")
 def test_loading_can_be_stopped_while_the_model_is_fetched(folder: Path) -> None:
     store = ModelStore(ModelSettings(), folder=folder)
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         store.load("base", should_stop=lambda: True)
     assert store.describe().loaded is None
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from cesar_mqtt.errors import ErrorCode, JobFailedError, Stopped
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.whisper.packages import Package, PackagedModels
 
@@ -216,7 +216,7 @@ def test_a_failure_in_the_last_step_leaves_nothing_that_counts(folder: Path) -> 
 @pytest.mark.usefixtures("site")
 def test_joining_can_be_stopped_and_leaves_nothing(folder: Path) -> None:
     times = itertools.count()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         join(PackagedModels(folder, packages=KNOWN), should_stop=lambda: next(times) > 5)
     assert left(folder) == set()
 
@@ -281,6 +281,6 @@ def test_those_who_join_at_once_take_turns(folder: Path) -> None:
 @pytest.mark.usefixtures("site")
 def test_waiting_for_ones_turn_can_be_stopped(folder: Path) -> None:
     folder.mkdir(parents=True)
-    with FileLock(folder / f".parted-{DIGEST[:12]}.lock"), pytest.raises(Stopped):
+    with FileLock(folder / f".parted-{DIGEST[:12]}.lock"), pytest.raises(Cancelled):
         join(PackagedModels(folder, packages=KNOWN), should_stop=lambda: True)
     assert left(folder) == set()
