@@ -55,7 +55,6 @@ _EXCEPTIONS = {
     "monitoring.metrics -> consumer.worker",
     "monitoring.prometheus -> consumer.prefetched",
     "monitoring.prometheus -> faster_whisper",
-    "protocol.asyncapi -> mqtt.broker_url",
 }
 
 _MOST_ROOT_MODULES = 12
