@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Generic, Protocol
 
-from cesar_mqtt.audio.paths import Fetched, resolve_audio_path
+from cesar_mqtt.audio.download import DownloadedFile
+from cesar_mqtt.audio.paths import resolve_audio_path
 from cesar_mqtt.consumer.prefetched import Download, Entry, Fetches, R, outcome_of
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import Job
@@ -181,7 +182,7 @@ class Prefetcher(Generic[R]):
             raise Cancelled
         ahead = entry.recording
         # What is finished of a job may be dropped after it was opened: by a retry while it waits.
-        if ahead is not None and ahead.fresh and ahead.from_s == self._upcoming.finished_until(entry.job.seq):
+        if ahead is not None and ahead.is_current and ahead.from_s == self._upcoming.finished_until(entry.job.seq):
             return ahead
         entry.close()
         if entry.is_remote:
@@ -193,7 +194,7 @@ class Prefetcher(Generic[R]):
         """Have the file there; what failed unexpectedly or some time ago is tried anew."""
         if entry.download is not None:
             outcome = entry.download.wait(should_stop)
-            if isinstance(outcome, Fetched):
+            if isinstance(outcome, DownloadedFile):
                 return
             if isinstance(outcome, JobFailedError) and entry.download.age_s < _RECENT_S:
                 raise outcome

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.spool import Spool
@@ -25,7 +25,7 @@ _GLANCE_S = 0.1
 class Fetches(Protocol):
     """What preparation needs of a downloader."""
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         """Fetch into a new file of the spool. Raises JobFailedError, Stopped."""
 
 
@@ -37,7 +37,7 @@ class Prepared(Protocol):
         """The second from which it is decoded."""
 
     @property
-    def fresh(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the file is still the one that was opened."""
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
@@ -63,21 +63,21 @@ class Download:
         self._unwanted = threading.Event()
         self._ended = threading.Event()
         self._ended_at = 0.0
-        self._outcome: Fetched | Exception = Cancelled()
+        self._outcome: DownloadedFile | Exception = Cancelled()
         self._thread = threading.Thread(target=self._run, name=f"fetch-{job.job_id}", daemon=True)
         self._thread.start()
 
     @property
-    def fetched(self) -> Fetched | None:
+    def fetched(self) -> DownloadedFile | None:
         """The file; None while it is not all there, and when it will never be."""
-        return self._outcome if self._ended.is_set() and isinstance(self._outcome, Fetched) else None
+        return self._outcome if self._ended.is_set() and isinstance(self._outcome, DownloadedFile) else None
 
     @property
     def age_s(self) -> float:
         """Seconds since it ended."""
         return time.monotonic() - self._ended_at
 
-    def wait(self, should_stop: Callable[[], bool]) -> Fetched | Exception:
+    def wait(self, should_stop: Callable[[], bool]) -> DownloadedFile | Exception:
         """Return how it ended. Raises Cancelled as soon as that is asked for."""
         while not self._ended.wait(_GLANCE_S):
             if should_stop():
@@ -106,7 +106,7 @@ class Download:
         self._on_end(self)
 
     def _remove(self) -> None:
-        if isinstance(self._outcome, Fetched):
+        if isinstance(self._outcome, DownloadedFile):
             self._spool.remove([self._outcome.path.name])
 
 
@@ -138,7 +138,7 @@ class Entry(Generic[R]):
         return self.job.audio is not None and self.job.audio.kind == "spool"
 
     @property
-    def fetched(self) -> Fetched | None:
+    def fetched(self) -> DownloadedFile | None:
         """The downloaded file, if it is there."""
         return self.download.fetched if self.download is not None else None
 

@@ -19,8 +19,7 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
-from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording

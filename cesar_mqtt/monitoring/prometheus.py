@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cesar_mqtt import __version__
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.consumer.prefetched import Fetches
 from cesar_mqtt.errors import Cancelled, ConfigError, JobFailedError
@@ -25,8 +25,8 @@ from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, Reports
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.transcript import Segment
-from cesar_mqtt.whisper.catalogue import never_stop
 from cesar_mqtt.whisper.model_store import ModelStore
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ class _TimedDownloader:
     to: Fetches
     counts: _Downloads
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         started, outcome = time.perf_counter(), "internal"
         try:
             fetched = self.to.fetch(url, should_stop)

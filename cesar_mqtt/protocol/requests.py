@@ -15,7 +15,7 @@ from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
-from cesar_mqtt.transcription_options import kept_of_hotwords, kept_of_prompt
+from cesar_mqtt.transcript import cut_hotwords, cut_prompt
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
 
@@ -235,4 +235,4 @@ _OPTIONS = {
     "clip_timestamps",
     "batch_size",
 }
-_PROMPTS = {"initial_prompt": kept_of_prompt, "hotwords": kept_of_hotwords}
+_PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}

@@ -19,7 +19,7 @@ _FILES = sorted(_PACKAGE.rglob("*.py"))
 _LAYERS = [
     [
         *("__init__", "errors", "logs", "threads", "json_codec"),
-        *("jobs", "transcript", "transcription_options", "config_sources", "config"),
+        *("jobs", "transcript", "config_sources", "config"),
     ],
     ["protocol"],
     ["audio", "mqtt", "ledger"],

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 
 import pytest
 
-from cesar_mqtt.audio import network_backend as wire
+from cesar_mqtt.audio import download
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
@@ -199,15 +199,7 @@ def test_a_host_that_is_not_listed_is_neither_resolved_nor_asked(tmp_path: Path,
     fetcher = downloader(tmp_path, "cam.test", "127.0.0.1:1", getaddrinfo=resolver)
     for url in (server.url(), server.url(host="cam.test"), server.url(host="other.test"), "http://2130706433/"):
         assert failure_of(lambda url=url: fetcher.fetch(url, never), tmp_path).code is ErrorCode.AUDIO_NOT_ALLOWED  # type: ignore[misc]
-        with pytest.raises(JobFailedError):
-            fetcher.allowed(url)
     assert (server.asked, resolver.calls) == ([], [])
-
-
-def test_what_is_listed_is_allowed_without_asking_anybody(tmp_path: Path) -> None:
-    resolver = Resolver(["127.0.0.1"])
-    downloader(tmp_path, "cam.test", getaddrinfo=resolver).allowed("http://cam.test/clip.wav")
-    assert resolver.calls == []
 
 
 def test_a_name_that_leads_home_is_refused_unless_the_address_is_listed(tmp_path: Path, serve: StartServer) -> None:
@@ -567,7 +559,9 @@ def test_retry_after_is_waited_for(tmp_path: Path, serve: StartServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["3600", "9" * 400, email.utils.formatdate(time.time() + 3600), "Fri, 31 Dec 9999 23:59:59 GMT"]
+    "value",
+    ["3600", "9" * 400, email.utils.formatdate(time.time() + 3600), "Fri, 31 Dec 9999 23:59:59 GMT"],
+    ids=["an hour", "many digits", "in an hour", "the last date"],
 )
 def test_a_retry_after_that_is_too_far_off_ends_it(tmp_path: Path, serve: StartServer, value: str) -> None:
     server = serve(fails("503 Busy", Retry_After=value), gives(BODY))
@@ -659,7 +653,7 @@ def test_a_stop_ends_a_download_whatever_the_server_does(tmp_path: Path, serve: 
 
 
 def test_a_silent_server_is_asked_again(tmp_path: Path, serve: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(download, "_READ_S", 0.3)
     server = serve(lambda exchange: exchange.hang(), gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     server.left.get(timeout=DEADLINE_S)
@@ -678,33 +672,41 @@ def full_backlog() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("stop", [True, False])
-def test_a_connection_that_does_not_come_about_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stop: bool
-) -> None:
-    monkeypatch.setattr(wire, "_CONNECT_S", 60 if stop else 0.2)
-    looked = itertools.count()
+def test_a_connection_that_does_not_come_about_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_CONNECT_S", 0.2)
     with full_backlog() as port:
         fetcher = downloader(tmp_path, download_retries=0)
-        with pytest.raises(Cancelled if stop else JobFailedError):
-            fetcher.fetch(f"http://127.0.0.1:{port}/", lambda: stop and next(looked) > 3)
+        failure = failure_of(lambda: fetcher.fetch(f"http://127.0.0.1:{port}/", never), tmp_path)
+    assert failure.code is ErrorCode.DOWNLOAD_FAILED
+    assert "no answer within" in failure.message
 
 
-@pytest.mark.parametrize("stop", [True, False])
-def test_a_tls_handshake_that_nobody_answers_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stop: bool
-) -> None:
-    monkeypatch.setattr(wire, "_CONNECT_S", 60 if stop else 0.2)
-    looked = itertools.count()
+def test_a_tls_handshake_without_an_answer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_CONNECT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fetcher = downloader(tmp_path, download_retries=0)
-        with pytest.raises(Cancelled if stop else JobFailedError):
-            fetcher.fetch(f"https://127.0.0.1:{listener.getsockname()[1]}/", lambda: stop and next(looked) > 5)
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/"
+        failure = failure_of(lambda: fetcher.fetch(url, never), tmp_path)
+    assert failure.code is ErrorCode.DOWNLOAD_FAILED
+    assert "was silent" in failure.message
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_server_that_pauses_within_a_response_loses_nothing(
+    tmp_path: Path, serve: StartServer, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, *, encrypted: bool
+) -> None:
+    """A read that timed out after one step is repeated, also over TLS."""
+    monkeypatch.setattr(download, "_STEP_S", 0.01)
+    whole = head(Content_Length=len(BODY)) + BODY
+    parts = [whole[:7], whole[7:100], whole[100:100_000], whole[100_000:]]
+    server = serve(lambda exchange: exchange.drip(iter(parts), 0.1), tls=showing(certificates) if encrypted else None)
+    fetcher = downloader(tmp_path, tls=trusting(certificates.ca))
+    assert fetcher.fetch(server.url(), never).path.read_bytes() == BODY
 
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_resolver_that_does_not_answer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stop: bool) -> None:
-    monkeypatch.setattr(wire, "_CONNECT_S", 60 if stop else 0.2)
+    monkeypatch.setattr(download, "_CONNECT_S", 60 if stop else 0.2)
     looked, done = itertools.count(), threading.Event()
 
     def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:

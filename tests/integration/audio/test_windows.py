@@ -31,10 +31,10 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.interruptible import interruptible
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH, LONG = DATA / "speech.wav", DATA / "long.ogg"

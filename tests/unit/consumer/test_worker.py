@@ -24,8 +24,7 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
-from cesar_mqtt.whisper.transcriber import TranscriptionOptions
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
 DEADLINE_S = 10.0
 HELLO = Transcript(

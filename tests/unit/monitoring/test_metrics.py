@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.config import MetricsSettings, ModelSettings
 from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, NewJob, Result
@@ -56,11 +56,11 @@ class Fetching:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         if self.failure is not None:
             raise self.failure
         assert not should_stop()
-        return Fetched(Path(url), "digest")
+        return DownloadedFile(Path(url), "digest")
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def test_downloads_are_counted_by_how_they_ended(
 ) -> None:
     downloader = instruments.downloader(Fetching(failure))
     if failure is None:
-        assert downloader.fetch("a", lambda: False) == Fetched(Path("a"), "digest")
+        assert downloader.fetch("a", lambda: False) == DownloadedFile(Path("a"), "digest")
     else:
         with pytest.raises(type(failure)):
             downloader.fetch("a", lambda: False)
