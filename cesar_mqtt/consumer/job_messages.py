@@ -6,14 +6,16 @@ Segments are for the worker's thread.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from pydantic_core import to_json
+
 from cesar_mqtt.consumer.transient_messages import TransientMessage
 from cesar_mqtt.jobs import DeletedJob, Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol import formats
-from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_payload, segment_of, status_payload
+from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_of, segment_of, status_of
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment
+from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment, truncate_status
 from cesar_mqtt.transcript import Segment
 
 log = get_logger(__name__)
@@ -58,11 +60,10 @@ class JobMessages:
         if job.formats and job.state is JobState.COMPLETED:
             told, truncated = self._files(job)
         if news:
-            told.append(JobMessage(self._topics.events, event_payload(job, self._topics.consumer), retain=False))
+            told.append(JobMessage(self._topics.events, to_json(event_of(job, self._topics.consumer)), retain=False))
         topic = self._topics.status(job.job_id)
-        limit = self._limit_of(topic)
-        payload = status_payload(job, self._topics.consumer, live, result_truncated=truncated, limit_bytes=limit)
-        told.append(JobMessage(topic, payload))
+        status = status_of(job, self._topics.consumer, live, result_truncated=truncated)
+        told.append(JobMessage(topic, truncate_status(status, self._limit_of(topic))))
         return told
 
     def _files(self, job: Job) -> tuple[list[JobMessage], bool]:
@@ -80,7 +81,7 @@ class JobMessages:
         """Yield what makes the broker forget a deleted job: an empty retained message clears a topic."""
         if gone.news:
             event = deletion_of(gone.job_id, self._topics.consumer, self._clock())
-            yield JobMessage(self._topics.events, event.encode(), retain=False)
+            yield JobMessage(self._topics.events, to_json(event), retain=False)
         yield from (JobMessage(self._topics.result(gone.job_id, name), b"") for name in gone.formats)
         if gone.status:
             yield JobMessage(self._topics.status(gone.job_id), b"")
@@ -88,7 +89,8 @@ class JobMessages:
     def of_segment(self, job: Job, segment: Segment) -> TransientMessage:
         """Return what is told of a segment; for the worker's thread."""
         topic, message = self._topics.segments(job.job_id), segment_of(job.job_id, segment)
-        payload, limit = message.encode(), self._limit_of(topic)
+        payload = truncate_segment(message)
+        limit = self._limit_of(topic)
         if limit is not None and len(payload) > limit:
             payload = truncate_segment(message, limit)
             if self._cut_job != job.seq:

@@ -142,7 +142,7 @@ class Info(Payload):
     default_model: DefaultModel
     device: Device
     compute_type: ComputeType
-    limits: Limits = Field(description="The limits of a request.")
+    limits: Limits = Field(description="The most that a request may hold.")
     broker: str = Field(description="The address of the broker.")
     started_at: Timestamp = Field(description="When the consumer was started.")
     settings: dict[str, Any] = Field(description="All settings, without any secret.")

@@ -295,7 +295,7 @@ def _command_fields(payload: bytes) -> Document | str:
     payload = payload.removeprefix(codecs.BOM_UTF8).strip()
     if not payload:
         return {}
-    document = _object_or_line(payload, "the id of a job")
+    document = _object_or_line(payload, "a job's id")
     if isinstance(document, Refusal):
         return document.detail
     return {"job_id": document} if isinstance(document, str) else document
@@ -353,9 +353,10 @@ def _without_nulls(model: type[Payload], document: Document) -> Document:
 
 def _validated(model: type[Model], document: Document) -> Model | str:
     """Return the model, or a sentence that names the first mistakes and how many there are beside them."""
-    unknown = [name for name in document if name not in model.model_fields]
+    fields = model.model_fields
+    unknown = [name for name in document if name not in fields]
     if unknown:  # a message may bring a million of them, and pydantic would report each
-        document = {name: value for name, value in document.items() if name in model.model_fields}
+        document = {name: value for name, value in document.items() if name in fields}
     mistakes: dict[str | None, str] = {}
     try:
         checked = model.model_validate(document)

@@ -188,12 +188,13 @@ def _speed(job: Job) -> float | None:
     return round(job.audio_duration / took_s, 2) if took_s > 0 else None
 
 
+EVENT_TYPES = (*(state.value for state in JobState), "deleted")
+
+
 class Event(TypedDict):
     """A job has changed its state. Published when it happens, not retained."""
 
-    event_type: Annotated[
-        str, one_of(*JobState, "deleted"), Field(description="The new state of the job, or `deleted`.")
-    ]
+    event_type: Annotated[str, one_of(*EVENT_TYPES), Field(description="The new state of the job, or `deleted`.")]
     job_id: JobId
     attempt: Annotated[int | None, Field(description="How many times processing has started.")]
     text: Annotated[
