@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 from cesar_mqtt import __file__ as package_file
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import ControlClient, NoAnswerError, UnreachableError
+from cesar_mqtt.cli.session import ControlClient, NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
-from cesar_mqtt.ledger.base import lock
+from cesar_mqtt.ledger.ledger import acquire_lock
 from cesar_mqtt.protocol.topics import Topics
 
 if TYPE_CHECKING:
@@ -101,16 +101,8 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
 
 
 def _told(error: CesarError) -> tuple[str, str]:
-    """Return what happened and what to do, which stand in one sentence or two."""
-    if isinstance(error, UnreachableError):
-        return error.what, error.what_to_do
-    if isinstance(error, ConfigError):
-        unreadable = "cannot be read" in str(error)
-        return str(error), "Let this user read it, or name another one." if unreadable else "Correct that setting."
-    what, sign, to_do = str(error).rpartition("; " if isinstance(error, BrokerRefusedError) else ". ")
-    if not sign:
-        return str(error), "Correct that setting."
-    return what, to_do[:1].upper() + to_do[1:].removesuffix(": see `cesar-mqtt doctor`.")
+    """Return the problem and the advice."""
+    return error.problem, error.advice or "Correct that setting."
 
 
 def _reading(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
@@ -142,7 +134,7 @@ def _consumer(requester: ControlClient) -> Finding:
     try:
         health = requester.ask("health")
     except BrokerRefusedError as exc:  # as a producer's user, which needs no more than to see that somebody is there
-        told = f"{', '.join(requester.online)} is online, but {exc}"
+        told = f"{', '.join(requester.online)} is online, but {exc.problem}"
         return Finding("consumer", Severity.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
     except NoAnswerError as exc:
         return Finding("consumer", Severity.WRONG, *_told(exc))
@@ -320,7 +312,7 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         yield Finding("ledger", Severity.OK, f"There is none at {path} yet; `serve` makes one")
         return
     try:
-        held = lock(path)
+        held = acquire_lock(path)
         try:
             found = salvage.examine(path)
         finally:
@@ -332,7 +324,11 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         yield Finding("ledger", Severity.WRONG, str(exc), "Run this as the user that the consumer runs as.")
         return
     if found.damaged:
-        told = f"{path} is damaged: {printable(salvage.shown(found.lost)[0])}" if found.lost else f"{path} is damaged"
+        told = (
+            f"{path} is damaged: {printable(salvage.first_sentences(found.lost)[0])}"
+            if found.lost
+            else f"{path} is damaged"
+        )
         yield Finding("ledger", Severity.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
         return
     yield Finding("ledger", Severity.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")

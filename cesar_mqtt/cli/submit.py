@@ -17,7 +17,7 @@ from cesar_mqtt.cli.producer import Producer, Submission, submission
 from cesar_mqtt.cli.text import duration, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, ConnectionFailure
 from cesar_mqtt.protocol.topics import Topics
 
 _CONNECT_S = 10.0
@@ -158,8 +158,8 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{status['status']}{done}" + (f", {duration(eta)} left" if done and eta is not None else "")
 
 
-def _say_lost(reason: str) -> None:
-    say(f"the connection was lost: {reason}; trying again")
+def _say_lost(failure: ConnectionFailure) -> None:
+    say(f"the connection was lost: {failure.problem}; trying again")
 
 
 def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
