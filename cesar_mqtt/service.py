@@ -13,7 +13,7 @@ from cesar_mqtt.config import Settings
 from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.command_handlers import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
-from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
+from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
