@@ -5,14 +5,20 @@ Nothing here keeps state; any thread may call it. `Disk` is a class so that a te
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 class Disk:
-    """The primitives; each raises OSError as the operating system gives it."""
+    """The primitives; each raises OSError as the operating system gives it.
+
+    Attributes:
+        timed: returns a context manager that is entered for each sync, such as a timer.
+    """
+
+    timed: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of `data` at `offset` and return how many bytes that was, as `os.pwrite` does."""
@@ -20,11 +26,13 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Return when the file's content and size are on the medium."""
-        os.fsync(descriptor)
+        with self.timed():
+            os.fsync(descriptor)
 
     def sync_data(self, descriptor: int) -> None:
         """As `sync`, less what reading back does not need (the times); cheaper when the size is as it was."""
-        _fdatasync(descriptor)
+        with self.timed():
+            _fdatasync(descriptor)
 
     def reserve(self, descriptor: int, start: int, end: int) -> None:
         """Let the file reach to `end`, with NUL bytes: the room is there to be written to.
