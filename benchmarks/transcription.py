@@ -15,8 +15,9 @@ from faster_whisper import WhisperModel
 from benchmarks.table import Row, median
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.config import AudioSettings, ModelSettings
+from cesar_mqtt.transcript import TranscriptionOptions
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"

@@ -1,10 +1,13 @@
 """What every thread of the consumer is made of: a thread that can be stopped, delays between attempts, one wait."""
 
+import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from cesar_mqtt.errors import Cancelled
@@ -122,23 +125,52 @@ class Backoff:
         self._next_s = self.most_s
 
 
-def wait(ready: Callable[[float], bool], should_stop: Callable[[], bool], *, poll_s: float = _POLL_S) -> None:
+def never_stop() -> bool:
+    """The `should_stop` of callers that always want the result."""
+    return False
+
+
+def wait(
+    ready: Callable[[float], bool],
+    should_stop: Callable[[], bool],
+    *,
+    timeout_s: float = math.inf,
+    poll_s: float = _POLL_S,
+) -> None:
     """Wait until `ready` returns True.
 
     Args:
         ready: waits for at most the seconds it is given and returns whether the wait is over, as `Event.wait` does.
         should_stop: asked before each call of `ready`.
+        timeout_s: the longest wait.
+        poll_s: how often `should_stop` is asked.
 
     Raises:
         Cancelled: `should_stop` returned True first.
+        TimeoutError: `timeout_s` has passed; `ready` was called at least once.
     """
+    deadline = time.monotonic() + timeout_s
     while not should_stop():
-        if ready(poll_s):
+        if ready(max(0.0, min(poll_s, deadline - time.monotonic()))):
             return
+        if time.monotonic() >= deadline:
+            raise TimeoutError
     raise Cancelled
 
 
-def wait_for(future: "Future[T]", should_stop: Callable[[], bool], *, poll_s: float = _POLL_S) -> T:
+def wait_for(
+    future: "Future[T]",
+    should_stop: Callable[[], bool],
+    *,
+    timeout_s: float = math.inf,
+    poll_s: float = _POLL_S,
+) -> T:
     """Wait as `wait` does for a future; return its result or raise its exception."""
-    wait(lambda timeout_s: bool(wait_for_futures([future], timeout_s).done), should_stop, poll_s=poll_s)
+    wait(lambda step_s: bool(wait_for_futures([future], step_s).done), should_stop, timeout_s=timeout_s, poll_s=poll_s)
     return future.result()
+
+
+def pause(seconds: float, should_stop: Callable[[], bool]) -> None:
+    """Let time pass. Raises Cancelled as soon as `should_stop` returns True."""
+    with suppress(TimeoutError):
+        wait(threading.Event().wait, should_stop, timeout_s=seconds)

@@ -1,9 +1,60 @@
-"""What a transcription is made of: frozen values that the transcriber makes, and ledger and formats read.
+"""What a transcription is asked for and what it yields: frozen values that any thread may make and read.
 
-Times are seconds from the start of the file, whatever was cut out or left out on the way.
+Times are seconds from the start of the file, whatever the VAD or `clip_timestamps` left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+MAX_PROMPT_CHARACTERS = 10_000
+"""Prompts and hotwords are cut to this length before tokenising: the 100 tokens that are kept never need more."""
+_CUT_MARK = "…"
+"""Stands where a text was cut: one character more than the pipeline reads, so that it reports the cut as a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptionOptions:
+    """The options of one job, already validated. Lists, as JSON has them, become tuples.
+
+    Attributes:
+        model_size: a name that the model store knows.
+        language: Whisper's code; None: detected once for the whole file.
+        task: `transcribe`, or `translate` into English.
+        initial_prompt: text that leads the model to a spelling or style; its last 100 tokens count.
+        hotwords: words to expect, given to the model with each 30 s; their first 100 tokens count.
+        beam_size: how many hypotheses the decoder follows, 1 to 10.
+        temperature: 0 decodes greedily or by beam search, up to 1 samples more and more freely. Of several, each
+            further one is tried where the result of the one before fails Whisper's checks. None: Whisper's own list.
+            Batched, only the first counts.
+        vad_filter: whether the VAD removes what is not speech first, so that silence yields no invented text.
+        word_timestamps: whether segments have `words`.
+        clip_timestamps: only these ranges of the file, as (start, end) in seconds; empty: the whole file.
+        batch_size: with more than 1, so many chunks of up to 30 s are decoded at once; faster and a little less
+            accurate, because nothing is tried again at a higher temperature.
+    """
+
+    model_size: str
+    language: str | None = None
+    task: str = "transcribe"
+    initial_prompt: str | None = None
+    beam_size: int = 5
+    vad_filter: bool = True
+    hotwords: str | None = None
+    temperature: float | Sequence[float] | None = None
+    word_timestamps: bool = False
+    clip_timestamps: Sequence[Sequence[float]] = ()
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None:
+            several = self.temperature if isinstance(self.temperature, Sequence) else (self.temperature,)
+            object.__setattr__(self, "temperature", tuple(float(one) for one in several) or None)
+        object.__setattr__(self, "clip_timestamps", self.clips)
+
+    @property
+    def clips(self) -> tuple[tuple[float, float], ...]:
+        """`clip_timestamps` as pairs of floats."""
+        return tuple((float(start_s), float(end_s)) for start_s, end_s in self.clip_timestamps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +69,13 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of speech, 0 <= `start_s` <= `end_s` <= the file's duration.
+    """A passage of speech, 0 <= `start_s` <= `end_s` <= the duration of the file.
 
     Attributes:
         id: counts from 1 through the whole file.
         text: without blanks around it.
         avg_logprob: mean log probability of the tokens, 0 at best; always a finite number.
-        no_speech_prob: 0 to 1, the model's belief that nobody speaks in the 30 s around.
+        no_speech_prob: 0 to 1, the model's belief that the 30 s around it hold no speech.
         words: None if they were not asked for.
     """
 
@@ -39,14 +90,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A finished part of a file, from the end of the one before; what a checkpoint holds.
+    """A finished part of a file, from the end of the one before; the content of a checkpoint.
 
     Attributes:
         number: counts from 0.
-        until_s: where it ends; the work goes on from there.
+        until_s: where it ends, and where the next one begins.
         text: its segments as the model gave them, blanks included, so that the texts of all windows can be joined.
-        language: Whisper's code; None if nobody spoke in it.
-        language_probability: None if nobody spoke in it.
+        language: Whisper's code; None if it holds no speech.
+        language_probability: None if it holds no speech.
         segments: in order of time.
     """
 
@@ -62,7 +113,7 @@ class Window:
 class Progress:
     """How far a transcription is: `processed_s` never goes back and never passes `audio_duration_s`.
 
-    `audio_duration_s` is None as long as a file that does not declare it is not decoded to its end.
+    `audio_duration_s` is None until a file that does not declare its duration has been decoded to its end.
     """
 
     processed_s: float
@@ -74,12 +125,12 @@ class Transcript:
     """The result.
 
     Attributes:
-        text: all segments, without blanks around it; empty if nobody spoke.
-        language: Whisper's code; None if nobody spoke.
-        language_probability: 1.0 if the language was given, or is the model's only one; None if nobody spoke.
-        no_speech: whether nobody spoke.
+        text: all segments, without blanks around it; empty if there was no speech.
+        language: Whisper's code; None if there was no speech.
+        language_probability: 1.0 if the language was given, or is the model's only one; None if there was no speech.
+        no_speech: whether there was no speech at all.
         audio_duration_s: seconds of audio that could be decoded.
-        windows: the parts that it is made of, in order, with those that an earlier attempt had finished.
+        windows: its parts in order, those of earlier attempts included.
         warnings: `audio_truncated`, `audio_damaged`, `initial_prompt_truncated`, `hotwords_truncated`.
     """
 
@@ -95,3 +146,20 @@ class Transcript:
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in order of time."""
         return tuple(segment for window in self.windows for segment in window.segments)
+
+
+def cut_prompt(text: str) -> str:
+    """Cut a prompt to the part that can count, its end."""
+    plain = _without_stripped_characters(text)
+    return plain if len(plain) <= MAX_PROMPT_CHARACTERS else _CUT_MARK + plain[-MAX_PROMPT_CHARACTERS:]
+
+
+def cut_hotwords(text: str) -> str:
+    """Cut hotwords to the part that can count, their beginning."""
+    plain = _without_stripped_characters(text)
+    return plain if len(plain) <= MAX_PROMPT_CHARACTERS else plain[:MAX_PROMPT_CHARACTERS] + _CUT_MARK
+
+
+def _without_stripped_characters(text: str) -> str:
+    """Remove from a long text what the pipeline would remove (blanks around it, control tokens): it must stay long."""
+    return text if len(text) <= MAX_PROMPT_CHARACTERS else text.replace("|", " ").strip()

@@ -14,7 +14,7 @@ from paho.mqtt.client import MQTTMessage
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.protocol.asyncapi import document
 from cesar_mqtt.protocol.commands import COMMANDS, read
-from cesar_mqtt.protocol.parsing import Accepted, parse_job
+from cesar_mqtt.protocol.parsing import Accepted, parse_submission
 
 OFFICIAL = Path(__file__).parent / "data" / "asyncapi-3.0.0.json"
 
@@ -227,7 +227,7 @@ def _pattern(address: str, prefix: str) -> str:
 def _is_taken(channel: str, parameters: Mapping[str, str], payload: bytes) -> bool:
     """Whether the consumer takes what is published for it; what it refuses need not be as the document says."""
     if channel == "jobs":
-        return isinstance(parse_job(payload), Accepted)
+        return isinstance(parse_submission(payload), Accepted)
     if channel == "requests":
         command = parameters["command"]
         return command in COMMANDS and read(command, payload).request is not None

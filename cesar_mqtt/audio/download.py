@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import httpx2
 from cesar_mqtt import __version__
 from cesar_mqtt.audio.allowed_hosts import AllowedHosts, Target, parse_url
 from cesar_mqtt.audio.network_backend import GetAddrInfo, Network, PassingError, Patience, failed, resolve
-from cesar_mqtt.audio.paths import Fetched
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
@@ -47,6 +47,14 @@ _STATUSES: dict[int, tuple[ErrorCode, str]] = {
     404: (ErrorCode.AUDIO_NOT_FOUND, "has no such file: check the URL"),
     410: (ErrorCode.AUDIO_NOT_FOUND, "no longer has the file: check the URL"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadedFile:
+    """A downloaded file; `digest` is the SHA-256 of its content in hexadecimal."""
+
+    path: Path
+    digest: str
 
 
 class Downloader:
@@ -87,15 +95,7 @@ class Downloader:
         # At DEBUG it writes every header of an answer: the URL in a redirect's may hold a token.
         logging.getLogger("httpcore2").setLevel(logging.INFO)
 
-    def allowed(self, url: str) -> None:
-        """Say whether a URL may be fetched as far as can be told without asking anybody; quick.
-
-        Raises:
-            JobFailedError: `audio_not_allowed`.
-        """
-        self._hosts.admit(parse_url(url))
-
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         """Fetch a URL into a new file, which belongs to the caller; after a failure nothing is left of it.
 
         The file is a cache and not synced. Failures that may pass are met with `audio.download_retries` further tries
@@ -119,7 +119,7 @@ class Downloader:
             undo.pop_all()
         return fetched
 
-    def _persist(self, target: Target, path: Path, patience: Patience) -> Fetched:
+    def _persist(self, target: Target, path: Path, patience: Patience) -> DownloadedFile:
         delay_s, left = self._retry_delay_s, self._settings.download_retries
         while True:
             try:
@@ -133,10 +133,10 @@ class Downloader:
                 delay_s *= 3
                 left -= 1
 
-    def _follow(self, target: Target, path: Path, patience: Patience) -> Fetched:
+    def _follow(self, target: Target, path: Path, patience: Patience) -> DownloadedFile:
         for _ in range(_MOST_REDIRECTS + 1):
             answer = self._get(target, path, patience)
-            if isinstance(answer, Fetched):
+            if isinstance(answer, DownloadedFile):
                 return answer
             try:
                 target = target.redirected(answer)
@@ -146,7 +146,7 @@ class Downloader:
                 raise JobFailedError(exc.code, message) from exc
         raise failed(f"There are more than {_MOST_REDIRECTS} redirects from the audio URL: submit the file's own URL.")
 
-    def _get(self, target: Target, path: Path, patience: Patience) -> Fetched | str:
+    def _get(self, target: Target, path: Path, patience: Patience) -> DownloadedFile | str:
         """Ask once; a file is stored, and of a redirect the location is returned."""
         network = Network(target, self._addresses(target, patience), patience)
         port, scheme, host = target.port, target.scheme.encode(), target.host.encode()
@@ -158,7 +158,7 @@ class Downloader:
                 if response.status in _REDIRECTS and "location" in answer:
                     return answer["location"]
                 self._check(target, response.status, answer)
-                return Fetched(path, self._store(path, response.iter_stream()))
+                return DownloadedFile(path, self._store(path, response.iter_stream()))
         except httpcore2.ProtocolError as exc:
             sentence = f"The answer of the server {target.authority!r} was cut short, or is not HTTP: check the URL."
             raise PassingError(sentence) from exc

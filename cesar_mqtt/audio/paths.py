@@ -6,7 +6,6 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError
@@ -52,14 +51,6 @@ _WHY_NOT_OPEN = {
     errno.ENOTDIR: _NOT_REGULAR,  # or where a folder was
     errno.ENXIO: _NOT_REGULAR,  # a socket
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A file that was downloaded, and the digest of what is in it."""
-
-    path: Path
-    digest: str
 
 
 def check_directories(directories: Sequence[Path]) -> None:

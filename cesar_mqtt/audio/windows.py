@@ -94,7 +94,7 @@ class Recording:
         self._thread.start()
 
     @property
-    def fresh(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the file under the path is still the one that was opened, unchanged; False if it could not be.
 
         True while it has not been opened yet. Any thread may ask.
@@ -146,7 +146,7 @@ class Recording:
         with self._changed:
             return self._warnings
 
-    def stretches(self, should_stop: Callable[[], bool]) -> Iterator[Chunk]:
+    def chunks(self, should_stop: Callable[[], bool]) -> Iterator[Chunk]:
         """Give the stretches, in order of time. Only once, and for one thread.
 
         Args:
@@ -221,7 +221,7 @@ class Recording:
                 # It may be a little wrong, so that only what lies far behind it can be refused before the work.
                 plan.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
             tape = _Tape(audio.blocks(lambda: self._closed))
-            for stretch in plan.stretches(tape):
+            for stretch in plan.chunks(tape):
                 if stretch.last and audio.info.duration_s is None:
                     tape.skip(math.inf)  # its duration cannot be known otherwise
                 with self._changed:
@@ -308,7 +308,7 @@ class _Plan:
             if wanted.asked and wanted.start >= length:
                 raise _outside(wanted)
 
-    def stretches(self, tape: _Tape) -> Iterator[Chunk]:
+    def chunks(self, tape: _Tape) -> Iterator[Chunk]:
         """Cut what is on the tape. Raises JobFailedError: `invalid_request` for a range that is not in the file."""
         for wanted in self.ranges:
             tape.skip(wanted.start)

@@ -222,7 +222,8 @@ def _proved(store: "ModelStore", name: str) -> str:
         Exception: anything that an unsuitable version of a library raises.
     """
     from cesar_mqtt.cli.demo import RECORDING  # noqa: PLC0415
-    from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions  # noqa: PLC0415
+    from cesar_mqtt.transcript import TranscriptionOptions  # noqa: PLC0415
+    from cesar_mqtt.whisper.transcriber import Transcriber  # noqa: PLC0415
 
     started = time.monotonic()
     store.load(name)

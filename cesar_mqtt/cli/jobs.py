@@ -19,7 +19,7 @@ from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.session import ControlClient, RequestRefusedError
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.protocol.commands import MOST_BYTES, MOST_JOBS
+from cesar_mqtt.protocol.commands import MAX_LISTED_JOBS, MAX_RESULT_BYTES
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
 _HEAD = {name: name for name in _COLUMNS}
@@ -170,7 +170,7 @@ def _pages(requester: ControlClient, status: str | None, consumer: str | None) -
     """Yield the pages of all jobs, oldest first, for that is the order in which they can be asked for."""
     after = None
     while True:
-        page = requester.ask("list", {"status": status, "limit": MOST_JOBS, "after": after}, consumer=consumer)
+        page = requester.ask("list", {"status": status, "limit": MAX_LISTED_JOBS, "after": after}, consumer=consumer)
         yield page
         after = page["next"]
         if after is None:
@@ -181,7 +181,7 @@ def _whole(requester: ControlClient, job_id: str, consumer: str | None) -> str:
     """Fetch a transcript in pieces."""
     text, more, offset = "", True, 0
     while more:
-        asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MOST_BYTES}
+        asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MAX_RESULT_BYTES}
         piece = requester.ask("result", asked, consumer=consumer)
         text += piece["text"]
         more, offset = piece["more"], piece["offset"] + piece["length"]

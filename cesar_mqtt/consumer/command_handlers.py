@@ -18,23 +18,23 @@ from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import (
     COMMANDS,
     CURRENT,
-    Brief,
-    Done,
+    CommandResult,
     JobCommand,
     JobList,
+    JobSummary,
     ListCommand,
     Model,
     Models,
     Paused,
-    Piece,
     Request,
     Response,
     ResultCommand,
-    brief,
+    ResultPage,
     read,
+    summary_of,
 )
 from cesar_mqtt.protocol.parsing import Refusal
-from cesar_mqtt.protocol.payloads import Live, Payload, fit, status_of
+from cesar_mqtt.protocol.payloads import JobProgress, Payload, fit, status_of
 
 if TYPE_CHECKING:
     from cesar_mqtt.whisper.model_store import StoreDescription
@@ -85,7 +85,7 @@ class CommandHandlers:
         models: DescribesModels,
         consumer: str,
         on_cancelled: Callable[[Job], None],
-        live: Callable[[Job], Live | None] = lambda _job: None,
+        live: Callable[[Job], JobProgress | None] = lambda _job: None,
         on_deleted: Callable[[Job, Sequence[str]], None],
         health: Callable[[], Mapping[str, Any]],
         grouped: bool = False,
@@ -201,7 +201,7 @@ class CommandHandlers:
         if deleted is None:
             return _unknown(job_id)
         self._on_deleted(*deleted)
-        return Done(job_id=job_id, status="deleted", consumer=self._consumer)
+        return CommandResult(job_id=job_id, status="deleted", consumer=self._consumer)
 
     def _get(self, job_id: str) -> Outcome:
         job = self._ledger.get(job_id)
@@ -231,7 +231,7 @@ class CommandHandlers:
     def _status(self, job: Job | None, job_id: str) -> Outcome:
         if job is None:
             return _unknown(job_id)
-        return Done(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
+        return CommandResult(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
 
     # -- all jobs -----------------------------------------------------------------------------------------------------
 
@@ -250,12 +250,12 @@ class CommandHandlers:
         following = jobs[-1].job_id if rest else None
         return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
 
-    def _page(self, found: Sequence[Job]) -> list[Brief]:
+    def _page(self, found: Sequence[Job]) -> list[JobSummary]:
         """Return as many of the jobs as go into one answer."""
-        jobs: list[Brief] = []
+        jobs: list[JobSummary] = []
         room = ANSWER_BYTES
         for job in found:
-            told = brief(status_of(job, self._consumer))
+            told = summary_of(status_of(job, self._consumer))
             room -= len(told.encode()) + 1
             if room < 0:
                 break
@@ -318,7 +318,7 @@ def _piece(job_id: str, asked: ResultCommand, content: bytes, consumer: str) -> 
             break
         end -= max(1, surplus // 6)
     more = end < total
-    return Piece(
+    return ResultPage(
         job_id=job_id,
         format=asked.format,
         offset=start,
@@ -341,9 +341,9 @@ def _splits(content: bytes, at: int) -> bool:
 
 def _note(command: str, outcome: Payload | Mapping[str, Any]) -> None:
     """Log what was changed."""
-    if isinstance(outcome, Done) and outcome.status == JobState.PROCESSING:
+    if isinstance(outcome, CommandResult) and outcome.status == JobState.PROCESSING:
         log.info("The job in work was asked to end", action=command, job_id=outcome.job_id)
-    elif isinstance(outcome, Done):
+    elif isinstance(outcome, CommandResult):
         log.info("Job is now %s on request", outcome.status, action=command, job_id=outcome.job_id)
     elif isinstance(outcome, Paused):
         log.info("Jobs are %s on request", "held back" if outcome.paused else "started", action=command)

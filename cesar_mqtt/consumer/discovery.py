@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from cesar_mqtt import __version__
-from cesar_mqtt.protocol.consumer_payloads import Activity, Event
+from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.payloads import Event
 from cesar_mqtt.protocol.topics import Topics
 
 Mode = Literal["device", "component"]

@@ -3,17 +3,19 @@
 Any thread may report. Every call returns at once.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Live, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.transcript import Segment
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-class JobObserver(Protocol):
-    """Receives every event; the publisher is one."""
+
+class JobObserver:
+    """Receives every event and ignores it: a subclass, such as the publisher, overrides what it needs."""
 
     def activity(self, activity: Activity) -> None:
         """The worker does something else now."""
@@ -21,7 +23,7 @@ class JobObserver(Protocol):
     def degraded(self, who: str, *, on: bool) -> None:
         """The disk refuses the writes of the thread `who`, or takes them again."""
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, progress: JobProgress) -> None:
         """The running job has come so far."""
 
     def segment(self, job: Job, segment: Segment) -> None:

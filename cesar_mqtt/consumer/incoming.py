@@ -14,13 +14,13 @@ from cesar_mqtt.protocol.parsing import (
     Accepted,
     Parsed,
     Refusal,
-    may_be_id,
+    is_usable_id,
     parse_audio,
-    parse_job,
-    refused_upload,
+    parse_submission,
+    reject_upload,
     source_of,
 )
-from cesar_mqtt.protocol.payloads import JobRequest
+from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.protocol.topics import Topics
 
 
@@ -96,15 +96,15 @@ class MessageParser:
             return self._too_large(delivery, audio_id)
         if audio_id is not None:
             return parse_audio(audio_id, delivery.payload, delivery.user_properties)
-        return parse_job(delivery.payload, delivery.user_properties)
+        return parse_submission(delivery.payload, delivery.user_properties)
 
     def _too_large(self, delivery: Delivery, audio_id: str | None) -> Refusal:
         """Refuse without a look inside: only a topic can tell whose job it would have been."""
         size, limit = len(delivery.payload), self._max_payload_bytes
         detail = f"The message has {size} bytes, at most {limit} are taken (queue.max_payload_bytes)."
-        if audio_id is None or not may_be_id(audio_id):
+        if audio_id is None or not is_usable_id(audio_id):
             return Refusal("payload_too_large", detail)
-        return refused_upload("payload_too_large", detail, audio_id, delivery.user_properties)
+        return reject_upload("payload_too_large", detail, audio_id, delivery.user_properties)
 
     def _with_model(self, parsed: Accepted) -> Parsed:
         request = parsed.request

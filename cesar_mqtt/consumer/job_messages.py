@@ -11,10 +11,9 @@ from cesar_mqtt.jobs import DeletedJob, Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol import formats
-from cesar_mqtt.protocol.consumer_payloads import deletion_of, event_payload
-from cesar_mqtt.protocol.payloads import Live, segment_of, status_payload
+from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_payload, segment_of, status_payload
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.protocol.truncate import fit_note, fit_segment
+from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment
 from cesar_mqtt.transcript import Segment
 
 log = get_logger(__name__)
@@ -45,7 +44,7 @@ class JobMessages:
         self._topics = topics
         self._clock = clock
 
-    def of_job(self, job: Job, live: Live | None, *, news: bool) -> list[JobMessage]:
+    def of_job(self, job: Job, live: JobProgress | None, *, news: bool) -> list[JobMessage]:
         """Return what is told of a job: with `news`, the state is one that it has just come to.
 
         A completed job's files come first, so that they are there when its status says so; the event stands before the
@@ -91,7 +90,7 @@ class JobMessages:
         topic, message = self._topics.segments(job.job_id), segment_of(job.job_id, segment)
         payload, limit = message.encode(), self._limit_of(topic)
         if limit is not None and len(payload) > limit:
-            payload = fit_segment(message, limit)
+            payload = truncate_segment(message, limit)
             if self._cut_job != job.seq:
                 self._cut_job = job.seq
                 said = "Segments are told without their words, or cut: the broker takes %d bytes in a packet"
@@ -101,7 +100,7 @@ class JobMessages:
     def of_note(self, note: TransientMessage) -> bytes:
         """Return what can be said of it in one message."""
         limit = self._limit_of(note.topic, len(note.correlation_data or b""))
-        return note.payload if limit is None else fit_note(note.payload, limit)
+        return note.payload if limit is None else truncate_response(note.payload, limit)
 
     def _limit_of(self, topic: str, more_bytes: int = 0) -> int | None:
         """Return how large a payload on this topic may be, with so many bytes of properties beside it."""

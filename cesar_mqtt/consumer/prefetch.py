@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cesar_mqtt.audio.paths import Fetched, resolve_audio_path
+from cesar_mqtt.audio.download import DownloadedFile
+from cesar_mqtt.audio.paths import resolve_audio_path
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.ledger import Ledger
@@ -44,6 +45,10 @@ class Prefetcher(StoppableThread):
     A job keeps what was prefetched while it is among the next jobs, or in `processing`, which it enters when the worker
     claims it, before `take`. A job that is cancelled, deferred or deleted is in neither, so the next look drops its
     audio. Looks and `take` exclude each other: no look acts on a queue that a `take` has changed.
+
+    Attributes:
+        on_downloaded: called at the end of each download, in its thread, with `done`, `stopped` or an error code, and
+            the seconds that it took.
     """
 
     def __init__(
@@ -55,7 +60,6 @@ class Prefetcher(StoppableThread):
         directories: Sequence[Path],
         downloader: "Downloader",
         ahead: int,
-        on_downloaded: Callable[[str, float], None] = lambda _outcome, _seconds: None,
     ) -> None:
         """Nothing runs before `start`.
 
@@ -66,8 +70,6 @@ class Prefetcher(StoppableThread):
             directories: where `audio_path` is looked up, in order.
             downloader: downloads into the spool.
             ahead: how many jobs are looked at, and how many downloads run at once.
-            on_downloaded: called at the end of each download, in its thread, with `done`, `stopped` or an error code,
-                and the seconds that it took.
         """
         super().__init__("prefetch")
         self._ledger = ledger
@@ -76,7 +78,7 @@ class Prefetcher(StoppableThread):
         self._directories = tuple(directories)
         self._downloader = downloader
         self._ahead = ahead
-        self._on_downloaded = on_downloaded
+        self.on_downloaded: Callable[[str, float], None] = lambda _outcome, _seconds: None
         self._wakeup = threading.Event()
         self._lock = threading.Lock()
         """Guards the next three; taken before the ledger's lock, never after it."""
@@ -165,7 +167,7 @@ class Prefetcher(StoppableThread):
             raise Cancelled
         ahead = entry.recording
         # A retry of a queued job drops its finished windows: a recording opened behind them would skip audio.
-        if ahead is not None and ahead.fresh and ahead.from_s == self._ledger.finished_until(entry.job.seq):
+        if ahead is not None and ahead.is_current and ahead.from_s == self._ledger.finished_until(entry.job.seq):
             return ahead
         entry.close()
         if entry.kind == "url":
@@ -249,7 +251,7 @@ class Prefetcher(StoppableThread):
                 entry.download = self._start_download(job)
 
     def _start_download(self, job: Job) -> "_Download":
-        download = _Download(job, self._downloader, self._spool, self._on_downloaded)
+        download = _Download(job, self._downloader, self._spool, self.on_downloaded)
         self._downloads = [*(former for former in self._downloads if former.alive), download]
         download.future.add_done_callback(lambda _: self._wakeup.set())
         return download
@@ -302,7 +304,7 @@ class _Download:
         return self._task.alive
 
     @property
-    def fetched(self) -> Fetched | None:
+    def fetched(self) -> DownloadedFile | None:
         """The file; None while the download runs, and after a failure."""
         return self.future.result() if self.future.done() and self.future.exception() is None else None
 
@@ -324,7 +326,7 @@ class _Download:
     def join(self, timeout_s: float | None) -> None:
         self._task.join(timeout_s)
 
-    def _run(self) -> Fetched:
+    def _run(self) -> DownloadedFile:
         url = self._job.audio.name if self._job.audio is not None else ""
         started, outcome = time.monotonic(), ErrorCode.INTERNAL.value
         try:
@@ -344,7 +346,7 @@ class _Download:
             self._on_ended(outcome, self._ended_at - started)
         return fetched
 
-    def _remove(self, future: "futures.Future[Fetched]") -> None:
+    def _remove(self, future: "futures.Future[DownloadedFile]") -> None:
         if future.exception() is None:
             self._spool.remove([future.result().path.name])
 
@@ -368,7 +370,7 @@ class _Prefetched:
         return None if self.job.audio is None else self.job.audio.kind
 
     @property
-    def fetched(self) -> Fetched | None:
+    def fetched(self) -> DownloadedFile | None:
         """The downloaded file; None: there is none, or not yet."""
         return None if self.download is None else self.download.fetched
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cesar_mqtt.consumer.activity import ActivityTracker
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
+from cesar_mqtt.consumer.events import JobObserver
 from cesar_mqtt.consumer.in_flight import InFlight, PendingAck
 from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages
 from cesar_mqtt.consumer.own_topics import OwnTopics
@@ -22,7 +23,7 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
-from cesar_mqtt.protocol.payloads import Live, Payload, Rejection
+from cesar_mqtt.protocol.payloads import JobProgress, Payload, Rejection
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Segment
 
@@ -41,7 +42,7 @@ class Connection(Protocol):
         """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
 
 
-class Publisher:
+class Publisher(JobObserver):
     """An outbox over the ledger.
 
     For each job it publishes the newest status that the broker has not acknowledged; states that were passed through
@@ -79,7 +80,7 @@ class Publisher:
         self._notes = TransientMessages(monotonic=monotonic)
         self._doing = ActivityTracker()
         self._last: Job | None = None
-        self._live: tuple[Job, Live] | None = None
+        self._live: tuple[Job, JobProgress] | None = None
         self._live_stale = False
         self._live_due = 0.0
         self._queue_stale = True
@@ -161,11 +162,11 @@ class Publisher:
         """Take note that no further job is started."""
         self._tell(self._set_draining)
 
-    def progress(self, job: Job, live: Live) -> None:
+    def progress(self, job: Job, live: JobProgress) -> None:
         """Take note of how far a job is; published at most once a second."""
         self._tell(lambda: self._note(job, live))
 
-    def live_of(self, job: Job) -> Live | None:
+    def live_of(self, job: Job) -> JobProgress | None:
         """Return how far a job in work is, as far as is known; None: nothing is."""
         of, live = self._live or (None, None)
         return live if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
@@ -322,7 +323,7 @@ class Publisher:
         self._doing.draining = True
         self._queue_stale = True
 
-    def _note(self, job: Job, live: Live) -> None:
+    def _note(self, job: Job, live: JobProgress) -> None:
         self._live = (job, live)
         self._live_stale = True
 

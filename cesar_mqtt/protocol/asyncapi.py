@@ -13,7 +13,7 @@ from cesar_mqtt.protocol.commands import COMMANDS, CURRENT, JobCommand
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState
 from cesar_mqtt.protocol.examples import examples
 from cesar_mqtt.protocol.formats import FORMATS
-from cesar_mqtt.protocol.payloads import AUDIO_FIELDS, JobRequest
+from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.schema import Schema, payload_schemas
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN, Topics
 

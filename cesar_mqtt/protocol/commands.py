@@ -22,8 +22,8 @@ from cesar_mqtt.protocol.topics import JOB_ID_PATTERN, is_job_id
 
 CURRENT = "current"
 """Stands for the job in work, whatever its id is."""
-MOST_JOBS = 1000
-MOST_BYTES = 65_536
+MAX_LISTED_JOBS = 1000
+MAX_RESULT_BYTES = 65_536
 """Of a result in one answer."""
 
 _REQUEST_BYTES = 65_536
@@ -76,8 +76,8 @@ class ListCommand(Request):
     status: Literal["queued", "processing", "completed", "error", "cancelled"] | None = Field(
         default=None, description="'queued', 'processing', 'completed', 'error', 'cancelled' or null"
     )
-    limit: Annotated[int, Field(ge=1, le=MOST_JOBS)] = Field(
-        default=100, description=f"a whole number from 1 to {MOST_JOBS}"
+    limit: Annotated[int, Field(ge=1, le=MAX_LISTED_JOBS)] = Field(
+        default=100, description=f"a whole number from 1 to {MAX_LISTED_JOBS}"
     )
     after: JobId | None = Field(default=None, description=f"{_JOB_ID}, or null")
 
@@ -90,8 +90,8 @@ class ResultCommand(JobCommand):
         default=0, description="the byte to begin with: a whole number, 0 or the offset + length of the answer before"
     )
     # A character has up to four bytes, and a piece holds at least one.
-    length: Annotated[int, Field(ge=4, le=MOST_BYTES)] = Field(
-        default=MOST_BYTES, description=f"a whole number from 4 to {MOST_BYTES}"
+    length: Annotated[int, Field(ge=4, le=MAX_RESULT_BYTES)] = Field(
+        default=MAX_RESULT_BYTES, description=f"a whole number from 4 to {MAX_RESULT_BYTES}"
     )
 
 
@@ -118,7 +118,7 @@ class Response(Payload):
     transaction: Any
 
 
-class Done(Payload):
+class CommandResult(Payload):
     """What became of a job: its status, or `deleted`."""
 
     job_id: str
@@ -133,13 +133,13 @@ class Paused(Payload):
     consumer: str
 
 
-class Vitals(HealthMessage):
+class HealthResponse(HealthMessage):
     """How the consumer of this name is."""
 
     consumer: str
 
 
-class Brief(Payload):
+class JobSummary(Payload):
     """A job in a list; its fields are those of its status, `audio_source` perhaps cut."""
 
     job_id: str
@@ -159,13 +159,13 @@ class Brief(Payload):
 class JobList(Payload):
     """A page of jobs; `next` is what to send as `after` for the one behind it, `total` counts all that match."""
 
-    jobs: list[Brief]
+    jobs: list[JobSummary]
     next: str | None
     total: int
     consumer: str
 
 
-class Piece(Payload):
+class ResultPage(Payload):
     """A piece of a result; `offset`, `length` and `total` are bytes of UTF-8."""
 
     job_id: str
@@ -201,12 +201,12 @@ class Models(Payload):
     consumer: str
 
 
-def brief(status: Status) -> Brief:
+def summary_of(status: Status) -> JobSummary:
     """Return what a list tells of a job."""
     source = status.audio_source
-    fields = {name: getattr(status, name) for name in Brief.model_fields}
+    fields = {name: getattr(status, name) for name in JobSummary.model_fields}
     short = source if source is None or len(source) <= _SOURCE_CHARACTERS else source[: _SOURCE_CHARACTERS - 1] + "…"
-    return Brief(**{**fields, "status": str(status.status), "audio_source": short})
+    return JobSummary(**{**fields, "status": str(status.status), "audio_source": short})
 
 
 _SOURCE_CHARACTERS = 200
@@ -216,7 +216,7 @@ _SOURCE_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedCommand:
     """A request as far as it could be read.
 
     Attributes:
@@ -232,13 +232,13 @@ class Asked:
     consumer: str | None = None
 
 
-def read(command: str, payload: bytes) -> Asked:
+def read(command: str, payload: bytes) -> ParsedCommand:
     """Read a request, whose command need not be known: a JSON object, a line that names a job, or nothing at all."""
     document = _document(payload)
     fields = {} if isinstance(document, str) else document
     name = fields.get("consumer")
     consumer = name if isinstance(name, str) and is_job_id(name) else None
-    asked = Asked(transaction=_transaction(fields), consumer=consumer)
+    asked = ParsedCommand(transaction=_transaction(fields), consumer=consumer)
     kind = COMMANDS.get(command)
     if kind is None:
         return replace(asked, mistakes=f"There is no command {shown(command)}: use one of {', '.join(COMMANDS)}.")

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
 from cesar_mqtt import __version__
 from cesar_mqtt.jobs import Job, JobState, Totals
@@ -10,8 +10,6 @@ from cesar_mqtt.protocol.payloads import Payload, cut, timestamp
 
 LAST_TEXT_BYTES = 12_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
-EVENT_TEXT_BYTES = 8_000
-"""As above, with the metadata of the job beside it."""
 
 
 class ConsumerState(Payload):
@@ -93,68 +91,6 @@ def last_of(job: Job) -> Last:
         language=job.detected_language,
         audio_duration=job.audio_duration,
         completed_at=timestamp(job.completed_at or job.updated_at),
-    )
-
-
-class Event(Payload):
-    """Something that has happened to a job, on `cesar/events`; told when it happens, and not retained.
-
-    Attributes:
-        event_type: the state that the job has come to, or `deleted`.
-        text: the transcript of a completed job, cut to `EVENT_TEXT_BYTES` of UTF-8.
-        time: when it happened.
-    """
-
-    event_type: Literal["queued", "processing", "completed", "error", "cancelled", "deleted"]
-    job_id: str
-    attempt: int | None
-    text: str | None
-    text_truncated: bool
-    language: str | None
-    audio_duration: float | None
-    error_code: str | None
-    error_message: str | None
-    metadata: dict[str, Any]
-    consumer: str
-    time: str
-
-
-def event_payload(job: Job, consumer: str) -> bytes:
-    """Return the `Event` of the state that a job has come to, as it goes over the wire; there are thousands of them."""
-    text = None if job.result_text is None else cut(job.result_text, EVENT_TEXT_BYTES)
-    return to_json(
-        {
-            "event_type": job.state,
-            "job_id": job.job_id,
-            "attempt": job.attempt,
-            "text": text,
-            "text_truncated": text != job.result_text,
-            "language": job.detected_language,
-            "audio_duration": job.audio_duration,
-            "error_code": job.error_code,
-            "error_message": job.error_message,
-            "metadata": job.metadata,
-            "consumer": consumer,
-            "time": timestamp(job.updated_at),
-        }
-    )
-
-
-def deletion_of(job_id: str, consumer: str, now: float) -> Event:
-    """Return what is told of a job that is deleted; `now` in seconds since the epoch."""
-    return Event(
-        event_type="deleted",
-        job_id=job_id,
-        attempt=None,
-        text=None,
-        text_truncated=False,
-        language=None,
-        audio_duration=None,
-        error_code=None,
-        error_message=None,
-        metadata={},
-        consumer=consumer,
-        time=timestamp(now),
     )
 
 

@@ -8,17 +8,28 @@ from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.protocol import formats
-from cesar_mqtt.protocol.commands import Done, JobList, Model, Models, Paused, Piece, Response, Vitals, brief
-from cesar_mqtt.protocol.consumer_payloads import (
-    ConsumerState,
-    HealthMessage,
+from cesar_mqtt.protocol.commands import (
+    CommandResult,
+    HealthResponse,
+    JobList,
+    Model,
+    Models,
+    Paused,
+    Response,
+    ResultPage,
+    summary_of,
+)
+from cesar_mqtt.protocol.consumer_payloads import ConsumerState, HealthMessage, info_of, last_of, queue_of
+from cesar_mqtt.protocol.payloads import (
+    JobProgress,
+    Payload,
+    Rejection,
     deletion_of,
     event_payload,
-    info_of,
-    last_of,
-    queue_of,
+    segment_of,
+    status_of,
+    timestamp,
 )
-from cesar_mqtt.protocol.payloads import Live, Payload, Rejection, segment_of, status_of, timestamp
 from cesar_mqtt.transcript import Segment
 
 Examples = dict[str, list[Any]]
@@ -63,7 +74,9 @@ _FAILED = _PROCESSING._replace(
     error_message="There is no audio file 'porch.wav': put it there and retry the job (command `retry`), or name "
     "another under a new id.",
 )
-_LIVE = Live(progress=0.42, processed_duration=1.1, audio_duration=2.6, speed=6.5, eta=0.2, updated_at=_BEGAN + 0.4)
+_LIVE = JobProgress(
+    progress=0.42, processed_duration=1.1, audio_duration=2.6, speed=6.5, eta=0.2, updated_at=_BEGAN + 0.4
+)
 
 
 def examples() -> Examples:
@@ -176,10 +189,10 @@ def _health() -> HealthMessage:
 def _answers() -> Examples:
     text = "1\n00:00:00,000 --> 00:00:02,600\n" + _TEXT + "\n\n"
     size = len(text.encode())
-    piece = Piece(
+    piece = ResultPage(
         job_id="porch-17", format="srt", offset=0, length=size, total=size, text=text, more=False, consumer=_CONSUMER
     )
-    page = JobList(jobs=[brief(status_of(_COMPLETED, _CONSUMER))], next=None, total=1, consumer=_CONSUMER)
+    page = JobList(jobs=[summary_of(status_of(_COMPLETED, _CONSUMER))], next=None, total=1, consumer=_CONSUMER)
     base = Model(name="base", origin="cache", size_bytes=148_000_000, multilingual=True, default=True, problem=None)
     models = Models(
         default="base",
@@ -191,15 +204,15 @@ def _answers() -> Examples:
         consumer=_CONSUMER,
     )
     done = {
-        "cancel": Done(job_id="porch-17", status="cancelled", consumer=_CONSUMER),
-        "retry": Done(job_id="porch-17", status="queued", consumer=_CONSUMER),
-        "delete": Done(job_id="porch-17", status="deleted", consumer=_CONSUMER),
+        "cancel": CommandResult(job_id="porch-17", status="cancelled", consumer=_CONSUMER),
+        "retry": CommandResult(job_id="porch-17", status="queued", consumer=_CONSUMER),
+        "delete": CommandResult(job_id="porch-17", status="deleted", consumer=_CONSUMER),
         "get": status_of(_COMPLETED, _CONSUMER),
         "result": piece,
         "list": page,
         "pause": Paused(paused=True, consumer=_CONSUMER),
         "resume": Paused(paused=False, consumer=_CONSUMER),
-        "health": Vitals(**_health().model_dump(), consumer=_CONSUMER),
+        "health": HealthResponse(**_health().model_dump(), consumer=_CONSUMER),
         "models": models,
     }
     failure = Response(
@@ -220,7 +233,7 @@ def _answers() -> Examples:
     return told
 
 
-def _status(job: Job, live: Live | None = None) -> Any:
+def _status(job: Job, live: JobProgress | None = None) -> Any:
     return _plain(status_of(job, _CONSUMER, live))
 
 

@@ -18,7 +18,8 @@ from pydantic_core import from_json
 
 from cesar_mqtt.jobs import AudioSource
 from cesar_mqtt.protocol.commands import CURRENT
-from cesar_mqtt.protocol.payloads import AUDIO_FIELDS, JobRequest, Reason
+from cesar_mqtt.protocol.payloads import Reason
+from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.topics import is_job_id
 
 SHORT_FORM_BYTES = 4096
@@ -74,7 +75,7 @@ class Accepted:
 Parsed = Accepted | Refusal
 
 
-def parse_job(payload: bytes, properties: UserProperties = ()) -> Parsed:
+def parse_submission(payload: bytes, properties: UserProperties = ()) -> Parsed:
     """Read a message from `cesar/jobs`: a JSON object, or one line of text that names the audio."""
     payload = payload.removeprefix(codecs.BOM_UTF8)
     if payload.lstrip()[:1] not in (b"{", b"[", b'"'):
@@ -91,28 +92,28 @@ def parse_job(payload: bytes, properties: UserProperties = ()) -> Parsed:
 
 def parse_audio(job_id: str, payload: bytes, properties: UserProperties = ()) -> Parsed:
     """Read a message from `cesar/audio/<job_id>`, whose payload is the audio file itself."""
-    if not may_be_id(job_id):
+    if not is_usable_id(job_id):
         return _bad_id(job_id)
     document = _with_properties({}, properties)
     named = [name for name in AUDIO_FIELDS if name in document]
     if named:
-        return refused_upload("invalid_request", f"The payload is the audio: leave out {named[0]}.", job_id, properties)
+        return reject_upload("invalid_request", f"The payload is the audio: leave out {named[0]}.", job_id, properties)
     if document.setdefault("job_id", job_id) != job_id:
         detail = "The user property job_id differs from the topic: leave it out."
-        return refused_upload("invalid_request", detail, job_id, properties)
+        return reject_upload("invalid_request", detail, job_id, properties)
     parsed = _validated({**document, "audio_path": "-"})  # any source will do: the payload takes its place
     if isinstance(parsed, Refusal):
         return replace(parsed, audio=UPLOAD)
     return Accepted(parsed.request.model_copy(update={"audio_path": None}), payload)
 
 
-def refused_upload(reason: Reason, detail: str, job_id: str, properties: UserProperties) -> Refusal:
+def reject_upload(reason: Reason, detail: str, job_id: str, properties: UserProperties) -> Refusal:
     """Refuse audio that was sent for a usable id, without a look at it."""
     metadata = _metadata(_with_properties({}, properties))
     return Refusal(reason, detail, job_id, recordable=True, metadata=metadata, audio=UPLOAD)
 
 
-def may_be_id(job_id: str) -> bool:
+def is_usable_id(job_id: str) -> bool:
     """Whether a new job may have this id."""
     return is_job_id(job_id) and job_id != CURRENT
 
@@ -177,7 +178,7 @@ def _alone(name: str, document: dict[str, Any], **others: str) -> JobRequest | N
 
 def _checked(document: dict[str, Any]) -> Parsed:
     job_id = document.get("job_id")
-    if job_id is not None and not (isinstance(job_id, str) and may_be_id(job_id)):
+    if job_id is not None and not (isinstance(job_id, str) and is_usable_id(job_id)):
         return _bad_id(job_id)
     unknown = [name for name in document if name not in _FIELDS]
     if unknown:  # a message may bring a million of them, and pydantic would report each

@@ -4,40 +4,23 @@ import re
 from bisect import bisect_right
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
 from cesar_mqtt import __version__
 from cesar_mqtt.jobs import AudioSource, Job, JobState
-from cesar_mqtt.protocol.field_types import (
-    CLIPS,
-    TEMPERATURES,
-    URL_CHARACTERS,
-    BatchSize,
-    BeamSize,
-    Clips,
-    Formats,
-    Language,
-    Metadata,
-    Temperature,
-    Temperatures,
-    Url,
-)
-from cesar_mqtt.protocol.formats import FORMATS, segment_fields
-from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
+from cesar_mqtt.protocol.formats import segment_fields
 from cesar_mqtt.transcript import Segment
-from cesar_mqtt.transcription_options import kept_of_hotwords, kept_of_prompt
 
 _EXCERPT_BYTES = 200
 _LOOKED_AT_BYTES = 4096
 _CREDENTIALS = re.compile(rb"(?<=://)[^/\s\"]*@")
+EVENT_TEXT_BYTES = 8_000
+"""Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the metadata of the job."""
 _TOPIC_CHARACTERS = 200
-_PATH_CHARACTERS = 4096
-_PROMPT_CHARACTERS = 65_536
-_MODEL_CHARACTERS = 200
 
 
 class Payload(BaseModel):
@@ -48,79 +31,6 @@ class Payload(BaseModel):
     def encode(self) -> bytes:
         """Return the payload as it goes over the wire."""
         return self.model_dump_json().encode()
-
-
-class JobRequest(Payload):
-    """What a producer publishes on `cesar/jobs`; a field's description is what a refusal says that it must be."""
-
-    job_id: Annotated[str, Field(pattern=JOB_ID_PATTERN)] | None = Field(
-        default=None, description="text of 1 to 64 of A-Z, a-z, 0-9, _ and -"
-    )
-    audio_path: Annotated[str, Field(min_length=1, max_length=_PATH_CHARACTERS)] | None = Field(
-        default=None, description=f"text of 1 to {_PATH_CHARACTERS} characters"
-    )
-    audio_url: Url | None = Field(
-        default=None, description=f"an http or https URL of at most {URL_CHARACTERS} characters"
-    )
-    audio_base64: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="a file in base64")
-    model_size: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
-        default=None, description="the name of a model"
-    )
-    language: Language | None = Field(default=None, description="text such as 'de', or be left out")
-    task: Literal["transcribe", "translate"] = Field(default="transcribe", description="'transcribe' or 'translate'")
-    initial_prompt: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
-        default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
-    )
-    hotwords: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
-        default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
-    )
-    beam_size: BeamSize = Field(default=5, description="a whole number from 1 to 10")
-    temperature: Temperature | Temperatures | None = Field(
-        default=None, description=f"a number from 0 to 1, or a list of 1 to {TEMPERATURES} such numbers"
-    )
-    vad_filter: bool = Field(default=True, description="true or false")
-    word_timestamps: bool = Field(default=False, description="true or false")
-    clip_timestamps: Clips | None = Field(
-        default=None, description=f"a list of 1 to {CLIPS} ranges, each as [start, end] in seconds"
-    )
-    batch_size: BatchSize = Field(default=1, description="a whole number from 1 to 32")
-    formats: Formats = Field(
-        default_factory=list, description=f'a list such as ["txt"], of any of {", ".join(FORMATS)}'
-    )
-    stream: bool = Field(default=False, description="true or false")
-    expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="a number of seconds above 0"
-    )
-    metadata: Metadata = Field(default_factory=dict, description="a JSON object")
-
-    @model_validator(mode="after")
-    def _one_audio(self) -> Self:
-        given = [name for name in AUDIO_FIELDS if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"Exactly one of {', '.join(AUDIO_FIELDS)} is needed, found {found}")
-        return self
-
-    def options(self) -> dict[str, Any]:
-        """Return the transcription options that differ from their defaults; of very long prompts, what can count."""
-        options = self.model_dump(include=_OPTIONS, exclude_defaults=True)
-        return options | {name: kept(options[name]) for name, kept in _PROMPTS.items() if name in options}
-
-
-AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
-_OPTIONS = {
-    "language",
-    "task",
-    "initial_prompt",
-    "hotwords",
-    "beam_size",
-    "temperature",
-    "vad_filter",
-    "word_timestamps",
-    "clip_timestamps",
-    "batch_size",
-}
-_PROMPTS = {"initial_prompt": kept_of_prompt, "hotwords": kept_of_hotwords}
 
 
 Reason = Literal[
@@ -190,7 +100,7 @@ class Status(Payload):
     version: str
 
 
-class Live(BaseModel):
+class JobProgress(BaseModel):
     """How far the job in work is; never on disk. Seconds, and `speed` as audio seconds per second."""
 
     model_config = ConfigDict(frozen=True)
@@ -203,7 +113,7 @@ class Live(BaseModel):
     updated_at: float
 
 
-def status_of(job: Job, consumer: str, live: Live | None = None, *, result_truncated: bool = False) -> Status:
+def status_of(job: Job, consumer: str, live: JobProgress | None = None, *, result_truncated: bool = False) -> Status:
     """Return what the world is told of a job.
 
     Args:
@@ -219,7 +129,7 @@ def status_of(job: Job, consumer: str, live: Live | None = None, *, result_trunc
 def status_payload(
     job: Job,
     consumer: str,
-    live: Live | None = None,
+    live: JobProgress | None = None,
     *,
     result_truncated: bool = False,
     limit_bytes: int | None = None,
@@ -232,7 +142,7 @@ def status_payload(
     return fit(Status.model_construct(**fields), limit_bytes)
 
 
-def _status_fields(job: Job, consumer: str, live: Live | None, result_truncated: bool) -> dict[str, Any]:  # noqa: FBT001
+def _status_fields(job: Job, consumer: str, live: JobProgress | None, result_truncated: bool) -> dict[str, Any]:  # noqa: FBT001
     working = job.state is JobState.PROCESSING
     live = live if working else None
     final = job.state is JobState.COMPLETED
@@ -311,6 +221,68 @@ def _speed(job: Job) -> float | None:
         return None
     took = job.completed_at - job.started_at
     return round(job.audio_duration / took, 2) if took > 0 else None
+
+
+class Event(Payload):
+    """Something that has happened to a job, on `cesar/events`; told when it happens, and not retained.
+
+    Attributes:
+        event_type: the state that the job has come to, or `deleted`.
+        text: the transcript of a completed job, cut to `EVENT_TEXT_BYTES` of UTF-8.
+        time: when it happened.
+    """
+
+    event_type: Literal["queued", "processing", "completed", "error", "cancelled", "deleted"]
+    job_id: str
+    attempt: int | None
+    text: str | None
+    text_truncated: bool
+    language: str | None
+    audio_duration: float | None
+    error_code: str | None
+    error_message: str | None
+    metadata: dict[str, Any]
+    consumer: str
+    time: str
+
+
+def event_payload(job: Job, consumer: str) -> bytes:
+    """Return the `Event` of the state that a job has come to, as it goes over the wire; there are thousands of them."""
+    text = None if job.result_text is None else cut(job.result_text, EVENT_TEXT_BYTES)
+    return to_json(
+        {
+            "event_type": job.state,
+            "job_id": job.job_id,
+            "attempt": job.attempt,
+            "text": text,
+            "text_truncated": text != job.result_text,
+            "language": job.detected_language,
+            "audio_duration": job.audio_duration,
+            "error_code": job.error_code,
+            "error_message": job.error_message,
+            "metadata": job.metadata,
+            "consumer": consumer,
+            "time": timestamp(job.updated_at),
+        }
+    )
+
+
+def deletion_of(job_id: str, consumer: str, now: float) -> Event:
+    """Return what is told of a job that is deleted; `now` in seconds since the epoch."""
+    return Event(
+        event_type="deleted",
+        job_id=job_id,
+        attempt=None,
+        text=None,
+        text_truncated=False,
+        language=None,
+        audio_duration=None,
+        error_code=None,
+        error_message=None,
+        metadata={},
+        consumer=consumer,
+        time=timestamp(now),
+    )
 
 
 class WordMessage(Payload):

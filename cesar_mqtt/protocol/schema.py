@@ -14,6 +14,7 @@ from cesar_mqtt.jobs import JobState
 from cesar_mqtt.protocol import commands as control
 from cesar_mqtt.protocol import consumer_payloads as own
 from cesar_mqtt.protocol import payloads as messages
+from cesar_mqtt.protocol import requests
 from cesar_mqtt.protocol.descriptions import ANYWHERE, FIELDS, PAYLOADS
 from cesar_mqtt.protocol.formats import FORMATS
 from cesar_mqtt.protocol.parsing import SHORT_FORM_BYTES
@@ -57,7 +58,7 @@ class TranscriptFile(messages.Payload):
 
 
 _READ: Mapping[str, type[messages.Payload]] = {
-    "JobRequest": messages.JobRequest,
+    "JobRequest": requests.JobRequest,
     "Command": control.Request,
     "JobCommand": control.JobCommand,
     "ListCommand": control.ListCommand,
@@ -70,7 +71,7 @@ _SAID: Mapping[str, type[messages.Payload]] = {
     "Word": messages.WordMessage,
     "TimedSegment": TimedSegment,
     "TranscriptFile": TranscriptFile,
-    "Event": own.Event,
+    "Event": messages.Event,
     "Rejection": messages.Rejection,
     "ConsumerState": own.ConsumerState,
     "Queue": own.Queue,
@@ -78,14 +79,14 @@ _SAID: Mapping[str, type[messages.Payload]] = {
     "Info": own.Info,
     "Limits": own.Limits,
     "Health": own.HealthMessage,
-    "Done": control.Done,
+    "Done": control.CommandResult,
     "Paused": control.Paused,
-    "Brief": control.Brief,
+    "Brief": control.JobSummary,
     "JobList": control.JobList,
-    "Piece": control.Piece,
+    "Piece": control.ResultPage,
     "Models": control.Models,
     "Model": control.Model,
-    "Vitals": control.Vitals,
+    "Vitals": control.HealthResponse,
 }
 MODELS: Mapping[str, type[messages.Payload]] = {**_READ, **_SAID}
 """Every payload that is a JSON object, by the name that its schema has, except the responses."""
@@ -216,7 +217,7 @@ def _told(name: str, schema: JsonSchemaValue, others: Mapping[str, Schema]) -> S
         schema.pop("additionalProperties", None)
     if name == "JobRequest":
         schema["oneOf"] = [
-            {"required": [given], "properties": {given: {"type": "string"}}} for given in messages.AUDIO_FIELDS
+            {"required": [given], "properties": {given: {"type": "string"}}} for given in requests.AUDIO_FIELDS
         ]
     return schema
 

@@ -15,7 +15,7 @@ from cesar_mqtt.protocol.payloads import SegmentMessage, Status, fit
 Data = dict[str, Any]
 
 
-def fit_note(payload: bytes, size_bytes: int) -> bytes:
+def truncate_response(payload: bytes, size_bytes: int) -> bytes:
     """Return an answer, or the report of a refusal, in at most so many bytes.
 
     What can be had in pieces gets shorter, and says so in its own fields: a piece of a result, a page of jobs, the text
@@ -33,7 +33,7 @@ def fit_note(payload: bytes, size_bytes: int) -> bytes:
     return made
 
 
-def fit_segment(segment: SegmentMessage, size_bytes: int) -> bytes:
+def truncate_segment(segment: SegmentMessage, size_bytes: int) -> bytes:
     """Return a segment in at most so many bytes, without its words and then with the beginning of its text if need be.
 
     A segment that has no room even without a text comes out larger.

@@ -14,6 +14,7 @@ from cesar_mqtt import logs
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.config_sources import DIRECTORIES
 from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import hub
 from cesar_mqtt.whisper import model_files as modelfiles
 from cesar_mqtt.whisper.model_files import missing_files, unavailable, unusable
@@ -56,11 +57,6 @@ class ModelEntry:
     multilingual: bool | None
     default: bool
     problem: str | None
-
-
-def never_stop() -> bool:
-    """Say no, for callers that always want what they ask for."""
-    return False
 
 
 def _ignore(_done_bytes: int, _total_bytes: int) -> None:

@@ -15,8 +15,9 @@ from faster_whisper import WhisperModel
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import ConfigError, JobFailedError
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files as modelfiles
-from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry, never_stop
+from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
 from cesar_mqtt.whisper.hardware import give_memory_back, usable_cores
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 

@@ -11,7 +11,7 @@ from faster_whisper import WhisperModel
 
 from cesar_mqtt.audio.decoder import Samples
 from cesar_mqtt.errors import ErrorCode, JobFailedError
-from cesar_mqtt.transcription_options import MOST_CHARACTERS, TranscriptionOptions
+from cesar_mqtt.transcript import MAX_PROMPT_CHARACTERS, TranscriptionOptions
 from cesar_mqtt.whisper.batched import Lazy, listen_batched
 from cesar_mqtt.whisper.interruptible import interruptible
 
@@ -131,7 +131,7 @@ def _capped(model: WhisperModel, text: str | None, *, kept: slice) -> tuple[str 
     plain = _without_control_tokens((text or "").encode(errors="ignore").decode())
     if not plain:
         return None, False
-    looked_at = plain[:MOST_CHARACTERS] if kept.start is None else plain[-MOST_CHARACTERS:]
+    looked_at = plain[:MAX_PROMPT_CHARACTERS] if kept.start is None else plain[-MAX_PROMPT_CHARACTERS:]
     tokens = model.hf_tokenizer.encode(" " + looked_at, add_special_tokens=False).ids
     if len(tokens) <= _MAX_TOKENS and looked_at == plain:
         return " " + plain, False

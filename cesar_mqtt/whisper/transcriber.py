@@ -15,14 +15,11 @@ from cesar_mqtt.audio.windows import Chunk, Recording
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window, Word
-from cesar_mqtt.transcription_options import TranscriptionOptions
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
 from cesar_mqtt.whisper.hardware import give_memory_back
 from cesar_mqtt.whisper.interruptible import LARGE
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.pipeline import Pipeline
-
-__all__ = ["Transcriber", "TranscriptionOptions"]
 
 log = get_logger(__name__)
 
@@ -85,7 +82,7 @@ class Transcriber:
         tally = _Tally(recording, options, done, on_progress=on_progress, on_segment=on_segment)
         tally.reached(done[-1].until_s if done else 0.0)
         listener: Pipeline | None = None
-        for stretch in recording.stretches(should_stop):
+        for stretch in recording.chunks(should_stop):
             tally.reached(stretch.start_s)
             if stretch.samples.size:
                 listener = listener or self._listener(options, should_stop)

@@ -19,7 +19,7 @@ _FILES = sorted(_PACKAGE.rglob("*.py"))
 _LAYERS = [
     [
         *("__init__", "errors", "logs", "threads", "json_codec"),
-        *("jobs", "transcript", "transcription_options", "config_sources", "config"),
+        *("jobs", "transcript", "config_sources", "config"),
     ],
     ["protocol"],
     ["audio", "mqtt", "ledger"],
@@ -50,11 +50,6 @@ _WALLS = {
 _EXCEPTIONS = {
     "audio.vad -> faster_whisper.vad",  # the voice activity detector comes with faster-whisper
     "ledger.repair -> cli.text",
-    "monitoring.metrics -> consumer.intake",
-    "monitoring.metrics -> consumer.prefetched",
-    "monitoring.metrics -> consumer.worker",
-    "monitoring.prometheus -> consumer.prefetched",
-    "monitoring.prometheus -> faster_whisper",
     "protocol.asyncapi -> mqtt.broker_url",
 }
 

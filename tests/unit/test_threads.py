@@ -1,12 +1,13 @@
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
 
 from cesar_mqtt.errors import Cancelled
-from cesar_mqtt.threads import Backoff, StoppableThread, Task, wait, wait_for
+from cesar_mqtt.threads import Backoff, StoppableThread, Task, never_stop, pause, wait, wait_for
 
 
 class Sleeper(StoppableThread):
@@ -116,3 +117,24 @@ def test_a_wait_for_a_future_gives_its_result_or_its_exception() -> None:
     failed.set_exception(OSError("no"))
     with pytest.raises(OSError, match="no"):
         wait_for(failed, lambda: False)
+
+
+def test_a_wait_that_is_never_over_ends_with_its_timeout() -> None:
+    with pytest.raises(TimeoutError):
+        wait(threading.Event().wait, never_stop, timeout_s=0.05, poll_s=0.01)
+    with pytest.raises(TimeoutError):
+        wait_for(Future[None](), never_stop, timeout_s=0.0)
+
+
+def test_what_is_ready_when_the_time_is_up_counts() -> None:
+    ready = threading.Event()
+    ready.set()
+    wait(ready.wait, never_stop, timeout_s=0.0)
+
+
+def test_a_pause_lasts_as_long_as_it_is_told_and_can_be_cancelled() -> None:
+    before = time.monotonic()
+    pause(0.05, never_stop)
+    assert time.monotonic() - before >= 0.05
+    with pytest.raises(Cancelled):
+        pause(60.0, lambda: True)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.transcript import Transcript
-from cesar_mqtt.transcription_options import TranscriptionOptions
+from cesar_mqtt.transcript import Transcript, TranscriptionOptions
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
 

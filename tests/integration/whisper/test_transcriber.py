@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 import cesar_mqtt
 from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from cesar_mqtt.protocol.payloads import JobRequest
-from cesar_mqtt.transcript import Progress, Segment, Transcript, Window
+from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import Pipeline
-from cesar_mqtt.whisper.transcriber import Transcriber, TranscriptionOptions
+from cesar_mqtt.whisper.transcriber import Transcriber
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH = DATA / "speech.wav"

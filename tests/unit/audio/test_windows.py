@@ -74,17 +74,17 @@ def opened(
 
 def stretches(path: Path, *, window_s: float = 600.0, from_s: float = 0.0) -> list[Chunk]:
     with opened(path, window_s=window_s, from_s=from_s) as recording:
-        return list(recording.stretches(never))
+        return list(recording.chunks(never))
 
 
 def clipped(path: Path, *clips: tuple[float, float], window_s: float = 600.0, from_s: float = 0.0) -> list[Chunk]:
     with opened(path, window_s=window_s, clips=clips, from_s=from_s) as recording:
-        return list(recording.stretches(never))
+        return list(recording.chunks(never))
 
 
 def failure(path: Path, *clips: tuple[float, float], limits: AudioLimits = LIMITS) -> JobFailedError:
     with opened(path, limits=limits, clips=clips) as recording, pytest.raises(JobFailedError) as caught:
-        list(recording.stretches(never))
+        list(recording.chunks(never))
     return caught.value
 
 
@@ -199,7 +199,7 @@ def test_what_follows_a_window_is_the_same_when_the_work_is_resumed_there(window
 @pytest.mark.parametrize("from_s", [100.0, 100.01, 5000.0])
 def test_where_nothing_is_left_the_only_stretch_is_empty(from_s: float, numbered: Path) -> None:
     with opened(numbered, from_s=from_s) as recording:
-        (stretch,) = recording.stretches(never)
+        (stretch,) = recording.chunks(never)
         assert (len(stretch.samples), stretch.last) == (0, True)
         assert recording.duration_s == 100.0
 
@@ -247,7 +247,7 @@ def test_a_range_that_begins_behind_the_end_is_refused(start_s: float, numbered:
 
 def test_a_range_far_behind_the_declared_end_is_refused_before_the_work(numbered: Path) -> None:
     with opened(numbered, clips=((1.0, 2.0), (500.0, 510.0))) as recording, pytest.raises(JobFailedError):
-        next(iter(recording.stretches(never)))
+        next(iter(recording.chunks(never)))
 
 
 def test_a_range_that_begins_behind_the_end_of_a_file_that_declares_none_is_refused(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_ranges_are_resumed_where_the_work_was_left(numbered: Path) -> None:
 
 def test_the_declared_duration_is_known_early_and_the_exact_one_in_the_end() -> None:
     with opened(LONG, window_s=20.0) as recording:
-        found = recording.stretches(never)
+        found = recording.chunks(never)
         next(found)
         assert recording.duration_s == pytest.approx(46.556, abs=0.001)
         list(found)
@@ -287,14 +287,14 @@ def test_the_declared_duration_is_known_early_and_the_exact_one_in_the_end() -> 
 def test_a_duration_that_nobody_declares_is_known_in_the_end(tmp_path: Path) -> None:
     path = write_aac(tmp_path / "stream.aac", 40.0)
     with opened(path, window_s=15.0) as recording:
-        found = recording.stretches(never)
+        found = recording.chunks(never)
         next(found)
         assert recording.duration_s is None
         list(found)
         assert recording.duration_s == pytest.approx(40.0, abs=0.2)
         assert recording.warnings == ()
     with opened(path, clips=((1.0, 2.0),)) as recording:
-        list(recording.stretches(never))
+        list(recording.chunks(never))
         assert recording.duration_s == pytest.approx(40.0, abs=0.2)
 
 
@@ -302,7 +302,7 @@ def test_what_lies_behind_the_last_range_is_not_decoded_and_not_missed(fake_audi
     fake_audio.info = AudioInfo(1000.0, "wav", 1, (1,))
     fake_audio.warnings = ("audio_truncated", "audio_damaged")
     with opened(Path("any"), clips=((3.0, 5.0),)) as recording:
-        list(recording.stretches(never))
+        list(recording.chunks(never))
         assert recording.duration_s == 1000.0
         assert recording.warnings == ("audio_damaged",)
     assert fake_audio.decoded_s <= 6.0
@@ -312,7 +312,7 @@ def test_a_file_that_is_longer_than_it_declares_lasts_as_long_as_it_does(fake_au
     fake_audio.info = AudioInfo(5.0, "wav", 1, (1,))
     fake_audio.seconds = 50.0
     with opened(Path("any"), window_s=10.0) as recording:
-        for stretch in recording.stretches(never):
+        for stretch in recording.chunks(never):
             assert recording.duration_s is not None
             assert recording.duration_s >= stretch.end_s
         assert recording.duration_s == 50.0
@@ -322,7 +322,7 @@ def test_a_cut_and_a_damaged_file_is_called_so_when_the_last_stretch_is_given(tm
     path = tmp_path / "cut.wav"
     path.write_bytes(write_wav(tmp_path / "whole.wav", np.zeros(60 * SAMPLE_RATE)).read_bytes()[:-1_000_000])
     with opened(path, window_s=10.0) as recording:
-        for stretch in recording.stretches(never):
+        for stretch in recording.chunks(never):
             assert recording.warnings == (("audio_truncated",) if stretch.last else ())
 
 
@@ -341,7 +341,7 @@ def test_what_is_wrong_with_the_file_is_told_when_it_is_asked_for(
 def test_the_limit_holds_after_windows_were_given(tmp_path: Path) -> None:
     path = write_aac(tmp_path / "stream.aac", 60.0)
     with opened(path, window_s=10.0, limits=AudioLimits(10**7, 45.0)) as recording:
-        found = recording.stretches(never)
+        found = recording.chunks(never)
         assert next(found).start_s == 0.0
         with pytest.raises(JobFailedError) as caught:
             list(found)
@@ -353,7 +353,7 @@ def test_the_limit_holds_after_windows_were_given(tmp_path: Path) -> None:
 
 def test_no_more_than_one_window_is_ever_decoded_ahead(fake_audio: FakeAudio) -> None:
     with opened(Path("any"), window_s=10.0) as recording:
-        found = recording.stretches(never)
+        found = recording.chunks(never)
         for _ in range(4):
             stretch = next(found)
             # A window more than is in use is wanted; that nothing comes after it can only be waited for in vain.
@@ -368,7 +368,7 @@ def test_memory_does_not_grow_with_the_length_of_the_file(fake_audio: FakeAudio)
     tracemalloc.start()
     try:
         with opened(Path("any"), window_s=window_s) as recording:
-            total = sum(len(stretch.samples) for stretch in recording.stretches(never))
+            total = sum(len(stretch.samples) for stretch in recording.chunks(never))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -436,7 +436,7 @@ def test_whoever_waits_for_a_stretch_is_told_that_the_recording_was_closed(fake_
         return False
 
     with pytest.raises(Cancelled):
-        next(iter(recording.stretches(note)))
+        next(iter(recording.chunks(note)))
     closer.join(WAIT_S)
 
 
@@ -450,7 +450,7 @@ def test_a_stop_is_heeded_while_the_file_is_decoded(fake_audio: FakeAudio) -> No
 
     with opened(Path("any")) as recording:
         with pytest.raises(Cancelled):
-            next(iter(recording.stretches(stop_at_the_third_time)))
+            next(iter(recording.chunks(stop_at_the_third_time)))
         assert fake_audio.decoded_s == 0.0
 
 
@@ -487,7 +487,7 @@ def test_an_unforeseen_failure_in_the_thread_leaves_nobody_waiting(
 
     monkeypatch.setattr(module, "find_cut", fail)
     with opened(Path("any"), window_s=5.0) as recording, pytest.raises(JobFailedError) as caught:
-        next(iter(recording.stretches(never)))
+        next(iter(recording.chunks(never)))
     assert caught.value.code is ErrorCode.INTERNAL
     assert len(said) == 1
     assert fake_audio.decoded_s > 5.0
@@ -507,18 +507,18 @@ def test_a_failure_of_the_machine_can_be_retried(error: Exception, fake_audio: F
 def test_a_file_that_vanishes_is_decoded_to_its_end(tmp_path: Path) -> None:
     path = write_wav(tmp_path / "note.wav", np.zeros(60 * SAMPLE_RATE))
     with opened(path, window_s=10.0) as recording:
-        found = recording.stretches(never)
+        found = recording.chunks(never)
         heard = len(next(found).samples)
         path.unlink()
         assert heard + sum(len(stretch.samples) for stretch in found) == 60 * SAMPLE_RATE
         assert recording.warnings == ()
-        assert not recording.fresh
+        assert not recording.is_current
 
 
 def test_a_file_that_shrinks_while_it_is_decoded_ends_where_it_is_cut(tmp_path: Path) -> None:
     path = write_wav(tmp_path / "note.wav", np.zeros(600 * SAMPLE_RATE))
     with opened(path, window_s=10.0) as recording:
-        found = recording.stretches(never)
+        found = recording.chunks(never)
         heard = len(next(found).samples)
         os.truncate(path, 4_000_000)
         heard += sum(len(stretch.samples) for stretch in found)
@@ -532,9 +532,9 @@ def test_a_recording_is_fresh_until_the_file_changes(change: str, tmp_path: Path
     other = write_wav(tmp_path / "other.wav", np.zeros(SAMPLE_RATE))
     os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     with opened(path) as recording:
-        assert recording.fresh
-        list(recording.stretches(never))
-        assert recording.fresh
+        assert recording.is_current
+        list(recording.chunks(never))
+        assert recording.is_current
         if change == "rewritten":
             path.write_bytes(path.read_bytes() + b"more")
         elif change == "replaced":
@@ -545,7 +545,7 @@ def test_a_recording_is_fresh_until_the_file_changes(change: str, tmp_path: Path
             path.unlink()
         else:
             path.symlink_to(path.rename(tmp_path / "moved.wav"))
-        assert not recording.fresh
+        assert not recording.is_current
 
 
 @pytest.mark.parametrize("change", ["rewritten", "replaced by a copy", "touched"])
@@ -598,9 +598,9 @@ def test_what_cannot_be_opened_is_nothing_and_the_wait_for_it_can_be_stopped(
 def test_a_recording_that_could_not_be_opened_is_not_fresh(tmp_path: Path) -> None:
     with opened(tmp_path / "later.wav") as recording:
         with pytest.raises(JobFailedError):
-            list(recording.stretches(never))
+            list(recording.chunks(never))
         write_wav(tmp_path / "later.wav", np.zeros(SAMPLE_RATE))
-        assert not recording.fresh
+        assert not recording.is_current
 
 
 def test_a_recording_that_is_not_open_yet_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,7 +615,7 @@ def test_a_recording_that_is_not_open_yet_is_fresh(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module, "open_audio", opens)
     recording = Recording(Path("any"), limits=LIMITS, window_s=10.0)
-    assert recording.fresh
+    assert recording.is_current
     gate.set()
     recording.close()
-    assert not recording.fresh
+    assert not recording.is_current

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cesar_mqtt.jobs import AudioSource, Job, JobState
-from cesar_mqtt.protocol.commands import JobList, Model, Models, Paused, Piece, Response, brief
+from cesar_mqtt.protocol.commands import JobList, Model, Models, Paused, Response, ResultPage, summary_of
 from cesar_mqtt.protocol.payloads import Payload, Rejection, segment_of, status_of
-from cesar_mqtt.protocol.truncate import fit_note, fit_segment
+from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment
 from cesar_mqtt.transcript import Segment, Word
 from tests.unit.consumer.test_publisher import Bench, on
 
@@ -24,9 +24,9 @@ def answer(data: Payload, transaction: Any = "t-1") -> bytes:
     return Response(status="ok", data=fields, error=None, transaction=transaction).encode()
 
 
-def piece(text: str, offset: int = 0) -> Piece:
+def piece(text: str, offset: int = 0) -> ResultPage:
     size = len(text.encode())
-    return Piece(
+    return ResultPage(
         job_id="a", format="txt", offset=offset, length=size, total=size, text=text, more=False, consumer="porch"
     )
 
@@ -60,7 +60,7 @@ def models(count: int = 30) -> Models:
 
 
 def fitted(payload: bytes, size_bytes: int) -> dict[str, Any]:
-    made = fit_note(payload, size_bytes)
+    made = truncate_response(payload, size_bytes)
     assert len(made) <= size_bytes
     said: dict[str, Any] = json.loads(made)
     return said
@@ -81,11 +81,11 @@ def test_a_piece_becomes_the_longest_beginning_that_there_is_room_for_and_says_s
 
 def test_what_fits_to_the_byte_stays_as_it_is() -> None:
     for payload in (answer(piece("Good morning.")), answer(models(1)), b'{"job_id":"a","status":"queued"}'):
-        assert fit_note(payload, len(payload)) == payload
+        assert truncate_response(payload, len(payload)) == payload
 
 
 def test_a_page_ends_sooner_and_says_where_to_go_on() -> None:
-    jobs = [brief(status_of(job(f"job-{number}"), "porch")) for number in range(20)]
+    jobs = [summary_of(status_of(job(f"job-{number}"), "porch")) for number in range(20)]
     said = fitted(answer(JobList(jobs=jobs, next=None, total=20, consumer="porch")), 2000)
     told = [each["job_id"] for each in said["data"]["jobs"]]
     assert 3 < len(told) < 8
@@ -103,7 +103,7 @@ def test_a_status_is_cut_as_the_retained_one_is() -> None:
     assert (bare["result_truncated"], bare["metadata"]) == (True, {})
 
 
-PAGE = JobList(jobs=[brief(status_of(job(), "porch"))], next=None, total=1, consumer="porch")
+PAGE = JobList(jobs=[summary_of(status_of(job(), "porch"))], next=None, total=1, consumer="porch")
 
 
 @pytest.mark.parametrize("depth", [150, 198, 199])
@@ -152,7 +152,7 @@ def segment(text: str = "Good morning.", words: int = 20) -> Segment:
 @given(text=TRICKY, size_bytes=st.integers(120, 1500))
 def test_a_segment_loses_its_words_and_then_the_end_of_its_text(text: str, size_bytes: int) -> None:
     whole = segment_of("a", segment(text))
-    made = fit_segment(whole, size_bytes)
+    made = truncate_segment(whole, size_bytes)
     assert len(made) <= size_bytes
     told = json.loads(made)
     assert text.startswith(told["text"])

@@ -16,8 +16,8 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.protocol import formats
-from cesar_mqtt.protocol.commands import COMMANDS, MOST_BYTES
-from cesar_mqtt.protocol.payloads import Live, status_of
+from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES
+from cesar_mqtt.protocol.payloads import JobProgress, status_of
 from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.transcript import Segment, Window
 from cesar_mqtt.whisper.catalogue import ModelEntry
@@ -60,7 +60,7 @@ class Bench:
         self.models = FakeModels()
         self.vital: dict[str, Any] = {"uptime": 12.5, "worker_alive": True}
         self.cancelled: list[str] = []
-        self.live: dict[str, Live] = {}
+        self.live: dict[str, JobProgress] = {}
         self.deleted: list[tuple[str, list[str]]] = []
         self.control = CommandHandlers(
             self.ledger,
@@ -460,8 +460,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("result", {"job_id": "a", "format": "doc"}, "format must be one of txt, srt, vtt, tsv, json, not 'doc'."),
     ("result", {"job_id": "a", "offset": -1}, "or the offset + length of the answer before, not -1."),
     ("result", {"job_id": "a", "offset": 2**60}, "not 1152921504606846976."),
-    ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MOST_BYTES}, not 3."),
-    ("result", {"job_id": "a", "length": MOST_BYTES + 1}, f"from 4 to {MOST_BYTES}, not 65537."),
+    ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MAX_RESULT_BYTES}, not 3."),
+    ("result", {"job_id": "a", "length": MAX_RESULT_BYTES + 1}, f"from 4 to {MAX_RESULT_BYTES}, not 65537."),
     ("get", {"job_id": "a", "transaction": "ü" * 2048}, "transaction has more than 4096 bytes as JSON."),
     ("get", {"job_id": "a", "transaction": {"x": [0] * 2048}}, "transaction has more than 4096 bytes as JSON."),
     ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds too large a number."),
@@ -678,7 +678,7 @@ def test_a_request_to_another_consumer_is_left_to_it_however_wrong_it_is(bench: 
 def test_a_job_in_work_is_told_with_how_far_it_is(bench: Bench) -> None:
     bench.submit("a")
     bench.claim()
-    bench.live["a"] = Live(
+    bench.live["a"] = JobProgress(
         progress=0.4, processed_duration=24.0, audio_duration=60.0, speed=6.0, eta=6.0, updated_at=1_700_000_000.0
     )
     told = bench.ok("get", b"a")

@@ -20,7 +20,8 @@ from cesar_mqtt.consumer.incoming import MessageParser
 from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
-from cesar_mqtt.protocol.consumer_payloads import Activity, Event
+from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.payloads import Event
 from cesar_mqtt.protocol.topics import Topics
 
 KITCHEN = Topics("cesar", "kitchen")

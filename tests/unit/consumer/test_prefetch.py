@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from cesar_mqtt.audio.paths import Fetched
+from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.consumer import prefetch
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
@@ -80,7 +80,7 @@ class FakeRecording:
         self.path = path
         self.job = job
         self.from_s = from_s
-        self.fresh = True
+        self.is_current = True
         self.closed = False
         self._changes = changes
 
@@ -105,7 +105,7 @@ class FakeDownloader:
         self._changes = changes
         self._pace = threading.Event()
 
-    def fetch(self, url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def fetch(self, url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         self._changes.note(lambda: self.fetched.append(url))
         while url in self.held:
             if should_stop():
@@ -115,7 +115,7 @@ class FakeDownloader:
         if url in self.errors:
             raise self.errors[url]
         (name,) = self._spool.store([url.encode()])
-        return Fetched(self._spool.path(name), f"digest of {url}")
+        return DownloadedFile(self._spool.path(name), f"digest of {url}")
 
 
 class Stage:
@@ -136,15 +136,16 @@ class Stage:
     def prefetcher_of(
         self, ledger: Ledger, open_recording: Callable[[Path, Job], "FakeRecording"], ahead: int
     ) -> Prefetcher:
-        return Prefetcher(
+        prefetcher = Prefetcher(
             ledger,
             open_recording=cast("Callable[[Path, Job], Recording]", open_recording),
             spool=self.spool,
             directories=[self.folder],
             downloader=cast("Downloader", self.downloader),
             ahead=ahead,
-            on_downloaded=lambda outcome, _seconds: self.downloaded.append(outcome),
         )
+        prefetcher.on_downloaded = lambda outcome, _seconds: self.downloaded.append(outcome)
+        return prefetcher
 
     def _open(self, path: Path, job: Job) -> FakeRecording:
         self.opening()
@@ -291,7 +292,7 @@ def test_a_file_that_changed_since_is_opened_anew(stage: Stage) -> None:
     job = local(stage, 1)
     stage.queue.jobs = [job]
     stage.look()
-    stage.recordings[0].fresh = False
+    stage.recordings[0].is_current = False
     assert stage.take(job) is stage.recordings[1]
     assert stage.recordings[0].closed
 
@@ -553,7 +554,7 @@ def test_a_download_that_ends_just_after_it_was_dropped_leaves_no_file(stage: St
     fetched, dropped = threading.Event(), threading.Event()
     fetch = stage.downloader.fetch
 
-    def late(url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def late(url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         found = fetch(url, should_stop)
         fetched.set()
         assert dropped.wait(DEADLINE_S)
@@ -658,7 +659,7 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
     fetch = stage.downloader.fetch
     unmoved = threading.Event()
 
-    def stubborn(url: str, should_stop: Callable[[], bool]) -> Fetched:
+    def stubborn(url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         fetched = fetch(url, never)
         unmoved.wait(DEADLINE_S)
         del should_stop

@@ -24,7 +24,7 @@ from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.outbox import TRAIL
 from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
-from cesar_mqtt.protocol.payloads import Live, Rejection, status_of
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Segment, Window
 
@@ -222,8 +222,8 @@ def rejection(detail: str = "It is wrong.") -> Rejection:
     )
 
 
-def live(progress: float) -> Live:
-    return Live(
+def live(progress: float) -> JobProgress:
+    return JobProgress(
         progress=progress,
         processed_duration=progress * 60,
         audio_duration=60.0,

@@ -18,7 +18,7 @@ from cesar_mqtt.protocol.asyncapi import document
 from cesar_mqtt.protocol.commands import COMMANDS, read
 from cesar_mqtt.protocol.descriptions import ANYWHERE, FIELDS, PAYLOADS
 from cesar_mqtt.protocol.examples import examples
-from cesar_mqtt.protocol.parsing import Accepted, parse_job
+from cesar_mqtt.protocol.parsing import Accepted, parse_submission
 from cesar_mqtt.protocol.schema import ANSWERS, MODELS, bundle, payload_schemas
 from tests.document import OFFICIAL, default_document, faults, resolve
 
@@ -364,7 +364,7 @@ def test_what_is_taken_is_closed_and_what_is_said_may_get_more_fields() -> None:
 )
 def test_what_the_schema_of_a_request_allows_is_what_the_consumer_takes(payload: Any) -> None:
     allowed = Draft202012Validator(payload_schemas()["JobRequest"]).is_valid(payload)
-    assert allowed == isinstance(parse_job(json.dumps(payload).encode()), Accepted)
+    assert allowed == isinstance(parse_submission(json.dumps(payload).encode()), Accepted)
 
 
 @pytest.mark.parametrize(
@@ -372,13 +372,13 @@ def test_what_the_schema_of_a_request_allows_is_what_the_consumer_takes(payload:
 )
 def test_what_the_schema_of_a_line_allows_is_what_the_consumer_takes(told: Document, line: str) -> None:
     allowed = Draft7Validator(told["components"]["messages"]["line"]["payload"]).is_valid(line)
-    assert allowed == isinstance(parse_job(line.encode()), Accepted)
+    assert allowed == isinstance(parse_submission(line.encode()), Accepted)
 
 
 def test_the_examples_of_requests_are_taken(told: Document) -> None:
     shown = examples()
     for example in (*(json.dumps(each) for each in shown["job"]), *shown["line"]):
-        assert isinstance(parse_job(example.encode()), Accepted), example
+        assert isinstance(parse_submission(example.encode()), Accepted), example
     for command in COMMANDS:
         short = told["operations"][command]["messages"][1]["$ref"].rpartition("/")[2]
         for example in (*(json.dumps(each) for each in shown[f"{command}Request"]), *shown[short]):

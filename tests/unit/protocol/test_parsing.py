@@ -19,9 +19,10 @@ from cesar_mqtt.protocol.parsing import (
     Refusal,
     UserProperties,
     parse_audio,
-    parse_job,
 )
-from cesar_mqtt.protocol.payloads import JobRequest, Rejection, excerpt, status_of
+from cesar_mqtt.protocol.parsing import parse_submission as parse
+from cesar_mqtt.protocol.payloads import Rejection, excerpt, status_of
+from cesar_mqtt.protocol.requests import JobRequest
 
 LONG = "x" * 17 + "..." + "x" * 18
 PROMPTS = {"initial_prompt", "hotwords"}
@@ -70,7 +71,7 @@ def check(parsed: Parsed, payload: bytes = b"") -> None:
 def check_accepted(parsed: Accepted) -> None:
     request = parsed.request
     if parsed.audio is None or request.audio_base64 is not None:
-        assert parse_job(request.encode()) == parsed
+        assert parse(request.encode()) == parsed
     assert (parsed.audio is None) == (request.audio_path is not None or request.audio_url is not None)
     for value in (request.metadata, request.options()):
         on_disk = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -119,7 +120,7 @@ def check_refusal(refusal: Refusal, payload: bytes) -> None:
 
 
 def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
-    assert accepted(parse_job(b'{"audio_path": "porch.wav"}')) == Accepted(
+    assert accepted(parse(b'{"audio_path": "porch.wav"}')) == Accepted(
         JobRequest(
             job_id=None,
             audio_path="porch.wav",
@@ -164,7 +165,7 @@ def test_every_field_is_taken_over() -> None:
         "expires_in": 60.5,
         "metadata": {"room": "porch", "n": [1, 2.5, None, True]},
     }
-    request = accepted(parse_job(as_json(**fields))).request
+    request = accepted(parse(as_json(**fields))).request
     assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
     told_elsewhere = {"job_id", "audio_path", "model_size", "formats", "stream", "expires_in", "metadata"}
     assert request.options() == {name: value for name, value in fields.items() if name not in told_elsewhere}
@@ -174,12 +175,12 @@ def test_audio_in_base64_may_have_line_ends_and_blanks_in_it() -> None:
     audio = bytes(range(256))
     lines = base64.encodebytes(audio).decode()
     for text in (lines, lines.replace("\n", "\r\n"), " \t" + lines + "\v\f ", " ".join(lines)):
-        assert accepted(parse_job(as_json(audio_base64=text))).audio == audio
+        assert accepted(parse(as_json(audio_base64=text))).audio == audio
 
 
 def test_audio_in_base64_comes_out_as_its_bytes() -> None:
     audio = bytes(range(256))
-    assert accepted(parse_job(as_json(audio_base64=base64.b64encode(audio).decode()))).audio == audio
+    assert accepted(parse(as_json(audio_base64=base64.b64encode(audio).decode()))).audio == audio
 
 
 @pytest.mark.parametrize(
@@ -215,44 +216,48 @@ def test_audio_in_base64_comes_out_as_its_bytes() -> None:
     ],
 )
 def test_a_field_at_its_limit_is_accepted(field: str, value: object) -> None:
-    assert getattr(accepted(parse_job(as_json(**{"audio_path": "a", field: value}))).request, field) == value
+    assert getattr(accepted(parse(as_json(**{"audio_path": "a", field: value}))).request, field) == value
 
 
 @pytest.mark.parametrize("name", [name for name in JobRequest.model_fields if name != "audio_path"])
 def test_null_is_the_same_as_to_leave_a_field_out(name: str) -> None:
-    absent = parse_job(b'{"audio_path": "a"}')
-    assert parse_job(as_json(**{"audio_path": "a", name: None})) == absent
-    request = accepted(parse_job(as_json(**{"audio_path": "a", name: None}))).request
+    absent = parse(b'{"audio_path": "a"}')
+    assert parse(as_json(**{"audio_path": "a", name: None})) == absent
+    request = accepted(parse(as_json(**{"audio_path": "a", name: None}))).request
     assert request.model_fields_set == {"audio_path"}
     if name not in {"job_id", "audio_url", "audio_base64", "model_size", "language", "task"} | PROMPTS:
-        assert parse_job(b"a", ((name, "null"),)) == absent
+        assert parse(b"a", ((name, "null"),)) == absent
 
 
 def test_a_user_property_sets_what_the_payload_has_as_null() -> None:
     properties = (("language", "de"), ("stream", "true"), ("room", "porch"))
-    request = accepted(
-        parse_job(as_json(audio_path="a", language=None, stream=None, metadata=None), properties)
-    ).request
+    request = accepted(parse(as_json(audio_path="a", language=None, stream=None, metadata=None), properties)).request
     assert (request.language, request.stream, request.metadata) == ("de", True, {"room": "porch"})
 
 
 @pytest.mark.parametrize("said", ["", "  ", "auto", "AUTO", " Auto "])
 def test_a_language_may_be_left_to_be_detected_in_so_many_words(said: str) -> None:
-    for parsed in (parse_job(as_json(audio_path="a", language=said)), parse_job(b"a", (("language", said),))):
+    for parsed in (
+        parse(as_json(audio_path="a", language=said)),
+        parse(b"a", (("language", said),)),
+    ):
         assert accepted(parsed).request.language is None
         assert accepted(parsed).request.options() == {}
 
 
 @pytest.mark.parametrize("name", ["beam_size", "batch_size"])
 def test_a_whole_number_may_be_written_with_a_point(name: str) -> None:
-    for parsed in (parse_job(b'{"audio_path": "a", "%s": 8.0}' % name.encode()), parse_job(b"a", ((name, "8.0"),))):
+    for parsed in (
+        parse(b'{"audio_path": "a", "%s": 8.0}' % name.encode()),
+        parse(b"a", ((name, "8.0"),)),
+    ):
         value = getattr(accepted(parsed).request, name)
         assert (value, type(value)) == (8, int)
 
 
 def test_of_a_very_long_prompt_what_can_count_is_kept_with_a_mark_where_it_was_cut() -> None:
     words = " ".join(f"w{number}" for number in range(9_000))
-    request = accepted(parse_job(as_json(audio_path="a", initial_prompt=words, hotwords=words))).request
+    request = accepted(parse(as_json(audio_path="a", initial_prompt=words, hotwords=words))).request
     options = request.options()
     assert options == {"initial_prompt": "…" + words[-10_000:], "hotwords": words[:10_000] + "…"}
     assert (request.initial_prompt, request.hotwords) == (words, words), "what tells requests apart is all of it"
@@ -262,23 +267,23 @@ def test_of_a_very_long_prompt_what_can_count_is_kept_with_a_mark_where_it_was_c
     ("text", "kept"), [("x" * 10_000, "x" * 10_000), ("x" + " " * 20_000, "x"), (" " * 20_000 + "x|", "x")]
 )
 def test_a_prompt_of_which_all_can_count_is_not_marked_as_cut(text: str, kept: str) -> None:
-    options = accepted(parse_job(as_json(audio_path="a", initial_prompt=text, hotwords=text))).request.options()
+    options = accepted(parse(as_json(audio_path="a", initial_prompt=text, hotwords=text))).request.options()
     assert options == {"initial_prompt": kept, "hotwords": kept}
 
 
 @pytest.mark.parametrize(("said", "code"), [("German", "de"), ("de-AT", "de"), ("EN_us", "en"), ("haw", "haw")])
 def test_a_language_may_be_a_name_or_a_bcp_47_tag(said: str, code: str) -> None:
-    assert accepted(parse_job(as_json(audio_path="a", language=said))).request.language == code
+    assert accepted(parse(as_json(audio_path="a", language=said))).request.language == code
 
 
 @pytest.mark.parametrize("blanks", [b" ", b"\n\t\r\n  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
 def test_blanks_and_a_byte_order_mark_before_the_json_do_not_matter(blanks: bytes) -> None:
-    assert accepted(parse_job(blanks + b'{"audio_path": "a"} \n')).request.audio_path == "a"
+    assert accepted(parse(blanks + b'{"audio_path": "a"} \n')).request.audio_path == "a"
 
 
 def test_of_a_key_that_stands_twice_the_last_one_counts() -> None:
-    assert accepted(parse_job(b'{"audio_path": "a", "audio_path": "b"}')).request.audio_path == "b"
-    assert accepted(parse_job(b'{"job_id": 5, "audio_path": "a", "job_id": "b"}')).request.job_id == "b"
+    assert accepted(parse(b'{"audio_path": "a", "audio_path": "b"}')).request.audio_path == "b"
+    assert accepted(parse(b'{"job_id": 5, "audio_path": "a", "job_id": "b"}')).request.job_id == "b"
 
 
 @pytest.mark.parametrize(
@@ -295,18 +300,18 @@ def test_of_a_key_that_stands_twice_the_last_one_counts() -> None:
     ],
 )
 def test_a_url_is_accepted_whatever_its_host(url: str) -> None:
-    request = accepted(parse_job(as_json(audio_url=url))).request
+    request = accepted(parse(as_json(audio_url=url))).request
     assert (request.audio_url, request.audio_path) == (url, None)
 
 
 def test_a_whole_number_is_a_temperature_or_a_time_like_any_other() -> None:
-    whole = accepted(parse_job(b'{"audio_path": "a", "temperature": 0, "clip_timestamps": [[0, 30]]}')).request
-    assert whole.encode() == accepted(parse_job(whole.encode())).request.encode()
+    whole = accepted(parse(b'{"audio_path": "a", "temperature": 0, "clip_timestamps": [[0, 30]]}')).request
+    assert whole.encode() == accepted(parse(whole.encode())).request.encode()
     assert whole.options() == {"temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}
 
 
 def test_formats_are_taken_once_each_and_in_the_contracts_order() -> None:
-    request = accepted(parse_job(as_json(audio_path="a", formats=["json", "srt", "json", "txt"]))).request
+    request = accepted(parse(as_json(audio_path="a", formats=["json", "srt", "json", "txt"]))).request
     assert request.formats == ["txt", "srt", "json"]
 
 
@@ -314,7 +319,7 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
     defaults = {"beam_size": 5, "vad_filter": True, "task": "transcribe", "batch_size": 1, "word_timestamps": False}
     others = {"formats": ["srt"], "stream": True, "hotwords": None, "job_id": "x"}
     payload = as_json(audio_path="a", language="de", **defaults, **others)
-    assert accepted(parse_job(payload)).request.options() == {"language": "de"}
+    assert accepted(parse(payload)).request.options() == {"language": "de"}
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -425,7 +430,7 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
     ],
 )
 def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, value: object, sentence: str) -> None:
-    parsed = parse_job(as_json(**{"job_id": "porch-17", "audio_path": "a", field: value}))
+    parsed = parse(as_json(**{"job_id": "porch-17", "audio_path": "a", field: value}))
     assert told(parsed) == Refusal("invalid_request", sentence, "porch-17", recordable=True)
     check(parsed)
 
@@ -459,27 +464,27 @@ def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, va
     ],
 )
 def test_what_is_no_url_with_a_host_is_refused_without_being_shown(url: str) -> None:
-    parsed = parse_job(as_json(job_id="a", audio_url=url))
+    parsed = parse(as_json(job_id="a", audio_url=url))
     detail = "audio_url is no URL that begins with http:// or https:// and names a host."
     assert told(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
 
 def test_a_url_that_is_too_long_is_refused_without_being_shown() -> None:
     detail = "audio_url must be an http or https URL of at most 4096 characters."
-    assert refused(parse_job(as_json(audio_url="http://a/" + "x" * 4088))).detail == detail
-    assert refused(parse_job(as_json(audio_url=["secret"]))).detail == detail
+    assert refused(parse(as_json(audio_url="http://a/" + "x" * 4088))).detail == detail
+    assert refused(parse(as_json(audio_url=["secret"]))).detail == detail
 
 
 @pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"9" * 400])
 @pytest.mark.parametrize("field", [b'"temperature": %s', b'"temperature": [%s]', b'"clip_timestamps": [[0, %s]]'])
 def test_a_number_that_is_not_finite_is_no_temperature_and_no_time(field: bytes, number: bytes) -> None:
     payload = b'{"audio_path": "a", %s}' % (field % number)
-    check(refused(parse_job(payload)), payload)
+    check(refused(parse(payload)), payload)
 
 
 @pytest.mark.parametrize("name", [name for name in JobRequest.model_fields if name != "job_id"])
 def test_no_fields_refusal_speaks_the_validators_language(name: str) -> None:
-    parsed = parse_job(as_json(**{name: [{"a": 1}]}))
+    parsed = parse(as_json(**{name: [{"a": 1}]}))
     assert refused(parsed).detail.startswith(f"{name} must be ")
     check(parsed)
 
@@ -488,7 +493,7 @@ def test_no_fields_refusal_speaks_the_validators_language(name: str) -> None:
     "job_id", ["", "x" * 65, "a b", "a/b", "#", "a\n", "\0", "é", 17, 1.5, True, ["a"], {"a": "b"}, "y" * 100_000]
 )
 def test_an_unusable_id_is_refused_for_itself_and_nothing_is_recorded(job_id: object) -> None:
-    parsed = parse_job(as_json(audio_path="a", beam_size=99, job_id=job_id))
+    parsed = parse(as_json(audio_path="a", beam_size=99, job_id=job_id))
     assert refused(parsed).reason == "invalid_job_id"
     assert refused(parsed).job_id is None
     assert not refused(parsed).recordable
@@ -497,13 +502,13 @@ def test_an_unusable_id_is_refused_for_itself_and_nothing_is_recorded(job_id: ob
 
 
 def test_an_id_that_is_no_text_is_not_shown_as_if_it_were() -> None:
-    assert refused(parse_job(as_json(audio_path="a", job_id=17))).detail.startswith("17 is no job id: use text")
+    assert refused(parse(as_json(audio_path="a", job_id=17))).detail.startswith("17 is no job id: use text")
 
 
 def test_the_name_of_the_job_in_work_is_no_id() -> None:
     for parsed in (
-        parse_job(as_json(audio_path="a", job_id="current")),
-        parse_job(b"a", (("job_id", "current"),)),
+        parse(as_json(audio_path="a", job_id="current")),
+        parse(b"a", (("job_id", "current"),)),
         parse_audio("current", WAV),
     ):
         detail = "'current' is no job id: in commands it stands for the job in work. Use another one."
@@ -516,24 +521,22 @@ def test_the_name_of_the_job_in_work_is_no_id() -> None:
     [("langauge", "language"), ("audiopath", "audio_path"), ("beam-size", "beam_size"), ("vadfilter", "vad_filter")],
 )
 def test_an_unknown_field_is_named_with_the_one_that_was_meant(typo: str, meant: str) -> None:
-    parsed = parse_job(as_json(**{"job_id": "a", "audio_path": "a", typo: "x"}))
+    parsed = parse(as_json(**{"job_id": "a", "audio_path": "a", typo: "x"}))
     assert told(parsed) == Refusal(
         "invalid_request", f"There is no field {typo!r} (did you mean {meant}?).", "a", recordable=True
     )
 
 
 def test_an_unknown_field_that_resembles_none_is_named_without_a_guess() -> None:
-    assert refused(parse_job(as_json(audio_path="a", colour="red"))).detail == "There is no field 'colour'."
+    assert refused(parse(as_json(audio_path="a", colour="red"))).detail == "There is no field 'colour'."
 
 
 def test_a_misspelt_audio_field_is_not_blamed_twice() -> None:
-    assert (
-        refused(parse_job(as_json(audiopath="a"))).detail == "There is no field 'audiopath' (did you mean audio_path?)."
-    )
+    assert refused(parse(as_json(audiopath="a"))).detail == "There is no field 'audiopath' (did you mean audio_path?)."
 
 
 def test_every_mistake_is_named_at_once_as_long_as_they_are_few() -> None:
-    parsed = parse_job(as_json(audio_path="a", beam_size=0, task="sing", colour="red"))
+    parsed = parse(as_json(audio_path="a", beam_size=0, task="sing", colour="red"))
     detail = refused(parsed).detail
     assert "'colour'" in detail
     assert "task" in detail
@@ -543,7 +546,7 @@ def test_every_mistake_is_named_at_once_as_long_as_they_are_few() -> None:
 
 def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
     payload = as_json(**{f"{number} {'x' * 500}": 1 for number in range(20_000)}, beam_size=0)
-    parsed = parse_job(payload)
+    parsed = parse(payload)
     assert "Mistakes beside these: 19998." in refused(parsed).detail
     check(parsed, payload)
 
@@ -558,7 +561,7 @@ def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
     ],
 )
 def test_exactly_one_audio_field_is_needed(fields: dict[str, Any], found: str) -> None:
-    parsed = parse_job(as_json(job_id="a", **fields))
+    parsed = parse(as_json(job_id="a", **fields))
     detail = f"Exactly one of audio_path, audio_url, audio_base64 is needed, found {found}."
     assert told(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
@@ -568,7 +571,7 @@ def test_exactly_one_audio_field_is_needed(fields: dict[str, Any], found: str) -
     ["YQ", "Y", "YQ==YQ==", "YQ==\nYQ==", "_-__", "ä", "YQ\u00a0==", "YQ\0==", "=", "\n", "data:audio/wav;base64,YQ=="],
 )
 def test_what_is_not_strict_base64_is_refused_and_recorded(text: str) -> None:
-    parsed = parse_job(as_json(job_id="a", audio_base64=text))
+    parsed = parse(as_json(job_id="a", audio_base64=text))
     assert refused(parsed).reason == "invalid_request"
     assert refused(parsed).detail.startswith("audio_base64 is not base64")
     assert refused(parsed).recordable
@@ -576,13 +579,13 @@ def test_what_is_not_strict_base64_is_refused_and_recorded(text: str) -> None:
 
 
 def test_audio_of_no_bytes_is_refused() -> None:
-    assert refused(parse_job(as_json(job_id="a", audio_base64=""))).detail == "audio_base64 must be a file in base64."
+    assert refused(parse(as_json(job_id="a", audio_base64=""))).detail == "audio_base64 must be a file in base64."
 
 
 @pytest.mark.parametrize("payload", [b"[]", b'"a.wav"', b'[{"audio_path": "a"}]', b' "x"'])
 def test_json_that_is_no_object_is_an_invalid_request(payload: bytes) -> None:
     for properties in ((), (("job_id", "a"),)):
-        parsed = parse_job(payload, properties)
+        parsed = parse(payload, properties)
         assert refused(parsed).reason == "invalid_request"
         assert refused(parsed).detail.startswith("The payload must be a JSON object")
         check(parsed, payload)
@@ -611,7 +614,7 @@ def test_json_that_is_no_object_is_an_invalid_request(payload: bytes) -> None:
 )
 def test_what_is_not_json_is_malformed_with_or_without_user_properties(payload: bytes) -> None:
     for properties in ((), (("room", "porch"),)):
-        parsed = parse_job(payload, properties)
+        parsed = parse(payload, properties)
         assert refused(parsed).reason == "malformed_json"
         assert not refused(parsed).recordable
         check(parsed, payload)
@@ -619,7 +622,7 @@ def test_what_is_not_json_is_malformed_with_or_without_user_properties(payload: 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
 def test_a_number_that_becomes_infinite_is_refused(number: str) -> None:
-    parsed = parse_job(b'{"audio_path": "a", "metadata": {"a": %s}}' % number.encode())
+    parsed = parse(b'{"audio_path": "a", "metadata": {"a": %s}}' % number.encode())
     assert refused(parsed).detail == "metadata holds a number that is too large, or text that is not Unicode."
     check(parsed)
 
@@ -627,7 +630,7 @@ def test_a_number_that_becomes_infinite_is_refused(number: str) -> None:
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"audio_path": "a", "metadata": {"a": ' + b"["])
 @pytest.mark.parametrize("depth", [TOO_DEEP, 100_000])
 def test_json_nested_too_deep_is_malformed(opening: bytes, depth: int) -> None:
-    parsed = parse_job(opening * depth)
+    parsed = parse(opening * depth)
     assert refused(parsed).reason == "malformed_json"
     check(parsed, opening * depth)
 
@@ -635,9 +638,9 @@ def test_json_nested_too_deep_is_malformed(opening: bytes, depth: int) -> None:
 def test_json_nested_as_deep_as_the_parser_takes_it_passes_through_to_the_status() -> None:
     payloads = [b'{"audio_path": "a", "metadata": {"a": %s}}' % (b"[" * n + b"]" * n) for n in range(1, TOO_DEEP)]
     for payload in payloads:
-        check(parse_job(payload), payload)
-    assert isinstance(parse_job(payloads[100]), Accepted)
-    assert isinstance(parse_job(payloads[-1]), Refusal)
+        check(parse(payload), payload)
+    assert isinstance(parse(payloads[100]), Accepted)
+    assert isinstance(parse(payloads[-1]), Refusal)
 
 
 @pytest.mark.parametrize(
@@ -678,14 +681,14 @@ def test_json_nested_as_deep_as_the_parser_takes_it_passes_through_to_the_status
     ],
 )
 def test_ten_megabytes_are_refused_without_being_echoed(payload: bytes) -> None:
-    parsed = parse_job(payload)
+    parsed = parse(payload)
     check(refused(parsed), payload)
 
 
 def test_a_prompt_or_audio_is_never_quoted_in_a_refusal() -> None:
-    assert "secret" not in refused(parse_job(as_json(audio_path="a", initial_prompt=["secret"]))).detail
-    assert "secret" not in refused(parse_job(as_json(audio_path="a", initial_prompt="secret" * 11_000))).detail
-    assert "secret" not in refused(parse_job(as_json(audio_base64="secret!"))).detail
+    assert "secret" not in refused(parse(as_json(audio_path="a", initial_prompt=["secret"]))).detail
+    assert "secret" not in refused(parse(as_json(audio_path="a", initial_prompt="secret" * 11_000))).detail
+    assert "secret" not in refused(parse(as_json(audio_base64="secret!"))).detail
 
 
 # -- what is kept of a refused request -----------------------------------------------------------------------------
@@ -709,7 +712,7 @@ def test_a_prompt_or_audio_is_never_quoted_in_a_refusal() -> None:
 def test_a_refusal_that_is_recorded_says_where_the_audio_would_have_been(
     fields: dict[str, Any], audio: AudioSource | None
 ) -> None:
-    parsed = parse_job(as_json(job_id="a", beam_size=99, metadata={"room": "porch"}, **fields))
+    parsed = parse(as_json(job_id="a", beam_size=99, metadata={"room": "porch"}, **fields))
     assert (refused(parsed).audio, refused(parsed).metadata) == (audio, {"room": "porch"})
     check(parsed)
 
@@ -720,9 +723,7 @@ def test_a_refusal_that_is_recorded_says_where_the_audio_would_have_been(
 )
 def test_metadata_is_kept_if_it_is_right_in_itself(metadata: object, kept: dict[str, Any]) -> None:
     for wrong in ({"langauge": "de"}, {"audio_url": "http://nas/a"}, {"audio_base64": "?"}):
-        parsed = parse_job(
-            as_json(**{"job_id": "a", "audio_path": "a", "metadata": metadata, "beam_size": 99, **wrong})
-        )
+        parsed = parse(as_json(**{"job_id": "a", "audio_path": "a", "metadata": metadata, "beam_size": 99, **wrong}))
         assert refused(parsed).metadata == kept
         check(parsed)
 
@@ -734,7 +735,7 @@ def test_what_is_kept_of_a_refused_upload_comes_from_its_user_properties() -> No
 
 
 def test_nothing_is_kept_of_a_refusal_that_is_not_recorded() -> None:
-    assert refused(parse_job(as_json(audio_path="a", beam_size=99, metadata={"room": "porch"}))).metadata == {}
+    assert refused(parse(as_json(audio_path="a", beam_size=99, metadata={"room": "porch"}))).metadata == {}
 
 
 # -- the short form ------------------------------------------------------------------------------------------------
@@ -758,7 +759,7 @@ def test_nothing_is_kept_of_a_refusal_that_is_not_recorded() -> None:
     ],
 )
 def test_one_line_of_text_is_a_path(payload: bytes, path: str) -> None:
-    parsed = accepted(parse_job(payload))
+    parsed = accepted(parse(payload))
     assert parsed == Accepted(JobRequest(audio_path=path), None)
 
 
@@ -782,7 +783,7 @@ def test_one_line_of_text_is_a_path(payload: bytes, path: str) -> None:
     ],
 )
 def test_what_is_not_one_line_of_text_is_malformed(payload: bytes) -> None:
-    parsed = parse_job(payload)
+    parsed = parse(payload)
     assert refused(parsed).reason == "malformed_json"
     assert "publish its bytes on the audio topic" in refused(parsed).detail
     check(parsed, payload)
@@ -790,7 +791,7 @@ def test_what_is_not_one_line_of_text_is_malformed(payload: bytes) -> None:
 
 @pytest.mark.parametrize("payload", [b"\n", b"\r\n", b" \t ", b"\n\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
 def test_a_line_without_anything_is_called_empty(payload: bytes) -> None:
-    parsed = parse_job(payload)
+    parsed = parse(payload)
     assert refused(parsed).reason == "malformed_json"
     assert refused(parsed).detail.startswith("The payload is an empty line: ")
     check(parsed, payload)
@@ -807,12 +808,12 @@ def test_a_line_without_anything_is_called_empty(payload: bytes) -> None:
 )
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_a_line_that_begins_like_a_url_is_one(url: str, end: bytes) -> None:
-    assert accepted(parse_job(url.encode() + end)) == Accepted(JobRequest(audio_url=url), None)
+    assert accepted(parse(url.encode() + end)) == Accepted(JobRequest(audio_url=url), None)
 
 
 @pytest.mark.parametrize("line", [b"https://", b"http:///x", b"http://a:b/"])
 def test_a_line_that_begins_like_a_url_and_is_none_is_refused(line: bytes) -> None:
-    parsed = parse_job(line, (("job_id", "a"),))
+    parsed = parse(line, (("job_id", "a"),))
     assert refused(parsed).detail.startswith("audio_url is no URL")
     assert refused(parsed).recordable
 
@@ -822,20 +823,20 @@ def test_a_line_that_begins_like_a_url_and_is_none_is_refused(line: bytes) -> No
 
 def test_user_properties_set_the_fields_that_the_payload_does_not() -> None:
     properties = (("job_id", "a"), ("language", "German"), ("beam_size", "3"), ("vad_filter", "false"))
-    request = accepted(parse_job(as_json(audio_path="a", beam_size=7), properties)).request
+    request = accepted(parse(as_json(audio_path="a", beam_size=7), properties)).request
     assert (request.job_id, request.language, request.beam_size, request.vad_filter) == ("a", "de", 7, False)
 
 
 def test_user_properties_go_with_the_short_form_too() -> None:
-    request = accepted(parse_job(b"porch.wav", (("job_id", "a"), ("room", "porch")))).request
+    request = accepted(parse(b"porch.wav", (("job_id", "a"), ("room", "porch")))).request
     assert (request.audio_path, request.job_id, request.metadata) == ("porch.wav", "a", {"room": "porch"})
 
 
 def test_other_user_properties_become_metadata_and_the_payloads_own_wins() -> None:
     properties = (("room", "porch"), ("lamp", "on"), ("metadata", '{"room": "hall", "floor": 1}'))
-    assert accepted(parse_job(b"a", properties)).request.metadata == {"room": "hall", "lamp": "on", "floor": 1}
+    assert accepted(parse(b"a", properties)).request.metadata == {"room": "hall", "lamp": "on", "floor": 1}
     payload = as_json(audio_path="a", metadata={"room": "attic"})
-    assert accepted(parse_job(payload, properties)).request.metadata == {"room": "attic", "lamp": "on"}
+    assert accepted(parse(payload, properties)).request.metadata == {"room": "attic", "lamp": "on"}
 
 
 @pytest.mark.parametrize("name", list(JobRequest.model_fields))
@@ -864,7 +865,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
     value = examples[name]
     payload = b"{}" if name.startswith("audio_") else as_json(audio_path="a")
     text = value if isinstance(value, str) else json.dumps(value)
-    assert getattr(accepted(parse_job(payload, ((name, text),))).request, name) == value
+    assert getattr(accepted(parse(payload, ((name, text),))).request, name) == value
 
 
 @pytest.mark.parametrize("text", ["true", "True", "TRUE", "tRuE"])
@@ -872,7 +873,7 @@ def test_true_and_false_in_a_user_property_may_be_written_in_any_case(text: str)
     other = text.lower().replace("true", "False")
     request = accepted(parse_audio("a", WAV, (("stream", text), ("vad_filter", other)))).request
     assert (request.stream, request.vad_filter) == (True, False)
-    assert isinstance(parse_job(as_json(audio_path="a", stream=text)), Refusal), "JSON has booleans of its own"
+    assert isinstance(parse(as_json(audio_path="a", stream=text)), Refusal), "JSON has booleans of its own"
 
 
 @pytest.mark.parametrize(
@@ -887,7 +888,7 @@ def test_true_and_false_in_a_user_property_may_be_written_in_any_case(text: str)
     ],
 )
 def test_formats_in_a_user_property_may_be_names_with_commas_between_them(text: str, formats: list[str]) -> None:
-    for parsed in (parse_job(b"a", (("formats", text),)), parse_audio("a", WAV, (("formats", text),))):
+    for parsed in (parse(b"a", (("formats", text),)), parse_audio("a", WAV, (("formats", text),))):
         assert accepted(parsed).request.formats == formats
 
 
@@ -900,7 +901,7 @@ def test_what_is_no_list_of_formats_in_a_user_property_is_refused(text: str) -> 
 
 def test_user_properties_over_four_kib_are_refused() -> None:
     properties = (("job_id", "a"), *((f"k{number}", "x" * 100) for number in range(50)))
-    for parsed in (parse_job(b"a.wav", properties), parse_audio("a", WAV, properties)):
+    for parsed in (parse(b"a.wav", properties), parse_audio("a", WAV, properties)):
         assert refused(parsed).reason == "invalid_request"
         assert refused(parsed).detail.startswith("metadata has ")
         assert refused(parsed).recordable
@@ -931,7 +932,7 @@ def test_user_properties_over_four_kib_are_refused() -> None:
     ],
 )
 def test_a_user_property_that_does_not_fit_its_field_is_refused(name: str, text: str) -> None:
-    for parsed in (parse_job(b"a.wav", ((name, text), ("job_id", "a"))), parse_audio("a", WAV, ((name, text),))):
+    for parsed in (parse(b"a.wav", ((name, text), ("job_id", "a"))), parse_audio("a", WAV, ((name, text),))):
         assert refused(parsed).reason == "invalid_request"
         assert refused(parsed).detail.startswith(name)
         assert refused(parsed).recordable
@@ -1023,7 +1024,7 @@ properties_of_any_kind = st.lists(
 @example(b"{}", (("metadata", "[" * 100_000),))
 @example(b"", ())
 def test_arbitrary_bytes_are_a_request_or_a_refusal(payload: bytes, properties: UserProperties) -> None:
-    check(parse_job(payload, properties), payload)
+    check(parse(payload, properties), payload)
     check(parse_audio("a", payload, properties), payload)
 
 
@@ -1031,7 +1032,7 @@ def test_arbitrary_bytes_are_a_request_or_a_refusal(payload: bytes, properties: 
 @given(json_values, properties_of_any_kind)
 def test_arbitrary_json_is_a_request_or_a_refusal(document: object, properties: UserProperties) -> None:
     payload = json.dumps(document).encode()
-    check(parse_job(payload, properties), payload)
+    check(parse(payload, properties), payload)
 
 
 @settings(deadline=None, max_examples=300)
@@ -1041,7 +1042,7 @@ def test_what_is_nearly_a_request_is_a_request_or_a_refusal(
 ) -> None:
     for ensure_ascii in (True, False):
         payload = json.dumps(document, ensure_ascii=ensure_ascii).encode(errors="surrogatepass")
-        check(parse_job(payload, properties), payload)
+        check(parse(payload, properties), payload)
 
 
 @settings(deadline=None)
@@ -1059,5 +1060,5 @@ odd_text = st.text(st.characters(categories=["Cs", "Cc", "Lo"]), max_size=60)
 @example({"metadata": "\ud800"})
 @example({"room": "\ud800"})
 def test_user_properties_with_lone_surrogates_are_a_request_or_a_refusal(properties: dict[str, str]) -> None:
-    check(parse_job(b"{}", tuple(properties.items())))
+    check(parse(b"{}", tuple(properties.items())))
     check(parse_audio("a", WAV, tuple(properties.items())))

@@ -13,21 +13,15 @@ from cesar_mqtt import __version__
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.json_codec import canonical
-from cesar_mqtt.protocol.consumer_payloads import (
-    LAST_TEXT_BYTES,
-    ConsumerState,
-    Event,
-    event_payload,
-    last_of,
-    queue_of,
-)
+from cesar_mqtt.protocol.consumer_payloads import LAST_TEXT_BYTES, ConsumerState, last_of, queue_of
 from cesar_mqtt.protocol.payloads import (
-    JobRequest,
-    Live,
+    Event,
+    JobProgress,
     Rejection,
     SegmentMessage,
     Status,
     cut,
+    event_payload,
     excerpt,
     fit,
     segment_of,
@@ -35,6 +29,7 @@ from cesar_mqtt.protocol.payloads import (
     status_payload,
     timestamp,
 )
+from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.transcript import Segment, Word
 
 # The contract's section 2, typed by hand and in its order.
@@ -110,13 +105,13 @@ FAILED = PROCESSING._replace(
     error_code=ErrorCode.AUDIO_NOT_FOUND,
     error_message="There is no such file.",
 )
-LIVE = Live(
+LIVE = JobProgress(
     progress=0.42, processed_duration=25.2, audio_duration=60.0, speed=6.5, eta=5.4, updated_at=ACCEPTED_AT + 4.001
 )
 NOTHING = dict.fromkeys(STATUS_FIELDS)
 
 
-def told(job: Job, live: Live | None = None) -> dict[str, Any]:
+def told(job: Job, live: JobProgress | None = None) -> dict[str, Any]:
     status: dict[str, Any] = json.loads(status_of(job, "kitchen", live).encode())
     return status
 
