@@ -17,7 +17,7 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak test-homeassistant install-homeassistant test-node-red install-node-red clean
+.PHONY: help demo test check bench soak mutants test-homeassistant install-homeassistant test-node-red install-node-red clean
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -27,6 +27,7 @@ help:
 	@echo 'make check   format, lint and types'
 	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, transcription or jobs for a part)'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
+	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
@@ -47,6 +48,9 @@ bench: $(STAMP)
 
 soak: $(STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
+
+mutants: $(STAMP)
+	@$(RUN) tests.mutants $(ARGS)
 
 test-homeassistant: $(STAMP) $(HOME_STAMP)
 	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt $(HOME_VENV)/bin/python -m pytest \

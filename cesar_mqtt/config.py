@@ -1,25 +1,25 @@
-"""Settings: what they are called, what they default to, and how they are put together.
+"""Settings: their names, types and defaults, and how flags, environment and file are merged into one frozen value.
 
-Every setting is read once at start into one frozen `Settings` value; nothing reads the environment later. Any thread
-may read that value; the main thread calls `load_settings`. Where settings come from is the matter of `sources`.
+Every setting is read once at start; nothing reads the environment later. Any thread may read the `Settings` value; the
+main thread calls `load_settings`. `config_sources` reads the sources.
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cesar_mqtt.config_sources import DIRECTORIES, Said, Vocabulary, environment_says, file_says, flags_say
+from cesar_mqtt.config_sources import DIRECTORIES, SettingsSchema, SettingValue, read_environment, read_file, read_flags
 from cesar_mqtt.errors import ConfigError
 
 EMBEDDED_BROKER = "embedded"
-"""What `serve` uses when nothing names a broker: one of its own."""
+"""The broker of `serve` when no source names one: an embedded one."""
 LOCAL_BROKER = "mqtt://127.0.0.1:1883"
-"""What the other commands use when nothing names a broker."""
+"""The broker of the other commands when no source names one."""
 
 _HIDDEN = "***"
 _SECRET = frozenset({"broker.url"})
@@ -31,7 +31,7 @@ _PUBLIC_URL = re.compile(
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses names it does not know."""
+    """A frozen section of settings that rejects unknown names."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -43,25 +43,25 @@ class Section(BaseModel):
 
 
 class BrokerSettings(Section):
-    """Where the broker is and how to talk to it."""
+    """The broker and the connection to it."""
 
     url: str = Field(default=EMBEDDED_BROKER, repr=False)
-    """May hold a password: say it with the address's `redacted`, never as it is."""
+    """May hold a password: log only the address's `redacted`."""
     username: str | None = None
     password_file: Path | None = None
     """A file whose first line is the password; preferred to a password in the URL."""
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
     keepalive: int = Field(default=30, ge=5, le=3600)
-    """Seconds between signs of life; the broker sends the last will after one and a half of them."""
+    """Seconds between PINGREQ packets; the broker publishes the last will after one and a half of them in silence."""
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
     max_packet_bytes: int | None = Field(default=None, ge=1024)
-    """The largest packet the broker takes, for brokers that do not say (MQTT 3.1.1); None: no limit known."""
+    """The largest packet the broker accepts, for brokers that do not announce it (MQTT 3.1.1); None: no limit known."""
 
 
 class ConsumerSettings(Section):
-    """Who this consumer is."""
+    """The consumer's identity on the broker."""
 
     name: str = Field(
         default="cesar",
@@ -74,12 +74,12 @@ class ConsumerSettings(Section):
         pattern=r"^[A-Za-z0-9_-]{1,64}$",
         description="1 to 64 letters, digits, underscores or hyphens",
     )
-    """Consumers that name the same group share one input, so that each job goes to one of them (MQTT 5 only). None:
-    this one gets every job."""
+    """Consumers of one group share the requests: each job goes to one of them (MQTT 5 only). None: this consumer gets
+    every job."""
 
 
 class AudioSettings(Section):
-    """Which audio may be read."""
+    """The audio that may be read."""
 
     directories: tuple[Path, ...] = ()
     """Where `audio_path` is looked up, in order; empty: the folder that `serve` was started in."""
@@ -88,104 +88,104 @@ class AudioSettings(Section):
     """Seconds."""
     allowed_hosts: tuple[str, ...] = ()
     """Hosts that `audio_url` may name: `name`, `*.domain`, an address or a network such as `192.168.1.0/24`; each may
-    end in `:port` or `:*`, else it stands for the scheme's own port. A name alone opens public addresses only: one at
-    home has to be listed beside it. Empty: URLs are off."""
+    end in `:port` or `:*`, else only the scheme's default port is allowed. A name allows public addresses only: list a
+    private address beside it. Empty: URLs are off."""
     download_timeout: float = Field(default=300.0, gt=0)
-    """Seconds that one download may take in all, retries included."""
+    """Seconds that one download may take, retries included."""
     download_retries: int = Field(default=2, ge=0)
-    """How often a download is tried again after a failure that may pass."""
+    """How often a download is retried after a temporary failure."""
     downloads_ahead: int = Field(default=8, ge=1, le=64)
-    """How many of the next jobs' URLs are fetched at once while another job is worked on."""
+    """How many of the next jobs' URLs are downloaded while another job is running."""
 
 
 class ModelSettings(Section):
-    """Which Whisper models may be used, and how."""
+    """The Whisper models that may be used, and how they run."""
 
     default: str | None = None
-    """None: `base` if it is on this machine, else an installed package's model, else `base`, downloaded."""
+    """None: `base` if it is on this machine, else the model of an installed package, else `base`, downloaded."""
     allowed: tuple[str, ...] | None = None
-    """None: every name that faster-whisper knows, and the folders inside `directory`."""
+    """None: every name that faster-whisper knows, and the folders in `directory`."""
     directory: Path | None = None
-    """A folder of CTranslate2 model folders, each named as the model is called."""
+    """A folder of CTranslate2 model folders, each named as its model."""
     download: bool = True
-    """Whether a model that is not on this machine may be fetched from the Hugging Face hub."""
+    """Whether a model that is not on this machine may be downloaded from the Hugging Face hub."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_type: str = "auto"
     cpu_threads: int = Field(default=0, ge=0)
     """0: all usable cores."""
     idle_timeout: float | None = Field(default=None, gt=0)
-    """Seconds without a job after which the model's memory is given back; None: it is kept."""
+    """Seconds without a job after which the model is unloaded; None: it stays loaded."""
 
 
 class TranscriberSettings(Section):
-    """How a recording is worked through."""
+    """How a recording is transcribed."""
 
     window: float = Field(default=600.0, ge=30.0, le=3600.0)
-    """Seconds of audio that are held in memory and worked on at once, at most; what a crash can cost."""
+    """The longest window, in seconds of audio: what is held in memory, and what a crash can cost."""
 
 
 class WorkerSettings(Section):
-    """How jobs are worked through."""
+    """Attempts, retries and time limits of a job."""
 
     max_attempts: int = Field(default=3, ge=1)
-    """How often a job may be started before a crash of the process makes it `error` `crashed`."""
+    """How many attempts may end in a crash of the process before the job ends as `error` `crashed`."""
     retries: int = Field(default=2, ge=0)
-    """How often a job is tried again by itself after a failure that may pass."""
+    """How often a job is retried automatically after a temporary failure."""
     retry_delay: float = Field(default=2.0, gt=0)
-    """Seconds before the first retry, in which the jobs behind it go on; four times as long before each further one."""
+    """Seconds before the first retry, in which the jobs behind it run; four times as long before each further one."""
     job_timeout: float | None = Field(default=None, gt=0)
-    """Seconds that one attempt at a job may take before it ends as `error` `timeout`; None: as long as it takes."""
+    """Seconds that one attempt may take before the job ends as `error` `timeout`; None: no limit."""
     drain_timeout: float | None = Field(default=None, gt=0)
-    """Seconds that a stop waits for the current job before it goes back into the queue; None: as long as it takes."""
+    """Seconds that a stop waits for the current job before it is requeued; None: no limit."""
 
 
 class QueueSettings(Section):
-    """What is taken from the bus."""
+    """Limits on what is accepted from the bus."""
 
     max_queued: int = Field(default=100_000, ge=1)
-    """Jobs waiting; one more is refused as `queue_full`."""
+    """The most queued jobs; the next is rejected as `queue_full`."""
     max_payload_bytes: int = Field(default=256 << 20, ge=1024)
-    """The largest message taken; a larger one is refused as `payload_too_large`."""
+    """The largest message accepted; a larger one is rejected as `payload_too_large`."""
 
 
 class RetentionSettings(Section):
     """How long finished jobs are kept, with their statuses and their audio."""
 
     days: float = Field(default=7.0, gt=0)
-    """Jobs that ended longer ago are deleted."""
+    """Finished jobs older than this are deleted."""
     max_finished: int = Field(default=1000, ge=0)
-    """Of the others so many are kept, the newest."""
+    """The most finished jobs kept; the oldest are deleted first."""
 
 
 class LogSettings(Section):
-    """How the log looks."""
+    """Format and level of the log."""
 
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class MetricsSettings(Section):
-    """Numbers for Prometheus, over HTTP; needs the extra `metrics`."""
+    """Metrics for Prometheus, over HTTP; needs the extra `metrics`."""
 
     port: int | None = Field(default=None, ge=1, le=65535)
-    """Where they are served, under `/metrics`; None: they are not taken."""
+    """The port that serves `/metrics`; None: no metrics."""
     host: str = Field(default="127.0.0.1", min_length=1)
-    """The address to listen on. There is no password: name another one only where the network is trusted."""
+    """The address to listen on. There is no password: use another one only where the network is trusted."""
 
 
 class HomeAssistantSettings(Section):
-    """How the consumer announces itself to Home Assistant."""
+    """MQTT discovery: how the consumer announces itself to Home Assistant."""
 
     enabled: bool = True
-    """Whether it does. What was announced before stays until `cesar-mqtt discovery remove`."""
+    """False: nothing is announced; earlier announcements stay until `cesar-mqtt discovery remove`."""
     discovery: Literal["device", "component"] = "device"
-    """One message for the whole device, or one for each entity, as Home Assistant before 2024.11 needs it."""
+    """One message for the whole device, or one for each entity for Home Assistant before 2024.11."""
     prefix: str = Field(
         default="homeassistant",
         pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*$",
         description="topic levels of letters, digits, underscores or hyphens, joined by single slashes",
     )
-    """The discovery prefix that Home Assistant's MQTT integration is set to; its birth message is expected below it."""
+    """The discovery prefix of Home Assistant's MQTT integration; its birth message is expected below it."""
 
 
 class Settings(Section):
@@ -210,9 +210,9 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
 
     def redacted(self) -> dict[str, Any]:
-        """Give the settings as JSON values that may be published: no password, no token.
+        """Return the settings as JSON values that may be published, without passwords and tokens.
 
-        User names go as well, for there are brokers whose access token is the user name.
+        User names are removed as well: with some brokers the user name is the access token.
         """
         values = self.model_dump(mode="json")
         values["broker"]["url"] = _without_credentials(self.broker.url)
@@ -221,9 +221,9 @@ class Settings(Section):
         return values
 
 
-# Plain pydantic and tomllib rather than pydantic-settings: of what is wanted here it would only merge the sources and
-# split the variables' names. Refusing an unknown variable, naming a wrong value as its own source spells it, resolving
-# paths by source and never showing a secret would still be ours, on top of subclasses of its sources.
+# Plain pydantic and tomllib rather than pydantic-settings, which would only merge the sources and split the names of
+# variables. Unknown variables, errors in the spelling of the source, paths relative to the source and secrets that are
+# never shown would still be ours, on top of subclasses of its sources.
 def load_settings(
     *,
     flags: Mapping[str, Any],
@@ -231,61 +231,63 @@ def load_settings(
     environ: Mapping[str, str] = os.environ,
     cwd: Path,
     default_broker: str = EMBEDDED_BROKER,
+    on_warning: Callable[[str], None] = lambda _sentence: None,
 ) -> Settings:
     """Read the settings: flags win over the environment, the environment over the file, the file over the defaults.
 
     The file is `config_file`, else the first found of `./cesar.toml` and `cesar.toml` in the user's and the system's
-    configuration directory; files are not merged. A variable is called `CESAR_` and the setting, with two underscores
-    between group and name (`CESAR_BROKER__URL`); an empty one counts as not set. A list in a variable is a JSON list,
+    configuration directory; files are not merged. A variable is named `CESAR_` and the setting, with two underscores
+    between section and name (`CESAR_BROKER__URL`); an empty one counts as not set. A list in a variable is a JSON list,
     or its items joined by `:` (paths) or `,` (all others). Under systemd the default data directory is the unit's
-    StateDirectory. A path may begin with `~`; a relative one starts from the
-    folder of the file it stands in, or from `cwd` when it comes from a flag or a variable.
+    StateDirectory. A path may begin with `~`; a relative one starts from the folder of its file, or from `cwd` when it
+    comes from a flag or a variable.
 
     Args:
-        flags: what the command line says, nested as the settings are; None and empty lists count as not given.
-        config_file: the file of `--config`, which then has to exist.
-        environ: the variables; only those named `CESAR_...` are looked at.
+        flags: the flags of the command line, nested as the settings are; None and empty lists count as not given.
+        config_file: the file of `--config`, which must exist.
+        environ: the variables; only those named `CESAR_...` are read.
         cwd: the folder the command was started in, absolute.
         default_broker: `broker.url` when no source names it (`LOCAL_BROKER` for every command but `serve`).
+        on_warning: gets a sentence about each `CESAR_...` variable that is ignored.
 
     Raises:
-        ConfigError: a setting is unknown or wrong, or the file cannot be read; the one sentence says which, as the
-            user wrote it.
+        ConfigError: a setting is unknown or wrong, or the file cannot be read; one sentence names it as its source
+            spells it.
     """
-    vocabulary = _vocabulary()
-    said = {"broker.url": Said(default_broker, "broker.url", default_broker)}
+    schema = _schema()
+    given = {"broker.url": SettingValue(default_broker, "broker.url", default_broker)}
     if state := environ.get("STATE_DIRECTORY"):  # systemd.exec(5): absolute, joined by colons when there are several
-        said["data_dir"] = Said(state.partition(":")[0], "STATE_DIRECTORY", state)
-    said |= file_says(vocabulary, config_file, cwd=cwd)
-    said |= environment_says(vocabulary, environ, cwd=cwd)
-    said |= flags_say(vocabulary, flags, cwd=cwd)
+        given["data_dir"] = SettingValue(state.partition(":")[0], "STATE_DIRECTORY", state)
+    given |= read_file(schema, config_file, cwd=cwd)
+    given |= read_environment(schema, environ, cwd=cwd, on_unknown=on_warning)
+    given |= read_flags(schema, flags, cwd=cwd)
     try:
-        return Settings.model_validate(_tree(said))
+        return Settings.model_validate(_tree(given))
     except ValidationError as exc:
-        raise _in_one_sentence(exc, said) from exc
+        raise _first_error(exc, given) from exc
 
 
-def _tree(said: Mapping[str, Said]) -> dict[str, Any]:
+def _tree(given: Mapping[str, SettingValue]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for name, entry in said.items():
+    for name, entry in given.items():
         group, _, inner = name.rpartition(".")
         (tree.setdefault(group, {}) if group else tree)[inner] = entry.value
     return tree
 
 
-def _in_one_sentence(error: ValidationError, said: Mapping[str, Said]) -> ConfigError:
-    """Translate the first thing that pydantic found; the others are told once that one is mended."""
+def _first_error(error: ValidationError, given: Mapping[str, SettingValue]) -> ConfigError:
+    """Translate the first error of pydantic; the next start shows the next one."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = [str(part) for part in first["loc"]]
-    name = next((name for name in (".".join(path[:2]), ".".join(path[:1])) if name in said), None)
+    name = next((name for name in (".".join(path[:2]), ".".join(path[:1])) if name in given), None)
     if name is not None and first["type"] != "value_error":
-        return _vocabulary().wrong(name, said[name])
-    where = (".".join(path) or "the settings") if name is None else said[name].where
-    return ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}")
+        return _schema().wrong_value(name, given[name])
+    origin = (".".join(path) or "the settings") if name is None else given[name].origin
+    return ConfigError(f"{origin}: {first['msg'].removeprefix('Value error, ')}")
 
 
 @cache
-def _vocabulary() -> Vocabulary:
+def _schema() -> SettingsSchema:
     """Collect every setting's dotted name and the JSON Schema of its value."""
     schemas: dict[str, Any] = {}
     for name, schema in Settings.model_json_schema()["properties"].items():
@@ -295,11 +297,11 @@ def _vocabulary() -> Vocabulary:
             schemas |= {f"{name}.{key}": value for key, value in inner.items()}
         else:
             schemas[name] = schema
-    return Vocabulary(schemas, secret=_SECRET)
+    return SettingsSchema(schemas, secret=_SECRET)
 
 
 def _without_credentials(url: str) -> str:
-    """Give only what is known to be harmless: in a URL of another shape a secret may stand anywhere."""
+    """Return the parts that hold no secret; in a URL of an unexpected shape any part may be one."""
     if url == EMBEDDED_BROKER:
         return url
     parts = _PUBLIC_URL.fullmatch(url)

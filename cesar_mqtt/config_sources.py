@@ -1,7 +1,7 @@
-"""Where settings come from: the command line, the environment and one TOML file, each read into dotted names.
+"""The sources of settings: the command line, the environment and one TOML file, each read into dotted names.
 
-It knows the settings only as a `Vocabulary`, and says what is wrong in the words of the source it stood in. The main
-thread uses it once at start.
+The settings are known here only as a `SettingsSchema`. An error names a setting as its source spells it. The main
+thread uses this once at start.
 """
 
 import difflib
@@ -42,100 +42,117 @@ _KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What one source says about one setting."""
+class SettingValue:
+    """The value that one source gives one setting."""
 
     value: object
-    where: str
-    """The setting as the user wrote it, with the file if it stood in one; how an error message begins."""
-    written: object
-    """The value as it was before lists were split and paths made absolute."""
+    origin: str
+    """The setting as its source spells it, with the file if it is one: the beginning of an error message."""
+    raw: object
+    """The value before lists were split and paths made absolute."""
 
 
-class Vocabulary:
-    """The names of all settings and what their values have to be.
+class SettingsSchema:
+    """The names of all settings and the JSON Schema of each value.
 
-    Args:
-        schemas: the JSON Schema of each value by the setting's dotted name, at most one dot deep.
-        secret: the names whose values no message may show.
+    Attributes:
+        sections: the names before the dot.
+        variables: the name of each setting by its environment variable.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]], *, secret: Collection[str] = ()) -> None:
+        """Take the schemas by dotted name, at most one dot deep, and the names whose values no message may show."""
         self._schemas = {name: _without_null(schema) for name, schema in schemas.items()}
         self._secret = frozenset(secret)
-        self.groups = frozenset(name.partition(".")[0] for name in schemas if "." in name)
+        self.sections = frozenset(name.partition(".")[0] for name in schemas if "." in name)
         self.variables = {variable_name(name): name for name in schemas}
 
     def schema(self, name: str) -> Mapping[str, Any] | None:
-        """Look up what the value of a setting has to be; None: there is no such setting."""
+        """Return the JSON Schema of a setting's value; None: there is no such setting."""
         return self._schemas.get(name)
 
-    def unknown(self, where: str, name: str, *, spell: Callable[[str], str] = str) -> ConfigError:
-        """Build the error for a name that is no setting; `spell` writes the likeliest one as its source would."""
-        if name in self.groups:
-            example = next(known for known in self._schemas if known.startswith(f"{name}."))
-            return ConfigError(f"{where}: this is a group of settings; set them one by one, such as {spell(example)}")
+    def unknown_setting(self, origin: str, name: str, *, spell: Callable[[str], str] = str) -> ConfigError:
+        """Return the error for a name that is no setting; `spell` writes the nearest one as its source would."""
+        if name in self.sections:
+            example = next(other for other in self._schemas if other.startswith(f"{name}."))
+            return ConfigError(f"{origin}: this is a section of settings; set one of them, such as {spell(example)}")
         leaf = name.rpartition(".")[2]
-        likely = [known for known in self._schemas if known.rpartition(".")[2] == leaf]
-        likely = likely or difflib.get_close_matches(name, self._schemas, n=1)
-        hint = f"; did you mean {spell(likely[0])}?" if likely else ""
-        return ConfigError(f"{where}: there is no such setting{hint}")
+        nearest = [other for other in self._schemas if other.rpartition(".")[2] == leaf]
+        nearest = nearest or difflib.get_close_matches(name, self._schemas, n=1)
+        hint = f"; did you mean {spell(nearest[0])}?" if nearest else ""
+        return ConfigError(f"{origin}: there is no such setting{hint}")
 
-    def wrong(self, name: str, said: Said) -> ConfigError:
-        """Build the error for a value that does not fit: where it stood, the value, what it must be."""
-        shown = "" if name in self._secret else f" is {_shown(said.written)}"
-        return ConfigError(f"{said.where}{shown}: it must be {_requirement(self._schemas[name])}")
+    def wrong_value(self, name: str, given: SettingValue) -> ConfigError:
+        """Return the error for a value that does not fit: its origin, the value, what it must be."""
+        shown = "" if name in self._secret else f" is {_shown(given.raw)}"
+        return ConfigError(f"{given.origin}{shown}: it must be {_requirement(self._schemas[name])}")
 
 
-def file_says(vocabulary: Vocabulary, config_file: Path | None, *, cwd: Path) -> dict[str, Said]:
-    """Read `config_file`, or else the first file that is found; nothing found says nothing.
+def read_file(known: SettingsSchema, config_file: Path | None, *, cwd: Path) -> dict[str, SettingValue]:
+    """Read `config_file`, or else the first file that is found; none found: no values.
 
     Raises:
-        ConfigError: `config_file` is missing, a file cannot be read, or it says something wrong.
+        ConfigError: `config_file` is missing, a file cannot be read, or a name or value in it is wrong.
     """
     for label, path in _candidates(config_file, cwd=cwd):
         tree = _read_toml(path, label, required=config_file is not None)
         if tree is not None:
-            entries = ((name, Said(value, f"{name} in {label}", value)) for name, value in _leaves(vocabulary, tree))
-            return _checked(vocabulary, entries, base=path.parent)
+            entries = ((name, SettingValue(value, f"{name} in {label}", value)) for name, value in _leaves(known, tree))
+            return _checked(known, entries, base=path.parent)
     return {}
 
 
-def environment_says(vocabulary: Vocabulary, environ: Mapping[str, str], *, cwd: Path) -> dict[str, Said]:
-    """Read the variables that begin with `CESAR_`; an empty one says nothing.
+def read_environment(
+    known: SettingsSchema,
+    environ: Mapping[str, str],
+    *,
+    cwd: Path,
+    on_unknown: Callable[[str], None],
+) -> dict[str, SettingValue]:
+    """Read the variables that begin with `CESAR_`; an empty one gives no value.
+
+    A variable that is not ours is ignored, and `on_unknown` gets a sentence about it: Kubernetes injects `CESAR_PORT`
+    and others for a service named `cesar`. One that begins with a section of ours and `__` can only be a typing error.
 
     Raises:
-        ConfigError: one of them names no setting, or its value is wrong.
+        ConfigError: a variable of one of our sections names no setting, or a value is wrong.
     """
     entries = []
     for variable in sorted(name for name in environ if name.startswith(_PREFIX)):
         name = variable.removeprefix(_PREFIX).lower().replace("__", ".")
-        schema = vocabulary.schema(name) if variable in vocabulary.variables else None
+        schema = known.schema(name) if variable in known.variables else None
         if schema is None:
-            raise vocabulary.unknown(variable, name, spell=variable_name)
-        if environ[variable]:
-            entries.append((name, Said(_listed(environ[variable], schema), variable, environ[variable])))
-    return _checked(vocabulary, entries, base=cwd)
+            unknown = known.unknown_setting(variable, name, spell=variable_name)
+            section, separator, _ = name.partition(".")
+            if separator and section in known.sections:
+                raise unknown
+            on_unknown(f"Ignoring {unknown}")
+        elif environ[variable]:
+            value = _split_list(environ[variable], schema)
+            entries.append((name, SettingValue(value, variable, environ[variable])))
+    return _checked(known, entries, base=cwd)
 
 
-def flags_say(vocabulary: Vocabulary, flags: Mapping[str, Any], *, cwd: Path) -> dict[str, Said]:
-    """Take what the command line said, nested as the settings are; None and empty lists say nothing.
+def read_flags(known: SettingsSchema, flags: Mapping[str, Any], *, cwd: Path) -> dict[str, SettingValue]:
+    """Take the flags of the command line, nested as the settings are; None and empty lists give no value.
 
     Raises:
         ConfigError: a value is wrong.
     """
-    given = ((name, value) for name, value in _leaves(vocabulary, flags) if value not in (None, [], ()))
-    entries = ((name, Said(value, _FLAGS.get(name, f"{name} on the command line"), value)) for name, value in given)
-    return _checked(vocabulary, entries, base=cwd)
+    given = ((name, value) for name, value in _leaves(known, flags) if value not in (None, [], ()))
+    entries = (
+        (name, SettingValue(value, _FLAGS.get(name, f"{name} on the command line"), value)) for name, value in given
+    )
+    return _checked(known, entries, base=cwd)
 
 
 def variable_name(name: str) -> str:
-    """Spell a setting as an environment variable: `broker.url` is `CESAR_BROKER__URL`."""
+    """Return a setting's environment variable: `broker.url` is `CESAR_BROKER__URL`."""
     return _PREFIX + name.upper().replace(".", "__")
 
 
 def _candidates(config_file: Path | None, *, cwd: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files to try, each with the name that messages give it."""
+    """Yield the files to try, each with its name in messages."""
     if config_file is not None:
         yield str(config_file), cwd / _expanded(config_file, "--config")
     else:
@@ -159,55 +176,57 @@ def _read_toml(path: Path, label: str, *, required: bool) -> dict[str, Any] | No
         raise ConfigError(f"{label} is not valid TOML: {exc}") from exc
 
 
-def _leaves(vocabulary: Vocabulary, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def _leaves(known: SettingsSchema, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Yield dotted names and values; settings are two levels deep, so a deeper table is a value (and refused)."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
-        elif not (isinstance(value, Mapping) and key in vocabulary.groups):
+        elif not (isinstance(value, Mapping) and key in known.sections):
             yield key, value
 
 
-def _checked(vocabulary: Vocabulary, entries: Iterable[tuple[str, Said]], *, base: Path) -> dict[str, Said]:
+def _checked(
+    known: SettingsSchema, entries: Iterable[tuple[str, SettingValue]], *, base: Path
+) -> dict[str, SettingValue]:
     """Refuse unknown names, and make paths absolute: relative ones start from `base`."""
     checked = {}
-    for name, said in entries:
-        schema = vocabulary.schema(name)
+    for name, given in entries:
+        schema = known.schema(name)
         if schema is None:
-            raise vocabulary.unknown(said.where, name)
-        if isinstance(said.value, bool) and schema["type"] != "boolean":
-            raise vocabulary.wrong(name, said)  # pydantic would take true for 1
+            raise known.unknown_setting(given.origin, name)
+        if isinstance(given.value, bool) and schema["type"] != "boolean":
+            raise known.wrong_value(name, given)  # pydantic would take true for 1
         try:
-            checked[name] = replace(said, value=_located(said.value, schema, base=base, where=said.where))
+            checked[name] = replace(given, value=_absolute(given.value, schema, base=base, origin=given.origin))
         except ValueError as exc:
-            raise vocabulary.wrong(name, said) from exc
+            raise known.wrong_value(name, given) from exc
     return checked
 
 
-def _located(value: object, schema: Mapping[str, Any], *, base: Path, where: str) -> object:
+def _absolute(value: object, schema: Mapping[str, Any], *, base: Path, origin: str) -> object:
     """Make the paths in a value absolute; leave what is no path, or not even text, as it is.
 
     Raises:
         ValueError: a path is empty or holds a NUL.
     """
     if schema["type"] == "array" and isinstance(value, list | tuple):
-        return [_located(item, schema["items"], base=base, where=where) for item in value]
+        return [_absolute(item, schema["items"], base=base, origin=origin) for item in value]
     if schema.get("format") != "path" or not isinstance(value, str | Path):
         return value
     if not str(value) or "\0" in str(value):
-        raise ValueError(where)
-    return base / _expanded(Path(value), where)
+        raise ValueError(origin)
+    return base / _expanded(Path(value), origin)
 
 
-def _expanded(path: Path, where: str) -> Path:
+def _expanded(path: Path, origin: str) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as exc:
-        raise ConfigError(f"{where} is '{path}': there is no such home folder") from exc
+        raise ConfigError(f"{origin} is '{path}': there is no such home folder") from exc
 
 
-def _listed(text: str, schema: Mapping[str, Any]) -> object:
-    """Take a list out of a variable's text; broken JSON stays text, which the check then refuses."""
+def _split_list(text: str, schema: Mapping[str, Any]) -> object:
+    """Split a variable's text into the items of a list; broken JSON stays text, which the check then rejects."""
     if schema["type"] != "array":
         return text
     if text.lstrip().startswith("["):
@@ -220,7 +239,7 @@ def _listed(text: str, schema: Mapping[str, Any]) -> object:
 
 
 def _without_null(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Choose what a value is when it is not None: no source can say None."""
+    """Return the schema of a value other than None: no source can give None."""
     chosen = next(option for option in schema.get("anyOf", [schema]) if option.get("type") != "null")
     return {"type": "any", **chosen} | {key: schema[key] for key in ("description",) if key in schema}
 
@@ -232,7 +251,7 @@ def _shown(value: object) -> str:
 
 
 def _requirement(schema: Mapping[str, Any]) -> str:
-    """Say what a value has to be, as the end of a sentence."""
+    """Return what a value must be, as the end of a sentence."""
     if "description" in schema:
         return str(schema["description"])
     if "enum" in schema:

@@ -1,57 +1,62 @@
-"""The command line: reads flags, calls what does the work, and turns errors into one sentence and an exit code.
+"""The command line: every command with its flags. The work is in the module that the command imports.
 
-Heavy modules are imported by the command that needs them: `--help` has to answer at once.
+Heavy modules are imported by the command that needs them: `--help` answers at once. For the main thread.
 """
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cesar_mqtt.cli import client_commands as commands
-from cesar_mqtt.cli import console as terminal
-from cesar_mqtt.cli import local_commands as subcommands
-from cesar_mqtt.cli.options import Broker, Config, DataDir, NoBroker, NoConfig, NoPrefix, Prefix
-from cesar_mqtt.cli.options import load as _settings
+from cesar_mqtt.cli import console
+from cesar_mqtt.cli.options import takes_no_settings, takes_settings
 from cesar_mqtt.errors import CesarError, ExitCode
 
-# As `formats` and `messages` have them, which are too heavy to be imported here.
+if TYPE_CHECKING:
+    from cesar_mqtt.config import Settings
+
+# As the modules of `protocol` have them, which are too heavy to be imported here.
 _FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 _TASKS = ("transcribe", "translate")
+_STATES = ("queued", "processing", "completed", "error", "cancelled")
 
-app = typer.Typer(
-    name="cesar-mqtt",
-    help="A durable, offline transcription worker on MQTT: publish audio, subscribe to the transcript.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+
+def _group(text: str) -> typer.Typer:
+    return typer.Typer(help=text, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+app = _group("A durable, offline transcription worker on MQTT: publish audio, subscribe to the transcript.")
+ledger = _group("Check, repair, compact or export a ledger that no consumer has open.")
+models = _group("List the models that can be used, and download one.")
+discovery = _group("Show or remove what a consumer announces to Home Assistant.")
+schema = _group("Print the contract for programs.")
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code and has told the user on stderr what went wrong."""
-    terminal.open_closed()
+    """Run one command and return its exit code; an error is one sentence on stderr."""
+    console.open_closed_streams()
     code: int = ExitCode.OK
     try:
         code = _run(arguments)
-        terminal.settle()
-    except terminal.OutputError as exc:
-        terminal.say(str(exc))
+        console.flush()
+    except console.OutputError as exc:
+        console.say(str(exc))
         return code or exc.exit_code
     return code
 
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, prog_name="cesar-mqtt", standalone_mode=False)
     except CesarError as exc:
-        terminal.say(str(exc))
+        console.say(str(exc))
         return exc.exit_code
     except SystemExit as exc:
-        if isinstance(exc.__context__, BrokenPipeError):  # whoever read has enough; typer makes a failure of that
+        if isinstance(exc.__context__, BrokenPipeError):  # the reader closed the pipe; no failure
             return ExitCode.OK
         raise
     except (KeyboardInterrupt, typer.Abort):
@@ -59,7 +64,7 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as exc:
         if exc.errno != errno.ENOSPC:
             raise
-        terminal.say(f"Nothing more can be written: {exc.strerror}.")
+        console.say(f"Nothing more can be written: {exc.strerror}.")
         return ExitCode.FAILED
     except Exception as exc:
         if not hasattr(exc, "show"):  # click's own errors can show themselves
@@ -70,55 +75,70 @@ def _run(arguments: list[str] | None) -> int:
     return result if isinstance(result, int) else ExitCode.OK
 
 
-def _version(value: bool) -> None:  # noqa: FBT001 - typer's way
+def _print_version(value: bool) -> None:  # noqa: FBT001 - typer's way
     if value:
         from cesar_mqtt import __version__
 
-        terminal.out(f"cesar-mqtt {__version__}")
+        console.out(f"cesar-mqtt {__version__}")
         raise typer.Exit
+
+
+def _check_job_id(job_id: str | None) -> str | None:
+    from cesar_mqtt.protocol.topics import is_job_id
+
+    if job_id is not None and not is_job_id(job_id):
+        raise typer.BadParameter("it is 1 to 64 of A-Z, a-z, 0-9, _ and -")
+    return job_id
+
+
+def _check_choice(value: str | None, choices: Sequence[str]) -> str | None:
+    if value is not None and value not in choices:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
+    return value
+
+
+def _check_format(formats: list[str] | None) -> list[str] | None:
+    if formats and len(formats) > 1:
+        raise typer.BadParameter("it takes one format")
+    for name in formats or ():
+        _check_choice(name, _FORMATS)
+    return formats
+
+
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", callback=_check_job_id, help="The job's id, or `current` for the running job.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")]
+Timeout = Annotated[
+    float, typer.Option(metavar="S", min=0.1, max=3600, help="Seconds to wait for a response (exit 3: none came).")
+]
+Consumer = Annotated[str | None, typer.Option(metavar="NAME", help="Ask only this consumer, where there are several.")]
+
+_TIMEOUT_S = 5.0
 
 
 @app.callback()
 def _root(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-@app.command()
-def serve(
-    *,
-    broker: Broker = None,
-    data_dir: DataDir = None,
-    audio_dir: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Where audio_path is looked up; may be repeated.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model of jobs that name none.")] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="This consumer's name and MQTT client id.")] = None,
-    topic_prefix: Prefix = None,
-    config: Config = None,
-    log_format: Annotated[str | None, typer.Option(metavar="text|json")] = None,
-    log_level: Annotated[str | None, typer.Option(metavar="L", help="debug, info, warning or error.")] = None,
-) -> int:
-    """Run the consumer: take jobs from the broker, transcribe them one at a time, publish their statuses."""
-    flags = {
-        "topic_prefix": topic_prefix,
-        "data_dir": data_dir,
-        "broker": {"url": broker},
-        "consumer": {"name": name},
-        "audio": {"directories": audio_dir},
-        "models": {"default": model},
-        "log": {"format": log_format, "level": log_level},
-    }
-    settings = _settings(flags, config, serving=True)
+# -- the consumer ------------------------------------------------------------------------------------------------------
 
-    from cesar_mqtt import logs
+
+@app.command()
+@takes_settings(
+    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "log_format", "log_level", serving=True
+)
+def serve(settings: "Settings") -> int:
+    """Run the consumer: accept jobs from the broker, transcribe them one at a time, publish their statuses."""
     from cesar_mqtt.monitoring.signals import handle_stop_signals
 
-    logs.configure(settings.log.format, settings.log.level)
     with handle_stop_signals() as stop:
         from cesar_mqtt.service import Service
 
@@ -126,7 +146,7 @@ def serve(
         try:
             code = service.run(stop)
         except CesarError as exc:
-            terminal.say(str(exc))
+            console.say(str(exc))
             code = exc.exit_code
     if code is not ExitCode.OK:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
@@ -135,7 +155,21 @@ def serve(
 
 
 @app.command()
+@takes_no_settings
+def demo() -> int:
+    """Run everything in one process without set-up: a broker, a consumer, a recording, its transcript."""
+    from cesar_mqtt.cli import demo
+
+    return demo.run()
+
+
+# -- producers and subscribers -----------------------------------------------------------------------------------------
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
 def submit(
+    settings: "Settings",
     audio: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="The recordings; - is stdin.")],
     *,
     by_path: Annotated[
@@ -146,99 +180,311 @@ def submit(
             "a relative one is looked up in its audio.directories.",
         ),
     ] = False,
-    job_id: Annotated[str | None, typer.Option(metavar="ID", help="The job's id; for one recording only.")] = None,
+    job_id: Annotated[
+        str | None, typer.Option(metavar="ID", callback=_check_job_id, help="The job's id; for one recording only.")
+    ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
-    language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; detected when left out.")] = None,
-    task: Annotated[str | None, typer.Option(metavar="|".join(_TASKS), autocompletion=lambda: _TASKS)] = None,
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; default: detected.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(_TASKS),
+            autocompletion=lambda: _TASKS,
+            callback=lambda value: _check_choice(value, _TASKS),
+        ),
+    ] = None,
     result_format: Annotated[
         list[str] | None,
         typer.Option(
             "--format",
             metavar="|".join(_FORMATS),
             autocompletion=lambda: _FORMATS,
-            help="Print such a file instead of the transcript; of several recordings, one file after the other.",
+            callback=_check_format,
+            help="Print the result in this format instead of the transcript; several recordings follow each other.",
         ),
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job ids and leave.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job ids and exit.")] = False,
     timeout: Annotated[float | None, typer.Option(metavar="S", min=0, help="Seconds to wait (exit 3).")] = None,
     as_json: Annotated[
         bool,
         typer.Option(
             "--json",
-            help="Print each job's status as a JSON object; with --format, the file is its field result: "
+            help="Print each job's status as a JSON object; with --format, the result is its field `result`: "
             "of --format json the object in it, else text.",
         ),
     ] = False,
-    broker: Broker = None,
-    topic_prefix: Prefix = None,
-    config: Config = None,
 ) -> int:
     """Send recordings to a consumer, wait, and print their transcripts.
 
-    Exit code 0: all completed; 1: at least one did not, or its file did not come; 3: the time ran out.
+    Exit code 0: all completed; 1: at least one did not, or its result did not arrive; 3: the time ran out.
     """
     from cesar_mqtt.cli.submit import SubmitOptions, submit_and_wait
-    from cesar_mqtt.protocol.topics import is_job_id
 
-    if job_id is not None and (len(audio) > 1 or not is_job_id(job_id)):
-        raise typer.BadParameter("it takes one recording and 1 to 64 of A-Z, a-z, 0-9, _ and -", param_hint="--job-id")
-    if result_format and (len(result_format) > 1 or result_format[0] not in _FORMATS):
-        raise typer.BadParameter(f"it takes one of {', '.join(_FORMATS)}", param_hint="--format")
-    if task is not None and task not in _TASKS:
-        raise typer.BadParameter(f"{task!r} is none of {', '.join(_TASKS)}", param_hint="--task")
-    flags = {"topic_prefix": topic_prefix, "broker": {"url": broker}}
-    settings = _settings(flags, config)
-    options = {"model_size": model, "language": language, "task": task}
-    order = SubmitOptions(
-        recordings=tuple(audio),
-        by_path=by_path,
-        job_id=job_id,
-        options={field: value for field, value in options.items() if value is not None},
-        result_format=result_format[0] if result_format else None,
-        wait=not no_wait,
-        timeout_s=timeout,
-        as_json=as_json,
+    if job_id is not None and len(audio) > 1:
+        raise typer.BadParameter("it takes one recording only", param_hint="--job-id")
+    fields = {"model_size": model, "language": language, "task": task}
+    return submit_and_wait(
+        SubmitOptions(
+            recordings=tuple(audio),
+            by_path=by_path,
+            job_id=job_id,
+            fields={name: value for name, value in fields.items() if value is not None},
+            result_format=result_format[0] if result_format else None,
+            wait=not no_wait,
+            timeout_s=timeout,
+            as_json=as_json,
+        ),
+        settings,
     )
-    return submit_and_wait(order, settings)
 
 
 @app.command()
-def demo(*, _broker: NoBroker = None, _topic_prefix: NoPrefix = None, _config: NoConfig = None) -> int:
-    """Show the whole way in one process, with no set-up: broker, consumer, a recording, its transcript."""
-    from cesar_mqtt.cli import demo as demonstration
+@takes_settings("broker", "topic_prefix")
+def watch(settings: "Settings", *, as_json: Json = False) -> int:
+    """Show jobs and consumers live until Ctrl-C; one line for each change where stdout is no terminal.
 
-    return demonstration.run()
+    With --json each line is an object with a topic and its payload, null if it was cleared.
+    """
+    from cesar_mqtt.cli.watch import watch
+
+    return watch(settings, as_json=as_json)
 
 
-commands.add_to(app)
+# -- commands to a consumer --------------------------------------------------------------------------------------------
 
-app.add_typer(subcommands.ledger, name="ledger")
-app.add_typer(subcommands.models, name="models")
-app.add_typer(subcommands.discovery, name="discovery")
 
-schema = typer.Typer(no_args_is_help=True, help="The contract for programs.", rich_markup_mode=None)
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def jobs(
+    settings: "Settings",
+    *,
+    status: Annotated[
+        str | None,
+        typer.Option(metavar="STATE", callback=lambda value: _check_choice(value, _STATES), help="|".join(_STATES)),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=0, help="The most jobs to print; 0: all.")] = 50,
+    as_json: JsonLines = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Print the newest jobs, the newest first."""
+    from cesar_mqtt.cli.jobs import print_jobs
+
+    return print_jobs(settings, status=status, limit=limit, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def show(
+    settings: "Settings",
+    job_id: JobId,
+    *,
+    as_json: Json = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Print the whole status of a job, its transcript last."""
+    from cesar_mqtt.cli.jobs import show
+
+    return show(settings, job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def cancel(
+    settings: "Settings",
+    job_id: JobId,
+    *,
+    as_json: Json = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Cancel a job: a queued one at once, the running one within seconds."""
+    from cesar_mqtt.cli.jobs import change
+
+    return change(settings, "cancel", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def retry(
+    settings: "Settings",
+    job_id: JobId,
+    *,
+    as_json: Json = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Queue a failed or cancelled job again."""
+    from cesar_mqtt.cli.jobs import change
+
+    return change(settings, "retry", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def delete(
+    settings: "Settings",
+    job_id: JobId,
+    *,
+    as_json: Json = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Delete a job that is not running, with its status, its results and its audio."""
+    from cesar_mqtt.cli.jobs import change
+
+    return change(settings, "delete", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def pause(
+    settings: "Settings", *, as_json: Json = False, consumer: Consumer = None, timeout: Timeout = _TIMEOUT_S
+) -> int:
+    """Start no further job, also after a restart; jobs are still accepted."""
+    from cesar_mqtt.cli.jobs import pause
+
+    return pause(settings, on=True, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def resume(
+    settings: "Settings", *, as_json: Json = False, consumer: Consumer = None, timeout: Timeout = _TIMEOUT_S
+) -> int:
+    """Start queued jobs again."""
+    from cesar_mqtt.cli.jobs import pause
+
+    return pause(settings, on=False, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def health(
+    settings: "Settings", *, as_json: Json = False, consumer: Consumer = None, timeout: Timeout = _TIMEOUT_S
+) -> int:
+    """Print the health of each consumer. Exit code 0: worker and connection work; 1: they do not; 3: no response."""
+    from cesar_mqtt.cli.jobs import health
+
+    return health(settings, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "data_dir", "topic_prefix")
+def doctor(settings: "Settings", *, as_json: JsonLines = False, timeout: Timeout = _TIMEOUT_S) -> int:
+    """Check broker, consumer, model and files, with advice for each problem (exit 1)."""
+    from cesar_mqtt.cli.doctor import examine
+
+    return examine(settings, as_json=as_json, timeout_s=timeout)
+
+
+# -- command groups ----------------------------------------------------------------------------------------------------
+
+app.add_typer(ledger, name="ledger")
+app.add_typer(models, name="models")
+app.add_typer(discovery, name="discovery")
 app.add_typer(schema, name="schema")
 
 
-@schema.command("asyncapi")
-def schema_asyncapi(*, broker: Broker = None, topic_prefix: Prefix = None, config: Config = None) -> int:
-    """Print every topic and message as an AsyncAPI 3.0 document, in JSON."""
-    from cesar_mqtt.cli import schema as schemacommands
+@ledger.command("check")
+@takes_settings("data_dir")
+def ledger_check(settings: "Settings") -> int:
+    """Print what the ledger holds and which parts are damaged (exit 74); change nothing."""
+    from cesar_mqtt.cli.ledger import check, path_of
 
-    return schemacommands.print_asyncapi(_settings({"topic_prefix": topic_prefix, "broker": {"url": broker}}, config))
+    return check(path_of(settings))
+
+
+@ledger.command("repair")
+@takes_settings("data_dir")
+def ledger_repair(
+    settings: "Settings", *, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
+) -> int:
+    """Print what can be recovered from a damaged ledger and what is lost, ask, and write a whole one."""
+    from cesar_mqtt.cli.ledger import path_of, repair
+
+    return repair(path_of(settings), yes=yes)
+
+
+@ledger.command("compact")
+@takes_settings("data_dir")
+def ledger_compact(settings: "Settings") -> int:
+    """Write everything into ledger.json alone."""
+    from cesar_mqtt.cli.ledger import compact, path_of
+
+    return compact(path_of(settings))
+
+
+@ledger.command("export")
+@takes_settings("data_dir")
+def ledger_export(settings: "Settings") -> int:
+    """Print every job as JSON, one a line."""
+    from cesar_mqtt.cli.ledger import export, path_of
+
+    return export(path_of(settings))
+
+
+@models.command("list")
+@takes_settings("data_dir")
+def models_list(settings: "Settings", *, as_json: Json = False) -> int:
+    """Print the models that can be used without a network, and those that can be downloaded."""
+    from cesar_mqtt.cli.models import list_models
+
+    return list_models(settings, as_json=as_json)
+
+
+@models.command("pull")
+@takes_settings("data_dir")
+def models_pull(
+    settings: "Settings",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as base; `models list` names them.")],
+) -> int:
+    """Download a model, so that it can be used without a network, and print its folder.
+
+    Exit code 2: there is no such model; 1: the download failed.
+    """
+    from cesar_mqtt.cli.models import pull
+
+    return pull(name, settings)
+
+
+@discovery.command("show")
+@takes_settings("name", "topic_prefix", "discovery_prefix")
+def discovery_show(settings: "Settings") -> int:
+    """Print the discovery messages of a consumer with these settings as JSON, without a broker."""
+    from cesar_mqtt.cli.discovery import show
+
+    return show(settings)
+
+
+@discovery.command("remove")
+@takes_settings("name", "broker", "topic_prefix", "discovery_prefix")
+def discovery_remove(settings: "Settings", *, as_json: Json = False) -> int:
+    """Remove a consumer's discovery messages from the broker, so that it disappears from Home Assistant."""
+    from cesar_mqtt.cli.discovery import remove
+
+    return remove(settings, as_json=as_json)
+
+
+@schema.command("asyncapi")
+@takes_settings("broker", "topic_prefix")
+def schema_asyncapi(settings: "Settings") -> int:
+    """Print every topic and message as an AsyncAPI 3.0 document, in JSON."""
+    from cesar_mqtt.cli.schema import print_asyncapi
+
+    return print_asyncapi(settings)
 
 
 @schema.command("json")
+@takes_no_settings
 def schema_json(
     *,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a file for each payload there instead.")
+        Path | None, typer.Option(metavar="DIR", help="Write a file for each payload into this folder instead.")
     ] = None,
-    _broker: NoBroker = None,
-    _topic_prefix: NoPrefix = None,
-    _config: NoConfig = None,
 ) -> int:
     """Print the JSON Schema of every payload, as one document."""
-    from cesar_mqtt.cli import schema as schemacommands
+    from cesar_mqtt.cli.schema import print_schemas, write_schemas
 
-    return schemacommands.print_schemas() if output is None else schemacommands.write_schemas(output)
+    return print_schemas() if output is None else write_schemas(output)

@@ -50,7 +50,7 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
 
 
-def open_closed() -> None:
+def open_closed_streams() -> None:
     """Put the null device in the place of standard streams that are closed (`2>&-`).
 
     Else the next file to be opened, the ledger perhaps, would get a number on which libraries write their messages.
@@ -63,7 +63,7 @@ def open_closed() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
-def settle() -> None:
+def flush() -> None:
     """Write out what is still buffered, so that the interpreter's own last flush cannot fail and change the exit code.
 
     Raises:

@@ -42,7 +42,7 @@ def quiet() -> None:
     logging.getLogger("cesar_mqtt").addHandler(logging.NullHandler())
 
 
-def jobs(
+def print_jobs(
     settings: Settings, *, status: str | None, limit: int, consumer: str | None, as_json: bool, timeout_s: float
 ) -> ExitCode:
     """Print the newest jobs, the newest first.

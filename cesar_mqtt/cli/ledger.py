@@ -10,10 +10,16 @@ from pathlib import Path
 from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.text import many
+from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, LedgerError
 from cesar_mqtt.ledger.base import lock
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.repair import RecoveredLedger, examine, repair, shown
+from cesar_mqtt.ledger.repair import RecoveredLedger, examine, shown
+from cesar_mqtt.ledger.repair import repair as write_repaired
+
+
+def path_of(settings: Settings) -> Path:
+    return settings.data_dir / "ledger.json"
 
 
 def check(path: Path) -> ExitCode:
@@ -24,7 +30,7 @@ def check(path: Path) -> ExitCode:
     return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
 
 
-def mend(path: Path, *, yes: bool) -> ExitCode:
+def repair(path: Path, *, yes: bool) -> ExitCode:
     """Print what would be kept and dropped, and do it when told to. Raises LedgerError."""
     with _alone(path):
         found = examine(path)
@@ -35,7 +41,7 @@ def mend(path: Path, *, yes: bool) -> ExitCode:
         if not yes and not _agreed():
             out("Nothing was changed.")
             return ExitCode.FAILED
-        for old in repair(path, found):
+        for old in write_repaired(path, found):
             out(f"The old file is now {old.name}.")
     out(f"Repaired: {many(len(found.jobs), 'job')} kept. Every status is published again at the next start.")
     return ExitCode.OK

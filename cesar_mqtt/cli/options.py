@@ -1,40 +1,159 @@
-"""The flags that many commands share, and the settings that come of them; for the main thread.
+"""The flags that commands share, and the settings that they make; for the main thread.
 
-Nothing heavy is imported here, for `--help` has to answer at once.
+Nothing heavy is imported here: `--help` answers at once.
 """
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cesar_mqtt.cli.console import say
+
 if TYPE_CHECKING:
     from cesar_mqtt.config import Settings
 
-Broker = Annotated[
-    str | None, typer.Option(metavar="URL", help="mqtt[s]://[user[:password]@]host[:port], ws[s]://... or embedded.")
-]
-DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the ledger and the spool lie.")]
-Prefix = Annotated[str | None, typer.Option(metavar="P", help="What all topics begin with (default: cesar).")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file (default: ./cesar.toml if there).")]
+Command = Callable[..., int]
 
-# Every command takes these three. Where one means nothing it is read, not shown in the help, and passed over.
-NoBroker = Annotated[str | None, typer.Option("--broker", metavar="URL", hidden=True)]
-NoPrefix = Annotated[str | None, typer.Option("--topic-prefix", metavar="P", hidden=True)]
-NoConfig = Annotated[Path | None, typer.Option("--config", metavar="FILE", hidden=True)]
+# Each flag that is a setting, by its parameter's name: the setting's dotted name and the flag's type.
+_FLAGS: Mapping[str, tuple[str, Any]] = {
+    "broker": (
+        "broker.url",
+        Annotated[
+            str | None,
+            typer.Option(metavar="URL", help="mqtt[s]://[user[:password]@]host[:port], ws[s]://... or embedded."),
+        ],
+    ),
+    "topic_prefix": (
+        "topic_prefix",
+        Annotated[str | None, typer.Option(metavar="P", help="The prefix of all topics (default: cesar).")],
+    ),
+    "data_dir": (
+        "data_dir",
+        Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of the ledger and the spool.")],
+    ),
+    "audio_dir": (
+        "audio.directories",
+        Annotated[
+            list[Path] | None, typer.Option(metavar="DIR", help="Where audio_path is looked up; may be repeated.")
+        ],
+    ),
+    "model": (
+        "models.default",
+        Annotated[str | None, typer.Option(metavar="NAME", help="The model of jobs that name none.")],
+    ),
+    "name": (
+        "consumer.name",
+        Annotated[
+            str | None,
+            typer.Option(metavar="NAME", help="The consumer's name and MQTT client id (default: cesar)."),
+        ],
+    ),
+    "discovery_prefix": (
+        "homeassistant.prefix",
+        Annotated[
+            str | None, typer.Option(metavar="P", help="The prefix of discovery topics (default: homeassistant).")
+        ],
+    ),
+    "log_format": ("log.format", Annotated[str | None, typer.Option(metavar="text|json")]),
+    "log_level": (
+        "log.level",
+        Annotated[str | None, typer.Option(metavar="L", help="debug, info, warning or error.")],
+    ),
+}
+_CONFIG = Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file (default: ./cesar.toml if it exists).")]
+
+# Every command accepts these, so that a script can pass them everywhere. Where one has no effect it is hidden.
+_EVERYWHERE: Mapping[str, Any] = {
+    "broker": Annotated[str | None, typer.Option("--broker", metavar="URL", hidden=True)],
+    "topic_prefix": Annotated[str | None, typer.Option("--topic-prefix", metavar="P", hidden=True)],
+    "config": Annotated[Path | None, typer.Option("--config", metavar="FILE", hidden=True)],
+}
 
 
-def load(flags: dict[str, Any], config: Path | None, *, serving: bool = False) -> "Settings":
-    """Read the settings as `config.load_settings` does; only `serve` has a broker inside when none is named.
+def takes_settings(*flags: str, serving: bool = False) -> Callable[[Command], Command]:
+    """Give a command flags that are settings, and pass it the settings as its first argument.
+
+    Args:
+        flags: names in `_FLAGS`; `--config` comes with them.
+        serving: for `serve`: see `load`.
+    """
+
+    def decorate(command: Command) -> Command:
+        def run(**arguments: Any) -> int:
+            values = {_FLAGS[name][0]: arguments.pop(name) for name in flags}
+            config = arguments.pop("config")
+            return command(load(values, config, serving=serving), **_without_hidden(arguments, flags))
+
+        shown = {name: _FLAGS[name][1] for name in flags} | {"config": _CONFIG}
+        return _with_parameters(run, command, list(inspect.signature(command).parameters.values())[1:], shown)
+
+    return decorate
+
+
+def takes_no_settings(command: Command) -> Command:
+    """Let a command that reads no settings accept, and ignore, the flags that every command accepts."""
+
+    def run(**arguments: Any) -> int:
+        return command(**_without_hidden(arguments, ()))
+
+    return _with_parameters(run, command, list(inspect.signature(command).parameters.values()), {})
+
+
+def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = False) -> "Settings":
+    """Read the settings as `config.load_settings` does, with the flags' values by dotted name.
+
+    Args:
+        values: None and empty lists count as not given.
+        config: the file of `--config`.
+        serving: the embedded broker is the default, and the log is set up; else the broker on this machine, and
+            warnings go to the terminal.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
     """
+    from cesar_mqtt import logs  # noqa: PLC0415 - see above
     from cesar_mqtt.config import EMBEDDED_BROKER, LOCAL_BROKER, load_settings  # noqa: PLC0415 - see above
 
-    return load_settings(
-        flags=flags,
+    warnings: list[str] = []
+    settings = load_settings(
+        flags=_tree(values),
         config_file=config,
         cwd=Path.cwd(),
         default_broker=EMBEDDED_BROKER if serving else LOCAL_BROKER,
+        on_warning=warnings.append,
     )
+    if serving:
+        logs.configure(settings.log.format, settings.log.level)
+    for warning in warnings:
+        if serving:
+            logs.get_logger(__name__).warning("%s", warning, action="setting_ignored")
+        else:
+            say(warning)
+    return settings
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, leaf = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+    return tree
+
+
+def _without_hidden(arguments: dict[str, Any], flags: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name in flags or name not in _EVERYWHERE}
+
+
+def _with_parameters(run: Command, command: Command, own: list[inspect.Parameter], shown: Mapping[str, Any]) -> Command:
+    """Make `run` look like `command` with the further flags, for typer reads signature and annotations."""
+    flags = {**shown, **{name: flag for name, flag in _EVERYWHERE.items() if name not in shown}}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    further = [inspect.Parameter(name, keyword, default=None, annotation=flags[name]) for name in flags]
+    parameters = [*own, *further]
+    run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run

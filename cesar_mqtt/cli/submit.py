@@ -17,7 +17,7 @@ from cesar_mqtt.cli.producer import Producer, Submission, submission
 from cesar_mqtt.cli.text import duration, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, ConnectionFailure
 from cesar_mqtt.protocol.topics import Topics
 
 _CONNECT_S = 10.0
@@ -34,7 +34,7 @@ class SubmitOptions:
         recordings: files, `-` being stdin, or with `by_path` paths as the consumer is to look them up.
         by_path: whether only the paths are sent.
         job_id: the id of the only recording; None: one is made for each.
-        options: further fields of the request.
+        fields: further fields of the request.
         result_format: which result to print instead of the transcript; None: the transcript.
         wait: whether to wait for the ends.
         timeout_s: counts from the start; None: as long as it takes.
@@ -44,7 +44,7 @@ class SubmitOptions:
     recordings: tuple[str, ...]
     by_path: bool
     job_id: str | None
-    options: Mapping[str, Any]
+    fields: Mapping[str, Any]
     result_format: str | None
     wait: bool
     timeout_s: float | None
@@ -60,7 +60,7 @@ def submit_and_wait(order: SubmitOptions, settings: Settings) -> ExitCode:
     quiet()
     deadline = None if order.timeout_s is None else time.monotonic() + order.timeout_s
     topics = Topics(settings.topic_prefix, settings.consumer.name)
-    options = {**order.options, "formats": [order.result_format]} if order.result_format else order.options
+    options = {**order.fields, "formats": [order.result_format]} if order.result_format else order.fields
     limit = min(settings.queue.max_payload_bytes, MAX_PACKET_BYTES)
     submissions = [
         submission(path, job_id=order.job_id, by_path=order.by_path, options=options, max_bytes=limit)
@@ -158,8 +158,8 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{status['status']}{done}" + (f", {duration(eta)} left" if done and eta is not None else "")
 
 
-def _say_lost(reason: str) -> None:
-    say(f"the connection was lost: {reason}; trying again")
+def _say_lost(failure: ConnectionFailure) -> None:
+    say(f"the connection was lost: {failure.problem}; trying again")
 
 
 def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:

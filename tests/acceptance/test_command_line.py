@@ -76,11 +76,18 @@ def test_the_demo_prints_the_transcript_and_nothing_else_on_stdout() -> None:
     assert len(ended.stdout.splitlines()) == 1
 
 
+def test_a_variable_that_kubernetes_injects_is_ignored_with_a_warning() -> None:
+    ended = command("schema", "asyncapi", environ={"CESAR_PORT": "tcp://10.0.0.1:1883"})
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("cesar-mqtt: Ignoring CESAR_PORT: there is no such setting")
+    assert json.loads(ended.stdout)["asyncapi"] == "3.0.0"
+
+
 @pytest.mark.parametrize(
     ("environ", "flags", "named"),
     [
         ({"CESAR_BROKER__KEEPALIVE": "soon"}, [], "CESAR_BROKER__KEEPALIVE"),
-        ({"CESAR_BROKR__URL": "mqtt://127.0.0.1"}, [], "CESAR_BROKR__URL"),
+        ({"CESAR_BROKER__URl": "mqtt://127.0.0.1"}, [], "CESAR_BROKER__URl"),
         ({}, ["--broker", "http://127.0.0.1"], "http"),
         ({}, ["--broker", "embedded://192.0.2.1"], "192.0.2.1"),
         ({}, ["--name", "with blanks"], "--name"),

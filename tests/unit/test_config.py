@@ -9,8 +9,8 @@ from typing import Any, Self
 import pytest
 from pydantic import ValidationError, field_validator, model_validator
 
-from cesar_mqtt.config import LOCAL_BROKER, BrokerSettings, Section, Settings, _in_one_sentence, load_settings
-from cesar_mqtt.config_sources import Said
+from cesar_mqtt.config import LOCAL_BROKER, BrokerSettings, Section, Settings, _first_error, load_settings
+from cesar_mqtt.config_sources import SettingValue
 from cesar_mqtt.errors import ConfigError
 
 Load = Callable[..., Settings]
@@ -199,29 +199,58 @@ def test_a_wrong_value_in_the_file_is_named_and_explained(load: Load, toml: str,
         ("[broker.tls]\nca = 'x'", "broker.tls in cesar.toml: there is no such setting"),
         (
             "broker = 'mqtt://u:secret@h'",
-            "broker in cesar.toml: this is a group of settings; set them one by one, such as broker.url",
+            "broker in cesar.toml: this is a section of settings; set one of them, such as broker.url",
         ),
     ],
 )
-def test_an_unknown_name_in_the_file_is_refused_with_a_suggestion(load: Load, toml: str, message: str) -> None:
+def test_an_unknown_name_in_the_file_stops_the_start_with_a_suggestion(load: Load, toml: str, message: str) -> None:
     assert refusal(load, toml=toml).startswith(message)
 
 
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("CESAR_BROKR__URL", "CESAR_BROKR__URL: there is no such setting; did you mean CESAR_BROKER__URL?"),
-        ("CESAR_BROKER_URL", "CESAR_BROKER_URL: there is no such setting; did you mean CESAR_BROKER__URL?"),
+        ("CESAR_BROKER__URl", "CESAR_BROKER__URl: there is no such setting; did you mean CESAR_BROKER__URL?"),
         ("CESAR_broker__url", "CESAR_broker__url: there is no such setting; did you mean CESAR_BROKER__URL?"),
-        ("CESAR_ZZZZZZ", "CESAR_ZZZZZZ: there is no such setting"),
-        (
-            "CESAR_BROKER",
-            "CESAR_BROKER: this is a group of settings; set them one by one, such as CESAR_BROKER__URL",
-        ),
+        ("CESAR_BROKER__", "CESAR_BROKER__: there is no such setting"),
+        ("CESAR_QUEUE__ZZZ__Y", "CESAR_QUEUE__ZZZ__Y: there is no such setting"),
     ],
 )
-def test_an_unknown_variable_is_refused_with_a_suggestion(load: Load, variable: str, message: str) -> None:
-    assert refusal(load, environ={variable: "mqtt://user:secret@host"}) == message
+def test_an_unknown_variable_of_a_section_stops_the_start_with_a_suggestion(
+    load: Load, variable: str, message: str
+) -> None:
+    assert refusal(load, environ={variable: "mqtt://user:secret@host"}).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("variable", "warning"),
+    [
+        (
+            "CESAR_PORT",
+            "Ignoring CESAR_PORT: there is no such setting; did you mean CESAR_METRICS__PORT?",
+        ),
+        ("CESAR_PORT_1883_TCP_ADDR", "Ignoring CESAR_PORT_1883_TCP_ADDR: there is no such setting"),
+        (
+            "CESAR_BROKR__URL",
+            "Ignoring CESAR_BROKR__URL: there is no such setting; did you mean CESAR_BROKER__URL?",
+        ),
+        (
+            "CESAR_BROKER_URL",
+            "Ignoring CESAR_BROKER_URL: there is no such setting; did you mean CESAR_BROKER__URL?",
+        ),
+        (
+            "CESAR_BROKER",
+            "Ignoring CESAR_BROKER: this is a section of settings; set one of them, such as CESAR_BROKER__URL",
+        ),
+        ("CESAR_", "Ignoring CESAR_: there is no such setting"),
+    ],
+)
+def test_any_other_unknown_variable_is_ignored_with_a_warning(load: Load, variable: str, warning: str) -> None:
+    """Kubernetes injects such variables for a service of this name."""
+    warnings: list[str] = []
+    environ = {variable: "mqtt://user:secret@host", "CESAR_TOPIC_PREFIX": "still-read"}
+    assert load(environ=environ, on_warning=warnings.append).topic_prefix == "still-read"
+    assert warnings == [warning]
 
 
 def test_a_wrong_value_in_a_variable_or_a_flag_is_named_as_it_was_written(load: Load) -> None:
@@ -348,11 +377,11 @@ def test_a_rule_between_settings_is_told_in_its_own_words() -> None:
                 raise ValueError("low must not be above high")
             return self
 
-    said = {"high": Said(3, "CESAR_HIGH", "3")}
+    said = {"high": SettingValue(3, "CESAR_HIGH", "3")}
     for values, message in [
         ({"high": 3}, "CESAR_HIGH: it must be even"),
         ({"low": 1}, "the settings: low must not be above high"),
     ]:
         with pytest.raises(ValidationError) as caught:
             Pair.model_validate(values)
-        assert str(_in_one_sentence(caught.value, said)) == message
+        assert str(_first_error(caught.value, said)) == message

@@ -29,7 +29,7 @@ class Left(io.StringIO):
 def test_what_the_person_cannot_be_told_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full())
     terminal.say("hello")
-    terminal.settle()
+    terminal.flush()
 
 
 def test_a_product_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_a_product_that_cannot_be_written_is_an_error(monkeypatch: pytest.Monkey
     with pytest.raises(terminal.OutputError, match="No space left"):
         terminal.out("hello")
     with pytest.raises(terminal.OutputError, match="No space left"):
-        terminal.settle()
+        terminal.flush()
 
 
 def test_a_reader_that_has_left_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

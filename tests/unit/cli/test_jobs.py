@@ -87,9 +87,9 @@ def test_the_newest_jobs_of_all_pages_come_first(
     settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answering(pages([job(n) for n in range(8)]))
-    shell.jobs(settings, status=None, limit=4, consumer=None, as_json=True, timeout_s=1)
+    shell.print_jobs(settings, status=None, limit=4, consumer=None, as_json=True, timeout_s=1)
     assert listed(capsys) == ["job-7", "job-6", "job-5", "job-4"]
-    shell.jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
+    shell.print_jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
     assert len(listed(capsys)) == 8
 
 
@@ -105,7 +105,7 @@ def test_a_job_that_is_deleted_between_two_pages_does_not_end_the_list(
         return pages(jobs)(command, fields, consumer)
 
     answering(ask)
-    shell.jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
+    shell.print_jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
     assert len(listed(capsys)) == 8
 
 
@@ -117,7 +117,7 @@ def test_the_jobs_of_several_consumers_are_merged(
         lambda command, fields, consumer: pages(ledgers[str(consumer)])(command, fields, consumer),
         online=tuple(ledgers),
     )
-    shell.jobs(settings, status=None, limit=3, consumer=None, as_json=True, timeout_s=1)
+    shell.print_jobs(settings, status=None, limit=3, consumer=None, as_json=True, timeout_s=1)
     assert listed(capsys) == ["job-3", "job-2", "job-1"]
 
 
@@ -126,7 +126,7 @@ def test_without_a_terminal_jobs_are_aligned_lines(
 ) -> None:
     failed = job(2, status="error", error_code="audio_empty", audio_source="a\x1b[2J.wav", audio_duration=None)
     answering(pages([job(1, job_id="a-longer-id"), failed, job(3, status="queued", queue_position=1)]))
-    shell.jobs(settings, status=None, limit=2, consumer=None, as_json=False, timeout_s=1)
+    shell.print_jobs(settings, status=None, limit=2, consumer=None, as_json=False, timeout_s=1)
     told = capsys.readouterr()
     lines = told.out.splitlines()
     assert [line.split()[0] for line in lines] == ["JOB", "job-3", "job-2"]

@@ -70,7 +70,7 @@ def damage(file: Path, text: bytes) -> None:
 def test_a_whole_ledger_is_said_to_be_whole_and_left_alone(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = path.read_bytes(), journal(path).read_bytes()
     assert ledgercommands.check(path) is ExitCode.OK
-    assert ledgercommands.mend(path, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(path, yes=True) is ExitCode.OK
     assert (path.read_bytes(), journal(path).read_bytes()) == before
     said = capsys.readouterr().out
     assert "5 jobs (1 completed, 1 error, 1 processing, 2 queued)" in said
@@ -96,7 +96,7 @@ def test_a_damaged_line_of_the_journal_costs_what_it_held_and_no_more(
     assert ledgercommands.check(path) is ExitCode.LEDGER_FAILED
     assert "is damaged" in capsys.readouterr().out
 
-    assert ledgercommands.mend(path, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(path, yes=True) is ExitCode.OK
 
     with Ledger(path) as ledger:
         after = {name: job.state for name in ALL if (job := ledger.get(name)) is not None}
@@ -110,7 +110,7 @@ def test_a_damaged_line_of_the_journal_costs_what_it_held_and_no_more(
 
 def test_a_job_whose_beginning_is_lost_is_named_and_dropped(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(journal(path), b'"job_id":"d"')
-    assert ledgercommands.mend(path, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(path, yes=True) is ExitCode.OK
     said = capsys.readouterr().out
     assert "Line 2 of ledger.json.journal is damaged" in said
     with Ledger(path) as ledger:
@@ -168,7 +168,7 @@ def test_windows_deleted_jobs_and_a_pause_are_no_damage_and_no_jobs(
 
 def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:
     damage(rich, f'"{window_id(2, 1)}": '.encode())
-    assert ledgercommands.mend(rich, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
         assert windows(ledger)[:2] == [2, 1]
         assert len(ledger._db.journal.rows("windows")) == 3
@@ -188,7 +188,7 @@ def test_windows_whose_job_is_lost_are_never_those_of_a_new_job(rich: Path) -> N
     damage_all(rich, raw[at : raw.index(b"\n", at)])
     damage(rich, b'"last_seq"')
     journal(rich).unlink()
-    assert ledgercommands.mend(rich, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
         assert windows(ledger) == [2, 0, 0, 0, 0, 0, 0, 0]
         ledger.append([new("x"), new("y")])
@@ -204,7 +204,7 @@ def damage_all(file: Path, text: bytes) -> None:
 def test_a_deleted_job_whose_id_is_lost_does_not_keep_the_ledger_from_being_opened(rich: Path) -> None:
     """What the journal changes of it was there, what the checkpoint says of it was not."""
     damage(rich, b'{"job_id":"c","formats"')
-    assert ledgercommands.mend(rich, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
         assert ledger.gone(9) == []
         assert ledger.get("c") is not None
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_read_a_document_a_line(path: Path) -> None:
     assert found.lost
     kept = {row["job_id"] for row in found.jobs.values()}
     assert {"a", "c", "d", "e"} <= kept
-    assert ledgercommands.mend(path, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(path, yes=True) is ExitCode.OK
     with Ledger(path) as ledger:
         assert (job := ledger.get("a")) is not None
         assert job.result_text == "spoken"
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_another_program_wrote_loses_nothing(path: Path) -> No
         stock.table("jobs").update({"metadata": {"edited": True}}, doc_ids=[1])
     with pytest.raises(LedgerError, match="changed by another program"):
         Ledger(path)
-    assert ledgercommands.mend(path, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(path, yes=True) is ExitCode.OK
     with Ledger(path) as ledger:
         assert (job := ledger.get("a")) is not None
         assert job.metadata == {"edited": True}
@@ -249,7 +249,7 @@ def test_every_cut_of_either_file_can_be_repaired_and_opened(path: Path, file: C
         target.write_bytes(whole[target][:cut])
         found = examine(path)
         if found.damaged:
-            ledgercommands.mend(path, yes=True)
+            ledgercommands.repair(path, yes=True)
         with Ledger(path) as ledger:
             assert all(ledger.get(row["job_id"]) is not None for row in found.jobs.values())
 
@@ -262,7 +262,7 @@ def test_a_ledger_that_was_edited_into_nonsense_can_be_repaired(path: Path, caps
         table = stock.table("jobs")
         table.update({"job_id": "a"}, doc_ids=[4])
         table.update(delete("completed_at"), doc_ids=[2])
-    assert ledgercommands.mend(path, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(path, yes=True) is ExitCode.OK
     said = capsys.readouterr().out
     assert "Job number 4 (a)" in said
     assert "Job number 2 (b)" in said
@@ -274,7 +274,7 @@ def test_a_ledger_that_was_edited_into_nonsense_can_be_repaired(path: Path, caps
 def test_the_damaged_files_stay_beside_the_repaired_one(path: Path) -> None:
     damage(journal(path), b'"job_id":"d"')
     raw = journal(path).read_bytes()
-    ledgercommands.mend(path, yes=True)
+    ledgercommands.repair(path, yes=True)
     kept = [entry for entry in path.parent.iterdir() if ".damaged-" in entry.name]
     assert len(kept) == 2
     assert raw in [entry.read_bytes() for entry in kept]
@@ -286,7 +286,7 @@ def test_without_yes_and_without_a_terminal_nothing_is_changed(
     damage(journal(path), b'"job_id":"d"')
     before = journal(path).read_bytes()
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    assert ledgercommands.mend(path, yes=False) is ExitCode.FAILED
+    assert ledgercommands.repair(path, yes=False) is ExitCode.FAILED
     assert journal(path).read_bytes() == before
     assert "--yes" in capsys.readouterr().out
 
@@ -307,7 +307,7 @@ def _in_another_process(script: str) -> None:
 def test_a_newer_format_is_refused_and_not_repaired(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"format":1', b'"format":9'))
     with pytest.raises(LedgerError, match="format 9"):
-        ledgercommands.mend(path, yes=True)
+        ledgercommands.repair(path, yes=True)
 
 
 def test_a_folder_without_a_ledger_is_named(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_whatever_is_damaged_a_repaired_ledger_opens_and_its_windows_make_sense(
             name.write_bytes(raw)
         target.write_bytes(whole[target][:at] + bytes([whole[target][at] ^ 0x02]) + whole[target][at + 1 :])
         if examine(rich).damaged:
-            ledgercommands.mend(rich, yes=True)
+            ledgercommands.repair(rich, yes=True)
         with Ledger(rich) as ledger:
             for seq in range(1, 5):
                 assert [part.number for part in ledger.windows(seq)] == list(range(len(ledger.windows(seq))))
@@ -361,7 +361,7 @@ def test_a_document_that_no_longer_says_anything_is_named_and_dropped(
     for old, made in ((b'"completed"', b'"campleted"'), (b'"[[0.0', b'"[x0.0'), (b'"jobs": {', b'"jobs": {"x": {}, ')):
         raw = raw.replace(old, made, 1)
     rich.write_bytes(raw.replace(b'"counters": {', b'"mine": {"1": {}},\n"counters": {'))
-    assert ledgercommands.mend(rich, yes=True) is ExitCode.OK
+    assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     said = capsys.readouterr().out
     assert "Job number 1 (a)" in said
     assert "Job number x (id unknown)" in said
