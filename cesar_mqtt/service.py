@@ -14,7 +14,7 @@ from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.command_handlers import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
-from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
+from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
@@ -85,7 +85,7 @@ class Service:
         self._broker: EmbeddedBroker | None = None
         try:
             self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
-            self._spool.sweep(self._ledger.spooled())
+            self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
                 broker_settings = broker_settings.model_copy(update={"url": self._broker.url, "protocol": "3.1.1"})
@@ -181,7 +181,7 @@ class Service:
         )
 
     def _open_recording(self, path: Path, job: Job) -> "Recording":
-        return self._transcriber.open(path, options_of(job), from_s=self._ledger.finished_until(job.seq))
+        return self._transcriber.open(path, options_of(job), from_s=self._ledger.resume_position_s(job.seq))
 
     def _observe(self, metrics: "Metrics") -> None:
         """Have everything counted and timed that the metrics are about, and open their port."""

@@ -56,7 +56,7 @@ class Maintenance:
         if self._monotonic() < self._not_before:
             return
         try:
-            self._ledger.maintain()
+            self._ledger.checkpoint_if_due()
             for job in self._ledger.expire():
                 self._on_expired(job)
             self._delete_old_jobs(should_stop)
@@ -75,7 +75,9 @@ class Maintenance:
         with suppress(Cancelled):
             while deleted == _BATCH:
                 pause(_GAP_S, should_stop)
-                deleted, spooled = self._ledger.retire(before=before, keep=self._retention.max_finished, limit=_BATCH)
+                deleted, spooled = self._ledger.delete_finished(
+                    before=before, keep=self._retention.max_finished, limit=_BATCH
+                )
                 self._spool.remove(spooled)
                 if deleted:
                     log.debug("Deleted %d finished jobs", deleted, action="retired")

@@ -167,7 +167,7 @@ class Prefetcher(StoppableThread):
             raise Cancelled
         ahead = entry.recording
         # A retry of a queued job drops its finished windows: a recording opened behind them would skip audio.
-        if ahead is not None and ahead.is_current and ahead.from_s == self._ledger.finished_until(entry.job.seq):
+        if ahead is not None and ahead.is_current and ahead.from_s == self._ledger.resume_position_s(entry.job.seq):
             return ahead
         entry.close()
         if entry.kind == "url":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.progress import ProgressMeter, WindowCheckpoints
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, wants_audio
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, may_need_audio
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
@@ -299,7 +299,7 @@ class Worker(StoppableThread):
         if outcome.result is not None:
             self._ledger.complete(job.seq, outcome.result)
         elif outcome.cancelled:
-            self._ledger.cancelled(job.seq)
+            self._ledger.finish_cancelling(job.seq)
         elif outcome.code in _TRANSIENT and job.retries < self._retries:
             self._defer(job, outcome)
         else:
@@ -318,7 +318,11 @@ class Worker(StoppableThread):
         if ended is None or not ended.state.final:
             return
         self._events.finished(ended)
-        if ended.audio is not None and ended.audio.kind == "spool" and not wants_audio(ended.state, ended.error_code):
+        if (
+            ended.audio is not None
+            and ended.audio.kind == "spool"
+            and not may_need_audio(ended.state, ended.error_code)
+        ):
             self._spool.remove([ended.audio.name])
         took_s = (ended.completed_at or 0.0) - (ended.started_at or 0.0)
         if ended.state is JobState.COMPLETED:

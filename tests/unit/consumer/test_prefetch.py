@@ -62,7 +62,7 @@ class FakeQueue:
     def processing(self) -> tuple[int, ...]:
         return self.running
 
-    def finished_until(self, _seq: int) -> float:
+    def resume_position_s(self, _seq: int) -> float:
         return 0.0
 
     def observe(self, observer: Callable[[], None]) -> None:
@@ -308,7 +308,7 @@ def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_
         ledger.requeue(job.seq)
         prefetcher = stage.prefetcher_of(
             ledger,
-            lambda path, job: FakeRecording(path, job, stage.changes, ledger.finished_until(job.seq)),
+            lambda path, job: FakeRecording(path, job, stage.changes, ledger.resume_position_s(job.seq)),
             ahead=2,
         )
         prefetcher.run_once()
