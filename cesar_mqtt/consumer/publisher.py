@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
+from cesar_mqtt.consumer.events import JobObserver
 from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages, TransientMessage, TransientMessages
 from cesar_mqtt.consumer.own_topics import ActivityTracker, OwnTopics
 from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
@@ -86,7 +87,7 @@ class Connection(Protocol):
         """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
 
 
-class Publisher(StoppableThread):
+class Publisher(StoppableThread, JobObserver):
     """Publishes what the ledger's outbox holds, and the consumer's own topics.
 
     For each job it publishes the newest status that the broker has not acknowledged; states that a job passed through
