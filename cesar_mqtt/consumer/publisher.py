@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
+from cesar_mqtt.consumer.events import JobObserver
 from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages, TransientMessage, TransientMessages
 from cesar_mqtt.consumer.own_topics import ActivityTracker, OwnTopics
 from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
@@ -21,7 +22,8 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
-from cesar_mqtt.protocol.payloads import JobProgress, Payload, Rejection
+from cesar_mqtt.protocol.fields import Payload
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.threads import StoppableThread
 from cesar_mqtt.transcript import Segment
@@ -85,7 +87,7 @@ class Connection(Protocol):
         """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
 
 
-class Publisher(StoppableThread):
+class Publisher(StoppableThread, JobObserver):
     """Publishes what the ledger's outbox holds, and the consumer's own topics.
 
     For each job it publishes the newest status that the broker has not acknowledged; states that a job passed through
