@@ -146,7 +146,7 @@ class Bench:
         self.connection.limit_bytes = limit_bytes
         self.publisher.on_connected(session_present=session_present, max_packet_bytes=limit_bytes)
         if session_present and self.left:
-            self.publisher.found_retained(self.left)
+            self.publisher.on_queue_message_received(self.left)
         self.left = b""
         return self.turn()
 
@@ -237,8 +237,8 @@ def live(progress: float) -> JobProgress:
 
 def test_nothing_is_published_while_there_is_no_connection(bench: Bench) -> None:
     bench.add("a")
-    bench.publisher.online()
-    bench.publisher.reject(rejection())
+    bench.publisher.publish_state("online")
+    bench.publisher.on_rejected(rejection())
     assert bench.publisher.run_once() is None
     assert bench.connection.threads == set()
 
@@ -356,7 +356,7 @@ def test_after_a_failed_publish_no_other_is_tried_before_the_next_connection(ben
     bench.quiet()
     bench.connection.up = False
     bench.add("a", "b")
-    bench.publisher.reject(rejection())
+    bench.publisher.on_rejected(rejection())
     bench.turn()
     attempts = bench.connection.attempts
     bench.add("c")
@@ -378,8 +378,8 @@ def test_after_a_reconnect_only_unacknowledged_statuses_are_published_again(benc
 
 def test_after_the_broker_lost_the_session_everything_is_published_again(bench: Bench) -> None:
     bench.add("a", "b")
-    bench.publisher.online()
-    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.publish_state("online")
+    bench.publisher.on_finished(bench.complete(bench.claim()))
     bench.quiet()
     bench.disconnect()
     published = bench.connect(session_present=False)
@@ -438,7 +438,7 @@ def test_a_refused_status_is_published_again_at_the_next_connection(bench: Bench
     """An access list may change; until the next connection the status is not tried again."""
     bench.quiet()
     bench.add("a")
-    bench.publisher.reject(rejection())
+    bench.publisher.on_rejected(rejection())
     for message in bench.turn():
         bench.publisher.on_published(message.ticket, refused=message.topic == topic)
     assert bench.settle() == []
@@ -453,9 +453,9 @@ def test_a_message_that_no_broker_accepts_is_skipped_and_the_others_are_publishe
 ) -> None:
     bench.connection.refused = {"cesar/status/a", REJECTED, LAST}
     bench.add("a", "b")
-    bench.publisher.reject(rejection())
-    bench.publisher.finished(bench.complete(bench.claim()))
-    bench.publisher.online()
+    bench.publisher.on_rejected(rejection())
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.publish_state("online")
     bench.quiet()
     assert ("b", "queued") in statuses(bench.connection.sent)
     assert {STATE, QUEUE} <= {message.topic for message in bench.connection.sent}
@@ -487,7 +487,7 @@ def test_progress_is_published_at_most_once_a_second_and_then_the_newest(bench: 
     bench.now += 1
     published = []
     for step in range(32):
-        bench.publisher.progress(job, live(step / 100))
+        bench.publisher.on_progress(job, live(step / 100))
         published += [(bench.now, fields["progress"]) for fields in on("cesar/status/a", bench.settle())]
         bench.now += 0.125
     assert [progress for _, progress in published] == [0.0, 0.08, 0.16, 0.24]
@@ -498,14 +498,14 @@ def test_delayed_progress_gives_the_time_until_it_is_due(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.settle()
     bench.now += 1.5
     bench.settle()
-    bench.publisher.progress(job, live(0.2))
+    bench.publisher.on_progress(job, live(0.2))
     bench.settle()
     bench.now += 0.25
-    bench.publisher.progress(job, live(0.3))
+    bench.publisher.on_progress(job, live(0.3))
     assert bench.publisher.run_once() == pytest.approx(0.75)
 
 
@@ -515,7 +515,7 @@ def test_the_first_progress_is_published_a_second_after_the_start(bench: Bench) 
     job = bench.claim()
     assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [None, 0.0]
     bench.now += 0.5
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     assert on("cesar/status/a", bench.settle()) == []
     bench.now += 0.5
     assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [0.1]
@@ -527,7 +527,7 @@ def test_progress_has_all_fields_of_the_running_job(bench: Bench) -> None:
     job = bench.claim()
     bench.settle()
     bench.now += 1
-    bench.publisher.progress(job, live(0.42))
+    bench.publisher.on_progress(job, live(0.42))
     [fields] = on("cesar/status/a", bench.turn())
     assert fields == status_of(job, "kitchen", live(0.42))
     assert (fields["progress"], fields["speed"], fields["eta"]) == (0.42, 6.5, 5.4)
@@ -538,11 +538,11 @@ def test_progress_is_never_published_after_the_end_of_the_job(bench: Bench) -> N
     bench.add("a")
     job = bench.claim()
     bench.settle()
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.settle()
-    bench.publisher.progress(job, live(0.9))
+    bench.publisher.on_progress(job, live(0.9))
     bench.complete(job)
-    bench.publisher.progress(job, live(0.95))
+    bench.publisher.on_progress(job, live(0.95))
     published = bench.settle()
     bench.now += 5
     published += bench.settle()
@@ -555,9 +555,9 @@ def test_progress_of_an_earlier_attempt_is_not_published_for_the_next_one(bench:
     bench.add("a")
     job = bench.claim()
     bench.settle()
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.settle()
-    bench.publisher.progress(job, live(0.9))
+    bench.publisher.on_progress(job, live(0.9))
     bench.ledger.requeue(job.seq)
     bench.claim()
     published = bench.settle()
@@ -575,7 +575,7 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
     job = bench.claim()
     queued, processing = (message for message in bench.turn() if message.topic == "cesar/status/a")
     bench.now += 1
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.acknowledge(queued)
     [progress] = [message for message in bench.connection.sent if message.fields.get("progress") == 0.1]
     bench.acknowledge(progress)
@@ -592,7 +592,7 @@ def test_progress_waits_without_spinning_while_nothing_more_may_be_in_flight(ben
     published = bench.turn()
     bench.now += 10
     bench.turn()
-    bench.publisher.progress(job, live(0.5))
+    bench.publisher.on_progress(job, live(0.5))
     assert bench.publisher.run_once() is None  # an acknowledgement will wake it
     for _ in range(3):
         published = bench.acknowledge(*published)
@@ -603,7 +603,7 @@ def test_progress_waits_without_spinning_while_nothing_more_may_be_in_flight(ben
 
 
 def test_the_state_is_published_at_every_connect(bench: Bench) -> None:
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     for session_present in (False, True, True):
         published = bench.connect(session_present=session_present)
         [message] = [message for message in published if message.topic == STATE]
@@ -614,25 +614,25 @@ def test_the_state_is_published_at_every_connect(bench: Bench) -> None:
 
 
 def test_the_other_own_topics_are_published_again_only_when_changed(bench: Bench) -> None:
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     bench.add("a")
-    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.on_finished(bench.complete(bench.claim()))
     bench.quiet()
     bench.disconnect()
     assert [message.topic for message in bench.connect()] == [STATE]
 
 
 def test_offline_is_the_last_state(bench: Bench) -> None:
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     bench.quiet()
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert [(message.topic, message.fields) for message in bench.settle()] == [(STATE, {"state": "offline"})]
 
 
 def test_the_last_finished_job_is_retained_and_only_the_newest(bench: Bench) -> None:
     bench.add("a", "b")
-    bench.publisher.finished(bench.complete(bench.claim()))
-    bench.publisher.finished(bench.complete(bench.claim(), "Bye."))
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.on_finished(bench.complete(bench.claim(), "Bye."))
     [fields] = on(LAST, bench.connect())
     assert (fields["job_id"], fields["text"]) == ("b", "Bye.")
 
@@ -669,7 +669,7 @@ def test_when_nothing_happens_nothing_is_due(bench: Bench) -> None:
 def test_an_unchanged_queue_is_not_published_again(bench: Bench) -> None:
     bench.quiet()
     for on_or_off in (True, False):
-        bench.publisher.degraded("intake", on=on_or_off)
+        bench.publisher.on_degraded("intake", on=on_or_off)
     assert bench.settle() == []
 
 
@@ -681,31 +681,31 @@ def test_the_activity_is_what_the_worker_does_unless_the_disk_refuses_or_a_stop_
 
     bench.quiet()
     assert activity() == "starting"
-    bench.publisher.activity("loading")
+    bench.publisher.on_activity_changed("loading")
     assert activity() == "loading"
-    bench.publisher.activity("idle")
-    bench.publisher.degraded("intake", on=True)
-    bench.publisher.degraded("worker", on=True)
+    bench.publisher.on_activity_changed("idle")
+    bench.publisher.on_degraded("intake", on=True)
+    bench.publisher.on_degraded("worker", on=True)
     assert activity() == "degraded"
-    bench.publisher.degraded("intake", on=False)
+    bench.publisher.on_degraded("intake", on=False)
     assert activity() == "degraded"
-    bench.publisher.degraded("worker", on=False)
+    bench.publisher.on_degraded("worker", on=False)
     assert activity() == "idle"
-    bench.publisher.draining()
-    bench.publisher.degraded("worker", on=True)
+    bench.publisher.set_draining()
+    bench.publisher.on_degraded("worker", on=True)
     assert activity() == "draining"
 
 
 def test_a_disk_that_recovers_before_the_next_queue_message_is_not_reported(bench: Bench) -> None:
-    bench.publisher.activity("idle")
-    bench.publisher.degraded("intake", on=True)
-    bench.publisher.degraded("intake", on=False)
+    bench.publisher.on_activity_changed("idle")
+    bench.publisher.on_degraded("intake", on=True)
+    bench.publisher.on_degraded("intake", on=False)
     assert on(QUEUE, bench.connect())[-1]["activity"] == "idle"
 
 
 def test_the_queue_counts_rejections(bench: Bench) -> None:
-    bench.publisher.reject(rejection())
-    bench.publisher.reject(rejection())
+    bench.publisher.on_rejected(rejection())
+    bench.publisher.on_rejected(rejection())
     assert on(QUEUE, bench.connect())[-1]["rejected_total"] == 2
 
 
@@ -715,7 +715,7 @@ def test_the_queue_counts_rejections(bench: Bench) -> None:
 def test_rejections_are_published_in_order_and_not_retained(bench: Bench) -> None:
     bench.quiet()
     for number in range(3):
-        bench.publisher.reject(rejection(f"{number}"))
+        bench.publisher.on_rejected(rejection(f"{number}"))
     published = bench.turn()
     assert [fields["detail"] for fields in on(REJECTED, published)] == ["0", "1", "2"]
     assert not any(message.retain for message in published if message.topic == REJECTED)
@@ -723,13 +723,13 @@ def test_rejections_are_published_in_order_and_not_retained(bench: Bench) -> Non
 
 def test_rejections_wait_for_a_connection_and_those_in_flight_for_the_next_one(bench: Bench) -> None:
     for number in range(3):
-        bench.publisher.reject(rejection(f"{number}"))
+        bench.publisher.on_rejected(rejection(f"{number}"))
     first, second, third = (message for message in bench.connect() if message.topic == REJECTED)
     bench.acknowledge(second)
     bench.connection.up = False
-    bench.publisher.reject(rejection("3"))
+    bench.publisher.on_rejected(rejection("3"))
     bench.disconnect()
-    bench.publisher.reject(rejection("4"))
+    bench.publisher.on_rejected(rejection("4"))
     again = bench.connect()
     assert [fields["detail"] for fields in on(REJECTED, again)] == ["0", "2", "3", "4"]
     assert (first.fields["detail"], third.fields["detail"]) == ("0", "2")
@@ -742,11 +742,11 @@ def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("cesar_mqtt.consumer.job_messages.MAX_TRANSIENT_MESSAGES", 5)
     with opened(tmp_path) as bench:
         for number in range(8):
-            bench.publisher.reject(rejection(f"{number}"))
+            bench.publisher.on_rejected(rejection(f"{number}"))
         bench.turn()
         assert len(bench.publisher._transient_messages) == 5
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["3", "4", "5", "6", "7"]
-        bench.publisher.reject(rejection("8"))
+        bench.publisher.on_rejected(rejection("8"))
         bench.turn()
         bench.disconnect()
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["4", "5", "6", "7", "8"]
@@ -761,7 +761,7 @@ def test_waiting_responses_are_bounded_in_bytes(
 
     def answer(size_bytes: int, *numbers: int) -> None:
         for number in numbers:
-            bench.publisher.answer(asked, bytes([number]) * size_bytes, correlation_data=bytes(100))
+            bench.publisher.publish_response(asked, bytes([number]) * size_bytes, correlation_data=bytes(100))
 
     def answers(messages: list[Message]) -> list[int]:
         return [message.payload[0] for message in messages if message.topic == asked]
@@ -796,16 +796,16 @@ def connect_in_the_background(bench: Bench) -> None:
 
 def test_a_drain_returns_when_everything_is_acknowledged_even_the_newest_event(bench: Bench) -> None:
     acknowledging_at_once(bench)
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     bench.publisher.start()
     connect_in_the_background(bench)
     for number in range(3):
         bench.add(f"job-{number}")
         job = bench.claim()
-        bench.publisher.progress(job, live(0.5))
-        bench.publisher.finished(bench.complete(job, f"text {number}"))
-        bench.publisher.reject(rejection(f"{number}"))
-        bench.publisher.draining()
+        bench.publisher.on_progress(job, live(0.5))
+        bench.publisher.on_finished(bench.complete(job, f"text {number}"))
+        bench.publisher.on_rejected(rejection(f"{number}"))
+        bench.publisher.set_draining()
         assert bench.publisher.drain(DEADLINE_S)
         sent = list(bench.connection.sent)
         assert statuses(sent)[-1] == (f"job-{number}", "completed")
@@ -814,7 +814,7 @@ def test_a_drain_returns_when_everything_is_acknowledged_even_the_newest_event(b
         queue = on(QUEUE, sent)[-1]
         assert (queue["activity"], queue["completed_total"]) == ("draining", number + 1)
         assert not bench.ledger.has_unpublished
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert bench.publisher.drain(DEADLINE_S)
     assert bench.connection.sent[-1].fields == {"state": "offline"}
 
@@ -834,10 +834,10 @@ def test_a_drain_waits_for_the_last_acknowledgement(bench: Bench, topic: str) ->
     bench.connection.on_sent = on_sent
     bench.publisher.start()
     connect_in_the_background(bench)
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     bench.add("a")
-    bench.publisher.finished(bench.complete(bench.claim()))
-    bench.publisher.reject(rejection())
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.on_rejected(rejection())
     assert was_sent.wait(DEADLINE_S)
     bench.now += 100  # nothing else has to wait
     assert not bench.publisher.drain(0.05)
@@ -858,7 +858,7 @@ def test_a_drain_does_not_take_a_failed_publish_for_an_acknowledgement(bench: Be
     connect_in_the_background(bench)
     assert bench.publisher.drain(DEADLINE_S)
     bench.connection.up = False  # and the publisher has not noticed
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert not bench.publisher.drain(0.05)
 
 
@@ -871,7 +871,7 @@ def test_an_event_that_arrives_after_the_last_look_is_not_drained(bench: Bench) 
         def __bool__(self) -> bool:
             found = len(self) > 0
             if not found and bench.publisher._drains_requested == 0:
-                bench.publisher.offline()
+                bench.publisher.publish_state("offline")
                 bench.publisher._drains_requested += 1
             return found
 
@@ -889,7 +889,7 @@ def test_a_drain_that_ran_out_of_time_does_not_satisfy_a_later_one(bench: Bench)
     connect_in_the_background(bench)
     assert bench.publisher.drain(DEADLINE_S)
     bench.connection.on_sent = lambda _message: None
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert not bench.publisher.drain(0.05)
 
 
@@ -901,7 +901,7 @@ def test_many_drains_do_not_cause_many_queue_messages(bench: Bench) -> None:
     meanwhile: list[Message] = []
     for message in waiting[:20]:
         assert not bench.publisher.drain(0)
-        bench.publisher.activity("processing")
+        bench.publisher.on_activity_changed("processing")
         bench.now += 0.04  # enough to change `oldest_age`
         meanwhile += bench.acknowledge(message)
     assert on(QUEUE, meanwhile) == []
@@ -913,8 +913,8 @@ def test_only_the_publishers_own_thread_publishes(bench: Bench) -> None:
     bench.publisher.start()
     connect_in_the_background(bench)
     bench.add("a")
-    bench.publisher.reject(rejection())
-    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.on_rejected(rejection())
+    bench.publisher.on_finished(bench.complete(bench.claim()))
     assert bench.publisher.drain(DEADLINE_S)
     assert bench.connection.threads == {"publisher"}
 
@@ -967,7 +967,7 @@ class AgreementMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), QuickDisk())
-        self.bench.publisher.online()
+        self.bench.publisher.publish_state("online")
         self.retained: dict[str, bytes] = {}
         self.session = False
         self.on_the_way: list[Message] = []
@@ -1004,7 +1004,7 @@ class AgreementMachine(RuleBasedStateMachine):
                 self.bench.ledger.requeue(seq)
         last = self.bench.ledger.last_finished()
         if last is not None:
-            self.bench.publisher.finished(last)
+            self.bench.publisher.on_finished(last)
         self._take_turn()
 
     @rule(progress=st.floats(0, 0.999))
@@ -1012,7 +1012,7 @@ class AgreementMachine(RuleBasedStateMachine):
         for number in range(self.number):
             job = self.bench.job(f"job-{number}")
             if job.state is JobState.PROCESSING:
-                self.bench.publisher.progress(job, live(progress))
+                self.bench.publisher.on_progress(job, live(progress))
         self._take_turn()
 
     @rule(number=st.integers(0, 30))
@@ -1123,7 +1123,7 @@ def test_if_the_broker_retains_the_newest_message_nothing_is_published_again(ben
     bench.connect()
     bench.settle()
     assert queue
-    bench.publisher.found_retained(queue[-1])
+    bench.publisher.on_queue_message_received(queue[-1])
     assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
 
 
@@ -1135,7 +1135,7 @@ def test_if_the_broker_restored_older_messages_everything_is_published_again(ben
     bench.connect(session_present=True)
     bench.settle()
 
-    bench.publisher.found_retained(b'{"activity":"idle","queued":17}')
+    bench.publisher.on_queue_message_received(b'{"activity":"idle","queued":17}')
 
     published = {message.topic for message in bench.turn()}
     assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= published
@@ -1156,9 +1156,9 @@ def test_the_last_message_of_an_earlier_process_is_no_loss(bench: Bench, tmp_pat
     found = left_by(again)
     if said_first:  # its own queue is on its way before the intake has looked at the old one
         again.connect()
-        again.publisher.found_retained(found)
+        again.publisher.on_queue_message_received(found)
     else:
-        again.publisher.found_retained(found)
+        again.publisher.on_queue_message_received(found)
         again.connect()
     assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its place in the queue"
     again.publisher.stop()
@@ -1176,7 +1176,7 @@ def test_if_the_broker_restored_older_messages_while_the_consumer_was_away_every
     bench.quiet()
     again = restarted(bench, tmp_path)
     published = again.connect()
-    again.publisher.found_retained(left_by(again, **found))
+    again.publisher.on_queue_message_received(left_by(again, **found))
     published += again.settle()
     assert ("a", "completed") in statuses(published)
     again.publisher.stop()
@@ -1191,7 +1191,7 @@ def test_if_the_broker_restored_older_messages_deleted_jobs_are_cleared_again_wi
     old = left_by(bench, deleted_total=0)
     bench.disconnect()
     published = bench.connect()
-    bench.publisher.found_retained(old)
+    bench.publisher.on_queue_message_received(old)
     published += bench.settle()
     assert [message.topic for message in published if message.payload == b""] == [
         "cesar/result/a/srt",
@@ -1210,13 +1210,13 @@ def test_if_the_broker_retained_nothing_everything_is_published_although_it_know
     again = restarted(bench, tmp_path)
     again.left = b""
     assert statuses(again.connect()) == [("b", "queued")]
-    again.publisher.found_retained(None)
+    again.publisher.on_queue_message_received(None)
     assert ("a", "completed") in statuses(again.settle())
     for session_present in (True, False):
         again.disconnect()
         again.connect(session_present=session_present)
         again.settle()
-        again.publisher.found_retained(None)
+        again.publisher.on_queue_message_received(None)
         assert again.settle() == [], "its own messages come back all the time"
     again.publisher.stop()
     again.ledger.close()
@@ -1232,9 +1232,9 @@ def test_if_the_broker_loses_retained_messages_but_no_session_everything_is_publ
     published = bench.connect()
     assert on(QUEUE, published)
     assert statuses(published + bench.acknowledge(*published)) == [("b", "queued")]
-    bench.publisher.found_retained(None)
+    bench.publisher.on_queue_message_received(None)
     assert ("a", "completed") in statuses(bench.settle())
-    bench.publisher.found_retained(None)
+    bench.publisher.on_queue_message_received(None)
     assert bench.settle() == []
 
 
@@ -1263,7 +1263,7 @@ def test_the_retained_message_may_be_checked_late(bench: Bench) -> None:
     bench.add("b")
     assert on(QUEUE, bench.connect())
     bench.settle()
-    bench.publisher.found_retained(shown)
+    bench.publisher.on_queue_message_received(shown)
     assert bench.settle() == []
 
 
@@ -1285,7 +1285,7 @@ def test_a_connection_lost_before_the_check_republishes_everything_if_the_broker
     bench.settle()
     bench.disconnect()
     published = bench.connect()
-    bench.publisher.found_retained(bench.publisher._own_topics.retained("queue")[-1])
+    bench.publisher.on_queue_message_received(bench.publisher._own_topics.retained("queue")[-1])
     assert (("a", "queued") in statuses(published + bench.settle())) is shows
     bench.disconnect()
     assert statuses(bench.connect()) == []
@@ -1375,9 +1375,9 @@ def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status
 def test_segments_are_published_while_connected_and_dropped_while_offline(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
-    bench.publisher.segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SPOKEN[0])
     bench.quiet()
-    bench.publisher.segment(job, SPOKEN[1])
+    bench.publisher.on_segment(job, SPOKEN[1])
     (published,) = bench.turn()
     assert (published.topic, published.retain, published.fields["id"]) == ("cesar/segments/a", False, 2)
     bench.disconnect()
@@ -1388,14 +1388,14 @@ def test_segments_are_published_before_the_final_status(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
     bench.quiet()
-    bench.publisher.segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SPOKEN[0])
     bench.complete(job)
     topics = [message.topic for message in bench.turn()]
     assert topics.index("cesar/segments/a") < topics.index("cesar/status/a")
 
 
 def test_a_response_waits_for_a_connection_and_has_its_correlation_data(bench: Bench) -> None:
-    bench.publisher.answer("reply/here", b"{}", correlation_data=b"42")
+    bench.publisher.publish_response("reply/here", b"{}", correlation_data=b"42")
     (published,) = [message for message in bench.connect() if message.topic == "reply/here"]
     assert (published.payload, published.retain, published.correlation_data) == (b"{}", False, b"42")
     bench.disconnect()
@@ -1406,13 +1406,13 @@ def test_a_response_waits_for_a_connection_and_has_its_correlation_data(bench: B
 
 
 def test_a_paused_consumer_reports_it_when_it_is_idle(bench: Bench) -> None:
-    bench.publisher.activity("idle")
+    bench.publisher.on_activity_changed("idle")
     bench.ledger.pause(on=True)
     (queue,) = on("cesar/consumer/kitchen/queue", bench.connect())
     assert (queue["activity"], queue["paused"]) == ("paused", True)
     bench.settle()
     bench.now += 10
-    bench.publisher.activity("loading")
+    bench.publisher.on_activity_changed("loading")
     (queue,) = on("cesar/consumer/kitchen/queue", bench.turn())
     assert (queue["activity"], queue["paused"]) == ("loading", True)
 
@@ -1591,7 +1591,7 @@ def test_the_text_of_a_deleted_job_is_cleared_from_every_topic(bench: Bench) -> 
     bench.quiet()
     for job_id in ("a", "b"):
         bench.add(job_id)
-        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+        bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
         bench.settle()
     bench.ledger.delete("a")
     assert on("cesar/consumer/kitchen/last", bench.settle()) == []
@@ -1620,11 +1620,11 @@ def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_onc
         bench.disconnect()
         bench.ledger.delete("a")
         bench.add("a")
-        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+        bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
     with opened(tmp_path) as bench:
         last = bench.ledger.last_finished()
         assert last is not None
-        bench.publisher.finished(last)
+        bench.publisher.on_finished(last)
         published = bench.connect()
         assert events(published) == [("a", "deleted"), ("a", "completed")]
         published += bench.acknowledge(*published) + bench.settle()
@@ -1634,7 +1634,7 @@ def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_onc
         ]
         bench.disconnect()
         bench.connect()
-        bench.publisher.found_retained(b"{}")
+        bench.publisher.on_queue_message_received(b"{}")
         published = bench.settle()
         assert events(published) == []
         assert [message.topic for message in published if not message.payload] == [
