@@ -162,7 +162,7 @@ def _draw(feed: Feed, stop: StopSignals, console: Console) -> None:
     screen = Screen(feed.prefix, feed.address)
     drawn_at, changed = 0.0, True
     with Live(screen.view(None), console=console, screen=True, auto_refresh=False) as live:
-        while not stop.requested.is_set():
+        while not stop.is_requested():
             now = time.monotonic()
             if now - drawn_at >= (_LOOK_S if changed else _CLOCK_S):
                 drawn_at, changed = now, False
@@ -174,7 +174,7 @@ def _draw(feed: Feed, stop: StopSignals, console: Console) -> None:
 
 def _follow(feed: Feed, stop: StopSignals, lines: Lines | JsonLines) -> None:
     trouble: str | None = None
-    while not stop.requested.is_set():
+    while not stop.is_requested():
         now = feed.trouble
         if (now is None) != (trouble is None):
             lines.trouble(now)

@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cesar_mqtt.consumer.discovery import BORN, PAUSE_SWITCH
+from cesar_mqtt.consumer.discovery import BIRTH_PAYLOAD, PAUSE_SWITCH
 from cesar_mqtt.jobs import NewJob
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.mqtt.messages import Delivery
@@ -77,7 +77,7 @@ class MessageParser:
         if delivery.topic == self._topics.own(PAUSE_SWITCH):
             return _switched(delivery)
         if not self._topics.is_submission(delivery.topic):  # a birth topic, or what an earlier setting subscribed to
-            return IncomingMessage(delivery, born=delivery.payload == BORN and not delivery.retain)
+            return IncomingMessage(delivery, born=delivery.payload == BIRTH_PAYLOAD and not delivery.retain)
         return (
             self._submitted(delivery) if delivery.payload else IncomingMessage(delivery)
         )  # empty: what clears a retained one
@@ -158,7 +158,7 @@ class MessageParser:
             expires_at=_expires_at(delivery, request),
             packet_id=packet_id,
             redelivered=delivery.dup,
-            anonymous=request.job_id is None,
+            has_generated_id=request.job_id is None,
             retained=delivery.retain,
         )
 

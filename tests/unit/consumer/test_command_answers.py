@@ -202,4 +202,4 @@ def test_segments_that_are_cut_are_not_dropped_and_that_is_logged_once_for_a_job
     assert 200 < len(told[1]["text"]) < 350, "a quote is two bytes in JSON"
     (record,) = [record for record in caplog.records if record.__dict__.get("action") == "segment_cut"]
     assert (record.levelname, record.__dict__["job_id"]) == ("WARNING", "a")
-    assert "is given up" not in caplog.text.replace("consumer/kitchen", "")
+    assert "is skipped" not in caplog.text.replace("consumer/kitchen", "")
