@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from cesar_mqtt import __version__
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Event
+from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
 
 Mode = Literal["device", "component"]
@@ -194,7 +194,7 @@ def _events(topics: Topics) -> Entities:
         "name": "Job",
         "icon": "mdi:microphone-message",
         "state_topic": topics.events,
-        "event_types": list(get_args(Event.model_fields["event_type"].annotation)),
+        "event_types": list(EVENT_TYPES),
         # All consumers under one prefix publish events on one topic; Home Assistant ignores an empty value.
         "value_template": f"{{% if value_json.consumer == '{topics.consumer}' %}}{{{{ value }}}}{{% endif %}}",
     }

@@ -24,9 +24,11 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
+from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.parsing import Refusal
-from cesar_mqtt.protocol.payloads import Rejection, excerpt, shortened, timestamp
+from cesar_mqtt.protocol.payloads import Rejection
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.protocol.truncate import excerpt, shorten
 
 log = get_logger(__name__)
 
@@ -191,7 +193,7 @@ class Intake:
             return
         if self._topics.is_own(topic):
             message = "No answer on %s: a response topic must not be among the consumer's own"
-            log.warning(message, shortened(topic), action="not_answered")
+            log.warning(message, shorten(topic), action="not_answered")
             return
         self._responder.answer(topic, payload, correlation_data=delivery.correlation_data)
 
@@ -262,7 +264,7 @@ class Intake:
             audio_id = self._topics.audio_job_id(plan.delivery.topic)
             if audio_id is not None and not plan.delivery.payload:
                 message = "An empty file is ignored: no job is made of it"
-                log.info(message, action="empty_ignored", job_id=shortened(audio_id))
+                log.info(message, action="empty_ignored", job_id=shorten(audio_id))
             if plan.found is not None:
                 self._responder.found_retained(plan.found if plan.delivery.retain else None)
             elif refusal is not None:
@@ -274,7 +276,7 @@ class Intake:
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
         message = "Refused on %s: %s: %s"
-        details = (shortened(delivery.topic), refusal.reason, refusal.detail)
+        details = (shorten(delivery.topic), refusal.reason, refusal.detail)
         log.warning(message, *details, action="rejected", job_id=refusal.job_id)
         rejection = _rejection(delivery, refusal)
         self._events.rejected(rejection)
@@ -285,7 +287,7 @@ def _rejection(delivery: Delivery, refusal: Refusal) -> Rejection:
     return Rejection(
         reason=refusal.reason,
         detail=refusal.detail,
-        topic=shortened(delivery.topic),
+        topic=shorten(delivery.topic),
         job_id=refusal.job_id,
         payload_excerpt=excerpt(delivery.payload),
         received_at=timestamp(delivery.received_at),

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pydantic_core import to_json
+
 from cesar_mqtt.jobs import DeletedJob, Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol import formats
-from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_payload, segment_of, status_payload
+from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_of, segment_of, status_of
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment
+from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment, truncate_status
 from cesar_mqtt.transcript import Segment
 
 log = get_logger(__name__)
@@ -84,11 +86,11 @@ class JobMessages:
         if job.formats and job.state is JobState.COMPLETED:
             messages, truncated = self._results(job)
         if is_new:
-            messages.append(JobMessage(self._topics.events, event_payload(job, self._topics.consumer), retain=False))
+            event = event_of(job, self._topics.consumer)
+            messages.append(JobMessage(self._topics.events, to_json(event), retain=False))
         topic = self._topics.status(job.job_id)
-        limit = self._payload_limit(topic)
-        payload = status_payload(job, self._topics.consumer, progress, result_truncated=truncated, limit_bytes=limit)
-        messages.append(JobMessage(topic, payload))
+        status = status_of(job, self._topics.consumer, progress, result_truncated=truncated)
+        messages.append(JobMessage(topic, truncate_status(status, self._payload_limit(topic))))
         return messages
 
     def _results(self, job: Job) -> tuple[list[JobMessage], bool]:
@@ -106,7 +108,7 @@ class JobMessages:
         """Yield the event of a deletion, if it is new, and the empty retained messages that clear the job's topics."""
         if deleted.event_pending:
             event = deletion_of(deleted.job_id, self._topics.consumer, self._clock())
-            yield JobMessage(self._topics.events, event.encode(), retain=False)
+            yield JobMessage(self._topics.events, to_json(event), retain=False)
         yield from (JobMessage(self._topics.result(deleted.job_id, name), b"") for name in deleted.formats)
         if deleted.owns_status:
             yield JobMessage(self._topics.status(deleted.job_id), b"")
@@ -114,7 +116,7 @@ class JobMessages:
     def segment(self, job: Job, segment: Segment) -> TransientMessage:
         """Return the message of one segment, for the worker's thread."""
         topic, message = self._topics.segments(job.job_id), segment_of(job.job_id, segment)
-        payload, limit = message.encode(), self._payload_limit(topic)
+        payload, limit = truncate_segment(message), self._payload_limit(topic)
         if limit is not None and len(payload) > limit:
             payload = truncate_segment(message, limit)
             if self._truncated_job != job.seq:

@@ -22,7 +22,8 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
-from cesar_mqtt.protocol.payloads import JobProgress, Payload, Rejection
+from cesar_mqtt.protocol.fields import Payload
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.threads import StoppableThread
 from cesar_mqtt.transcript import Segment

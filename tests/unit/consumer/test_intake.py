@@ -501,7 +501,11 @@ def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_a
 ) -> None:
     bench.take(delivery)
     status = status_of(bench.job("a"), "kitchen")
-    assert (status.error_code, status.metadata, status.audio_source) == ("invalid_request", {"room": "porch"}, source)
+    assert (status["error_code"], status["metadata"], status["audio_source"]) == (
+        "invalid_request",
+        {"room": "porch"},
+        source,
+    )
     assert bench.spooled() == []
     assert not bench.ledger.needed_spool_files()
 
@@ -551,7 +555,7 @@ def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, ca
     with caplog.at_level(logging.INFO):
         bench.take(message(WAV, topic + "x" * 60_000, response_topic="cesar/audio/" + "y" * 60_000))
         bench.take(message(b"", topic + "x" * 60_000))
-    assert bench.publisher.rejections[0].topic == topic + "x" * (200 - len(topic)) + "…"
+    assert bench.publisher.rejections[0].topic == topic + "x" * (199 - len(topic)) + "…"
     assert all(len(record.getMessage()) < 500 for record in caplog.records)
     assert all(len(getattr(record, "job_id", None) or "") < 500 for record in caplog.records)
 
