@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.cli.console import new_table, out, print_table, say
+from cesar_mqtt.cli.text import size
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, JobFailedError
 from cesar_mqtt.whisper import hub
@@ -88,26 +89,19 @@ def _print_table(entries: list[ModelEntry]) -> None:
     if not entries:
         out("No model is on this machine.")
         return
-    rows = [("NAME", "FROM", "SIZE", "LANGUAGES", "")] + [
-        (
+    table = new_table()
+    for head in ("NAME", "FROM", "SIZE", "LANGUAGES", ""):
+        table.add_column(head, justify="right" if head == "SIZE" else "left")
+    for entry in entries:
+        notes = ("default" if entry.default else None, entry.problem)
+        table.add_row(
             entry.name,
             str(entry.origin),
-            f"{(entry.size_bytes or 0) / 1e6:.0f} MB",
+            size(entry.size_bytes or 0),
             _LANGUAGES[entry.multilingual],
-            "; ".join(note for note in ("default" if entry.default else None, entry.problem) if note),
+            "; ".join(note for note in notes if note),
         )
-        for entry in entries
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for name, origin, size, languages, note in rows:
-        cells = (
-            name.ljust(widths[0]),
-            origin.ljust(widths[1]),
-            size.rjust(widths[2]),
-            languages.ljust(widths[3]),
-            note,
-        )
-        out("  ".join(cells).rstrip())
+    print_table(table)
 
 
 class _View(Protocol):

@@ -7,7 +7,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from cesar_mqtt.cli.text import duration, fitting, local_clock, printable
+from cesar_mqtt.cli.console import columns_that_fit
+from cesar_mqtt.cli.text import duration, local_clock, printable
 from cesar_mqtt.cli.watch_model import Board, ConsumerRow, JobRow
 
 _ID_LEAST = 12
@@ -109,7 +110,7 @@ def _consumer_table(rows: list[ConsumerRow], width: int, *, missing: int) -> Tab
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     widths = {name: max(len(name), _CONSUMER_CELLS.get(name, 0)) for name in _CONSUMER_COLUMNS}
     widths["CONSUMER"] = max(widths["CONSUMER"], *(len(row.name) for row in rows))
-    names = fitting(widths, width, gap=2, dropped_first=reversed(_CONSUMER_COLUMNS[1:]))
+    names = columns_that_fit(widths, width, gap=2, dropped_first=reversed(_CONSUMER_COLUMNS[1:]))
     for name in names:
         right = name not in ("CONSUMER", "ACTIVITY")
         title = f"{name} ({missing} more)" if missing and name == "CONSUMER" else name
@@ -131,9 +132,9 @@ def _consumer_table(rows: list[ConsumerRow], width: int, *, missing: int) -> Tab
 
 def _job_table(rows: list[JobRow], width: int, *, ascii_only: bool) -> Table:
     widths = {"JOB": max(_ID_LEAST, *(len(row.job_id) for row in rows), 0), **_JOB_CELLS}
-    names = fitting(widths, width, gap=1, dropped_first=("SPEED", "LENGTH", "ETA/END"))
+    names = columns_that_fit(widths, width, gap=1, dropped_first=("SPEED", "LENGTH", "ETA/END"))
     least = {name: _TEXT_LEAST if name == _TEXT else widths[name] for name in names}
-    names = fitting(least, width, gap=1, dropped_first=(_TEXT, "STATUS"))
+    names = columns_that_fit(least, width, gap=1, dropped_first=(_TEXT, "STATUS"))
     room = width - sum(widths[name] + 1 for name in names if name != _TEXT)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0), width=width)
     for name in names:
