@@ -1,6 +1,6 @@
-"""The commands `discovery show` and `discovery remove`: what Home Assistant is told of a consumer, and taking it back.
+"""The commands `discovery show` and `discovery remove`: a consumer's discovery messages for Home Assistant.
 
-For the main thread; they talk to the broker, not to the consumer.
+For the main thread; they use the broker, not the consumer.
 """
 
 import json
@@ -21,11 +21,11 @@ from cesar_mqtt.protocol.topics import Topics
 _TIMEOUT_S = 10.0
 _LOOK_S = 0.05
 _QUIET_S = 1.0
-"""What is retained comes right behind the subscription; after so long a silence all of it has come."""
+"""Retained messages follow the subscription at once: after this long without one, all have arrived."""
 
 
 def show(settings: Settings) -> ExitCode:
-    """Print what is announced with these settings: a JSON object with a message for each topic."""
+    """Print the discovery messages of these settings: a JSON object with a message for each topic."""
     wanted = settings.homeassistant
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     messages = homeassistant.discovery_messages(topics, mode=wanted.discovery, prefix=wanted.prefix)
@@ -34,12 +34,12 @@ def show(settings: Settings) -> ExitCode:
 
 
 def remove(settings: Settings, *, as_json: bool) -> ExitCode:
-    """Remove every discovery message of the consumer from the broker, of either mode, and say which there were.
+    """Clear every discovery message of the consumer, of either mode, and print their topics.
 
     Raises:
-        CesarError: no broker answered, or it did not take the removal.
+        CesarError: no broker answered, or it refused to clear one.
     """
-    logs.configure(settings.log.format, "error")  # what is shown here is said in sentences
+    logs.configure(settings.log.format, "error")  # the command prints sentences of its own
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     with _Retained(settings, topics) as broker:
         found = broker.find()
@@ -62,7 +62,7 @@ def remove(settings: Settings, *, as_json: bool) -> ExitCode:
 
 
 class _Retained:
-    """A connection that sees what the broker retains as a consumer's discovery messages, and can clear it."""
+    """A connection that reads and clears a consumer's retained discovery messages."""
 
     def __init__(self, settings: Settings, topics: Topics) -> None:
         filters = homeassistant.discovery_filters(topics.consumer, prefix=settings.homeassistant.prefix)
@@ -79,7 +79,7 @@ class _Retained:
         self._client.close()
 
     def find(self) -> Mapping[str, bytes]:
-        """Return what is retained, by topic."""
+        """Return the retained payloads by topic."""
         found: dict[str, bytes] = {}
         while deliveries := self._client.receive(_QUIET_S):
             found.update({delivery.topic: delivery.payload for delivery in deliveries if delivery.payload})
@@ -87,17 +87,17 @@ class _Retained:
         return found
 
     def clear(self, topics: list[str]) -> None:
-        """Let the broker forget what it retains on these topics. Raises CesarError."""
+        """Clear the retained messages of these topics. Raises CesarError."""
         tickets = {topic: self._client.publish(topic, b"", qos=1, retain=True) for topic in topics}
         missing = dict(tickets)
         deadline = time.monotonic() + _TIMEOUT_S
         while missing:
-            # What comes in meanwhile, our own messages among it, is taken: no acknowledgement is read before that.
+            # Incoming messages, our own among them, are received first: an acknowledgement comes behind them.
             self._client.acknowledge(self._client.receive(_LOOK_S))
             missing = {topic: ticket for topic, ticket in missing.items() if ticket not in self._published}
             if missing and time.monotonic() >= deadline:
-                raise NoAnswerError(f"The broker did not confirm that {next(iter(missing))} is removed: try it again.")
+                raise NoAnswerError(f"The broker did not acknowledge the removal of {next(iter(missing))}: try again.")
         for topic, ticket in tickets.items():
             reason = None if ticket is None else self._published[ticket]
             if reason is not None:
-                raise CesarError(f"The broker does not let {topic} be removed: {reason}.")
+                raise CesarError(f"The broker refuses to remove {topic}: {reason}.")
