@@ -103,7 +103,7 @@ class Service:
                     if settings.homeassistant.enabled
                 ),
             ),
-            unwanted=group.unwanted_filters(
+            unwanted_filters=group.unwanted_filters(
                 self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
             ),
         )
@@ -173,7 +173,7 @@ class Service:
         self._metrics.serve(readings)
 
     def _on_connected(self, info: ConnectionInfo) -> None:
-        self._refused = group.not_granted(info.refused_filters, self._topics, self._settings.consumer.group)
+        self._refused = group.check_granted(info.refused_filters, self._topics, self._settings.consumer.group)
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
     def _announce(self) -> None:
@@ -189,7 +189,7 @@ class Service:
         self._reports.finished(job)
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
-        self._refused = group.explained(error, self._settings.consumer.group)
+        self._refused = group.explain_refusal(error, self._settings.consumer.group)
 
     def run(self, stop: StopSignals) -> ExitCode:
         """Serve until a signal asks for a stop, then stop in order.
@@ -375,7 +375,7 @@ def _start_broker(settings: Settings, address: BrokerUrl, topics: Topics) -> "Em
         )
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
 
-    broker = EmbeddedBroker(address.host, address.port, keeper=topics.consumer, kept=topics.is_submission)
+    broker = EmbeddedBroker(address.host, address.port, subscriber=topics.consumer, is_forwarded=topics.is_submission)
     broker.start()
     port = "" if broker.port == _DEFAULT_PORT else f" -p {broker.port}"
     log.info(

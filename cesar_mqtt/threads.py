@@ -41,8 +41,11 @@ class StoppableThread:
         self._wake()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the thread to end, at most `timeout_s`; True: it has ended, or was never started."""
-        if self._thread.is_alive():
+        """Wait for the thread to end, at most `timeout_s`; True: it has ended, or was never started.
+
+        The thread itself may call it, and is not waited for.
+        """
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from cesar_mqtt import __file__ as package_file
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import ControlClient, NoAnswerError, UnreachableError
+from cesar_mqtt.cli.session import ControlClient, NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.base import lock
 from cesar_mqtt.protocol.topics import Topics
@@ -101,16 +101,8 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
 
 
 def _told(error: CesarError) -> tuple[str, str]:
-    """Return what happened and what to do, which stand in one sentence or two."""
-    if isinstance(error, UnreachableError):
-        return error.what, error.what_to_do
-    if isinstance(error, ConfigError):
-        unreadable = "cannot be read" in str(error)
-        return str(error), "Let this user read it, or name another one." if unreadable else "Correct that setting."
-    what, sign, to_do = str(error).rpartition("; " if isinstance(error, BrokerRefusedError) else ". ")
-    if not sign:
-        return str(error), "Correct that setting."
-    return what, to_do[:1].upper() + to_do[1:].removesuffix(": see `cesar-mqtt doctor`.")
+    """Return the problem and the advice."""
+    return error.problem, error.advice or "Correct that setting."
 
 
 def _reading(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
@@ -142,7 +134,7 @@ def _consumer(requester: ControlClient) -> Finding:
     try:
         health = requester.ask("health")
     except BrokerRefusedError as exc:  # as a producer's user, which needs no more than to see that somebody is there
-        told = f"{', '.join(requester.online)} is online, but {exc}"
+        told = f"{', '.join(requester.online)} is online, but {exc.problem}"
         return Finding("consumer", Severity.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
     except NoAnswerError as exc:
         return Finding("consumer", Severity.WRONG, *_told(exc))

@@ -18,7 +18,14 @@ from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
-from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, Delivery, PublishTicket, Subscription
+from cesar_mqtt.mqtt.messages import (
+    MAX_PACKET_BYTES,
+    CannotPublishError,
+    ConnectionFailure,
+    Delivery,
+    PublishTicket,
+    Subscription,
+)
 from cesar_mqtt.protocol.topics import Topics
 
 _FINAL = frozenset({"completed", "error", "cancelled"})
@@ -101,7 +108,7 @@ class Producer:
         submissions: Sequence[Submission],
         *,
         result_format: str | None = None,
-        on_lost: Callable[[str], None] | None = None,
+        on_lost: Callable[[ConnectionFailure], None] | None = None,
     ) -> None:
         """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong.
 
@@ -143,7 +150,10 @@ class Producer:
     @property
     def trouble(self) -> str | None:
         """Why there is no connection just now; None: there is one."""
-        return None if self._client.connected else self._client.trouble or "it was lost"
+        if self._client.connected:
+            return None
+        failure = self._client.failure
+        return failure.problem if failure else "the connection was lost"
 
     @property
     def consumer_online(self) -> bool:

@@ -13,7 +13,7 @@ from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.mqtt.client import MqttClient
-from cesar_mqtt.mqtt.messages import ConnectionInfo, Delivery, PublishTicket, Subscription
+from cesar_mqtt.mqtt.messages import ConnectionFailure, ConnectionInfo, Delivery, PublishTicket, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _LOOK_S = 0.1
@@ -24,17 +24,15 @@ _SECOND_TRY_S = 2.0
 
 
 class UnreachableError(CesarError):
-    """There is no broker, or none that this client can talk to.
+    """There is no broker at the address, or no connection to it can be made.
 
     Attributes:
-        what: what happened, as a sentence.
-        what_to_do: another one.
+        cause: why the attempt failed.
     """
 
-    def __init__(self, what: str, what_to_do: str) -> None:
-        super().__init__(f"{what} {what_to_do}")
-        self.what = what
-        self.what_to_do = what_to_do
+    def __init__(self, problem: str, advice: str, *, cause: ConnectionFailure) -> None:
+        super().__init__(problem, advice)
+        self.cause = cause
 
 
 class NoAnswerError(CesarError):
@@ -45,16 +43,6 @@ class NoAnswerError(CesarError):
 
 class RequestRefusedError(CesarError):
     """A consumer answered that it did not do what was asked for; the message is its own sentence."""
-
-
-_SILENT = ("timed out", "the broker did not answer")
-"""How the trouble begins of a broker that says neither yes nor no."""
-_ADVICE = (
-    ("mismatch", "Put a name that stands in its certificate into broker.url."),
-    ("CERTIFICATE_VERIFY_FAILED", "Set broker.ca_file to the authority that signed its certificate."),
-    ("WRONG_VERSION_NUMBER", "That port does not speak TLS: name its TLS port, or write mqtt:// without the s."),
-    ("CERTIFICATE_REQUIRED", "Set broker.cert_file and broker.key_file."),
-)
 
 
 def ephemeral_client(
@@ -92,23 +80,25 @@ def reach(client: MqttClient, where: str, timeout_s: float, *, patience_s: float
     try:
         client.start()
         connection = client.wait_connected(min(timeout_s, patience_s))
-        if connection is None and client.trouble is None:
+        if connection is None and client.failure is None:
             connection = client.wait_connected(timeout_s - patience_s)
     finally:
         if connection is None:
             client.close()
     if connection is None:
-        raise _unreached(where, client.trouble, timeout_s)
+        raise _unreached(where, client.failure, timeout_s)
     return connection
 
 
-def _unreached(where: str, trouble: str | None, timeout_s: float) -> CesarError:
-    if trouble is None or trouble.startswith(_SILENT):
-        return NoAnswerError(f"Nobody at {where} answered within {timeout_s:g} s. Is it a broker, and is it reachable?")
-    advice = next((advice for sign, advice in _ADVICE if sign in trouble), None)
-    if advice is not None:
-        return UnreachableError(f"No connection to {where}: {trouble}.", advice)
-    return UnreachableError(f"No broker at {where}: {trouble}.", "Is it running? Name another one with --broker.")
+def _unreached(where: str, failure: ConnectionFailure | None, timeout_s: float) -> CesarError:
+    if failure is None or failure.is_timeout:
+        return NoAnswerError(
+            f"Nothing at {where} answered within {timeout_s:g} s.", "Is it a broker, and is it reachable?"
+        )
+    if failure.advice:
+        return UnreachableError(f"No connection to {where}: {failure.problem}.", failure.advice, cause=failure)
+    advice = "Is it running? Name another one with --broker."
+    return UnreachableError(f"No broker at {where}: {failure.problem}.", advice, cause=failure)
 
 
 class ControlClient:
@@ -213,9 +203,12 @@ class ControlClient:
         while self._answer is None:
             reason = None if ticket is None else self._published.get(ticket)
             if reason is not None:
-                raise BrokerRefusedError(f"{self.address} does not let this client publish on {topic}: {reason}.")
+                raise BrokerRefusedError(
+                    f"{self.address} does not let this client publish on {topic}: {reason}.",
+                    "Allow this user to write there, in the broker's access list.",
+                )
             if time.monotonic() >= deadline or self._client.connected is None:
-                raise NoAnswerError(self._silence(command, consumer))
+                raise self._no_answer(command, consumer)
             self._receive()
         return _data(self._answer)
 
@@ -226,7 +219,7 @@ class ControlClient:
         """
         ticket = self._client.publish(topic, payload, qos=1)
         if ticket is None:
-            return self._client.trouble or "the connection was lost"
+            return self._client.failure.problem if self._client.failure else "the connection was lost"
         deadline = time.monotonic() + self._timeout_s
         while ticket not in self._published:
             if time.monotonic() >= deadline:
@@ -249,31 +242,35 @@ class ControlClient:
         if known and (name is None or name in self.consumers):
             who = "No consumer is" if name is None else f"Consumer {name} is not"
             raise NoAnswerError(
-                f"{who} online at {self.address} under '{self._prefix}' ({known}), so nothing was asked. "
-                "Start it with `cesar-mqtt serve`."
+                f"{who} online at {self.address} under '{self._prefix}' ({known}), so nothing was asked.",
+                "Start it with `cesar-mqtt serve`.",
             )
         return 0
 
-    def _silence(self, command: str, consumer: str | None) -> str:
+    def _no_answer(self, command: str, consumer: str | None) -> NoAnswerError:
         if self._client.connected is None:
-            trouble = self._client.trouble or "no reason is known"
-            return f"The connection to {self.address} was lost before an answer came: {trouble}. Ask again."
+            failure = self._client.failure
+            why = failure.problem if failure else "no reason is known"
+            return NoAnswerError(
+                f"The connection to {self.address} was lost before an answer arrived: {why}.", "Ask again."
+            )
         waited, online = f"within {self._timeout_s:g} s", ", ".join(self.online)
         if not self._is_online(consumer):
             who = "no consumer" if consumer is None else f"no consumer called {consumer}"
-            return (
-                f"Nobody answered {waited}, and {who} has been heard of at {self.address} under '{self._prefix}' "
-                f"({online or 'nobody'} is online). Start it with `cesar-mqtt serve`, or name its --topic-prefix."
+            return NoAnswerError(
+                f"No answer {waited}, and {who} is known at {self.address} under '{self._prefix}' "
+                f"({online or 'none'} is online).",
+                "Start it with `cesar-mqtt serve`, or name its --topic-prefix.",
             )
         if consumer is None and len(self.online) > 1:
-            return (
-                f"None of {online} answered {waited}: of those who share jobs only a job's owner does. "
-                "Is there such a job? With --consumer that one says."
+            return NoAnswerError(
+                f"None of {online} answered {waited}. In a group only the consumer that owns the job answers.",
+                "Check the job id, or ask one consumer with --consumer NAME.",
             )
-        return (
-            f"{consumer or online} is online but did not answer {waited}. If it is not just busy (--timeout), the "
-            f"broker may not let this client publish on {self._prefix}/request/{command} or read "
-            f"{self._topics.response(command)}: see `cesar-mqtt doctor`."
+        return NoAnswerError(
+            f"{consumer or online} is online but did not answer {waited}.",
+            f"If it is busy, wait longer with --timeout. Else the broker may not let this client publish on "
+            f"{self._prefix}/request/{command} or read {self._topics.response(command)}: run `cesar-mqtt doctor`.",
         )
 
     def _receive(self) -> bool:

@@ -17,7 +17,7 @@ from cesar_mqtt.cli.producer import Producer, Submission, submission
 from cesar_mqtt.cli.text import duration, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, ConnectionFailure
 from cesar_mqtt.protocol.topics import Topics
 
 _CONNECT_S = 10.0
@@ -163,8 +163,8 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{status['status']}{done}" + (f", {duration(eta)} left" if done and eta is not None else "")
 
 
-def _print_connection_lost(reason: str) -> None:
-    say(f"the connection was lost: {reason}; reconnecting")
+def _print_connection_lost(failure: ConnectionFailure) -> None:
+    say(f"the connection was lost: {failure.problem}; reconnecting")
 
 
 def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
@@ -217,7 +217,9 @@ def _print_result(item: Submission, status: Mapping[str, Any], result: bytes | N
     for warning in status.get("warnings") or ():
         say(f"{item.path}: {printable(str(warning))}")
     if status.get("result_truncated"):
-        say(f"{item.path}: the broker's packet limit is too small for the transcript of job {item.job_id}: its end may be missing.")
+        say(
+            f"{item.path}: the broker's packet limit is too small for the transcript of job {item.job_id}: its end may be missing."
+        )
 
 
 def _failure_sentence(

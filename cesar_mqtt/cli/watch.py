@@ -70,7 +70,10 @@ class Feed:
     @property
     def trouble(self) -> str | None:
         """Why nothing comes; None: there is a connection."""
-        return None if self._client.connected else self._client.trouble or "it was lost"
+        if self._client.connected:
+            return None
+        failure = self._client.failure
+        return failure.problem if failure else "the connection was lost"
 
     def take(self, timeout_s: float) -> list[Delivery]:
         deliveries = self._client.receive(timeout_s)

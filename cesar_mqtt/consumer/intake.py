@@ -15,14 +15,14 @@ from pydantic_core import to_json
 
 from cesar_mqtt.consumer.command_handlers import Answer
 from cesar_mqtt.consumer.incoming import IncomingMessage, MessageParser, ModelNames
-from cesar_mqtt.consumer.redelivery import Repeats
+from cesar_mqtt.consumer.redelivery import RedeliveryTracker
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import Admission, AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery
-from cesar_mqtt.mqtt.receive_buffer import Settled
+from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, excerpt, shortened, timestamp
 from cesar_mqtt.protocol.topics import Topics
@@ -41,7 +41,7 @@ class Source(Protocol):
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
         """Return everything that has piled up, in order; empty after the time-out or when it is closed."""
 
-    def take_settled(self) -> Settled:
+    def take_redelivery_bounds(self) -> RedeliveryBounds:
         """Return what cannot come again, of all that `receive` has returned before this call."""
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
@@ -116,7 +116,7 @@ class Intake:
         self._controls = controls
         self._reports = reports
         self._on_born = on_born
-        self._repeats = Repeats(ledger)
+        self._redelivery = RedeliveryTracker(ledger)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -142,12 +142,12 @@ class Intake:
     def run_once(self, timeout_s: float | None = None) -> int:
         """Take in what has piled up; return how many messages that was."""
         deliveries = self._source.receive(timeout_s)
-        settled = self._source.take_settled()
+        bounds = self._source.take_redelivery_bounds()
         # What came before the broker began a new session may be a repetition of what it knew in the one before.
-        before = sum(delivery.receipt.connection < settled.session for delivery in deliveries)
-        self._repeats.learn(replace(settled, session=0))
+        before = sum(delivery.receipt.connection < bounds.session for delivery in deliveries)
+        self._redelivery.update(replace(bounds, session=0))
         if self._take_in(deliveries[:before]):
-            self._repeats.learn(settled)
+            self._redelivery.update(bounds)
             self._take_in(deliveries[before:])
         if not deliveries:  # there is time for it: after a crash, too, a packet id has to mean the newest message
             self._ledger.write_settled()
@@ -165,7 +165,7 @@ class Intake:
             else:
                 job_ids = taken
             self._source.acknowledge([plan.delivery for plan in together])
-            self._repeats.acknowledged(together, job_ids)
+            self._redelivery.on_acknowledged(together, job_ids)
         return True
 
     # -- answers --------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Intake:
                 continue
             if plan.audio is not None:
                 job = replace(job, audio=AudioSource("spool", next(names)))
-            if job.packet_id is not None and not self._repeats.can_repeat(plan.delivery):
+            if job.packet_id is not None and not self._redelivery.can_be_redelivered(plan.delivery):
                 job = replace(job, packet_id=None)
             jobs.append(job)
         return jobs

@@ -1,6 +1,6 @@
-"""Several consumers on one input: what a member of a group subscribes to, and what it needs of the broker.
+"""Shared subscriptions: the topic filters of a consumer with and without a group, and what a group needs of the broker.
 
-The main thread calls `unwanted_filters`; all others are pure, and any thread may call them.
+The main thread calls `unwanted_filters`; all other functions are pure, and any thread may call them.
 """
 
 from pathlib import Path
@@ -10,40 +10,41 @@ from cesar_mqtt.errors import BrokerRefusedError, ConfigError, LedgerError
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.mqtt.broker_url import BrokerUrl
 from cesar_mqtt.mqtt.messages import Subscription
+from cesar_mqtt.mqtt.reason_codes import UNSUPPORTED_VERSION
 from cesar_mqtt.protocol.topics import Topics
 
 _NEEDS = "consumer.group needs shared subscriptions, which are part of MQTT 5"
 
 
 def input_filters(topics: Topics, group: str | None) -> tuple[str, ...]:
-    """Return the topic filters that bring jobs: each message to every subscriber, or to one member of the group.
+    """Return the topic filters for jobs: each message goes to every subscriber, or to one member of the group.
 
-    Requests are not among them: they go to all members, for only the owner of a job can answer.
+    Commands are not among them: they go to all members, because only the owner of a job can answer.
     """
     shared = "" if group is None else f"$share/{group}/"
     return tuple(f"{shared}{topic_filter}" for topic_filter in (topics.jobs, topics.audio_filter))
 
 
 def subscriptions(topics: Topics, group: str | None) -> tuple[Subscription, ...]:
-    """Return everything that a consumer subscribes to."""
+    """Return the subscriptions to jobs, commands and the consumer's own queue message."""
     return (
         *(Subscription(topic_filter) for topic_filter in input_filters(topics, group)),
         Subscription(topics.request_filter),
-        Subscription(topics.own("queue"), wants_retained=True),  # to see whether the broker went back
+        Subscription(topics.own("queue"), wants_retained=True),  # for the publisher's retained check
     )
 
 
 def unwanted_filters(topics: Topics, group: str | None, *, known: Path) -> tuple[str, ...]:
-    """Return what this consumer has subscribed to before and does not want any more.
+    """Return the filters that this consumer has subscribed to at an earlier start and does not want now.
 
-    The broker keeps a session with its subscriptions for ever: whoever joins a group would go on getting every job, and
-    whoever leaves one would go on taking its turn.
+    The broker keeps a session with its subscriptions for ever: a consumer that joins a group would still receive every
+    job, and one that leaves a group would still receive its share.
 
     Args:
         topics: its topics now.
         group: its group now.
-        known: the file that remembers every filter that was ever subscribed to, a line for each; on return, on disk,
-            the present ones are in it.
+        known: the file with every filter that was ever subscribed to, one a line; on return the present ones are in it
+            and on disk.
 
     Raises:
         LedgerError: the file cannot be read or written.
@@ -59,7 +60,7 @@ def unwanted_filters(topics: Topics, group: str | None, *, known: Path) -> tuple
 
 
 def broker_of(settings: Settings, address: BrokerUrl) -> BrokerSettings:
-    """Return how to talk to the broker: a member of a group speaks MQTT 5, or not at all.
+    """Return the broker settings: a member of a group speaks MQTT 5 only.
 
     Raises:
         ConfigError: the settings contradict that.
@@ -67,25 +68,29 @@ def broker_of(settings: Settings, address: BrokerUrl) -> BrokerSettings:
     if settings.consumer.group is None:
         return settings.broker
     if address.scheme == "embedded":
-        raise ConfigError(f"{_NEEDS}, and the embedded broker speaks 3.1.1: set broker.url to one that speaks MQTT 5")
+        raise ConfigError(
+            f"{_NEEDS}, and the embedded broker speaks 3.1.1.", "Set broker.url to a broker that supports MQTT 5."
+        )
     if settings.broker.protocol == "3.1.1":
-        raise ConfigError(f"{_NEEDS}: set broker.protocol to 'auto' or '5', or leave consumer.group out")
+        raise ConfigError(f"{_NEEDS}.", "Set broker.protocol to 'auto' or '5', or leave consumer.group out.")
     return settings.broker.model_copy(update={"protocol": "5"})
 
 
-def explained(error: BrokerRefusedError, group: str | None) -> BrokerRefusedError:
-    """Return a broker's refusal with what the group may have to do with it, where it may have something."""
-    if group is None or "MQTT 5" not in str(error):
+def explain_refusal(error: BrokerRefusedError, group: str | None) -> BrokerRefusedError:
+    """Return the broker's refusal, with what the group has to do with it if it does not support MQTT 5."""
+    if group is None or error.reason_code != UNSUPPORTED_VERSION:
         return error
-    return BrokerRefusedError(f"{error}. {_NEEDS}: leave it out, or use another broker.")
+    return BrokerRefusedError(
+        f"{error.problem} {_NEEDS}.", "Leave it out, or use another broker.", reason_code=error.reason_code
+    )
 
 
-def not_granted(refused_filters: tuple[str, ...], topics: Topics, group: str | None) -> BrokerRefusedError | None:
-    """Return why a member would get no jobs: the broker did not grant the shared subscriptions; None: it did."""
+def check_granted(refused_filters: tuple[str, ...], topics: Topics, group: str | None) -> BrokerRefusedError | None:
+    """Return why a member would receive no jobs: the broker did not grant the shared subscriptions; None: it did."""
     refused = [topic_filter for topic_filter in input_filters(topics, group) if topic_filter in refused_filters]
     if group is None or not refused:
         return None
     return BrokerRefusedError(
-        f"The broker did not grant '{refused[0]}', so no job would ever come: "
-        "let it allow shared subscriptions to this user (consumer.group)."
+        f"The broker did not grant '{refused[0]}', so this consumer would receive no jobs.",
+        "Allow shared subscriptions to its user (consumer.group).",
     )

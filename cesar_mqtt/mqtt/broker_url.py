@@ -1,10 +1,9 @@
-"""How a broker is reached: address, credentials, what TLS trusts, which MQTT to speak, when to try again.
+"""How to reach a broker: its URL, the credentials, the TLS context, and which version of MQTT to speak.
 
-Settings are read and checked once at start, so that a wrong one is a sentence and not a failing connection; any
-thread may do so. `VersionChoice` and `Backoff` belong to the network thread.
+Settings are read and checked once at start, so that a wrong one is reported as such and not as a failed connection; any
+thread may do so. `VersionChoice` belongs to the network thread.
 """
 
-import random
 import re
 import ssl
 from dataclasses import dataclass, field
@@ -21,12 +20,13 @@ Version = Literal["5", "3.1.1"]
 DEFAULT_PORTS: dict[str, int] = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "embedded": 1883}
 _ENCRYPTED = ("mqtts", "wss")
 _WEBSOCKETS = ("ws", "wss")
+_READABLE = "Let this user read it, or name another one."
 _USER_INFO = re.compile(r"(?<=://).*@", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerUrl:
-    """Where a broker listens, and who the URL says is asking."""
+    """The parts of a broker URL."""
 
     scheme: Scheme
     host: str
@@ -34,44 +34,42 @@ class BrokerUrl:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     path: str = "/mqtt"
-    """For `ws` and `wss` only; begins with a slash and may end with a query."""
+    """`ws` and `wss` only: begins with a slash and may end with a query."""
 
     @property
     def redacted(self) -> str:
-        """The address as it may be shown and logged: without the password, and without what a query may hide."""
+        """The URL as it may be shown and logged: without password, path and query."""
         user = f"{self.username}@" if self.username else ""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{user}{host}:{self.port}"
 
     @property
     def encrypted(self) -> bool:
-        """Whether the connection is TLS."""
         return self.scheme in _ENCRYPTED
 
     @property
     def websockets(self) -> bool:
-        """Whether MQTT is spoken inside WebSockets."""
         return self.scheme in _WEBSOCKETS
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client says of itself; both None: nothing."""
+    """User name and password of CONNECT; both None: an anonymous client."""
 
     username: str | None = None
     password: str | None = field(default=None, repr=False)
 
 
 class VersionChoice:
-    """Which MQTT the next connection speaks: 5 if the broker does, else 3.1.1.
+    """Which version of MQTT the next connection speaks: 5 if the broker supports it, else 3.1.1.
 
-    A broker that answers that it does not know 5 is spoken to in 3.1.1 from then on. One that just closes the
-    connection may be as old as that, or it may be starting, or broken: 3.1.1 is tried once, and 5 the next time, until
-    5 has been accepted.
+    After a broker has answered that it does not support 5, every further connection speaks 3.1.1. A broker that closes
+    the connection without an answer may be that old, or it may be starting or broken: until it has accepted 5 once,
+    3.1.1 and 5 are tried in turn.
 
     Attributes:
-        next: what to speak next.
-        passing: whether `next` is 3.1.1 only to get past a message, and 5 should be spoken again soon.
+        next: the version of the next connection.
+        is_temporary: whether `next` is 3.1.1 only to get past a malformed message; soon 5 is to be spoken again.
     """
 
     def __init__(self, wanted: Literal["auto", "5", "3.1.1"]) -> None:
@@ -79,61 +77,37 @@ class VersionChoice:
         self._usual: Version = "3.1.1" if wanted == "3.1.1" else "5"
         self._five_was_accepted = False
         self.next: Version = self._usual
-        self.passing = False
+        self.is_temporary = False
 
-    def accepted(self) -> None:
-        """Learn that the broker took `next`."""
+    def on_connected(self) -> None:
         self._five_was_accepted |= self.next == "5"
 
-    def ended(self, *, unsupported: bool = False, unanswered: bool = False, unreadable: bool = False) -> bool:
-        """Learn how the connection ended that spoke `next`; True: try again at once, with the new `next`.
+    def on_ended(self, *, unsupported: bool = False, unanswered: bool = False, malformed: bool = False) -> bool:
+        """Choose `next` after a connection has ended; True: reconnect at once, with another version.
 
         Args:
-            unsupported: the broker answered that it does not know this version.
-            unanswered: it took the connection and closed it without an answer.
-            unreadable: it sent a malformed packet. In 3.1.1 the same message comes without its properties, which are
-                the likeliest place for the mistake, and so does not come for ever.
+            unsupported: the broker answered that it does not support the version.
+            unanswered: the broker accepted the TCP connection and closed it without a CONNACK.
+            malformed: the broker sent a malformed packet. In 3.1.1 the same message has no properties, which are the
+                likeliest place of the mistake, so that the broker does not send it for ever.
         """
-        spoken, self.next, self.passing = self.next, self._usual, False
-        if self._fixed or spoken == "3.1.1":
+        used, self.next, self.is_temporary = self.next, self._usual, False
+        if self._fixed or used == "3.1.1":
             return False
         if unsupported:
             self._usual = self.next = "3.1.1"
-        elif unreadable or (unanswered and not self._five_was_accepted):
-            self.next, self.passing = "3.1.1", unreadable
-        return self.next != spoken
-
-
-class Backoff:
-    """How long to wait before the next attempt: twice as long each time, less a random part, until one has held."""
-
-    def __init__(self, first_s: float = 1.0, most_s: float = 60.0) -> None:
-        self._first_s = first_s
-        self._most_s = most_s
-        self._next_s = first_s
-
-    def delay_s(self, *, held_s: float = 0.0, refused: bool = False) -> float:
-        """Return the seconds to wait after a connection that held so long (0: none came about).
-
-        Two consumers of one name throw each other out for ever; since each of their connections is short, they do it
-        ever more slowly.
-        """
-        if held_s >= self._most_s:
-            self._next_s = self._first_s
-        if refused:
-            self._next_s = self._most_s
-        ceiling_s = self._next_s
-        self._next_s = min(self._most_s, ceiling_s * 2)
-        return ceiling_s * random.uniform(0.5, 1.0)  # noqa: S311 - it spreads attempts, it guards nothing
+        elif malformed or (unanswered and not self._five_was_accepted):
+            self.next, self.is_temporary = "3.1.1", malformed
+        return self.next != used
 
 
 def parse_broker_url(url: str) -> BrokerUrl:
-    """Read `mqtt://[user[:password]@]host[:port]`, the same with mqtts, ws and wss, `embedded` or `embedded://host:port`.
+    """Parse `mqtt://[user[:password]@]host[:port]`, the same with mqtts, ws and wss, `embedded`, `embedded://host:port`.
 
-    User name and password may be percent-encoded. Port 0 is for the embedded broker only: any free port.
+    User name and password may be percent-encoded. Port 0 is any free port, for the embedded broker only.
 
     Raises:
-        ConfigError: it is none of these; the message shows the URL without its user and password.
+        ConfigError: the URL is invalid; the message shows it without user name and password.
     """
     text = url.strip()
     parts = _split("embedded://127.0.0.1" if text == "embedded" else text)
@@ -147,14 +121,17 @@ def parse_broker_url(url: str) -> BrokerUrl:
         path=_path(parts, text),
     )
     if address.password is not None and address.username is None:
-        raise _wrong(text, "there is a password but no user name in it; write mqtt://USER:PASSWORD@HOST")
+        raise _invalid_url(text, "it has a password but no user name; write mqtt://USER:PASSWORD@HOST")
     if address.username is not None and scheme == "embedded":
-        raise _wrong(text, "the embedded broker knows no users; leave the user name out")
+        raise _invalid_url(text, "the embedded broker has no users; leave the user name out")
     return address
 
 
 def read_credentials(settings: BrokerSettings, address: BrokerUrl) -> Credentials:
-    """Choose user name and password: the URL's user before `broker.username`, `broker.password_file` before the URL's.
+    """Return user name and password.
+
+    The user name in the URL takes precedence over `broker.username`, `broker.password_file` over the password in the
+    URL.
 
     Raises:
         ConfigError: the password file cannot be read or is empty, or there is a password without a user name.
@@ -164,41 +141,41 @@ def read_credentials(settings: BrokerSettings, address: BrokerUrl) -> Credential
     if settings.password_file is not None:
         password = _first_line(settings.password_file)
         if username is None:
-            raise ConfigError("broker.password_file is set, but there is no user name: set broker.username as well")
+            raise ConfigError("broker.password_file is set, but there is no user name.", "Set broker.username as well.")
     return Credentials(username, password)
 
 
 def tls_context(settings: BrokerSettings) -> ssl.SSLContext:
-    """Build what a TLS connection trusts: `broker.ca_file`, or else this system's authorities.
+    """Return a context that trusts `broker.ca_file`, or else the authorities of this system.
 
-    Certificate and host name of the broker are always checked. `broker.cert_file` and `broker.key_file` are what the
-    client shows of itself.
+    The broker's certificate and host name are always verified. `broker.cert_file` and `broker.key_file` are the
+    client's own certificate.
 
     Raises:
-        ConfigError: a file cannot be read or is not what it should be.
+        ConfigError: a file cannot be read, or does not contain what its setting asks for.
     """
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
     except OSError as exc:  # an SSLError is one
-        raise _unusable("broker.ca_file", settings.ca_file, exc, "certificates in PEM format") from exc
+        raise _invalid_file("broker.ca_file", settings.ca_file, exc, "certificates in PEM format") from exc
     if settings.ca_file is not None:
-        # From Python 3.13 on, authorities without a key usage are refused, and those are what mosquitto's own
-        # instructions make. Chain and host name are checked all the same.
+        # From Python 3.13 on, certificate authorities without a key usage are rejected, but the instructions of
+        # mosquitto create such. Chain and host name are verified all the same.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if settings.cert_file is None:
         if settings.key_file is not None:
-            raise ConfigError("broker.key_file is set, but broker.cert_file is not: the broker is shown both or none")
+            raise ConfigError("broker.key_file is set, but broker.cert_file is not.", "Set both or neither.")
         return context
     try:
-        # The empty password keeps OpenSSL from asking for one at the terminal when the key is encrypted.
+        # With an empty password OpenSSL does not ask for one at the terminal when the key is encrypted.
         context.load_cert_chain(settings.cert_file, settings.key_file, password="")
     except OSError as exc:
         files = {"broker.cert_file": settings.cert_file, "broker.key_file": settings.key_file}
         named = {name: file for name, file in files.items() if file is not None}
-        # OpenSSL does not say which of the two it means.
-        guilty = {name: file for name, file in named.items() if not file.is_file()} or named
+        # OpenSSL does not report which of the two files is wrong.
+        wrong = {name: file for name, file in named.items() if not file.is_file()} or named
         wanted = "a certificate and its own key, not encrypted, in PEM format"
-        raise _unusable(" or ".join(guilty), next(iter(guilty.values())), exc, wanted) from exc
+        raise _invalid_file(" or ".join(wrong), next(iter(wrong.values())), exc, wanted) from exc
     return context
 
 
@@ -206,25 +183,25 @@ def _split(text: str) -> SplitResult:
     try:
         parts = urlsplit(text)
     except ValueError as exc:
-        raise _wrong(text, "its host is in brackets, but is no IPv6 address") from exc
+        raise _invalid_url(text, "its host is in brackets, but is not an IPv6 address") from exc
     if parts.scheme not in DEFAULT_PORTS or not text.lower().startswith(f"{parts.scheme}://"):
-        raise _wrong(
+        raise _invalid_url(
             text, "it must be embedded, or begin with mqtt://, mqtts://, ws:// or wss://, such as mqtt://127.0.0.1:1883"
         )
     if parts.fragment or (parts.query and parts.scheme not in _WEBSOCKETS):
-        raise _wrong(text, "there is a '#' or '?' in it; in a user name or password write %23 and %3F")
+        raise _invalid_url(text, "it has a '#' or '?'; in a user name or password write %23 and %3F")
     return parts
 
 
 def _host(parts: SplitResult, text: str) -> str:
     host = parts.hostname or ""
     try:
-        # The resolver would raise this as a UnicodeError out of the network thread.
+        # The resolver would raise a UnicodeError in the network thread.
         host.encode("idna")
     except UnicodeError as exc:
-        raise _wrong(text, "its host name is not one") from exc
+        raise _invalid_url(text, "its host name is not valid") from exc
     if not host or any(char.isspace() or not char.isprintable() for char in host):
-        raise _wrong(text, "there is no host name in it")
+        raise _invalid_url(text, "it has no host name")
     return host
 
 
@@ -232,45 +209,45 @@ def _port(parts: SplitResult, text: str) -> int:
     try:
         port = parts.port
     except ValueError as exc:
-        raise _wrong(
+        raise _invalid_url(
             text, "its port is not a number up to 65535; in a password write ':' as %3A and '/' as %2F"
         ) from exc
     if port is None:
         return DEFAULT_PORTS[parts.scheme]
     if port == 0 and parts.scheme != "embedded":
-        raise _wrong(text, "its port is 0")
+        raise _invalid_url(text, "its port is 0")
     return port
 
 
 def _path(parts: SplitResult, text: str) -> str:
     if parts.scheme not in _WEBSOCKETS:
         if parts.path not in ("", "/"):
-            raise _wrong(text, "only ws:// and wss:// addresses have a path; in a password write '/' as %2F")
+            raise _invalid_url(text, "only ws:// and wss:// addresses have a path; in a password write '/' as %2F")
         return "/mqtt"
     path = parts.path if parts.path not in ("", "/") else "/mqtt"
     if any(char.isspace() or not char.isascii() for char in path + parts.query):
-        raise _wrong(text, "its path holds characters that must be percent-encoded")
+        raise _invalid_url(text, "its path has characters that must be percent-encoded")
     return f"{path}?{parts.query}" if parts.query else path
 
 
-def _wrong(text: str, why: str) -> ConfigError:
+def _invalid_url(text: str, why: str) -> ConfigError:
     shown = _USER_INFO.sub("", text) if "://" in text else text.rpartition("@")[2]
-    return ConfigError(f"broker.url '{shown.partition('?')[0]}' cannot be used: {why}")
+    return ConfigError(f"broker.url '{shown.partition('?')[0]}' cannot be used: {why}.")
 
 
 def _first_line(path: Path) -> str:
     try:
         line = path.read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r")
     except OSError as exc:
-        raise ConfigError(f"broker.password_file '{path}' cannot be read: {exc.strerror}") from exc
+        raise ConfigError(f"broker.password_file '{path}' cannot be read: {exc.strerror}.", _READABLE) from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"broker.password_file '{path}' cannot be used: it is not UTF-8 text") from exc
+        raise ConfigError(f"broker.password_file '{path}' cannot be used: it is not UTF-8 text.") from exc
     if not line:
-        raise ConfigError(f"broker.password_file '{path}' cannot be used: its first line is empty")
+        raise ConfigError(f"broker.password_file '{path}' cannot be used: its first line is empty.")
     return line
 
 
-def _unusable(name: str, path: Path | None, error: OSError, wanted: str) -> ConfigError:
+def _invalid_file(name: str, path: Path | None, error: OSError, wanted: str) -> ConfigError:
     if isinstance(error, ssl.SSLError):
-        return ConfigError(f"{name} '{path}' cannot be used: it must hold {wanted}")
-    return ConfigError(f"{name} '{path}' cannot be read: {error.strerror}")
+        return ConfigError(f"{name} '{path}' cannot be used: it must contain {wanted}.")
+    return ConfigError(f"{name} '{path}' cannot be read: {error.strerror}.", _READABLE)

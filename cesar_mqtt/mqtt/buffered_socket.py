@@ -1,6 +1,6 @@
-"""What stands between paho and its socket, so that much is read and written at once, and what wakes its reader.
+"""The socket under paho, which reads and writes many packets at once, and the pipe that wakes its reader.
 
-A `BufferedSocket` belongs to the network thread; a `WakeupPipe` may be rung from any thread.
+A `BufferedSocket` belongs to the network thread; any thread may call `WakeupPipe.wake`.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from paho.mqtt.client import Client
 
-from cesar_mqtt.mqtt.codec import frame, read_number
+from cesar_mqtt.mqtt.codec import decode_number, frame
 
 if TYPE_CHECKING:
     from paho.mqtt.client import SocketLike
@@ -22,34 +22,34 @@ _READ_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 16
 _LINGER_S = 0.5
 _DISCONNECT = 0xE0
-_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class BufferedSocket:
-    """A socket for paho, and the packets behind it.
+    """A socket for paho, with a buffer for each direction.
 
-    What is sent is kept until `flush`; what comes in is cut into packets, and paho receives those that it is `give`n. A
-    socket of its own would read three times and write once for each packet, and each of these calls lets another
-    thread have the interpreter.
+    Written data waits for `flush`. Received data is cut into packets: `next_packet` returns them, and paho receives
+    those that are passed to `forward_to_paho`. On a bare socket paho would read three times and write once for each
+    packet, and each of these calls releases the interpreter to another thread.
 
     Attributes:
         ended: whether the other side has closed, or the connection broke.
     """
 
-    def __init__(self, opened: "SocketLike") -> None:
+    def __init__(self, inner: "SocketLike") -> None:
         self.ended = False
-        self._socket = opened
-        self._came = bytearray()
-        self._at = 0
+        self._socket = inner
+        self._received = bytearray()
+        self._read_up_to = 0
         self._for_paho = bytearray()
-        self._out = bytearray()
-        self._said_goodbye = False
-        _send_at_once(opened)
+        self._unsent = bytearray()
+        self._disconnect_sent = False
+        _disable_nagle(inner)
 
-    # -- as paho sees it -----------------------------------------------------------------------------------------------
+    # -- the socket interface that paho uses ---------------------------------------------------------------------------
 
     def recv(self, buffer_size: int) -> bytes:
-        """Return what paho was given; nothing when the connection has ended."""
+        """Return what was passed to `forward_to_paho`; nothing when the connection has ended."""
         if not self._for_paho and not self.ended:
             raise BlockingIOError
         data = bytes(self._for_paho[:buffer_size])
@@ -57,162 +57,157 @@ class BufferedSocket:
         return data
 
     def send(self, buffer: bytes | bytearray) -> int:
-        """Keep it for `flush`. Not so a DISCONNECT: paho closes as soon as that is sent, so it waits for all else."""
+        """Buffer data for `flush`; a DISCONNECT is sent at once, but after everything else: paho closes after it."""
         if buffer[0] == _DISCONNECT:
             self.flush()
-            if self._out:
+            if self._unsent:
                 raise BlockingIOError
-            self._said_goodbye = True
+            self._disconnect_sent = True
             return self._socket.send(buffer)
-        self._out += buffer
+        self._unsent += buffer
         return len(buffer)
 
     def close(self) -> None:
-        """Close the socket; after a DISCONNECT, when the broker has closed its end, which takes it no time."""
-        if self._said_goodbye:
-            self._linger()
+        """Close the socket; after a DISCONNECT wait until the broker has closed its end, at most 0.5 s."""
+        if self._disconnect_sent:
+            self._wait_for_peer_close()
         self._socket.close()
 
     def fileno(self) -> int:
-        """Return the socket's descriptor."""
         return self._socket.fileno()
 
-    def setblocking(self, flag: bool) -> None:  # noqa: FBT001 - as sockets have it
-        """Do as a socket does."""
+    def setblocking(self, flag: bool) -> None:  # noqa: FBT001 - the signature of sockets
         self._socket.setblocking(flag)
 
-    # -- the packets ---------------------------------------------------------------------------------------------------
+    # -- packets -------------------------------------------------------------------------------------------------------
 
     @property
-    def unsent(self) -> bool:
-        """Whether `flush` has more to do."""
-        return bool(self._out)
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
 
     @property
-    def pending(self) -> bool:
-        """Whether TLS has taken in what no select will tell of."""
+    def has_pending(self) -> bool:
+        """Whether the TLS layer holds received data, which polling the descriptor does not show."""
         pending = getattr(self._socket, "pending", None)
         return pending is not None and pending() > 0
 
     def flush(self) -> None:
-        """Write as much of what was sent as the network takes."""
+        """Write as much buffered data as the network accepts."""
         try:
-            while self._out and (written := self._socket.send(self._out[:_WRITE_BYTES])):
-                del self._out[:written]
-        except _NOT_NOW:
+            while self._unsent and (written := self._socket.send(self._unsent[:_WRITE_BYTES])):
+                del self._unsent[:written]
+        except _WOULD_BLOCK:
             pass
         except OSError:
-            self._out.clear()
-            self.fill()  # perhaps the broker said why
+            self._unsent.clear()
+            self.fill()  # the broker may have sent a reason
             self.ended = True
 
     def fill(self) -> None:
-        """Read what is there, up to a limit."""
+        """Read once, up to 64 KiB."""
         try:
             data = self._socket.recv(_READ_BYTES)
-        except _NOT_NOW:
+        except _WOULD_BLOCK:
             return
         except OSError:
             data = b""
-        del self._came[: self._at]
-        self._at = 0
-        self._came += data
+        del self._received[: self._read_up_to]
+        self._read_up_to = 0
+        self._received += data
         self.ended = not data
 
     def next_packet(self) -> tuple[int, bytes] | None:
-        """Return the first byte of the next packet, and what follows its header; None: none is complete.
+        """Return the first byte of the next packet, and the bytes behind its header; None: none is complete.
 
         Raises:
-            UnreadablePacketError: what came is no packet.
+            MalformedPacketError: the received bytes are not a packet.
         """
-        found = read_number(self._came, self._at + 1)
+        found = decode_number(self._received, self._read_up_to + 1)
         if found is None:
             return None
         length, start = found
         end = start + length
-        if end > len(self._came):
+        if end > len(self._received):
             return None
-        first = self._came[self._at]
-        self._at = end
-        return first, bytes(self._came[start:end])
+        first = self._received[self._read_up_to]
+        self._read_up_to = end
+        return first, bytes(self._received[start:end])
 
-    def give(self, first: int, body: bytes) -> None:
-        """Let paho receive this packet."""
+    def forward_to_paho(self, first: int, body: bytes) -> None:
         self._for_paho += frame(first, body)
 
-    def _linger(self) -> None:
-        """Let the broker read to the end.
+    def _wait_for_peer_close(self) -> None:
+        """Let the broker read everything.
 
-        To close a socket in which something is unread resets the connection; mosquitto then does not read what we had
-        sent last [ran].
+        Closing a socket that holds unread data resets the connection; mosquitto then does not read what was sent
+        last [tried].
         """
-        until = time.monotonic() + _LINGER_S
-        with _twin(self._socket) as twin, suppress(OSError):
-            twin.shutdown(socket.SHUT_WR)
-            while (left_s := until - time.monotonic()) > 0:
-                twin.settimeout(left_s)
-                if not twin.recv(_READ_BYTES):
+        deadline = time.monotonic() + _LINGER_S
+        with _duplicate(self._socket) as duplicate, suppress(OSError):
+            duplicate.shutdown(socket.SHUT_WR)
+            while (left_s := deadline - time.monotonic()) > 0:
+                duplicate.settimeout(left_s)
+                if not duplicate.recv(_READ_BYTES):
                     return
 
 
 class BufferedClient(Client):
-    """paho on a cable.
+    """A paho client on a `BufferedSocket`.
 
     Attributes:
-        cable: there once it has connected.
+        buffered_socket: set once the client has connected.
     """
 
-    cable: BufferedSocket
+    buffered_socket: BufferedSocket
 
     def _create_socket(self) -> "SocketLike":
-        # Private, but the only place where paho takes a socket that it has not made itself. If a later paho no longer
-        # asks here, there is no cable and no connection: every test against a broker would tell.
-        self.cable = BufferedSocket(super()._create_socket())
-        return self.cable
+        # Private, but the only place where paho accepts a socket from outside. If a later paho does not call it, every
+        # test against a broker fails.
+        self.buffered_socket = BufferedSocket(super()._create_socket())
+        return self.buffered_socket
 
 
 class WakeupPipe:
-    """Ends a select from another thread, once for however much there is to do by then."""
+    """Wakes a thread that polls sockets; several calls of `wake` before the next `drain` count as one."""
 
     def __init__(self) -> None:
-        self._near, self._far = socket.socketpair()
-        self._near.settimeout(0)
-        self._far.settimeout(0)
-        self._rung = self._closed = False
+        self._read_end, self._write_end = socket.socketpair()
+        self._read_end.settimeout(0)
+        self._write_end.settimeout(0)
+        self._is_set = self._is_closed = False
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
-        """Return what to select for reading."""
-        return self._near.fileno()
+        """Return the descriptor to poll for reading."""
+        return self._read_end.fileno()
 
-    def ring(self) -> None:
-        """Wake the reader; what it is to find has to be there before."""
-        if self._rung:
+    def wake(self) -> None:
+        """Wake the reader; what it is to find has to be there before. Any thread may call it, also after `close`."""
+        if self._is_set:
             return
-        with self._lock:  # else the descriptor might be closed, and already be another's
-            if not self._rung and not self._closed:
-                self._rung = True
-                self._far.send(b"\0")
+        with self._lock:  # without it the descriptor might be closed, and already belong to another socket
+            if not self._is_set and not self._is_closed:
+                self._is_set = True
+                self._write_end.send(b"\0")
 
-    def hush(self) -> None:
-        """Take note that it rang; to be called before looking for what there is to do."""
-        self._near.recv(1)
-        self._rung = False
+    def drain(self) -> None:
+        """Reset the pipe; call it before looking for what there is to do."""
+        self._read_end.recv(1)
+        self._is_set = False
 
     def close(self) -> None:
-        """Let it never ring again."""
         with self._lock:
-            self._closed = True
-            self._near.close()
-            self._far.close()
+            self._is_closed = True
+            self._read_end.close()
+            self._write_end.close()
 
 
-def _twin(opened: "SocketLike") -> socket.socket:
-    """Return the same socket once more, by a descriptor of its own: paho's WebSockets hide theirs."""
+def _duplicate(opened: "SocketLike") -> socket.socket:
+    """Return the same socket with a descriptor of its own: paho's WebSockets hide theirs."""
     return socket.socket(fileno=os.dup(opened.fileno()))
 
 
-def _send_at_once(opened: "SocketLike") -> None:
-    """Switch off Nagle's algorithm, which holds a small packet back until the one before is acknowledged."""
-    with _twin(opened) as twin:
-        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _disable_nagle(opened: "SocketLike") -> None:
+    """Switch off Nagle's algorithm, which delays a small packet until the one before is acknowledged."""
+    with _duplicate(opened) as duplicate:
+        duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,6 +1,6 @@
-"""The MQTT client: a connection to a broker that comes back for as long as it takes.
+"""The MQTT client: a connection to a broker that is made again whenever it is lost.
 
-One thread, `mqtt-network`, makes and runs each connection; the methods of `MqttClient` may be called from any thread.
+Its thread, `mqtt-network`, makes and runs each connection; any thread may call the methods of `MqttClient`.
 """
 
 import logging
@@ -13,9 +13,10 @@ from typing import Literal
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt.broker_url import Backoff, VersionChoice, parse_broker_url, read_credentials, tls_context
-from cesar_mqtt.mqtt.connection import TURN_S, Connection, log_exceptions
+from cesar_mqtt.mqtt.broker_url import VersionChoice, parse_broker_url, read_credentials, tls_context
+from cesar_mqtt.mqtt.connection import MAX_WAIT_S, Connection, log_exceptions
 from cesar_mqtt.mqtt.messages import (
+    ConnectionFailure,
     ConnectionInfo,
     ConnectOptions,
     Delivery,
@@ -24,38 +25,45 @@ from cesar_mqtt.mqtt.messages import (
     Subscription,
     Will,
 )
-from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, Settled
+from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, RedeliveryBounds
+from cesar_mqtt.threads import Backoff, StoppableThread
 
 log = get_logger(__name__)
 
+_FIRST_RETRY_S = 1.0
+_MAX_RETRY_S = 60.0
+"""The longest delay between two attempts; a connection that was ready for this long resets the delay."""
+_RETRY_JITTER = 0.5
 _NO_SOCKET_S = 5.0
-"""How long until the next try when the system has no descriptors left."""
+"""The delay before the next attempt when the system has no descriptors left."""
 
-_PASSING_S = 30.0
-_MOST_UNACKNOWLEDGED = 65_535
+_TEMPORARY_S = 30.0
+"""How long a connection in 3.1.1 lasts that is to fetch a message which is malformed in MQTT 5."""
+_MAX_RECEIVE_MAXIMUM = 65_535
 
 
-class MqttClient:
-    """Messages in, messages out, whatever happens to the connection.
+class MqttClient(StoppableThread):
+    """Sends and receives messages, and reconnects when the connection is lost.
 
-    What comes in is fetched with `receive`, in order. While nobody fetches, QoS 0 is dropped and QoS 1 held back at the
-    broker, for however long: the connection is kept. But then no PUBACK is read either, so who fetches must not wait
-    for `on_published`.
+    Incoming messages wait in a bounded buffer until `receive` takes them, in order. While it is full, messages of QoS 0
+    are dropped and those of QoS 1 stay with the broker, for any length of time: the connection is kept alive. But then
+    no PUBACK is read either, so the thread that calls `receive` must not wait for `on_published`.
 
-    On the way out nothing is kept: `publish` works while connected, and what was published but not reported by
-    `on_published` is forgotten when the connection is lost. Publish it again after the next `on_connected`.
+    Outgoing messages are not stored: `publish` works while connected, and messages that `on_published` has not
+    reported are forgotten when the connection is lost. Publish them again after the next `on_connected`.
 
-    The callbacks run on the network thread, between two turns of its loop and without a lock: they may call every
-    method, and must not block. `on_published` may come before `publish` has returned; who minds holds a lock of his own
-    around `publish` and his bookkeeping and takes it in the callbacks, too. That is safe, as `publish` never waits for
-    the network thread. `on_disconnected` comes after the last `publish` that returned a ticket of that connection.
+    The callbacks run on the network thread and without a lock: they may call every method, and must not block.
+    `on_published` may come before `publish` has returned; to prevent that, hold a lock of your own around `publish`
+    and the bookkeeping, and take it in the callbacks, too. That is safe, as `publish` never waits for the network
+    thread. `on_disconnected` comes after the last `publish` that returned a ticket of that connection.
 
     Attributes:
-        on_connected: a connection stands, its subscriptions are made.
-        on_disconnected: it is lost, with the reason; its tickets are void. Not called for `close`.
-        on_published: the broker has the message (QoS 1: its PUBACK came; QoS 0: it is written). With a reason: the
-            broker refused it, and would again.
-        on_refused: the broker refused the first attempt in a way that trying again does not change; nothing more comes.
+        on_connected: the client is connected and subscribed.
+        on_disconnected: the connection is lost; its tickets are void. Not called for `close`.
+        on_published: the broker has the message (QoS 1: PUBACK received; QoS 0: written). With a reason: the broker
+            refused it, and would do so again.
+        on_refused: the broker refused the first attempt in a way that another attempt does not change; the client
+            ends.
     """
 
     def __init__(
@@ -66,28 +74,40 @@ class MqttClient:
         persistent: bool,
         will: Will | None = None,
         subscriptions: Sequence[Subscription] = (),
-        unwanted: Sequence[str] = (),
-        hand_off_max_messages: int = 2000,
-        hand_off_max_bytes: int = 64 << 20,
+        unwanted_filters: Sequence[str] = (),
+        buffer_max_messages: int = 2000,
+        buffer_max_bytes: int = 64 << 20,
         on_connected: Callable[[ConnectionInfo], None] | None = None,
-        on_disconnected: Callable[[str], None] | None = None,
+        on_disconnected: Callable[[ConnectionFailure], None] | None = None,
         on_published: Callable[[PublishTicket, str | None], None] | None = None,
         on_refused: Callable[[BrokerRefusedError], None] | None = None,
     ) -> None:
-        """Read what the settings name; nothing is connected yet.
+        """Read the files that the settings name; `start` connects.
 
-        Persistent: the broker keeps subscriptions and messages while the client is away. The hand-off is what may wait
-        to be fetched; one message always fits. Unwanted are topic filters that an earlier client of this name may have
-        left in the session; they are given up at each connection, after the subscriptions are made.
+        Args:
+            settings: how to reach the broker.
+            client_id: must be unique at the broker.
+            persistent: whether the broker keeps subscriptions and messages while the client is away.
+            will: published by the broker when the client disappears.
+            subscriptions: made at each connection.
+            unwanted_filters: topic filters that an earlier client of this id may have left in the session; they are
+                unsubscribed at each connection, after the subscriptions are made.
+            buffer_max_messages: how many received messages may wait.
+            buffer_max_bytes: how much memory they may use; one message always fits.
+            on_connected: see the attributes.
+            on_disconnected: see the attributes.
+            on_published: see the attributes.
+            on_refused: see the attributes.
 
         Raises:
             ConfigError: the URL, the password file or a TLS file cannot be used.
         """
+        super().__init__("mqtt-network")
         address = parse_broker_url(settings.url)
         if address.port == 0:
-            raise ConfigError(f"broker.url '{address.redacted}' cannot be used by a client: it names no port")
+            raise ConfigError(f"broker.url '{address.redacted}' cannot be used by a client: it has no port.")
         self._where = address.redacted
-        self._profile = ConnectOptions(
+        self._options = ConnectOptions(
             address=address,
             credentials=read_credentials(settings, address),
             tls=tls_context(settings) if address.encrypted else None,
@@ -95,34 +115,31 @@ class MqttClient:
             persistent=persistent,
             will=will,
             subscriptions=tuple(subscriptions),
-            unwanted=tuple(unwanted),
+            unwanted=tuple(unwanted_filters),
             keepalive_s=settings.keepalive,
-            receive_maximum=min(hand_off_max_messages, _MOST_UNACKNOWLEDGED),
+            receive_maximum=min(buffer_max_messages, _MAX_RECEIVE_MAXIMUM),
             max_packet_bytes=settings.max_packet_bytes,
         )
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
         self.on_published = on_published
         self.on_refused = on_refused
-        self._hand_off = ReceiveBuffer(hand_off_max_messages, hand_off_max_bytes, on_room=self._wake)
+        self._buffer = ReceiveBuffer(buffer_max_messages, buffer_max_bytes, on_room=self._wake_connection)
         self._version = VersionChoice(settings.protocol)
-        self._backoff = Backoff()
-        self._held_s = math.inf
+        self._backoff = Backoff(_FIRST_RETRY_S, _MAX_RETRY_S, jitter=_RETRY_JITTER)
+        self._previous_s = math.inf
+        self._close_timeout_s = 5.0
         self._changed = threading.Condition()
         self._connection: Connection | None = None
         self._info: ConnectionInfo | None = None
-        self._trouble: str | None = None
-        self._refusal: str | None = None
-        self._ever_connected = self._is_new = False
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
+        self._failure: ConnectionFailure | None = None
+        self._refusal: BrokerRefusedError | None = None
+        self._ever_connected = self._session_is_new = False
 
-    def start(self) -> None:
-        """Start the network thread and return; it connects, and reconnects, until `close`."""
-        self._thread.start()
+    # -- any thread ----------------------------------------------------------------------------------------------------
 
     def wait_connected(self, timeout_s: float | None = None) -> ConnectionInfo | None:
-        """Wait until a connection stands; None: not in that time (`trouble` says why), or closed.
+        """Wait until the client is connected; None: not in time (`failure` has the reason), or closed.
 
         Raises:
             BrokerRefusedError: see `on_refused`.
@@ -130,40 +147,35 @@ class MqttClient:
         with self._changed:
             self._changed.wait_for(lambda: self._info or self._refusal or self._stopping.is_set(), timeout_s)
             if self._refusal is not None:
-                raise BrokerRefusedError(self._refusal)
+                raise self._refusal
             return self._info
 
     @property
-    def alive(self) -> bool:
-        """Whether the network thread runs; once it has been started, it does so until `close` or a refusal."""
-        return self._thread.is_alive()
-
-    def stop_receiving(self) -> None:
-        """Let `receive` return at once, and nothing any more; what has not been acknowledged stays with the broker."""
-        self._hand_off.close()
-
-    @property
     def connected(self) -> ConnectionInfo | None:
-        """The connection that stands; None: none does."""
+        """The present connection; None: not connected."""
         return self._info
 
     @property
-    def trouble(self) -> str | None:
-        """Why there is no connection; None: there is one, or nothing has gone wrong yet."""
-        return self._trouble
+    def failure(self) -> ConnectionFailure | None:
+        """Why the client is not connected; None: it is, or nothing has failed yet."""
+        return self._failure
 
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
-        """Fetch all that has come in, in order; empty: nothing did in that time, or closed. For one thread."""
-        return self._hand_off.take(timeout_s)
+        """Take all received messages, in order; empty: none arrived in time, or closed. For one thread."""
+        return self._buffer.take(timeout_s)
 
-    def take_settled(self) -> Settled:
-        """Return what the broker need not send again, of all that `receive` has returned before this call."""
-        return self._hand_off.take_settled()
+    def take_redelivery_bounds(self) -> RedeliveryBounds:
+        """Return what the broker cannot deliver again, of all that `receive` has returned before this call."""
+        return self._buffer.take_redelivery_bounds()
+
+    def stop_receiving(self) -> None:
+        """Make `receive` return at once and nothing; unacknowledged messages stay with the broker."""
+        self._buffer.close()
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
-        """Tell the broker, in this order, that these need not come again.
+        """Acknowledge messages in this order.
 
-        Those that came by an earlier connection are passed over: the broker sends them again if it still has them.
+        Those of an earlier connection are skipped: the broker sends them again if it still has them.
         """
         connection = self._connection
         if connection is not None:
@@ -179,38 +191,39 @@ class MqttClient:
         correlation_data: bytes | None = None,
         user_properties: Sequence[tuple[str, str]] = (),
     ) -> PublishTicket | None:
-        """Hand a message to the broker; None: not connected, or 60,000 wait already, and nothing was kept of it.
+        """Enqueue a message for the broker; None: not connected, or 60,000 messages wait, and it was not enqueued.
 
-        Where the broker speaks 3.1.1 only, correlation data and user properties are left out.
+        In MQTT 3.1.1 correlation data and user properties are left out.
 
         Raises:
-            PacketTooLargeError: it is over the broker's limit.
-            CannotPublishError: its topic or properties are such that brokers close the connection.
+            PacketTooLargeError: the packet exceeds the broker's limit.
+            CannotPublishError: brokers close the connection because of such a topic or property.
         """
         publication = Publication(topic, payload, qos, retain, correlation_data, user_properties)
-        # The lock puts each ticket before the burial of its connection, and so before on_disconnected.
+        # The lock makes every ticket precede the end of its connection, and so `on_disconnected`.
         with self._changed:
             if self._connection is None or self._info is None:
                 return None
             return self._connection.publish(publication)
 
     def close(self, *, timeout_s: float = 5.0) -> None:
-        """Disconnect, so that the will is not sent, and end the thread; nothing more comes out of `receive`.
+        """Disconnect, so that the will is not published, and end the thread; `receive` returns nothing any more.
 
-        What was published is sent before, but its acknowledgements are not waited for. If the broker does not take it
-        all in time, the connection is cut. May be called twice, before `start` and from a callback.
+        Enqueued messages are sent before, but their acknowledgements are not awaited. If the broker does not read them
+        in time, the connection is cut. May be called twice, before `start` and from a callback.
         """
-        self._stopping.set()
-        self._hand_off.close()
+        self._close_timeout_s = timeout_s
+        self.stop(timeout_s + 2 * MAX_WAIT_S)
+
+    def _wake(self) -> None:
+        self._buffer.close()
         with self._changed:
             self._changed.notify_all()
             connection = self._connection
         if connection is not None:
-            connection.leave(timeout_s)
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s + 2 * TURN_S)
+            connection.disconnect_gracefully(self._close_timeout_s)
 
-    def _wake(self) -> None:
+    def _wake_connection(self) -> None:
         connection = self._connection
         if connection is not None:
             connection.wake()
@@ -228,108 +241,115 @@ class MqttClient:
                 log.warning("No connection to %s: %s", self._where, exc.strerror, action="not_connected")
                 delay_s = _NO_SOCKET_S
                 continue
-            log_exceptions(self._live)(connection)
-            self._bury(connection)
-            delay_s = self._conclude(connection)
+            log_exceptions(self._run_connection)(connection)
+            self._close_connection(connection)
+            delay_s = self._next_delay_s(connection)
 
     def _make_connection(self, number: int) -> Connection:
         connection = Connection(
             number,
-            self._profile,
+            self._options,
             version=self._version.next,
-            lasts_s=_PASSING_S if self._version.passing else math.inf,
-            before_s=self._held_s,
-            deliver=self._hand_off.put,
-            on_new_session=self._begin_session,
+            max_age_s=_TEMPORARY_S if self._version.is_temporary else math.inf,
+            previous_s=self._previous_s,
+            deliver=self._buffer.put,
+            on_session_started=self._on_session_started,
         )
         with self._changed:
             self._connection = connection
         return connection
 
-    def _begin_session(self, number: int) -> None:
-        self._is_new = True
-        self._hand_off.begin_session(number)
+    def _on_session_started(self, number: int) -> None:
+        self._session_is_new = True
+        self._buffer.start_session(number)
 
-    def _live(self, connection: Connection) -> None:
-        # `close` may have come while this connected: what it asked for was then too early.
+    def _run_connection(self, connection: Connection) -> None:
+        # `close` may have been called while this connected: its call of `disconnect_gracefully` then came too early.
         if not connection.open() or self._stopping.is_set():
             return
-        while connection.turn():
+        while connection.run_once():
             self._report(connection)
         self._report(connection)
 
     def _report(self, connection: Connection) -> None:
-        """Tell the owner what the last turn brought."""
+        """Call the owner's callbacks for what the last `run_once` brought."""
         info = connection.info
         if info is None:
             return
         if self._info is None:
-            # A session that is new stays news if the connection at which it began did not live to stand.
-            self._announce(replace(info, session_present=not self._is_new))
-            self._is_new = False
+            # The connection at which the session began may have ended before it was ready: the session is still new.
+            self._report_connected(replace(info, session_present=not self._session_is_new))
+            self._session_is_new = False
         published = connection.take_published()
         if published:
-            self._hand_off.hear(info.number, connection.heard)
+            self._buffer.set_acks_received(info.number, connection.acks_received)
         if published and self.on_published is not None:
             report = log_exceptions(self.on_published)
             for ticket, reason in published:
                 report(ticket, reason)
 
-    def _announce(self, info: ConnectionInfo) -> None:
-        self._version.accepted()
+    def _report_connected(self, info: ConnectionInfo) -> None:
+        self._version.on_connected()
         self._ever_connected = True
         with self._changed:
-            self._info, self._trouble = info, None
+            self._info, self._failure = info, None
             self._changed.notify_all()
-        session = "the session was kept" if info.session_present else "a new session"
+        session = "session resumed" if info.session_present else "new session"
         log.info("Connected to %s, MQTT %s, %s", self._where, info.protocol, session, action="connected")
         for topic_filter in info.refused_filters:
-            message = "The broker did not grant '%s' at QoS 1: what is published there may not arrive"
+            message = "The broker did not grant '%s' at QoS 1: messages on it may not be received"
             log.warning(message, topic_filter, action="subscription_refused")
         if self.on_connected is not None:
             log_exceptions(self.on_connected)(info)
 
-    def _bury(self, connection: Connection) -> None:
+    def _close_connection(self, connection: Connection) -> None:
         with self._changed:
-            stood = self._info is not None
+            was_ready = self._info is not None
             self._connection = self._info = None
-        connection.dispose()
-        if stood and not self._stopping.is_set() and self.on_disconnected is not None:
-            log_exceptions(self.on_disconnected)(connection.reason)
+        connection.close()
+        if was_ready and not self._stopping.is_set() and self.on_disconnected is not None:
+            log_exceptions(self.on_disconnected)(connection.failure)
 
-    def _conclude(self, connection: Connection) -> float | None:
-        """Learn from a connection that has ended; return the seconds until the next one, None: there is to be none."""
+    def _next_delay_s(self, connection: Connection) -> float | None:
+        """Return the seconds until the next connection, given the one that has ended; None: there is none."""
         if self._stopping.is_set():
             return None
-        switched = self._version.ended(
+        switched = self._version.on_ended(
             unsupported=connection.unsupported,
-            unanswered=connection.opened and connection.answer is None,
-            unreadable=connection.unreadable,
+            unanswered=connection.tcp_connected and connection.connack is None,
+            malformed=connection.malformed,
         )
-        if switched or connection.left:
-            log.debug("Connecting anew to %s: %s", self._where, connection.reason, action="reconnecting")
+        if switched or connection.expired:
+            log.debug("Reconnecting to %s: %s", self._where, connection.failure, action="reconnecting")
             return 0.0
         if connection.refused and not self._ever_connected:
-            self._give_up(connection.reason)
+            self._report_refused(connection.failure)
             return None
-        self._held_s = connection.held_s or math.inf  # inf: it never stood, so the broker was away
-        delay_s = self._backoff.delay_s(held_s=connection.held_s, refused=connection.refused)
-        self._log_trouble(connection, delay_s)
+        self._previous_s = connection.ready_s or math.inf  # inf: it was never ready, so the broker was away
+        # Two consumers of one client id disconnect each other for ever; since each connection is short, the delay grows
+        # and they do it ever more slowly.
+        if connection.ready_s >= self._backoff.most_s:
+            self._backoff.reset()
+        if connection.refused:
+            self._backoff.jump_to_most()
+        delay_s = self._backoff.next_s()
+        self._log_failure(connection, delay_s)
         return delay_s
 
-    def _give_up(self, reason: str) -> None:
-        log.error("%s", reason, action="refused")
+    def _report_refused(self, failure: ConnectionFailure) -> None:
+        error = BrokerRefusedError(f"{failure.problem}.", failure.advice, reason_code=failure.reason_code)
+        log.error("%s", error, action="refused")
         with self._changed:
-            self._refusal = self._trouble = reason
+            self._refusal, self._failure = error, failure
             self._changed.notify_all()
         if self.on_refused is not None:
-            log_exceptions(self.on_refused)(BrokerRefusedError(reason))
+            log_exceptions(self.on_refused)(error)
 
-    def _log_trouble(self, connection: Connection, delay_s: float) -> None:
-        """Warn of each lost connection, and of attempts that fail in a row of the first, until the reason changes."""
+    def _log_failure(self, connection: Connection, delay_s: float) -> None:
+        """Warn of each lost connection, and of the first of several attempts that fail for the same reason."""
         lost = connection.info is not None
-        level = logging.WARNING if lost or connection.reason != self._trouble else logging.DEBUG
-        self._trouble = connection.reason
+        level = logging.WARNING if lost or connection.failure != self._failure else logging.DEBUG
+        self._failure = connection.failure
         action, what = ("disconnected", "Lost the connection") if lost else ("not_connected", "No connection")
-        message = "%s to %s: %s; the next attempt is in %.1f s"
-        log.log(level, message, what, self._where, connection.reason, delay_s, action=action)
+        message = "%s to %s: %s Next attempt in %.1f s."
+        log.log(level, message, what, self._where, connection.failure, delay_s, action=action)

@@ -1,12 +1,11 @@
-"""One connection to a broker, from CONNECT to its end; paho stops here.
+"""One connection to a broker, from CONNECT to its end; nothing outside this package knows paho.
 
-The network thread makes it, runs it and throws it away. `acknowledge`, `publish`, `leave` and `wake` may be called from
-any thread.
+The network thread creates it, runs it and closes it. Any thread may call `acknowledge`, `publish`,
+`disconnect_gracefully` and `wake`.
 """
 
 import math
 import select
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,12 +20,12 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt import codec as packets
-from cesar_mqtt.mqtt import reason_codes as reasons
+from cesar_mqtt.mqtt import codec, reason_codes
 from cesar_mqtt.mqtt.broker_url import Version
 from cesar_mqtt.mqtt.buffered_socket import BufferedClient, BufferedSocket, WakeupPipe
 from cesar_mqtt.mqtt.messages import (
     MAX_PACKET_BYTES,
+    ConnectionFailure,
     ConnectionInfo,
     ConnectOptions,
     Delivery,
@@ -39,20 +38,22 @@ from cesar_mqtt.mqtt.send_queue import SendQueue
 
 log = get_logger(__name__)
 
-TURN_S = 1.0
-"""How long a turn waits when nothing happens."""
+MAX_WAIT_S = 1.0
+"""How long `run_once` waits when nothing happens."""
 
 _SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 _ANSWER_S = 15.0
+"""How long the broker may take from the TCP connection to the SUBACK."""
 _PING_AFTER = 0.25
+"""The part of the keepalive time after which an idle connection sends a ping."""
 
 _P = ParamSpec("_P")
 
 
 def log_exceptions(function: Callable[_P, object]) -> Callable[_P, None]:
-    """Let no exception out: it would end the network thread unseen.
+    """Wrap a callback so that its exceptions are logged and do not end the network thread.
 
-    A message that meets one stays unacknowledged.
+    A message whose processing raises stays unacknowledged.
     """
 
     @wraps(function)
@@ -60,310 +61,317 @@ def log_exceptions(function: Callable[_P, object]) -> Callable[_P, None]:
         try:
             function(*args, **kwargs)
         except Exception:
-            log.exception("The network thread goes on after an error", action="network_failed")
+            log.exception("The network thread continues after an error", action="network_failed")
 
     return call
 
 
 class Connection:
-    """A paho client that is used once.
+    """A paho client that is used for one connection.
 
-    paho makes and keeps the connection: TLS, WebSockets, CONNECT, SUBSCRIBE, pings, DISCONNECT. Messages and their
-    acknowledgements go past it, and past its loop, in which each of them is two system calls and a turn: here they
-    pile up, and a turn takes all there is. So paho has nothing in flight that it would send again under old packet ids;
-    a packet id belongs to one connection, and an acknowledgement that is late ends nowhere. The callbacks only take
-    notes; the owner reads them after the turn.
+    paho does what is rare: TLS, WebSockets, CONNECT, SUBSCRIBE, pings, DISCONNECT. Messages and their acknowledgements
+    bypass it and its loop, in which each of them costs two system calls and one pass: here they accumulate, and one
+    pass handles all. So paho has no message in flight that it would send again under an old packet id; a packet id
+    belongs to one connection, and a late acknowledgement is dropped. The callbacks of paho only set attributes; the
+    owner reads them after each `run_once`.
 
     Attributes:
-        info: set when it stands.
-        opened: whether the broker took the connection, below MQTT.
-        answer: what the broker answered to CONNECT; None: nothing.
-        unreadable: whether it ended over a packet that cannot be read.
-        left: whether it was given up to be made anew at once.
-        reason: why it ended, in words.
+        info: set when the connection is ready.
+        tcp_connected: whether the broker accepted the TCP connection.
+        connack: the reason code of CONNACK; None: there was none.
+        malformed: whether the connection ended because of a malformed packet.
+        expired: whether it ended because it reached `max_age_s`.
+        failure: why it ended.
     """
 
     def __init__(
         self,
         number: int,
-        profile: ConnectOptions,
+        options: ConnectOptions,
         *,
         version: Version,
-        lasts_s: float,
-        before_s: float = math.inf,
+        max_age_s: float = math.inf,
+        previous_s: float = math.inf,
         deliver: Callable[[Delivery], bool],
-        on_new_session: Callable[[int], None] = lambda _number: None,
+        on_session_started: Callable[[int], None] = lambda _number: None,
     ) -> None:
-        """Prepare it; `open` connects.
+        """Prepare the connection; `open` connects.
 
-        After `lasts_s` it is left. `before_s` is how long the one before had stood, if it was lost: of two that end
-        soon, the second one is suspicious. `deliver` gets each message and says whether there was room for it; if not,
-        it gets it again at every turn (see `wake`), and nothing is read until then. `on_new_session` gets the number of
-        the connection before that, when the broker does not know this client.
+        Args:
+            number: tells this connection from the client's others.
+            options: those of the client.
+            version: the version of MQTT to speak.
+            max_age_s: after that time it disconnects.
+            previous_s: how long the connection before was ready until it was lost: two short ones in a row are
+                suspicious.
+            deliver: receives each message and returns whether there was room for it. If not, it receives it again at
+                every `run_once` (see `wake`), and nothing is read until then.
+            on_session_started: called with `number` before any message is delivered, if the broker has no session of
+                this client.
         """
         self.info: ConnectionInfo | None = None
-        self.opened = False
-        self.answer: ReasonCode | None = None
-        self.unreadable = False
-        self.left = False
-        self.reason = "it was closed without an answer"
+        self.tcp_connected = False
+        self.connack: ReasonCode | None = None
+        self.malformed = False
+        self.expired = False
+        self.failure = ConnectionFailure("the broker closed the connection without an answer")
         self._number = number
-        self._profile = profile
+        self._options = options
         self._version: Version = version
         self._five = version == "5"
-        self._lasts_s = lasts_s
-        self._before_s = before_s
-        self._deliver = deliver
-        self._on_new_session = on_new_session
-        self._held: Delivery | None = None
+        self._max_age_s = max_age_s
+        self._previous_s = previous_s
+        self._put = deliver
+        self._on_session_started = on_session_started
+        self._undelivered: Delivery | None = None
         self._session_present = False
-        self._outgoing = SendQueue(number, five=self._five, limit_bytes=profile.max_packet_bytes)
+        self._send_queue = SendQueue(number, five=self._five, limit_bytes=options.max_packet_bytes)
         self._to_acknowledge: deque[Delivery] = deque()
-        self._acknowledged = 0
-        self._answer_by = self._stands_since = self._cut_at = self._ping_at = math.inf
-        self._leaving = self._said_goodbye = False
-        self._bell = WakeupPipe()
-        self._cable: BufferedSocket
-        self._paho = _make_paho_client(profile, version)
+        self._acks_sent = 0
+        self._answer_by = self._ready_since = self._cut_at = self._ping_at = math.inf
+        self._disconnecting = self._disconnect_sent = False
+        self._wakeup = WakeupPipe()
+        self._socket: BufferedSocket
+        self._paho = _make_paho_client(options, version)
         self._paho.on_connect = log_exceptions(self._on_connect)
         self._paho.on_subscribe = log_exceptions(self._on_subscribe)
         self._paho.on_message = log_exceptions(self._on_message)
         self._paho.on_disconnect = log_exceptions(self._on_disconnect)
 
     @property
-    def held_s(self) -> float:
-        """For how many seconds it has stood; 0: it never did."""
-        return max(0.0, time.monotonic() - self._stands_since)
+    def ready_s(self) -> float:
+        """For how many seconds the connection has been ready; 0: it never was."""
+        return max(0.0, time.monotonic() - self._ready_since)
 
     @property
     def unsupported(self) -> bool:
-        """Whether the broker answered that it does not know this version of MQTT."""
-        return reasons.is_unsupported(self.answer)
+        """Whether the broker answered that it does not support this version of MQTT."""
+        return reason_codes.is_unsupported(self.connack)
 
     @property
     def refused(self) -> bool:
-        """Whether the broker said no in a way that trying again does not change."""
-        return reasons.is_final(self.answer)
+        """Whether the broker refused the client in a way that another attempt does not change."""
+        return reason_codes.is_final(self.connack)
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
-        """Acknowledge those that came by this connection."""
+        """Acknowledge those messages that arrived by this connection, in this order."""
         self._to_acknowledge.extend(deliveries)
-        self._bell.ring()
+        self._wakeup.wake()
 
     def publish(self, publication: Publication) -> PublishTicket | None:
-        """Take a message to be sent; None: the connection is being left, or too many wait. For one thread at a time.
+        """Enqueue a message; None: the connection is being closed, or the queue is full. For one thread at a time.
 
         Raises:
-            PacketTooLargeError: it is over the broker's limit.
+            PacketTooLargeError: the packet exceeds the broker's limit.
         """
-        ticket = None if self._leaving else self._outgoing.publish(publication)
-        self._bell.ring()
+        ticket = None if self._disconnecting else self._send_queue.publish(publication)
+        self._wakeup.wake()
         return ticket
 
-    def leave(self, timeout_s: float) -> None:
-        """Send what waits, then DISCONNECT; if that takes longer, the connection is cut."""
+    def disconnect_gracefully(self, timeout_s: float) -> None:
+        """Send all enqueued messages, then DISCONNECT; after `timeout_s` cut the connection."""
         self._cut_at = time.monotonic() + timeout_s
-        self._leaving = True
-        self._bell.ring()
+        self._disconnecting = True
+        self._wakeup.wake()
 
     def wake(self) -> None:
-        """Try again to deliver what there was no room for."""
-        self._bell.ring()
+        """Deliver again the message that there was no room for."""
+        self._wakeup.wake()
 
     # -- the network thread --------------------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Connect; CONNECT goes out with the first turn. False: it did not work."""
-        profile, paho = self._profile, self._paho
-        host, port = profile.address.host, profile.address.port
+        """Connect; the first `run_once` sends CONNECT. False: it failed."""
+        options, paho = self._options, self._paho
+        host, port = options.address.host, options.address.port
         try:
             if self._five:
-                properties, clean = _connect_properties(profile), not profile.persistent
-                paho.connect(host, port, profile.keepalive_s, clean_start=clean, properties=properties)
+                properties, clean = _connect_properties(options), not options.persistent
+                paho.connect(host, port, options.keepalive_s, clean_start=clean, properties=properties)
             else:
-                paho.connect(host, port, profile.keepalive_s)
+                paho.connect(host, port, options.keepalive_s)
         except OSError as exc:
-            self.reason = str(exc) if isinstance(exc, ssl.SSLError) else exc.strerror or str(exc)
+            self.failure = reason_codes.failure_of_error(exc)
             return False
-        self._cable = paho.cable
-        self.opened = True
+        self._socket = paho.buffered_socket
+        self.tcp_connected = True
         self._answer_by = time.monotonic() + _ANSWER_S
-        self._ping_at = time.monotonic() + _PING_AFTER * profile.keepalive_s
+        self._ping_at = time.monotonic() + _PING_AFTER * options.keepalive_s
         return True
 
-    def turn(self) -> bool:
-        """Send and take in what there is to send and take in; False: the connection has ended."""
+    def run_once(self) -> bool:
+        """Send and receive what there is, waiting for at most `MAX_WAIT_S`; False: the connection has ended."""
         self._send()
         if self._paho.socket() is None:
             return False
         try:
-            quiet = not self._receive()
-        except packets.UnreadablePacketError as exc:
-            self.unreadable, self.reason = True, f"the broker sent {exc}"
+            idle = not self._receive()
+        except codec.MalformedPacketError as exc:
+            self.malformed = True
+            self.failure = ConnectionFailure(f"the broker sent a malformed packet: {exc}")
             return False
         now = time.monotonic()
-        self._keep_alive(now, quiet=quiet)
+        self._keep_alive(now, idle=idle)
         if self._paho.socket() is None:
             return False
-        if self.held_s >= self._lasts_s and not self.left:
-            self.left, self.reason = True, "it has served its purpose"
-            self.leave(_ANSWER_S)
+        if self.ready_s >= self._max_age_s and not self.expired:
+            self.expired, self.failure = True, ConnectionFailure("switching back to MQTT 5")
+            self.disconnect_gracefully(_ANSWER_S)
         if self.info is None and now >= self._answer_by:
-            self.reason = f"the broker did not answer within {_ANSWER_S:.0f} s"
+            self.failure = ConnectionFailure(f"the broker did not answer within {_ANSWER_S:.0f} s", is_timeout=True)
             return False
         return now < self._cut_at
 
     def take_published(self) -> list[tuple[PublishTicket, str | None]]:
-        """Return what the broker has taken, or refused with a reason, since the last call."""
-        return self._outgoing.take_published()
+        """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""
+        return self._send_queue.take_published()
 
     @property
-    def heard(self) -> int:
-        """How many of our acknowledgements at QoS 1 the broker is known to have."""
-        return self._outgoing.heard
+    def acks_received(self) -> int:
+        """How many of our acknowledgements at QoS 1 the broker has received for certain."""
+        return self._send_queue.acks_received
 
-    def dispose(self) -> None:
-        """Close what is still open, and break the circle of references: paho's descriptors close with its last one."""
+    def close(self) -> None:
+        """Close what is open, and break the reference cycle: paho's descriptors close with its last reference."""
         paho = self._paho
         paho.on_connect = paho.on_subscribe = paho.on_message = paho.on_disconnect = None
-        self._bell.close()
+        self._wakeup.close()
         still_open = paho.socket()
         if still_open is not None:
             still_open.close()
 
-    # -- a turn --------------------------------------------------------------------------------------------------------
+    # -- sending and receiving -----------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        """Write what may go now."""
         while self._to_acknowledge:
-            self._acknowledge(self._to_acknowledge.popleft())
-        self._outgoing.send(self._cable, behind=self._acknowledged)
-        if self._leaving and not self._outgoing.waits and not self._said_goodbye:
-            self._said_goodbye = True
+            self._send_acknowledgement(self._to_acknowledge.popleft())
+        self._send_queue.send(self._socket, acks_sent=self._acks_sent)
+        if self._disconnecting and not self._send_queue.has_waiting and not self._disconnect_sent:
+            self._disconnect_sent = True
             self._paho.disconnect()
         if self._paho.want_write():
             self._paho.loop_write()
-        self._cable.flush()
-        self._outgoing.note_written(self._cable)
+        self._socket.flush()
+        self._send_queue.on_flushed(self._socket)
 
-    def _acknowledge(self, delivery: Delivery) -> None:
+    def _send_acknowledgement(self, delivery: Delivery) -> None:
         if delivery.receipt.connection != self._number:
             return
         if delivery.qos == 1:
-            self._cable.send(packets.write_puback(delivery.receipt.mid))
-            self._acknowledged += 1
+            self._socket.send(codec.encode_puback(delivery.receipt.mid))
+            self._acks_sent += 1
         else:
             self._paho.ack(delivery.receipt.mid, delivery.qos)
 
     def _receive(self) -> bool:
-        """Wait until there is something to do, and read; False: there was nothing, and no reason not to look."""
-        cable = self._cable
-        if self._held is not None:
-            self._take(self._held)
-            self._route()
+        """Wait until there is something to do, and read; False: nothing arrived although reading was possible."""
+        if self._undelivered is not None:
+            self._deliver(self._undelivered)
+            self._dispatch()
             if self._paho.socket() is None:  # a DISCONNECT stood behind it
                 return True
-        full = self._held is not None
-        readable = self._wait(look=not full)
+        full = self._undelivered is not None
+        readable = self._wait(for_reading=not full)
         if readable:
-            cable.fill()
-            self._route()
-        if cable.ended:
-            self._paho.loop_read()  # it learns so, and says why
+            self._socket.fill()
+            self._dispatch()
+        if self._socket.ended:
+            self._paho.loop_read()  # paho finds the end, and calls `_on_disconnect` with the reason
         return readable or full
 
-    def _wait(self, *, look: bool) -> bool:
-        """Wait until there is something to do; whether there is something to read, if it was to `look` for that."""
-        cable = self._cable
-        pending = look and cable.pending
-        timeout_s = 0.0 if pending else min(TURN_S, max(0.0, self._cut_at - time.monotonic()))
-        writes = cable.unsent or self._paho.want_write()
-        poll = select.poll()  # unlike `select.select` for any number of open files
-        poll.register(self._bell, select.POLLIN)
-        if look or writes:
-            poll.register(cable, (select.POLLIN if look else 0) | (select.POLLOUT if writes else 0))
+    def _wait(self, *, for_reading: bool) -> bool:
+        """Wait until there is something to do; True: there is data to read, and that was asked for."""
+        buffered = self._socket
+        pending = for_reading and buffered.has_pending
+        timeout_s = 0.0 if pending else min(MAX_WAIT_S, max(0.0, self._cut_at - time.monotonic()))
+        for_writing = buffered.has_unsent or self._paho.want_write()
+        poll = select.poll()  # `select.select` fails for descriptors above 1023
+        poll.register(self._wakeup, select.POLLIN)
+        if for_reading or for_writing:
+            poll.register(buffered, (select.POLLIN if for_reading else 0) | (select.POLLOUT if for_writing else 0))
         ready = dict(poll.poll(timeout_s * 1000))
-        if self._bell.fileno() in ready:
-            self._bell.hush()
-        return pending or (look and bool(ready.get(cable.fileno(), 0) & ~select.POLLOUT))
+        if self._wakeup.fileno() in ready:
+            self._wakeup.drain()
+        return pending or (for_reading and bool(ready.get(buffered.fileno(), 0) & ~select.POLLOUT))
 
-    def _route(self) -> None:
-        """Take the packets that have come, as long as there is room for their messages."""
-        while self._held is None and (packet := self._cable.next_packet()) is not None:
+    def _dispatch(self) -> None:
+        """Handle the received packets, as long as there is room for their messages."""
+        while self._undelivered is None and (packet := self._socket.next_packet()) is not None:
             first, body = packet
-            kind = first & packets.KIND
-            if kind == packets.PUBLISH and first & packets.QOS != packets.QOS_2:
-                self._take(packets.read_publish(first, body, five=self._five, connection=self._number))
-            elif kind == packets.PUBACK:
-                self._outgoing.settle(*packets.read_puback(body))
+            packet_type = first & codec.TYPE_MASK
+            if packet_type == codec.PUBLISH and first & codec.QOS_MASK != codec.QOS_2:
+                self._deliver(codec.decode_publish(first, body, five=self._five, connection=self._number))
+            elif packet_type == codec.PUBACK:
+                self._send_queue.on_acknowledged(*codec.decode_puback(body))
             else:
-                self._cable.give(first, body)
+                self._socket.forward_to_paho(first, body)
                 self._paho.loop_read()
 
     @log_exceptions
-    def _take(self, delivery: Delivery) -> None:
-        self._held = None
-        if not self._deliver(delivery):
-            self._held = delivery
+    def _deliver(self, delivery: Delivery) -> None:
+        self._undelivered = None
+        if not self._put(delivery):
+            self._undelivered = delivery
 
-    def _keep_alive(self, now: float, *, quiet: bool) -> None:
-        """Let the broker hear of this client.
+    def _keep_alive(self, now: float, *, idle: bool) -> None:
+        """Send pings.
 
-        paho's part in it is to miss the answer to a ping. That is for quiet times only: the answer may stand behind
-        many messages, or behind those that there is no room for. Then pings are sent all the same, and nobody waits.
+        On an idle connection paho does it, and ends the connection when the answer does not arrive. On a busy one the
+        answer may stand behind many messages, or behind those that there is no room for: then pings are sent all the
+        same, and nothing waits for the answer.
         """
-        if quiet:
+        if idle:
             self._paho.loop_misc()
         elif now < self._ping_at:
             return
         else:
-            self._cable.send(packets.PINGREQ)
-        self._ping_at = now + _PING_AFTER * self._profile.keepalive_s
+            self._socket.send(codec.PINGREQ)
+        self._ping_at = now + _PING_AFTER * self._options.keepalive_s
 
-    # -- paho ----------------------------------------------------------------------------------------------------------
+    # -- callbacks of paho ---------------------------------------------------------------------------------------------
 
     def _on_connect(
-        self, paho: Client, _userdata: object, flags: ConnectFlags, answer: ReasonCode, properties: Properties | None
+        self, paho: Client, _userdata: object, flags: ConnectFlags, connack: ReasonCode, properties: Properties | None
     ) -> None:
-        self.answer = answer
-        if answer.is_failure:
-            self.reason = reasons.refusal(answer, self._profile, self._version)
+        self.connack = connack
+        if connack.is_failure:
+            self.failure = reason_codes.failure_of_connack(connack, self._options, self._version)
             return
-        self.reason = "it was closed"
+        self.failure = ConnectionFailure("the connection was closed")
         self._session_present = flags.session_present
         if not flags.session_present:
-            self._on_new_session(self._number)
-        outgoing = self._outgoing
-        outgoing.limit_bytes = min(outgoing.limit_bytes, getattr(properties, "MaximumPacketSize", MAX_PACKET_BYTES))
-        outgoing.window = min(outgoing.window, getattr(properties, "ReceiveMaximum", outgoing.window))
-        subscriptions = self._profile.subscriptions
+            self._on_session_started(self._number)
+        queue = self._send_queue
+        queue.limit_bytes = min(queue.limit_bytes, getattr(properties, "MaximumPacketSize", MAX_PACKET_BYTES))
+        queue.max_in_flight = min(queue.max_in_flight, getattr(properties, "ReceiveMaximum", queue.max_in_flight))
+        subscriptions = self._options.subscriptions
         if not subscriptions:
-            self._stand(())
+            self._on_ready(())
         elif self._five:
             paho.subscribe([(wanted.topic_filter, _subscribe_options(wanted)) for wanted in subscriptions])
         else:
             paho.subscribe([(wanted.topic_filter, 1) for wanted in subscriptions])
-        if self._profile.unwanted:  # only now, so that nothing falls between the two
-            paho.unsubscribe(list(self._profile.unwanted))
+        if self._options.unwanted:  # after SUBSCRIBE, so that no message is missed in between
+            paho.unsubscribe(list(self._options.unwanted))
 
     def _on_subscribe(
         self, _paho: Client, _userdata: object, _mid: int, granted: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        pairs = zip(self._profile.subscriptions, granted, strict=True)
-        self._stand(tuple(wanted.topic_filter for wanted, code in pairs if code.is_failure or code.value < 1))
+        pairs = zip(self._options.subscriptions, granted, strict=True)
+        self._on_ready(tuple(wanted.topic_filter for wanted, code in pairs if code.is_failure or code.value < 1))
 
-    def _stand(self, refused_filters: tuple[str, ...]) -> None:
-        limit_bytes = self._outgoing.limit_bytes if self._outgoing.limit_bytes < MAX_PACKET_BYTES else None
-        self._stands_since = time.monotonic()
+    def _on_ready(self, refused_filters: tuple[str, ...]) -> None:
+        limit_bytes = self._send_queue.limit_bytes if self._send_queue.limit_bytes < MAX_PACKET_BYTES else None
+        self._ready_since = time.monotonic()
         self.info = ConnectionInfo(self._session_present, self._version, limit_bytes, self._number, refused_filters)
 
     def _on_message(self, _paho: Client, _userdata: object, message: MQTTMessage) -> None:
-        """Take a message of QoS 2, which only a subscription of somebody else in this client's session can bring."""
+        """Handle a message of QoS 2: only a subscription that another program made in this session can bring one."""
         receipt = Receipt(self._number, message.mid)
         payload = bytes(message.payload)
-        self._take(Delivery(message.topic, payload, message.qos, message.retain, message.dup, receipt))
+        self._deliver(Delivery(message.topic, payload, message.qos, message.retain, message.dup, receipt))
 
     def _on_disconnect(
         self,
@@ -373,12 +381,15 @@ class Connection:
         reason: ReasonCode,
         _properties: Properties | None,
     ) -> None:
-        if self.left or (self.answer is not None and self.answer.is_failure):
+        if self.expired or (self.connack is not None and self.connack.is_failure):
             return
-        said = flags.is_disconnect_packet_from_server
-        self.unreadable = not said and self.answer is not None and reasons.is_unreadable(reason)
-        held_s = self.held_s and max(self.held_s, self._before_s)
-        self.reason = reasons.ending(reason, self._profile, said=said, held_s=held_s) or self.reason
+        by_broker = flags.is_disconnect_packet_from_server
+        self.malformed = not by_broker and self.connack is not None and reason_codes.is_malformed_packet(reason)
+        connected_s = self.ready_s and max(self.ready_s, self._previous_s)
+        failure = reason_codes.failure_of_disconnect(
+            reason, self._options, by_broker=by_broker, connected_s=connected_s
+        )
+        self.failure = failure or self.failure
 
 
 def _make_paho_client(options: ConnectOptions, version: Version) -> BufferedClient:

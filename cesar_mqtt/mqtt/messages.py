@@ -183,3 +183,20 @@ class ConnectionInfo:
     """Counts the client's connections."""
     refused_filters: tuple[str, ...] = ()
     """Subscriptions that the broker refused, or granted below QoS 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionFailure:
+    """Why there is no connection, or why it ended; as text the problem, then the advice."""
+
+    problem: str
+    """A clause without a full stop, such as "Connection refused"."""
+    advice: str = ""
+    """Sentences that say what to do; "" where nothing can be done."""
+    reason_code: int | None = None
+    """The one of CONNACK or DISCONNECT, as MQTT 5 numbers them; None: the broker sent none."""
+    is_timeout: bool = False
+    """Whether nothing answered in time."""
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.advice}" if self.advice else f"{self.problem}."

@@ -1,13 +1,18 @@
-"""Why a connection ended: the reason codes of MQTT, and what is said of them. Pure; any thread may call it."""
+"""Why a connection failed or ended, from the reason codes of MQTT and from socket and TLS errors.
+
+Pure; any thread may call it. Source: MQTT 5.0, section 2.4; paho translates the return codes of 3.1.1 into these.
+"""
+
+import ssl
 
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cesar_mqtt.mqtt.broker_url import Version
-from cesar_mqtt.mqtt.messages import ConnectOptions
+from cesar_mqtt.mqtt.messages import ConnectionFailure, ConnectOptions
 
-# Reason codes of MQTT 5, section 2.4; paho translates the return codes of 3.1.1 into them.
+UNSUPPORTED_VERSION = 132
+
 _PROTOCOL_ERROR = 130
-_UNSUPPORTED_VERSION = 132
 _CLIENT_ID_NOT_VALID = 133
 _BAD_CREDENTIALS = 134
 _NOT_AUTHORIZED = 135
@@ -15,55 +20,82 @@ _BANNED = 138
 _KEEP_ALIVE_TIMEOUT = 141
 _TAKEN_OVER = 142
 
-_SOON_S = 60.0
+_FINAL = frozenset({UNSUPPORTED_VERSION, _CLIENT_ID_NOT_VALID, _BAD_CREDENTIALS, _NOT_AUTHORIZED, _BANNED})
+
+_SHORT_S = 60.0
+"""A connection that ends within this time is suspicious: two clients of one client id disconnect each other."""
+
+# OpenSSL's verification results (x509_vfy.h).
+_NAME_MISMATCHES = frozenset({62, 64})  # host name, IP address
+_TLS_ADVICE = {
+    "CERTIFICATE_VERIFY_FAILED": "Set broker.ca_file to the authority that signed its certificate.",
+    "WRONG_VERSION_NUMBER": "That port does not speak TLS: name its TLS port, or write mqtt:// without the s.",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "Set broker.cert_file and broker.key_file.",
+}
 
 
-def is_unsupported(answer: ReasonCode | None) -> bool:
-    """Whether a broker answered CONNECT with: not in this version of MQTT."""
-    return answer is not None and answer.value == _UNSUPPORTED_VERSION
+def is_unsupported(connack: ReasonCode | None) -> bool:
+    """Whether CONNACK says that the broker does not support this version of MQTT."""
+    return connack is not None and connack.value == UNSUPPORTED_VERSION
 
 
-def is_final(answer: ReasonCode | None) -> bool:
-    """Whether a broker answered CONNECT with a no that trying again does not change."""
-    final = (_UNSUPPORTED_VERSION, _CLIENT_ID_NOT_VALID, _BAD_CREDENTIALS, _NOT_AUTHORIZED, _BANNED)
-    return answer is not None and answer.value in final
+def is_final(connack: ReasonCode | None) -> bool:
+    """Whether CONNACK is a refusal that another attempt does not change."""
+    return connack is not None and connack.value in _FINAL
 
 
-def is_unreadable(reason: ReasonCode) -> bool:
-    """Whether paho ended a connection over a packet that it cannot read."""
+def is_malformed_packet(reason: ReasonCode) -> bool:
+    """Whether paho ended the connection because it received a malformed packet."""
     return bool(reason.value == _PROTOCOL_ERROR)
 
 
-def refusal(answer: ReasonCode, profile: ConnectOptions, version: Version) -> str:
-    """Say why a broker does not take this client, and what can be done."""
-    where = profile.address.redacted
-    if answer.value == _UNSUPPORTED_VERSION:
-        return f"{where} does not speak MQTT {version} (broker.protocol)"
-    if answer.value == _CLIENT_ID_NOT_VALID:
-        return f"{where} does not take '{profile.client_id}' for a client id (consumer.name)"
-    advice = "; check broker.username and broker.password_file" if is_final(answer) else ""
-    return f"{where} refused this client: {answer}{advice}"
+def failure_of_error(error: OSError) -> ConnectionFailure:
+    """Translate the error of an attempt to connect."""
+    if isinstance(error, TimeoutError):
+        return ConnectionFailure(str(error), is_timeout=True)
+    if not isinstance(error, ssl.SSLError):
+        return ConnectionFailure(error.strerror or str(error))
+    advice = _TLS_ADVICE.get(getattr(error, "reason", None) or "", "")
+    if getattr(error, "verify_code", None) in _NAME_MISMATCHES:
+        advice = "Put a name that stands in its certificate into broker.url."
+    return ConnectionFailure(str(error), advice)
 
 
-def ending(reason: ReasonCode, profile: ConnectOptions, *, said: bool, held_s: float) -> str | None:
-    """Say why a connection ended that had been accepted; None: nobody knows.
+def failure_of_connack(connack: ReasonCode, options: ConnectOptions, version: Version) -> ConnectionFailure:
+    """Translate a refusal of CONNECT."""
+    where, code = options.address.redacted, connack.value
+    if code == UNSUPPORTED_VERSION:
+        return ConnectionFailure(f"{where} does not support MQTT {version}", "See broker.protocol.", code)
+    if code == _CLIENT_ID_NOT_VALID:
+        return ConnectionFailure(f"{where} rejects the client id '{options.client_id}'", "See consumer.name.", code)
+    advice = "Check broker.username and broker.password_file." if is_final(connack) else ""
+    return ConnectionFailure(f"{where} refused this client: {connack}", advice, code)
+
+
+def failure_of_disconnect(
+    reason: ReasonCode, options: ConnectOptions, *, by_broker: bool, connected_s: float
+) -> ConnectionFailure | None:
+    """Translate the end of a connection that the broker had accepted; None: there is nothing to tell about it.
 
     Args:
-        reason: paho's, or the broker's own.
-        profile: whose connection it was.
-        said: whether it is the broker's own.
-        held_s: for how many seconds it had stood.
+        reason: the reason of the broker's DISCONNECT, or paho's own.
+        options: those of the connection.
+        by_broker: whether the broker sent DISCONNECT.
+        connected_s: for how many seconds the connection was ready.
     """
-    name = profile.client_id
-    if said and reason.value == _TAKEN_OVER:
-        return f"another client took the name '{name}'; no two may have the same (consumer.name)"
-    if said:
-        return f"the broker closed it ({reason})"
+    name, code = options.client_id, reason.value if by_broker else None
+    if by_broker and code == _TAKEN_OVER:
+        advice = "Each client needs its own client id (consumer.name)."
+        return ConnectionFailure(f"another client connected with the client id '{name}'", advice, code)
+    if by_broker:
+        return ConnectionFailure(f"the broker closed the connection: {reason}", reason_code=code)
     if reason.value == _KEEP_ALIVE_TIMEOUT:
-        return "the broker was not heard for too long"
-    if is_unreadable(reason):
-        return "the broker sent something that paho cannot read"
-    if profile.persistent and 0.0 < held_s < _SOON_S:
-        # Mosquitto 2.0.11 does not say that another client took over. A name for one connection is nobody else's.
-        return f"it was closed soon; if that goes on, another client may have the name '{name}'"
+        return ConnectionFailure("the broker did not answer a ping within the keepalive time")
+    if is_malformed_packet(reason):
+        return ConnectionFailure("the broker sent a malformed packet")
+    if options.persistent and 0.0 < connected_s < _SHORT_S:
+        # Mosquitto 2.0.11 sends no reason when another client takes over. The client id of an ephemeral client is
+        # random, so no other client has it.
+        advice = f"If this repeats, check that no other client uses the client id '{name}'."
+        return ConnectionFailure("closed shortly after connecting", advice)
     return None

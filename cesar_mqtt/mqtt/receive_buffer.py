@@ -1,7 +1,4 @@
-"""What comes in over MQTT, on its way from the network thread to whoever fetches it.
-
-`ReceiveBuffer` is the one place where the two threads meet: the network thread puts, one other thread takes.
-"""
+"""Incoming messages between the network thread, which puts them in, and the one thread that takes them."""
 
 import threading
 import time
@@ -17,26 +14,26 @@ _WARN_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """What the broker need not send again.
+class RedeliveryBounds:
+    """Which messages the broker cannot deliver again.
 
     Attributes:
-        session: the connection at which the broker began the session that it has now; what came by an earlier one, it
-            does not remember. 0: it has had the session from before.
-        heard: by connection, how many of our acknowledgements at QoS 1 it is known to have.
+        session: the number of the connection at which the broker began its present session: it has forgotten what
+            arrived by an earlier one. 0: the session is older than the first connection.
+        acks_received: by connection, how many of our acknowledgements at QoS 1 the broker has received for certain.
     """
 
     session: int = 0
-    heard: Mapping[int, int] = field(default_factory=dict)
+    acks_received: Mapping[int, int] = field(default_factory=dict)
 
 
 class ReceiveBuffer:
-    """The messages that were not fetched yet: bounded in number and bytes, except that one message always fits.
+    """The messages that have not been taken yet, bounded in number and bytes, except that one message always fits.
 
     Args:
-        max_messages: how many may wait.
-        max_bytes: how much memory they may take together, with their properties.
-        on_room: called, by the thread that took, when there is room again where `put` found none; must not block.
+        max_messages: how many messages may wait.
+        max_bytes: how much memory they may use together, including their properties.
+        on_room: called by the taking thread when there is room again after `put` has returned False; must not block.
     """
 
     def __init__(self, max_messages: int, max_bytes: int, *, on_room: Callable[[], None]) -> None:
@@ -47,17 +44,18 @@ class ReceiveBuffer:
         self._waiting: list[Delivery] = []
         self._waiting_bytes = 0
         self._session = 0
-        self._heard: dict[int, int] = {}
+        self._acks_received: dict[int, int] = {}
         self._closed = False
-        self._short = False
+        self._room_is_wanted = False
         self._dropped = 0
         self._warn_at = 0.0
 
     def put(self, delivery: Delivery) -> bool:
-        """Add one; False: there is no room, and nothing was kept of it. Without room QoS 0 is dropped, which is True.
+        """Add a message; False: there is no room for it, and the caller has to hold it back.
 
-        The receive maximum of MQTT 5 should prevent that, but it counts no bytes, and mosquitto 2.0.11 sends more than
-        it was told to. After `close` nothing is added; of QoS 1 nothing is lost by that, for it is not acknowledged.
+        Without room a message of QoS 0 is dropped, and the result is True. The receive maximum of MQTT 5 should prevent
+        that, but it counts no bytes, and mosquitto 2.0.11 exceeds it. After `close` nothing is added and the result is
+        True; no message of QoS 1 is lost by that, since it is not acknowledged.
         """
         with self._changed:
             if self._closed:
@@ -65,46 +63,46 @@ class ReceiveBuffer:
             size_bytes = delivery.size_bytes
             if not self._has_room(size_bytes):
                 if delivery.qos:
-                    self._short = True
+                    self._room_is_wanted = True
                     return False
                 self._drop()
                 return True
             self._waiting.append(delivery)
             self._waiting_bytes += size_bytes
-            if len(self._waiting) == 1:  # whoever takes, takes all: only the first has to wake it
+            if len(self._waiting) == 1:  # `take` takes all: only the first message has to wake it
                 self._changed.notify_all()
             return True
 
     def take(self, timeout_s: float | None) -> list[Delivery]:
-        """Take all there is, in order; empty: nothing came in that time, or closed."""
+        """Take all messages, in order; empty: none arrived in time, or the buffer is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._waiting, timeout_s)
             if self._closed:
                 return []
             taken, self._waiting, self._waiting_bytes = self._waiting, [], 0
-            short, self._short = self._short, False
-        if short:
+            wanted, self._room_is_wanted = self._room_is_wanted, False
+        if wanted:
             self._on_room()
         return taken
 
-    def begin_session(self, connection: int) -> None:
-        """Take note that the broker has begun a new session, before anything that comes by it."""
+    def start_session(self, connection: int) -> None:
+        """Record that the broker began a new session, before any message of it is put in."""
         with self._changed:
             self._session = connection
 
-    def hear(self, connection: int, count: int) -> None:
-        """Take note that the broker has so many of our acknowledgements."""
+    def set_acks_received(self, connection: int, count: int) -> None:
+        """Record how many of our acknowledgements the broker has received."""
         with self._changed:
-            self._heard[connection] = count
+            self._acks_received[connection] = count
 
-    def take_settled(self) -> Settled:
-        """Take what was noted since the last call; holds for all that `take` has returned before."""
+    def take_redelivery_bounds(self) -> RedeliveryBounds:
+        """Return what was recorded since the last call; it is valid for all that `take` has returned before."""
         with self._changed:
-            heard, self._heard = self._heard, {}
-            return Settled(self._session, heard)
+            received, self._acks_received = self._acks_received, {}
+            return RedeliveryBounds(self._session, received)
 
     def close(self) -> None:
-        """Wake whoever waits; nothing goes in or comes out any more."""
+        """Wake the taking thread; from now on nothing is added or taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -118,7 +116,7 @@ class ReceiveBuffer:
     def _drop(self) -> None:
         self._dropped += 1
         if time.monotonic() >= self._warn_at:
-            message = "More comes in than is taken: %d messages of QoS 0 were dropped. QoS 1 would have waited."
+            message = "Receive buffer full: dropped %d messages of QoS 0. Publish with QoS 1 to have them wait."
             log.warning(message, self._dropped, action="messages_dropped")
             self._dropped = 0
             self._warn_at = time.monotonic() + _WARN_EVERY_S

@@ -1,4 +1,4 @@
-"""What was published, from its taking to its PUBACK: what waits, what is in flight, what the broker has.
+"""Outgoing messages from `publish` to their PUBACK: waiting, in flight, acknowledged.
 
 `publish` is for any thread, one at a time; all else is for the network thread.
 """
@@ -7,111 +7,112 @@ from collections import deque
 from typing import Protocol
 
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt.codec import write_publish
+from cesar_mqtt.mqtt.codec import encode_publish
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, PacketTooLargeError, Publication, PublishTicket
 
 log = get_logger(__name__)
 
-IN_FLIGHT = 20
-"""Published and not yet acknowledged, at most: what mosquitto asks for. The others wait."""
+MAX_IN_FLIGHT = 20
+"""Unacknowledged messages at most, as mosquitto asks for; further ones wait."""
 
-_MOST_WAITING = 60_000
-_MOST_PACKET_ID = 65_535
+_MAX_WAITING = 60_000
+"""Fewer than there are packet ids, so that one is always free."""
+_MAX_PACKET_ID = 65_535
 
 
-class Sink(Protocol):
-    """Where packets go."""
+class PacketSink(Protocol):
+    """Where packets go: a `BufferedSocket`."""
 
     @property
-    def unsent(self) -> bool:
-        """Whether some of them are still to be written."""
+    def has_unsent(self) -> bool:
+        """Whether some packets have not been written yet."""
 
     def send(self, buffer: bytes) -> object:
-        """Take a packet."""
+        """Take a packet to be written."""
 
 
 class SendQueue:
-    """The messages of one connection on their way to the broker, in the order of `publish`.
+    """The outgoing messages of one connection, in the order of `publish`.
 
     Attributes:
-        window: how many may be in flight.
-        limit_bytes: the largest packet that the broker takes.
-        heard: how much of what was sent before, as the caller of `send` counts it, the broker is known to have read: it
-            reads in order, and has acknowledged what came behind.
+        max_in_flight: how many messages may be in flight.
+        limit_bytes: the largest packet that the broker accepts.
+        acks_received: how many of our own acknowledgements the broker has received for certain: it reads in order, and
+            has acknowledged a message that was sent behind them.
     """
 
     def __init__(self, connection: int, *, five: bool, limit_bytes: int | None) -> None:
-        """Begin a connection; `five`: it speaks MQTT 5."""
-        self.window = IN_FLIGHT
+        """Start empty; `five`: the connection speaks MQTT 5."""
+        self.max_in_flight = MAX_IN_FLIGHT
         self.limit_bytes = limit_bytes or MAX_PACKET_BYTES
-        self.heard = 0
+        self.acks_received = 0
         self._connection = connection
         self._five = five
         self._mid = 0
         self._waiting: deque[tuple[PublishTicket, Publication, bytes]] = deque()
         self._in_flight: dict[int, tuple[PublishTicket, str, int]] = {}
-        self._written: list[PublishTicket] = []
+        self._unwritten: list[PublishTicket] = []
         self._published: list[tuple[PublishTicket, str | None]] = []
 
     @property
-    def waits(self) -> bool:
-        """Whether there is something that was not sent yet."""
+    def has_waiting(self) -> bool:
+        """Whether a message has not been sent yet."""
         return bool(self._waiting)
 
     def publish(self, publication: Publication) -> PublishTicket | None:
-        """Take a message; None: 60,000 wait already.
+        """Enqueue a message; None: the queue is full (60,000 messages).
 
         Raises:
-            PacketTooLargeError: it is over the broker's limit.
+            PacketTooLargeError: the packet exceeds the broker's limit.
         """
         mid = self._free_packet_id()
-        packet = write_publish(publication, mid, five=self._five)
+        packet = encode_publish(publication, mid, five=self._five)
         if len(packet) > self.limit_bytes:
             raise PacketTooLargeError(len(packet), self.limit_bytes)
-        if len(self._waiting) >= _MOST_WAITING:
+        if len(self._waiting) >= _MAX_WAITING:
             return None
         self._mid = mid
         ticket = PublishTicket(self._connection, mid)
         self._waiting.append((ticket, publication, packet))
         return ticket
 
-    def send(self, sink: Sink, *, behind: int = 0) -> None:
-        """Send what the window lets through, behind so many others."""
-        while self._waiting and len(self._in_flight) < self.window:
+    def send(self, sink: PacketSink, *, acks_sent: int = 0) -> None:
+        """Send as many messages as may be in flight, after `acks_sent` acknowledgements on this connection."""
+        while self._waiting and len(self._in_flight) < self.max_in_flight:
             ticket, publication, packet = self._waiting.popleft()
             if publication.qos:
-                self._in_flight[ticket.mid] = ticket, publication.topic, behind
+                self._in_flight[ticket.mid] = ticket, publication.topic, acks_sent
             else:
-                self._written.append(ticket)
+                self._unwritten.append(ticket)
             sink.send(packet)
 
-    def note_written(self, sink: Sink) -> None:
-        """Take note that what was sent at QoS 0 is written, if it is."""
-        if self._written and not sink.unsent:
-            self._published += [(ticket, None) for ticket in self._written]
-            self._written.clear()
+    def on_flushed(self, sink: PacketSink) -> None:
+        """Count messages of QoS 0 as published once everything is written."""
+        if self._unwritten and not sink.has_unsent:
+            self._published += [(ticket, None) for ticket in self._unwritten]
+            self._unwritten.clear()
 
-    def settle(self, mid: int, reason: str | None) -> None:
-        """Take note of a PUBACK; with a reason, the broker refused the message."""
-        ticket, topic, behind = self._in_flight.pop(mid, (None, "", 0))
+    def on_acknowledged(self, mid: int, reason: str | None) -> None:
+        """Handle a PUBACK; with a reason, the broker refused the message."""
+        ticket, topic, acks_sent = self._in_flight.pop(mid, (None, "", 0))
         if ticket is None:
             return
-        self.heard = max(self.heard, behind)
+        self.acks_received = max(self.acks_received, acks_sent)
         if reason is not None:
             log.warning("The broker refused a message on %s: %s", topic, reason, action="publish_refused")
         self._published.append((ticket, reason))
 
     def take_published(self) -> list[tuple[PublishTicket, str | None]]:
-        """Return what the broker has taken, or refused with a reason, since the last call."""
+        """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""
         published, self._published = self._published, []
         return published
 
     def _free_packet_id(self) -> int:
-        """Return the next packet id that nothing has.
+        """Return the next packet id that no message has.
 
-        What waits has the ids that were given out last, and is 5,000 short of all there are: those are not reached.
+        The waiting messages have the newest ids, and are 5,000 fewer than there are ids: those are never reached.
         """
-        mid = self._mid % _MOST_PACKET_ID + 1
-        while mid in self._in_flight:  # not acknowledged since the last time round
-            mid = mid % _MOST_PACKET_ID + 1
+        mid = self._mid % _MAX_PACKET_ID + 1
+        while mid in self._in_flight:  # unacknowledged since the last time round
+            mid = mid % _MAX_PACKET_ID + 1
         return mid

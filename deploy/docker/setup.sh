@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes what compose.yaml needs, in folders beside it: passwords, the ACL, folders for the data, and .env with the user
-# that both containers run as. With HOST (the broker's name in your network) also certificates.
+# Makes the files of compose.yaml, in folders beside it: passwords, the access list, folders for the data, and .env with the
+# user of both containers. With HOST (the name of this machine in your network) also certificates.
 #   setup.sh [HOST]
-# May be run again: what is there stays.
+# It can be run again: existing files are kept.
 set -eu
 
 cd "$(dirname "$0")"
@@ -10,7 +10,7 @@ umask 077
 mkdir -p state/config state/mosquitto state/data
 mkdir -p -m 755 audio
 
-# mosquitto_passwd comes with the broker; where that is not installed, the broker's image has it.
+# mosquitto_passwd is part of mosquitto; without it, the one in the broker's image is used.
 if command -v mosquitto_passwd >/dev/null; then
     ../mosquitto/make-passwords.sh state/config
 else
@@ -27,7 +27,7 @@ fi
 uid=$(id -u)
 gid=$(id -g)
 if [ "$uid" = 0 ]; then
-    # No container runs as root: the files go to a number that nobody else has.
+    # No container runs as root: the files get a user id that has no account.
     uid=10001
     gid=10001
     chown -R "$uid:$gid" state

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Puts the wheel of this source tree, and the versions it is tested with, where the add-on's Dockerfile looks for them.
+# Builds the wheel of this source tree into the folder wheels, with the pinned versions, for the add-on's Dockerfile.
 # Then copy this folder to /addons/cesar_mqtt on the Home Assistant machine.
-#   prepare.sh            (PYTHON=... names the Python whose pip is used)
+#   prepare.sh            (PYTHON=... chooses the Python whose pip is used)
 set -eu
 
 cd "$(dirname "$0")"

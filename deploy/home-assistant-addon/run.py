@@ -1,9 +1,9 @@
 # ruff: noqa: INP001 - a program, not a package
-"""Turns the add-on's options, and what the Supervisor says of the broker, into settings, and becomes `cesar-mqtt`.
+"""Translates the add-on's options, and the Supervisor's broker, into settings, then executes `cesar-mqtt`.
 
     run.py serve|health
 
-Only the standard library: it runs before anything else is known to work.
+Standard library only, so that errors of the set-up can be shown.
 """
 
 import json
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS = Path("/data/options.json")
-PASSWORD = Path("/tmp/broker-password")  # noqa: S108 - the container's own, gone when it stops
+PASSWORD = Path("/tmp/broker-password")  # noqa: S108 - private to the container
 DRAIN_S = 240
 _WAIT_S = 10.0
 
 
 class SetUpError(Exception):
-    """The add-on cannot start; the message says what to do."""
+    """The add-on cannot start; the message has the advice."""
 
 
 def main() -> None:
-    """Replace this process by `cesar-mqtt`."""
+    """Execute `cesar-mqtt` in place of this process."""
     try:
         options = json.loads(OPTIONS.read_text())
         environ = {**os.environ, **settings(options, broker(options, os.environ), PASSWORD)}
@@ -36,10 +36,10 @@ def main() -> None:
 
 
 def broker(options: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return URL, user name and password of the broker: the one of the options, or the Supervisor's.
+    """Return URL, user name and password of the broker in the options, else of the Supervisor's.
 
     Raises:
-        SetUpError: the options name none, and the Supervisor knows none.
+        SetUpError: neither has one.
     """
     if options.get("broker_url"):
         return {"url": options["broker_url"], "username": None, "password": options.get("broker_password")}
@@ -61,7 +61,7 @@ def broker(options: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
 
 
 def settings(options: Mapping[str, Any], found: Mapping[str, Any], password_file: Path) -> dict[str, str]:
-    """Return the settings as environment variables; a password goes into a file that only this user can read."""
+    """Return the settings as environment variables; the password is written to a file with mode 0600."""
     said = {
         "CESAR_BROKER__URL": found["url"],
         "CESAR_BROKER__USERNAME": found["username"] or "",

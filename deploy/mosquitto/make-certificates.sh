@@ -1,9 +1,9 @@
 #!/bin/sh
 # Makes an authority of your own and a certificate for the broker, in PEM files.
 #   make-certificates.sh FOLDER HOST [CLIENT...]
-# HOST is the name or the IPv4 address that clients connect to, or several, joined by commas. Clients check it, so it has
-# to be the one in the broker's URL. Each CLIENT gets a certificate to show of itself. What is there already stays; remove it to renew it.
-# Clients need ca.pem only. Keep ca.key away from the broker: whoever has it can be anybody.
+# HOST is the name or the IPv4 address that clients connect to, or several, joined by commas. Clients check it, so it must
+# be the one in the broker's URL. Each CLIENT gets a client certificate. Existing files are kept; remove one to renew it.
+# Clients need ca.pem only. Keep ca.key away from the broker: it can issue any certificate.
 set -eu
 
 if [ $# -lt 2 ]; then

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes a random password for each user of the ACL: hashed in FOLDER/passwords for mosquitto, and in the clear in
-# FOLDER/USER.password for whoever is that user. Users that have one keep it.
+# Makes a random password for each user of the access list: hashed in FOLDER/passwords for mosquitto, and in plain text in
+# FOLDER/USER.password for that user. Existing passwords are kept.
 #   make-passwords.sh FOLDER [USER...]        (cesar producer homeassistant)
 set -eu
 
@@ -22,7 +22,7 @@ for user; do
         continue
     fi
     password=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
-    # Over standard input and in a file that is hashed at once: an argument could be seen in the list of processes.
+    # In a file that is hashed at once: an argument would be visible in the list of processes.
     printf '%s:%s\n' "$user" "$password" >"$folder/.new"
     mosquitto_passwd -U "$folder/.new"
     cat "$folder/.new" >>"$folder/passwords"

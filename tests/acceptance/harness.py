@@ -71,6 +71,7 @@ class Bus:
         *,
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311,
         client_id: str = "",
+        topic_filter: str = "cesar/#",
     ) -> None:
         """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down."""
         self.messages: list[MQTTMessage] = []
@@ -84,7 +85,7 @@ class Bus:
         clean = False if client_id else None
         self._client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, clean_session=clean)
         self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe("cesar/#", qos=1)
+        self._client.on_connect = lambda client, *_: client.subscribe(topic_filter, qos=1)
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.on_message = self._on_message
         self._client.connect("127.0.0.1", port)
@@ -99,9 +100,13 @@ class Bus:
             self.on_cleared()
 
     def close(self) -> None:
+        self.leave()
+        self._compare_with_the_document()
+
+    def leave(self) -> None:
+        """Disconnect, and judge nothing."""
         self._client.disconnect()
         self._client.loop_stop()
-        self._compare_with_the_document()
 
     def _compare_with_the_document(self) -> None:
         judge, faults = _judge(), []

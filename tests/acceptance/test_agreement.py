@@ -184,4 +184,4 @@ def test_two_consumers_of_one_name_are_told_from_a_bad_network(mosquitto: Mosqui
     first = serve("--broker", mosquitto.url, name="first")
     second = serve("--broker", mosquitto.url, name="second")
     for consumer in (first, second):
-        consumer.wait_for_log("another client")
+        consumer.wait_for_log("other client")

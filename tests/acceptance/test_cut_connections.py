@@ -22,7 +22,7 @@ FEWEST, MOST = 300, 5_000
 FINAL = {"completed", "error", "cancelled"}
 
 # Else the consumer would wait longer after each of them, for minutes.
-IMPATIENT = "from cesar_mqtt.mqtt.broker_url import Backoff\nBackoff.__init__.__defaults__ = (0.05, 0.1)\n"
+IMPATIENT = "from cesar_mqtt.mqtt import client\nclient._FIRST_RETRY_S, client._MAX_RETRY_S = 0.05, 0.1\n"
 
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]

@@ -72,6 +72,45 @@ def test_no_page_links_to_a_page_that_is_not_there() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_page_is_linked_from_the_readme_or_from_a_page_that_is() -> None:
+    linked, new = set(), {ROOT / "README.md"}
+    while new:
+        linked |= new
+        targets = {
+            (page.parent / target).resolve()
+            for page in new
+            for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+        }
+        new = {target for target in targets if target.suffix == ".md"} - linked
+    pages = {page for folder in ("docs", "deploy") for page in (ROOT / folder).rglob("*.md")}
+    assert sorted(str(page.relative_to(ROOT)) for page in pages - linked) == []
+
+
+def test_contributing_names_modules_and_functions_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:cesar_mqtt|tests|docs|deploy)/[\w./-]+?)(?:::(\w+))?`", text)
+    assert named
+    for path, name in named:
+        assert (ROOT / path).exists(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+OUTSIDE_THE_GLOSSARY = (
+    r"\b(thanked|mend(ed|s)?|whoever|whomever|somebody|nobody|is told|are told|gives? up its|put back|in work"
+    r"|the way of)\b"
+)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "deploy").rglob("*.*")],
+    ids=lambda path: path.name,
+)
+def test_texts_use_the_words_of_the_glossary(page: Path) -> None:
+    text = page.read_text() if page.suffix != ".whl" else ""
+    assert [found[0] for found in re.finditer(OUTSIDE_THE_GLOSSARY, text, re.IGNORECASE)] == []
+
+
 @pytest.mark.model
 @pytest.mark.mosquitto
 def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> None:

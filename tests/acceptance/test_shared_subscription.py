@@ -193,5 +193,5 @@ def test_a_broker_without_mqtt_5_is_refused_with_a_sentence_that_names_the_group
 ) -> None:
     consumer = serve("--broker", embedded_broker.url, environ=GROUP, ready=None)
     assert consumer.wait() == ExitCode.CONFIG
-    assert "does not speak MQTT 5" in consumer.logged()
+    assert "does not support MQTT 5" in consumer.logged()
     assert "consumer.group needs shared subscriptions" in consumer.logged()

@@ -122,11 +122,11 @@ def test_the_flow_has_recordings_transcribed_by_path_and_by_bytes_and_tells_of_t
     missing = len(node_red.log)
     other = [{"p": "payload", "v": "not-there.wav", "vt": "str"}]
     node_red.call(f"/inject/{_node('inject')}", {"__user_inject_props__": other})
-    assert "not-there.wav" in node_red.wait_for("[debug:trouble]", missing)
+    assert "not-there.wav" in node_red.wait_for("[debug:error]", missing)
 
     wrong = len(node_red.log)
     node_red.call(f"/inject/{_node('inject')}", {"__user_inject_props__": [{"p": "payload", "v": "7", "vt": "num"}]})
-    assert "invalid_request" in node_red.wait_for("[debug:refused]", wrong)
+    assert "invalid_request" in node_red.wait_for("[debug:rejected]", wrong)
     assert "[error]" not in "".join(node_red.log)
 
 

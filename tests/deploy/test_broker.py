@@ -117,7 +117,7 @@ def test_a_wrong_password_is_refused_and_the_consumer_says_what_to_check(
         *flags_of(broker, "cesar"), environ={"CESAR_BROKER__PASSWORD_FILE": str(tmp_path / "wrong")}, ready=None
     )
     assert consumer.wait() == 78
-    assert "Not authorized; check broker.username and broker.password_file" in consumer.logged()
+    assert "Not authorized. Check broker.username and broker.password_file." in consumer.logged()
     nobody = Client(broker, "producer", "guessed").pub("cesar/jobs", "x.wav")
     assert "authori" in nobody.stderr.lower()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 DEADLINE_S = 10.0
 
 
-class DeletedJob(Exception):  # noqa: N818 - nothing went wrong
+class ClientLeft(Exception):  # noqa: N818 - no error
     """The other side has left, or the server is closing."""
 
 
@@ -27,28 +27,28 @@ class Exchange:
         while b"\r\n\r\n" not in self.asked:
             data = self._connection.recv(65536)
             if not data:
-                raise DeletedJob
+                raise ClientLeft
             self.asked += data
 
     def send(self, data: bytes) -> None:
         try:
             self._connection.sendall(data)
         except OSError as exc:
-            raise DeletedJob from exc
+            raise ClientLeft from exc
 
     def drip(self, chunks: Iterator[bytes], every_s: float = 0.0) -> None:
         """Send until the chunks end or the other side leaves."""
         for chunk in chunks:
             self.send(chunk)
             if self._closing.wait(every_s):
-                raise DeletedJob
+                raise ClientLeft
 
     def hang(self) -> None:
-        """Say nothing until the other side leaves."""
+        """Send nothing until the other side leaves."""
         with contextlib.suppress(OSError):
             while self._connection.recv(65536):
                 pass
-        raise DeletedJob
+        raise ClientLeft
 
     def reset(self) -> None:
         """End with a RST rather than in good order."""
@@ -119,7 +119,7 @@ class MisbehavingServer:
                 self.asked.append(exchange.asked)
                 self.reached.set()
                 answer(exchange)
-            except (DeletedJob, OSError):
+            except (ClientLeft, OSError):
                 self.left.put(None)
 
     def close(self) -> None:

@@ -200,6 +200,6 @@ def test_a_connection_that_is_lost_while_waiting_is_told(mosquitto: Mosquitto, c
 def test_a_broker_that_says_nothing_is_not_one_that_is_not_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"mqtt://127.0.0.1:{deaf.getsockname()[1]}"
-        with pytest.raises(NoAnswerError, match="Nobody at") as failed:
+        with pytest.raises(NoAnswerError, match="Nothing at") as failed:
             ControlClient(settings(url), ["get"], timeout_s=0.3).connect()
     assert failed.value.exit_code == 3

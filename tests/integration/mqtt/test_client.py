@@ -20,7 +20,6 @@ import pytest
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.mqtt import client as client_module
-from cesar_mqtt.mqtt.broker_url import Backoff
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 from cesar_mqtt.mqtt.messages import (
@@ -34,7 +33,8 @@ from cesar_mqtt.mqtt.messages import (
     Subscription,
     Will,
 )
-from cesar_mqtt.mqtt.receive_buffer import Settled
+from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
+from cesar_mqtt.threads import Backoff
 
 if TYPE_CHECKING:
     from tests.conftest import Certificates, Mosquitto, StartMosquitto
@@ -59,12 +59,12 @@ class Watched:
         self.client = MqttClient(
             settings,
             on_connected=self.connected.put,
-            on_disconnected=self.lost.put,
+            on_disconnected=lambda failure: self.lost.put(str(failure)),
             on_published=lambda ticket, reason: self.published.put((ticket, reason)),
             on_refused=self.refused.append,
             **options,
         )
-        self.client._backoff = Backoff(first_s=0.1)
+        self.client._backoff = Backoff(0.1, 60.0, jitter=0.5)
 
     def start(self) -> ConnectionInfo:
         self.client.start()
@@ -283,7 +283,7 @@ def test_a_byte_order_mark_in_a_property_stops_nothing(mosquitto: "Mosquitto", w
 def test_messages_of_qos_0_are_dropped_when_nobody_fetches(
     mosquitto: "Mosquitto", watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watched = watch(mosquitto.url, subscriptions=JOBS, hand_off_max_messages=10)
+    watched = watch(mosquitto.url, subscriptions=JOBS, buffer_max_messages=10)
     watched.start()
     publish(mosquitto, "cesar/jobs", *map(str, range(30)), options=["-q", "0"])
     assert holds(lambda: "dropped" in caplog.text)
@@ -297,7 +297,7 @@ IN_MEMORY = Delivery("cesar/jobs", b"00", 1, retain=False, dup=False, receipt=Re
 
 
 @both_versions
-@pytest.mark.parametrize("limits", [{"hand_off_max_messages": 5}, {"hand_off_max_bytes": 5 * IN_MEMORY}])
+@pytest.mark.parametrize("limits", [{"buffer_max_messages": 5}, {"buffer_max_bytes": 5 * IN_MEMORY}])
 def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
     mosquitto: "Mosquitto", watch: Watch, protocol: str, limits: dict[str, int]
 ) -> None:
@@ -305,7 +305,7 @@ def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
     watched.start()
     numbers = [f"{number:02}" for number in range(50)]
     publish(mosquitto, "cesar/jobs", *numbers)
-    assert holds(lambda: len(watched.client._hand_off._waiting) == 5)
+    assert holds(lambda: len(watched.client._buffer._waiting) == 5)
     arrived: list[str] = []
     while len(arrived) < 50:
         deliveries = watched.client.receive(_WAIT_S)
@@ -318,15 +318,15 @@ def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
 def test_room_that_was_made_is_used_at_once(
     mosquitto: "Mosquitto", watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.mqtt.connection.TURN_S", 60.0)
-    watched = watch(mosquitto.url, subscriptions=JOBS, hand_off_max_bytes=1)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 60.0)
+    watched = watch(mosquitto.url, subscriptions=JOBS, buffer_max_bytes=1)
     watched.start()
     publish(mosquitto, "cesar/jobs", *"abcd")
     assert payloads(watched.receive(4)) == list("abcd")
 
 
 def test_a_message_larger_than_the_hand_off_comes_alone(mosquitto: "Mosquitto", watch: Watch) -> None:
-    watched = watch(mosquitto.url, subscriptions=JOBS, hand_off_max_bytes=100)
+    watched = watch(mosquitto.url, subscriptions=JOBS, buffer_max_bytes=100)
     watched.start()
     publish(mosquitto, "cesar/jobs", "small", "x" * 1000)
     assert payloads(watched.receive(2)) == ["small", "x" * 1000]
@@ -334,7 +334,7 @@ def test_a_message_larger_than_the_hand_off_comes_alone(mosquitto: "Mosquitto", 
 
 def keep_alive_every(watched: Watched, seconds: int) -> None:
     """Shorter than the settings allow, so that a test need not wait."""
-    watched.client._profile = replace(watched.client._profile, keepalive_s=seconds)
+    watched.client._options = replace(watched.client._options, keepalive_s=seconds)
 
 
 def test_a_broker_that_is_not_heard_is_given_up(mosquitto: "Mosquitto", watch: Watch) -> None:
@@ -342,15 +342,15 @@ def test_a_broker_that_is_not_heard_is_given_up(mosquitto: "Mosquitto", watch: W
     keep_alive_every(watched, 1)
     watched.start()
     os.kill(mosquitto.pid, signal.SIGSTOP)
-    assert watched.lost.get(timeout=_WAIT_S) == "the broker was not heard for too long"
+    assert watched.lost.get(timeout=_WAIT_S) == "the broker did not answer a ping within the keepalive time."
     mosquitto.kill()
 
 
 def test_closing_does_not_wait_for_room(mosquitto: "Mosquitto", watch: Watch) -> None:
-    watched = watch(mosquitto.url, subscriptions=JOBS, settings={"protocol": "3.1.1"}, hand_off_max_messages=1)
+    watched = watch(mosquitto.url, subscriptions=JOBS, settings={"protocol": "3.1.1"}, buffer_max_messages=1)
     watched.start()
     publish(mosquitto, "cesar/jobs", *"abc")
-    assert holds(lambda: len(watched.client._hand_off._waiting) == 1)
+    assert holds(lambda: len(watched.client._buffer._waiting) == 1)
     watched.client.close()
     assert not watched.thread.is_alive()
     assert watched.client.receive(0) == []
@@ -372,7 +372,7 @@ def test_an_error_in_the_callback_leaves_the_message_with_the_broker(
     mosquitto: "Mosquitto", watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS)
-    put = watched.client._hand_off.put
+    put = watched.client._buffer.put
     failing = iter([True])
 
     def fail_once(delivery: Delivery) -> bool:
@@ -380,7 +380,7 @@ def test_an_error_in_the_callback_leaves_the_message_with_the_broker(
             raise RuntimeError("out of order")
         return put(delivery)
 
-    watched.client._hand_off.put = fail_once  # type: ignore[method-assign]
+    watched.client._buffer.put = fail_once  # type: ignore[method-assign]
     watched.start()
     publish(mosquitto, "cesar/jobs", "a", "b")
     deliveries = watched.receive()
@@ -413,7 +413,7 @@ def test_nothing_is_published_without_a_connection(watch: Watch, free_port: int)
     watched.client.start()
     assert watched.client.publish("a", b"") is None
     assert watched.client.wait_connected(0.2) is None
-    assert watched.client.trouble == "Connection refused"
+    assert str(watched.client.failure) == "Connection refused."
     watched.client.close()
     assert watched.client.publish("a", b"") is None
 
@@ -549,8 +549,8 @@ def note(watched: Watched) -> Noting:
     """Take note of how the client uses its socket from now on."""
     connection = watched.client._connection
     assert connection is not None
-    noting = Noting(connection._cable._socket)
-    connection._cable._socket = cast("Any", noting)
+    noting = Noting(connection._socket._socket)
+    connection._socket._socket = cast("Any", noting)
     return noting
 
 
@@ -688,9 +688,9 @@ def test_another_client_of_the_same_name_is_suspected(
     first = watch(mosquitto.url)
     first.start()
     watch(mosquitto.url).start()
-    assert "another client" not in first.lost.get(timeout=_WAIT_S)
+    assert "other client" not in first.lost.get(timeout=_WAIT_S)
     reason = first.lost.get(timeout=_WAIT_S)
-    assert f"another client may have the name '{_NAME}'" in reason
+    assert f"no other client uses the client id '{_NAME}'" in reason
     assert holds(lambda: reason in caplog.text)
 
 
@@ -699,8 +699,8 @@ def test_a_broker_that_is_restarted_soon_and_again_is_no_other_client(mosquitto:
     watched.start()
     for _ in range(2):
         mosquitto.stop()
-        assert "another client" not in watched.lost.get(timeout=_WAIT_S)
-        assert holds(lambda: "refused" in (watched.client.trouble or ""))
+        assert "other client" not in watched.lost.get(timeout=_WAIT_S)
+        assert holds(lambda: "refused" in str(watched.client.failure))
         mosquitto.start()
         watched.connected.get(timeout=_WAIT_S)
 
@@ -708,7 +708,7 @@ def test_a_broker_that_is_restarted_soon_and_again_is_no_other_client(mosquitto:
 @both_versions
 def test_the_will_is_sent_when_the_connection_is_lost(mosquitto: "Mosquitto", watch: Watch, protocol: str) -> None:
     watched = watch(mosquitto.url, will=Will("cesar/consumer/edge/state", b"offline"), settings={"protocol": protocol})
-    watched.client._backoff = Backoff(first_s=60.0)
+    watched.client._backoff = Backoff(60.0, 60.0)
     watched.start()
     with twin_socket(watched) as twin:
         twin.shutdown(socket.SHUT_RDWR)
@@ -777,7 +777,7 @@ def test_refused_credentials_end_it_at_once(
     broker = start_mosquitto(users={"ann": "right"})
     watched = watch(f"mqtt://ann:wr0ng@127.0.0.1:{broker.port}", settings={"protocol": protocol}, subscriptions=JOBS)
     watched.client.start()
-    with pytest.raises(BrokerRefusedError, match=r"check broker\.username and broker\.password_file"):
+    with pytest.raises(BrokerRefusedError, match=r"Check broker\.username and broker\.password_file"):
         watched.client.wait_connected(_WAIT_S)
     watched.thread.join(_WAIT_S)
     assert not watched.thread.is_alive()
@@ -807,7 +807,7 @@ def test_a_refusal_after_it_had_been_connected_does_not_end_it(
     broker.stop()
     broker.set_users({"ann": "second"})
     broker.start()
-    assert holds(lambda: "refused this client" in (watched.client.trouble or ""))
+    assert holds(lambda: "refused this client" in str(watched.client.failure))
     assert watched.thread.is_alive()
     assert watched.refused == []
     assert watched.client.wait_connected(0) is None
@@ -837,11 +837,11 @@ def test_tls_checks_the_broker_and_shows_the_client(
 
     stranger = watch(url, client_id="stranger", settings={**ours, "ca_file": certificates.other_ca})
     stranger.client.start()
-    assert holds(lambda: "certificate verify failed" in (stranger.client.trouble or ""))
+    assert holds(lambda: "certificate verify failed" in str(stranger.client.failure))
 
     nameless = watch(url, client_id="nameless", settings={"ca_file": certificates.ca})
     nameless.client.start()
-    assert holds(lambda: nameless.client.trouble)
+    assert holds(lambda: nameless.client.failure)
     assert nameless.client.connected is None
 
 
@@ -854,7 +854,7 @@ def test_tls_checks_the_name_of_the_broker(
     with socket.create_server(("127.0.0.2", broker.port)) as door:
         relay(door, broker.port)
         watched.client.start()
-        assert holds(lambda: "IP address mismatch" in (watched.client.trouble or ""))
+        assert holds(lambda: "IP address mismatch" in str(watched.client.failure))
 
 
 def relay(door: socket.socket, port: int) -> None:
@@ -922,7 +922,7 @@ def test_a_broker_that_refuses_mqtt_5_is_spoken_to_in_3_1_1(
 def test_asked_for_mqtt_5_alone_such_a_broker_has_refused(embedded_broker: EmbeddedBroker, watch: Watch) -> None:
     watched = watch(f"mqtt://127.0.0.1:{embedded_broker.port}", settings={"protocol": "5"})
     watched.client.start()
-    with pytest.raises(BrokerRefusedError, match="does not speak MQTT 5"):
+    with pytest.raises(BrokerRefusedError, match="does not support MQTT 5"):
         watched.client.wait_connected(_WAIT_S)
 
 
@@ -1121,8 +1121,8 @@ def test_an_acknowledgement_has_been_heard_when_what_was_published_behind_it_is_
     for packet_id, heard in zip(packet_ids, (0, 1), strict=True):
         answer.put(packet_id)
         watched.published_next()
-        assert watched.client.take_settled() == Settled(0, {1: heard})
-    assert watched.client.take_settled() == Settled(0, {})
+        assert watched.client.take_redelivery_bounds() == RedeliveryBounds(0, {1: heard})
+    assert watched.client.take_redelivery_bounds() == RedeliveryBounds(0, {})
     watched.client.close()
 
 
@@ -1143,7 +1143,7 @@ def test_a_new_session_stays_news_when_its_first_connection_does_not_live_to_sta
     watched = watch(script(cut_off, stand, stand).url, subscriptions=JOBS)
     info = watched.start()
     assert (info.number, info.session_present) == (2, present)
-    assert watched.client.take_settled() == Settled(0 if present else 1, {})
+    assert watched.client.take_redelivery_bounds() == RedeliveryBounds(0 if present else 1, {})
     watched.client._connection._paho.socket().close()  # type: ignore[union-attr]
     assert watched.connected.get(timeout=_WAIT_S).session_present
     watched.client.close()
@@ -1157,7 +1157,7 @@ def test_another_client_of_the_same_name_is_named(
     watched = watch(broker.url, subscriptions=JOBS)
     watched.start()
     reason = watched.lost.get(timeout=_WAIT_S)
-    assert f"another client took the name '{_NAME}'" in reason
+    assert f"another client connected with the client id '{_NAME}'" in reason
     assert holds(lambda: reason in caplog.text)
     watched.client.close()
 
@@ -1199,8 +1199,8 @@ def test_what_cannot_be_read_is_fetched_in_3_1_1(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A broker would send it again for ever; in 3.1.1 there are no properties. After that 5 is spoken again."""
-    monkeypatch.setattr(client_module, "_PASSING_S", 0.5)
-    monkeypatch.setattr("cesar_mqtt.mqtt.connection.TURN_S", 0.1)
+    monkeypatch.setattr(client_module, "_TEMPORARY_S", 0.5)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.1)
     unknown_property = b"\x32\x08\0\1t\0\7\2\x63\0"
     caplog.set_level(logging.DEBUG)
     broker = script(
@@ -1212,7 +1212,7 @@ def test_what_cannot_be_read_is_fetched_in_3_1_1(
     watched.start()
     assert payloads(watched.receive()) == ["x"]
     assert [watched.connected.get(timeout=_WAIT_S).protocol for _ in range(2)] == ["3.1.1", "5"]
-    assert "the broker sent property 99 in a PUBLISH" in caplog.text
+    assert "the broker sent a malformed packet: property 99 in a PUBLISH" in caplog.text
     watched.client.close()
 
 
@@ -1220,7 +1220,7 @@ def test_the_connection_is_kept_for_as_long_as_nobody_fetches(
     script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mosquitto hangs up on a client that it has not heard for one and a half times the keepalive."""
-    monkeypatch.setattr("cesar_mqtt.mqtt.connection.TURN_S", 0.1)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.1)
     pinged, acknowledged = threading.Event(), threading.Event()
     numbers = list(range(30))
     messages = b"".join(b"\x32\x0d\0\1t" + struct.pack("!H", n + 1) + b"\0" + f"{n:07}".encode() for n in numbers)
@@ -1238,7 +1238,7 @@ def test_the_connection_is_kept_for_as_long_as_nobody_fetches(
         acknowledged.set()
         client.recv(100)
 
-    watched = watch(script(impatient).url, hand_off_max_bytes=20)
+    watched = watch(script(impatient).url, buffer_max_bytes=20)
     keep_alive_every(watched, 1)
     watched.start()
     assert pinged.wait(_WAIT_S)
@@ -1261,9 +1261,9 @@ def test_a_goodbye_behind_messages_that_there_is_no_room_for_is_heard(
     two = b"".join(b"\x32\x07\0\1t\0" + number + b"\0x" for number in (b"\1", b"\2"))
     shutting_down = b"\xe0\x02\x8b\x00"
     broker = script(lambda client, connect: accept(client, connect, then=two + shutting_down))
-    watched = watch(broker.url, subscriptions=[Subscription("t")], hand_off_max_messages=1)
+    watched = watch(broker.url, subscriptions=[Subscription("t")], buffer_max_messages=1)
     watched.start()
-    assert holds(lambda: watched.client._connection is not None and watched.client._connection._held is not None)
+    assert holds(lambda: watched.client._connection is not None and watched.client._connection._undelivered is not None)
     assert payloads(watched.receive(2)) == ["x", "x"]
     assert "Server shutting down" in watched.lost.get(timeout=_WAIT_S)
     watched.client.close()
@@ -1297,7 +1297,7 @@ def test_a_broker_that_never_answers_is_given_up_and_tried_again(
     script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.connection._ANSWER_S", 0.5)
-    monkeypatch.setattr("cesar_mqtt.mqtt.connection.TURN_S", 0.1)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.1)
 
     def say_nothing(client: socket.socket, _connect: bytes) -> None:
         client.recv(1)
@@ -1305,6 +1305,6 @@ def test_a_broker_that_never_answers_is_given_up_and_tried_again(
     broker = script(say_nothing, say_nothing, accept)
     watched = watch(broker.url)
     watched.client.start()
-    assert holds(lambda: "did not answer" in (watched.client.trouble or ""))
+    assert holds(lambda: "did not answer" in str(watched.client.failure))
     assert watched.connected.get(timeout=_WAIT_S).protocol == "5"
     watched.client.close()

@@ -252,7 +252,7 @@ def test_a_taken_port_is_named_in_the_error(embedded_broker: EmbeddedBroker) -> 
     with pytest.raises(ConfigError) as taken:
         EmbeddedBroker(port=embedded_broker.port).start()
     message = str(taken.value)
-    assert message.startswith(f"Port {embedded_broker.port} on 127.0.0.1 is taken")
+    assert message.startswith(f"Port {embedded_broker.port} on 127.0.0.1 is in use")
     assert f"--broker mqtt://127.0.0.1:{embedded_broker.port}" in message
     assert "--broker embedded://127.0.0.1:PORT" in message
 
@@ -376,7 +376,7 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
 @contextmanager
 def keeping() -> Iterator[EmbeddedBroker]:
     """A broker whose messages on `cesar/jobs` are kept by the client `cesar`."""
-    broker = EmbeddedBroker(port=0, keeper="cesar", kept=lambda topic: topic == "cesar/jobs")
+    broker = EmbeddedBroker(port=0, subscriber="cesar", is_forwarded=lambda topic: topic == "cesar/jobs")
     broker.start()
     try:
         yield broker
@@ -444,7 +444,7 @@ def test_the_same_job_twice_at_once_is_acknowledged_twice() -> None:
 def test_a_publisher_whose_job_nobody_keeps_is_let_go_so_that_it_sends_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.mqtt.embedded._KEEP_S", 0.2)
+    monkeypatch.setattr("cesar_mqtt.mqtt.embedded._SUBSCRIBER_S", 0.2)
     with keeping() as broker, linked(broker, "producer") as (producer, told):
         assert producer.publish("cesar/jobs", b"a.wav") is not None
         assert told.get(timeout=_WAIT_S) == "disconnected"

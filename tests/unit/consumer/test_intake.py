@@ -26,7 +26,7 @@ from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
-from cesar_mqtt.mqtt.receive_buffer import Settled
+from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
@@ -46,7 +46,7 @@ class FakeSource:
         self._trace = trace
         self._batches: queue.Queue[list[Delivery]] = queue.Queue()
         self.acknowledged: list[Delivery] = []
-        self.settled = Settled()
+        self.settled = RedeliveryBounds()
         self.on_acknowledge: Callable[[], object] = lambda: None
 
     def bring(self, *deliveries: Delivery) -> None:
@@ -58,8 +58,8 @@ class FakeSource:
         except queue.Empty:
             return []
 
-    def take_settled(self) -> Settled:
-        settled, self.settled = self.settled, Settled(self.settled.session)
+    def take_redelivery_bounds(self) -> RedeliveryBounds:
+        settled, self.settled = self.settled, RedeliveryBounds(self.settled.session)
         return settled
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
@@ -784,14 +784,16 @@ def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redeliver
     """Some brokers give out the lowest free packet id: each message has the same. A doorbell asks for the same, too."""
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.take(ring)
-    bench.source.settled = Settled(heard={1: 1})  # the broker has our acknowledgement: the packet id is free
+    bench.source.settled = RedeliveryBounds(
+        acks_received={1: 1}
+    )  # the broker has our acknowledgement: the packet id is free
     bench.intake.run_once(timeout_s=0)
     lost_at_first = replace(ring, dup=True, receipt=Receipt(2, 1))
     bench.take(lost_at_first)
     assert len(bench.jobs()) == 2
     bench.take(replace(lost_at_first, receipt=Receipt(3, 1)))
     assert len(bench.jobs()) == 2, "this is the second one again"
-    bench.source.settled = Settled(heard={3: 1})
+    bench.source.settled = RedeliveryBounds(acks_received={3: 1})
     bench.take(message(b"hall.wav", receipt=Receipt(3, 2)))  # brings to disk that the second one cannot come again
     bench.ledger.close()
     with opened(tmp_path) as restarted:
@@ -802,7 +804,7 @@ def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redeliver
 def test_a_packet_id_that_is_free_again_is_so_after_a_crash_too(bench: Bench, tmp_path: Path) -> None:
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.take(ring)
-    bench.source.settled = Settled(heard={1: 1})
+    bench.source.settled = RedeliveryBounds(acks_received={1: 1})
     bench.intake.run_once(timeout_s=0)
     synced = len(bench.trace)
     bench.intake.run_once(timeout_s=0)
@@ -818,7 +820,7 @@ def test_a_redelivery_that_waits_while_the_broker_begins_a_new_session_is_known_
     """The disk refused for a while: meanwhile the message came again, and the broker was started anew."""
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.take(ring)
-    bench.source.settled = Settled(session=3)
+    bench.source.settled = RedeliveryBounds(session=3)
     bench.take(replace(ring, dup=True, receipt=Receipt(2, 1)), replace(ring, receipt=Receipt(3, 1)))
     assert len(bench.jobs()) == 2
     bench.take(replace(ring, dup=True, receipt=Receipt(4, 1)))
@@ -827,7 +829,7 @@ def test_a_redelivery_that_waits_while_the_broker_begins_a_new_session_is_known_
 
 def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: Bench) -> None:
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
-    bench.source.settled = Settled(session=2)  # it began while this one waited to be fetched
+    bench.source.settled = RedeliveryBounds(session=2)  # it began while this one waited to be fetched
     bench.take(ring)
     bench.take(replace(ring, dup=True, receipt=Receipt(3, 1)))
     assert len(bench.jobs()) == 2

@@ -1,12 +1,16 @@
 """What may come again: when a packet id stops being a sign of a redelivery."""
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING, cast
 
 from cesar_mqtt.consumer.incoming import IncomingMessage
-from cesar_mqtt.consumer.redelivery import Repeats
+from cesar_mqtt.consumer.redelivery import RedeliveryTracker
 from cesar_mqtt.jobs import NewJob
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
-from cesar_mqtt.mqtt.receive_buffer import Settled
+from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
+
+if TYPE_CHECKING:
+    from cesar_mqtt.ledger.ledger import Ledger
 
 
 class Marked:
@@ -25,18 +29,18 @@ class Marked:
 class Bench:
     def __init__(self, *job_ids: str) -> None:
         self.marked = Marked(*job_ids)
-        self.repeats = Repeats(self.marked)
+        self.tracker = RedeliveryTracker(cast("Ledger", self.marked))
 
     def took(self, *plans: IncomingMessage) -> set[str]:
         """Take them in, acknowledge them, and return who has a mark then."""
         jobs = [plan.job for plan in plans if plan.job is not None]
         self.marked.job_ids |= {job.job_id for job in jobs if job.packet_id is not None}
-        self.repeats.acknowledged(plans, [job.job_id for job in jobs])
+        self.tracker.on_acknowledged(plans, [job.job_id for job in jobs])
         return self.marked.job_ids
 
     def learnt(self, session: int = 0, **heard: int) -> set[str]:
         counts = {int(name.removeprefix("connection_")): count for name, count in heard.items()}
-        self.repeats.learn(Settled(session, counts))
+        self.tracker.update(RedeliveryBounds(session, counts))
         return self.marked.job_ids
 
 
@@ -94,8 +98,8 @@ def test_a_new_session_ends_everything() -> None:
     bench = Bench("old")
     bench.took(plan("a", 1))
     assert bench.learnt(session=2) == set()
-    assert not bench.repeats.can_repeat(plan("b", 1).delivery)
-    assert bench.repeats.can_repeat(plan("b", 2).delivery)
+    assert not bench.tracker.can_be_redelivered(plan("b", 1).delivery)
+    assert bench.tracker.can_be_redelivered(plan("b", 2).delivery)
     assert bench.took(plan("b", 2)) == {"b"}
     assert bench.learnt(session=2, connection_2=0) == {"b"}, "it began only once"
     assert bench.learnt(session=2, connection_2=1) == set()

@@ -13,13 +13,13 @@ from paho.mqtt.properties import Properties
 
 from cesar_mqtt.mqtt.codec import (
     PUBLISH,
-    UnreadablePacketError,
+    MalformedPacketError,
+    decode_number,
+    decode_puback,
+    decode_publish,
+    encode_puback,
+    encode_publish,
     frame,
-    read_number,
-    read_puback,
-    read_publish,
-    write_puback,
-    write_publish,
 )
 from cesar_mqtt.mqtt.messages import Publication, Receipt
 
@@ -33,7 +33,7 @@ def versions(*, five: bool) -> MQTTProtocolVersion:
 
 def body_of(packet: bytes) -> tuple[int, bytes]:
     """The first byte of a packet, and what follows its header."""
-    found = read_number(packet, 1)
+    found = decode_number(packet, 1)
     assert found is not None
     length, start = found
     assert start + length == len(packet)
@@ -79,21 +79,21 @@ def test_what_is_written_is_what_paho_reads(  # noqa: PLR0917 - hypothesis names
     five: bool,  # noqa: FBT001
 ) -> None:
     publication = Publication(topic, payload, qos, retain, correlation_data, pairs)
-    first, body = body_of(write_publish(publication, 513, five=five))
+    first, body = body_of(encode_publish(publication, 513, five=five))
     read = paho_packet.decode_publish(first, body, versions(five=five))
     assert (read.topic.decode(), bytes(read.payload)) == (topic, payload)
     assert (read.qos, read.retain, read.dup, read.mid) == (qos, retain, False, 513 if qos else 0)
     found: dict[str, Any] = vars(read.properties) if five else {}
     assert found.get("CorrelationData") == (correlation_data if five else None)
     assert found.get("UserProperty", []) == (pairs if five else [])
-    assert read_publish(first, body, five=five, connection=3).user_properties == (tuple(pairs) if five else ())
+    assert decode_publish(first, body, five=five, connection=3).user_properties == (tuple(pairs) if five else ())
 
 
 @pytest.mark.parametrize("qos", [0, 1])
 def test_all_properties_of_a_message_are_read(qos: int) -> None:
     packet_id = b"\0\7" if qos else b""
     body = b"\0\4jobs" + packet_id + expiring(60) + b"payload"
-    delivery = read_publish(PUBLISH | 0x08 | qos << 1 | 1, body, five=True, connection=3)
+    delivery = decode_publish(PUBLISH | 0x08 | qos << 1 | 1, body, five=True, connection=3)
     assert (delivery.topic, delivery.payload, delivery.qos) == ("jobs", b"payload", qos)
     assert (delivery.retain, delivery.dup) == (True, True)
     assert delivery.receipt == Receipt(3, 7 if qos else 0)
@@ -106,7 +106,7 @@ def test_all_properties_of_a_message_are_read(qos: int) -> None:
 def test_user_properties_without_end_are_read_in_time_and_not_all_kept() -> None:
     one = b"\x26" + len(b"name").to_bytes(2, "big") + b"name" + b"\0\0"
     properties = frame(PUBLISH, one * 100_000)[1:]
-    found = read_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
+    found = decode_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
     assert found.payload == b"x"
     assert set(found.user_properties) == {("name", "")}
     assert 4_096 < sum(len(name) for name, _ in found.user_properties) <= 65_536
@@ -114,7 +114,7 @@ def test_user_properties_without_end_are_read_in_time_and_not_all_kept() -> None
 
 def test_user_properties_of_nothing_are_not_kept_without_end() -> None:
     properties = frame(PUBLISH, b"\x26\0\0\0\0" * 100_000)[1:]
-    found = read_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
+    found = decode_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
     assert found.payload == b"x"
     assert 1_000 < len(found.user_properties) <= 16_384
 
@@ -122,12 +122,12 @@ def test_user_properties_of_nothing_are_not_kept_without_end() -> None:
 def test_a_byte_order_mark_in_a_property_is_a_character_like_others() -> None:
     """paho 2.2 takes it for a malformed packet; MQTT 5, section 1.5.4, wants it kept."""
     properties = b"\x0b\x26\0\3\xef\xbb\xbf\0\3abc"
-    assert read_publish(0x32, brought(properties), five=True, connection=1).user_properties == (("\ufeff", "abc"),)
+    assert decode_publish(0x32, brought(properties), five=True, connection=1).user_properties == (("\ufeff", "abc"),)
 
 
 def test_what_is_no_utf_8_is_replaced() -> None:
     properties = b"\x07\x26\0\1\xff\0\1\xfe"
-    delivery = read_publish(0x32, b"\0\2\xff\xfe\0\1" + properties + b"x", five=True, connection=1)
+    delivery = decode_publish(0x32, b"\0\2\xff\xfe\0\1" + properties + b"x", five=True, connection=1)
     assert delivery.topic == "\ufffd\ufffd"
     assert delivery.user_properties == (("\ufffd", "\ufffd"),)
 
@@ -135,14 +135,14 @@ def test_what_is_no_utf_8_is_replaced() -> None:
 def test_a_message_that_is_cut_anywhere_is_unreadable_or_shorter() -> None:
     whole = brought(expiring(60), b"")
     for size in range(len(whole)):
-        with pytest.raises(UnreadablePacketError):
-            read_publish(0x32, whole[:size], five=True, connection=1)
+        with pytest.raises(MalformedPacketError):
+            decode_publish(0x32, whole[:size], five=True, connection=1)
 
 
 @given(st.binary(max_size=60), st.booleans(), st.sampled_from([0x30, 0x32, 0x3B]))
 def test_no_bytes_do_worse_than_be_unreadable(body: bytes, five: bool, first: int) -> None:  # noqa: FBT001
-    with suppress(UnreadablePacketError):
-        delivery = read_publish(first, body, five=five, connection=1)
+    with suppress(MalformedPacketError):
+        delivery = decode_publish(first, body, five=five, connection=1)
         assert len(delivery.payload) <= len(body)
 
 
@@ -152,32 +152,32 @@ def test_no_bytes_do_worse_than_be_unreadable(body: bytes, five: bool, first: in
     ids=["unknown", "endless", "cut number", "cut pair", "cut expiry", "cut text"],
 )
 def test_properties_that_no_broker_may_send_are_unreadable(properties: bytes) -> None:
-    with pytest.raises(UnreadablePacketError):
-        read_publish(0x32, brought(properties), five=True, connection=1)
+    with pytest.raises(MalformedPacketError):
+        decode_publish(0x32, brought(properties), five=True, connection=1)
 
 
 def test_there_is_no_qos_3() -> None:
-    with pytest.raises(UnreadablePacketError, match="QoS 3"):
-        read_publish(0x36, brought(b""), five=True, connection=1)
+    with pytest.raises(MalformedPacketError, match="QoS 3"):
+        decode_publish(0x36, brought(b""), five=True, connection=1)
 
 
 def test_an_acknowledgement_names_its_message() -> None:
-    assert body_of(write_puback(513)) == (0x40, b"\x02\x01")
-    assert read_puback(b"\x02\x01") == (513, None)
-    assert read_puback(b"\x02\x01\x10") == (513, None)
-    assert read_puback(b"\x02\x01\x87\x00") == (513, "Not authorized")
-    assert read_puback(b"\x02\x01\xfa") == (513, "reason code 250")
-    with pytest.raises(UnreadablePacketError):
-        read_puback(b"\x02")
+    assert body_of(encode_puback(513)) == (0x40, b"\x02\x01")
+    assert decode_puback(b"\x02\x01") == (513, None)
+    assert decode_puback(b"\x02\x01\x10") == (513, None)
+    assert decode_puback(b"\x02\x01\x87\x00") == (513, "Not authorized")
+    assert decode_puback(b"\x02\x01\xfa") == (513, "reason code 250")
+    with pytest.raises(MalformedPacketError):
+        decode_puback(b"\x02")
 
 
 @pytest.mark.parametrize("size", [0, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152])
 def test_a_length_is_read_as_it_was_written(size: int) -> None:
     packet = frame(PUBLISH, bytes(size))
     assert body_of(packet) == (PUBLISH, bytes(size))
-    assert read_number(packet[: 1 + (size > 127)], 1) is None
+    assert decode_number(packet[: 1 + (size > 127)], 1) is None
 
 
 def test_a_length_of_five_bytes_is_none() -> None:
-    with pytest.raises(UnreadablePacketError):
-        read_number(b"\x30\x80\x80\x80\x80\x01", 1)
+    with pytest.raises(MalformedPacketError):
+        decode_number(b"\x30\x80\x80\x80\x80\x01", 1)

@@ -3,15 +3,15 @@
 import pytest
 
 from cesar_mqtt.mqtt.messages import PacketTooLargeError, Publication, PublishTicket
-from cesar_mqtt.mqtt.send_queue import IN_FLIGHT, SendQueue
+from cesar_mqtt.mqtt.send_queue import MAX_IN_FLIGHT, SendQueue
 
 
-class JobQueue:
-    """Takes packets; `unsent` as the test says."""
+class FakeSink:
+    """Takes packets; `has_unsent` as the test says."""
 
     def __init__(self) -> None:
         self.packets: list[bytes] = []
-        self.unsent = False
+        self.has_unsent = False
 
     def send(self, buffer: bytes) -> None:
         self.packets.append(buffer)
@@ -32,80 +32,80 @@ def publish(out: SendQueue, count: int, qos: int = 1) -> list[PublishTicket]:
 
 
 def test_no_more_are_in_flight_than_the_window_lets_through() -> None:
-    out, line = outgoing(), JobQueue()
-    tickets = publish(out, IN_FLIGHT + 2)
-    out.send(line)
-    assert len(line.packets) == IN_FLIGHT
-    assert out.waits
-    out.settle(tickets[5].mid, None)
-    out.send(line)
-    assert [packet[-2:] for packet in line.packets[-1:]] == [b"20"]
-    out.settle(tickets[0].mid, None)
-    out.send(line)
-    assert not out.waits
+    out, sink = outgoing(), FakeSink()
+    tickets = publish(out, MAX_IN_FLIGHT + 2)
+    out.send(sink)
+    assert len(sink.packets) == MAX_IN_FLIGHT
+    assert out.has_waiting
+    out.on_acknowledged(tickets[5].mid, None)
+    out.send(sink)
+    assert [packet[-2:] for packet in sink.packets[-1:]] == [b"20"]
+    out.on_acknowledged(tickets[0].mid, None)
+    out.send(sink)
+    assert not out.has_waiting
     assert out.take_published() == [(tickets[5], None), (tickets[0], None)]
     assert out.take_published() == []
 
 
 def test_an_acknowledgement_of_what_was_not_sent_counts_for_nothing() -> None:
-    out, line = outgoing(), JobQueue()
-    out.window = 1
+    out, sink = outgoing(), FakeSink()
+    out.max_in_flight = 1
     first, second = publish(out, 2)
-    out.send(line)
-    out.settle(second.mid, None)
-    out.settle(999, None)
-    out.send(line)
-    assert len(line.packets) == 1
-    out.settle(first.mid, None)
-    out.settle(first.mid, None)
+    out.send(sink)
+    out.on_acknowledged(second.mid, None)
+    out.on_acknowledged(999, None)
+    out.send(sink)
+    assert len(sink.packets) == 1
+    out.on_acknowledged(first.mid, None)
+    out.on_acknowledged(first.mid, None)
     assert out.take_published() == [(first, None)]
 
 
 def test_a_message_of_qos_0_is_published_when_it_is_written() -> None:
-    out, line = outgoing(), JobQueue()
+    out, sink = outgoing(), FakeSink()
     (ticket,) = publish(out, 1, qos=0)
-    line.unsent = True
-    out.send(line)
-    out.note_written(line)
+    sink.has_unsent = True
+    out.send(sink)
+    out.on_flushed(sink)
     assert out.take_published() == []
-    line.unsent = False
-    out.note_written(line)
-    out.note_written(line)
+    sink.has_unsent = False
+    out.on_flushed(sink)
+    out.on_flushed(sink)
     assert out.take_published() == [(ticket, None)]
 
 
 def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    out, line = outgoing(), JobQueue()
+    out, sink = outgoing(), FakeSink()
     (ticket,) = publish(out, 1)
-    out.send(line)
-    out.settle(ticket.mid, "Not authorized")
+    out.send(sink)
+    out.on_acknowledged(ticket.mid, "Not authorized")
     assert out.take_published() == [(ticket, "Not authorized")]
     assert "refused a message on t: Not authorized" in caplog.text
 
 
 def test_what_stands_before_an_acknowledged_message_has_been_heard() -> None:
-    out, line = outgoing(), JobQueue()
+    out, sink = outgoing(), FakeSink()
     for behind in (0, 3, 7):
         publish(out, 1)
-        out.send(line, behind=behind)
-    assert out.heard == 0
+        out.send(sink, acks_sent=behind)
+    assert out.acks_received == 0
     for mid, heard in ((2, 3), (9, 3), (1, 3), (3, 7)):
-        out.settle(mid, None)
-        assert out.heard == heard
+        out.on_acknowledged(mid, None)
+        assert out.acks_received == heard
 
 
 def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
-    out, line = outgoing(), JobQueue()
+    out, sink = outgoing(), FakeSink()
     stuck = publish(out, 1)[0]
     seen = {stuck.mid}
-    out.send(line)
+    out.send(sink)
     for number in range(65_534):
         ticket = out.publish(message(number))
         assert ticket is not None
         assert 1 <= ticket.mid <= 65_535
         seen.add(ticket.mid)
-        out.send(line)
-        out.settle(ticket.mid, None)
+        out.send(sink)
+        out.on_acknowledged(ticket.mid, None)
     assert len(seen) == 65_535
     again = out.publish(message(0))
     assert again is not None
@@ -126,26 +126,26 @@ def test_what_waits_has_its_packet_id_alone_however_much_is_refused() -> None:
 
 
 def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_PACKET_ID", 70)
-    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_WAITING", 40)
-    out, line = outgoing(), JobQueue()
+    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MAX_PACKET_ID", 70)
+    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MAX_WAITING", 40)
+    out, sink = outgoing(), FakeSink()
     stuck, *ours = publish(out, 40)
-    out.send(line)
+    out.send(sink)
     for number in range(300):
         ticket = out.publish(message(number))
         assert ticket is not None
         assert ticket not in (stuck, *ours)
         ours.append(ticket)
         while len(ours) > 58:
-            out.settle(ours.pop(0).mid, None)
-            out.send(line)
+            out.on_acknowledged(ours.pop(0).mid, None)
+            out.send(sink)
 
 
 def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
-    out, line = outgoing(), JobQueue()
+    out, sink = outgoing(), FakeSink()
     ticket = out.publish(Publication("t", bytes(100), 1, retain=False))
-    out.send(line)
-    size = len(line.packets[0])
+    out.send(sink)
+    size = len(sink.packets[0])
     assert ticket is not None
     out.limit_bytes = size
     assert out.publish(Publication("t", bytes(100), 1, retain=False)) is not None
@@ -155,7 +155,7 @@ def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
 
 
 def test_more_than_packet_ids_allow_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MOST_WAITING", 3)
+    monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MAX_WAITING", 3)
     out = outgoing()
     publish(out, 3)
     assert out.publish(message(3)) is None
