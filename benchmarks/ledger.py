@@ -200,7 +200,7 @@ def _clearing(path: Path) -> tuple[float, float]:
         expired = time.time()
 
         def clear() -> None:
-            while ledger.retire(before=expired, keep=1 << 30)[0] and not pause.wait(0.01):
+            while ledger.delete_finished(before=expired, keep=1 << 30)[0] and not pause.wait(0.01):
                 pass
             cleared.set()
 

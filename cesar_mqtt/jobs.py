@@ -1,4 +1,4 @@
-"""What a job is: its states, the legal ways between them, and the frozen values that modules hand each other."""
+"""Jobs: their states, the legal transitions between them, and the frozen values that modules exchange."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,31 +8,31 @@ from typing import Any, NamedTuple
 from cesar_mqtt.errors import CesarError, ErrorCode
 from cesar_mqtt.transcript import Window
 
-_NOTHING: Mapping[str, Any] = {}
+_EMPTY: Mapping[str, Any] = {}
 
 
 class JobState(StrEnum):
-    """Where a job stands."""
+    """The states in the life of a job; the values are those of the payloads and of the ledger."""
 
     QUEUED = "queued"
-    """On disk, waiting for its turn."""
+    """On disk, waiting for the worker."""
     PROCESSING = "processing"
-    """The worker is at it; the attempt was counted on disk before the work began."""
+    """The worker runs it; the attempt was counted on disk before it began."""
     COMPLETED = "completed"
     """The transcript is on disk."""
     ERROR = "error"
-    """Ended without a transcript; the error code says why and whether a retry may help."""
+    """Ended without a transcript; the error code tells why, and whether a retry may help."""
     CANCELLED = "cancelled"
-    """Ended because somebody asked for it, or because it expired."""
+    """Ended by a `cancel` command, or because it expired."""
 
     @property
     def final(self) -> bool:
-        """Whether the worker has nothing more to do with it."""
+        """Whether the worker has finished with the job. A retry may still queue it again."""
         return self in _FINAL
 
 
 STATES: Mapping[str, JobState] = {state.value: state for state in JobState}
-"""The states by what is written of them; to look one up takes a tenth of the time of `JobState(...)`."""
+"""The states by value: a lookup here takes a tenth of the time of `JobState(...)`."""
 
 _FINAL = frozenset({JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED})
 
@@ -44,97 +44,91 @@ TRANSITIONS: Mapping[JobState | None, frozenset[JobState]] = {
     JobState.ERROR: frozenset({JobState.QUEUED}),
     JobState.CANCELLED: frozenset({JobState.QUEUED}),
 }
-"""The only ways from one state to another; None stands for a job that does not exist yet."""
-
-
-def wants_audio(state: JobState, code: ErrorCode | None) -> bool:
-    """Whether the audio that came with a job may still be wanted: it has not ended, or it may be retried."""
-    return not state.final or state is JobState.CANCELLED or (code is not None and code.retryable)
+"""All legal transitions; None stands for a job that does not exist yet."""
 
 
 class IllegalTransitionError(CesarError):
-    """A job was asked to go a way that `TRANSITIONS` does not have: a mistake in the caller."""
+    """A transition that `TRANSITIONS` does not have was requested."""
+
+
+def may_need_audio(state: JobState, code: ErrorCode | None) -> bool:
+    """Whether the uploaded audio of a job has to be kept: the job has not ended, or it may be retried."""
+    return not state.final or state is JobState.CANCELLED or (code is not None and code.retryable)
 
 
 @dataclass(frozen=True, slots=True)
 class AudioSource:
-    """Where the audio of a job is.
-
-    Attributes:
-        kind: `path` (as the producer gave it, looked up in the allowed directories when the job starts), `url`,
-            `spool`, or `upload` for one that was refused, which nobody keeps.
-        name: the path, the URL, or the file's name in the spool folder.
-    """
+    """Where the audio of a job is."""
 
     kind: str
+    """`path`: as the producer gave it, resolved in the allowed directories when the job starts; `url`; `spool`: a file
+    in the spool folder; `upload`: audio of a rejected request, which is not kept."""
     name: str
+    """The path, the URL, or the file's name in the spool folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A request that was checked and can be appended to the ledger.
-
-    Attributes:
-        fingerprint: equal for requests that ask for the same; decides what "the same id again" means.
-        anonymous: whether the producer gave no id, so that it was made here.
-        packet_id: the MQTT packet id of a request that came at QoS 1 without an id, for a redelivery bears it again.
-        redelivered: whether the request came with the DUP flag.
-        retained: whether it came because the broker retains it.
-        options: the transcription options that differ from their defaults, by the contract's names.
-        formats: in which the result is to be published beside the status, without repetitions.
-        stream: whether segments are to be published as soon as they are known.
-        expires_at: from when on it is no longer worth starting, in seconds since the epoch; None: it always is.
-        failure: why the request is recorded as `error` without being worked on; None for a good one.
-    """
+    """A validated request, ready to be appended to the ledger."""
 
     job_id: str
     fingerprint: str
+    """Equal for requests with equal content; decides whether a request with a known id is a duplicate or a conflict."""
     audio: AudioSource | None
     model_size: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    """The transcription options that differ from their defaults, by their names in the payload."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: tuple[str, ...] = ()
+    """Result files to publish beside the status, without duplicates."""
     stream: bool = False
+    """Whether each segment is published as soon as it is transcribed."""
     expires_at: float | None = None
+    """The job expires if it has not started by then (seconds since the epoch); None: never."""
     packet_id: int | None = None
+    """The MQTT packet id of a QoS 1 request without an id: a redelivery has the same one."""
     redelivered: bool = False
-    anonymous: bool = False
+    """Whether the request came with the DUP flag."""
+    has_generated_id: bool = False
+    """Whether the consumer generated the id, because the request had none."""
     retained: bool = False
+    """Whether the request came from the broker's retained messages."""
     failure: str | None = None
+    """Why the job is recorded as `error` `invalid_request` without being run; None for a valid request."""
 
 
 class Job(NamedTuple):
-    """A job as the ledger has it at one moment. Times are seconds since the epoch, durations seconds.
+    """A snapshot of a job in the ledger. Times are seconds since the epoch, durations are seconds.
 
-    A named tuple, for every change makes one: a frozen dataclass of so many fields takes three times as long to make.
-
-    Attributes:
-        seq: the ledger's own number, in the order of acceptance; never used again.
-        revision: the transaction that changed the job last.
-        attempt: how often the work was begun; `crashes` and `retries` say how often the process died or a failure that
-            may pass was met in it.
-        queue_position: from 1 while queued, else None.
+    A named tuple because every change creates one: a frozen dataclass with as many fields takes three times as long.
     """
 
     seq: int
+    """The ledger's own number, ascending in the order of acceptance; never used again."""
     job_id: str
     state: JobState
     revision: int
+    """The ledger transaction of the last change of state."""
     created_at: float
     updated_at: float
+    """The last change of the state or of the queue position."""
     fingerprint: str
     model_size: str
     audio: AudioSource | None = None
-    options: Mapping[str, Any] = _NOTHING
-    metadata: Mapping[str, Any] = _NOTHING
+    options: Mapping[str, Any] = _EMPTY
+    metadata: Mapping[str, Any] = _EMPTY
     formats: tuple[str, ...] = ()
     stream: bool = False
     expires_at: float | None = None
     attempt: int = 0
+    """How often the job was started, over its whole life."""
     crashes: int = 0
+    """How often the process died while it ran the job, since the last `retry` command."""
     retries: int = 0
+    """How often a passing failure deferred the job, since the last `retry` command."""
     started_at: float | None = None
     completed_at: float | None = None
+    """When the job entered its final state, whichever that is."""
     result_text: str | None = None
     detected_language: str | None = None
     language_probability: float | None = None
@@ -144,46 +138,41 @@ class Job(NamedTuple):
     error_message: str | None = None
     warnings: tuple[str, ...] = ()
     queue_position: int | None = None
+    """From 1 while queued, else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeletedJob:
-    """A job that was deleted, while the broker may still retain something of it.
-
-    Attributes:
-        formats: the results that the broker may retain.
-        status: whether the status is to be cleared, too; not when a newer job bears the id.
-        fingerprint: of the request, if that bore no id.
-        news: whether nobody has been told yet that it was deleted.
-    """
+    """A deleted job of which the broker may still retain messages."""
 
     seq: int
     job_id: str
     formats: tuple[str, ...] = ()
-    status: bool = True
+    """The result files that the broker may retain."""
+    owns_status: bool = True
+    """Whether the retained status is this job's and has to be cleared; False once a newer job has the same id."""
     fingerprint: str | None = None
-    news: bool = True
+    """Of the request, if it had no id."""
+    event_pending: bool = True
+    """Whether the `deleted` event has not been published yet."""
 
 
 class Admission(StrEnum):
-    """What became of a `NewJob`."""
+    """The ledger's decision on a `NewJob`."""
 
     ACCEPTED = "accepted"
-    SAME = "same"
-    """The id and the request are known: it is the job that is there already."""
+    """A new job."""
+    DUPLICATE = "duplicate"
+    """The same request as an earlier one: it is that one's job."""
     CONFLICT = "conflict"
-    """The id belongs to another request."""
+    """The id belongs to a job with different content."""
     FULL = "full"
-    """As many jobs wait as may wait."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the worker has to record of a completed job. Units as in `Job`.
-
-    Attributes:
-        windows: all that the recording was worked through in; kept as long as the job if its formats need them.
-    """
+    """What the worker records of a completed job. Units as in `Job`."""
 
     text: str
     audio_duration: float
@@ -192,11 +181,12 @@ class Result:
     no_speech: bool
     warnings: tuple[str, ...] = ()
     windows: tuple[Window, ...] = ()
+    """All windows of the recording; the ledger keeps them with the job if its formats need them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How many jobs stand where, and how many have ended, been refused or deleted since the ledger was made."""
+    """Job counts: now, and since the ledger was created (`..._total`)."""
 
     queued: int
     completed_total: int
@@ -204,6 +194,8 @@ class Totals:
     cancelled_total: int
     rejected_total: int
     oldest_queued_at: float | None
+    """When the first job in the queue was accepted; None: the queue is empty."""
     processing: str | None
+    """The id of the running job."""
     paused: bool = False
     deleted_total: int = 0

@@ -76,7 +76,7 @@ class Service:
         self._broker: EmbeddedBroker | None = None
         try:
             self._spool = Spool(settings.data_dir / "spool", self._metrics.disk("spool"))
-            self._spool.sweep(self._ledger.spooled())
+            self._spool.sweep(self._ledger.needed_spool_files())
             self._broker = _start_broker(settings, address, self._topics)
             if self._broker is not None:
                 settings = _inside(settings, self._broker)
@@ -143,7 +143,7 @@ class Service:
         self._preparer = Prefetcher(
             self._ledger,
             open_recording=lambda path, job: transcriber.open(
-                path, options_of(job), from_s=self._ledger.finished_until(job.seq)
+                path, options_of(job), from_s=self._ledger.resume_position_s(job.seq)
             ),
             spool=self._spool,
             directories=directories,

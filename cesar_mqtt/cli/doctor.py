@@ -24,7 +24,7 @@ from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
-from cesar_mqtt.ledger.base import lock
+from cesar_mqtt.ledger.ledger import acquire_lock
 from cesar_mqtt.protocol.topics import Topics
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         yield Finding("ledger", Severity.OK, f"There is none at {path} yet; `serve` makes one")
         return
     try:
-        held = lock(path)
+        held = acquire_lock(path)
         try:
             found = salvage.examine(path)
         finally:
@@ -324,7 +324,11 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         yield Finding("ledger", Severity.WRONG, str(exc), "Run this as the user that the consumer runs as.")
         return
     if found.damaged:
-        told = f"{path} is damaged: {printable(salvage.shown(found.lost)[0])}" if found.lost else f"{path} is damaged"
+        told = (
+            f"{path} is damaged: {printable(salvage.first_sentences(found.lost)[0])}"
+            if found.lost
+            else f"{path} is damaged"
+        )
         yield Finding("ledger", Severity.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
         return
     yield Finding("ledger", Severity.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")

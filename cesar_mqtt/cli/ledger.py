@@ -12,10 +12,8 @@ from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.text import many
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, LedgerError
-from cesar_mqtt.ledger.base import lock
-from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.repair import RecoveredLedger, examine, shown
-from cesar_mqtt.ledger.repair import repair as write_repaired
+from cesar_mqtt.ledger.ledger import Ledger, acquire_lock
+from cesar_mqtt.ledger.repair import RecoveredLedger, examine, first_sentences, write_repaired
 
 
 def path_of(settings: Settings) -> Path:
@@ -63,7 +61,7 @@ def export(path: Path) -> ExitCode:
         found = examine(path)
     for key, row in sorted(found.jobs.items(), key=lambda item: int(item[0])):
         out(json.dumps({"seq": int(key), **row}, ensure_ascii=False))
-    for sentence in shown(found.lost):
+    for sentence in first_sentences(found.lost):
         say(sentence)
     return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
 
@@ -71,7 +69,7 @@ def export(path: Path) -> ExitCode:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     _must_exist(path)
-    held = lock(path)
+    held = acquire_lock(path)
     try:
         yield
     finally:
@@ -89,7 +87,7 @@ def _print(path: Path, found: RecoveredLedger) -> None:
     out(f"{path}: {many(len(found.jobs), 'job')} ({counts}), {many(found.transaction, 'transaction')}")
     for sentence in found.notes:
         out(f"  note: {sentence}")
-    for sentence in shown(found.lost):
+    for sentence in first_sentences(found.lost):
         out(f"  lost: {sentence}")
     if found.damaged:
         out(f"The ledger is damaged. `cesar-mqtt ledger repair` can recover {many(len(found.jobs), 'job')}.")

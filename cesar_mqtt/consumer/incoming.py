@@ -158,7 +158,7 @@ class MessageParser:
             expires_at=_expires_at(delivery, request),
             packet_id=packet_id,
             redelivered=delivery.dup,
-            anonymous=request.job_id is None,
+            has_generated_id=request.job_id is None,
             retained=delivery.retain,
         )
 

@@ -150,7 +150,7 @@ class Intake:
             self._redelivery.update(bounds)
             self._take_in(deliveries[before:])
         if not deliveries:  # there is time for it: after a crash, too, a packet id has to mean the newest message
-            self._ledger.write_settled()
+            self._ledger.persist_released_packet_ids()
         return len(deliveries)
 
     def _take_in(self, deliveries: Sequence[Delivery]) -> bool:
@@ -258,7 +258,7 @@ class Intake:
             if plan.job is not None:
                 verdict, job_id = next(verdicts)
                 log.debug("Request is %s", verdict, action="taken_in", job_id=job_id)
-                refusal = refusal or _refusal(None if plan.job.anonymous else job_id, verdict)
+                refusal = refusal or _refusal(None if plan.job.has_generated_id else job_id, verdict)
             if plan.born:
                 self._on_born()
             audio_id = self._topics.audio_job_id(plan.delivery.topic)

@@ -78,11 +78,11 @@ class JobMessages:
 
     def of_deletion(self, gone: DeletedJob) -> Iterator[JobMessage]:
         """Yield what makes the broker forget a deleted job: an empty retained message clears a topic."""
-        if gone.news:
+        if gone.event_pending:
             event = deletion_of(gone.job_id, self._topics.consumer, self._clock())
             yield JobMessage(self._topics.events, event.encode(), retain=False)
         yield from (JobMessage(self._topics.result(gone.job_id, name), b"") for name in gone.formats)
-        if gone.status:
+        if gone.owns_status:
             yield JobMessage(self._topics.status(gone.job_id), b"")
 
     def of_segment(self, job: Job, segment: Segment) -> TransientMessage:

@@ -52,7 +52,7 @@ class Maintenance:
         if self._monotonic() < self._not_before:
             return
         try:
-            self._ledger.maintain()
+            self._ledger.checkpoint_if_due()
             for job in self._ledger.expire():
                 self._on_ended(job)
             self._retire(stop)
@@ -70,7 +70,9 @@ class Maintenance:
         before = now - self._retention.days * _DAY_S
         deleted = _BATCH
         while deleted == _BATCH and not stop.wait(_GAP_S):
-            deleted, spooled = self._ledger.retire(before=before, keep=self._retention.max_finished, limit=_BATCH)
+            deleted, spooled = self._ledger.delete_finished(
+                before=before, keep=self._retention.max_finished, limit=_BATCH
+            )
             self._spool.remove(spooled)
             if deleted:
                 log.debug("Deleted %d finished jobs", deleted, action="retired")

@@ -35,7 +35,7 @@ class Upcoming(Protocol):
     def upcoming(self, limit: int) -> list[Job]:
         """Return the next jobs in the order of their turn."""
 
-    def finished_until(self, seq: int) -> float:
+    def resume_position_s(self, seq: int) -> float:
         """Return the second of a job's recording from which the work goes on."""
 
     def observe(self, observer: Callable[[], None]) -> None:
@@ -182,7 +182,7 @@ class Prefetcher(Generic[R]):
             raise Cancelled
         ahead = entry.recording
         # What is finished of a job may be dropped after it was opened: by a retry while it waits.
-        if ahead is not None and ahead.is_current and ahead.from_s == self._upcoming.finished_until(entry.job.seq):
+        if ahead is not None and ahead.is_current and ahead.from_s == self._upcoming.resume_position_s(entry.job.seq):
             return ahead
         entry.close()
         if entry.is_remote:

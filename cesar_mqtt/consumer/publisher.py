@@ -268,7 +268,7 @@ class Publisher:
         if not session_present:
             self._own.say_again()
         if unknown or self._refused or not session_present:
-            self._ledger.publish_again(went_back=self._refused)
+            self._ledger.republish_all(restored=self._refused)
             self._refused = False
 
     def _look(self, payload: bytes | None) -> None:
@@ -280,7 +280,7 @@ class Publisher:
         self._own.say_again()
         if loss is Loss.NEWEST:
             self._own.forget_retained()
-        self._ledger.publish_again(went_back=loss is Loss.NEWEST)
+        self._ledger.republish_all(restored=loss is Loss.NEWEST)
 
     def _interrupt(self) -> None:
         self._connected = False
@@ -387,13 +387,13 @@ class Publisher:
         if self._room <= 0:
             return
         # Most of them are two messages, for a change is told as an event, too.
-        for number, job in self._ledger.unpublished((self._room + 1) // 2, but=self._in_flight.telling):
+        for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=self._in_flight.telling):
             if not self._publish_status(job, number):
                 return
 
     def _publish_gone(self) -> None:
         """Let the broker forget deleted jobs."""
-        for gone in self._ledger.gone(self._room, but=self._in_flight.clearing) if self._room > 0 else ():
+        for gone in self._ledger.pending_clears(self._room, exclude=self._in_flight.clearing) if self._room > 0 else ():
             if self._last is not None and self._last.seq == gone.seq:
                 self._set_last(self._last._replace(result_text=None))
             if not self._send_all(self._tellings.of_deletion(gone), PendingAck(seq=gone.seq, gone=True)):

@@ -16,7 +16,7 @@ from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 class RedeliveryTracker:
     """The acknowledged requests, and which of those acknowledgements the broker has received for certain.
 
-    Three events prove that a request cannot be delivered again, and make the ledger forget its packet id:
+    Three events prove that a request cannot be delivered again, and make the ledger release its packet id:
 
     - The broker has acknowledged a message that was published behind our acknowledgement, so it has read that, too.
     - On a later connection a new message has arrived: all redeliveries precede it (MQTT 5, section 4.4).
@@ -35,17 +35,17 @@ class RedeliveryTracker:
         """The last connection on which a new message has arrived."""
 
     def update(self, bounds: RedeliveryBounds) -> None:
-        """Forget packet ids, before messages that were received up to now are parsed."""
+        """Release packet ids, before messages that were received up to now are parsed."""
         if bounds.session > self._session:
             self._session = bounds.session
             self._unproven.clear()
-            self._ledger.forget_deliveries()
+            self._ledger.release_all_packet_ids()
         received = bounds.acks_received.get(self._connection, 0)
         proven = []
         while self._unproven and self._unproven[0][0] <= received:
             proven.append(self._unproven.popleft()[1])
         if proven:
-            self._ledger.settle_deliveries(proven)
+            self._ledger.release_packet_ids(proven)
 
     def can_be_redelivered(self, delivery: Delivery) -> bool:
         """Whether the session in which a message arrived still exists."""
@@ -65,7 +65,7 @@ class RedeliveryTracker:
                 newest_connection = delivery.receipt.connection
         if newest_connection > self._newest_connection:
             self._newest_connection = newest_connection
-            self._ledger.forget_deliveries(but={job_id for _, job_id in self._unproven})
+            self._ledger.release_all_packet_ids(keep={job_id for _, job_id in self._unproven})
 
     def _count(self, delivery: Delivery) -> None:
         if delivery.receipt.connection > self._connection:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cesar_mqtt.consumer.progress import ProgressMeter, WindowCheckpoints
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, wants_audio
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, may_need_audio
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
@@ -315,7 +315,7 @@ class Worker:
         if outcome.result is not None:
             self._ledger.complete(job.seq, outcome.result)
         elif outcome.cancelled:
-            self._ledger.cancelled(job.seq)
+            self._ledger.finish_cancelling(job.seq)
         elif outcome.code in _PASSING and job.retries < self._retries:
             # The jitter keeps consumers that were hit by one failure from trying again in step.
             delay_s = self._retry_delay_s * 4**job.retries * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
@@ -350,7 +350,11 @@ class Worker:
         if ended is None or not ended.state.final:
             return
         self._reports.finished(ended)
-        if ended.audio is not None and ended.audio.kind == "spool" and not wants_audio(ended.state, ended.error_code):
+        if (
+            ended.audio is not None
+            and ended.audio.kind == "spool"
+            and not may_need_audio(ended.state, ended.error_code)
+        ):
             self._spool.remove([ended.audio.name])
         took_s = (ended.completed_at or 0.0) - (ended.started_at or 0.0)
         if ended.state is JobState.COMPLETED:

@@ -1,6 +1,6 @@
 """The checkpoint: all tables in one JSON file that stock TinyDB opens, with a header and a checksum as two more tables.
 
-Any thread may write one, from a `Snapshot` that nobody changes; one at a time for each path.
+Any thread may write one from a `Snapshot`; one thread at a time per path.
 """
 
 import json
@@ -13,56 +13,52 @@ from typing import Any
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.ledger.journal import FORMAT, check_format
+from cesar_mqtt.ledger.journal import FORMAT, REPAIR_ADVICE, check_format
 
 Document = dict[str, Any]
 Image = dict[str, dict[str, Document]]
 """Table name, then document id as a string (as in TinyDB's JSON), then the document."""
 
 RESERVED = frozenset({"checkpoint", "checksum"})
-"""Names that no other table may have."""
+"""Table names that the file itself uses."""
 
 _CHECKSUM = b',\n"checksum": '
-_LINES_AT_ONCE = 256
+_LINES_PER_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A moment of the storage, which goes on meanwhile.
-
-    Attributes:
-        image: the tables; not to be changed.
-        transaction: the number of the last transaction in it.
-        mark: the owner's number that came with that transaction.
-        journal_size: where the later transactions begin in the journal.
-    """
+    """The storage at one moment; commits may go on meanwhile."""
 
     image: Image
+    """Never changed."""
     transaction: int = 0
-    mark: int = 0
+    """The last transaction in it."""
+    watermark: int = 0
     journal_size: int = 0
+    """Where the later transactions begin in the journal, in bytes."""
 
 
 def save(snapshot: Snapshot, path: Path, *, disk: Disk) -> int:
-    """Write `snapshot` to `path` in place of what is there; on return it is on disk under that name.
+    """Replace the file at `path` by `snapshot`; on return it is on disk under that name.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        OSError: the disk refused; the old file or the new one is there, whole.
+        OSError: the disk failed; either the old or the new file is there, complete.
     """
     return disk.put(path, _with_checksum(_chunks(snapshot)))
 
 
 def load(path: Path) -> tuple[Snapshot, int] | None:
-    """Read what `save` wrote; None when there is no such file.
+    """Read what `save` wrote; None if there is no such file.
 
     Returns:
         The snapshot, and the size of the file in bytes.
 
     Raises:
-        LedgerError: the file is damaged, was changed by another program, or is of a newer version.
+        LedgerError: the file is damaged, was changed by another program, or was written by a newer version.
         OSError: it cannot be read.
     """
     try:
@@ -72,8 +68,7 @@ def load(path: Path) -> tuple[Snapshot, int] | None:
     end = raw.rfind(_CHECKSUM)
     if end < 0 or raw[end:] != _checksum(zlib.crc32(memoryview(raw)[:end])):
         raise LedgerError(
-            f"{path} is damaged or was changed by another program: its checksum does not match. "
-            "Nothing was changed. `cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
+            f"{path} is damaged or was changed by another program: its checksum does not match. {REPAIR_ADVICE}"
         )
     tables = json.loads(raw)
     del tables["checksum"]
@@ -83,8 +78,8 @@ def load(path: Path) -> tuple[Snapshot, int] | None:
 
 
 def _chunks(snapshot: Snapshot) -> Iterator[bytes]:
-    """Yield the JSON, a document a line, without ever holding all of it."""
-    header = {"format": FORMAT, "transaction": snapshot.transaction, "mark": snapshot.mark}
+    """Yield the JSON, one document per line; the whole of it is never in memory."""
+    header = {"format": FORMAT, "transaction": snapshot.transaction, "mark": snapshot.watermark}
     yield b'{"checkpoint": ' + encode({"1": header})
     for table, rows in snapshot.image.items():
         yield b",\n" + encode(table) + b": {"
@@ -93,7 +88,7 @@ def _chunks(snapshot: Snapshot) -> Iterator[bytes]:
         for key, document in rows.items():
             lines.append(b'%s"%s": %s' % (separator, key.encode(), encode(document)))
             separator = b",\n"
-            if len(lines) == _LINES_AT_ONCE:
+            if len(lines) == _LINES_PER_CHUNK:
                 yield b"".join(lines)
                 lines.clear()
         yield b"".join(lines) + b"}"

@@ -1,179 +1,178 @@
-"""The register: which requests are known, by id, packet id and fingerprint; the ledger serialises every call."""
+"""Deduplication: which requests are known, by id, packet id and fingerprint; the ledger serialises every call."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from cesar_mqtt.jobs import Admission, NewJob
 
-Mark = TypeVar("Mark", bound=Hashable)
 
+class DeduplicationIndex:
+    """Holds of every job what decides whether a request is new.
 
-class Register:
-    """Knows of every job what decides whether a request is new.
-
-    Attributes:
-        settled: the greatest number up to which no job's request can come again by its packet id.
+    A request without an id is recognised by its packet id until the packet id is released: from then on the broker may
+    give it to another message.
     """
 
     def __init__(
         self,
         documents: Iterable[tuple[int, Mapping[str, Any]]],
         *,
-        answered: Callable[[str], str | None],
-        settled: int = 0,
+        newest_deleted_id: Callable[[str], str | None],
+        released_until: int = 0,
     ) -> None:
-        """Start with the documents of all jobs, in ascending order of their sequence numbers.
+        """Start with the jobs on disk.
 
         Args:
-            documents: the jobs.
-            answered: returns, for a fingerprint, the id of the deleted job that a request without an id became.
-            settled: as the attribute.
+            documents: the documents of all jobs, in ascending order of their sequence numbers.
+            newest_deleted_id: returns, for a fingerprint, the id of the newest deleted job whose request had no id.
+            released_until: as the attribute.
         """
-        self._answered = answered
+        self.released_until = released_until
+        """The packet ids of all jobs up to this number are released. On disk as the counter `settled`."""
+        self._newest_deleted_id = newest_deleted_id
         self._jobs: dict[str, tuple[int, str]] = {}
         self._ids: dict[int, str] = {}
-        self.settled = settled
-        self._packet_ids: dict[int, int] = {}
-        """Who bears a packet id; the latest."""
-        self._borne: dict[int, int] = {}
-        """The same the other way round."""
-        self._anonymous = Marks[str]()
+        self._seq_by_packet_id: dict[int, int] = {}
+        """The newest job of each packet id that is not released."""
+        self._packet_id_by_seq: dict[int, int] = {}
+        self._fingerprints = FingerprintIndex()
+        """Of jobs whose requests had no id."""
         for seq, document in documents:
-            self._note(seq, document["job_id"], document["fingerprint"])
-            if "packet_id" in document and seq > settled:
-                self._bear(seq, document["packet_id"])
+            self._add(seq, document["job_id"], document["fingerprint"])
+            if "packet_id" in document and seq > released_until:
+                self._take_packet_id(seq, document["packet_id"])
             if "anonymous" in document:
-                self._anonymous.add(document["fingerprint"], seq)
+                self._fingerprints.add(document["fingerprint"], seq)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._jobs)
 
     def seq(self, job_id: str) -> int | None:
-        """Return the number of the job with this id; None: there is none."""
+        """Return the sequence number of the job with this id; None: there is none."""
         known = self._jobs.get(job_id)
         return None if known is None else known[0]
 
-    def add(self, seq: int, request: NewJob) -> None:
-        """Note a request that became job number `seq`, which is greater than all others."""
-        self._note(seq, request.job_id, request.fingerprint)
-        if request.packet_id is not None:
-            self._bear(seq, request.packet_id)
-        if request.anonymous:
-            self._anonymous.add(request.fingerprint, seq)
+    # -- changes -----------------------------------------------------------------------------------------------------
 
-    def _note(self, seq: int, job_id: str, fingerprint: str) -> None:
+    def add(self, seq: int, request: NewJob) -> None:
+        """Add the request that became job number `seq`, the greatest so far."""
+        self._add(seq, request.job_id, request.fingerprint)
+        if request.packet_id is not None:
+            self._take_packet_id(seq, request.packet_id)
+        if request.has_generated_id:
+            self._fingerprints.add(request.fingerprint, seq)
+
+    def _add(self, seq: int, job_id: str, fingerprint: str) -> None:
         self._jobs[job_id] = seq, fingerprint
         self._ids[seq] = job_id
 
     def remove(self, seq: int, document: Mapping[str, Any]) -> None:
-        """Forget a job that is deleted."""
+        """Remove a deleted job."""
         del self._jobs[self._ids.pop(seq)]
-        self._settle(seq)
+        self._release(seq)
         if "anonymous" in document:
-            self._anonymous.remove(document["fingerprint"], seq)
+            self._fingerprints.remove(document["fingerprint"], seq)
 
-    def _bear(self, seq: int, packet_id: int) -> None:
-        """Note the packet id of a request; whoever bore it before cannot come again, for it was free."""
-        before = self._packet_ids.get(packet_id)
-        if before is not None:
-            self._settle(before)
-        self._packet_ids[packet_id] = seq
-        self._borne[seq] = packet_id
+    def _take_packet_id(self, seq: int, packet_id: int) -> None:
+        # A packet id that comes with a new message was free: the earlier message cannot be redelivered any more.
+        earlier = self._seq_by_packet_id.get(packet_id)
+        if earlier is not None:
+            self._release(earlier)
+        self._seq_by_packet_id[packet_id] = seq
+        self._packet_id_by_seq[seq] = packet_id
 
     @property
-    def repeatable(self) -> list[str]:
-        """The jobs whose requests may come again by their packet ids."""
-        return [self._ids[seq] for seq in self._borne]
+    def jobs_with_packet_id(self) -> list[str]:
+        """The jobs whose requests may still be redelivered and recognised by their packet ids."""
+        return [self._ids[seq] for seq in self._packet_id_by_seq]
 
-    def settle(self, job_ids: Iterable[str]) -> None:
-        """Take nothing for a redelivery of these any more."""
+    def release_packet_ids(self, job_ids: Iterable[str]) -> None:
+        """Take no later message for a redelivery of these jobs' requests."""
         for job_id in job_ids:
             if job_id in self._jobs:
-                self._settle(self._jobs[job_id][0])
+                self._release(self._jobs[job_id][0])
 
-    def _settle(self, seq: int) -> None:
-        packet_id = self._borne.pop(seq, None)
+    def _release(self, seq: int) -> None:
+        packet_id = self._packet_id_by_seq.pop(seq, None)
         if packet_id is None:
             return
-        del self._packet_ids[packet_id]
-        self.settled = max(self.settled, seq)
-        if self._borne:
-            self.settled = next(iter(self._borne)) - 1
+        del self._seq_by_packet_id[packet_id]
+        self.released_until = max(self.released_until, seq)
+        if self._packet_id_by_seq:
+            self.released_until = next(iter(self._packet_id_by_seq)) - 1
 
-    def judge(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Admission, str]], dict[str, NewJob]]:
-        """Decide on each request as if those before it were known already.
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def admit(self, requests: Sequence[NewJob], *, room: int) -> tuple[list[tuple[Admission, str]], dict[str, NewJob]]:
+        """Decide on each request as if the ones before it were already in the ledger; changes nothing here.
 
         Args:
-            requests: in the order in which they came.
-            room: how many more jobs may wait.
+            requests: in the order of their arrival.
+            room: how many more jobs the queue may take.
 
         Returns:
-            For each request the verdict and the id of the job that it is; and the accepted ones by id.
+            For each request the decision and the id of its job; and the accepted requests by id.
         """
-        new: dict[str, NewJob] = {}
-        verdicts = []
+        accepted: dict[str, NewJob] = {}
+        admissions = []
         for request in requests:
-            earlier = self._first_delivery(request, new)
+            earlier = self._earlier_delivery(request, accepted)
             job_id = earlier or request.job_id
-            known = new[job_id].fingerprint if job_id in new else self._jobs.get(job_id, (0, None))[1]
+            known = accepted[job_id].fingerprint if job_id in accepted else self._jobs.get(job_id, (0, None))[1]
             if earlier is not None:
-                verdict = Admission.SAME
+                admission = Admission.DUPLICATE
             elif known is not None:
-                verdict = Admission.SAME if known == request.fingerprint else Admission.CONFLICT
+                admission = Admission.DUPLICATE if known == request.fingerprint else Admission.CONFLICT
             elif request.failure is None and room <= 0:
-                verdict = Admission.FULL
+                admission = Admission.FULL
             else:
-                verdict = Admission.ACCEPTED
-                new[job_id] = request
+                admission = Admission.ACCEPTED
+                accepted[job_id] = request
                 room -= request.failure is None
-            verdicts.append((verdict, job_id))
-        return verdicts, new
+            admissions.append((admission, job_id))
+        return admissions, accepted
 
-    def _first_delivery(self, request: NewJob, new: dict[str, NewJob]) -> str | None:
-        """Return the id of the job that an earlier delivery of the same message made, if there is one.
+    def _earlier_delivery(self, request: NewJob, accepted: dict[str, NewJob]) -> str | None:
+        """Return the id of the job that an earlier delivery of the same message became; None: there was none.
 
-        A redelivery has the DUP flag and the packet id of the first (MQTT 5, section 4.4), so two messages that
-        happen to ask for the same are two jobs. What comes back because it is retained has neither: it is the job that
-        its first, live delivery made, even if that was deleted since.
+        A redelivery has the DUP flag and the packet id of the first delivery (MQTT 5, section 4.4), so two messages
+        with equal content are two jobs. A retained message has neither: it is the job of its first, live delivery, even
+        if that job was deleted since.
         """
-        if request.retained and request.anonymous:
-            for name, other in reversed(new.items()):
-                if other.anonymous and other.fingerprint == request.fingerprint:
-                    return name
-            twin = self._anonymous.latest(request.fingerprint)
-            job_id = self._answered(request.fingerprint) if twin is None else self._ids[twin]
-            if job_id is not None:
-                return job_id
+        if request.retained and request.has_generated_id:
+            for job_id, other in reversed(accepted.items()):
+                if other.has_generated_id and other.fingerprint == request.fingerprint:
+                    return job_id
+            seq = self._fingerprints.newest(request.fingerprint)
+            known_id = self._newest_deleted_id(request.fingerprint) if seq is None else self._ids[seq]
+            if known_id is not None:
+                return known_id
         if not request.redelivered or request.packet_id is None:
             return None
-        for name, other in reversed(new.items()):
+        for job_id, other in reversed(accepted.items()):
             if other.packet_id == request.packet_id:
-                return name if other.fingerprint == request.fingerprint else None
-        bearer = self._packet_ids.get(request.packet_id)
-        job_id = None if bearer is None else self._ids[bearer]
-        return job_id if job_id is not None and self._jobs[job_id][1] == request.fingerprint else None
+                return job_id if other.fingerprint == request.fingerprint else None
+        seq = self._seq_by_packet_id.get(request.packet_id)
+        known_id = None if seq is None else self._ids[seq]
+        return known_id if known_id is not None and self._jobs[known_id][1] == request.fingerprint else None
 
 
-class Marks(Generic[Mark]):
-    """For each mark the sequence numbers that bear it; the latest of them counts."""
+class FingerprintIndex:
+    """Sequence numbers by fingerprint; several jobs may have the same one."""
 
     def __init__(self) -> None:
-        """Start with nobody."""
-        self._bearers: dict[Mark, list[int]] = {}
+        self._seqs: dict[str, list[int]] = {}
 
-    def add(self, mark: Mark, seq: int) -> None:
-        """Note a bearer."""
-        self._bearers.setdefault(mark, []).append(seq)
+    def add(self, fingerprint: str, seq: int) -> None:
+        self._seqs.setdefault(fingerprint, []).append(seq)
 
-    def remove(self, mark: Mark, seq: int) -> None:
-        """Forget a bearer; the one before it counts again. One that is not known is passed over."""
-        bearers = self._bearers.get(mark, [])
-        if seq in bearers:
-            bearers.remove(seq)
-        if not bearers:
-            self._bearers.pop(mark, None)
+    def remove(self, fingerprint: str, seq: int) -> None:
+        """Remove a number, known or not; the next newest one counts from then on."""
+        seqs = self._seqs.get(fingerprint, [])
+        if seq in seqs:
+            seqs.remove(seq)
+        if not seqs:
+            self._seqs.pop(fingerprint, None)
 
-    def latest(self, mark: Mark) -> int | None:
-        """Return the newest bearer; None: nobody bears the mark."""
-        bearers = self._bearers.get(mark, ())
-        return max(bearers, default=None)
+    def newest(self, fingerprint: str) -> int | None:
+        return max(self._seqs.get(fingerprint, ()), default=None)

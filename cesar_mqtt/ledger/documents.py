@@ -1,7 +1,7 @@
-"""How a job is written in the ledger's table, and read back; pure functions, any thread may call them.
+"""The documents of the ledger: how jobs, windows and tombstones are written and read. Pure functions, for any thread.
 
-A field that says nothing (None, an empty list or object) is not written, so that most documents are small.
-Nothing that can be changed is shared between a document and the values outside.
+The names of tables and keys are the file format: they never change. A key without information (None, an empty list or
+object) is not written, so that most documents are small. A document shares nothing mutable with the values outside.
 """
 
 import copy
@@ -10,38 +10,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import STATES, AudioSource, DeletedJob, Job, JobState, NewJob, Result, wants_audio
+from cesar_mqtt.jobs import STATES, AudioSource, DeletedJob, Job, JobState, NewJob, Result, may_need_audio
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.transcript import Segment, Window, Word
 
-
-def needs_audio(document: Mapping[str, Any]) -> bool:
-    """Whether the audio that came with this job may still be wanted; see `jobs.wants_audio`."""
-    code = document.get("error_code")
-    return wants_audio(STATES[document["state"]], None if code is None else ErrorCode(code))
-
-
-def retry_refusal(document: Mapping[str, Any]) -> str | None:
-    """Say why this job cannot be worked on once more; None: it can."""
-    job_id, state = document["job_id"], document["state"]
-    if state not in {JobState.ERROR, JobState.CANCELLED}:
-        return f"Job {job_id} is {state}: only one that ended as error or cancelled can be retried."
-    if state == JobState.ERROR and "attempt" not in document:  # refused, and never begun
-        return f"Job {job_id} was refused for what it asked: submit it, mended, under a new id."
-    if any(in_spool(document)) and not needs_audio(document):
-        return f"The audio of job {job_id} is not kept, for a retry cannot help with {document['error_code']}."
-    return None
+JOBS = "jobs"
+WINDOWS = "windows"
+"""Finished windows of recordings; documents of their own, so that a job's document stays small."""
+COUNTERS = "counters"
+"""One document, with id 1."""
+GONE = "gone"
+"""Tombstones: deleted jobs of which the broker may still retain messages, and those cleared recently."""
 
 
-def in_spool(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the name in the spool folder of the audio that came with this job, if any did."""
-    kind, name = document.get("audio", ("", ""))
-    if kind == "spool":
-        yield name
+# -- jobs ---------------------------------------------------------------------------------------------------------
 
 
-def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
-    """Return the document of a job that is new in transaction `revision`."""
+def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
+    """Return the document of a job that is created by transaction `revision`."""
     document: dict[str, Any] = {
         "job_id": request.job_id,
         "state": (JobState.QUEUED if request.failure is None else JobState.ERROR).value,
@@ -65,7 +51,7 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["expires_at"] = request.expires_at
     if request.packet_id is not None:
         document["packet_id"] = request.packet_id
-    if request.anonymous:
+    if request.has_generated_id:
         document["anonymous"] = True
     if request.failure is not None:
         failure = {"error_code": ErrorCode.INVALID_REQUEST.value, "error_message": request.failure}
@@ -73,7 +59,7 @@ def document_of(request: NewJob, now: float, revision: int) -> dict[str, Any]:
     return document
 
 
-def result_of(result: Result, now: float) -> dict[str, Any]:
+def result_fields(result: Result, now: float) -> dict[str, Any]:
     """Return the fields that a transcript adds to its job's document."""
     fields: dict[str, Any] = {
         "completed_at": now,
@@ -90,88 +76,8 @@ def result_of(result: Result, now: float) -> dict[str, Any]:
     return fields
 
 
-def keeps_windows(document: Mapping[str, Any]) -> bool:
-    """Whether the windows of a completed job are needed for the formats asked for; `txt` has a line a segment, too."""
-    return bool(document.get("formats"))
-
-
-def window_document(window: Window) -> dict[str, Any]:
-    """Return the document of a finished part of a recording.
-
-    Its segments are one text, JSON of lists: as documents the words of an hour would take ten times the memory.
-    """
-    document: dict[str, Any] = {"until_s": window.until_s, "text": window.text}
-    if window.language is not None:
-        document["language"] = window.language
-    if window.language_probability is not None:
-        document["language_probability"] = window.language_probability
-    if window.segments:
-        document |= {
-            "first_id": window.segments[0].id,
-            "segments": encode([_plain(segment) for segment in window.segments]).decode(),
-        }
-    return document
-
-
-def window_of(number: int, document: Mapping[str, Any]) -> Window:
-    """Return the finished part that `window_document` wrote down."""
-    plain = enumerate(json.loads(document.get("segments", "[]")), start=document.get("first_id", 1))
-    return Window(
-        number=number,
-        until_s=document["until_s"],
-        text=document["text"],
-        language=document.get("language"),
-        language_probability=document.get("language_probability"),
-        segments=tuple(_segment(segment_id, *values) for segment_id, values in plain),
-    )
-
-
-def _plain(segment: Segment) -> list[Any]:
-    values = [segment.start_s, segment.end_s, segment.text, segment.avg_logprob, segment.no_speech_prob]
-    if segment.words is not None:
-        values.append([[word.start_s, word.end_s, word.text, word.probability] for word in segment.words])
-    return values
-
-
-def _segment(segment_id: int, *values: Any) -> Segment:
-    start_s, end_s, text, avg_logprob, no_speech_prob, *words = values
-    spoken = tuple(Word(*word) for word in words[0]) if words else None
-    return Segment(segment_id, start_s, end_s, text, avg_logprob, no_speech_prob, spoken)
-
-
-def gone_with(seq: int, document: Mapping[str, Any]) -> DeletedJob:
-    """Return what has to be known of a job once it is deleted."""
-    fingerprint = document["fingerprint"] if "anonymous" in document else None
-    return DeletedJob(seq, document["job_id"], tuple(document.get("formats", ())), fingerprint=fingerprint)
-
-
-def gone_document(gone: DeletedJob) -> dict[str, Any]:
-    """Return the document of a job that was just deleted."""
-    document: dict[str, Any] = {"job_id": gone.job_id}
-    if gone.formats:
-        document["formats"] = list(gone.formats)
-    if gone.fingerprint is not None:
-        document["fingerprint"] = gone.fingerprint
-    return document
-
-
-def gone_of(seq: int, document: Mapping[str, Any]) -> DeletedJob:
-    """Return the deleted job that `gone_document` wrote down; its status is another job's once that bears its id.
-
-    Since the broker has forgotten it, it has the field `cleared`, false when it is to be forgotten once more.
-    """
-    return DeletedJob(
-        seq,
-        document["job_id"],
-        tuple(document.get("formats", ())),
-        status=document.get("status", True),
-        fingerprint=document.get("fingerprint"),
-        news="cleared" not in document,
-    )
-
-
-def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float | None) -> Job:
-    """Return the value that leaves the ledger, with its place in the queue and since when it has it."""
+def job_from(seq: int, document: Mapping[str, Any], position: int | None, since: float | None) -> Job:
+    """Return the job of a document, with its position in the queue and since when it has it."""
     get = document.get
     audio, code = get("audio"), get("error_code")
     options, metadata = get("options"), get("metadata")
@@ -203,14 +109,133 @@ def job_of(seq: int, document: Mapping[str, Any], rank: int | None, since: float
         error_code=None if code is None else ErrorCode(code),
         error_message=get("error_message"),
         warnings=tuple(get("warnings", ())),
-        queue_position=rank,
+        queue_position=position,
     )
 
 
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy that shares nothing which could be changed."""
-    flat = all(type(value) in _FLAT for value in values.values())
-    return dict(values) if flat else copy.deepcopy(dict(values))
+def spool_files(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the name in the spool folder of the job's uploaded audio, if it has any."""
+    kind, name = document.get("audio", ("", ""))
+    if kind == "spool":
+        yield name
+
+
+def document_may_need_audio(document: Mapping[str, Any]) -> bool:
+    """Whether the job's uploaded audio has to be kept; see `jobs.may_need_audio`."""
+    code = document.get("error_code")
+    return may_need_audio(STATES[document["state"]], None if code is None else ErrorCode(code))
+
+
+def needs_windows(document: Mapping[str, Any]) -> bool:
+    """Whether a completed job keeps its windows; every format needs them, even `txt`, which has a line per segment."""
+    return bool(document.get("formats"))
+
+
+def retry_rejection(document: Mapping[str, Any]) -> str | None:
+    """Return why this job cannot be retried, as a sentence for the user; None: it can."""
+    job_id, state = document["job_id"], document["state"]
+    if state not in {JobState.ERROR, JobState.CANCELLED}:
+        return f"Job {job_id} is {state}: only a job that ended as error or cancelled can be retried."
+    if state == JobState.ERROR and "attempt" not in document:  # rejected on arrival, never started
+        return f"Job {job_id} was rejected as invalid: correct the request and submit it under a new id."
+    if any(spool_files(document)) and not document_may_need_audio(document):
+        return f"The audio of job {job_id} was not kept, since a retry cannot fix {document['error_code']}."
+    return None
+
+
+# -- windows ------------------------------------------------------------------------------------------------------
+
+
+def window_document(window: Window) -> dict[str, Any]:
+    """Return the document of a finished window.
+
+    Its segments are one string, JSON of lists: as objects the words of an hour would take ten times the memory.
+    """
+    document: dict[str, Any] = {"until_s": window.until_s, "text": window.text}
+    if window.language is not None:
+        document["language"] = window.language
+    if window.language_probability is not None:
+        document["language_probability"] = window.language_probability
+    if window.segments:
+        document |= {
+            "first_id": window.segments[0].id,
+            "segments": encode([_segment_values(segment) for segment in window.segments]).decode(),
+        }
+    return document
+
+
+def window_from(number: int, document: Mapping[str, Any]) -> Window:
+    """Return the window of a document."""
+    segments = enumerate(json.loads(document.get("segments", "[]")), start=document.get("first_id", 1))
+    return Window(
+        number=number,
+        until_s=document["until_s"],
+        text=document["text"],
+        language=document.get("language"),
+        language_probability=document.get("language_probability"),
+        segments=tuple(_segment_from(segment_id, *values) for segment_id, values in segments),
+    )
+
+
+def _segment_values(segment: Segment) -> list[Any]:
+    values = [segment.start_s, segment.end_s, segment.text, segment.avg_logprob, segment.no_speech_prob]
+    if segment.words is not None:
+        values.append([[word.start_s, word.end_s, word.text, word.probability] for word in segment.words])
+    return values
+
+
+def _segment_from(segment_id: int, *values: Any) -> Segment:
+    start_s, end_s, text, avg_logprob, no_speech_prob, *words = values
+    return Segment(
+        segment_id,
+        start_s,
+        end_s,
+        text,
+        avg_logprob,
+        no_speech_prob,
+        words=tuple(Word(*word) for word in words[0]) if words else None,
+    )
+
+
+# -- tombstones ---------------------------------------------------------------------------------------------------
+
+
+def deleted_job(seq: int, document: Mapping[str, Any]) -> DeletedJob:
+    """Return what is remembered of a job when it is deleted, from the job's document."""
+    fingerprint = document["fingerprint"] if "anonymous" in document else None
+    return DeletedJob(seq, document["job_id"], tuple(document.get("formats", ())), fingerprint=fingerprint)
+
+
+def tombstone_document(deleted: DeletedJob) -> dict[str, Any]:
+    """Return the document of a job that was just deleted.
+
+    Later changes: `status` is false once a newer job owns the status; `cleared` is true when the broker has cleared its
+    messages, and false when they have to be cleared again.
+    """
+    document: dict[str, Any] = {"job_id": deleted.job_id}
+    if deleted.formats:
+        document["formats"] = list(deleted.formats)
+    if deleted.fingerprint is not None:
+        document["fingerprint"] = deleted.fingerprint
+    return document
+
+
+def tombstone_from(seq: int, document: Mapping[str, Any]) -> DeletedJob:
+    """Return the deleted job of a tombstone's document."""
+    return DeletedJob(
+        seq,
+        document["job_id"],
+        tuple(document.get("formats", ())),
+        owns_status=document.get("status", True),
+        fingerprint=document.get("fingerprint"),
+        event_pending="cleared" not in document,
+    )
 
 
 _FLAT = frozenset({str, int, float, bool, type(None)})
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that shares nothing mutable."""
+    flat = all(type(value) in _FLAT for value in values.values())
+    return dict(values) if flat else copy.deepcopy(dict(values))

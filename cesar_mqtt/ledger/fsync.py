@@ -1,6 +1,6 @@
-"""Durable writes: the few calls to the operating system that the promises rest on, in one place.
+"""Durable writes: every system call that durability depends on.
 
-Nothing here keeps state; any thread may call it. `Disk` is a class so that a test can put a failing one in its place.
+Stateless; any thread may call it. `Disk` is a class so that a test can replace it by one that fails.
 """
 
 import contextlib
@@ -12,25 +12,25 @@ _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 class Disk:
-    """The primitives; each raises OSError as the operating system gives it."""
+    """The system calls; each raises OSError."""
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of `data` at `offset` and return how many bytes that was, as `os.pwrite` does."""
         return os.pwrite(descriptor, data, offset)
 
     def sync(self, descriptor: int) -> None:
-        """Return when the file's content and size are on the medium."""
+        """Write the file's content and size to the medium."""
         os.fsync(descriptor)
 
     def sync_data(self, descriptor: int) -> None:
-        """As `sync`, less what reading back does not need (the times); cheaper when the size is as it was."""
+        """As `sync` without the file's times; cheaper if the size has not changed."""
         _fdatasync(descriptor)
 
     def reserve(self, descriptor: int, start: int, end: int) -> None:
-        """Let the file reach to `end`, with NUL bytes: the room is there to be written to.
+        """Extend the file to `end` with NUL bytes, in advance of later writes; on a full disk by fewer bytes.
 
-        They are written, not only allocated: the first sync into blocks that never were has to record that they are
-        now, and took a tenth longer for it (ext4). Where not all of them can be, there is less room.
+        They are written, not only allocated: the first sync into unwritten blocks has to record them as written, which
+        took a tenth longer (ext4).
         """
         os.pwrite(descriptor, bytes(end - start), start)
 
@@ -39,11 +39,11 @@ class Disk:
         os.ftruncate(descriptor, size)
 
     def replace(self, source: Path, target: Path) -> None:
-        """Give `source` the name `target` in one step; durable only after `sync_folder`."""
+        """Rename atomically, replacing `target`; durable only after `sync_folder`."""
         os.replace(source, target)  # noqa: PTH105 - one call for one system call
 
     def remove(self, path: Path) -> None:
-        """Remove a file that may be missing; durable only after `sync_folder`."""
+        """Remove a file, which may be missing; durable only after `sync_folder`."""
         path.unlink(missing_ok=True)
 
     def write_all(self, descriptor: int, data: bytes, offset: int) -> None:
@@ -53,7 +53,7 @@ class Disk:
             written += self.write(descriptor, memoryview(data)[written:], offset + written)
 
     def sync_folder(self, folder: Path) -> None:
-        """Return when the names in `folder` are on the medium."""
+        """Write the names in `folder` to the medium."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.sync(descriptor)
@@ -61,9 +61,12 @@ class Disk:
             os.close(descriptor)
 
     def put(self, path: Path, chunks: Iterable[bytes]) -> int:
-        """Write a file in place of what bears its name; on return it is on disk under that name. Returns its size.
+        """Replace the file at `path`, atomically; on return it is on disk under that name.
 
-        After an error either is there, whole.
+        After an error either the old or the new file is there, complete.
+
+        Returns:
+            The size of the new file in bytes.
         """
         temporary = path.with_name(path.name + ".tmp")
         size = self.create(temporary, chunks)
@@ -74,7 +77,7 @@ class Disk:
     def create(self, path: Path, chunks: Iterable[bytes]) -> int:
         """Write a new file and sync it; its name is durable only after `sync_folder`. Returns its size in bytes.
 
-        After an error nothing is left of it: what has filled a disk must not go on filling it.
+        After an error the file is removed: it may have filled the disk.
         """
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         size = 0

@@ -1,7 +1,7 @@
-"""The journal: entries of JSON in one file, each on disk when `append` returns.
+"""The journal: JSON entries in one append-only file, each on disk when `append` returns.
 
-An entry is a line: a CRC-32, a blank, JSON, a line feed. Behind the last line the file is NUL bytes: it grows in steps
-ahead of its use, for a sync that has no new size to record is a third cheaper and spares the medium.
+An entry is a line: CRC-32, a space, JSON, a line feed. After the last line the file is NUL bytes: it grows in steps in
+advance, since a sync without a new file size is a third cheaper and wears the medium less.
 Not locked: one thread at a time.
 """
 
@@ -19,14 +19,19 @@ from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.fsync import Disk
 
 FORMAT = 1
-"""Of the ledger's files; a higher number in one of them means that a newer version wrote it."""
+"""Format of the ledger's files; a higher number in one of them means that a newer version wrote it."""
+
+REPAIR_ADVICE = (
+    "Nothing was changed. `cesar-mqtt ledger check` lists what can be recovered, "
+    "`cesar-mqtt ledger repair` recovers it."
+)
 
 _STEP_BYTES = 256 << 10
 _SECTOR_BYTES = 512
 
 
 def check_format(path: Path, version: int) -> None:
-    """Raise LedgerError when `path` says that a newer version wrote it."""
+    """Raise LedgerError if a newer version wrote `path`."""
     if version > FORMAT:
         raise LedgerError(
             f"{path} has format {version}; this version of cesar-mqtt reads up to {FORMAT}. "
@@ -35,34 +40,32 @@ def check_format(path: Path, version: int) -> None:
 
 
 class Journal:
-    """The file. It knows lines, not what they mean.
+    """The file: it knows lines, not their meaning.
 
-    After a failed append the file is put back to what it was. When that fails, too, `suspect` is true and has to be
-    cured by `restart` before the next append, so that a line of unknown state is never followed by another.
-
-    Attributes:
-        size: where the last whole line ends, in bytes.
-        suspect: whether it is unknown what stands behind `size`, or whether the file's name will outlast a power cut.
+    After a failed append the file is restored to what it was. If that fails, too, `suspect` is true, and `restart` has
+    to replace the file before the next append: a line of unknown state must never be followed by another one.
     """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self.size = 0
+        """Where the last complete line ends, in bytes."""
         self.suspect = False
+        """Whether the content after `size` is unknown, or whether the file's name might not survive a power cut."""
         self._disk = disk
         self._reserved = 0
         self._descriptor: int | None = None
 
     def open(self, replay: Callable[[int, Any], None]) -> None:
-        """Open or create the file, and hand the entry of each whole line to `replay`, with the line's number from 1.
+        """Open or create the file, and pass the entry of each complete line to `replay`, with its number from 1.
 
-        A last line that a crash has torn is dropped: it was never acknowledged to anybody. A whole one is written once
-        more and synced, for whoever is told of it may act on it: it may be there only because the kernel remembers it,
-        after a process that did not live to sync it, or whose sync failed (and would now succeed and do nothing).
+        A last line that a crash has torn is dropped: it was never acknowledged. A complete last line is written again
+        and synced before anything acts on it: it may exist in the kernel's cache only, left by a process that died
+        before its sync or whose sync failed (another sync would then succeed and do nothing).
 
         Raises:
             LedgerError: a line is damaged; nothing was changed.
-            OSError: the disk refused.
+            OSError: the disk failed.
         """
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         raw = self.path.read_bytes()
@@ -76,17 +79,14 @@ class Journal:
         self.size, self._reserved = end, os.fstat(self._descriptor).st_size
 
     def _replay(self, used: bytes, replay: Callable[[int, Any], None]) -> tuple[int, int]:
-        """Return where the last whole line begins, and where it ends, or would with its line feed."""
+        """Return where the last complete line begins and ends, as if it had its line feed."""
         last = end = 0
         for number, line in enumerate(lines_of(used), start=1):
             body = body_of(line)
             if body is None:
                 if end + len(line) == len(used) and is_torn(line, end):
                     break
-                raise LedgerError(
-                    f"{self.path} is damaged in line {number}. Nothing was changed. "
-                    "`cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
-                )
+                raise LedgerError(f"{self.path} is damaged in line {number}. {REPAIR_ADVICE}")
             replay(number, json.loads(body))
             last, end = end, end + _PREFIX_BYTES + len(body) + 1
         return last, end
@@ -95,13 +95,13 @@ class Journal:
         """Add a line; on return it is on disk.
 
         Raises:
-            OSError: the disk refused, and there is no such line. Where even that cannot be said, `suspect` is true.
+            OSError: the disk failed, and the line does not exist; if not even that is certain, `suspect` is true.
             ValueError, TypeError: `entry` is not JSON.
         """
         line, descriptor = _line(entry), self._open_descriptor
         disk, size = self._disk, self.size
         end = size + len(line)
-        self.suspect = True  # also after whatever else may interrupt this
+        self.suspect = True  # stays so after any other exception, such as KeyboardInterrupt
         try:
             if end > self._reserved:
                 self._reserve(end)
@@ -113,7 +113,7 @@ class Journal:
         self.size, self.suspect = end, False
 
     def _reserve(self, end: int) -> None:
-        """Make room for more than the next line, if there is any: a nearly full disk may still take the line."""
+        """Allocate more than the next line needs; if that fails, the disk may still have room for the line alone."""
         self._reserved = end - end % _STEP_BYTES + _STEP_BYTES
         try:
             self._disk.reserve(self._open_descriptor, self.size, self._reserved)
@@ -121,10 +121,10 @@ class Journal:
             self._reserved = end
 
     def _undo(self) -> None:
-        """Take back what a failed append may have left.
+        """Remove what a failed append may have left.
 
-        A failed sync says nothing about what is on the medium, and the next one may lie (the kernel takes the pages for
-        clean): only cutting the file, which makes its last block dirty again, and a good sync right then, count.
+        After a failed sync the content of the medium is unknown, and the next sync may succeed without writing (the
+        kernel marks the pages as clean). Truncating makes the last block dirty again; only a sync after that counts.
         """
         self._reserved = self.size
         try:
@@ -135,10 +135,10 @@ class Journal:
         self.suspect = False
 
     def restart(self, header: Any, *, keep_from: int) -> None:
-        """Replace the file, in one step, by one that has `header` and the lines from byte `keep_from` on.
+        """Replace the file, atomically, by one with `header` and the lines from byte `keep_from` on.
 
         Raises:
-            OSError: the disk refused; either file is there, and `suspect` is true if that may yet change.
+            OSError: the disk failed; the old or the new file is there, and `suspect` is true if that may still change.
         """
         tail = self._lines_from(keep_from)
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -149,7 +149,7 @@ class Journal:
         except BaseException:
             os.close(descriptor)
             raise
-        # From here on the old file has no name: not one more line may go there, whatever the folder's sync says.
+        # From here on the old file has no name: no line may be appended to it, even if the folder's sync fails.
         self.close()
         self._descriptor, self.size, self._reserved, self.suspect = descriptor, size, size, True
         self._disk.sync_folder(self.path.parent)
@@ -169,14 +169,13 @@ class Journal:
         self._disk.sync_folder(self.path.parent)
 
     def close(self) -> None:
-        """Close the file as it is; can be called twice."""
+        """Close the file as it is; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     @property
     def closed(self) -> bool:
-        """Whether the file is not open."""
         return self._descriptor is None
 
     @property
@@ -195,7 +194,7 @@ def _line(entry: Any) -> bytes:
 
 
 def body_of(line: bytes) -> bytes | None:
-    """Return the JSON of a line, None for a damaged one. A line whose line feed alone is missing or wrong is whole."""
+    """Return the JSON of a line; None: it is damaged. A line is complete even if its line feed is missing or wrong."""
     for body in (line[_PREFIX_BYTES:-1], line[_PREFIX_BYTES:]):
         if body and line[:_PREFIX_BYTES] == b"%08x " % zlib.crc32(body):
             return body
@@ -212,11 +211,11 @@ def lines_of(raw: bytes) -> Iterator[bytes]:
 
 
 def is_torn(line: bytes, start: int) -> bool:
-    """Tell a last line that a crash tore from one that was whole and has been damaged since.
+    """Distinguish a last line that a crash tore from one that was complete and was damaged later.
 
-    A power cut leaves out the end, or whole sectors, in any order: those are NUL, which JSON never has. One byte alone
-    is no proof of that. (Where a medium later loses all that a sector holds of the last line, that transaction is taken
-    for torn: there is no telling the two apart.)
+    A power cut loses the end of the line, or whole sectors in any order: those are NUL, which JSON never contains. A
+    single NUL byte is no proof. (If the medium later loses a whole sector of the last line, the line counts as torn:
+    the two cases cannot be distinguished.)
     """
     if not line.endswith(b"\n"):
         return True

@@ -1,48 +1,101 @@
-"""The ledger: the only truth about jobs, durable before anybody is told.
+"""The ledger: jobs on disk, their order, and what the broker has not acknowledged. It is the only source of truth.
 
-Every method may be called from any thread; one lock serialises them. What a method says is done is on disk when it
-returns.
+Every method may be called from any thread; one lock serialises them. When a method that changes something returns, the
+change is on disk, unless its docstring says otherwise. Knows nothing of MQTT except packet ids as numbers.
 """
 
 import contextlib
+import gc
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from cesar_mqtt.errors import ErrorCode, LedgerError
-from cesar_mqtt.jobs import STATES, Admission, IllegalTransitionError, Job, JobState, NewJob, Result
-from cesar_mqtt.ledger.base import COUNTERS, GONE, JOBS, WINDOWS
-from cesar_mqtt.ledger.deletion import Retirement
+from filelock import FileLock, Timeout
+
+from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
+from cesar_mqtt.jobs import (
+    STATES,
+    TRANSITIONS,
+    Admission,
+    DeletedJob,
+    IllegalTransitionError,
+    Job,
+    JobState,
+    NewJob,
+    Result,
+    Totals,
+)
 from cesar_mqtt.ledger.documents import (
-    document_of,
-    keeps_windows,
-    result_of,
-    retry_refusal,
+    COUNTERS,
+    GONE,
+    JOBS,
+    WINDOWS,
+    deleted_job,
+    document_may_need_audio,
+    job_document,
+    job_from,
+    needs_windows,
+    result_fields,
+    retry_rejection,
+    spool_files,
+    tombstone_document,
     window_document,
+    window_from,
 )
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.ledger.index import window_id
-from cesar_mqtt.ledger.storage import Change
+from cesar_mqtt.ledger.index import Index, window_id
+from cesar_mqtt.ledger.outbox import Outbox
+from cesar_mqtt.ledger.storage import Change, JournalStorage
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Window
 
 log = get_logger(__name__)
 
-_OF_AN_END = ("started_at", "completed_at", "error_code", "error_message", "cancelling", "expires_at")
+_CHECKPOINT_BYTES = 8 << 20
+"""A journal smaller than this is not worth a checkpoint."""
+
+_MANY_JOBS = 10_000
+"""From here on the garbage collector's passes over all documents take noticeable time."""
+
+_CLEARED_BY_REQUEUE = ("started_at",)
+_CLEARED_BY_RETRY = ("started_at", "completed_at", "error_code", "error_message", "cancelling", "expires_at")
 _EXPIRED = {
     "error_code": ErrorCode.EXPIRED.value,
-    "error_message": "The job could not be started within its `expires_in`. Retry it, or submit it with more time.",
+    "error_message": "The job did not start within its `expires_in`. Retry it, or submit it with a longer time.",
 }
-_OF_AN_ATTEMPT = ("started_at",)
 
 
-class Ledger(Retirement):
-    """Jobs in the order of their acceptance, their states, and which of them the broker has not been told of.
+def acquire_lock(path: Path) -> FileLock:
+    """Acquire the lock of the ledger at `path`; any thread may call `release`.
 
-    The order is by an own sequence number that is never used again; clocks only decorate.
+    Raises:
+        LedgerInUseError: another process has it.
+        LedgerError: the folder cannot be written.
     """
+    file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
+    try:
+        file_lock.acquire()
+    except Timeout as exc:
+        raise LedgerInUseError(
+            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+        ) from exc
+    except OSError as exc:
+        raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
+    return file_lock
+
+
+class Ledger:
+    """Jobs in the order of their acceptance, their states, and the states that the broker has not acknowledged.
+
+    The order is that of the sequence numbers, which are never used again; no order depends on a clock. A change is on
+    disk before it is in the index and in the outbox, so readers never see a state that a crash could take back.
+    """
+
+    # -- open and close -------------------------------------------------------------------------------------------
 
     def __init__(
         self,
@@ -54,231 +107,249 @@ class Ledger(Retirement):
         monotonic: Callable[[], float] = time.monotonic,
         disk: Disk | None = None,
     ) -> None:
-        """Open or create the ledger at `path`, and put back into the queue what a crash left in `processing`.
+        """Open or create the ledger at `path`, and requeue the jobs that a crash left in `processing`.
 
         Args:
-            path: `ledger.json`; its folder must exist. The journal and the lock stand beside it.
-            max_attempts: after so many crashes in mid-work a job becomes `error` `crashed`.
-            max_queued: how many jobs may wait.
-            clock: seconds since the epoch, for what is told.
-            monotonic: seconds since whenever, for delays.
+            path: `ledger.json`, in an existing folder; the journal and the lock are files beside it.
+            max_attempts: a job that crashed the process this often ends as `error` `crashed`.
+            max_queued: how many jobs may be queued.
+            clock: seconds since the epoch, for timestamps and expiry.
+            monotonic: for delays.
             disk: the durable writes; for tests.
 
         Raises:
             LedgerInUseError: another process has it open.
             LedgerError: it cannot be read, or is damaged.
         """
-        super().__init__(path, clock=clock, disk=disk)
+        self.path = path
         self._max_attempts = max_attempts
         self._max_queued = max_queued
+        self._clock = clock
         self._monotonic = monotonic
+        self._changed = threading.Condition(threading.RLock())
+        """The one lock; notified after every change while a thread waits."""
+        self._waiting = 0
+        self._observers: list[Callable[[], None]] = []
+        self._closed = False
+        self._file_lock = acquire_lock(path)
+        try:
+            self._storage = JournalStorage(path, disk)
+        except BaseException:
+            self._file_lock.release()
+            raise
         try:
             with self._changed:
+                self._load()
                 self._recover()
         except BaseException:
-            self._give_up()
+            self._release_files()
             raise
 
-    def _recover(self) -> None:
-        """Count a crash against each job that was in `processing`, and let it wait for its turn again or end.
+    def __enter__(self) -> Self:
+        return self
 
-        Windows that belong to nobody are dropped: the next attempt at their job, or a later job, would find them.
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self) -> None:
+        """Build the memory state from the tables."""
+        storage = self._storage
+        counters = storage.rows(COUNTERS).get("1", {})
+        self._index = Index(self._rows, gone=storage.rows(GONE), windows=storage.rows(WINDOWS), counters=counters)
+        self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
+        self._released_on_disk: int = counters.get("settled", 0)
+        self._paused = bool(counters.get("paused", False))
+        self._piggyback: list[Change] = []
+        """Changes that do not need a sync of their own: the next transaction writes them."""
+        self._announced_revision: int = counters.get("told", 0)
+        revisions = ((revision, seq) for revision, seq in self._revisions() if revision > storage.watermark)
+        self._outbox = Outbox(revisions, announced_revision=self._announced_revision)
+        self._update_positions()  # the positions that were published are not on disk
+        if len(self._rows) > _MANY_JOBS:
+            # Each pass of the garbage collector over 100,000 documents stops all threads for a tenth of a second.
+            # Documents have no cycles, so it may leave them out.
+            gc.collect()
+            gc.freeze()
+
+    def _recover(self) -> None:
+        """Count a crash for each job in `processing`, and requeue or end it.
+
+        Windows without a job are deleted, or a later attempt or job would find them.
         """
-        if self._index.orphans:
-            self._commit([Change(WINDOWS, doc_id, None) for doc_id in self._index.orphans])
-            self._index.orphans.clear()
+        if self._index.orphaned_windows:
+            self._commit([Change(WINDOWS, doc_id, None) for doc_id in self._index.orphaned_windows])
+            self._index.orphaned_windows.clear()
         for seq in tuple(self._index.processing):
             row = self._rows[str(seq)]
             crashes = row.get("crashes", 0) + 1
             if row.get("cancelling"):
                 self._cancel(seq)
             elif crashes < self._max_attempts:
-                self._move(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_OF_AN_ATTEMPT)
-                log.warning("Job was in work at the last crash: queued again", action="recovered", job_id=row["job_id"])
+                self._transition(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_CLEARED_BY_REQUEUE)
+                log.warning("Job was running when the process died: requeued", action="recovered", job_id=row["job_id"])
             else:
                 self._fail(
                     seq,
                     ErrorCode.CRASHED,
-                    f"The process died {crashes} times while working on this job. Check the audio, then retry.",
+                    f"The process died {crashes} times while it ran this job. Check the audio, then retry.",
                     {"crashes": crashes},
                 )
 
-    # -- accepting ------------------------------------------------------------------------------------------------
-
-    def append(self, requests: Sequence[NewJob]) -> list[tuple[Admission, str]]:
-        """Accept what can be accepted, all in one transaction with one fsync.
-
-        Returns:
-            For each request, in order, the verdict and the id of the job that it is: that of an earlier one, where it
-            was a redelivery.
+    def close(self) -> None:
+        """Write a checkpoint, so that `ledger.json` alone is complete, and release the lock; may be called twice.
 
         Raises:
-            LedgerError: the disk refused; nothing of all this has happened.
+            LedgerError: the disk failed; the journal is complete.
+        """
+        with self._storage.checkpointing, self._changed:
+            if self._closed:
+                return
+            try:
+                released = self._index.deduplication.released_until
+                if self._rejected != self._rejected_on_disk or released != self._released_on_disk or self._piggyback:
+                    self._commit([])
+                self._storage.watermark = self._outbox.watermark(self._storage.transaction)
+                self._storage.close()
+            finally:
+                self._closed = True
+                self._changed.notify_all()
+                self._release_files()
+
+    def _release_files(self) -> None:
+        self._storage.abandon()
+        self._file_lock.release()
+
+    def checkpoint_if_due(self) -> None:
+        """Write a checkpoint if the journal has outgrown the last one; other threads continue meanwhile.
+
+        The journal may grow as large as the checkpoint, so that the cost per transaction does not depend on the number
+        of jobs. One caller at a time.
+
+        Raises:
+            LedgerError: the disk failed; the old files are complete.
+        """
+        storage = self._storage
+        if storage.journal_bytes < max(_CHECKPOINT_BYTES, storage.checkpoint_bytes):
+            return
+        try:
+            with storage.checkpointing:
+                with self._changed:
+                    if self._closed:  # the lock is released: the files may belong to another process
+                        return
+                    snapshot = storage.snapshot()
+                storage.write_checkpoint(snapshot)
+                with self._changed:
+                    storage.cut_journal(snapshot)
+        except OSError as exc:
+            raise LedgerError(f"The checkpoint {self.path} could not be written: {exc.strerror}.") from exc
+
+    # -- accept requests ------------------------------------------------------------------------------------------
+
+    def append(self, requests: Sequence[NewJob]) -> list[tuple[Admission, str]]:
+        """Admit requests, all in one transaction with one fsync.
+
+        Returns:
+            For each request, in order, the decision and the id of its job: that of an earlier job for a duplicate.
+
+        Raises:
+            LedgerError: the disk failed; no request was accepted.
         """
         with self._changed:
             room = self._max_queued - len(self._index.queue)
-            verdicts, new = self._index.register.judge(requests, room=room)
-            if new:
-                self._insert(new)
-            for verdict, job_id in verdicts:
-                seq = self._index.register.seq(job_id)
-                if verdict is Admission.SAME and seq is not None:
-                    self._outbox.tell(seq)
-            if verdicts:
+            admissions, accepted = self._index.deduplication.admit(requests, room=room)
+            if accepted:
+                self._insert(accepted)
+            for admission, job_id in admissions:
+                seq = self._index.deduplication.seq(job_id)
+                if admission is Admission.DUPLICATE and seq is not None:
+                    self._outbox.republish(seq)
+            if admissions:
                 self._notify()
-            return verdicts
+            return admissions
 
-    def _insert(self, new: Mapping[str, NewJob]) -> None:
-        now, revision = self._clock(), self._journal.transaction + 1
+    def _insert(self, accepted: Mapping[str, NewJob]) -> None:
+        now, revision = self._clock(), self._storage.transaction + 1
         first = self._index.last_seq + 1
-        numbered = list(enumerate(new.values(), start=first))
-        changes = [Change(JOBS, seq, document_of(request, now, revision)) for seq, request in numbered]
+        numbered = list(enumerate(accepted.values(), start=first))
+        changes = [Change(JOBS, seq, job_document(request, now, revision)) for seq, request in numbered]
         failed = sum(request.failure is not None for _, request in numbered)
         if failed:
-            changes.append(Change(COUNTERS, 1, {JobState.ERROR.value: self._index.ended[JobState.ERROR] + failed}))
-        deleted = self._index.deleted
-        revived = [gone for gone in map(deleted.bearer, new) if gone is not None]
-        changes += [Change(GONE, gone.seq, {"status": False} if deleted.outlasts(gone) else None) for gone in revived]
+            total = self._index.ended_total[JobState.ERROR] + failed
+            changes.append(Change(COUNTERS, 1, {JobState.ERROR.value: total}))
+        tombstones = self._index.tombstones
+        replaced = [deleted for deleted in map(tombstones.status_owner, accepted) if deleted is not None]
+        changes += [
+            Change(GONE, deleted.seq, {"status": False} if tombstones.outlives_status(deleted) else None)
+            for deleted in replaced
+        ]
         self._commit(changes)
-        for gone in revived:  # the new job's status takes the place of the old one's at the broker
-            deleted.keep_status(gone)
+        for deleted in replaced:
+            tombstones.release_status(deleted)
         for seq, request in numbered:
             self._index.add(seq, request, now)
         rows = self._rows
         for seq, _ in numbered:
-            self._pass(seq, rows[str(seq)])
+            self._enqueue_status(seq, rows[str(seq)])
 
-    def settle_deliveries(self, job_ids: Collection[str]) -> None:
-        """Take nothing for a redelivery of these jobs any more; reaches the disk with the next transaction.
+    def count_rejected(self) -> None:
+        """Count a rejected message; on disk with the next transaction."""
+        with self._changed:
+            self._rejected += 1
+            self._notify()
 
-        Their packet ids may be given to other messages, which may ask for the same.
+    def release_packet_ids(self, job_ids: Collection[str]) -> None:
+        """Take no later message for a redelivery of these jobs' requests; on disk with the next transaction.
+
+        The broker may give their packet ids to other messages, even to messages with the same content.
         """
         with self._changed:
-            self._index.register.settle(job_ids)
+            self._index.deduplication.release_packet_ids(job_ids)
 
-    def forget_deliveries(self, *, but: Collection[str] = ()) -> None:
-        """Take nothing for a redelivery any more, except of these; on disk on return, unless the disk refuses."""
+    def release_all_packet_ids(self, *, keep: Collection[str] = ()) -> None:
+        """Release all packet ids but those of the jobs in `keep`; on disk now, or later if the disk fails."""
         with self._changed:
-            register = self._index.register
-            register.settle([job_id for job_id in register.repeatable if job_id not in but])
-            self.write_settled()
+            deduplication = self._index.deduplication
+            deduplication.release_packet_ids(
+                [job_id for job_id in deduplication.jobs_with_packet_id if job_id not in keep]
+            )
+            self.persist_released_packet_ids()
 
-    def write_settled(self) -> None:
-        """Have on disk what cannot come again, unless the disk refuses: then that goes with the next transaction."""
+    def persist_released_packet_ids(self) -> None:
+        """Write to disk which packet ids are released; if the disk fails, the next transaction does it."""
         with self._changed, contextlib.suppress(LedgerError):
-            if self._index.register.settled != self._settled_on_disk:
+            if self._index.deduplication.released_until != self._released_on_disk:
                 self._commit([])
 
-    # -- working --------------------------------------------------------------------------------------------------
+    # -- run jobs -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:
-        """Take the oldest job that is ready into `processing`, with its attempt counted; None when none is.
+        """Move the oldest ready job to `processing` and count its attempt; None if there is none.
 
         Raises:
-            LedgerError: the disk refused; the job still waits.
+            LedgerError: the disk failed; the job stays queued.
         """
         with self._changed:
-            seq = self._ready()
+            seq = self._next_ready()
             if seq is None:
                 return None
             attempt = self._rows[str(seq)].get("attempt", 0) + 1
-            self._move(seq, JobState.PROCESSING, {"attempt": attempt, "started_at": self._clock()})
+            self._transition(seq, JobState.PROCESSING, {"attempt": attempt, "started_at": self._clock()})
             return self._job(seq)
 
-    def _ready(self) -> int | None:
+    def _next_ready(self) -> int | None:
         return None if self._paused else next(self._all_ready(), None)
 
     def _all_ready(self) -> Iterator[int]:
         return self._index.queue.all_ready(self._monotonic(), self._clock())
 
-    def add_window(self, seq: int, window: Window, *, identity: str | None = None) -> None:
-        """Record a finished part of a job in `processing`, from whose end a later attempt goes on.
-
-        With it goes what its audio is, where that may become another one: see `keep_windows_of`.
-
-        Raises:
-            LedgerError: the disk refused; the work may go on, and a later call may bring this window again.
-            IllegalTransitionError: the job is not in work, or a window before this one is missing.
-        """
-        document = window_document(window) | ({} if identity is None else {"identity": identity})
-        with self._changed:
-            known = self._index.windows.get(seq, 0)
-            if seq not in self._index.processing or window.number != known:
-                raise IllegalTransitionError(f"Job number {seq} is not at its window {window.number}.")
-            self._commit([Change(WINDOWS, window_id(seq, known), document)])
-            self._index.keep_windows(seq, known + 1)
-
-    def keep_windows_of(self, seq: int, identity: str) -> bool:
-        """Drop a job's windows unless they are known to be of this audio; whether they are kept. Raises LedgerError."""
-        with self._changed:
-            first = self._journal.rows(WINDOWS).get(str(window_id(seq, 0)))
-            if first is None or first.get("identity") == identity:
-                return True
-            self._commit(self._without_windows(seq))
-            self._index.keep_windows(seq, 0)
-            return False
-
-    def complete(self, seq: int, result: Result) -> None:
-        """Record the transcript of a job in `processing`. Raises LedgerError, IllegalTransitionError."""
-        with self._changed:
-            known = self._index.windows.get(seq, 0)
-            kept = result.windows if keeps_windows(self._rows.get(str(seq), {})) else ()
-            missing = list(enumerate(kept))[known:]
-            also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
-            also += self._without_windows(seq, start=len(kept))
-            fields = result_of(result, self._clock())
-            self._move(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
-            self._index.keep_windows(seq, len(kept))
-
-    def fail(self, seq: int, code: ErrorCode, message: str) -> None:
-        """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
-        with self._changed:
-            self._fail(seq, code, message, {})
-
-    def _fail(self, seq: int, code: ErrorCode, message: str, fields: Mapping[str, Any]) -> None:
-        failure = {"completed_at": self._clock(), "error_code": code.value, "error_message": message}
-        also = [] if code.retryable else self._without_windows(seq)
-        self._move(seq, JobState.ERROR, {**failure, **fields}, dropped=("cancelling",), also=also)
-        if not code.retryable:
-            self._index.keep_windows(seq, 0)
-
-    def requeue(self, seq: int) -> Job:
-        """Put a job in `processing` back to the front of the queue, as a forced stop does, and return it as it is then.
-
-        One whose end was asked for ends instead. Raises as `complete`.
-        """
-        with self._changed:
-            self._put_back(seq, {})
-            return self._job(seq)
-
-    def _put_back(self, seq: int, fields: Mapping[str, Any]) -> bool:
-        if seq not in self._index.processing:  # an error may become queued, too, but that is a retry
-            raise IllegalTransitionError(f"Job number {seq} is not in work, so it cannot be put back.")
-        if self.is_cancelling(seq):  # it would only be taken up to be ended
-            self._cancel(seq)
-            return False
-        self._move(seq, JobState.QUEUED, fields, dropped=_OF_AN_ATTEMPT)
-        return True
-
-    def defer(self, seq: int, delay_s: float) -> None:
-        """Put a job in `processing` back, not to be claimed for `delay_s`; those behind it go first.
-
-        The delay is by the monotonic clock and not on disk: after a restart the job is ready at once. One whose end
-        was asked for ends as `cancelled` instead. Raises as `complete`.
-        """
-        with self._changed:
-            retries = self._rows.get(str(seq), {}).get("retries", 0) + 1
-            if self._put_back(seq, {"retries": retries}):
-                self._index.queue.delay(seq, self._monotonic() + delay_s)
-
     def wait_for_work(self, stopped: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Sleep until a job is ready (True), or `stopped` is true or the time is out (False).
+        """Block until a job is ready (True), or until `stopped()` is true or the time is over (False).
 
-        `wake` makes it look again.
+        `wake` makes it call `stopped` again.
         """
         deadline = None if timeout_s is None else self._monotonic() + timeout_s
         with self._changed:
-            while not stopped() and self._ready() is None:
+            while not stopped() and self._next_ready() is None:
                 now = self._monotonic()
                 if deadline is not None and now >= deadline:
                     return False
@@ -289,30 +360,135 @@ class Ledger(Retirement):
                 self._waiting -= 1
             return not stopped()
 
-    def upcoming(self, limit: int) -> list[Job]:
-        """Return the jobs whose turn comes next, in order; those that are put off are left out."""
+    def wake(self) -> None:
+        """Make every thread in `wait_for_work` check its conditions again."""
         with self._changed:
-            return [self._job(seq) for seq in islice(self._all_ready(), limit)]
+            self._changed.notify_all()
 
-    # -- what people ask for --------------------------------------------------------------------------------------
+    def add_window(self, seq: int, window: Window, *, identity: str | None = None) -> None:
+        """Store a finished window of a job in `processing`; a later attempt continues at its end.
+
+        Args:
+            seq: the job.
+            window: the next one of this job.
+            identity: of the audio, if that may change between attempts; see `keep_windows_of`.
+
+        Raises:
+            LedgerError: the disk failed; the job may go on, and a later call may pass this window again.
+            IllegalTransitionError: the job is not processing, or this is not its next window.
+        """
+        document = window_document(window) | ({} if identity is None else {"identity": identity})
+        with self._changed:
+            count = self._index.windows.get(seq, 0)
+            if seq not in self._index.processing or window.number != count:
+                raise IllegalTransitionError(
+                    f"Job number {seq} is not processing, or window {window.number} is not its next one."
+                )
+            self._commit([Change(WINDOWS, window_id(seq, count), document)])
+            self._index.set_window_count(seq, count + 1)
+
+    def keep_windows_of(self, seq: int, identity: str) -> bool:
+        """Delete a job's windows unless they are of the audio with this identity; return whether they were kept.
+
+        Raises:
+            LedgerError: the disk failed; the windows are still there.
+        """
+        with self._changed:
+            first = self._storage.rows(WINDOWS).get(str(window_id(seq, 0)))
+            if first is None or first.get("identity") == identity:
+                return True
+            self._commit(self._without_windows(seq))
+            self._index.set_window_count(seq, 0)
+            return False
+
+    def _without_windows(self, seq: int, *, start: int = 0) -> list[Change]:
+        return [Change(WINDOWS, doc_id, None) for doc_id in self._index.window_ids(seq, start=start)]
+
+    def complete(self, seq: int, result: Result) -> None:
+        """Record the transcript of a job in `processing`.
+
+        Raises:
+            LedgerError: the disk failed; the job is still processing.
+            IllegalTransitionError: the job is not processing.
+        """
+        with self._changed:
+            stored = self._index.windows.get(seq, 0)
+            kept = result.windows if needs_windows(self._rows.get(str(seq), {})) else ()
+            missing = list(enumerate(kept))[stored:]
+            also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
+            also += self._without_windows(seq, start=len(kept))
+            fields = result_fields(result, self._clock())
+            self._transition(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
+            self._index.set_window_count(seq, len(kept))
+
+    def fail(self, seq: int, code: ErrorCode, message: str) -> None:
+        """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
+        with self._changed:
+            self._fail(seq, code, message, {})
+
+    def _fail(self, seq: int, code: ErrorCode, message: str, fields: Mapping[str, Any]) -> None:
+        failure = {"completed_at": self._clock(), "error_code": code.value, "error_message": message}
+        also = [] if code.retryable else self._without_windows(seq)
+        self._transition(seq, JobState.ERROR, {**failure, **fields}, dropped=("cancelling",), also=also)
+        if not code.retryable:
+            self._index.set_window_count(seq, 0)
+
+    def requeue(self, seq: int) -> Job:
+        """Move a job in `processing` back to the front of the queue, as a forced stop does, and return it.
+
+        A job that is being cancelled ends as `cancelled` instead. Raises as `complete`.
+        """
+        with self._changed:
+            self._requeue(seq, {})
+            return self._job(seq)
+
+    def defer(self, seq: int, delay_s: float) -> None:
+        """Requeue a job in `processing`, not to be claimed for `delay_s`; the jobs behind it go first.
+
+        The delay is in memory only: after a restart the job is ready at once. A job that is being cancelled ends as
+        `cancelled` instead. Raises as `complete`.
+        """
+        with self._changed:
+            retries = self._rows.get(str(seq), {}).get("retries", 0) + 1
+            if self._requeue(seq, {"retries": retries}):
+                self._index.queue.delay(seq, self._monotonic() + delay_s)
+
+    def _requeue(self, seq: int, fields: Mapping[str, Any]) -> bool:
+        if seq not in self._index.processing:  # `TRANSITIONS` allows it from `error`, too, but that is a retry
+            raise IllegalTransitionError(f"Job number {seq} is not processing and cannot be requeued.")
+        if self.is_cancelling(seq):
+            self._cancel(seq)
+            return False
+        self._transition(seq, JobState.QUEUED, fields, dropped=_CLEARED_BY_REQUEUE)
+        return True
+
+    def finish_cancelling(self, seq: int) -> None:
+        """Record that the worker stopped a job in `processing` because of a `cancel` command. Raises as `complete`."""
+        with self._changed:
+            self._cancel(seq)
+
+    def _cancel(self, seq: int) -> None:
+        self._transition(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
+
+    # -- commands -------------------------------------------------------------------------------------------------
 
     def cancel(self, job_id: str) -> Job | None:
-        """End a job that waits, or let the worker end the one in work: see `is_cancelling`.
+        """Cancel a queued job, or let the worker stop a running one: see `is_cancelling`.
 
         Returns:
-            The job as it is then: `cancelled`, or still `processing`; None: there is no such job.
+            The job: `cancelled`, or still `processing`; None: there is no such job.
 
         Raises:
             IllegalTransitionError: it has ended.
-            LedgerError: the disk refused; the job goes on.
+            LedgerError: the disk failed; the job continues.
         """
         with self._changed:
-            seq = self._index.register.seq(job_id)
+            seq = self._index.deduplication.seq(job_id)
             if seq is None:
                 return None
             state = STATES[self._rows[str(seq)]["state"]]
             if state.final:
-                raise IllegalTransitionError(f"Job {job_id} has ended as {state}: there is nothing to cancel.")
+                raise IllegalTransitionError(f"Job {job_id} has already ended as {state} and cannot be cancelled.")
             if state is JobState.QUEUED:
                 self._cancel(seq)
             elif not self.is_cancelling(seq):
@@ -320,61 +496,349 @@ class Ledger(Retirement):
                 self._notify()
             return self._job(seq)
 
-    def cancelled(self, seq: int) -> None:
-        """Record that a job in `processing` was ended because somebody asked for it. Raises as `complete`."""
-        with self._changed:
-            self._cancel(seq)
-
-    def _cancel(self, seq: int) -> None:
-        self._move(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
-
-    def expire(self, limit: int = 200) -> list[Job]:
-        """End jobs that wait and are no longer worth starting, at most so many, as `cancelled`; return them.
-
-        Raises:
-            LedgerError: the disk refused; those that are left are returned by a later call.
-        """
-        ended: list[Job] = []
-        for _ in range(limit):
-            with self._changed:  # let go each time, so that nobody waits for more than one sync
-                seq = next(iter(self._index.queue.expired(self._clock(), 1)), None)
-                if seq is None:
-                    break
-                self._move(seq, JobState.CANCELLED, {"completed_at": self._clock(), **_EXPIRED})
-                ended.append(self._job(seq))
-        return ended
-
     def retry(self, job_id: str) -> Job | None:
-        """Queue a job that ended as `error` or `cancelled` once more, with the options that it came with.
+        """Queue a job that ended as `error` or `cancelled` again, with the same options.
 
-        Its place in the queue is the one that its number gives it. Of audio that came with the job, what was finished
-        is not done again; a file or URL may be another one by now.
+        Its position in the queue follows from its sequence number. With uploaded audio the finished windows are kept;
+        a file or URL may have changed since.
 
         Returns:
-            The job as it is then; None: there is no such job.
+            The job; None: there is no such job.
 
         Raises:
-            IllegalTransitionError: it has not ended that way, or there is no audio to work on; a sentence for the user.
-            LedgerError: the disk refused; the job stays as it is.
+            IllegalTransitionError: it did not end that way, or its audio was not kept; a sentence for the user.
+            LedgerError: the disk failed; the job stays as it is.
         """
         with self._changed:
-            seq = self._index.register.seq(job_id)
+            seq = self._index.deduplication.seq(job_id)
             if seq is None:
                 return None
             row = self._rows[str(seq)]
-            if refusal := retry_refusal(row):
-                raise IllegalTransitionError(refusal)
+            if rejection := retry_rejection(row):
+                raise IllegalTransitionError(rejection)
             spooled = row["audio"][0] == "spool"
             also = [] if spooled else self._without_windows(seq)
-            self._move(seq, JobState.QUEUED, {"crashes": 0, "retries": 0}, dropped=_OF_AN_END, also=also)
+            self._transition(seq, JobState.QUEUED, {"crashes": 0, "retries": 0}, dropped=_CLEARED_BY_RETRY, also=also)
             if not spooled:
-                self._index.keep_windows(seq, 0)
+                self._index.set_window_count(seq, 0)
             return self._job(seq)
 
+    def delete(self, job_id: str) -> tuple[Job, list[str]] | None:
+        """Delete a job that is queued or has ended; the publisher then clears its retained messages.
+
+        Returns:
+            The job as it was, and its files in the spool folder, for the caller to delete; None: there is no such job.
+
+        Raises:
+            IllegalTransitionError: it is processing.
+            LedgerError: the disk failed; the job stays.
+        """
+        with self._changed:
+            seq = self._index.deduplication.seq(job_id)
+            if seq is None:
+                return None
+            if seq in self._index.processing:
+                raise IllegalTransitionError(f"Job {job_id} is processing: cancel it first.")
+            job = self._job(seq)
+            return job, self._delete([seq])
+
     def pause(self, *, on: bool) -> None:
-        """Let no job be started, or jobs be started again; kept over restarts. Raises LedgerError."""
+        """Stop starting jobs, or start them again; persisted over restarts. Raises LedgerError."""
         with self._changed:
             if on != self._paused:
                 self._commit([Change(COUNTERS, 1, {"paused": on})])
                 self._paused = on
                 self._notify()
+
+    # -- retention ------------------------------------------------------------------------------------------------
+
+    def expire(self, limit: int = 200) -> list[Job]:
+        """End queued jobs that have expired as `cancelled`, at most `limit`, and return them.
+
+        Raises:
+            LedgerError: the disk failed; a later call ends and returns the remaining jobs.
+        """
+        ended: list[Job] = []
+        for _ in range(limit):
+            with self._changed:  # released after each job, so that no other thread waits for more than one sync
+                seq = next(iter(self._index.queue.expired(self._clock(), 1)), None)
+                if seq is None:
+                    break
+                self._transition(seq, JobState.CANCELLED, {"completed_at": self._clock(), **_EXPIRED})
+                ended.append(self._job(seq))
+        return ended
+
+    def delete_finished(self, *, before: float, keep: int, limit: int = 200) -> tuple[int, list[str]]:
+        """Delete jobs that ended by `before` (seconds since the epoch), and all but the newest `keep` finished jobs.
+
+        Oldest first, at most `limit` in one transaction, so that other threads do not wait long. The publisher then
+        clears their retained messages.
+
+        Returns:
+            How many jobs were deleted, and their files in the spool folder, for the caller to delete.
+
+        Raises:
+            LedgerError: the disk failed; no job was deleted.
+        """
+        with self._changed:
+            finished = self._index.finished
+            surplus = islice(finished, min(limit, max(0, len(finished) - keep)))
+            seqs = list(dict.fromkeys([*surplus, *finished.due(before, limit)]))[:limit]
+            return len(seqs), self._delete(seqs)
+
+    def _delete(self, seqs: Sequence[int]) -> list[str]:
+        if not seqs:
+            return []
+        rows = [self._rows[str(seq)] for seq in seqs]
+        deleted = [deleted_job(seq, row) for seq, row in zip(seqs, rows, strict=True)]
+        changes = [Change(JOBS, seq, None) for seq in seqs]
+        changes += [change for seq in seqs for change in self._without_windows(seq)]
+        changes += [Change(GONE, job.seq, tombstone_document(job)) for job in deleted]
+        # Sequence numbers are never used again, so the last one is kept apart from its job.
+        counters = {"last_seq": self._index.last_seq, "deleted": self._index.deleted_total + len(seqs)}
+        changes.append(Change(COUNTERS, 1, counters))
+        self._commit(changes)
+        for job, row in zip(deleted, rows, strict=True):
+            self._index.delete(job, row)
+        self._outbox.drop(seqs)
+        self._update_positions()
+        self._notify()
+        return [name for row in rows for name in spool_files(row)]
+
+    # -- publish: what the broker has not acknowledged ------------------------------------------------------------
+
+    @property
+    def has_unpublished(self) -> bool:
+        """Whether the broker has not acknowledged all statuses and all clears."""
+        with self._changed:
+            return bool(self._outbox) or bool(self._index.tombstones.pending)
+
+    def unpublished(self, limit: int, *, exclude: Collection[int] = ()) -> list[tuple[int, Job]]:
+        """Return the states to publish next, oldest change first.
+
+        Each change of state is returned once, in order, so that a subscriber sees every state of a job. Later calls
+        return a job again, in its newest state only, until `mark_published`.
+
+        Args:
+            limit: how many at most.
+            exclude: sequence numbers of jobs whose newest state is in flight; newer changes are returned nevertheless.
+
+        Returns:
+            The number to pass to `mark_published`, and the job as it was at that change.
+        """
+        with self._changed:
+            return self._outbox.take(limit, exclude, self._job)
+
+    def coalesce(self) -> None:
+        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published."""
+        with self._changed:
+            self._outbox.coalesce()
+
+    def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
+        """Record that the broker acknowledged statuses; on disk with the next transaction.
+
+        After a crash before that they are published again, which changes nothing for a reader of retained messages.
+
+        Args:
+            acknowledged: the sequence number of each job, and the number that `unpublished` returned with it.
+        """
+        with self._changed:
+            for seq, number in acknowledged:
+                self._outbox.acknowledge(seq, number)
+
+    def republish_all(self, *, restored: bool = False) -> None:
+        """Publish every status again: the broker lost its retained messages.
+
+        The watermark goes back, on disk, so that a crash in the middle does not end it; `announced_revision` records
+        where it was, since no change up to there is new. If the disk fails, the next transaction writes both.
+
+        Args:
+            restored: the broker restored an older state of them, so the messages of deleted jobs are cleared again.
+        """
+        with self._changed:
+            self._announced_revision = max(self._announced_revision, self._outbox.watermark(self._storage.transaction))
+            self._piggyback.append(Change(COUNTERS, 1, {"told": self._announced_revision}))
+            self._outbox.enqueue_all(self._revisions())
+            if restored:
+                self._piggyback += [
+                    Change(GONE, seq, {"cleared": False}) for seq in self._index.tombstones.clear_again()
+                ]
+            with contextlib.suppress(LedgerError):
+                self._commit([])
+            self._notify()
+
+    def pending_clears(self, limit: int, *, exclude: Collection[int] = ()) -> list[DeletedJob]:
+        """Return deleted jobs whose retained messages have to be cleared, until `mark_cleared`."""
+        with self._changed:
+            pending = self._index.tombstones.pending
+            return list(islice((deleted for seq, deleted in pending.items() if seq not in exclude), limit))
+
+    def mark_cleared(self, seq: int) -> None:
+        """Record that the broker has cleared a deleted job's messages; on disk with the next transaction."""
+        with self._changed:
+            evicted = self._index.tombstones.mark_cleared(seq)
+            if evicted is not None:
+                self._piggyback.append(Change(GONE, seq, {"cleared": True}))
+                self._piggyback += [Change(GONE, other, None) for other in evicted]
+                self._notify()
+
+    def observe(self, observer: Callable[[], None]) -> None:
+        """Call `observer` after every change, under the ledger's lock: it must only set a flag."""
+        self._observers.append(observer)
+
+    # -- queries --------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> Job | None:
+        """Return the job as it is now; None: there is no such job."""
+        with self._changed:
+            seq = self._index.deduplication.seq(job_id)
+            return None if seq is None else self._job(seq)
+
+    def jobs(self, *, states: Collection[JobState] = (), after: int = 0, limit: int = 100) -> list[Job]:
+        """Return jobs, oldest first, from the one after number `after` on; no states: in all states."""
+        with self._changed:
+            return [self._job(seq) for seq in islice(self._in_states(states, after), limit)]
+
+    def count(self, states: Collection[JobState] = ()) -> int:
+        """Return how many jobs are in these states; no states: how many jobs there are."""
+        with self._changed:
+            return sum(1 for _ in self._in_states(states, 0))
+
+    def _in_states(self, states: Collection[JobState], after: int) -> Iterator[int]:
+        wanted = frozenset(states or JobState)
+        seqs = self._index.in_states(wanted)
+        return (seq for seq in seqs[bisect(seqs, after) :] if self._rows[str(seq)]["state"] in wanted)
+
+    def upcoming(self, limit: int) -> list[Job]:
+        """Return the jobs that will be claimed next, in order, without deferred ones; also while paused."""
+        with self._changed:
+            return [self._job(seq) for seq in islice(self._all_ready(), limit)]
+
+    def processing(self) -> tuple[int, ...]:
+        """Return the sequence number of the job in `processing`, if there is one."""
+        with self._changed:
+            return tuple(self._index.processing)
+
+    def is_cancelling(self, seq: int) -> bool:
+        """Whether a running job is to be cancelled. Takes no lock, since it is called many times a second."""
+        row = self._rows.get(str(seq))
+        return row is not None and "cancelling" in row
+
+    def last_finished(self) -> Job | None:
+        """Return the job that ended last; None: no finished job is left."""
+        with self._changed:
+            newest = next(reversed(self._index.finished), None)
+            return None if newest is None else self._job(newest)
+
+    def windows(self, seq: int) -> tuple[Window, ...]:
+        """Return a job's stored windows: until it has ended for good, and afterwards if its formats need them."""
+        with self._changed:
+            rows = self._storage.rows(WINDOWS)
+            documents = [rows[str(doc_id)] for doc_id in self._index.window_ids(seq)]
+        # Documents never change, so the lock is not held while hours of speech are parsed.
+        return tuple(window_from(number, document) for number, document in enumerate(documents))
+
+    def resume_position_s(self, seq: int) -> float:
+        """Return the second of the recording at which the job's next attempt continues; 0.0: from the start."""
+        with self._changed:
+            count = self._index.windows.get(seq, 0)
+            return float(self._storage.rows(WINDOWS)[str(window_id(seq, count - 1))]["until_s"]) if count else 0.0
+
+    def needed_spool_files(self) -> set[str]:
+        """Return the names in the spool folder that jobs need, or may need for a retry."""
+        with self._changed:
+            return {name for row in self._rows.values() if document_may_need_audio(row) for name in spool_files(row)}
+
+    def totals(self) -> Totals:
+        """Return the counts for the consumer's own topics; the cost does not depend on the number of jobs."""
+        with self._changed:
+            index = self._index
+            oldest = next(iter(index.queue), None)
+            processing = index.processing[0] if index.processing else None
+            return Totals(
+                queued=len(index.queue),
+                completed_total=index.ended_total[JobState.COMPLETED],
+                error_total=index.ended_total[JobState.ERROR],
+                cancelled_total=index.ended_total[JobState.CANCELLED],
+                rejected_total=self._rejected,
+                oldest_queued_at=None if oldest is None else self._rows[str(oldest)]["created_at"],
+                processing=None if processing is None else self._rows[str(processing)]["job_id"],
+                paused=self._paused,
+                deleted_total=index.deleted_total,
+            )
+
+    # -- transactions; the caller holds the lock ------------------------------------------------------------------
+
+    @property
+    def _rows(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._storage.rows(JOBS)
+
+    def _job(self, seq: int) -> Job:
+        return job_from(seq, self._rows[str(seq)], *self._index.queue.position(seq))
+
+    def _revisions(self) -> Iterator[tuple[int, int]]:
+        """Yield the revision and the sequence number of every job."""
+        return ((document["revision"], int(key)) for key, document in self._rows.items())
+
+    def _commit(self, changes: list[Change]) -> None:
+        """Write a transaction: these changes, the waiting ones, and the outbox's watermark."""
+        if self._closed:
+            raise LedgerError(f"The ledger {self.path} is closed.")
+        if self._rejected != self._rejected_on_disk:
+            changes.append(Change(COUNTERS, 1, {"rejected": self._rejected}))
+        released = self._index.deduplication.released_until
+        if released != self._released_on_disk:
+            changes.append(Change(COUNTERS, 1, {"settled": released}))
+        if self._piggyback:
+            changes[:0] = self._piggyback
+        storage = self._storage
+        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction))
+        self._rejected_on_disk, self._released_on_disk = self._rejected, released
+        self._piggyback.clear()
+
+    def _transition(
+        self,
+        seq: int,
+        state: JobState,
+        fields: Mapping[str, Any],
+        *,
+        dropped: tuple[str, ...] = (),
+        also: Iterable[Change] = (),
+    ) -> None:
+        """Move a job to `state`, with other changes in the same transaction."""
+        rows, key = self._rows, str(seq)
+        row = rows.get(key)
+        if row is None:
+            raise IllegalTransitionError(f"Job number {seq} does not exist and cannot become {state}.")
+        before = STATES[row["state"]]
+        if state not in TRANSITIONS[before]:
+            raise IllegalTransitionError(f"Job {row['job_id']} is {before} and cannot become {state}.")
+        document = {
+            "state": state.value,
+            "revision": self._storage.transaction + 1,
+            "updated_at": self._clock(),
+            **fields,
+        }
+        changes = [Change(JOBS, seq, document, dropped), *also]
+        if state.final:
+            changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))
+        self._commit(changes)
+        self._index.move(seq, before, state, document)
+        if before is JobState.QUEUED or state is JobState.QUEUED:
+            self._update_positions()
+        self._enqueue_status(seq, rows[key])
+        self._notify()
+
+    def _enqueue_status(self, seq: int, document: Mapping[str, Any]) -> None:
+        self._outbox.enqueue(seq, document["revision"], (seq, document, *self._index.queue.position(seq)))
+
+    def _update_positions(self) -> None:
+        """Update the positions of the first jobs in the queue, and republish the jobs whose position changed."""
+        for seq in self._index.queue.update_positions(self._clock()):
+            self._outbox.republish(seq)
+
+    def _notify(self) -> None:
+        if self._waiting:
+            self._changed.notify_all()
+        for observer in self._observers:
+            observer()

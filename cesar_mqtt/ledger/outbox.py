@@ -1,4 +1,4 @@
-"""The outbox: what the broker has still to be told of, in memory; the ledger owns it and serialises every call."""
+"""The outbox: which states of jobs the broker has not acknowledged; in memory. The ledger serialises every call."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -6,118 +6,136 @@ from itertools import count, islice
 from typing import Any
 
 from cesar_mqtt.jobs import Job
-from cesar_mqtt.ledger.documents import job_of
+from cesar_mqtt.ledger.documents import job_from
 
-TRAIL = 1000
-"""So many changes of state are kept one by one; beyond that, only the newest of a job counts."""
+HISTORY_LIMIT = 1000
+"""How many passed states are kept to be published one by one; beyond that only the newest state of a job counts."""
 
 Item = tuple[int, Job]
-"""The number to say when the broker has acknowledged it, and what to tell.
+"""The number to hand to `acknowledge`, and the job to publish.
 
-The number is the job's revision as long as that is news, and negative for what is said again.
+The number is the job's revision when that state is published for the first time, and negative for a republication.
 """
 
-Moment = tuple[int, Mapping[str, Any], int | None, float | None]
-"""A job's number, its document, which is never changed, its place in the queue and since when it has that."""
+State = tuple[int, Mapping[str, Any], int | None, float | None]
+"""A job at one moment: sequence number, document (never changed afterwards), queue position and since when."""
 
 
 class Outbox:
     """Jobs whose newest state the broker has not acknowledged, oldest change first.
 
-    `owe` is for a change that is on disk: until it is acknowledged, the watermark stays below it, so that a restart
-    knows of it. `tell` is for what is worth telling again without a change, such as a new position in the queue.
+    A change of state, once it is on disk, is enqueued with `enqueue`: until it is acknowledged the watermark stays
+    below it, so that a restart publishes it. `republish` is for a job without a change of state, such as one with a new
+    queue position: it is in memory only.
     """
 
-    def __init__(self, revisions: Iterable[tuple[int, int]], *, told: int = 0) -> None:
-        """Start with what a restart found: revision and sequence number of every change above the watermark.
+    def __init__(self, revisions: Iterable[tuple[int, int]], *, announced_revision: int = 0) -> None:
+        """Start with the pending changes on disk.
 
-        Up to the revision `told` the broker has heard of all of them before; they are no news.
+        Args:
+            revisions: revision and sequence number of every change above the watermark.
+            announced_revision: changes up to this one were acknowledged before: they are republished only.
         """
-        self._newest = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
-        self._owed = self._newest.copy()
-        self._unsaid = {seq for seq, revision in self._newest.items() if revision > told}
-        self._heard = self._newest.keys() - self._unsaid
-        """Jobs whose newest change has been acknowledged as news, while something is to be said of them again."""
-        self._again = count(-1, -1)
-        self._trail: deque[tuple[int, Moment]] = deque(maxlen=TRAIL)
-        for seq in sorted(self._heard, key=self._newest.__getitem__):
-            self.tell(seq)
+        self._pending = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
+        """The number of the newest state to publish, by job, in the order of publication."""
+        self._unacknowledged = self._pending.copy()
+        """The newest revision by job, ascending: the watermark lies below the first one."""
+        self._not_taken = {seq for seq, revision in self._pending.items() if revision > announced_revision}
+        """Jobs whose newest change is in `_pending` and not in the history, and was not taken yet: a republication must
+        not replace its number, or the change would never be published as new."""
+        self._announced = self._pending.keys() - self._not_taken
+        """Jobs whose newest change was acknowledged, while a republication of it is pending."""
+        self._republication = count(-1, -1)
+        self._history: deque[tuple[int, State]] = deque(maxlen=HISTORY_LIMIT)
+        """Every change that was not taken yet, in order."""
+        for seq in sorted(self._announced, key=self._pending.__getitem__):
+            self.republish(seq)
 
     def __bool__(self) -> bool:
-        return bool(self._newest)
+        return bool(self._pending)
 
-    def tell(self, seq: int) -> None:
-        """Let the broker be told of a job once more; a change that it is still to be told of stays news."""
-        if seq not in self._unsaid:
-            self._newest[seq] = next(self._again)
-            self._newest.move_to_end(seq)
+    # -- enqueue -----------------------------------------------------------------------------------------------------
 
-    def owe(self, seq: int, revision: int, moment: Moment) -> None:
-        """Let the broker be told of a change that transaction `revision` brought, and of each such state, in order."""
-        newest, owed = self._newest, self._owed
-        newest[seq] = owed[seq] = revision
-        newest.move_to_end(seq)
-        owed.move_to_end(seq)
-        self._unsaid.discard(seq)
-        self._heard.discard(seq)
-        if len(self._trail) == TRAIL:
-            self._crowd_out(*self._trail[0])
-        self._trail.append((revision, moment))
+    def enqueue(self, seq: int, revision: int, state: State) -> None:
+        """Enqueue the state that transaction `revision` gave to a job; every such state is taken once, in order."""
+        self._pending[seq] = self._unacknowledged[seq] = revision
+        self._pending.move_to_end(seq)
+        self._unacknowledged.move_to_end(seq)
+        self._not_taken.discard(seq)
+        self._announced.discard(seq)
+        if len(self._history) == HISTORY_LIMIT:
+            self._before_eviction(*self._history[0])
+        self._history.append((revision, state))
 
-    def _crowd_out(self, revision: int, moment: Moment) -> None:
-        """Have the newest change of a job told as news in its turn, for the trail has no room for it."""
-        seq, *_ = moment
-        if self._owed.get(seq) == revision:
-            self._newest[seq] = revision
-            self._unsaid.add(seq)
+    def _before_eviction(self, revision: int, state: State) -> None:
+        """Keep a job's newest change in `_pending`, since the history has no room for it."""
+        seq, *_ = state
+        if self._unacknowledged.get(seq) == revision:
+            self._pending[seq] = revision
+            self._not_taken.add(seq)
 
-    def owe_all(self, revisions: Iterable[tuple[int, int]]) -> None:
-        """Let the broker be told of everything: it has lost what it knew. What it has heard before is no news."""
-        news = self._owed.keys() - self._heard
-        self._owed = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
-        self._heard = self._owed.keys() - news
-        for seq in sorted(self._owed):
-            self.tell(seq)
+    def republish(self, seq: int) -> None:
+        """Enqueue a job's current state once more; a change that was not taken yet stays new."""
+        if seq not in self._not_taken:
+            self._pending[seq] = next(self._republication)
+            self._pending.move_to_end(seq)
+
+    def enqueue_all(self, revisions: Iterable[tuple[int, int]]) -> None:
+        """Enqueue the state of every job: the broker has lost its retained messages.
+
+        Args:
+            revisions: revision and sequence number of every job.
+        """
+        not_announced = self._unacknowledged.keys() - self._announced
+        self._unacknowledged = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
+        self._announced = self._unacknowledged.keys() - not_announced
+        for seq in sorted(self._unacknowledged):
+            self.republish(seq)
 
     def coalesce(self) -> None:
-        """Forget the states that jobs passed through, and what is on its way; the newest is still told, or again."""
-        for seq in self._owed.keys() - self._heard:
-            self._newest[seq] = self._owed[seq]
-            self._unsaid.add(seq)
-        self._trail.clear()
+        """Drop passed states and everything in flight; the newest state of each job is published, if need be again."""
+        for seq in self._unacknowledged.keys() - self._announced:
+            self._pending[seq] = self._unacknowledged[seq]
+            self._not_taken.add(seq)
+        self._history.clear()
 
-    def forget(self, seqs: Collection[int]) -> None:
-        """Drop whatever was to be told of these jobs."""
+    def drop(self, seqs: Collection[int]) -> None:
+        """Drop everything about these jobs."""
         for seq in seqs:
-            self._newest.pop(seq, None)
-            self._owed.pop(seq, None)
-            self._unsaid.discard(seq)
-            self._heard.discard(seq)
+            self._pending.pop(seq, None)
+            self._unacknowledged.pop(seq, None)
+            self._not_taken.discard(seq)
+            self._announced.discard(seq)
         dropped = frozenset(seqs)
-        self._trail = deque((item for item in self._trail if item[1][0] not in dropped), maxlen=TRAIL)
+        self._history = deque((item for item in self._history if item[1][0] not in dropped), maxlen=HISTORY_LIMIT)
 
-    def take(self, limit: int, but: Collection[int], render: Callable[[int], Job]) -> list[Item]:
-        """Return what to tell next; a newest state is returned again until `acknowledge`, unless it is in `but`."""
-        passed = [self._trail.popleft() for _ in range(min(limit, len(self._trail)))]
-        taken = [(number, job_of(*moment)) for number, moment in passed]
+    # -- publish -----------------------------------------------------------------------------------------------------
+
+    def take(self, limit: int, exclude: Collection[int], render: Callable[[int], Job]) -> list[Item]:
+        """Return at most `limit` states to publish.
+
+        A newest state is returned again until it is acknowledged, unless its job is in `exclude`.
+        """
+        passed = [self._history.popleft() for _ in range(min(limit, len(self._history)))]
+        taken = [(revision, job_from(*state)) for revision, state in passed]
         if len(taken) < limit:
-            on_the_way = {seq for _, (seq, *_) in passed}.union(but)
-            waiting = (item for item in self._newest.items() if item[0] not in on_the_way)
+            in_flight = {seq for _, (seq, *_) in passed}.union(exclude)
+            waiting = (item for item in self._pending.items() if item[0] not in in_flight)
             newest = list(islice(waiting, limit - len(taken)))
             taken += [(number, render(seq)) for seq, number in newest]
-            self._unsaid.difference_update(seq for seq, _ in newest)
+            self._not_taken.difference_update(seq for seq, _ in newest)
         return taken
 
     def acknowledge(self, seq: int, number: int) -> None:
-        """Note a PUBACK; it ends what there is to tell of `seq` if it is for the newest."""
-        if self._owed.get(seq) == number:
-            self._heard.add(seq)
-        if self._newest.get(seq) == number:
-            del self._newest[seq]
-            self._owed.pop(seq, None)
-            self._heard.discard(seq)
+        """Record a PUBACK; nothing of the job is pending any more if it is for the newest state."""
+        if self._unacknowledged.get(seq) == number:
+            self._announced.add(seq)
+        if self._pending.get(seq) == number:
+            del self._pending[seq]
+            self._unacknowledged.pop(seq, None)
+            self._announced.discard(seq)
 
     def watermark(self, transaction: int) -> int:
         """Return the transaction up to which the broker has acknowledged everything; `transaction` is the newest."""
-        oldest = next(iter(self._owed.values()), None)
+        oldest = next(iter(self._unacknowledged.values()), None)
         return transaction if oldest is None else oldest - 1

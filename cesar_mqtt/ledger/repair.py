@@ -1,6 +1,6 @@
-"""What a damaged ledger still holds: found without changing anything, and written back only when told to.
+"""Recovery of a damaged ledger: find what can be read without changing anything, and write it as a new ledger.
 
-For one thread, on files that no consumer has open (the caller holds the ledger's lock).
+For one thread, on files that no consumer has open: the caller holds the ledger's lock.
 """
 
 import json
@@ -11,52 +11,47 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cesar_mqtt.cli.text import many
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.ledger import checkpoint
-from cesar_mqtt.ledger.base import COUNTERS, GONE, JOBS, WINDOWS
 from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
-from cesar_mqtt.ledger.documents import gone_of, job_of, window_of
+from cesar_mqtt.ledger.documents import COUNTERS, GONE, JOBS, WINDOWS, job_from, tombstone_from, window_from
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.journal import body_of, check_format, is_torn, lines_of
-from cesar_mqtt.ledger.storage import apply, change_of
+from cesar_mqtt.ledger.storage import apply, change_from
 
 _TABLE_LINE = re.compile(rb'^(?:\{)?"([^"]+)": \{$')
 _DOCUMENT_LINE = re.compile(rb'^"(\d+)": (\{.*\}),?\}?,?$')
-_MOST_SHOWN = 10
+_SENTENCES_SHOWN = 10
 
 
 @dataclass(slots=True)
 class RecoveredLedger:
-    """What can be kept of a ledger.
-
-    Attributes:
-        image: the tables as they would be kept.
-        transaction: the newest transaction that was found.
-        lost: a sentence for each thing that cannot be kept.
-        notes: what is unusual and costs nothing.
-    """
+    """What can be recovered of a ledger."""
 
     image: Image = field(default_factory=dict)
+    """The recovered tables."""
     transaction: int = 0
+    """The newest transaction that was found."""
     lost: list[str] = field(default_factory=list)
+    """One sentence for each thing that cannot be recovered."""
     notes: list[str] = field(default_factory=list)
+    """What is unusual and loses nothing."""
     damaged: bool = False
 
     @property
     def jobs(self) -> dict[str, Document]:
-        """The documents of the jobs that can be kept."""
+        """The recovered documents of jobs, by sequence number."""
         return self.image.get(JOBS, {})
 
-    def lose(self, table: str, key: str, sentence: str) -> None:
-        """Leave a document out, and say what that costs."""
+    def drop(self, table: str, key: str, sentence: str) -> None:
+        """Leave out a document, for the reason in `sentence`."""
         self.damaged = True
         self.lost.append(sentence)
         del self.image[table][key]
 
 
 def examine(path: Path) -> RecoveredLedger:
-    """Read the ledger at `path` as far as it can be read; changes nothing.
+    """Read the ledger at `path` as far as possible; changes nothing.
 
     Raises:
         LedgerError: a file cannot be opened, or a newer version wrote it.
@@ -71,22 +66,22 @@ def examine(path: Path) -> RecoveredLedger:
     return found
 
 
-def repair(path: Path, found: RecoveredLedger) -> list[Path]:
-    """Write what was found as a new, whole ledger; the old files stay beside it under other names.
+def write_repaired(path: Path, found: RecoveredLedger) -> list[Path]:
+    """Write the recovered tables as a new ledger; the old files stay beside it under other names.
 
     Every status is published again at the next start.
 
     Returns:
-        Where the old files are now.
+        The new paths of the old files.
 
     Raises:
-        LedgerError: the disk refused; the old files are there.
+        LedgerError: the disk failed; the old files are still there.
     """
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
     journal, disk = path.with_name(path.name + ".journal"), Disk()
     kept = []
     try:
-        # At no moment is there neither the old ledger nor the new one under the names that a consumer opens.
+        # At every moment either the old or the new ledger is there under the names that a consumer opens.
         for old in (path, journal):
             if old.exists():
                 kept.append(old.with_name(f"{old.name}.damaged-{stamp}"))
@@ -100,6 +95,12 @@ def repair(path: Path, found: RecoveredLedger) -> list[Path]:
     return kept
 
 
+def first_sentences(sentences: list[str]) -> list[str]:
+    """Return the first ten sentences, and how many more there are."""
+    more = len(sentences) - _SENTENCES_SHOWN
+    return sentences[:_SENTENCES_SHOWN] + ([f"... and {more} more."] if more > 0 else [])
+
+
 # -- the checkpoint -----------------------------------------------------------------------------------------------
 
 
@@ -108,14 +109,14 @@ def _read_checkpoint(path: Path, found: RecoveredLedger) -> None:
         loaded = checkpoint.load(path)
     except (LedgerError, ValueError, KeyError, TypeError):
         found.damaged = True
-        _salvage_checkpoint(path, found)
+        _recover_checkpoint(path, found)
         return
     if loaded is not None:
         found.image, found.transaction = loaded[0].image, loaded[0].transaction
 
 
-def _salvage_checkpoint(path: Path, found: RecoveredLedger) -> None:
-    """Read a checkpoint whose checksum is wrong: as a whole if it is still JSON, else a document a line."""
+def _recover_checkpoint(path: Path, found: RecoveredLedger) -> None:
+    """Read a checkpoint with a wrong checksum: as a whole if it is still valid JSON, else line by line."""
     raw = path.read_bytes()
     try:
         tables = json.loads(raw)
@@ -124,32 +125,32 @@ def _salvage_checkpoint(path: Path, found: RecoveredLedger) -> None:
         found.transaction = int(header["transaction"])
         found.image = {name: rows for name, rows in tables.items() if name not in RESERVED}
     except (ValueError, KeyError, TypeError, AttributeError):
-        found.image = _documents(raw, found)
+        found.image = _read_document_lines(raw, found)
         found.transaction = max((row.get("revision", 0) for row in found.jobs.values()), default=0)
         return
-    found.notes.append(f"{path.name} was changed by another program or damaged, but all of it can be read.")
+    found.notes.append(f"{path.name} was changed by another program or damaged, but it can be read completely.")
 
 
-def _documents(raw: bytes, found: RecoveredLedger) -> Image:
+def _read_document_lines(raw: bytes, found: RecoveredLedger) -> Image:
     image: Image = {}
     table = ""
     unreadable = 0
     for line in raw.splitlines():
-        named = _TABLE_LINE.match(line)
-        if named:
-            table = named[1].decode(errors="replace")
+        header = _TABLE_LINE.match(line)
+        if header:
+            table = header[1].decode(errors="replace")
             continue
-        document = _document(line)
+        document = _parse_document_line(line)
         if document is not None and table not in RESERVED:
             image.setdefault(table, {})[document[0]] = document[1]
         elif not any(f'"{name}"'.encode() in line for name in RESERVED):
             unreadable += 1
     if unreadable:
-        found.lost.append(f"{many(unreadable, 'line')} of the checkpoint cannot be read.")
+        found.lost.append(f"{unreadable} {'line' if unreadable == 1 else 'lines'} of the checkpoint cannot be read.")
     return image
 
 
-def _document(line: bytes) -> tuple[str, Document] | None:
+def _parse_document_line(line: bytes) -> tuple[str, Document] | None:
     parts = _DOCUMENT_LINE.match(line.strip())
     if parts is None:
         return None
@@ -171,73 +172,74 @@ def _read_journal(path: Path, found: RecoveredLedger) -> None:
     except FileNotFoundError:
         return
     expected: int | None = None
-    for number, entry in _entries(used, path, found):
+    for number, entry in _read_entries(used, path, found):
         if number == 1 and isinstance(entry, dict):
             check_format(path, entry.get("cesar_journal", 0))
-            expected = _after(entry, path, found)
+            expected = _read_header(entry, path, found)
         elif isinstance(entry, list):
-            expected = _take(entry, expected, found)
+            expected = _apply_entry(entry, expected, found)
 
 
-def _entries(used: bytes, path: Path, found: RecoveredLedger) -> Iterator[tuple[int, Any]]:
+def _read_entries(used: bytes, path: Path, found: RecoveredLedger) -> Iterator[tuple[int, Any]]:
     end = 0
     for number, line in enumerate(lines_of(used), start=1):
         body = body_of(line)
         if body is not None:
             yield number, json.loads(body)
         elif end + len(line) == len(used) and is_torn(line, end):
-            found.notes.append(
-                f"The last line of {path.name} was cut by a crash: it was never acknowledged to anybody."
-            )
+            found.notes.append(f"The last line of {path.name} was cut by a crash; it was never acknowledged.")
         else:
             found.damaged = True
-            found.lost.append(f"Line {number} of {path.name} is damaged: what that transaction changed is unknown.")
+            found.lost.append(f"Line {number} of {path.name} is damaged: the changes of that transaction are lost.")
         end += len(line)
 
 
-def _after(header: Any, path: Path, found: RecoveredLedger) -> int:
+def _read_header(header: Any, path: Path, found: RecoveredLedger) -> int:
     after = int(header.get("after", 0))
     if after > found.transaction:
         found.damaged = True
         found.lost.append(
-            f"{path.name} goes on after transaction {after}, the checkpoint ends at {found.transaction}: those between "
-            "are missing."
+            f"{path.name} continues after transaction {after}, the checkpoint ends at {found.transaction}: the "
+            "transactions between them are missing."
         )
     return after + 1
 
 
-def _take(entry: list[Any], expected: int | None, found: RecoveredLedger) -> int:
+def _apply_entry(entry: list[Any], expected: int | None, found: RecoveredLedger) -> int:
     number, _, operations = entry
     if expected is not None and number > max(expected, found.transaction + 1):
         found.damaged = True
     if number > found.transaction:
         for operation in operations:
-            apply(found.image, change_of(operation))
+            apply(found.image, change_from(operation))
         found.transaction = number
     return int(number) + 1
 
 
-def _drop_unreadable(found: RecoveredLedger) -> None:
-    """Leave out what the ledger could not read: a repaired one has to open.
+# -- documents ----------------------------------------------------------------------------------------------------
 
-    Windows whose job is lost do no harm: the ledger drops them when it is opened.
+
+def _drop_unreadable(found: RecoveredLedger) -> None:
+    """Leave out the documents that the ledger could not read, since a repaired one has to open.
+
+    Windows whose job is lost stay: the ledger deletes them when it opens.
     """
     seen: set[str] = set()
     for key, row in sorted(found.jobs.items(), key=lambda item: (len(item[0]), item[0])):
-        if not _reads(_read_job, key, row) or row["job_id"] in seen:
+        if not _is_readable(_read_job, key, row) or row["job_id"] in seen:
             job_id = row.get("job_id", "id unknown")
-            found.lose(JOBS, key, f"Job number {key} ({job_id}): its beginning is lost or damaged.")
+            found.drop(JOBS, key, f"Job number {key} ({job_id}): its document is incomplete or damaged.")
         else:
             seen.add(row["job_id"])
-    for key in [key for key, row in found.image.get(GONE, {}).items() if not _reads(gone_of, key, row)]:
-        found.lose(GONE, key, f"Deleted job number {key}: which id it had, and what the broker may retain of it.")
-    for key in [key for key, row in found.image.get(WINDOWS, {}).items() if not _reads(window_of, key, row)]:
-        found.lose(WINDOWS, key, f"Window number {key}: that part of its recording is worked on again.")
+    for key in [key for key, row in found.image.get(GONE, {}).items() if not _is_readable(tombstone_from, key, row)]:
+        found.drop(GONE, key, f"Deleted job number {key}: its id, and which messages the broker may still retain.")
+    for key in [key for key, row in found.image.get(WINDOWS, {}).items() if not _is_readable(window_from, key, row)]:
+        found.drop(WINDOWS, key, f"Window number {key}: that part of the recording is transcribed again.")
     for name in found.image.keys() - {JOBS, GONE, WINDOWS, COUNTERS}:
-        found.notes.append(f"The table {name!r} is none of a ledger's; it stays as it is.")
+        found.notes.append(f"The table {name!r} does not belong to a ledger; it is kept unchanged.")
 
 
-def _reads(read: Callable[[int, Document], object], key: str, row: Document) -> bool:
+def _is_readable(read: Callable[[int, Document], object], key: str, row: Document) -> bool:
     try:
         read(int(key), row)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -246,12 +248,6 @@ def _reads(read: Callable[[int, Document], object], key: str, row: Document) -> 
 
 
 def _read_job(seq: int, row: Document) -> None:
-    job = job_of(seq, row, None, None)
+    job = job_from(seq, row, None, None)
     if job.state.final and job.completed_at is None:
-        raise ValueError("ended at no time")
-
-
-def shown(sentences: list[str]) -> list[str]:
-    """Return the first few of many sentences, and how many more there are."""
-    more = len(sentences) - _MOST_SHOWN
-    return sentences[:_MOST_SHOWN] + ([f"... and {more} more."] if more > 0 else [])
+        raise ValueError("final without the time of its end")

@@ -1,4 +1,4 @@
-"""The spool: audio that came with a job, on disk before the ledger names it, until nobody needs it any more.
+"""The spool: uploaded audio, on disk before the ledger refers to it, until no job needs it any more.
 
 Any thread may call it.
 """
@@ -13,35 +13,34 @@ from cesar_mqtt.ledger.fsync import Disk
 
 
 class Spool:
-    """Files with names of our own making in one folder."""
+    """Files with generated names in one folder."""
 
     def __init__(self, folder: Path, disk: Disk | None = None) -> None:
-        """Create the folder, durably, if it is missing. Raises LedgerError when that is refused."""
+        """Create the folder, durably, if it is missing. Raises LedgerError if that fails."""
         self._folder = folder.resolve()
         self._disk = disk or Disk()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._disk.sync_folder(folder.parent)
         except OSError as exc:
-            raise LedgerError(f"The spool folder {folder} cannot be made: {exc.strerror}.") from exc
+            raise LedgerError(f"The spool folder {folder} cannot be created: {exc.strerror}.") from exc
 
     @property
     def folder(self) -> Path:
-        """Where the files lie, absolute; downloads go there as well, and are swept like the rest."""
+        """The absolute path; downloads are stored there as well, and `sweep` deletes them like all other files."""
         return self._folder
 
     def path(self, name: str) -> Path:
-        """Return where the file `name` lies."""
         return self._folder / name
 
     def store(self, files: Sequence[bytes]) -> list[str]:
         """Write the files; on return all of them and their names are on disk.
 
         Returns:
-            Their names, in order.
+            The generated names, in order.
 
         Raises:
-            LedgerError: the disk refused; what was written is removed again.
+            LedgerError: the disk failed; no file is left behind.
         """
         names: list[str] = []
         try:
@@ -56,13 +55,13 @@ class Spool:
         return names
 
     def remove(self, names: Collection[str]) -> None:
-        """Delete files that no job needs; what cannot be deleted now is swept at the next start."""
+        """Delete files; those that cannot be deleted now are swept at the next start."""
         for name in names:
             with contextlib.suppress(OSError):
                 self.path(name).unlink(missing_ok=True)
 
     def sweep(self, needed: Collection[str]) -> int:
-        """Delete every file that is not in `needed`; return how many. Only while nobody stores.
+        """Delete every file that is not in `needed`; return how many. Not in parallel with `store`.
 
         Raises:
             LedgerError: the folder cannot be read.

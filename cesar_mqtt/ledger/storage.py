@@ -1,10 +1,11 @@
-"""A TinyDB `Storage` on a checkpoint with a journal: writes cost what they change, and survive a crash anywhere.
+"""A TinyDB `Storage` with a journal: a transaction costs what it changes, and survives a crash at any point.
 
-`ledger.json` is a checkpoint that stock TinyDB opens. Beside it `ledger.json.journal` holds a line for each transaction
+`ledger.json` is a checkpoint that stock TinyDB opens. `ledger.json.journal` beside it has one line for each transaction
 since. Not locked: the ledger calls from one thread at a time, except `write_checkpoint`, which works on a snapshot and
-may run beside commits.
+may run in parallel with commits.
 """
 
+import copy
 import errno
 import sys
 import threading
@@ -15,39 +16,37 @@ from typing import Any, NamedTuple
 from tinydb.storages import Storage
 
 from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.json_codec import check_json, encode
 from cesar_mqtt.ledger import checkpoint
-from cesar_mqtt.ledger.checkpoint import Document, Image, Snapshot
+from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.ledger.journal import FORMAT, Journal, check_format
+from cesar_mqtt.ledger.journal import FORMAT, REPAIR_ADVICE, Journal, check_format
 
 
 class Change(NamedTuple):
-    """What one transaction does to one document, or to a whole table.
+    """What a transaction does to one document, or to a whole table.
 
-    A named tuple, for there are some in every transaction: a frozen dataclass takes twice as long to make.
-
-    Attributes:
-        table: the table's name.
-        doc_id: the document's id; None drops the table.
-        fields: the fields to set; a document that does not exist is made. None deletes the document.
-        dropped: the fields to remove.
+    A named tuple, since every transaction has some: a frozen dataclass takes twice as long to make.
     """
 
     table: str
     doc_id: int | None
+    """None drops the table."""
     fields: Mapping[str, Any] | None = None
+    """The fields to set; a missing document is created. None deletes the document."""
     dropped: tuple[str, ...] = ()
+    """The fields to remove."""
 
 
-def change_of(operation: Sequence[Any]) -> Change:
-    """Read one change as a journal line has it."""
+def change_from(operation: Sequence[Any]) -> Change:
+    """Read one change of a journal line."""
     table, doc_id, fields, *dropped = operation
-    named = fields and {sys.intern(name): value for name, value in fields.items()}
-    return Change(table, doc_id, named, tuple(dropped[0]) if dropped else ())
+    interned = fields and {sys.intern(name): value for name, value in fields.items()}
+    return Change(table, doc_id, interned, tuple(dropped[0]) if dropped else ())
 
 
 def apply(image: Image, change: Change) -> None:
-    """Bring tables in memory up to date; a changed document is replaced by another."""
+    """Apply a change to tables in memory; a changed document is replaced by a new one."""
     if change.doc_id is None:
         image.pop(change.table, None)
         return
@@ -67,22 +66,22 @@ class JournalStorage(Storage):
     """Keeps all tables in memory, and on disk as a checkpoint with a journal.
 
     Documents in memory are replaced and never changed, so a shallow copy of the tables is a snapshot.
-
-    Attributes:
-        transaction: number of the last transaction; grows by one for each, over restarts.
-        mark: a number that the owner hands in with each transaction and gets back after a restart.
-        checkpoint_bytes: size of `ledger.json`.
-        checkpointing: held while a checkpoint is written and the journal cut after it; taken before any other lock.
     """
 
     def __init__(self, path: Path, disk: Disk | None = None) -> None:
-        """Load the checkpoint and replay the journal; make both when there are none.
+        """Load the checkpoint and replay the journal; create both if there are none.
 
         Raises:
             LedgerError: the files cannot be read, are damaged, or were written by a newer version.
         """
         self.path = path
+        self.transaction: int
+        """Number of the last transaction; increases by one for each, over restarts."""
+        self.watermark: int
+        """A number that the caller may pass with each transaction; on disk with it."""
+        self.checkpoint_bytes: int
         self.checkpointing = threading.RLock()
+        """Held while a checkpoint is written and the journal is cut; acquired before any other lock."""
         self._disk = disk or Disk()
         self._journal = Journal(path.with_name(path.name + ".journal"), self._disk)
         try:
@@ -90,7 +89,7 @@ class JournalStorage(Storage):
         except OSError as exc:
             self.abandon()
             raise LedgerError(
-                f"The ledger {path} cannot be opened: {exc.strerror}. Check the folder's owner and disk."
+                f"The ledger {path} cannot be opened: {exc.strerror}. Check the owner and the disk of its folder."
             ) from exc
         except BaseException:
             self.abandon()
@@ -99,7 +98,7 @@ class JournalStorage(Storage):
     def _open(self) -> None:
         loaded = checkpoint.load(self.path)
         start, self.checkpoint_bytes = loaded or (Snapshot({}), 0)
-        self._image, self.transaction, self.mark = start.image, start.transaction, start.mark
+        self._image, self.transaction, self.watermark = start.image, start.transaction, start.watermark
         self._expected: int | None = None
         self._journal.open(self._replay)
         if loaded is None:
@@ -110,66 +109,80 @@ class JournalStorage(Storage):
     # -- TinyDB's two methods -------------------------------------------------------------------------------------
 
     def read(self) -> Image | None:
-        """Return the live tables: callers must not change them or their documents. None when there is none yet."""
-        return dict(self._image) or None
+        """Return a copy of all tables; None if there are none yet."""
+        return copy.deepcopy(self._image) or None
 
     def write(self, data: Mapping[str, Mapping[Any, Mapping[str, Any]]]) -> None:
-        """Replace all tables, as one transaction of what differs; TinyDB itself calls this only to drop tables."""
-        old = [name for name, rows in self._image.items() if data.get(name) is not rows]
-        new = [name for name, rows in data.items() if self._image.get(name) is not rows]
-        changes = [Change(name, None) for name in old]
-        changes += [Change(name, int(key), document) for name in new for key, document in data[name].items()]
+        """Replace all tables, in one transaction of the documents that differ.
+
+        The ledger never calls this, since it compares all documents: it is for TinyDB's own tables.
+        """
+        if taken := RESERVED & data.keys():
+            raise ValueError(f"A table cannot be called {min(taken)!r}: the checkpoint uses that name itself.")
+        changes = [Change(table, None) for table in self._image if table not in data]
+        for table, rows in data.items():
+            new = {str(key): document for key, document in rows.items()}
+            old = self.rows(table)
+            changes += [Change(table, int(key), None) for key in old if key not in new]
+            for key, document in new.items():
+                check_json(document)
+                before = old.get(key)
+                if before is None or encode(before) != encode(document):  # in Python 1, 1.0 and True are equal
+                    dropped = () if before is None else tuple(name for name in before if name not in document)
+                    changes.append(Change(table, int(key), document, dropped))
         self.commit(changes)
 
     def rows(self, table: str) -> Mapping[str, Document]:
-        """Return the live documents of one table by id, for reading; empty when there is no such table."""
+        """Return the live documents of a table by id, for reading only; empty if there is no such table."""
         return self._image.get(table, {})
 
     # -- transactions ---------------------------------------------------------------------------------------------
 
     @property
     def journal_bytes(self) -> int:
-        """Size of the journal, in bytes."""
         return self._journal.size
 
-    def commit(self, changes: Iterable[Change], *, mark: int | None = None) -> None:
-        """Apply the changes together: on return they are on disk; after an error none has happened.
+    def commit(self, changes: Iterable[Change], *, watermark: int | None = None) -> None:
+        """Apply the changes together: on return they are on disk; after an error none of them is applied.
 
-        A crash right after an error may still bring the changes back: a disk that refused to write may also have
-        refused to take back. So the caller treats an error as not done and not undone, and says nothing of it.
+        A crash right after an error may still bring the changes back: the disk may have failed to undo the write, too.
+        So the caller must publish neither the changes nor their failure as final.
+
+        Args:
+            changes: any number of them.
+            watermark: None: as it was.
 
         Raises:
-            LedgerError: the disk refused; the next commit tries again.
+            LedgerError: the disk failed; the next commit tries again.
         """
         changes = tuple(changes)
         number = self.transaction + 1
-        mark = self.mark if mark is None else mark
+        watermark = self.watermark if watermark is None else watermark
         operations = [[c.table, c.doc_id, c.fields, *((c.dropped,) if c.dropped else ())] for c in changes]
         try:
             if self._journal.suspect:
                 self.checkpoint()
-            self._journal.append([number, mark, operations])
+            self._journal.append([number, watermark, operations])
         except OSError as exc:
             raise LedgerError(f"The ledger {self.path} cannot be written: {exc.strerror}.") from exc
-        self.transaction, self.mark = number, mark
+        self.transaction, self.watermark = number, watermark
         for change in changes:
             apply(self._image, change)
 
     def _replay(self, line: int, entry: Any) -> None:
-        """Take one entry of the journal at opening; those that the checkpoint holds already are only counted."""
+        """Apply an entry of the journal at opening, unless the checkpoint has it already."""
         if self._expected is None:
             self._expected = self._read_header(entry) + 1
             return
-        number, mark, operations = entry
+        number, watermark, operations = entry
         if number != self._expected:
             raise LedgerError(
-                f"{self._journal.path} misses transaction {self._expected} before line {line}. Nothing was changed. "
-                "`cesar-mqtt ledger check` tells what can be kept, `ledger repair` keeps it."
+                f"{self._journal.path} misses transaction {self._expected} before line {line}. {REPAIR_ADVICE}"
             )
         if number > self.transaction:
             for operation in operations:
-                apply(self._image, change_of(operation))
-            self.transaction, self.mark = number, mark
+                apply(self._image, change_from(operation))
+            self.transaction, self.watermark = number, watermark
         self._expected += 1
 
     def _read_header(self, entry: Any) -> int:
@@ -180,18 +193,18 @@ class JournalStorage(Storage):
         after: int = entry["after"]
         if after > self.transaction:
             raise LedgerError(
-                f"{path} goes on after transaction {after}, but {self.path.name} is missing or an older copy that ends "
-                f"at {self.transaction}. Put the newer {self.path.name} back."
+                f"{path} continues after transaction {after}, but {self.path.name} is missing or an older copy that "
+                f"ends at {self.transaction}. Restore the newer {self.path.name}."
             )
         return after
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Write everything to `ledger.json` and start an empty journal; blocks the caller meanwhile.
+        """Write everything to `ledger.json` and start an empty journal.
 
         Raises:
-            OSError: the disk refused, or another thread is writing a checkpoint; the old files still hold everything.
+            OSError: the disk failed, or another thread is writing a checkpoint; the old files are still complete.
         """
         if not self.checkpointing.acquire(blocking=False):
             raise BlockingIOError(errno.EAGAIN, "a checkpoint is being written, try again")
@@ -203,21 +216,21 @@ class JournalStorage(Storage):
             self.checkpointing.release()
 
     def snapshot(self) -> Snapshot:
-        """Return what `write_checkpoint` needs; takes no time worth naming (a shallow copy of the tables)."""
+        """Return what `write_checkpoint` needs: a shallow copy of the tables."""
         tables = {name: dict(rows) for name, rows in self._image.items()}
-        return Snapshot(tables, self.transaction, self.mark, self._journal.size)
+        return Snapshot(tables, self.transaction, self.watermark, self._journal.size)
 
     def write_checkpoint(self, snapshot: Snapshot) -> None:
         """Write `snapshot` as the new `ledger.json`; on return it is on disk under its name.
 
-        May run in another thread beside `commit`, under `checkpointing`. Raises OSError.
+        May run in another thread in parallel with `commit`, under `checkpointing`. Raises OSError.
         """
         self.checkpoint_bytes = checkpoint.save(snapshot, self.path, disk=self._disk)
 
     def cut_journal(self, snapshot: Snapshot) -> None:
-        """Drop from the journal what the checkpoint of `snapshot` holds, keeping what came after. Raises OSError.
+        """Drop the transactions of `snapshot` from the journal and keep the later ones. Raises OSError.
 
-        A crash before this leaves lines that the checkpoint holds already; opening skips them by their number.
+        A crash before this leaves lines that the checkpoint has already; opening skips them by their number.
         """
         self._restart_journal(snapshot.transaction, snapshot.journal_size)
 
@@ -235,7 +248,7 @@ class JournalStorage(Storage):
             self._journal.remove()
         except OSError as exc:
             raise LedgerError(
-                f"The ledger {self.path} could not be checkpointed: {exc.strerror}. Its journal holds everything."
+                f"The checkpoint {self.path} could not be written: {exc.strerror}. The journal is complete."
             ) from exc
         finally:
             self.abandon()

@@ -170,7 +170,7 @@ def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tu
         preparer = Prefetcher(
             ledger,
             open_recording=lambda path, job: transcriber.open(
-                path, options_of(job), from_s=ledger.finished_until(job.seq)
+                path, options_of(job), from_s=ledger.resume_position_s(job.seq)
             ),
             spool=spool,
             directories=[folder],

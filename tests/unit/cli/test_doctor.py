@@ -11,8 +11,7 @@ import pytest
 from cesar_mqtt.cli import doctor
 from cesar_mqtt.cli.doctor import Finding, Severity
 from cesar_mqtt.config import Settings, load_settings
-from cesar_mqtt.ledger.base import lock
-from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.ledger import Ledger, acquire_lock
 from tests.conftest import Certificates, Mosquitto, StartMosquitto, find_free_port, run
 
 
@@ -64,7 +63,7 @@ def test_a_ledger_is_whole_or_damaged_or_in_use_or_not_there(tmp_path: Path) -> 
     asked.data_dir.mkdir()
     Ledger(path).close()
     assert "whole" in verdict()[1]
-    held = lock(path)
+    held = acquire_lock(path)
     assert verdict()[0] == "ok"
     assert "in use" in verdict()[1]
     held.release()

@@ -16,9 +16,9 @@ def test_compacting_names_the_job_that_was_in_work_at_a_crash(
     ledger = Ledger(path)
     ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
     assert ledger.claim() is not None
-    ledger._give_up()
+    ledger._release_files()
     assert ledgercommands.compact(path) == 0
-    assert "queued again (job porch-17)" in capsys.readouterr().err
+    assert "requeued (job porch-17)" in capsys.readouterr().err
 
 
 def test_one_is_not_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def test_the_job_in_work_is_cancelled_by_its_id_or_as_the_current_one(bench: Ben
     for name in (b"current", b"a", b'{"job_id": "current"}'):
         assert bench.ok("cancel", name) == {"job_id": "a", "status": "processing", "consumer": "porch"}
     assert bench.ledger.is_cancelling(job.seq)
-    bench.ledger.cancelled(job.seq)
+    bench.ledger.finish_cancelling(job.seq)
     assert bench.error("cancel", b"current") == "No job is processing just now: name one by its id."
     assert bench.state("b") is JobState.QUEUED
 
@@ -180,15 +180,15 @@ def test_a_job_that_has_ended_by_itself_is_not_cancelled_any_more(bench: Bench) 
     bench.submit("a", "b")
     bench.ledger.complete(bench.claim().seq, RESULT)
     bench.ledger.fail(bench.claim().seq, ErrorCode.TIMEOUT, "Too slow.")
-    assert bench.error("cancel", b"a") == "Job a has ended as completed: there is nothing to cancel."
-    assert bench.error("cancel", b"b") == "Job b has ended as error: there is nothing to cancel."
+    assert bench.error("cancel", b"a") == "Job a has already ended as completed and cannot be cancelled."
+    assert bench.error("cancel", b"b") == "Job b has already ended as error and cannot be cancelled."
 
 
 def test_a_job_is_retried_if_that_makes_sense(bench: Bench) -> None:
     bench.submit("a")
     bench.ledger.fail(bench.claim().seq, ErrorCode.TIMEOUT, "Too slow.")
     assert bench.ok("retry", b"a") == {"job_id": "a", "status": "queued", "consumer": "porch"}
-    refusal = "Job a is queued: only one that ended as error or cancelled can be retried."
+    refusal = "Job a is queued: only a job that ended as error or cancelled can be retried."
     assert bench.error("retry", b"a") == refusal
 
 

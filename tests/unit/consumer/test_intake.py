@@ -192,7 +192,7 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of their acceptance."""
-        self.ledger.publish_again()
+        self.ledger.republish_all()
         self.ledger.coalesce()
         known = (job for _, job in self.ledger.unpublished(1000) if isinstance(job, Job))
         return sorted(known, key=lambda job: job.seq)
@@ -501,13 +501,13 @@ def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_a
     status = status_of(bench.job("a"), "kitchen")
     assert (status.error_code, status.metadata, status.audio_source) == ("invalid_request", {"room": "porch"}, source)
     assert bench.spooled() == []
-    assert not bench.ledger.spooled()
+    assert not bench.ledger.needed_spool_files()
 
 
 @pytest.mark.parametrize("wrong", [request(job_id="a", beam_size=11), upload("a", user_properties=(("task", "x"),))])
 def test_a_refused_request_cannot_be_retried_though_its_audio_is_told(bench: Bench, wrong: Delivery) -> None:
     bench.take(wrong)
-    with pytest.raises(IllegalTransitionError, match=r"was refused for what it asked"):
+    with pytest.raises(IllegalTransitionError, match=r"was rejected as invalid"):
         bench.ledger.retry("a")
     assert bench.ledger.delete("a") is not None
 
@@ -809,7 +809,7 @@ def test_a_packet_id_that_is_free_again_is_so_after_a_crash_too(bench: Bench, tm
     synced = len(bench.trace)
     bench.intake.run_once(timeout_s=0)
     assert len(bench.trace) == synced, "what is on disk is not written again"
-    bench.ledger._db.journal.abandon()  # killed, with the second one received and not yet on disk
+    bench.ledger._storage.abandon()  # killed, with the second one received and not yet on disk
     bench.ledger._file_lock.release()
     with opened(tmp_path) as restarted:
         restarted.take(replace(ring, dup=True))
@@ -996,7 +996,7 @@ def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batc
         for batch in batches:
             bench.take(*batch)
         assert bench.take(request(job_id="good")) == []
-        needed = {bench.spool.path(name).name for name in bench.ledger.spooled()}
+        needed = {bench.spool.path(name).name for name in bench.ledger.needed_spool_files()}
         assert needed == {path.name for path in bench.spool_folder.iterdir()}
         assert len({job.job_id for job in bench.jobs()}) == len(bench.jobs())
         for rejection in bench.reports.rejections:

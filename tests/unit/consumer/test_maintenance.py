@@ -8,7 +8,7 @@ import pytest
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.jobs import AudioSource, NewJob, Result
-from cesar_mqtt.ledger import base as books_module
+from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from tests.unit.ledger.faults import FaultyDisk, failing
@@ -79,7 +79,7 @@ def test_a_disk_that_refuses_is_asked_less_and_less_often(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     spool = Spool(ledger.path.parent / "spool")
     upkeep = Maintenance(RetentionSettings(), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 20)

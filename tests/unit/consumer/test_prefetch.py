@@ -53,7 +53,7 @@ class FakeQueue:
             raise self.error
         return jobs
 
-    def finished_until(self, _seq: int) -> float:
+    def resume_position_s(self, _seq: int) -> float:
         return 0.0
 
     def observe(self, observer: Callable[[], None]) -> None:
@@ -291,7 +291,7 @@ def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_
         ledger.requeue(job.seq)
         preparer = Prefetcher(
             ledger,
-            open_recording=lambda path, job: FakeRecording(path, job, stage.changes, ledger.finished_until(job.seq)),
+            open_recording=lambda path, job: FakeRecording(path, job, stage.changes, ledger.resume_position_s(job.seq)),
             spool=stage.spool,
             directories=[stage.folder],
             downloader=stage.downloader,

@@ -22,7 +22,7 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.outbox import TRAIL
+from cesar_mqtt.ledger.outbox import HISTORY_LIMIT
 from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
@@ -1100,7 +1100,7 @@ def test_the_status_of_a_deleted_job_is_cleared_and_not_cleared_again(bench: Ben
     bench.add("a")
     bench.complete(bench.claim())
     bench.settle()
-    bench.ledger.retire(before=0.0, keep=0)
+    bench.ledger.delete_finished(before=0.0, keep=0)
 
     said = [message for message in bench.turn() if message.topic == "cesar/status/a"]
     assert [(message.payload, message.retain) for message in said] == [(b"", True)]
@@ -1352,7 +1352,7 @@ def test_deleting_a_job_clears_its_results_and_then_its_status(bench: Bench) -> 
     assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/json", "cesar/status/a"]
     assert all(message.retain for message in said)
     bench.acknowledge(*said)
-    assert bench.ledger.gone(10) == []
+    assert bench.ledger.pending_clears(10) == []
 
 
 def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status(bench: Bench) -> None:
@@ -1368,7 +1368,7 @@ def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status
         ("cesar/result/a/srt", True),
         ("cesar/status/a", False),
     ]
-    assert bench.ledger.gone(10) == []
+    assert bench.ledger.pending_clears(10) == []
 
 
 def test_segments_are_told_to_who_listens_and_dropped_without_a_connection(bench: Bench) -> None:
@@ -1445,7 +1445,7 @@ def test_each_change_of_a_job_is_told_once_as_an_event_before_the_status_that_sh
 
 def test_of_a_burst_no_event_is_lost_for_those_who_move_up_meanwhile(bench: Bench) -> None:
     bench.quiet()
-    names = [f"job-{number}" for number in range(TRAIL + 20)]
+    names = [f"job-{number}" for number in range(HISTORY_LIMIT + 20)]
     bench.add(*names)
     bench.claim()
     said = events(bench.settle())

@@ -19,11 +19,11 @@ class Marked:
     def __init__(self, *job_ids: str) -> None:
         self.job_ids = set(job_ids)
 
-    def settle_deliveries(self, job_ids: Collection[str]) -> None:
+    def release_packet_ids(self, job_ids: Collection[str]) -> None:
         self.job_ids.difference_update(job_ids)
 
-    def forget_deliveries(self, *, but: Collection[str] = ()) -> None:
-        self.job_ids.intersection_update(but)
+    def release_all_packet_ids(self, *, keep: Collection[str] = ()) -> None:
+        self.job_ids.intersection_update(keep)
 
 
 class Bench:

@@ -468,7 +468,7 @@ def test_an_upload_is_kept_exactly_as_long_as_a_retry_may_help(bench: Bench, cod
     bench.fails_with(JobFailedError(code, "It failed."))
     bench.worker.run_once()
     assert path.exists() is code.retryable
-    assert bench.ledger.spooled() == ({path.name} if code.retryable else set())
+    assert bench.ledger.needed_spool_files() == ({path.name} if code.retryable else set())
 
 
 def test_a_file_that_was_named_by_path_is_never_removed(bench: Bench) -> None:

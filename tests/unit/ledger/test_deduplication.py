@@ -3,9 +3,9 @@
 from typing import Any
 
 from cesar_mqtt.jobs import Admission, NewJob
-from cesar_mqtt.ledger.deduplication import Register
+from cesar_mqtt.ledger.deduplication import DeduplicationIndex
 
-ACCEPTED, SAME = Admission.ACCEPTED, Admission.SAME
+ACCEPTED, DUPLICATE = Admission.ACCEPTED, Admission.DUPLICATE
 
 
 def request(job_id: str, fingerprint: str = "same", **fields: Any) -> NewJob:
@@ -25,23 +25,25 @@ class Desk:
 
     def __init__(self, *requests: NewJob) -> None:
         self.documents: dict[int, dict[str, Any]] = {}
-        self.register = Register([], answered=lambda _: None)
-        self.judge(*requests)
+        self.register = DeduplicationIndex([], newest_deleted_id=lambda _: None)
+        self.admit(*requests)
 
-    def judge(self, *requests: NewJob) -> list[tuple[Admission, str]]:
+    def admit(self, *requests: NewJob) -> list[tuple[Admission, str]]:
         """Decide, and take in what is accepted."""
-        verdicts, new = self.register.judge(requests, room=100)
-        for seq, job in enumerate(new.values(), start=max(self.documents, default=0) + 1):
+        admissions, accepted = self.register.admit(requests, room=100)
+        for seq, job in enumerate(accepted.values(), start=max(self.documents, default=0) + 1):
             document: dict[str, Any] = {"job_id": job.job_id, "fingerprint": job.fingerprint}
             document |= {} if job.packet_id is None else {"packet_id": job.packet_id}
-            document |= {"anonymous": True} if job.anonymous else {}
+            document |= {"anonymous": True} if job.has_generated_id else {}
             self.documents[seq] = document
             self.register.add(seq, job)
-        return verdicts
+        return admissions
 
     def restart(self) -> None:
-        self.register = Register(
-            self.documents.items(), answered=lambda print_: f"deleted {print_}", settled=self.register.settled
+        self.register = DeduplicationIndex(
+            self.documents.items(),
+            newest_deleted_id=lambda print_: f"deleted {print_}",
+            released_until=self.register.released_until,
         )
 
     def delete(self, seq: int) -> None:
@@ -51,65 +53,65 @@ class Desk:
 def test_the_packet_id_of_a_job_that_was_deleted_means_nothing_any_more() -> None:
     desk = Desk(delivered("deleted", 7), delivered("kept", 8))
     desk.delete(1)
-    assert desk.judge(again(7)) == [(ACCEPTED, "again")]
-    assert desk.register.repeatable == ["kept", "again"]
+    assert desk.admit(again(7)) == [(ACCEPTED, "again")]
+    assert desk.register.jobs_with_packet_id == ["kept", "again"]
 
 
 def test_when_nothing_of_the_former_bearer_can_come_again_the_new_one_is_still_known() -> None:
     """Else a redelivery of the newer message was taken for a new one, and the job done twice."""
     desk = Desk(delivered("old", 7), delivered("new", 7))
-    assert desk.register.repeatable == ["new"]
-    desk.register.settle(["old", "of which nothing is known"])
-    assert desk.judge(again(7)) == [(SAME, "new")]
+    assert desk.register.jobs_with_packet_id == ["new"]
+    desk.register.release_packet_ids(["old", "of which nothing is known"])
+    assert desk.admit(again(7)) == [(DUPLICATE, "new")]
 
 
 def test_after_a_restart_those_are_known_that_can_come_again_and_no_others() -> None:
     desk = Desk(*(delivered(f"job-{packet_id}", packet_id) for packet_id in range(1, 5)))
-    desk.register.settle(["job-2"])
+    desk.register.release_packet_ids(["job-2"])
     desk.restart()
-    assert desk.judge(again(1), again(3)) == [(SAME, "job-1"), (SAME, "job-3")]
-    desk.register.settle(["job-1", "job-2", "job-3"])
+    assert desk.admit(again(1), again(3)) == [(DUPLICATE, "job-1"), (DUPLICATE, "job-3")]
+    desk.register.release_packet_ids(["job-1", "job-2", "job-3"])
     desk.restart()
-    assert desk.judge(again(4)) == [(SAME, "job-4")]
-    assert desk.judge(again(3)) == [(ACCEPTED, "again")], "this packet id was free for another message"
-    desk.register.settle(["job-4", "again"])
+    assert desk.admit(again(4)) == [(DUPLICATE, "job-4")]
+    assert desk.admit(again(3)) == [(ACCEPTED, "again")], "this packet id was free for another message"
+    desk.register.release_packet_ids(["job-4", "again"])
     desk.restart()
-    assert desk.register.repeatable == []
+    assert desk.register.jobs_with_packet_id == []
 
 
 def test_a_retained_request_without_an_id_is_known_by_what_it_asks_also_after_a_restart() -> None:
-    retained = request("retained", "asked", anonymous=True, retained=True)
-    desk = Desk(request("first", "asked", anonymous=True), request("other"), request("named", "asked"))
-    assert desk.judge(retained) == [(SAME, "first")]
+    retained = request("retained", "asked", has_generated_id=True, retained=True)
+    desk = Desk(request("first", "asked", has_generated_id=True), request("other"), request("named", "asked"))
+    assert desk.admit(retained) == [(DUPLICATE, "first")]
     desk.restart()
-    assert desk.judge(retained) == [(SAME, "first")]
-    desk.judge(request("second", "asked", anonymous=True))
+    assert desk.admit(retained) == [(DUPLICATE, "first")]
+    desk.admit(request("second", "asked", has_generated_id=True))
     desk.restart()
-    assert desk.judge(retained) == [(SAME, "second")], "what is retained is the newest"
+    assert desk.admit(retained) == [(DUPLICATE, "second")], "what is retained is the newest"
     desk.delete(4)
-    assert desk.judge(retained) == [(SAME, "first")]
+    assert desk.admit(retained) == [(DUPLICATE, "first")]
     desk.delete(1)
-    assert desk.judge(retained) == [(SAME, "deleted asked")]
+    assert desk.admit(retained) == [(DUPLICATE, "deleted asked")]
 
 
 def test_a_retained_request_is_known_by_what_came_just_before_it() -> None:
-    retained = request("retained", anonymous=True, retained=True)
-    live = [request("named"), request("first", anonymous=True), request("second", anonymous=True)]
-    assert Desk().judge(*live, request("named too"), retained)[-1] == (SAME, "second")
-    assert Desk().judge(live[0], retained)[-1] == (ACCEPTED, "retained"), "who gave it an id, asked for another job"
+    retained = request("retained", has_generated_id=True, retained=True)
+    live = [request("named"), request("first", has_generated_id=True), request("second", has_generated_id=True)]
+    assert Desk().admit(*live, request("named too"), retained)[-1] == (DUPLICATE, "second")
+    assert Desk().admit(live[0], retained)[-1] == (ACCEPTED, "retained"), "who gave it an id, asked for another job"
 
 
 def test_a_retained_request_with_an_id_is_not_the_job_of_one_without() -> None:
-    desk = Desk(request("uuid", anonymous=True))
-    assert desk.judge(request("mine", retained=True)) == [(ACCEPTED, "mine")]
+    desk = Desk(request("uuid", has_generated_id=True))
+    assert desk.admit(request("mine", retained=True)) == [(ACCEPTED, "mine")]
 
 
 def test_redelivered_requests_with_ids_of_their_own_are_jobs_of_their_own() -> None:
     """They bear no packet id, which is not the same as bearing the same one."""
     others = [request("a"), request("b", redelivered=True), request("c", redelivered=True)]
-    assert Desk().judge(*others) == [(ACCEPTED, "a"), (ACCEPTED, "b"), (ACCEPTED, "c")]
+    assert Desk().admit(*others) == [(ACCEPTED, "a"), (ACCEPTED, "b"), (ACCEPTED, "c")]
 
 
 def test_a_redelivery_of_another_message_than_the_one_just_before_it_is_a_job_of_its_own() -> None:
-    verdicts = Desk().judge(delivered("a", 7), request("b", "other", packet_id=7, redelivered=True))
+    verdicts = Desk().admit(delivered("a", 7), request("b", "other", packet_id=7, redelivered=True))
     assert verdicts == [(ACCEPTED, "a"), (ACCEPTED, "b")]

@@ -13,14 +13,14 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, JobState, NewJob, Result
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.documents import (
-    document_of,
-    in_spool,
-    job_of,
-    keeps_windows,
-    needs_audio,
-    result_of,
+    document_may_need_audio,
+    job_document,
+    job_from,
+    needs_windows,
+    result_fields,
+    spool_files,
     window_document,
-    window_of,
+    window_from,
 )
 from cesar_mqtt.transcript import Segment, Window, Word
 
@@ -65,26 +65,26 @@ def after_the_disk(document: dict[str, Any]) -> dict[str, Any]:
 @given(windows())
 def test_a_window_comes_back_as_it_was_from_memory_and_from_disk(window: Window) -> None:
     document = window_document(window)
-    assert window_of(window.number, document) == window
-    assert window_of(window.number, after_the_disk(document)) == window
+    assert window_from(window.number, document) == window
+    assert window_from(window.number, after_the_disk(document)) == window
 
 
 def test_two_halves_of_a_pair_come_back_as_the_character_that_they_are() -> None:
     window = Window(0, 1.0, "\ud83d\ude00", None, None, (Segment(1, 0.0, 1.0, "\ud83d\ude00", 0.0, 0.0),))
-    back = window_of(0, after_the_disk(window_document(window)))
+    back = window_from(0, after_the_disk(window_document(window)))
     assert (back.text, back.segments[0].text) == ("\U0001f600", "\U0001f600")
 
 
 def test_a_window_of_silence_is_written_down_in_a_few_bytes() -> None:
     silence = Window(3, 1800.0, "", None, None, ())
     assert window_document(silence) == {"until_s": 1800.0, "text": ""}
-    assert window_of(3, window_document(silence)) == silence
+    assert window_from(3, window_document(silence)) == silence
 
 
 def test_no_words_and_words_that_nobody_asked_for_are_told_apart() -> None:
     for asked in (None, ()):
         window = Window(0, 1.0, "x", "en", 1.0, (Segment(9, 0.0, 1.0, "x", -0.1, 0.2, words=asked),))
-        assert window_of(0, window_document(window)).segments[0].words == asked
+        assert window_from(0, window_document(window)).segments[0].words == asked
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -104,39 +104,39 @@ def test_a_job_comes_back_as_it_was_asked_for() -> None:
         formats=("srt", "json"),
         stream=True,
     )
-    job = job_of(7, after_the_disk(document_of(asked, 12.5, 3)), 4, None)
+    job = job_from(7, after_the_disk(job_document(asked, 12.5, 3)), 4, None)
     assert (job.seq, job.job_id, job.fingerprint, job.state) == (7, "a", "print", JobState.QUEUED)
     assert (job.audio, job.model_size, job.formats, job.stream) == (asked.audio, "base", ("srt", "json"), True)
     assert (job.options, job.metadata) == (asked.options, asked.metadata)
     assert (job.created_at, job.updated_at, job.revision, job.queue_position) == (12.5, 12.5, 3, 4)
-    assert job_of(7, document_of(asked, 12.5, 3), 4, 20.0).updated_at == 20.0
-    assert job_of(7, document_of(asked, 12.5, 3), 4, 2.0).updated_at == 12.5, "a clock that was set back"
+    assert job_from(7, job_document(asked, 12.5, 3), 4, 20.0).updated_at == 20.0
+    assert job_from(7, job_document(asked, 12.5, 3), 4, 2.0).updated_at == 12.5, "a clock that was set back"
 
 
 def test_a_result_comes_back_as_it_was() -> None:
-    asked = document_of(NewJob("a", "print", None, "base"), 1.0, 1)
+    asked = job_document(NewJob("a", "print", None, "base"), 1.0, 1)
     spoken = Result("text", 2.5, "en", 0.0, no_speech=False, warnings=("audio_damaged",))
-    job = job_of(1, after_the_disk({**asked, **result_of(spoken, 9.0)}), None, None)
+    job = job_from(1, after_the_disk({**asked, **result_fields(spoken, 9.0)}), None, None)
     assert (job.result_text, job.audio_duration, job.detected_language) == ("text", 2.5, "en")
     assert (job.language_probability, job.no_speech, job.warnings) == (0.0, False, ("audio_damaged",))
     assert job.completed_at == 9.0
     silent = Result("", 2.5, None, None, no_speech=True)
-    job = job_of(1, after_the_disk({**asked, **result_of(silent, 9.0)}), None, None)
+    job = job_from(1, after_the_disk({**asked, **result_fields(silent, 9.0)}), None, None)
     assert (job.result_text, job.detected_language, job.language_probability) == ("", None, None)
     assert (job.no_speech, job.warnings) == (True, ())
 
 
 def test_what_says_nothing_is_not_written() -> None:
-    document = document_of(NewJob("a", "print", None, "base"), 1.0, 1)
+    document = job_document(NewJob("a", "print", None, "base"), 1.0, 1)
     needed = {"job_id", "state", "revision", "created_at", "updated_at", "fingerprint", "model_size"}
     assert document.keys() == needed
 
 
 def test_nothing_that_can_be_changed_is_shared() -> None:
     metadata = {"tags": ["a"]}
-    document = document_of(NewJob("a", "print", None, "base", metadata=metadata), 1.0, 1)
+    document = job_document(NewJob("a", "print", None, "base", metadata=metadata), 1.0, 1)
     metadata["tags"].append("b")
-    job = job_of(1, document, None, None)
+    job = job_from(1, document, None, None)
     job.metadata["tags"].append("c")
     assert document["metadata"] == {"tags": ["a"]}
 
@@ -153,18 +153,18 @@ def test_nothing_that_can_be_changed_is_shared() -> None:
     ],
 )
 def test_audio_is_kept_while_somebody_may_want_it(state: str, code: str | None, needed: bool) -> None:  # noqa: FBT001
-    assert needs_audio({"state": state, **({} if code is None else {"error_code": code})}) is needed
+    assert document_may_need_audio({"state": state, **({} if code is None else {"error_code": code})}) is needed
 
 
 @pytest.mark.parametrize(("formats", "kept"), [((), False), (("txt",), True), (("json",), True)])
 def test_windows_are_kept_for_whatever_format_was_asked_for(formats: tuple[str, ...], *, kept: bool) -> None:
-    document = document_of(NewJob("a", "print", None, "base", formats=formats), 1.0, 1)
-    assert keeps_windows(document) is kept
+    document = job_document(NewJob("a", "print", None, "base", formats=formats), 1.0, 1)
+    assert needs_windows(document) is kept
 
 
 def test_only_audio_that_came_with_the_job_lies_in_the_spool() -> None:
     named = {"spool": ["x"], "path": [], "url": []}
     for kind, names in named.items():
-        document = document_of(NewJob("a", "print", AudioSource(kind, "x"), "base"), 1.0, 1)
-        assert list(in_spool(document)) == names
-    assert list(in_spool({"job_id": "a"})) == []
+        document = job_document(NewJob("a", "print", AudioSource(kind, "x"), "base"), 1.0, 1)
+        assert list(spool_files(document)) == names
+    assert list(spool_files({"job_id": "a"})) == []

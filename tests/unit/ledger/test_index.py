@@ -37,8 +37,8 @@ def test_it_knows_every_job_by_what_the_tables_say() -> None:
     assert list(made.queue) == [1, 10]
     assert made.processing == [4]
     assert list(made.finished) == [3, 5, 2], "in the order in which they ended"
-    assert made.ended == {"completed": 30, "error": 2, "cancelled": 0}
-    assert made.register.seq("d") == 10
+    assert made.ended_total == {"completed": 30, "error": 2, "cancelled": 0}
+    assert made.deduplication.seq("d") == 10
     assert made.last_seq == 40
 
 
@@ -62,13 +62,13 @@ def test_windows_count_up_to_the_first_that_is_missing_and_the_others_are_orphan
     lost = [window_id(6, 0), window_id(99, 0)]
     made = index(JOBS, windows={doc_id: {} for doc_id in reversed([*ids, *lost])})
     assert made.windows == {1: 2, 4: 1}
-    assert made.orphans == sorted([*ids[3:], *lost])
+    assert made.orphaned_windows == sorted([*ids[3:], *lost])
     assert list(made.window_ids(1)) == ids[:2]
     assert list(made.window_ids(1, start=1)) == ids[1:2]
     assert list(made.window_ids(2)) == list(made.window_ids(1, start=5)) == []
-    made.keep_windows(4, 3)
-    made.keep_windows(1, 0)
-    made.keep_windows(2, 0)
+    made.set_window_count(4, 3)
+    made.set_window_count(1, 0)
+    made.set_window_count(2, 0)
     assert made.windows == {4: 3}
 
 
@@ -80,51 +80,58 @@ def test_the_windows_of_one_job_never_reach_those_of_the_next() -> None:
 
 def test_numbers_are_those_of_the_jobs_in_these_states_in_order() -> None:
     made = index(JOBS)
-    assert made.numbers(list(JobState)) == [1, 2, 3, 4, 5, 10]
-    assert made.numbers([JobState.QUEUED]) == [1, 10]
-    assert made.numbers([JobState.PROCESSING, JobState.QUEUED]) == [1, 4, 10]
-    assert {5} <= set(made.numbers([JobState.CANCELLED])) <= {2, 3, 5}
-    assert made.numbers([]) == []
+    assert made.in_states(list(JobState)) == [1, 2, 3, 4, 5, 10]
+    assert made.in_states([JobState.QUEUED]) == [1, 10]
+    assert made.in_states([JobState.PROCESSING, JobState.QUEUED]) == [1, 4, 10]
+    assert {5} <= set(made.in_states([JobState.CANCELLED])) <= {2, 3, 5}
+    assert made.in_states([]) == []
 
 
 def test_a_job_that_is_gone_is_known_until_the_broker_has_forgotten_it() -> None:
     made = index(JOBS)
-    made.bury(DeletedJob(2, "b", ("srt",)), JOBS[2])
-    made.bury(DeletedJob(1, "a"), JOBS[1])
+    made.delete(DeletedJob(2, "b", ("srt",)), JOBS[2])
+    made.delete(DeletedJob(1, "a"), JOBS[1])
     assert (list(made.finished), list(made.queue)) == ([3, 5], [10])
-    assert made.register.seq("a") is None
-    deleted = made.deleted
+    assert made.deduplication.seq("a") is None
+    deleted = made.tombstones
     assert (list(deleted.pending), made.deleted_total) == ([2, 1], 2)
-    assert deleted.bearer("a") == DeletedJob(1, "a")
-    assert deleted.clear(1) == []
-    assert deleted.clear(1) is None
+    assert deleted.status_owner("a") == DeletedJob(1, "a")
+    assert deleted.mark_cleared(1) == []
+    assert deleted.mark_cleared(1) is None
     assert list(deleted.pending) == [2]
-    assert deleted.bearer("a") == DeletedJob(1, "a"), "a broker that goes back may show it again"
+    assert deleted.status_owner("a") == DeletedJob(1, "a"), "a broker that goes back may show it again"
 
 
 def test_only_the_newest_bearer_of_an_id_has_a_status_that_is_cleared() -> None:
     gone: dict[int, dict[str, Any]] = {2: {"job_id": "b", "formats": ["srt"], "status": False}, 8: {"job_id": "b"}}
     made = index(JOBS, gone=gone)
-    assert list(made.deleted.pending.values()) == [DeletedJob(2, "b", ("srt",), status=False), DeletedJob(8, "b")]
-    assert made.deleted.bearer("b") == DeletedJob(8, "b")
-    made.deleted.clear(2)
-    assert made.deleted.bearer("b") == DeletedJob(8, "b")
+    assert list(made.tombstones.pending.values()) == [
+        DeletedJob(2, "b", ("srt",), owns_status=False),
+        DeletedJob(8, "b"),
+    ]
+    assert made.tombstones.status_owner("b") == DeletedJob(8, "b")
+    made.tombstones.mark_cleared(2)
+    assert made.tombstones.status_owner("b") == DeletedJob(8, "b")
     del gone[8]
-    assert index(JOBS, gone=gone).deleted.bearer("b") is None
+    assert index(JOBS, gone=gone).tombstones.status_owner("b") is None
 
 
 def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deleted_module, "KEPT", 2)
+    monkeypatch.setattr(deleted_module, "CLEARED_KEPT", 2)
     deleted = Tombstones([])
     for seq, job_id in enumerate("abcd", start=1):
         deleted.add(DeletedJob(seq, job_id, fingerprint="same" if seq < 3 else None))
-    assert [deleted.clear(seq) for seq in (2, 1)] == [[], []]
-    assert deleted.answered("same") == "b"
-    assert deleted.clear(3) == [2]
-    assert deleted.bearer("b") is None
-    assert deleted.answered("same") == "a"
+    assert [deleted.mark_cleared(seq) for seq in (2, 1)] == [[], []]
+    assert deleted.newest_id("same") == "b"
+    assert deleted.mark_cleared(3) == [2]
+    assert deleted.status_owner("b") is None
+    assert deleted.newest_id("same") == "a"
     assert deleted.clear_again() == [1, 3]
-    assert [(gone.job_id, gone.news) for gone in deleted.pending.values()] == [("d", True), ("a", False), ("c", False)]
+    assert [(gone.job_id, gone.event_pending) for gone in deleted.pending.values()] == [
+        ("d", True),
+        ("a", False),
+        ("c", False),
+    ]
     assert deleted.clear_again() == []
 
 
@@ -133,19 +140,22 @@ def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
         [(1, {"job_id": "a", "fingerprint": "f", "cleared": True}), (2, {"job_id": "b", "formats": ["srt"]})]
     )
     for job_id in "ab":
-        gone = deleted.bearer(job_id)
+        gone = deleted.status_owner(job_id)
         assert gone is not None
-        deleted.keep_status(gone)
-        assert deleted.bearer(job_id) is None
-    assert deleted.answered("f") is None
-    assert (deleted.clear_again(), [*deleted.pending.values()]) == ([], [DeletedJob(2, "b", ("srt",), status=False)])
+        deleted.release_status(gone)
+        assert deleted.status_owner(job_id) is None
+    assert deleted.newest_id("f") is None
+    assert (deleted.clear_again(), [*deleted.pending.values()]) == (
+        [],
+        [DeletedJob(2, "b", ("srt",), owns_status=False)],
+    )
 
 
 @pytest.mark.parametrize("odd", [{}, {"completed_at": None}, {"completed_at": "yesterday"}])
 def test_a_job_of_which_it_is_not_known_when_it_ended_never_becomes_old(odd: dict[str, Any]) -> None:
     made = index({1: row("a", "completed", 1, **odd), 2: row("b", "completed", 2, completed_at=5.0)})
     assert list(made.finished) == [1, 2]
-    assert made.finished.until(1e12, 10) == [2]
+    assert made.finished.due(1e12, 10) == [2]
 
 
 def test_jobs_move_between_states() -> None:
@@ -153,10 +163,10 @@ def test_jobs_move_between_states() -> None:
     made.move(1, JobState.QUEUED, JobState.PROCESSING, {})
     assert (made.processing, list(made.queue)) == ([1], [2])
     made.move(1, JobState.PROCESSING, JobState.CANCELLED, {"completed_at": 7.5})
-    assert (made.processing, dict(made.finished), made.ended[JobState.CANCELLED]) == ([], {1: 7.5}, 1)
+    assert (made.processing, dict(made.finished), made.ended_total[JobState.CANCELLED]) == ([], {1: 7.5}, 1)
     made.move(1, JobState.CANCELLED, JobState.QUEUED, {})
-    assert (list(made.finished), list(made.queue), made.ended[JobState.CANCELLED]) == ([], [1, 2], 1)
+    assert (list(made.finished), list(made.queue), made.ended_total[JobState.CANCELLED]) == ([], [1, 2], 1)
     made.add(3, NewJob("c", "c", None, "base"), 8.0)
     made.add(4, NewJob("d", "d", None, "base", failure="wrong"), 9.0)
     assert (list(made.queue), dict(made.finished), made.last_seq) == ([1, 2, 3], {4: 9.0}, 4)
-    assert made.ended[JobState.ERROR] == 1
+    assert made.ended_total[JobState.ERROR] == 1

@@ -15,14 +15,14 @@ from tinydb import Query, TinyDB
 
 from cesar_mqtt.errors import ErrorCode, LedgerError, LedgerInUseError
 from cesar_mqtt.jobs import Admission, AudioSource, IllegalTransitionError, Job, JobState, NewJob, Result
-from cesar_mqtt.ledger import base as books_module
 from cesar_mqtt.ledger import checkpoint
+from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.documents import window_document
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.index import window_id
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.queue import HEAD, JobQueue
+from cesar_mqtt.ledger.queue import POSITIONS_TRACKED, JobQueue
 from cesar_mqtt.ledger.storage import Change
 from cesar_mqtt.transcript import Segment, Window, Word
 from tests.unit.ledger.faults import FaultyDisk, Killed, QuickDisk, failing, killing
@@ -72,7 +72,7 @@ class Desk:
 
     def crash(self, disk: Disk | None = None, **options: Any) -> Ledger:
         """Open the ledger after its process has died."""
-        self.ledger._db.journal.abandon()
+        self.ledger._storage.abandon()
         self.ledger._file_lock.release()
         return self.open(disk, **options)
 
@@ -81,7 +81,7 @@ class Desk:
         return self.open(**options)
 
     def close(self) -> None:
-        self.ledger._db.journal.abandon()
+        self.ledger._storage.abandon()
         self.ledger._file_lock.release()
 
 
@@ -98,7 +98,7 @@ def names(jobs: list[tuple[int, Job]]) -> list[str]:
 
 def publish_all(ledger: Ledger, *, cleared: bool = True) -> list[Job]:
     """Let the broker acknowledge everything, and return what it was told; not that jobs are gone, unless `cleared`."""
-    for job in ledger.gone(100) if cleared else ():
+    for job in ledger.pending_clears(100) if cleared else ():
         ledger.mark_cleared(job.seq)
     told = []
     while handed := ledger.unpublished(100):
@@ -158,7 +158,7 @@ def test_a_sequence_number_is_never_used_again(desk: Desk) -> None:
         assert job.seq not in seqs
         seqs.append(job.seq)
         finish(desk.ledger, desk.ledger.totals().queued)
-        desk.ledger.retire(before=0.0, keep=0)
+        desk.ledger.delete_finished(before=0.0, keep=0)
 
 
 def test_jobs_that_are_put_back_keep_their_places(desk: Desk) -> None:
@@ -204,7 +204,7 @@ def test_the_same_id_is_the_same_job_or_a_conflict(desk: Desk) -> None:
     (first,) = accept(desk.ledger, "a")
     publish_all(desk.ledger)
     (same, job), (conflict, other) = desk.ledger.append([request("a"), request("a", fingerprint="other")])
-    assert (same, conflict) == (Admission.SAME, Admission.CONFLICT)
+    assert (same, conflict) == (Admission.DUPLICATE, Admission.CONFLICT)
     assert job == other == "a"
     assert known(desk.ledger, "a") == first
     assert names(desk.ledger.unpublished(10)) == ["a"], "its status is published again, once"
@@ -220,7 +220,7 @@ def test_verdicts_within_one_batch_are_those_of_one_after_the_other(desk: Desk) 
         request("b", failure="no such field"),
         request("b"),
     )
-    accepted, same, conflict = Admission.ACCEPTED, Admission.SAME, Admission.CONFLICT
+    accepted, same, conflict = Admission.ACCEPTED, Admission.DUPLICATE, Admission.CONFLICT
     assert got == [accepted, same, conflict, accepted, same, same]
     assert desk.ledger.totals().queued == 1
 
@@ -232,7 +232,7 @@ def test_an_id_is_remembered_over_restarts_and_in_every_state(desk: Desk, leave:
     claimed(desk.ledger)
     getattr(desk, leave)()
     for name in ("done", "working", "waiting"):
-        assert verdicts(desk.ledger, request(name), request(name, fingerprint="x")) == ["same", "conflict"]
+        assert verdicts(desk.ledger, request(name), request(name, fingerprint="x")) == ["duplicate", "conflict"]
     assert desk.ledger.totals().queued == 2
 
 
@@ -270,7 +270,7 @@ def test_a_redelivery_of_a_request_without_an_id_is_the_job_of_the_first_deliver
         if leave != "stay":
             getattr(desk, leave)()
         ((verdict, same),) = desk.ledger.append([again])
-    assert verdict is Admission.SAME
+    assert verdict is Admission.DUPLICATE
     assert same == "uuid-1"
     assert desk.ledger.totals().queued == 1
     assert desk.ledger.get("uuid-2") is None
@@ -287,13 +287,13 @@ def test_requests_that_only_look_alike_are_jobs_of_their_own(desk: Desk) -> None
 
 def test_a_packet_id_means_the_newest_message_that_bore_it_also_within_a_batch(desk: Desk) -> None:
     *_, again = desk.ledger.append([delivered("old", 7), delivered("new", 7), redelivered("again", 7)])
-    assert again == (Admission.SAME, "new")
+    assert again == (Admission.DUPLICATE, "new")
 
 
 def test_a_packet_id_means_the_newest_message_that_bore_it(desk: Desk) -> None:
     desk.ledger.append([delivered("old", 7), delivered("new", 7)])
     for _ in range(2):
-        assert desk.ledger.append([redelivered("again", 7)]) == [(Admission.SAME, "new")]
+        assert desk.ledger.append([redelivered("again", 7)]) == [(Admission.DUPLICATE, "new")]
         desk.crash()
 
 
@@ -302,7 +302,7 @@ def test_a_full_queue_refuses_new_jobs_and_nothing_else(desk: Desk) -> None:
     accepted, full = Admission.ACCEPTED, Admission.FULL
     wrong = request("wrong", failure="no")
     requests = [request("a"), wrong, request("b"), request("c"), request("d"), request("a"), request("d")]
-    assert verdicts(ledger, *requests) == [accepted, accepted, accepted, accepted, full, Admission.SAME, full]
+    assert verdicts(ledger, *requests) == [accepted, accepted, accepted, accepted, full, Admission.DUPLICATE, full]
     assert ledger.append([request("d")]) == [(full, "d")]
     assert verdicts(ledger, request("b", fingerprint="x"), request("wrong too", failure="no")) == ["conflict", accepted]
     claimed(ledger)
@@ -313,7 +313,7 @@ def test_a_full_queue_refuses_new_jobs_and_nothing_else(desk: Desk) -> None:
 def test_a_ledger_with_more_waiting_jobs_than_a_new_limit_keeps_them(desk: Desk) -> None:
     accept(desk.ledger, "a", "b", "c")
     ledger = desk.restart(max_queued=1)
-    assert verdicts(ledger, request("d"), request("a")) == ["full", "same"]
+    assert verdicts(ledger, request("d"), request("a")) == ["full", "duplicate"]
     assert [claimed(ledger).job_id for _ in range(3)] == ["a", "b", "c"]
 
 
@@ -421,9 +421,9 @@ def test_the_audio_that_jobs_still_need_is_named(desk: Desk) -> None:
     desk.ledger.complete(claimed(desk.ledger).seq, RESULT)
     desk.ledger.fail(claimed(desk.ledger).seq, ErrorCode.MODEL_UNAVAILABLE, "Later, perhaps.")
     desk.ledger.fail(claimed(desk.ledger).seq, ErrorCode.AUDIO_UNREADABLE, "Never.")
-    assert desk.ledger.spooled() == {"file of broken", "file of a"}
+    assert desk.ledger.needed_spool_files() == {"file of broken", "file of a"}
     claimed(desk.ledger)
-    assert desk.crash().spooled() == {"file of broken", "file of a"}
+    assert desk.crash().needed_spool_files() == {"file of broken", "file of a"}
 
 
 # -- windows ------------------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def work_on(ledger: Ledger, windows: int) -> Job:
 
 def stored_windows(ledger: Ledger) -> int:
     """How many documents there are for windows, of whatever job."""
-    return len(ledger._db.journal.rows("windows"))
+    return len(ledger._storage.rows("windows"))
 
 
 @pytest.mark.parametrize("leave", ["crash", "restart", "requeue", "defer"])
@@ -456,7 +456,7 @@ def test_windows_come_back_as_they_were_and_the_next_attempt_goes_on_behind_them
     else:
         getattr(desk, leave)()
     assert desk.ledger.windows(job.seq) == (window(0), window(1))
-    assert (desk.ledger.finished_until(job.seq), desk.ledger.finished_until(2)) == (60.0, 0.0)
+    assert (desk.ledger.resume_position_s(job.seq), desk.ledger.resume_position_s(2)) == (60.0, 0.0)
     assert work_on(desk.ledger, 3).job_id == "a"
     assert desk.crash().windows(job.seq) == (window(0), window(1), window(2))
     assert desk.ledger.windows(2) == ()
@@ -466,7 +466,9 @@ def test_a_window_out_of_its_turn_or_of_a_job_that_is_not_in_work_is_refused(des
     accept(desk.ledger, "a", "b")
     job = work_on(desk.ledger, 1)
     for seq, number in ((job.seq, 0), (job.seq, 2), (2, 0), (99, 0)):
-        with pytest.raises(IllegalTransitionError, match=f"number {seq} is not at its window {number}"):
+        with pytest.raises(
+            IllegalTransitionError, match=f"number {seq} is not processing, or window {number} is not its next"
+        ):
             desk.ledger.add_window(seq, window(number))
     assert desk.ledger.windows(job.seq) == (window(0),)
     assert desk.ledger.windows(2) == desk.ledger.windows(99) == ()
@@ -483,7 +485,7 @@ def test_windows_of_another_audio_are_dropped_and_the_work_begins_at_the_first(d
     assert desk.ledger.windows(job.seq) == (window(0), window(1))
     assert not desk.ledger.keep_windows_of(job.seq, "another")
     for _ in range(2):
-        assert (desk.ledger.windows(job.seq), desk.ledger.finished_until(job.seq)) == ((), 0.0)
+        assert (desk.ledger.windows(job.seq), desk.ledger.resume_position_s(job.seq)) == ((), 0.0)
         assert stored_windows(desk.ledger) == 0
         desk.crash()
     silence = Window(0, 30.0, "", None, None, ())
@@ -586,7 +588,7 @@ def test_the_windows_of_other_jobs_stay_when_a_job_goes(desk: Desk) -> None:
         desk.ledger.complete(claimed(desk.ledger).seq, result(2))
     desk.ledger.delete("b")
     assert [len(desk.ledger.windows(seq)) for seq in (1, 2, 3)] == [2, 0, 2]
-    desk.ledger.retire(before=0.0, keep=1)
+    desk.ledger.delete_finished(before=0.0, keep=1)
     for _ in range(2):
         assert [len(desk.ledger.windows(seq)) for seq in (1, 2, 3)] == [0, 0, 2]
         assert stored_windows(desk.ledger) == 2
@@ -616,7 +618,7 @@ def test_the_words_of_an_hour_take_little_memory(desk: Desk) -> None:
     for number in range(6):
         segments = tuple(Segment(10 * number + n, 0.0, 60.0, " hello" * 150, -0.3, 0.01, words) for n in range(10))
         desk.ledger.add_window(job.seq, Window(number, 600.0, " hello" * 1500, "en", 0.9, segments))
-    rows = desk.crash()._db.journal.rows("windows").values()
+    rows = desk.crash()._storage.rows("windows").values()
     assert sum(sys.getsizeof(value) for row in rows for value in row.values()) < 500_000
     assert len(desk.ledger.windows(job.seq)[5].segments) == 10
 
@@ -634,7 +636,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_those_behind_it_move_up(desk: De
     assert told == {"a": ("cancelled", None), "b": ("queued", 1), "c": ("queued", 2)}
     for _ in range(2):
         assert (desk.ledger.totals().cancelled_total, desk.ledger.totals().queued) == (1, 2)
-        assert desk.ledger.spooled() == {"a.wav"}, "it may be retried"
+        assert desk.ledger.needed_spool_files() == {"a.wav"}, "it may be retried"
         assert desk.ledger.last_finished() == job
         desk.crash()
     assert [claimed(desk.ledger).job_id for _ in range(2)] == ["b", "c"]
@@ -650,12 +652,12 @@ def test_a_job_in_work_goes_on_until_the_worker_has_ended_it(desk: Desk) -> None
     assert desk.ledger.is_cancelling(job.seq)
     desk.ledger.add_window(job.seq, window(1))
     desk.clock.now += 1
-    desk.ledger.cancelled(job.seq)
+    desk.ledger.finish_cancelling(job.seq)
     for _ in range(2):
         ended = known(desk.ledger, "a")
         assert (ended.state, ended.attempt, ended.completed_at) == (JobState.CANCELLED, 1, desk.clock.now)
         assert not desk.ledger.is_cancelling(job.seq)
-        assert desk.ledger.spooled() == {"a.wav"}
+        assert desk.ledger.needed_spool_files() == {"a.wav"}
         assert len(desk.ledger.windows(job.seq)) == 2, "a retry goes on behind them"
         desk.crash()
 
@@ -703,7 +705,7 @@ def test_a_job_that_ends_by_itself_before_it_is_cancelled_has_ended_so(desk: Des
     desk.ledger.cancel("a")
     OPERATIONS[end](desk.ledger, job.seq)
     with pytest.raises(IllegalTransitionError):
-        desk.ledger.cancelled(job.seq)
+        desk.ledger.finish_cancelling(job.seq)
     for _ in range(2):
         assert known(desk.ledger, "a").state is (JobState.COMPLETED if end == "complete" else JobState.ERROR)
         assert not desk.ledger.is_cancelling(job.seq)
@@ -713,7 +715,7 @@ def test_a_job_that_ends_by_itself_before_it_is_cancelled_has_ended_so(desk: Des
 def end_as(ledger: Ledger, state: str) -> None:
     """Bring the oldest job into a state."""
     if state == "cancelled":
-        ledger.cancelled(claimed(ledger).seq)
+        ledger.finish_cancelling(claimed(ledger).seq)
     elif state == "completed":
         ledger.complete(claimed(ledger).seq, RESULT)
     elif state == "processing":
@@ -728,7 +730,9 @@ def test_what_has_ended_cannot_be_cancelled_and_the_refusal_says_so(desk: Desk, 
     end_as(desk.ledger, state)
     before = picture(desk.ledger)
     ended = "error" if state == "timeout" else state
-    with pytest.raises(IllegalTransitionError, match=rf"^Job a has ended as {ended}: there is nothing to cancel\.$"):
+    with pytest.raises(
+        IllegalTransitionError, match=rf"^Job a has already ended as {ended} and cannot be cancelled\.$"
+    ):
         desk.ledger.cancel("a")
     assert picture(desk.ledger) == before
 
@@ -739,11 +743,11 @@ def test_nobody_can_be_asked_of_a_job_that_there_is_not(desk: Desk) -> None:
 
 
 RETRIES = [
-    ("path", "queued", "Job a is queued: only one that ended as error or cancelled can be retried."),
-    ("path", "processing", "Job a is processing: only one that ended as error or cancelled can be retried."),
-    ("spool", "completed", "Job a is completed: only one that ended as error or cancelled can be retried."),
-    ("spool", "audio_empty", "The audio of job a is not kept, for a retry cannot help with audio_empty."),
-    ("spool", "refused", "Job a was refused for what it asked: submit it, mended, under a new id."),
+    ("path", "queued", "Job a is queued: only a job that ended as error or cancelled can be retried."),
+    ("path", "processing", "Job a is processing: only a job that ended as error or cancelled can be retried."),
+    ("spool", "completed", "Job a is completed: only a job that ended as error or cancelled can be retried."),
+    ("spool", "audio_empty", "The audio of job a was not kept, since a retry cannot fix audio_empty."),
+    ("spool", "refused", "Job a was rejected as invalid: correct the request and submit it under a new id."),
     ("path", "audio_not_found", None),
     ("url", "download_failed", None),
     ("spool", "timeout", None),
@@ -822,7 +826,7 @@ def test_a_retry_goes_on_behind_the_windows_of_audio_that_is_surely_the_same(des
     desk.ledger.append([request("a", kind)])
     job = work_on(desk.ledger, 2)
     if end == "cancelled":
-        desk.ledger.cancelled(job.seq)
+        desk.ledger.finish_cancelling(job.seq)
     else:
         desk.ledger.fail(job.seq, ErrorCode.TIMEOUT, "Too slow.")
     desk.ledger.retry("a")
@@ -871,7 +875,7 @@ def test_a_retried_job_is_not_what_a_job_was_that_waits_for_a_moment(desk: Desk)
 
 
 def test_a_waiting_job_that_is_deleted_lets_those_behind_it_move_up_and_frees_its_id(desk: Desk) -> None:
-    desk.ledger.append([request("a", "spool", packet_id=3, anonymous=True), request("b")])
+    desk.ledger.append([request("a", "spool", packet_id=3, has_generated_id=True), request("b")])
     publish_all(desk.ledger)
     deleted = desk.ledger.delete("a")
     assert deleted is not None
@@ -880,8 +884,8 @@ def test_a_waiting_job_that_is_deleted_lets_those_behind_it_move_up_and_frees_it
     assert [(job.job_id, job.queue_position) for job in publish_all(desk.ledger, cleared=False)] == [("b", 1)]
     for _ in range(2):
         assert (desk.ledger.get("a"), desk.ledger.totals().queued) == (None, 1)
-        assert [gone.job_id for gone in desk.ledger.gone(10)] == ["a"]
-        assert (desk.ledger.spooled(), desk.ledger.count()) == (set(), 1)
+        assert [gone.job_id for gone in desk.ledger.pending_clears(10)] == ["a"]
+        assert (desk.ledger.needed_spool_files(), desk.ledger.count()) == (set(), 1)
         desk.crash()
     assert verdicts(desk.ledger, request("a", fingerprint="other")) == ["accepted"]
     assert [claimed(desk.ledger).job_id for _ in range(2)] == ["b", "a"]
@@ -906,12 +910,12 @@ def test_a_job_in_work_cannot_be_deleted(desk: Desk) -> None:
         with pytest.raises(IllegalTransitionError, match=r"^Job a is processing: cancel it first\.$"):
             desk.ledger.delete("a")
         desk.ledger.cancel("a")
-    desk.ledger.cancelled(job.seq)
+    desk.ledger.finish_cancelling(job.seq)
     assert desk.ledger.delete("a") is not None
 
 
 def gone(ledger: Ledger) -> list[tuple[int, tuple[str, ...], bool]]:
-    return [(gone.seq, gone.formats, gone.status) for gone in ledger.gone(10)]
+    return [(gone.seq, gone.formats, gone.owns_status) for gone in ledger.pending_clears(10)]
 
 
 def test_the_results_of_a_deleted_job_are_cleared_also_when_a_new_job_bears_its_id(desk: Desk) -> None:
@@ -942,7 +946,7 @@ def test_the_results_of_a_deleted_job_are_cleared_also_when_a_new_job_bears_its_
     desk.ledger.append([request("b")])
     for _ in range(2):
         assert gone(desk.ledger) == []
-        kept = desk.ledger._db.journal.rows("gone").values()
+        kept = desk.ledger._storage.rows("gone").values()
         assert [row["cleared"] for row in kept] == [True, True], "the results, for a broker that goes back"
         desk.crash()
 
@@ -954,14 +958,14 @@ def test_what_was_deleted_is_cleared_again_at_a_broker_that_went_back_also_after
         desk.ledger.delete(name)
     for seq in (1, 2):
         desk.ledger.mark_cleared(seq)
-    desk.ledger.publish_again()
-    assert [gone.job_id for gone in desk.ledger.gone(10)] == ["c"], (
+    desk.ledger.republish_all()
+    assert [gone.job_id for gone in desk.ledger.pending_clears(10)] == ["c"], (
         "a broker that has lost everything shows nothing old"
     )
-    desk.crash().publish_again(went_back=True)
+    desk.crash().republish_all(restored=True)
     for _ in range(2):
-        pending = sorted(desk.ledger.gone(10), key=lambda gone: gone.seq)
-        assert [(gone.job_id, gone.news) for gone in pending] == [("a", False), ("b", False), ("c", True)]
+        pending = sorted(desk.ledger.pending_clears(10), key=lambda gone: gone.seq)
+        assert [(gone.job_id, gone.event_pending) for gone in pending] == [("a", False), ("b", False), ("c", True)]
         desk.crash()
 
 
@@ -971,44 +975,44 @@ def test_a_new_job_with_the_id_of_one_that_was_cleared_is_not_cleared_with_it(de
         desk.ledger.delete(name)
         desk.ledger.mark_cleared(seq)
     accept(desk.ledger, "a")
-    desk.ledger.publish_again(went_back=True)
+    desk.ledger.republish_all(restored=True)
     for _ in range(2):
-        assert [gone.job_id for gone in desk.ledger.gone(10)] == ["b"]
+        assert [gone.job_id for gone in desk.ledger.pending_clears(10)] == ["b"]
         desk.crash()
 
 
 def test_a_retained_request_that_comes_again_after_its_job_was_deleted_is_not_done_again(desk: Desk) -> None:
     """MQTT 3.1.1 sends what is retained at every connect, and retention had deleted the job meanwhile."""
-    live = request("uuid", anonymous=True, fingerprint="f")
-    again = request("retained-f", anonymous=True, retained=True, fingerprint="f")
+    live = request("uuid", has_generated_id=True, fingerprint="f")
+    again = request("retained-f", has_generated_id=True, retained=True, fingerprint="f")
     desk.ledger.append([live])
     desk.ledger.delete("uuid")
     for _ in range(2):
-        assert desk.ledger.append([again]) == [(Admission.SAME, "uuid")]
+        assert desk.ledger.append([again]) == [(Admission.DUPLICATE, "uuid")]
         desk.ledger.mark_cleared(1)
         desk.ledger.append([request("other")])
         desk.crash()
-    assert desk.ledger.append([request("uuid-2", anonymous=True, fingerprint="f")])[0][0] is Admission.ACCEPTED
-    assert desk.ledger.append([again]) == [(Admission.SAME, "uuid-2")]
+    assert desk.ledger.append([request("uuid-2", has_generated_id=True, fingerprint="f")])[0][0] is Admission.ACCEPTED
+    assert desk.ledger.append([again]) == [(Admission.DUPLICATE, "uuid-2")]
 
 
 def test_of_what_the_broker_has_forgotten_no_more_is_kept_on_disk_than_may_be(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.ledger.tombstones.KEPT", 2)
+    monkeypatch.setattr("cesar_mqtt.ledger.tombstones.CLEARED_KEPT", 2)
     for number, job in enumerate(accept(desk.ledger, *"abcde"), start=1):
         desk.ledger.delete(job.job_id)
         desk.ledger.mark_cleared(number)
     accept(desk.ledger, "f")
-    assert sorted(desk.ledger._db.journal.rows("gone")) == ["4", "5"]
-    desk.crash().publish_again(went_back=True)
-    assert [gone.job_id for gone in desk.ledger.gone(10)] == ["d", "e"]
+    assert sorted(desk.ledger._storage.rows("gone")) == ["4", "5"]
+    desk.crash().republish_all(restored=True)
+    assert [gone.job_id for gone in desk.ledger.pending_clears(10)] == ["d", "e"]
 
 
 def test_that_no_packet_id_can_come_again_is_on_disk_at_once(desk: Desk) -> None:
     """After a crash right then, another message with that packet id was taken for a redelivery, and lost."""
     desk.ledger.append([delivered("old", 7)])
-    desk.ledger.forget_deliveries()
+    desk.ledger.release_all_packet_ids()
     desk.crash()
     assert verdicts(desk.ledger, redelivered("new", 7)) == [Admission.ACCEPTED]
 
@@ -1018,7 +1022,7 @@ def test_that_no_packet_id_can_come_again_reaches_the_disk_when_it_takes_it(desk
     desk.crash(disk)
     desk.ledger.append([delivered("old", 7)])
     disk.fault = failing(times=float("inf"))
-    desk.ledger.forget_deliveries()
+    desk.ledger.release_all_packet_ids()
     disk.heal()
     desk.restart()
     assert verdicts(desk.ledger, redelivered("new", 7)) == [Admission.ACCEPTED]
@@ -1036,7 +1040,7 @@ def test_a_deferred_job_that_was_cancelled_meanwhile_is_not_put_off_when_it_is_r
 
 
 def stored(ledger: Ledger, table: str) -> int:
-    return len(ledger._db.journal.rows(table))
+    return len(ledger._storage.rows(table))
 
 
 @pytest.mark.parametrize("leave", ["stay", "crash", "restart"])
@@ -1238,7 +1242,7 @@ def test_each_claim_tells_the_first_ten_their_new_positions_and_nobody_else(desk
     desk.ledger.complete(claimed(desk.ledger).seq, RESULT)
     told = publish_all(desk.ledger)
     assert [job.job_id for job in told] == ["job-0", "job-0", *(f"job-{number}" for number in range(1, 11))]
-    assert [job.queue_position for job in told[2:]] == list(range(1, HEAD + 1))
+    assert [job.queue_position for job in told[2:]] == list(range(1, POSITIONS_TRACKED + 1))
     assert {job.updated_at for job in told} == {desk.clock.now}
     beyond = desk.ledger.get("job-11")
     assert beyond is not None
@@ -1255,9 +1259,9 @@ def test_those_before_a_job_that_leaves_the_queue_keep_their_positions_and_are_n
 
 @pytest.mark.parametrize("leave", ["crash", "restart"])
 def test_a_job_far_back_in_the_queue_has_its_position_after_a_start(desk: Desk, leave: str) -> None:
-    accept(desk.ledger, *(f"job-{number}" for number in range(1, HEAD + 3)))
+    accept(desk.ledger, *(f"job-{number}" for number in range(1, POSITIONS_TRACKED + 3)))
     getattr(desk, leave)()
-    assert [job.queue_position for job in desk.ledger.upcoming(100)] == list(range(1, HEAD + 3))
+    assert [job.queue_position for job in desk.ledger.upcoming(100)] == list(range(1, POSITIONS_TRACKED + 3))
 
 
 def test_a_job_that_is_put_back_tells_those_behind_it(desk: Desk) -> None:
@@ -1299,7 +1303,7 @@ def test_what_was_handed_out_and_not_acknowledged_is_handed_out_again_as_the_new
     assert len(first) == 4
     again = desk.ledger.unpublished(100)
     assert sorted((job.job_id, job.state.value) for _, job in again) == [("a", "completed"), ("b", "queued")]
-    assert desk.ledger.unpublished(100, but={1}) == [entry for entry in again if entry[1].job_id == "b"]
+    assert desk.ledger.unpublished(100, exclude={1}) == [entry for entry in again if entry[1].job_id == "b"]
     assert desk.ledger.unpublished(1) == again[:1]
 
 
@@ -1370,25 +1374,25 @@ def test_after_a_clean_stop_only_what_the_broker_lacks_is_told(desk: Desk) -> No
 def test_a_job_that_is_deleted_before_it_was_told_does_not_keep_others_from_being_done_with(desk: Desk) -> None:
     accept(desk.ledger, "deleted", "b", "c")
     finish(desk.ledger, 1)
-    assert desk.ledger.retire(before=0.0, keep=0) == (1, [])
+    assert desk.ledger.delete_finished(before=0.0, keep=0) == (1, [])
     finish(desk.ledger, 1)
     desk.ledger.mark_published([(job.seq, number) for number, job in desk.ledger.unpublished(100)])
     finish(desk.ledger, 1)
     desk.crash()
     assert names(desk.ledger.unpublished(10)) == ["c"]
-    assert [gone.job_id for gone in desk.ledger.gone(10)] == ["deleted"]
+    assert [gone.job_id for gone in desk.ledger.pending_clears(10)] == ["deleted"]
 
 
 def test_a_job_that_moved_up_before_it_was_ever_told_is_told_after_a_crash(desk: Desk) -> None:
     """Its new position put it behind newer changes; the watermark then passed its own transaction, and it was lost."""
-    accept(desk.ledger, *(f"job-{number}" for number in range(HEAD + 5)))
+    accept(desk.ledger, *(f"job-{number}" for number in range(POSITIONS_TRACKED + 5)))
     finish(desk.ledger, 2)
     for number, job in desk.ledger.unpublished(100):
         if job.job_id in ("job-0", "job-1"):
             desk.ledger.mark_published([(job.seq, number)])
     desk.ledger.append([request("last"), request("job-5")])
     desk.crash()
-    expected = {f"job-{number}" for number in range(2, HEAD + 5)} | {"last"}
+    expected = {f"job-{number}" for number in range(2, POSITIONS_TRACKED + 5)} | {"last"}
     assert set(names(desk.ledger.unpublished(100))) >= expected
 
 
@@ -1396,7 +1400,7 @@ def test_everything_is_told_again_when_the_broker_has_lost_it(desk: Desk) -> Non
     accept(desk.ledger, "a", "b", "c")
     finish(desk.ledger, 2)
     publish_all(desk.ledger)
-    desk.ledger.publish_again()
+    desk.ledger.republish_all()
     assert names(desk.ledger.unpublished(10)) == ["a", "b", "c"]
     assert [job.job_id for job in publish_all(desk.ledger)] == ["a", "b", "c"]
 
@@ -1408,7 +1412,7 @@ def test_a_disk_that_refuses_does_not_keep_the_broker_from_being_told_everything
     finish(desk.ledger, 2)
     publish_all(desk.ledger)
     disk.fault = failing(times=float("inf"))
-    desk.ledger.publish_again()
+    desk.ledger.republish_all()
     assert names(desk.ledger.unpublished(1)) == ["a"]
     disk.heal()
     accept(desk.ledger, "c")
@@ -1422,7 +1426,7 @@ def test_a_start_in_the_middle_of_telling_everything_again_goes_on_with_it(desk:
     accept(desk.ledger, "a", "b", "c")
     finish(desk.ledger, 3)
     publish_all(desk.ledger)
-    desk.ledger.publish_again()
+    desk.ledger.republish_all()
     for number, job in desk.ledger.unpublished(2):
         desk.ledger.mark_published([(job.seq, number)])
     getattr(desk, leave)()
@@ -1437,13 +1441,13 @@ CHANGES: list[tuple[Callable[[Ledger], object], dict[str, str]]] = [
     (lambda ledger: ledger.complete(1, RESULT), {"a": "completed"}),
     (lambda ledger: ledger.claim(), {"b": "processing"}),
     (lambda ledger: ledger.cancel("b"), {}),
-    (lambda ledger: ledger.cancelled(2), {"b": "cancelled"}),
+    (lambda ledger: ledger.finish_cancelling(2), {"b": "cancelled"}),
     (lambda ledger: ledger.retry("b"), {"b": "queued"}),
     (lambda ledger: ledger.pause(on=True), {}),
-    (lambda ledger: ledger.retire(before=0.0, keep=0), {"a": "gone"}),
+    (lambda ledger: ledger.delete_finished(before=0.0, keep=0), {"a": "gone"}),
     (lambda ledger: ledger.mark_cleared(1), {}),
     (lambda ledger: ledger.delete("c"), {"c": "gone"}),
-    (lambda ledger: ledger.publish_again(), {}),
+    (lambda ledger: ledger.republish_all(), {}),
 ]
 
 
@@ -1471,7 +1475,7 @@ def picture(ledger: Ledger) -> tuple[object, ...]:
     """All that the ledger says of itself; first what no crash may change but for the steps that it interrupts."""
     return (
         (
-            {name: ledger.get(name) for name in ledger._index.register},
+            {name: ledger.get(name) for name in ledger._index.deduplication},
             {seq: ledger.windows(seq) for seq in range(1, ledger._index.last_seq + 1)},
             stored(ledger, "windows"),
             gone(ledger),
@@ -1481,8 +1485,8 @@ def picture(ledger: Ledger) -> tuple[object, ...]:
         ledger.totals(),
         ledger.processing(),
         list(ledger._index.queue),
-        list(ledger._outbox._newest),
-        ledger.spooled(),
+        list(ledger._outbox._pending),
+        ledger.needed_spool_files(),
     )
 
 
@@ -1498,10 +1502,10 @@ STEPS: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.fail(ledger.processing()[0], ErrorCode.TIMEOUT, "Too slow."),
     publish_all,
     lambda ledger: ledger.claim(),
-    lambda ledger: ledger.maintain(),
+    lambda ledger: ledger.checkpoint_if_due(),
     lambda ledger: ledger.add_window(ledger.processing()[0], window(0)),
     lambda ledger: ledger.cancel("d"),
-    lambda ledger: ledger.cancelled(ledger.processing()[0]),
+    lambda ledger: ledger.finish_cancelling(ledger.processing()[0]),
     lambda ledger: ledger.append([request("f", formats=("srt",)), request("s", "spool"), request("g")]),
     lambda ledger: ledger.claim(),
     lambda ledger: ledger.add_window(ledger.processing()[0], window(0)),
@@ -1521,7 +1525,7 @@ STEPS: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.claim(),
     lambda ledger: ledger.complete(ledger.processing()[0], result(2)),
     lambda ledger: ledger.delete("f"),
-    lambda ledger: ledger.maintain(),
+    lambda ledger: ledger.checkpoint_if_due(),
 ]
 
 
@@ -1540,7 +1544,7 @@ def run_steps(desk: Desk, upto: int, disk: Disk | None = None) -> Ledger:
 def test_a_call_that_the_disk_refuses_has_not_happened_and_can_be_made_again(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, step: int, times: float
 ) -> None:
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     after = picture(run_steps(desk, step + 1))
     after_crash = picture(desk.crash())
     for skip in range(6):
@@ -1591,7 +1595,7 @@ def test_a_refused_call_can_simply_be_made_again(desk: Desk) -> None:
 def test_a_process_that_dies_at_any_call_leaves_each_job_before_or_after_its_step(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     possible = []
     for upto in (step, step + 1):
         run_steps(desk, upto)
@@ -1615,7 +1619,7 @@ def test_a_stop_that_the_disk_refuses_keeps_the_journal_and_gives_the_lock_back(
     ledger = desk.crash(disk)
     accept(ledger, "a")
     disk.fault = failing(times=float("inf"))
-    with pytest.raises(LedgerError, match="Its journal holds everything"):
+    with pytest.raises(LedgerError, match="The journal is complete"):
         ledger.close()
     ledger.close()
     assert desk.open().get("a") is not None
@@ -1634,9 +1638,9 @@ def test_a_checkpoint_is_written_when_the_journal_has_outgrown_it_and_not_before
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It costs as much as there are jobs: written more often, each job would cost more the more there are."""
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 5000)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 5000)
     disk = FaultyDisk()
-    journal = desk.crash(disk)._db.journal
+    journal = desk.crash(disk)._storage
     sizes: list[int] = []
     number = 0
     while len(sizes) < 4:
@@ -1644,7 +1648,7 @@ def test_a_checkpoint_is_written_when_the_journal_has_outgrown_it_and_not_before
         accept(desk.ledger, f"job-{number}")
         due = journal.journal_bytes >= max(5000, journal.checkpoint_bytes)
         disk.calls.clear()
-        desk.ledger.maintain()
+        desk.ledger.checkpoint_if_due()
         assert bool(disk.calls) == due
         if due:
             sizes.append(journal.checkpoint_bytes)
@@ -1656,15 +1660,15 @@ def test_upkeep_after_the_stop_leaves_the_files_to_whoever_has_them_now(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint of the closed ledger would have overwritten what the next process had written since."""
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     accept(desk.ledger, "a")
     old = desk.ledger
     old.close()
-    monkeypatch.setattr(type(old._db.journal), "journal_bytes", property(lambda _self: 1 << 40))
+    monkeypatch.setattr(type(old._storage), "journal_bytes", property(lambda _self: 1 << 40))
     accept(desk.open(), "b")
-    desk.ledger.maintain()
+    desk.ledger.checkpoint_if_due()
     content = desk.path.read_bytes()
-    old.maintain()
+    old.checkpoint_if_due()
     assert desk.path.read_bytes() == content
 
 
@@ -1707,7 +1711,7 @@ class Crowd:
         name = threading.current_thread().name
         for number in range(40):
             batch = [request(f"{name}-{number}-{n}") for n in range(3)]
-            assert verdicts(self.ledger, *batch, batch[0]) == ["accepted"] * 3 + ["same"]
+            assert verdicts(self.ledger, *batch, batch[0]) == ["accepted"] * 3 + ["duplicate"]
 
     def work(self) -> None:
         while self.ledger.wait_for_work(self.all_accepted.is_set) or self.ledger.totals().queued:
@@ -1724,7 +1728,7 @@ class Crowd:
 
     def maintain(self) -> None:
         while not self.all_done.is_set():
-            self.ledger.maintain()
+            self.ledger.checkpoint_if_due()
 
     def run(self) -> None:
         others = [self.start(self.publish), self.start(self.maintain)]
@@ -1744,7 +1748,7 @@ class Crowd:
 
 
 def test_many_threads_at_once_lose_and_double_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 2000)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 2000)
     crowd = Crowd(desk.ledger)
     crowd.run()
     assert crowd.failed == []
@@ -1757,7 +1761,7 @@ def test_many_threads_at_once_lose_and_double_nothing(desk: Desk, monkeypatch: p
 
 
 def test_commits_while_a_checkpoint_is_written_are_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
 
     class Visited(FaultyDisk):
         """While the checkpoint is written, and before its journal is cut, others append."""
@@ -1778,7 +1782,7 @@ def test_commits_while_a_checkpoint_is_written_are_kept(desk: Desk, monkeypatch:
     ledger = desk.crash(disk)
     accept(ledger, *(f"job-{number}" for number in range(50)))
     disk.calls.clear()
-    ledger.maintain()
+    ledger.checkpoint_if_due()
     accept(ledger, "after")
     assert disk.visits == 2
     assert '"checkpoint"' in desk.path.read_text()
@@ -1848,7 +1852,7 @@ def test_whoever_waits_is_woken_for_the_first_of_several_delayed_jobs() -> None:
 
 def test_a_delayed_job_that_is_no_longer_worth_starting_wakes_nobody() -> None:
     line = JobQueue([1])
-    line.expire(1, 50.0)
+    line.set_expiry(1, 50.0)
     line.delay(1, 5.0)
     assert line.next_ready_in(10.0, 49.0) == 0.0
     assert line.next_ready_in(10.0, 50.0) is None
@@ -1857,7 +1861,7 @@ def test_a_delayed_job_that_is_no_longer_worth_starting_wakes_nobody() -> None:
 def test_a_job_id_that_was_deleted_and_is_used_again_is_not_deleted_at_the_broker(desk: Desk) -> None:
     accept(desk.ledger, "a")
     finish(desk.ledger, 1)
-    desk.ledger.retire(before=0.0, keep=0)
+    desk.ledger.delete_finished(before=0.0, keep=0)
     (again,) = accept(desk.ledger, "a")
     assert again.seq == 2
     for _ in range(2):
@@ -1865,7 +1869,7 @@ def test_a_job_id_that_was_deleted_and_is_used_again_is_not_deleted_at_the_broke
         desk.crash()
     desk.ledger.mark_cleared(1)
     accept(desk.ledger, "b")
-    desk.ledger.publish_again(went_back=True)
+    desk.ledger.republish_all(restored=True)
     for _ in range(2):
         assert gone(desk.ledger) == []
         assert stored(desk.ledger, "gone") == 0
@@ -1915,7 +1919,7 @@ def test_a_second_process_is_told_that_the_ledger_is_in_use(desk: Desk) -> None:
 ENDLESS = """
 import sys
 from pathlib import Path
-from cesar_mqtt.ledger import base as module
+from cesar_mqtt.ledger import ledger as module
 from cesar_mqtt.jobs import NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.transcript import Segment, Window
@@ -1933,7 +1937,7 @@ for number in range(start, start + 100_000):
         print(f"window-{window.number} {job.job_id}", flush=True)
     ledger.complete(job.seq, Result("text", 1.0, None, None, True, windows=windows))
     print(f"completed {job.job_id}", flush=True)
-    ledger.maintain()
+    ledger.checkpoint_if_due()
 """
 
 
@@ -2109,13 +2113,13 @@ def test_times_of_jobs_that_wait_no_longer_do_not_pile_up() -> None:
     """They were kept until the jobs would have expired, which may be weeks."""
     line = JobQueue([])
     line.add(1)
-    line.expire(1, 5e8)
+    line.set_expiry(1, 5e8)
     for seq in range(2, 2000):
         line.add(seq)
-        line.expire(seq, 1e9)
+        line.set_expiry(seq, 1e9)
         line.remove(seq)
-        line.put_back(seq)
+        line.requeue(seq)
         line.remove(seq)
-        line.end(seq)
+        line.drop_expiry(seq)
     assert len(line._expiries._heap) < 100
     assert line.expired(1e9, 10) == [1]

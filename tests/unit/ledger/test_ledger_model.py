@@ -15,10 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cesar_mqtt.errors import ErrorCode, LedgerError
 from cesar_mqtt.jobs import Admission, AudioSource, DeletedJob, IllegalTransitionError, Job, JobState, NewJob, Result
-from cesar_mqtt.ledger import base as books_module
 from cesar_mqtt.ledger import journal
+from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.ledger.queue import HEAD
+from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.transcript import Window
 from tests.unit.ledger.faults import FaultyDisk, Killed, failing, killing
 
@@ -39,7 +39,7 @@ class Entry:
     seq: int
     fingerprint: str
     packet_id: int | None
-    anonymous: bool
+    has_generated_id: bool
     audio: str
     formats: tuple[str, ...]
     state: JobState = JobState.QUEUED
@@ -81,36 +81,38 @@ class Model:
     def processing(self) -> list[Entry]:
         return [entry for entry in self.jobs.values() if entry.state is JobState.PROCESSING]
 
-    def judge(self, request: NewJob) -> tuple[Admission, str]:
+    def admit(self, request: NewJob) -> tuple[Admission, str]:
         """Decide on one request, and take it in if it is accepted."""
-        if request.retained and request.anonymous and (twin := self.twin(request.fingerprint)):
-            return Admission.SAME, twin
+        if request.retained and request.has_generated_id and (twin := self.twin(request.fingerprint)):
+            return Admission.DUPLICATE, twin
         if request.redelivered and request.packet_id in self.marks:
             name = self.name_of(self.marks[request.packet_id])
             if self.jobs[name].fingerprint == request.fingerprint:
-                return Admission.SAME, name
+                return Admission.DUPLICATE, name
         known = self.jobs.get(request.job_id)
         if known is not None:
             same = known.fingerprint == request.fingerprint
-            return Admission.SAME if same else Admission.CONFLICT, request.job_id
+            return Admission.DUPLICATE if same else Admission.CONFLICT, request.job_id
         if request.failure is None and len(self.queue) >= MAX_QUEUED:
             return Admission.FULL, request.job_id
         self.last_seq += 1
         audio = "none" if request.audio is None else request.audio.kind
-        entry = Entry(self.last_seq, request.fingerprint, request.packet_id, request.anonymous, audio, request.formats)
+        entry = Entry(
+            self.last_seq, request.fingerprint, request.packet_id, request.has_generated_id, audio, request.formats
+        )
         self.jobs[request.job_id] = entry
         self.bear(entry)
-        for gone in [gone for gone in self.buried.values() if gone.job_id == request.job_id and gone.status]:
+        for gone in [gone for gone in self.buried.values() if gone.job_id == request.job_id and gone.owns_status]:
             for graves in (self.buried, self.gone):
                 if graves.pop(gone.seq, None) and gone.formats:
-                    graves[gone.seq] = replace(gone, status=False)
+                    graves[gone.seq] = replace(gone, owns_status=False)
         if request.failure is not None:
             self.end(entry, JobState.ERROR)
         return Admission.ACCEPTED, request.job_id
 
     def twin(self, fingerprint: str) -> str | None:
         """Return the newest job that such a request without an id became: one that there is, or one that was."""
-        alive = [(e.seq, name) for name, e in self.jobs.items() if e.anonymous and e.fingerprint == fingerprint]
+        alive = [(e.seq, name) for name, e in self.jobs.items() if e.has_generated_id and e.fingerprint == fingerprint]
         dead = [(gone.seq, gone.job_id) for gone in self.buried.values() if gone.fingerprint == fingerprint]
         return max(alive or dead, default=(0, None))[1]
 
@@ -206,7 +208,7 @@ class Model:
         self.settle(entry.seq)
         if entry.state.final:
             self.finished.remove(name)
-        fingerprint = entry.fingerprint if entry.anonymous else None
+        fingerprint = entry.fingerprint if entry.has_generated_id else None
         self.buried[entry.seq] = self.gone[entry.seq] = DeletedJob(
             entry.seq, name, entry.formats, fingerprint=fingerprint
         )
@@ -238,7 +240,7 @@ class Model:
 def picture_of(ledger: Ledger) -> object:
     """The same of the real ledger."""
     jobs = {}
-    for name in ledger._index.register:
+    for name in ledger._index.deduplication:
         job = ledger.get(name)
         assert job is not None
         windows = ledger.windows(job.seq)
@@ -247,7 +249,7 @@ def picture_of(ledger: Ledger) -> object:
         jobs[name] = (job.seq, job.state, job.attempt, job.crashes, cancelling, len(windows))
     totals = ledger.totals()
     ended = [totals.completed_total, totals.error_total, totals.cancelled_total]
-    marks = ledger._index.register._packet_ids
+    marks = ledger._index.deduplication._seq_by_packet_id
     assert [ledger._rows[str(seq)]["packet_id"] for seq in marks.values()] == list(marks)
     return jobs, list(ledger._index.queue), ended, totals.rejected_total, totals.paused, marks
 
@@ -272,7 +274,7 @@ requests = st.builds(
     model_size=st.just("base"),
     packet_id=st.none() | st.integers(1, 3),
     redelivered=st.booleans(),
-    anonymous=st.booleans(),
+    has_generated_id=st.booleans(),
     retained=st.sampled_from([False, False, True]),
     failure=st.none() | st.none() | st.none() | st.just("wrong"),
     formats=st.sampled_from([(), ("txt",), ("srt",), ("txt", "json"), ("srt", "json")]),
@@ -335,7 +337,7 @@ class LedgerMachine(RuleBasedStateMachine):
         after = copy.deepcopy(self.model)
         expected = modelled(after)
         after.settled_on_disk = self.model.settled
-        before = self.ledger._db.journal.transaction
+        before = self.ledger._storage.transaction
         if refusals is not None:
             self.disk.fault = failing(times=refusals)
         try:
@@ -346,7 +348,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.maybe = after
         else:
             assert got == expected
-            if self.ledger._db.journal.transaction != before:
+            if self.ledger._storage.transaction != before:
                 after.rejected_on_disk = after.rejected
                 self.maybe = None
             else:
@@ -360,7 +362,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return ledger.append(batch)
 
         def modelled(model: Model) -> object:
-            return [model.judge(request) for request in batch]
+            return [model.admit(request) for request in batch]
 
         return real, modelled
 
@@ -386,7 +388,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def cancelled_step(self, seq: int) -> Step:
         return (
-            lambda ledger: ledger.cancelled(seq),
+            lambda ledger: ledger.finish_cancelling(seq),
             lambda model: model.end(self.of(model, seq), JobState.CANCELLED),
         )
 
@@ -445,7 +447,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @staticmethod
     def retire_step(keep: int) -> Step:
-        return (lambda ledger: ledger.retire(before=0.0, keep=keep)[0]), (lambda model: model.retire(keep))
+        return (lambda ledger: ledger.delete_finished(before=0.0, keep=keep)[0]), (lambda model: model.retire(keep))
 
     def any_step(self, data: st.DataObject) -> Step:
         name = data.draw(st.sampled_from(NAMES))
@@ -518,7 +520,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if refusals is not None:
             self.disk.fault = failing(times=refusals, skip=skip)
         with contextlib.suppress(LedgerError):
-            self.ledger.maintain()
+            self.ledger.checkpoint_if_due()
         self.disk.heal()
 
     @rule(limit=st.integers(1, 12), chance=chances)
@@ -535,22 +537,22 @@ class LedgerMachine(RuleBasedStateMachine):
         self.broker.clear()
         self.results.clear()
         self.positions.clear()
-        self.ledger.publish_again()
+        self.ledger.republish_all()
         self.written()
 
     @rule(chance=chances)
     def settle(self, chance: random.Random) -> None:
         names = [name for name in self.model.jobs if chance.random() < 0.5]
-        self.ledger.settle_deliveries([*names, "unknown"])
+        self.ledger.release_packet_ids([*names, "unknown"])
         for name in names:
             self.model.settle(self.model.jobs[name].seq)
 
     @rule(but=st.lists(st.sampled_from(NAMES)))
     def forget(self, but: list[str]) -> None:
-        before = self.ledger._db.journal.transaction
-        self.ledger.forget_deliveries(but=but)
+        before = self.ledger._storage.transaction
+        self.ledger.release_all_packet_ids(keep=but)
         self.model.forget(but)
-        if self.ledger._db.journal.transaction != before:
+        if self.ledger._storage.transaction != before:
             self.written()
 
     def written(self) -> None:
@@ -570,12 +572,12 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.saved is not None
         self.broker, self.results = self.saved[0].copy(), self.saved[1].copy()
         self.positions.clear()
-        self.ledger.publish_again(went_back=True)
+        self.ledger.republish_all(restored=True)
         self.written()
 
     def deliver(self, limit: int, chance: random.Random | None) -> None:
         """Do as the publisher does: what is gone goes first, in order; a lost connection loses the rest."""
-        gone = self.ledger.gone(limit)
+        gone = self.ledger.pending_clears(limit)
         messages: list[DeletedJob | tuple[int, Job]] = [*gone, *self.ledger.unpublished(limit - len(gone))]
         arrived = len(messages) if chance is None else chance.randint(0, len(messages))
         acknowledged = arrived if chance is None else chance.randint(0, arrived)
@@ -591,7 +593,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def arrive(self, message: DeletedJob | tuple[int, Job]) -> None:
         if isinstance(message, DeletedJob):
-            if message.status:
+            if message.owns_status:
                 self.broker.pop(message.job_id, None)
             for name in message.formats:
                 self.results.pop((message.job_id, name), None)
@@ -605,7 +607,7 @@ class LedgerMachine(RuleBasedStateMachine):
     # -- ends and starts ------------------------------------------------------------------------------------------
 
     def drop(self) -> None:
-        self.ledger._db.journal.abandon()
+        self.ledger._storage.abandon()
         self.ledger._file_lock.release()
 
     def reopen(self, *possible: Model) -> None:
@@ -651,13 +653,13 @@ class LedgerMachine(RuleBasedStateMachine):
         after.rejected_on_disk, after.settled_on_disk = after.rejected, self.model.settled
         self.disk.fault = killing(skip=skip)
         possible = [self.model, after, *([] if self.maybe is None else [self.maybe])]
-        before = self.ledger._db.journal.transaction
+        before = self.ledger._storage.transaction
         try:
             real(self.ledger)
         except Killed:
             pass
         else:
-            possible = possible if self.ledger._db.journal.transaction == before else [after]
+            possible = possible if self.ledger._storage.transaction == before else [after]
         self.drop()
         self.reopen(*possible)
 
@@ -666,15 +668,13 @@ class LedgerMachine(RuleBasedStateMachine):
         """The last line is cut somewhere: what was being written is not there, or all of it."""
         self.do((lambda ledger: ledger.append([]), lambda _model: []))
         journal_path = self.path.with_name("ledger.json.journal")
-        start, transaction = self.ledger._db.journal.journal_bytes, self.ledger._db.journal.transaction
+        start, transaction = self.ledger._storage.journal_bytes, self.ledger._storage.transaction
         before = copy.deepcopy(self.model)
         before_maybe = self.maybe
         self.do(self.any_step(data))
-        end = self.ledger._db.journal.journal_bytes
+        end = self.ledger._storage.journal_bytes
         self.drop()
-        if (
-            end < start or self.ledger._db.journal.transaction == transaction
-        ):  # the journal was started anew, or nothing
+        if end < start or self.ledger._storage.transaction == transaction:  # the journal was started anew, or nothing
             self.reopen(self.model, *([] if self.maybe is None else [self.maybe]))
             return
         with journal_path.open("r+b") as file:
@@ -692,12 +692,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def what_the_broker_lacks_is_in_the_outbox(self) -> None:
         for name, entry in self.model.jobs.items():
             if self.broker.get(name) != (entry.state, entry.attempt):
-                assert entry.seq in self.ledger._outbox._newest, name
+                assert entry.seq in self.ledger._outbox._pending, name
 
     @invariant()
     def what_the_broker_has_too_much_is_known(self) -> None:
-        gone = {gone.seq: gone for gone in self.ledger.gone(1000)}
-        statuses = [gone.job_id for gone in gone.values() if gone.status]
+        gone = {gone.seq: gone for gone in self.ledger.pending_clears(1000)}
+        statuses = [gone.job_id for gone in gone.values() if gone.owns_status]
         assert self.broker.keys() - self.model.jobs.keys() <= set(statuses)
         assert not set(statuses) & self.model.jobs.keys()
         assert len(statuses) == len(set(statuses))
@@ -707,7 +707,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_left_of_windows_that_nobody_needs(self) -> None:
-        stored = len(self.ledger._db.journal.rows("windows"))
+        stored = len(self.ledger._storage.rows("windows"))
         assert stored == sum(entry.windows for entry in self.model.jobs.values())
 
     @invariant()
@@ -733,14 +733,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.broker == expected
         assert self.results == self.right_results()
         names = {entry.seq: name for name, entry in self.model.jobs.items()}
-        for rank, seq in enumerate(self.model.queue[:HEAD], start=1):
+        for rank, seq in enumerate(self.model.queue[:POSITIONS_TRACKED], start=1):
             assert self.positions[names[seq]] == rank
         assert all(self.positions[names[seq]] is not None for seq in self.model.queue)
 
 
 def test_the_ledger_does_what_its_model_does_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_STEP_BYTES", 2048)
-    monkeypatch.setattr(books_module, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     stateful.run_state_machine_as_test(
         LedgerMachine,
         settings=settings(

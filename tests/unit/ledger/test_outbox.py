@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.jobs import Job
-from cesar_mqtt.ledger.documents import job_of
-from cesar_mqtt.ledger.outbox import TRAIL, Item, Outbox
+from cesar_mqtt.ledger.documents import job_from
+from cesar_mqtt.ledger.outbox import HISTORY_LIMIT, Item, Outbox
 
 
 def document(seq: int, revision: int) -> dict[str, Any]:
@@ -22,7 +22,7 @@ class Desk:
         self.revisions = dict(start or {})
         self.transaction = max(self.revisions.values(), default=0)
         self.outbox = Outbox((revision, seq) for seq, revision in self.revisions.items())
-        self.news = dict(self.revisions)
+        self.event_pending = dict(self.revisions)
         """The jobs whose newest change nobody has acknowledged as such."""
         self.moment = 0
         self.since = dict.fromkeys(self.revisions, 0)
@@ -35,18 +35,18 @@ class Desk:
     def change(self, *seqs: int) -> None:
         for seq in seqs:
             self.transaction += 1
-            self.revisions[seq] = self.news[seq] = self.transaction
+            self.revisions[seq] = self.event_pending[seq] = self.transaction
             self.since[seq] = self.moment
             self.owed.add(seq)
-            self.outbox.owe(seq, self.transaction, (seq, document(seq, self.transaction), None, None))
+            self.outbox.enqueue(seq, self.transaction, (seq, document(seq, self.transaction), None, None))
 
     def tell(self, seq: int) -> None:
         if seq in self.revisions:
             self.since[seq] = self.moment
-            self.outbox.tell(seq)
+            self.outbox.republish(seq)
 
     def render(self, seq: int) -> Job:
-        return job_of(seq, document(seq, self.revisions[seq]), None, None)
+        return job_from(seq, document(seq, self.revisions[seq]), None, None)
 
     def take(self, limit: int = 1000) -> list[tuple[int, int]]:
         """What is told next: of each the job's number, and the revision if that is news, else a negative number."""
@@ -63,8 +63,8 @@ class Desk:
         heard, self.on_the_way = self.on_the_way[:count], self.on_the_way[count:]
         for seq, number, taken in heard:
             self.outbox.acknowledge(seq, number)
-            if self.news.get(seq) == number:
-                del self.news[seq]
+            if self.event_pending.get(seq) == number:
+                del self.event_pending[seq]
             if self.since.get(seq, taken) < taken:
                 del self.since[seq]
                 self.owed.discard(seq)
@@ -74,15 +74,15 @@ class Desk:
         self.outbox.coalesce()
 
     def lose_all(self, _: int = 0) -> None:
-        self.outbox.owe_all((revision, seq) for seq, revision in self.revisions.items())
+        self.outbox.enqueue_all((revision, seq) for seq, revision in self.revisions.items())
         self.owed = set(self.revisions)
         self.since = dict.fromkeys(self.revisions, self.moment)
 
     def forget(self, seq: int) -> None:
         self.owed.discard(seq)
-        for known in (self.revisions, self.news, self.since):
+        for known in (self.revisions, self.event_pending, self.since):
             known.pop(seq, None)
-        self.outbox.forget([seq])
+        self.outbox.drop([seq])
 
     @property
     def watermark(self) -> int:
@@ -107,12 +107,14 @@ def test_a_change_is_news_until_it_is_acknowledged_and_a_restart_knows_of_it(
     desk = Desk({seq: revision for revision, seq in enumerate(sorted(start), start=1)})
     for name, number in steps:
         getattr(desk, name)(number)
-        oldest = min([desk.revisions[seq] for seq in desk.owed | desk.news.keys()], default=desk.transaction + 1)
+        oldest = min(
+            [desk.revisions[seq] for seq in desk.owed | desk.event_pending.keys()], default=desk.transaction + 1
+        )
         assert desk.watermark < oldest
         assert desk.outbox or not desk.since
     desk.lose_connection()
     told = desk.take()
-    assert {seq: number for seq, number in told if number > 0} == desk.news, "as news, and as nothing else"
+    assert {seq: number for seq, number in told if number > 0} == desk.event_pending, "as news, and as nothing else"
     assert len(told) == len({seq for seq, _ in told}), "only the newest state of each"
     assert desk.since.keys() <= {seq for seq, _ in told}
     desk.hear()
@@ -157,12 +159,14 @@ def test_one_that_is_told_again_waits_behind_those_that_were_before_it() -> None
 
 def test_every_state_of_a_job_is_told_as_long_as_there_are_not_too_many() -> None:
     desk = Desk()
-    desk.change(*([1] * TRAIL))
-    assert [number for _, number in desk.take()] == list(range(1, TRAIL + 1))
+    desk.change(*([1] * HISTORY_LIMIT))
+    assert [number for _, number in desk.take()] == list(range(1, HISTORY_LIMIT + 1))
     desk = Desk()
-    desk.change(*([1, 2] * TRAIL))
+    desk.change(*([1, 2] * HISTORY_LIMIT))
     told = desk.take()
-    assert [number for _, number in told] == list(range(TRAIL + 1, 2 * TRAIL + 1)), "the oldest give way"
+    assert [number for _, number in told] == list(range(HISTORY_LIMIT + 1, 2 * HISTORY_LIMIT + 1)), (
+        "the oldest give way"
+    )
     desk.forget(1)
-    desk.change(*([2] * (TRAIL + 5)))
-    assert len(desk.take(2 * TRAIL)) == TRAIL
+    desk.change(*([2] * (HISTORY_LIMIT + 5)))
+    assert len(desk.take(2 * HISTORY_LIMIT)) == HISTORY_LIMIT

@@ -25,7 +25,7 @@ def new(job_id: str) -> NewJob:
 
 
 def crash(ledger: Ledger) -> None:
-    ledger._db.journal.abandon()
+    ledger._storage.abandon()
     ledger._file_lock.release()
 
 
@@ -136,7 +136,7 @@ def rich(tmp_path: Path) -> Path:
         ledger.add_window(second.seq, window(1))
         ledger.delete("c")
         ledger.pause(on=True)
-        ledger._db.journal.checkpoint()
+        ledger._storage.checkpoint()
         ledger.append([new("c")])
         ledger.add_window(second.seq, window(2))
         crash(ledger)
@@ -163,7 +163,7 @@ def test_windows_deleted_jobs_and_a_pause_are_no_damage_and_no_jobs(
     with Ledger(rich) as ledger:
         assert windows(ledger)[:3] == [2, 3, 0]
         assert ledger.totals().paused
-        assert ledger.gone(9) == [DeletedJob(3, "c", ("srt",), status=False)]
+        assert ledger.pending_clears(9) == [DeletedJob(3, "c", ("srt",), owns_status=False)]
 
 
 def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:
@@ -171,7 +171,7 @@ def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:
     assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
         assert windows(ledger)[:2] == [2, 1]
-        assert len(ledger._db.journal.rows("windows")) == 3
+        assert len(ledger._storage.rows("windows")) == 3
         ledger.pause(on=False)
         job = ledger.claim()
         assert job is not None
@@ -206,7 +206,7 @@ def test_a_deleted_job_whose_id_is_lost_does_not_keep_the_ledger_from_being_open
     damage(rich, b'{"job_id":"c","formats"')
     assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
-        assert ledger.gone(9) == []
+        assert ledger.pending_clears(9) == []
         assert ledger.get("c") is not None
 
 
@@ -268,7 +268,7 @@ def test_a_ledger_that_was_edited_into_nonsense_can_be_repaired(path: Path, caps
     assert "Job number 2 (b)" in said
     with Ledger(path) as ledger:
         assert [job.job_id for job in ledger.jobs()] == ["a", "c", "e"]
-        assert ledger.retire(before=2e9, keep=0)[0] == 1
+        assert ledger.delete_finished(before=2e9, keep=0)[0] == 1
 
 
 def test_the_damaged_files_stay_beside_the_repaired_one(path: Path) -> None:

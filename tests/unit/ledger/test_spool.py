@@ -127,7 +127,7 @@ def test_a_file_that_came_into_the_folder_by_itself_is_swept_unless_it_is_needed
 
 def test_a_spool_that_cannot_be_made_or_read_is_named(tmp_path: Path, spool: Spool, folder: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(LedgerError, match=r"file/spool cannot be made: Not a directory"):
+    with pytest.raises(LedgerError, match=r"file/spool cannot be created: Not a directory"):
         Spool(tmp_path / "file" / "spool")
     folder.rmdir()
     with pytest.raises(LedgerError, match=r"spool cannot be read: No such file"):

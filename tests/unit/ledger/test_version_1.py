@@ -75,7 +75,7 @@ def test_every_job_is_there_and_the_interrupted_one_waits_for_its_turn(ledger: L
     interrupted, waiting = jobs["interrupted"], jobs["waiting"]
     assert (interrupted.attempt, interrupted.crashes, interrupted.queue_position) == (2, 2, 1)
     assert [window.number for window in ledger.windows(interrupted.seq)] == [0, 1]
-    assert ledger.finished_until(interrupted.seq) == 53.088
+    assert ledger.resume_position_s(interrupted.seq) == 53.088
     assert (waiting.formats, waiting.stream, waiting.metadata) == (("vtt",), True, {"number": 7})
     assert waiting.options == {
         "language": "en",
@@ -96,7 +96,7 @@ def test_counters_pause_and_spool_are_as_they_were(ledger: Ledger, data_dir: Pat
 
     assert (totals.completed_total, totals.error_total, totals.cancelled_total) == (7, 5, 1)
     assert (totals.rejected_total, totals.deleted_total, totals.queued, totals.paused) == (2, 4, 4, True)
-    assert ledger.spooled() == {path.name for path in (data_dir / "spool").iterdir()}
+    assert ledger.needed_spool_files() == {path.name for path in (data_dir / "spool").iterdir()}
     assert ledger.claim() is None, "it is paused"
 
 
@@ -106,7 +106,7 @@ def test_jobs_are_claimed_in_the_order_of_acceptance(ledger: Ledger) -> None:
     claimed = []
     while job := ledger.claim():
         claimed.append(job.job_id)
-        ledger.cancelled(job.seq)
+        ledger.finish_cancelling(job.seq)
 
     assert claimed == ["interrupted", "replaced", "waiting-upload", "waiting"]
 
@@ -119,12 +119,14 @@ def test_a_request_that_comes_again_makes_no_second_job(ledger: Ledger, before: 
         audio = AudioSource(*row["audio"])
         return NewJob(row["job_id"], row["fingerprint"], audio, model_size=row["model_size"], **fields)
 
-    verdicts = ledger.append([again("completed"), again("retained", anonymous=True, retained=True), again("waiting")])
+    verdicts = ledger.append(
+        [again("completed"), again("retained", has_generated_id=True, retained=True), again("waiting")]
+    )
 
     assert verdicts == [
-        (Admission.SAME, "completed"),
-        (Admission.SAME, rows["retained"]["job_id"]),
-        (Admission.SAME, "waiting"),
+        (Admission.DUPLICATE, "completed"),
+        (Admission.DUPLICATE, rows["retained"]["job_id"]),
+        (Admission.DUPLICATE, "waiting"),
     ]
 
 

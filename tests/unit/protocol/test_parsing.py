@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.json_codec import canonical
-from cesar_mqtt.ledger.documents import document_of, job_of
+from cesar_mqtt.ledger.documents import job_document, job_from
 from cesar_mqtt.protocol.formats import FORMATS
 from cesar_mqtt.protocol.parsing import (
     SHORT_FORM_BYTES,
@@ -103,7 +103,7 @@ def check_refusal(refusal: Refusal, payload: bytes) -> None:
     assert not refusal.recordable or refusal.job_id
     assert refusal.recordable or (refusal.metadata, refusal.audio) == ({}, None)
     recorded = NewJob("a", "x", refusal.audio, "base", metadata=refusal.metadata, failure=detail)
-    job = job_of(1, document_of(recorded, 0.0, 1), None, None)
+    job = job_from(1, job_document(recorded, 0.0, 1), None, None)
     assert json.loads(status_of(job, "cesar").encode())["metadata"] == refusal.metadata
     rejection = Rejection(
         reason=refusal.reason,

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cesar_mqtt.ledger.expiries import Times
+from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
 
 NUMBERS = st.integers(0, 12)
 STEPS = st.lists(st.tuples(NUMBERS, st.none() | st.integers(0, 5).map(float)), max_size=200)
@@ -13,7 +13,7 @@ STEPS = st.lists(st.tuples(NUMBERS, st.none() | st.integers(0, 5).map(float)), m
 def test_the_earliest_are_those_that_a_search_would_find(
     start: dict[int, float], steps: list[tuple[int, float | None]], time: int, limit: int
 ) -> None:
-    times, plain = Times(start.items()), dict(start)
+    times, plain = ExpiryHeap(start.items()), dict(start)
     for number, at in steps:
         for mapping in (times, plain):
             if at is None:
@@ -24,14 +24,13 @@ def test_the_earliest_are_those_that_a_search_would_find(
     assert list(reversed(times)) == list(reversed(plain))
     wanted = [number for at, number in sorted((at, number) for number, at in plain.items()) if at <= time]
     for _ in range(2):
-        assert times.until(time, limit) == wanted[:limit]
+        assert times.due(time, limit) == wanted[:limit]
 
 
 def test_what_is_gone_is_forgotten_even_behind_one_that_stays() -> None:
-    times = Times({0: 0.0}.items())
+    times = ExpiryHeap({0: 0.0}.items())
     for number in range(1, 5000):
         times[number] = float(number)
         times[number % 10] = -1.0
         del times[number]
         assert len(times._heap) < 60
-        assert len(times._late) < 60
