@@ -17,7 +17,7 @@ from rich.text import Text
 
 from cesar_mqtt.cli import text
 from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_table, say
-from cesar_mqtt.cli.session import ControlClient, RequestRefusedError
+from cesar_mqtt.cli.control_client import ControlClient, RequestRefusedError
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.protocol.commands import MAX_LISTED_JOBS, MAX_RESULT_BYTES
@@ -59,7 +59,7 @@ def print_jobs(
     """
     quiet()
     with ControlClient(settings, ["list"], timeout_s=timeout_s) as client:
-        lists = [_newest(client, status, limit, each) for each in client.everyone(consumer)]
+        lists = [_newest(client, status, limit, each) for each in client.targets(consumer)]
     total = sum(count for _, count in lists)
     merged = [job for newest, _ in lists for job in newest]
     if len(lists) > 1:
@@ -141,7 +141,7 @@ def _ask_each(settings: Settings, command: str, consumer: str | None, timeout_s:
     """Ask the one consumer, or each that is online."""
     quiet()
     with ControlClient(settings, [command], timeout_s=timeout_s) as client:
-        for each in client.everyone(consumer):
+        for each in client.targets(consumer):
             yield client.ask(command, consumer=each)
 
 

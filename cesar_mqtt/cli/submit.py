@@ -217,9 +217,7 @@ def _print_result(item: Submission, status: Mapping[str, Any], result: bytes | N
     for warning in status.get("warnings") or ():
         say(f"{item.path}: {printable(str(warning))}")
     if status.get("result_truncated"):
-        say(
-            f"{item.path}: the broker's packet limit is too small for the transcript of job {item.job_id}: its end may be missing."
-        )
+        say(f"{item.path}: job {item.job_id} exceeds the broker's packet limit: the transcript's end may be missing.")
 
 
 def _failure_sentence(

@@ -7,25 +7,23 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 
 from cesar_mqtt.cli.console import out, say
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import ephemeral_client, reach
+from cesar_mqtt.cli.session import Session
 from cesar_mqtt.cli.text import printable
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow
 from cesar_mqtt.cli.watch_view import View, line_of
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
-from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 
 _CONNECT_S = 10.0
-_LOOK_S = 0.25
+_POLL_S = 0.25
 """The shortest time between two drawings."""
 _CLOCK_S = 1.0
 
@@ -34,51 +32,22 @@ def watch(settings: Settings, *, as_json: bool) -> ExitCode:
     """Show jobs and consumers until a stop signal; reconnects when the connection is lost.
 
     Raises:
-        CesarError: as `reach`.
+        CesarError: as `Session.connect`.
     """
     quiet()
     console = Console()
-    with handle_stop_signals() as stop, Feed(settings) as feed:
+    prefix = settings.topic_prefix
+    topics = (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
+    wanted = [Subscription(topic, wants_retained=True) for topic in topics]
+    with handle_stop_signals() as stop, Session(settings.broker, "watch", wanted) as session:
+        session.connect(_CONNECT_S)
         if as_json:
-            _follow(feed, stop, JsonLines())
+            _follow(session, stop, JsonLines())
         elif console.is_terminal:
-            _draw(feed, stop, console)
+            _draw(session, stop, Screen(prefix, session.address), console)
         else:
-            _follow(feed, stop, Lines(settings.topic_prefix))
+            _follow(session, stop, Lines(prefix))
     return ExitCode.OK
-
-
-class Feed:
-    """The messages of jobs and consumers; the retained ones come first, again at each connection."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Prepare the client; entering the context connects. Raises ConfigError."""
-        prefix = settings.topic_prefix
-        self.prefix = prefix
-        self.address = parse_broker_url(settings.broker.url).redacted
-        topics = (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
-        wanted = [Subscription(topic, wants_retained=True) for topic in topics]
-        self._client = ephemeral_client(settings.broker, "watch", wanted)
-
-    def __enter__(self) -> Self:
-        reach(self._client, self.address, _CONNECT_S)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
-
-    @property
-    def trouble(self) -> str | None:
-        """Why nothing comes; None: there is a connection."""
-        if self._client.connected:
-            return None
-        failure = self._client.failure
-        return failure.problem if failure else "the connection was lost"
-
-    def take(self, timeout_s: float) -> list[Delivery]:
-        deliveries = self._client.receive(timeout_s)
-        self._client.acknowledge(deliveries)
-        return deliveries
 
 
 class Screen:
@@ -152,28 +121,27 @@ class JsonLines:
         say("connected again" if text is None else f"no connection: {text}; reconnecting")
 
 
-def _draw(feed: Feed, stop: StopSignals, console: Console) -> None:
-    screen = Screen(feed.prefix, feed.address)
+def _draw(session: Session, stop: StopSignals, screen: Screen, console: Console) -> None:
     drawn_at, changed = 0.0, True
     with Live(screen.view(None), console=console, screen=True, auto_refresh=False) as live:
         while not stop.requested.is_set():
             now = time.monotonic()
-            if now - drawn_at >= (_LOOK_S if changed else _CLOCK_S):
+            if now - drawn_at >= (_POLL_S if changed else _CLOCK_S):
                 drawn_at, changed = now, False
-                live.update(screen.view(feed.trouble), refresh=True)
-            deliveries = feed.take(_LOOK_S)
+                live.update(screen.view(session.trouble), refresh=True)
+            deliveries = session.receive(_POLL_S)
             screen.take(deliveries)
             changed |= bool(deliveries)
 
 
-def _follow(feed: Feed, stop: StopSignals, lines: Lines | JsonLines) -> None:
+def _follow(session: Session, stop: StopSignals, lines: Lines | JsonLines) -> None:
     trouble: str | None = None
     while not stop.requested.is_set():
-        now = feed.trouble
+        now = session.trouble
         if (now is None) != (trouble is None):
             lines.trouble(now)
         trouble = now
-        for delivery in feed.take(_LOOK_S):
+        for delivery in session.receive(_POLL_S):
             lines.take(delivery)
 
 

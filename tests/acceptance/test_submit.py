@@ -196,7 +196,7 @@ def test_a_result_that_was_cut_is_printed_with_a_warning(
     assert run(["submit", "--broker", mosquitto.url, *flags, "--by-path", "a.wav"]) == 0
     said = capsys.readouterr()
     assert said.out.strip() == "Hello."
-    assert said.err.endswith("its end may be missing.\n")
+    assert said.err.endswith("end may be missing.\n")
 
 
 def test_a_file_comes_through_an_embedded_broker_too(

@@ -14,7 +14,7 @@ from rich.console import Console
 from cesar_mqtt.cli import jobs as shell
 from cesar_mqtt.cli import text as wording
 from cesar_mqtt.cli.console import new_table, print_table
-from cesar_mqtt.cli.session import RequestRefusedError
+from cesar_mqtt.cli.control_client import RequestRefusedError
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import ExitCode
 
@@ -42,7 +42,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             def __exit__(self, *_: object) -> None:
                 pass
 
-            def everyone(self, consumer: str | None) -> Sequence[str | None]:
+            def targets(self, consumer: str | None) -> Sequence[str | None]:
                 return [consumer] if consumer else online if len(online) > 1 else [None]
 
             def ask(
