@@ -8,13 +8,14 @@ from cesar_mqtt import __version__
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import CesarError, ExitCode
+from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.protocol.asyncapi import document
 from cesar_mqtt.protocol.schema import Schema, bundle, payload_schemas
 
 
 def print_asyncapi(settings: Settings) -> ExitCode:
     """Print the AsyncAPI document of a consumer with these settings. Raises ConfigError."""
-    out(_render(document(settings)))
+    out(_render(document(settings, parse_broker_url(settings.broker.url))))
     return ExitCode.OK
 
 

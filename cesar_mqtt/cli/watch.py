@@ -124,7 +124,7 @@ class JsonLines:
 def _draw(session: Session, stop: StopSignals, screen: Screen, console: Console) -> None:
     drawn_at, changed = 0.0, True
     with Live(screen.view(None), console=console, screen=True, auto_refresh=False) as live:
-        while not stop.requested.is_set():
+        while not stop.is_requested():
             now = time.monotonic()
             if now - drawn_at >= (_POLL_S if changed else _CLOCK_S):
                 drawn_at, changed = now, False
@@ -136,7 +136,7 @@ def _draw(session: Session, stop: StopSignals, screen: Screen, console: Console)
 
 def _follow(session: Session, stop: StopSignals, lines: Lines | JsonLines) -> None:
     trouble: str | None = None
-    while not stop.requested.is_set():
+    while not stop.is_requested():
         now = session.trouble
         if (now is None) != (trouble is None):
             lines.trouble(now)

@@ -66,10 +66,18 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page: str, argu
         _, command, rest = resolve(context, left)
 
 
-def test_no_page_links_to_a_page_that_is_not_there() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_no_page_links_to_a_page_or_a_heading_that_is_not_there() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "deploy").rglob("*.md")]:
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            assert not heading or heading in headings(linked), f"{page.name}: {target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
 
 
 def test_every_page_is_linked_from_the_readme_or_from_a_page_that_is() -> None:

@@ -261,7 +261,7 @@ def test_what_is_over_the_limit_is_not_read_to_its_end(
 ) -> None:
     monkeypatch.setenv("CESAR_QUEUE__MAX_PAYLOAD_BYTES", "2048")
     assert run(["submit", "--broker", "mqtt://127.0.0.1:1", "/dev/zero"]) == 1
-    assert "/dev/zero is over the 2.0 kB" in capsys.readouterr().err
+    assert "/dev/zero is larger than a message may be, 2.0 kB" in capsys.readouterr().err
 
 
 @pytest.mark.mosquitto

@@ -42,7 +42,7 @@ def run() -> ExitCode:
         try:
             return _submit(service.url, stop)
         finally:
-            stop.requested.set()
+            stop.request()
             thread.join()
 
 
@@ -61,7 +61,7 @@ def _submit(url: str, stop: StopSignals) -> ExitCode:
         _step("publish", f"{topics.audio(_JOB_ID)}  ({RECORDING.name}, {RECORDING.stat().st_size // 1024} KiB)")
         producer.publish(None)
         seen: list[str] = []
-        while not stop.requested.is_set() and not producer.follow(
+        while not stop.is_requested() and not producer.follow(
             time.monotonic() + _LOOK_S, lambda _, status: _show(status, seen)
         ):
             pass
