@@ -155,7 +155,7 @@ class Catalogue:
                 "or choose another model."
             )
         if place is None:
-            path = hub.fetch(name, should_stop=should_stop, on_progress=on_progress)
+            path = hub.download(name, should_stop=should_stop, on_progress=on_progress)
         else:
             path = place.path or self._packages.join(name, should_stop=should_stop, on_progress=on_progress)
         if missing := missing_files(path):

@@ -1,25 +1,30 @@
-"""The Hugging Face hub: what each model is called there, what of it is in the cache, and fetching one.
+"""The Hugging Face hub: what each model is called there, which are in the cache, and the download of one.
 
-Fetching runs in a process of its own (`hubprocess`): huggingface_hub's requests may wait without end and none of them
-can be cancelled, while a process can be ended at any instant and takes its memory with it. Any thread may call.
+Any thread may call. A download runs in a daemon thread of its own, because the requests of huggingface_hub cannot be
+cancelled: on a cancel the thread is abandoned, ends with its next block or read timeout, and delays nothing.
 """
 
-import json
+import errno
+import logging
 import os
-import selectors
-import subprocess
-import sys
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Self
 
-from huggingface_hub import constants, snapshot_download
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.threads import Task, wait
 from cesar_mqtt.whisper.model_files import PATTERNS, missing_files, unavailable
 
 log = get_logger(__name__)
@@ -45,13 +50,17 @@ REPOSITORIES = {
     "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
     "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
 }
-"""Every name that faster-whisper knows (a test compares), and where it is: faster-whisper tells nobody the second."""
+"""Every name that faster-whisper knows (a test compares), and its repository, which faster-whisper keeps private."""
 
 STALL_S = 30.0
-"""So long without a byte and a download is given up; huggingface_hub has then tried twice to go on with it."""
-_TICK_S = 0.25
+"""A download that receives nothing for so long is given up; huggingface_hub has then tried to resume it twice."""
+_ANSWER_S = 5.0
 _LOG_EVERY_S = 5.0
-_SENTENCES = {
+_STALE_S = 600.0
+_SPARE_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 18
+_REFUSALS = frozenset({401, 403, 404, 410})
+_REASONS = {
     "offline": "the hub's own offline mode is on (HF_HUB_OFFLINE)",
     "silent": "the Hugging Face hub does not answer: check the network",
     "stalled": "nothing more came from the Hugging Face hub: check the network and retry, what is complete is kept",
@@ -61,21 +70,13 @@ _SENTENCES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _News:
-    """One line of the process: `kind` is `progress`, `path`, `error`, or `log` for what is none of these."""
-
-    kind: str
-    value: Any
-
-
 def is_offline() -> bool:
     """Whether the hub's own offline mode is on."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def cached(name: str) -> Path | None:
-    """Return the folder of a model that is whole in the hub's cache; never asks the network."""
+    """Return the folder of a model that is complete in the hub's cache; uses no network."""
     if name not in REPOSITORIES:
         return None
     try:
@@ -86,22 +87,23 @@ def cached(name: str) -> Path | None:
     return None if missing_files(path) else path
 
 
-def fetch(
+def download(
     name: str,
     *,
     should_stop: Callable[[], bool],
     on_progress: Callable[[int, int], None],
     stall_s: float = STALL_S,
 ) -> Path:
-    """Fetch a model into the hub's cache; the files that an earlier attempt completed are not fetched again.
+    """Download a model into the hub's cache; files that an earlier attempt completed are not downloaded again.
 
-    A connection that breaks is taken up again where it was. Progress is logged every few seconds.
+    A broken connection is resumed where it was. Progress is logged every few seconds.
 
     Args:
         name: one of `REPOSITORIES`.
-        should_stop: asked at least four times a second.
-        on_progress: told bytes fetched, and bytes in all; the first may go back when the hub starts a file again.
-        stall_s: seconds without a byte after which it is given up.
+        should_stop: asked ten times a second.
+        on_progress: called in this thread with the bytes downloaded and the bytes in all; the first may go back when
+            the hub starts a file again.
+        stall_s: seconds without a byte after which the download is given up.
 
     Raises:
         JobFailedError: `model_unavailable`: offline, no answer, refused, no room, stalled or failed.
@@ -109,120 +111,187 @@ def fetch(
     """
     if is_offline():
         raise _failure(name, "offline")
-    tell = _Progress(name, on_progress)
-    with _started(REPOSITORIES[name]) as process:
-        heard_at, last = time.monotonic(), ""
-        for news in _news_of(process):
-            if should_stop():
-                raise Cancelled
-            if news is not None:
-                match news.kind:
-                    case "path":
-                        return Path(news.value)
-                    case "error":
-                        _fail(name, *news.value)
-                    case "progress":
-                        heard_at = time.monotonic() if tell(*news.value) else heard_at
-                    case _:
-                        last = str(news.value)
-            if time.monotonic() - heard_at > stall_s:
-                _fail(name, "stalled", f"no byte for {stall_s:g} s; {last}")
-    return _fail(name, "failed", f"the process ended with {process.returncode}; {last}")
+    progress = _Progress(name, on_progress)
+    running = _Download(REPOSITORIES[name])
+
+    def is_over(timeout_s: float) -> bool:
+        done = bool(wait_for_futures([running.future], timeout_s).done)
+        progress.update(*running.progress())
+        return done or progress.silent_s > stall_s
+
+    try:
+        wait(is_over, should_stop)
+    finally:
+        running.abandon()
+    # The client raises what it is built on: httpx2's errors, OSError, ValueError, AssertionError and its own.
+    exc = running.future.exception() if running.future.done() else _StalledError(f"no byte for {stall_s:g} s")
+    if exc is None:
+        return running.future.result()
+    reason, detail = _reason(exc), f"{type(exc).__name__}: {exc}"
+    log.warning("Model %s cannot be fetched (%s): %s", name, reason, detail, action="model_download_failed")
+    raise _failure(name, reason) from exc
+
+
+class _StalledError(Exception):
+    """Nothing was received for too long."""
 
 
 class _Progress:
-    """Passes on how far a download is, and logs it now and then."""
+    """How far a download is: passed on when it changes, and logged now and then."""
 
     def __init__(self, name: str, on_progress: Callable[[int, int], None]) -> None:
         self._name = name
         self._on_progress = on_progress
         self._done_bytes = -1
+        self._changed_at = time.monotonic()
         self._logged_at = -_LOG_EVERY_S
 
-    def __call__(self, done_bytes: int, total_bytes: int) -> bool:
-        """Return whether anything has come since the last time."""
-        if done_bytes == self._done_bytes:
-            return False
-        self._done_bytes = done_bytes
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last change."""
+        return time.monotonic() - self._changed_at
+
+    def update(self, done_bytes: int, total_bytes: int) -> None:
+        if done_bytes == self._done_bytes or not total_bytes:
+            return
+        self._done_bytes, self._changed_at = done_bytes, time.monotonic()
         self._on_progress(done_bytes, total_bytes)
-        now = time.monotonic()
-        if now - self._logged_at >= _LOG_EVERY_S:
-            self._logged_at = now
-            percent = 100 * done_bytes // total_bytes if total_bytes else 0
+        if self._changed_at - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = self._changed_at
+            percent = 100 * done_bytes // total_bytes
             text = "Fetching model %s from the hub: %d %% of %.0f MB"
             arguments = (self._name, percent, total_bytes / 1e6)
             log.info(text, *arguments, action="model_download", percent=percent, bytes=done_bytes)
-        return True
 
 
-@contextmanager
-def _started(repository: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the process, which ends with the block, or with this process, whatever happens to it.
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file of a repository: its name, its size, and where the cache will have it."""
 
-    In a session of its own, so that Ctrl-C reaches only us; `-P`, so that no file of the current folder is imported.
-    Plain HTTP rather than Xet: it needs a fraction of the memory, and it is what is tested.
+    name: str
+    size_bytes: int
+    path: Path
+
+
+class _Download:
+    """The download of one repository in a daemon thread. Any thread may call its methods.
+
+    File by file with `hf_hub_download`: `snapshot_download` uses a pool whose threads the interpreter joins at exit, so
+    that an abandoned one would hold up the end of the process.
     """
-    defaults = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environ = {**defaults, **os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    process = subprocess.Popen(  # noqa: S603 - this Python, one of our own modules, a name from our own table
-        [sys.executable, "-P", "-m", "cesar_mqtt.whisper.hub_process", repository],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environ,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()  # it tidies up and ends
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+
+    def __init__(self, repository: str) -> None:
+        _configure_client()
+        self._repository = repository
+        self._folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+        self._files: tuple[_File, ...] = ()
+        self._abandoned = threading.Event()
+        self.future = Task("hub-download", self._run).future
+
+    def progress(self) -> tuple[int, int]:
+        """Return the bytes on disk and the bytes in all; zeros until the hub has answered.
+
+        By the sizes of the files, so that what another process downloads into the same cache counts as well.
+        """
+        files = self._files
+        total_bytes = sum(file.size_bytes for file in files)
+        done_bytes = sum(file.size_bytes for file in files if file.path.exists())
+        with suppress(OSError):  # a file was completed in the meantime
+            done_bytes += sum(part.stat().st_size for part in self._partial_files())
+        return min(done_bytes, total_bytes), total_bytes
+
+    def abandon(self) -> None:
+        """Let the thread end by itself and remove its partial file now: the process may end before the thread."""
+        self._abandoned.set()
+        if not self.future.done():
+            for descriptor in Path("/proc/self/fd").glob("*"):
+                with suppress(OSError):
+                    file = descriptor.readlink()
+                    if file.suffix == ".incomplete" and file.is_relative_to(self._folder.resolve()):
+                        file.unlink()
+
+    def _run(self) -> Path:
+        # The client itself would wait for this answer without end.
+        info = HfApi().model_info(self._repository, files_metadata=True, timeout=_ANSWER_S)
+        folder = self._folder / "snapshots" / str(info.sha)
+        self._files = tuple(
+            _File(sibling.rfilename, sibling.size or 0, folder / sibling.rfilename)
+            for sibling in info.siblings or ()
+            if any(fnmatch(sibling.rfilename, pattern) for pattern in PATTERNS)
+        )
+        self._remove_stale_files()
+        self._check_room()
+        path = folder
+        for file in self._files:
+            options: dict[str, Any] = {"etag_timeout": _ANSWER_S, "tqdm_class": self._progress_bar}
+            path = Path(hf_hub_download(self._repository, file.name, **options)).parent
+        return path
+
+    def _progress_bar(self, *_: object, **__: object) -> "_Cancellation":
+        return _Cancellation(self._abandoned)
+
+    def _partial_files(self) -> Iterator[Path]:
+        return self._folder.glob("blobs/*.incomplete")
+
+    def _remove_stale_files(self) -> None:
+        """Remove what killed downloads have left; a file that was written to lately belongs to a live one."""
+        for partial in self._partial_files():
+            with suppress(OSError):
+                if time.time() - partial.stat().st_mtime > _STALE_S:
+                    partial.unlink()
+
+    def _check_room(self) -> None:
+        needed_bytes = sum(file.size_bytes for file in self._files if not file.path.exists())
+        existing = next(folder for folder in (self._folder, *self._folder.parents) if folder.exists())
+        if needed_bytes and shutil.disk_usage(existing).free < needed_bytes + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, f"{needed_bytes} bytes are needed", str(existing))
 
 
-def _news_of(process: subprocess.Popen[bytes]) -> Iterator[_News | None]:
-    """Give what the process says as it comes, and None when it has said nothing for a moment; ends as it does."""
-    if process.stdout is None:
-        return
-    descriptor = process.stdout.fileno()
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while True:
-            if not selector.select(_TICK_S):
-                yield None
-                continue
-            block = os.read(descriptor, 1 << 16)
-            if not block:
-                return
-            *lines, rest = (rest + block).split(b"\n")
-            yield from (_read(line) for line in lines)
+class _Cancellation:
+    """Stands in for the progress bar that the client updates with each block: ends an abandoned download there."""
+
+    def __init__(self, abandoned: threading.Event) -> None:
+        self._abandoned = abandoned
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, _block_bytes: float | None = 1) -> None:
+        if self._abandoned.is_set():
+            raise Cancelled
 
 
-def _read(line: bytes) -> _News:
-    with suppress(ValueError):
-        said = json.loads(line)
-        if isinstance(said, dict) and len(said) == 1:
-            ((kind, value),) = said.items()
-            return _News(kind, value)
-    text = line.decode("utf-8", "replace")
-    log.debug("The hub's client says: %s", text, action="model_download")
-    return _News("log", text)
+def _configure_client() -> None:
+    # Blocks of 10 MB, the default, would look like a stall on a slow line.
+    constants.DOWNLOAD_CHUNK_SIZE = _BLOCK_BYTES
+    # Plain HTTP rather than Xet: it needs a fraction of the memory, and it is what is tested.
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"):
+        if name not in os.environ:
+            setattr(constants, name, True)
+    # Its warnings quote URLs, which may be signed.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _fail(name: str, reason: str, detail: str) -> NoReturn:
-    text = "Model %s cannot be fetched (%s): %s"
-    log.warning(text, name, reason, detail, action="model_download_failed")
-    raise _failure(name, reason)
+def _reason(exc: BaseException) -> str:
+    """Find the root of an error, which the client wraps."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, _StalledError):
+            return "stalled"
+        if isinstance(cause, HfHubHTTPError):
+            return "refused" if cause.response.status_code in _REFUSALS else "failed"
+        if isinstance(cause, httpx2.ConnectError | httpx2.TimeoutException):
+            return "silent"
+        if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return "no_room"
+        cause = cause.__cause__ or cause.__context__
+    return "failed"
 
 
 def _failure(name: str, reason: str) -> JobFailedError:
-    sentence = _SENTENCES.get(reason, _SENTENCES["failed"])
     return unavailable(
-        f"The model {name!r} is not on this machine and {sentence}, or choose a model that is already here."
+        f"The model {name!r} is not on this machine and {_REASONS[reason]}, or choose a model that is already here."
     )

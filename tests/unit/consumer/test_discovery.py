@@ -14,14 +14,13 @@ from cesar_mqtt.consumer.discovery import (
     discovery_filters,
     discovery_messages,
 )
-from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
-from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
+from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics, DiscoverySchedule
 from cesar_mqtt.consumer.incoming import MessageParser
 from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Event
+from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
 
 KITCHEN = Topics("cesar", "kitchen")
@@ -74,7 +73,7 @@ def test_the_contract_s_entities_are_there() -> None:
     }
 
 
-def test_both_ways_of_announcing_say_the_same() -> None:
+def test_both_discovery_modes_have_the_same_entities() -> None:
     device = messages()[DEVICE]
     single = messages(mode="component")
     assert len(single) == len(device["components"])
@@ -87,22 +86,22 @@ def test_both_ways_of_announcing_say_the_same() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_topics_and_ids_of_consumers_side_by_side_differ(mode: Mode) -> None:
     names = ["cesar", "Cesar", "kitchen", "kitchen_last", "kitchen-last", "kitchen_last_error"]
-    told = [messages(Topics("cesar", name), mode=mode) for name in names]
-    topics = [topic for message in told for topic in message]
-    ids = re.findall(r'"unique_id": "([^"]+)"', json.dumps(told))
+    announced = [messages(Topics("cesar", name), mode=mode) for name in names]
+    topics = [topic for message in announced for topic in message]
+    ids = re.findall(r'"unique_id": "([^"]+)"', json.dumps(announced))
     assert len(set(topics)) == len(topics)
     assert len(set(ids)) == len(ids)
-    assert len({json.dumps(message["device"]) for one in told for message in one.values()}) == len(names)
+    assert len({json.dumps(message["device"]) for one in announced for message in one.values()}) == len(names)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_topics_are_such_as_home_assistant_listens_to(mode: Mode) -> None:
+def test_discovery_topics_are_those_that_home_assistant_subscribes_to(mode: Mode) -> None:
     pattern = re.compile(r"my/home/\w+/(?:[a-zA-Z0-9_-]+/)?[a-zA-Z0-9_-]+/config")
     assert all(pattern.fullmatch(topic) for topic in messages(mode=mode, prefix="my/home"))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_announced_is_found_again(mode: Mode) -> None:
+def test_all_discovery_topics_match_the_filters(mode: Mode) -> None:
     filters = discovery_filters("kitchen", prefix="homeassistant")
     patterns = [re.compile(re.escape(one).replace(r"\+", "[^/]+")) for one in filters]
     for topic in messages(mode=mode):
@@ -120,10 +119,10 @@ def test_everything_is_below_the_topic_prefix() -> None:
 
 def test_the_choices_are_those_of_the_messages() -> None:
     assert entities()["activity"]["options"] == list(get_args(Activity))
-    assert set(entities()["job"]["event_types"]) == set(get_args(Event.model_fields["event_type"].annotation))
+    assert set(entities()["job"]["event_types"]) == set(EVENT_TYPES)
 
 
-def test_no_attribute_has_a_name_that_home_assistant_takes_away() -> None:
+def test_no_attribute_has_a_name_that_home_assistant_omits() -> None:
     templates = [
         entity["json_attributes_template"] for entity in entities().values() if "json_attributes_topic" in entity
     ]
@@ -131,7 +130,7 @@ def test_no_attribute_has_a_name_that_home_assistant_takes_away() -> None:
     assert not any(re.search(r"'(state|icon)':", template) for template in templates)
 
 
-def test_what_is_sent_for_a_consumer_that_is_away_stays_possible() -> None:
+def test_submitting_stays_available_while_the_consumer_is_offline() -> None:
     assert "availability" not in entities()["submit"]
     assert entities()["paused"]["availability"][0]["topic"] == "cesar/consumer/kitchen/state"
 
@@ -168,14 +167,14 @@ def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix(
 
 
 @pytest.mark.parametrize("topic", birth_topics("other"))
-def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: MessageParser, topic: str) -> None:
+def test_a_birth_message_is_recognised_and_is_not_a_job(planner: MessageParser, topic: str) -> None:
     plan = planner.plan(delivery(topic, b"online"))
     assert plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "retain"), [(b"offline", False), (b"", False), (b"online", True)])
-def test_what_is_no_birth_is_passed_over(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
+def test_other_messages_on_the_birth_topic_are_ignored(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
     plan = planner.plan(delivery("homeassistant/status", payload, retain=retain))
     assert not plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
@@ -211,86 +210,90 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def own() -> OwnTopics:
+def own_topics() -> OwnTopics:
     state = OwnTopics()
     state.retain("state", b"online")
     return state
 
 
 @pytest.fixture
-def announcer(own: OwnTopics, clock: Clock) -> DiscoverySchedule:
-    return DiscoverySchedule(own, monotonic=clock, spread=lambda least, most: (least + most) / 2)
+def schedule(own_topics: OwnTopics, clock: Clock) -> DiscoverySchedule:
+    return DiscoverySchedule(own_topics, monotonic=clock, spread=lambda least, most: (least + most) / 2)
 
 
-def sent(own: OwnTopics) -> dict[str, bytes]:
+def sent(own_topics: OwnTopics) -> dict[str, bytes]:
     """What is sent now, all of it acknowledged."""
-    due = list(own.due())
+    due = list(own_topics.take_due())
     for name, _, version in due:
-        own.acknowledge(name, version)
+        own_topics.acknowledge(name, version)
     return {name: payload for name, payload, _ in due}
 
 
-def test_a_connection_is_announced_at_once(announcer: DiscoverySchedule, own: OwnTopics) -> None:
-    announcer.announce({"ha/a/config": b"{}"})
-    announcer.run_once()
-    assert sent(own) == {"state": b"online"}
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/a/config": b"{}"}
-    announcer.run_once()
-    assert sent(own) == {}
+def test_a_connection_is_announced_at_once(schedule: DiscoverySchedule, own_topics: OwnTopics) -> None:
+    schedule.announce({"ha/a/config": b"{}"})
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online"}
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/a/config": b"{}"}
+    schedule.run_once()
+    assert sent(own_topics) == {}
 
 
-def test_a_birth_is_answered_a_little_later_with_everything(
-    announcer: DiscoverySchedule, own: OwnTopics, clock: Clock
+def test_a_birth_message_is_answered_a_little_later_with_all_messages(
+    schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock
 ) -> None:
-    announcer.announce({"ha/a/config": b"{}"})
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own)
-    announcer.born()
-    (wait_s,) = announcer.waits_s()
+    schedule.announce({"ha/a/config": b"{}"})
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics)
+    schedule.on_birth_message()
+    (wait_s,) = schedule.waits_s()
     assert 0 < wait_s < 5
-    announcer.run_once()
-    assert sent(own) == {}
+    schedule.run_once()
+    assert sent(own_topics) == {}
     clock.now += wait_s
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/a/config": b"{}"}
-    assert announcer.waits_s() == []
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/a/config": b"{}"}
+    assert schedule.waits_s() == []
 
 
-def test_what_is_stale_goes_first_and_once(announcer: DiscoverySchedule, own: OwnTopics, clock: Clock) -> None:
-    announcer.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/old/config": b""}
-    own.say_again()
-    assert "ha/old/config" not in sent(own)
-    clock.now += announcer.waits_s()[0]
-    announcer.run_once()
-    assert sent(own)["ha/new/config"] == b"{}"
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/new/config": b"{}"}
+def test_stale_topics_are_cleared_first_and_once(
+    schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock
+) -> None:
+    schedule.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/old/config": b""}
+    own_topics.republish()
+    assert "ha/old/config" not in sent(own_topics)
+    clock.now += schedule.waits_s()[0]
+    schedule.run_once()
+    assert sent(own_topics)["ha/new/config"] == b"{}"
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/new/config": b"{}"}
 
 
-def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own: OwnTopics) -> None:
-    own.retain("ha/old/config", b"")
-    assert ("ha/old/config", b"", 0) in list(own.due())
-    own.say_again()
-    assert "ha/old/config" not in {name for name, _, _ in own.due()}
-    own.interrupt()
-    assert "ha/old/config" in sent(own)
-    own.acknowledge("ha/old/config", 0)  # of the first one
-    assert own.settled
+def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own_topics: OwnTopics) -> None:
+    own_topics.retain("ha/old/config", b"")
+    assert ("ha/old/config", b"", 0) in list(own_topics.take_due())
+    own_topics.republish()
+    assert "ha/old/config" not in {name for name, _, _ in own_topics.take_due()}
+    own_topics.on_disconnected()
+    assert "ha/old/config" in sent(own_topics)
+    own_topics.acknowledge("ha/old/config", 0)  # of the first one
+    assert own_topics.is_acknowledged
 
 
-def test_nothing_is_announced_when_there_is_nothing_to_announce(announcer: DiscoverySchedule, own: OwnTopics) -> None:
-    announcer.connected()
-    announcer.born()
-    announcer.run_once()
-    assert announcer.waits_s() == []
-    assert sent(own) == {"state": b"online"}
+def test_nothing_is_announced_when_there_is_nothing_to_announce(
+    schedule: DiscoverySchedule, own_topics: OwnTopics
+) -> None:
+    schedule.on_connected()
+    schedule.on_birth_message()
+    schedule.run_once()
+    assert schedule.waits_s() == []
+    assert sent(own_topics) == {"state": b"online"}
 
 
 # -- what was announced before --
@@ -302,7 +305,7 @@ def test_only_what_is_no_longer_used_is_stale(tmp_path: Path) -> None:
     assert AnnouncedTopics(path).begin({"b", "c"}) == {"a"}
 
 
-def test_it_stays_stale_until_the_broker_has_forgotten_it(tmp_path: Path) -> None:
+def test_a_topic_stays_stale_until_it_is_cleared(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
     AnnouncedTopics(path).begin({"a"})
     AnnouncedTopics(path).begin({"b"})
@@ -345,7 +348,7 @@ def test_a_disk_that_is_full_does_not_stop_the_consumer(tmp_path: Path, caplog: 
     assert "cannot be written (No space left on device)" in logged(caplog)
 
 
-def test_the_entities_stay_what_they_are() -> None:
+def test_the_ids_of_entities_do_not_change() -> None:
     """A key or an id that changes leaves users with dead entities: only add here."""
     assert sorted(entity["unique_id"] for entity in entities().values()) == [
         "cesar-mqtt.kitchen.activity",

@@ -1024,6 +1024,15 @@ def test_a_paused_ledger_starts_no_job_until_it_is_resumed(folder: LedgerFolder,
     assert claim(folder.ledger).job_id == "a"
 
 
+def test_a_pause_lets_the_running_job_continue(folder: LedgerFolder) -> None:
+    append(folder.ledger, "a", "b")
+    job = claim(folder.ledger)
+    folder.ledger.pause(on=True)
+    folder.ledger.add_window(job.seq, window(0))
+    folder.ledger.complete(job.seq, RESULT)
+    assert folder.ledger.claim() is None
+
+
 def test_pausing_twice_writes_once(folder: LedgerFolder) -> None:
     disk = FaultyDisk()
     folder.crash(disk)

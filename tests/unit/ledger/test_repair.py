@@ -74,7 +74,7 @@ def test_an_undamaged_ledger_is_reported_and_not_changed(path: Path, capsys: pyt
     assert (path.read_bytes(), journal(path).read_bytes()) == before
     output = capsys.readouterr().out
     assert "5 jobs (1 completed, 1 error, 1 processing, 2 queued)" in output
-    assert "Nothing has to be repaired." in output
+    assert "Nothing to repair." in output
     assert states(path) == ALL
 
 

@@ -64,7 +64,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             ]
             self._answer(json.dumps(entries).encode())
         elif path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in hub.files]
+            siblings = [{"rfilename": name, "size": hub.sizes.get(name, len(body))} for name, body in hub.files.items()]
             about = {"id": "Systran/faster-whisper-base", "sha": COMMIT, "siblings": siblings}
             self._answer(json.dumps(about | {"private": False, "tags": [], "downloads": 0, "likes": 0}).encode())
         elif "/resolve/" in path:
@@ -118,6 +118,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def point_to(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the hub be there, with this cache, for this process and those that it starts."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
