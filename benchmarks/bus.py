@@ -22,6 +22,7 @@ from paho.mqtt.properties import Properties
 from benchmarks.table import Row, median
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.consumer.command_handlers import Answer
+from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.ledger.ledger import Ledger
@@ -191,7 +192,8 @@ def _intake(port: int, folder: Path) -> tuple[MqttClient, Ledger, Publisher, Int
         models=_Models(),
         controls=_Controls(),
         max_payload_bytes=1 << 20,
-        reports=publisher,
+        events=JobEvents(publisher),
+        responder=publisher,
     )
     return client, ledger, publisher, intake
 

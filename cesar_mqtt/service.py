@@ -1,19 +1,21 @@
-"""The service: the only module that knows all the others; it wires them, starts them in order and stops them in order.
+"""The service: builds every part of the consumer, starts them in order and stops them in the order of the contract.
 
-The main thread builds it and calls `run`.
+The main thread builds it and calls `run`. No other module knows all parts.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.audio.paths import check_directories
-from cesar_mqtt.config import Settings
+from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.command_handlers import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
-from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
+from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
+from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
@@ -26,7 +28,6 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.monitoring.health import HealthProbe
-from cesar_mqtt.monitoring.metrics import Metrics, MetricSources, metrics_of
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.monitoring.systemd import Notifier
 from cesar_mqtt.mqtt.broker_url import BrokerUrl, parse_broker_url
@@ -34,91 +35,109 @@ from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
+    from cesar_mqtt.audio.windows import Recording
+    from cesar_mqtt.monitoring.metrics import Metrics
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 log = get_logger(__name__)
 
-_DEFAULT_PORT = 1883  # of mosquitto_pub
+_DEFAULT_PORT = 1883  # mosquitto_pub's
 _TICK_S = 1.0
+"""How often the main thread checks the threads and does maintenance; a systemd watchdog is notified as often."""
 _HEALTH_S = 60.0
-_LOOK_S = 0.05
+"""How often `health` is published (CONTRACT.md, section 6)."""
+_POLL_S = 0.05
+"""How often a stop looks for a second signal while it waits: a forced stop feels immediate."""
 _DRAIN_S = 10.0
+"""How long a stop waits for PUBACKs. The ledger keeps what is not acknowledged, so a silent broker must not hold it."""
 _FORCED_DRAIN_S = 2.0
+"""The same after a second signal, or without a connection."""
 
 
 class Service:
-    """One consumer: a ledger, a worker, and a connection to a broker (or a broker of its own)."""
+    """One consumer: a ledger, a worker, and a connection to a broker, which may be its own."""
 
     def __init__(self, settings: Settings, *, directory: Path) -> None:
-        """Open and check everything that can be wrong before anybody is promised anything.
+        """Open and check everything that can be wrong, before any message is acknowledged.
 
         Args:
             settings: all of them.
             directory: the folder that `serve` was started in, absolute.
 
         Raises:
-            ConfigError: a setting is wrong, or the embedded broker's port is taken.
-            LedgerInUseError: another consumer has the ledger.
+            ConfigError: a setting is wrong, or a port is taken.
+            LedgerInUseError: another consumer uses the ledger.
             LedgerError: the ledger cannot be read, or the data directory not be written.
         """
         self._settings = settings
         self._notifier = Notifier()
         self._topics = Topics(settings.topic_prefix, settings.consumer.name)
-        self._metrics = metrics_of(settings.metrics, consumer=settings.consumer.name)
-        self._models = self._metrics.models(settings.models, folder=settings.data_dir / "models")
+        self._metrics = _create_metrics(settings)
+        self._models = ModelStore(settings.models, folder=settings.data_dir / "models")
         address = parse_broker_url(settings.broker.url)
         check_directories(settings.audio.directories)
-        settings = settings.model_copy(update={"broker": group.broker_of(settings, address)})
-        self._ledger = _open_ledger(settings, self._metrics)
+        broker_settings = group.broker_of(settings, address)
+        self._ledger = _open_ledger(settings, self._disk("ledger"))
         self._broker: EmbeddedBroker | None = None
         try:
-            self._spool = Spool(settings.data_dir / "spool", self._metrics.disk("spool"))
+            self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
             self._spool.sweep(self._ledger.needed_spool_files())
-            self._broker = _start_broker(settings, address, self._topics)
-            if self._broker is not None:
-                settings = _inside(settings, self._broker)
-            self._wire(settings, settings.audio.directories or (directory,))
+            if address.scheme == "embedded":
+                self._broker = _start_broker(settings, address, self._topics)
+                broker_settings = broker_settings.model_copy(update={"url": self._broker.url, "protocol": "3.1.1"})
+            self._build(settings, broker_settings, settings.audio.directories or (directory,))
         except BaseException:
             self._close_files()
             raise
 
-    def _wire(self, settings: Settings, directories: tuple[Path, ...]) -> None:
-        self.url = settings.broker.url
+    def _disk(self, part: str) -> Disk:
+        disk = Disk()
+        if self._metrics is not None:
+            disk.timed = self._metrics.sync_timer(part)
+        return disk
+
+    def _build(self, settings: Settings, broker: BrokerSettings, directories: tuple[Path, ...]) -> None:
+        self.url = broker.url
         self._refused: BrokerRefusedError | None = None
-        self._upkeep = Maintenance(settings.retention, self._ledger, self._spool, on_ended=self._ended)
-        self._client = MqttClient(
-            settings.broker,
-            client_id=settings.consumer.name,
-            persistent=True,
-            will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
-            subscriptions=(
-                *group.subscriptions(self._topics, settings.consumer.group),
-                Subscription(self._topics.own(PAUSE_SWITCH)),
-                *(
-                    Subscription(topic)
-                    for topic in birth_topics(settings.homeassistant.prefix)
-                    if settings.homeassistant.enabled
-                ),
-            ),
-            unwanted_filters=group.unwanted_filters(
-                self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
-            ),
-        )
-        self._pulse = HealthProbe(
-            settings.data_dir,
-            worker_alive=lambda: self._worker.alive,
-            network_alive=lambda: self._client.connected is not None,
-        )
+        self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
-        self._announced = AnnouncedTopics(settings.data_dir / "homeassistant.json")
-        self._reports = self._metrics.reports(self._publisher)
+        self._events = JobEvents(self._publisher)
+        self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
         self._client.on_published = lambda ticket, reason: self._publisher.on_published(ticket, refused=bool(reason))
         self._client.on_refused = self._on_refused
+        self._transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
+        self._prefetcher = Prefetcher(
+            self._ledger,
+            open_recording=self._open_recording,
+            spool=self._spool,
+            directories=directories,
+            downloader=Downloader(settings.audio, settings.data_dir / "spool"),
+            ahead=settings.audio.downloads_ahead,
+        )
+        self._worker = Worker(
+            self._ledger,
+            self._transcriber,
+            prefetcher=self._prefetcher,
+            spool=self._spool,
+            events=self._events,
+            warm_up=self._models.default_name(),
+            retries=settings.worker.retries,
+            retry_delay_s=settings.worker.retry_delay,
+            timeout_s=settings.worker.job_timeout,
+            idle_s=settings.models.idle_timeout,
+            on_idle=self._models.unload_if_idle,
+        )
+        self._health = HealthProbe(
+            settings.data_dir,
+            worker_alive=lambda: self._worker.alive,
+            network_alive=lambda: self._client.connected is not None,
+        )
         self._intake = Intake(
             self._client,
             self._ledger,
@@ -129,70 +148,73 @@ class Service:
                 self._ledger,
                 models=self._models,
                 consumer=settings.consumer.name,
-                on_cancelled=self._ended,
+                on_cancelled=self._events.finished,
                 live=self._publisher.live_of,
                 on_deleted=lambda _job, names: self._spool.remove(names),
-                health=self._pulse.fields,
+                health=self._health.fields,
                 grouped=settings.consumer.group is not None,
             ),
             max_payload_bytes=settings.queue.max_payload_bytes,
-            reports=self._reports,
+            events=self._events,
+            responder=self._publisher,
             on_born=self._publisher.announce_again,
         )
-        transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
-        self._preparer = Prefetcher(
-            self._ledger,
-            open_recording=lambda path, job: transcriber.open(
-                path, options_of(job), from_s=self._ledger.resume_position_s(job.seq)
+        self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
+        if self._metrics is not None:
+            self._observe(self._metrics)
+
+    def _create_client(self, settings: Settings, broker: BrokerSettings) -> MqttClient:
+        births = birth_topics(settings.homeassistant.prefix) if settings.homeassistant.enabled else ()
+        return MqttClient(
+            broker,
+            client_id=settings.consumer.name,
+            persistent=True,
+            will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
+            subscriptions=(
+                *group.subscriptions(self._topics, settings.consumer.group),
+                Subscription(self._topics.own(PAUSE_SWITCH)),
+                *map(Subscription, births),
             ),
-            spool=self._spool,
-            directories=directories,
-            downloader=self._metrics.downloader(Downloader(settings.audio, settings.data_dir / "spool")),
-            ahead=settings.audio.downloads_ahead,
+            unwanted_filters=group.unwanted_filters(
+                self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
+            ),
         )
-        self._worker = Worker(
-            self._ledger,
-            transcriber,
-            preparer=self._preparer,
-            spool=self._spool,
-            reports=self._reports,
-            warm_up=self._models.default_name(),
-            retries=settings.worker.retries,
-            retry_delay_s=settings.worker.retry_delay,
-            timeout_s=settings.worker.job_timeout,
-            idle_s=settings.models.idle_timeout,
-            on_idle=self._models.unload_if_idle,
+
+    def _open_recording(self, path: Path, job: Job) -> "Recording":
+        return self._transcriber.open(path, options_of(job), from_s=self._ledger.resume_position_s(job.seq))
+
+    def _observe(self, metrics: "Metrics") -> None:
+        """Have everything counted and timed that the metrics are about, and open their port."""
+        from cesar_mqtt.monitoring.metrics import MetricSources  # noqa: PLC0415 - see `_create_metrics`
+
+        self._events.on_finished.append(metrics.count_job)
+        self._events.on_rejected.append(metrics.count_rejection)
+        self._models.on_loaded = metrics.count_load
+        self._models.on_unloaded = metrics.count_unload
+        self._prefetcher.on_downloaded = metrics.count_download
+        metrics.serve(
+            MetricSources(
+                ledger=self._ledger.path,
+                totals=self._ledger.totals,
+                health=self._health.measure,
+                in_flight=lambda: self._publisher.in_flight,
+                has_unpublished=lambda: self._ledger.has_unpublished,
+            )
         )
-        readings = MetricSources(
-            ledger=self._ledger.path,
-            totals=self._ledger.totals,
-            health=self._pulse.take,
-            in_flight=lambda: self._publisher.in_flight,
-            behind=lambda: self._ledger.has_unpublished,
-        )
-        self._metrics.serve(readings)
+
+    # -- callbacks of the network thread ---------------------------------------------------------------------------
 
     def _on_connected(self, info: ConnectionInfo) -> None:
         self._refused = group.check_granted(info.refused_filters, self._topics, self._settings.consumer.group)
         self._publisher.on_connected(session_present=info.session_present, max_packet_bytes=info.max_packet_bytes)
 
-    def _announce(self) -> None:
-        """Announce the consumer to Home Assistant, and withdraw what it announced when its settings were others."""
-        wanted = self._settings.homeassistant
-        if not wanted.enabled:
-            return
-        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
-        self._publisher.announce(messages, stale=self._announced.begin(messages))
-
-    def _ended(self, job: Job) -> None:
-        """Tell of a job that has ended without having been in work."""
-        self._reports.finished(job)
-
     def _on_refused(self, error: BrokerRefusedError) -> None:
         self._refused = group.explain_refusal(error, self._settings.consumer.group)
 
+    # -- running, in the main thread -------------------------------------------------------------------------------
+
     def run(self, stop: StopSignals) -> ExitCode:
-        """Serve until a signal asks for a stop, then stop in order.
+        """Serve until a signal requests a stop, then stop in order.
 
         Returns:
             OK after a graceful stop; INTERRUPTED or TERMINATED after a forced one. The worker's thread may then still
@@ -200,15 +222,15 @@ class Service:
 
         Raises:
             BrokerRefusedError: the broker refused the credentials or the client id at the first connection.
-            ThreadDiedError: one of the threads has ended by itself.
+            ThreadDiedError: one of the threads ended unexpectedly.
         """
         self._start()
         try:
             self._watch(stop)
         except CesarError as exc:
-            self._abandon()
-            # Whom the broker refused has nobody to wait for.
-            self._end(stop, 0.0 if isinstance(exc, BrokerRefusedError) else _FORCED_DRAIN_S)
+            self._abandon_job()
+            # A broker that refuses the connection acknowledges nothing.
+            self._shut_down(stop, 0.0 if isinstance(exc, BrokerRefusedError) else _FORCED_DRAIN_S)
             raise
         return self._stop(stop)
 
@@ -220,19 +242,21 @@ class Service:
         self._announce()
         self._publisher.tell("info", self._info())
         self._publisher.start()
-        self._preparer.start()
+        self._prefetcher.start()
         self._worker.start()
         self._intake.start()
         self._client.start()
         self._notifier.ready()
-        waiting = self._ledger.totals().queued
-        log.info(
-            "Serving %s on %s, %d jobs wait",
-            self._topics.prefix,
-            parse_broker_url(self.url).redacted,
-            waiting,
-            action="serving",
-        )
+        broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
+        log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
+
+    def _announce(self) -> None:
+        """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
+        wanted = self._settings.homeassistant
+        if not wanted.enabled:
+            return
+        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
+        self._publisher.announce(messages, stale=self._announced_topics.begin(messages))
 
     def _info(self) -> Info:
         models = self._models.describe()
@@ -246,101 +270,107 @@ class Service:
         )
 
     def _watch(self, stop: StopSignals) -> None:
-        """Do the upkeep until a stop is asked for."""
+        """Check the threads, publish health and do maintenance until a stop is requested."""
         health_due = time.monotonic()
-        while not stop.requested.wait(_TICK_S):
+        while not stop.wait(_TICK_S):
             if self._refused is not None:
                 raise self._refused
             self._check_threads()
             self._notifier.alive()
             if time.monotonic() >= health_due:
                 health_due += _HEALTH_S
-                self._publisher.tell("health", self._pulse.take())
-            self._upkeep.run_once(stop.requested)
+                self._publisher.tell("health", self._health.measure())
+            self._maintenance.run_once(stop.is_requested)
 
     def _check_threads(self) -> None:
-        """See that everybody still works: a thread that has died would leave jobs waiting without a word."""
+        """Raise ThreadDiedError when a thread has died: without it jobs would wait, and no status would show why."""
         alive = {
             "network": self._client.alive,
             "intake": self._intake.alive,
             "worker": self._worker.alive,
-            "prepare": self._preparer.alive,
+            "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
             raise ThreadDiedError(
-                f"The {dead[0]} thread has ended by itself; the log says why. Start the consumer again."
+                f"The {dead[0]} thread ended unexpectedly.", "See the log for the reason, and start the consumer again."
             )
 
-    def _stop(self, stop: StopSignals) -> ExitCode:
-        """Stop in the order that the contract promises (section 6).
+    # -- stopping, in the main thread ------------------------------------------------------------------------------
 
-        1. No further job is started; the current one is finished, however long that takes.
-        2. The intake ends after the batch in hand: what it took is on disk and acknowledged, the rest stays with the
-           broker.
-        3. Every status is acknowledged by the broker, so that nobody waits for a transcript that is there.
-        4. `offline` is published and acknowledged: after it nothing more comes from here.
-        5. The client disconnects, so that the last will is not sent.
+    def _stop(self, stop: StopSignals) -> ExitCode:
+        """Stop in the order of the contract (section 6).
+
+        1. No further job is started; the running one is finished, however long that takes.
+        2. The intake ends after its batch: what it received is on disk and acknowledged, the broker keeps the rest.
+        3. The broker acknowledges every status, so that no producer waits for a transcript that exists.
+        4. `offline` is published and acknowledged: no message follows it.
+        5. The client disconnects, so that the broker does not publish the will.
         6. The ledger is checkpointed: `ledger.json` alone is complete.
-        7. The embedded broker closes last, for all of the above goes through it.
+        7. The embedded broker closes last: all of the above needs it.
         """
         self._notifier.stopping()
         self._publisher.draining()
-        self._worker.stop()
-        forced = not self._current_job_ended(stop)
+        self._worker.request_stop()
+        forced = not self._wait_for_job(stop)
         if forced:
-            self._abandon()
-        self._end(stop, _FORCED_DRAIN_S if forced else _DRAIN_S)
-        return stop.exit_code if forced or stop.forced.is_set() else ExitCode.OK
+            self._abandon_job()
+        self._shut_down(stop, _FORCED_DRAIN_S if forced else _DRAIN_S)
+        return stop.exit_code if forced or stop.is_forced() else ExitCode.OK
 
-    def _current_job_ended(self, stop: StopSignals) -> bool:
+    def _wait_for_job(self, stop: StopSignals) -> bool:
+        """Wait for the worker to end; False: a second signal or `worker.drain_timeout` came first."""
         limit_s = self._settings.worker.drain_timeout
-        deadline = None if limit_s is None else time.monotonic() + limit_s
-        alive_again = 0.0
+        deadline = math.inf if limit_s is None else time.monotonic() + limit_s
+        notify_at = 0.0
         if self._ledger.processing():
             log.info("Stopping after the current job; a second signal stops at once", action="draining")
-        while not self._worker.join(_LOOK_S):
-            if time.monotonic() >= alive_again:
+        while not self._worker.join(_POLL_S):
+            if time.monotonic() >= notify_at:
                 self._notifier.alive()
-                alive_again = time.monotonic() + _TICK_S
-            if stop.forced.is_set() or (deadline is not None and time.monotonic() >= deadline):
+                notify_at = time.monotonic() + _TICK_S
+            if stop.is_forced() or time.monotonic() >= deadline:
                 return False
         return True
 
-    def _abandon(self) -> None:
+    def _abandon_job(self) -> None:
         try:
             self._worker.abandon()
         except LedgerError as exc:
-            log.error("%s The next start puts the current job back.", exc, action="requeued")
+            log.error("%s The next start requeues the running job.", exc, action="requeued")
 
-    def _end(self, stop: StopSignals, drain_s: float) -> None:
-        self._worker.stop()
-        self._preparer.stop()
+    def _shut_down(self, stop: StopSignals, drain_s: float) -> None:
+        """Do steps 2 to 7 of `_stop`."""
+        self._worker.request_stop()
+        self._prefetcher.stop()
         self._client.stop_receiving()
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
-            log.warning("The broker has not acknowledged everything; the next start tells it", action="drain")
+            log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
         self._publisher.offline()
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
-            self._announced.settle()
+            self._announced_topics.settle()
         self._publisher.stop()
         self._client.close()
         self._close_files()
-        log.info("Stopped, %d jobs wait", self._ledger.totals().queued, action="stopped")
+        log.info("Stopped, %d jobs queued", self._ledger.totals().queued, action="stopped")
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:
-        """Wait for the broker's acknowledgements; a forced stop waits for less, and for no connection."""
+        """Wait for the broker's acknowledgements, after a second signal or without a connection for a shorter time."""
         started = time.monotonic()
-        while not self._publisher.drain(_LOOK_S):
-            connected, forced = self._client.connected, stop.forced.is_set()
+        while not self._publisher.drain(_POLL_S):
+            connected, forced = self._client.connected, stop.is_forced()
+            if forced and not connected:
+                return False
             most_s = limit_s if connected and not forced else min(limit_s, _FORCED_DRAIN_S)
-            if time.monotonic() - started >= most_s or (forced and not connected):
+            if time.monotonic() - started >= most_s:
                 return False
         return True
 
     def _close_files(self) -> None:
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         try:
             self._ledger.close()
         except LedgerError as exc:
@@ -349,31 +379,49 @@ class Service:
             self._broker.close()
 
 
-def _open_ledger(settings: Settings, metrics: Metrics) -> Ledger:
+def _create_metrics(settings: Settings) -> "Metrics | None":
+    """Create the metrics that `metrics.port` asks for; None: it asks for none, and nothing is counted.
+
+    Raises:
+        ConfigError: the extra `metrics` is not installed.
+    """
+    if settings.metrics.port is None:
+        return None
+    try:
+        from cesar_mqtt.monitoring.metrics import Metrics  # noqa: PLC0415 - prometheus-client is an extra
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        raise ConfigError(
+            "metrics.port is set, but prometheus-client is not installed: "
+            "install it with pip install 'cesar-mqtt[metrics]', or leave metrics.port out"
+        ) from exc
+    return Metrics(settings.metrics.host, settings.metrics.port, consumer=settings.consumer.name)
+
+
+def _open_ledger(settings: Settings, disk: Disk) -> Ledger:
     folder = settings.data_dir
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         Disk().sync_folder(folder.parent)
     except OSError as exc:
         raise LedgerError(
-            f"The data directory {folder} cannot be made: {exc.strerror}. Choose one with --data-dir."
+            f"The data directory {folder} cannot be created: {exc.strerror}. Choose one with --data-dir."
         ) from exc
     return Ledger(
         folder / "ledger.json",
         max_attempts=settings.worker.max_attempts,
         max_queued=settings.queue.max_queued,
-        disk=metrics.disk("ledger"),
+        disk=disk,
     )
 
 
-def _start_broker(settings: Settings, address: BrokerUrl, topics: Topics) -> "EmbeddedBroker | None":
-    if address.scheme != "embedded":
-        return None
+def _start_broker(settings: Settings, address: BrokerUrl, topics: Topics) -> "EmbeddedBroker":
     if settings.broker.protocol == "5":
         raise ConfigError(
             "broker.protocol is '5', but the embedded broker speaks MQTT 3.1.1: set 'auto', or broker.url"
         )
-    from cesar_mqtt.mqtt.embedded import EmbeddedBroker  # noqa: PLC0415 - most consumers have no use for amqtt
+    from cesar_mqtt.mqtt.embedded import EmbeddedBroker  # noqa: PLC0415 - only the embedded broker needs amqtt
 
     broker = EmbeddedBroker(address.host, address.port, subscriber=topics.consumer, is_forwarded=topics.is_submission)
     broker.start()
@@ -386,9 +434,3 @@ def _start_broker(settings: Settings, address: BrokerUrl, topics: Topics) -> "Em
         action="broker",
     )
     return broker
-
-
-def _inside(settings: Settings, broker: "EmbeddedBroker") -> Settings:
-    """Return the settings for a client of the embedded broker, which speaks 3.1.1 only."""
-    address = settings.broker.model_copy(update={"url": broker.url, "protocol": "3.1.1"})
-    return settings.model_copy(update={"broker": address})

@@ -77,6 +77,11 @@ class Task(Generic[T]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; it outlives `future` by the callbacks."""
+        return self._thread.is_alive()
+
     def join(self, timeout_s: float | None = None) -> None:
         """Wait for the thread to end, the callbacks of `future` included."""
         self._thread.join(timeout_s)

@@ -1,16 +1,19 @@
 """Brokers for the tests: Debian's mosquitto as its own process, and the embedded one. All of them on loopback."""
 
 import getpass
+import itertools
 import logging
 import os
 import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from hypothesis import settings
@@ -18,6 +21,10 @@ from hypothesis import settings
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 _WAIT_S = 10.0
+
+# Before the first model is loaded, here or in a process of a test: idle threads of OpenMP otherwise spin, on cores that
+# other tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -36,10 +43,34 @@ def _loggers_as_before() -> Iterator[None]:
         logger.level, logger.propagate, logger.handlers = level, propagate, handlers
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Report captured output also where a test logged half a surrogate pair, which no worker process can send."""
+    return _encodable((yield))
+
+
+def _encodable(data: Any) -> Any:
+    if isinstance(data, str):
+        return data.encode(errors="backslashreplace").decode()
+    if isinstance(data, dict):
+        return {key: _encodable(value) for key, value in data.items()}
+    return type(data)(_encodable(value) for value in data) if isinstance(data, list | tuple) else data
+
+
+# A port that is free now is used a moment later, and again after a restart of what listens there. Below 32768 no system
+# takes one for an outgoing connection or for port 0, and each worker process has a range of its own.
+_PORTS_EACH = 750
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+_ports = itertools.cycle(range(20_000 + _PORTS_EACH * _worker, 20_000 + _PORTS_EACH * (_worker + 1)))
+for _ in range(os.getpid() % _PORTS_EACH):  # two test runs on one machine seldom want the same
+    next(_ports)
+
+
 def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
+    for port in itertools.islice(_ports, _PORTS_EACH):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    pytest.fail("there is no free port")
 
 
 def need(program: str) -> str:
@@ -106,16 +137,22 @@ class Mosquitto:
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
-        if not self._is_serving():
+        if not self._is_serving(self._process):
             self.kill()
             pytest.fail("mosquitto did not start: " + "".join(self.log))
 
-    def _is_serving(self) -> bool:
-        if not self.wait_logged(" running"):
-            return False
-        # Only in its main loop, which begins a moment later, it heeds SIGTERM.
-        with socket.create_connection(("127.0.0.1", self.port), timeout=_WAIT_S):
-            return self.wait_logged("New connection")
+    def _is_serving(self, process: "subprocess.Popen[str]") -> bool:
+        """Connect until the broker notices it: what it logs before it listens differs between its versions.
+
+        It heeds SIGTERM only in its main loop, which logs connections.
+        """
+        pause = threading.Event()
+        deadline = time.monotonic() + _WAIT_S
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), timeout=_WAIT_S):
+                return self.wait_logged("New connection")
+            pause.wait(0.01)
+        return False
 
     def wait_logged(self, text: str, timeout_s: float = _WAIT_S) -> bool:
         """Wait until a line with this text has been logged since the last start."""

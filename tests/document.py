@@ -12,9 +12,10 @@ from jsonschema.exceptions import best_match
 from paho.mqtt.client import MQTTMessage
 
 from cesar_mqtt.config import BrokerSettings, Settings
+from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.protocol.asyncapi import document
-from cesar_mqtt.protocol.commands import COMMANDS, read
-from cesar_mqtt.protocol.parsing import Accepted, parse_submission
+from cesar_mqtt.protocol.commands import COMMANDS
+from cesar_mqtt.protocol.parsing import Accepted, parse_command, parse_submission
 
 OFFICIAL = Path(__file__).parent / "data" / "asyncapi-3.0.0.json"
 
@@ -24,7 +25,8 @@ _EXPRESSION = re.compile(r"\{([^{}]*)\}")
 @functools.cache
 def default_document() -> dict[str, Any]:
     """The document of a consumer with all defaults; whoever changes it makes a copy."""
-    return document(Settings(broker=BrokerSettings(url="mqtt://127.0.0.1:1883")))
+    settings = Settings(broker=BrokerSettings(url="mqtt://127.0.0.1:1883"))
+    return document(settings, parse_broker_url(settings.broker.url))
 
 
 def resolve(told: Mapping[str, Any], pointer: str) -> Any:
@@ -230,5 +232,5 @@ def _is_taken(channel: str, parameters: Mapping[str, str], payload: bytes) -> bo
         return isinstance(parse_submission(payload), Accepted)
     if channel == "requests":
         command = parameters["command"]
-        return command in COMMANDS and read(command, payload).request is not None
+        return command in COMMANDS and parse_command(command, payload).command is not None
     return bool(payload)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
@@ -18,23 +18,23 @@ from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import (
     COMMANDS,
     CURRENT,
+    Command,
     CommandResult,
     JobCommand,
     JobList,
-    JobSummary,
     ListCommand,
     Model,
     Models,
     Paused,
-    Request,
     Response,
     ResultCommand,
     ResultPage,
-    read,
     summary_of,
 )
-from cesar_mqtt.protocol.parsing import Refusal
-from cesar_mqtt.protocol.payloads import JobProgress, Payload, fit, status_of
+from cesar_mqtt.protocol.fields import Payload
+from cesar_mqtt.protocol.parsing import Refusal, parse_command
+from cesar_mqtt.protocol.payloads import JobProgress, status_of
+from cesar_mqtt.protocol.truncate import is_inside_character, truncate_list, truncate_result, truncate_status
 
 if TYPE_CHECKING:
     from cesar_mqtt.whisper.model_store import StoreDescription
@@ -136,16 +136,16 @@ class CommandHandlers:
         Returns:
             None: nothing is to be said, for it is another consumer's to answer.
         """
-        asked = read(command, payload)
-        if asked.consumer not in (None, self._consumer):
+        parsed = parse_command(command, payload)
+        if parsed.consumer not in (None, self._consumer):
             return None
-        if asked.request is None:
-            rejection = None if command in COMMANDS else Refusal("unknown_command", asked.mistakes)
-            return Answer(self._error(asked.mistakes, asked.transaction), rejection)
-        said = self._answer(command, asked.request)
-        return None if said is None else Answer(said)
+        if parsed.command is None:
+            rejection = None if command in COMMANDS else Refusal("unknown_command", parsed.mistakes)
+            return Answer(self._error(parsed.mistakes, parsed.transaction), rejection)
+        response = self._answer(command, parsed.command)
+        return None if response is None else Answer(response)
 
-    def _answer(self, command: str, request: Request) -> bytes | None:
+    def _answer(self, command: str, request: Command) -> bytes | None:
         open_to_all = self._grouped and request.consumer is None
         if open_to_all and isinstance(request, JobCommand) and request.job_id == CURRENT:
             return self._error(_WHOSE, request.transaction)
@@ -207,7 +207,9 @@ class CommandHandlers:
         job = self._ledger.get(job_id)
         if job is None:
             return _unknown(job_id)
-        return cast("dict[str, Any]", from_json(fit(status_of(job, self._consumer, self._live(job)), ANSWER_BYTES)))
+        return cast(
+            "dict[str, Any]", from_json(truncate_status(status_of(job, self._consumer, self._live(job)), ANSWER_BYTES))
+        )
 
     def _result(self, asked: ResultCommand) -> Outcome:
         job_id = self._named(asked.job_id)
@@ -226,7 +228,7 @@ class CommandHandlers:
             )
         segments = [segment for window in windows for segment in window.segments]
         content, _ = formats.render(asked.format, formats.content_of(job, segments))
-        return _piece(job_id, asked, content, self._consumer)
+        return _result_page(job_id, asked, content, self._consumer)
 
     def _status(self, job: Job | None, job_id: str) -> Outcome:
         if job is None:
@@ -245,22 +247,11 @@ class CommandHandlers:
         states = () if asked.status is None else (JobState(asked.status),)
         after = 0 if behind is None else behind.seq
         found = self._ledger.jobs(states=states, after=after, limit=asked.limit + 1)
-        jobs = self._page(found[: asked.limit])
+        summaries = (summary_of(status_of(job, self._consumer)) for job in found[: asked.limit])
+        jobs = truncate_list(summaries, ANSWER_BYTES)
         rest = len(found) > len(jobs)
         following = jobs[-1].job_id if rest else None
         return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
-
-    def _page(self, found: Sequence[Job]) -> list[JobSummary]:
-        """Return as many of the jobs as go into one answer."""
-        jobs: list[JobSummary] = []
-        room = ANSWER_BYTES
-        for job in found:
-            told = summary_of(status_of(job, self._consumer))
-            room -= len(told.encode()) + 1
-            if room < 0:
-                break
-            jobs.append(told)
-        return jobs
 
     def _pause(self, *, on: bool) -> Outcome:
         self._ledger.pause(on=on)
@@ -303,40 +294,26 @@ def _unknown(job_id: str) -> str:
     return _NotHere(f"There is no job {job_id}: it never was, or it was deleted.")
 
 
-def _piece(job_id: str, asked: ResultCommand, content: bytes, consumer: str) -> Outcome:
-    """Cut a piece out of a file, between characters, so that each piece can be read by itself."""
-    start, total = min(asked.offset, len(content)), len(content)
-    if _splits(content, start):
-        return f"offset {start} is inside of a character: send the offset + length of the answer before."
-    end = min(start + asked.length, total)
-    while True:
-        while _splits(content, end):
-            end -= 1
-        text = content[start:end].decode()
-        surplus = len(to_json(text)) - _PIECE_BYTES  # JSON writes a quote in two bytes, a control character in six
-        if surplus <= 0:
-            break
-        end -= max(1, surplus // 6)
-    more = end < total
+def _result_page(job_id: str, command: ResultCommand, content: bytes, consumer: str) -> Outcome:
+    """Return a page of a file; it ends between characters, so that each page can be read by itself."""
+    start = min(command.offset, len(content))
+    if is_inside_character(content, start):
+        return f"offset {start} is inside of a character: send the offset + length of the previous response."
+    text = truncate_result(content, start, command.length, _RESULT_BYTES)
+    length = len(text.encode())
     return ResultPage(
         job_id=job_id,
-        format=asked.format,
+        format=command.format,
         offset=start,
-        length=end - start,
-        total=total,
+        length=length,
+        total=len(content),
         text=text,
-        more=more,
+        more=start + length < len(content),
         consumer=consumer,
     )
 
 
-_PIECE_BYTES = ANSWER_BYTES - 1000
-_CONTINUED, _OF_BYTE = 0x80, 0xC0
-
-
-def _splits(content: bytes, at: int) -> bool:
-    """Whether a cut in front of byte `at` goes through a character of UTF-8."""
-    return at < len(content) and content[at] & _OF_BYTE == _CONTINUED
+_RESULT_BYTES = ANSWER_BYTES - 1000
 
 
 def _note(command: str, outcome: Payload | Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
-"""What Home Assistant is told by MQTT discovery: the consumer as a device with its entities. Pure, for any thread.
+"""The messages of Home Assistant's MQTT discovery: the consumer as a device with entities. Pure, for any thread.
 
-The templates in here are Home Assistant's: it renders them for each message (`value`, `value_json`; `this` is the
-entity as it was before).
+Home Assistant renders the templates in here for each message (`value`, `value_json`; `this` is the entity before it).
 """
 
 import json
@@ -10,33 +9,33 @@ from typing import Any, Literal, get_args
 
 from cesar_mqtt import __version__
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Event
+from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
 
 Mode = Literal["device", "component"]
-"""One message for the whole device, or one for each entity, as Home Assistant before 2024.11 needs it."""
+"""One message for the whole device, or one for each entity; Home Assistant before 2024.11 needs the latter."""
 
-BORN = b"online"
-"""What Home Assistant publishes on its birth topic when it has started."""
+BIRTH_PAYLOAD = b"online"
+"""Home Assistant publishes it on its birth topic when it has started."""
 PAUSE_SWITCH = "pause/set"
-"""Below the consumer's own topics: `ON` pauses it, `OFF` lets it go on. Home Assistant's switch has one topic only."""
+"""Below the consumer's own topics: `ON` pauses, `OFF` resumes. Home Assistant's switch has one command topic only."""
 
 _STATE_CHARACTERS = 255
-"""A longer state is refused, and logged as a whole."""
+"""The longest state that Home Assistant accepts; it logs a longer one in full."""
 _PRODUCT = "cesar-mqtt"
 _JOBS = "jobs"
 
 
 def birth_topics(prefix: str) -> tuple[str, ...]:
-    """Return where Home Assistant may say that it has started: its birth topic keeps its name under another prefix.
+    """Return the birth topics of Home Assistant: the one below the prefix, and the default one.
 
-    A birth topic that was set to something else is not heard.
+    A birth topic with another name is not supported.
     """
     return tuple(dict.fromkeys((f"{prefix}/status", "homeassistant/status")))
 
 
 def device_id(consumer: str) -> str:
-    """Return what stands in discovery topics for a consumer: consumers side by side differ in it."""
+    """Return the part of discovery topics that tells consumers apart."""
     return f"{_PRODUCT}_{consumer}"
 
 
@@ -48,16 +47,16 @@ def discovery_filters(consumer: str, *, prefix: str) -> tuple[str, str]:
 def discovery_messages(topics: Topics, *, mode: Mode, prefix: str) -> dict[str, bytes]:
     """Return the retained messages that announce a consumer, by topic.
 
-    A device's message is refused as a whole if Home Assistant does not know one key at its root, or an entity has no
-    `unique_id`; and what stands at the root reaches the entities in some versions only. So each entity says all.
+    Home Assistant rejects a device's whole message if it does not know one key at its root, or an entity has no
+    `unique_id`; and keys at the root reach the entities in some versions only. So each entity repeats all keys.
     """
-    about = {"device": _device(topics.consumer), "origin": {"name": _PRODUCT, "sw_version": __version__}}
+    common = {"device": _device(topics.consumer), "origin": {"name": _PRODUCT, "sw_version": __version__}}
     name = device_id(topics.consumer)
     if mode == "device":
         components = {key: {"platform": platform, **fields} for key, platform, fields in _entities(topics)}
-        return {f"{prefix}/device/{name}/config": _encode({**about, "components": components})}
+        return {f"{prefix}/device/{name}/config": _encode({**common, "components": components})}
     return {
-        f"{prefix}/{platform}/{name}/{key}/config": _encode({**fields, **about})
+        f"{prefix}/{platform}/{name}/{key}/config": _encode({**fields, **common})
         for key, platform, fields in _entities(topics)
     }
 
@@ -67,7 +66,7 @@ def _encode(fields: Mapping[str, Any]) -> bytes:
 
 
 def _device(consumer: str) -> dict[str, Any]:
-    """Describe the device; with its name the ids of the entities begin, so it says what it is."""
+    """Describe the device; the ids of the entities begin with its name, so it contains "cesar"."""
     return {
         "identifiers": [f"{_PRODUCT}.{consumer}"],
         "name": consumer if consumer.lower().startswith("cesar") else f"cesar {consumer}",
@@ -78,7 +77,7 @@ def _device(consumer: str) -> dict[str, Any]:
 
 
 def _entities(topics: Topics) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield key, platform and configuration of each entity. A key stays as it is: users' entities hang on it."""
+    """Yield key, platform and configuration of each entity. Keys never change: users' entities depend on them."""
     for platform, entities in (
         ("binary_sensor", _binary_sensors(topics)),
         ("sensor", {**_queue_sensors(topics), **_total_sensors(topics), **_text_sensors(topics)}),
@@ -88,7 +87,7 @@ def _entities(topics: Topics) -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("button", _buttons(topics)),
     ):
         for key, fields in entities.items():
-            # No letter of a consumer's name is a dot, so no two pairs of name and key make the same id.
+            # A consumer's name has no dot, so no two pairs of name and key make the same id.
             yield key, platform, {"unique_id": f"{_PRODUCT}.{topics.consumer}.{key}", "qos": 1, **fields}
 
 
@@ -109,7 +108,7 @@ def _binary_sensors(topics: Topics) -> Entities:
 
 
 def _queue_sensors(topics: Topics) -> Entities:
-    of_the_queue = {**_only_online(topics), "state_topic": topics.own("queue")}
+    queue_topic = {**_only_online(topics), "state_topic": topics.own("queue")}
     activity = {
         "name": "Activity",
         "icon": "mdi:progress-clock",
@@ -126,7 +125,7 @@ def _queue_sensors(topics: Topics) -> Entities:
         "unit_of_measurement": _JOBS,
         "value_template": "{{ value_json.queued }}",
     }
-    return {"activity": {**of_the_queue, **activity}, "queued": {**of_the_queue, **queued}}
+    return {"activity": {**queue_topic, **activity}, "queued": {**queue_topic, **queued}}
 
 
 def _total_sensors(topics: Topics) -> Entities:
@@ -146,7 +145,7 @@ def _total_sensors(topics: Topics) -> Entities:
 
 
 def _text_sensors(topics: Topics) -> Entities:
-    """Describe what stays readable while the consumer is offline."""
+    """Describe the sensors that stay readable while the consumer is offline."""
     transcript = {
         "name": "Last transcript",
         "icon": "mdi:text-long",
@@ -172,10 +171,10 @@ def _text_sensors(topics: Topics) -> Entities:
 
 
 def _kept_text(topic: str, *, when: str, text: str, attributes: tuple[str, ...]) -> dict[str, Any]:
-    """Describe a sensor that shows the beginning of a text, and keeps it when a message comes that is not `when`.
+    """Describe a sensor that shows the beginning of a text, and keeps it at a message that does not match `when`.
 
-    The whole text goes into an attribute, for which there is no such limit. None may be called `state` or `icon`: Home
-    Assistant leaves those out. `None` is its word for an unknown state.
+    The whole text goes into an attribute, which may be longer than a state. No attribute may be named `state` or
+    `icon`: Home Assistant omits those. `None` is its word for an unknown state.
     """
     kept = "{{ 'None' if this.state in ('unknown', 'unavailable') else this.state }}"
     start = f"{{{{ {text}[:{_STATE_CHARACTERS}] }}}}"
@@ -195,15 +194,15 @@ def _events(topics: Topics) -> Entities:
         "name": "Job",
         "icon": "mdi:microphone-message",
         "state_topic": topics.events,
-        "event_types": list(get_args(Event.model_fields["event_type"].annotation)),
-        # All consumers under one prefix tell their events on one topic; what is empty is passed over.
+        "event_types": list(EVENT_TYPES),
+        # All consumers under one prefix publish events on one topic; Home Assistant ignores an empty value.
         "value_template": f"{{% if value_json.consumer == '{topics.consumer}' %}}{{{{ value }}}}{{% endif %}}",
     }
     return {"job": job}
 
 
 def _notifiers(topics: Topics) -> Entities:
-    # Without availability: the broker keeps a request for a consumer that is away.
+    # Without availability: the broker keeps a request for a consumer that is offline.
     submit = {
         "name": "Transcribe",
         "icon": "mdi:file-music-outline",

@@ -5,15 +5,15 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cesar_mqtt.consumer.discovery import BORN, PAUSE_SWITCH
+from cesar_mqtt.consumer.discovery import BIRTH_PAYLOAD, PAUSE_SWITCH
 from cesar_mqtt.jobs import NewJob
-from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.protocol.parsing import (
     UPLOAD,
     Accepted,
     Parsed,
     Refusal,
+    fingerprint,
     is_usable_id,
     parse_audio,
     parse_submission,
@@ -77,7 +77,7 @@ class MessageParser:
         if delivery.topic == self._topics.own(PAUSE_SWITCH):
             return _switched(delivery)
         if not self._topics.is_submission(delivery.topic):  # a birth topic, or what an earlier setting subscribed to
-            return IncomingMessage(delivery, born=delivery.payload == BORN and not delivery.retain)
+            return IncomingMessage(delivery, born=delivery.payload == BIRTH_PAYLOAD and not delivery.retain)
         return (
             self._submitted(delivery) if delivery.payload else IncomingMessage(delivery)
         )  # empty: what clears a retained one
@@ -127,10 +127,9 @@ class MessageParser:
     def _recorded(self, refusal: Refusal) -> NewJob | None:
         if not refusal.recordable or refusal.job_id is None:
             return None
-        fingerprint = hashlib.sha256(refusal.detail.encode()).hexdigest()[:32]
         return NewJob(
             job_id=refusal.job_id,
-            fingerprint=fingerprint,
+            fingerprint=hashlib.sha256(refusal.detail.encode()).hexdigest()[:32],
             audio=refusal.audio,
             model_size=self._models.default_name(),
             metadata=refusal.metadata,
@@ -138,17 +137,16 @@ class MessageParser:
         )
 
     def _job(self, delivery: Delivery, parsed: Accepted) -> NewJob:
-        request = parsed.request
-        fingerprint = _fingerprint(parsed)
+        request, same = parsed.request, fingerprint(parsed)
         job_id, packet_id = request.job_id, None
         if job_id is None and delivery.retain:
-            job_id = f"retained-{fingerprint}"
+            job_id = f"retained-{same}"
         elif job_id is None:
             job_id = str(uuid.uuid4())
             packet_id = delivery.receipt.mid if delivery.qos else None
         return NewJob(
             job_id=job_id,
-            fingerprint=fingerprint,
+            fingerprint=same,
             audio=source_of(request),
             model_size=request.model_size or self._models.default_name(),
             options=request.options(),
@@ -195,24 +193,3 @@ _ENGLISH_ONLY = ".en"
 _DISTILLED = "distil-"
 _TURBO = frozenset({"turbo", "large-v3-turbo"})
 """Of these and the distilled ones translation was left out in training: asked to translate, they transcribe."""
-
-
-def _fingerprint(parsed: Accepted) -> str:
-    """Return 128 bits that are equal for requests that ask for the same of the same audio."""
-    request = parsed.request
-    names = sorted(request.model_fields_set - _NOT_ASKED)
-    digest = hashlib.sha256(canonical({name: getattr(request, name) for name in names if _differs(request, name)}))
-    if parsed.audio is not None:
-        digest.update(hashlib.sha256(parsed.audio).digest())
-    return digest.hexdigest()[:32]
-
-
-_NOT_ASKED = frozenset({"job_id", "audio_base64"})
-"""Fields that say which job it is, or hold the audio, whose bytes are compared instead."""
-
-
-def _differs(request: JobRequest, name: str) -> bool:
-    return bool(getattr(request, name) != _DEFAULTS[name])
-
-
-_DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in JobRequest.model_fields.items()}

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from pydantic_core import to_json
 
 from cesar_mqtt.consumer.command_handlers import Answer
+from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.incoming import IncomingMessage, MessageParser, ModelNames
 from cesar_mqtt.consumer.redelivery import RedeliveryTracker
 from cesar_mqtt.errors import LedgerError
@@ -23,9 +24,11 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
+from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.parsing import Refusal
-from cesar_mqtt.protocol.payloads import Rejection, excerpt, shortened, timestamp
+from cesar_mqtt.protocol.payloads import Rejection
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.protocol.truncate import excerpt, shorten
 
 log = get_logger(__name__)
 
@@ -58,20 +61,14 @@ class Controls(Protocol):
         """
 
 
-class Reports(Protocol):
-    """Whom the intake tells; every call returns at once."""
-
-    def reject(self, rejection: Rejection) -> None:
-        """Report a refused message."""
+class Responder(Protocol):
+    """What the intake needs of the publisher; every call returns at once."""
 
     def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
-        """Answer a request."""
+        """Publish a response."""
 
     def found_retained(self, payload: bytes | None) -> None:
-        """Take note of what the broker retains as the consumer's queue; None: it retained nothing before this."""
-
-    def degraded(self, who: str, *, on: bool) -> None:
-        """Take note of whether the disk refuses."""
+        """Compare what the broker retains as the consumer's `queue` with what was published; None: nothing."""
 
 
 class Intake:
@@ -92,7 +89,8 @@ class Intake:
         models: ModelNames,
         controls: Controls,
         max_payload_bytes: int,
-        reports: Reports,
+        events: JobEvents,
+        responder: Responder,
         on_born: Callable[[], None] = lambda: None,
     ) -> None:
         """Wire it; nothing starts here.
@@ -105,7 +103,8 @@ class Intake:
             models: the models that may be asked for.
             controls: answers what is no job.
             max_payload_bytes: a larger message is refused.
-            reports: whom to tell of refusals, and of a disk that refuses.
+            events: where it reports rejections, and a disk that refuses.
+            responder: publishes the responses.
             on_born: called when Home Assistant says that it has started.
         """
         self._source = source
@@ -114,7 +113,8 @@ class Intake:
         self._topics = topics
         self._planner = MessageParser(topics, models, max_payload_bytes=max_payload_bytes)
         self._controls = controls
-        self._reports = reports
+        self._events = events
+        self._responder = responder
         self._on_born = on_born
         self._redelivery = RedeliveryTracker(ledger)
         self._stop = threading.Event()
@@ -181,7 +181,7 @@ class Intake:
             answer = self._controls.answer(command, delivery.payload)
             if answer is None:
                 continue
-            self._reports.answer(self._topics.response(command), answer.payload)
+            self._responder.answer(self._topics.response(command), answer.payload)
             self._respond(delivery, answer.payload)
             if answer.rejection is not None:
                 self._reject(delivery, answer.rejection)
@@ -193,9 +193,9 @@ class Intake:
             return
         if self._topics.is_own(topic):
             message = "No answer on %s: a response topic must not be among the consumer's own"
-            log.warning(message, shortened(topic), action="not_answered")
+            log.warning(message, shorten(topic), action="not_answered")
             return
-        self._reports.answer(topic, payload, correlation_data=delivery.correlation_data)
+        self._responder.answer(topic, payload, correlation_data=delivery.correlation_data)
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Intake:
         verdicts = self._patiently(lambda: self._ledger.append(jobs))
         if verdicts is None:
             return None
-        self._reports.degraded("intake", on=False)
+        self._events.degraded("intake", on=False)
         known = (
             job.audio for job, (verdict, _) in zip(jobs, verdicts, strict=True) if verdict is not Admission.ACCEPTED
         )
@@ -242,7 +242,7 @@ class Intake:
             try:
                 done = step()
             except LedgerError as exc:
-                self._reports.degraded("intake", on=True)
+                self._events.degraded("intake", on=True)
                 message = "%s Nothing is acknowledged; next try in %.1f s."
                 log.error(message, exc, delay_s, action="intake_degraded")
                 if self._stop.wait(delay_s):
@@ -264,9 +264,9 @@ class Intake:
             audio_id = self._topics.audio_job_id(plan.delivery.topic)
             if audio_id is not None and not plan.delivery.payload:
                 message = "An empty file is ignored: no job is made of it"
-                log.info(message, action="empty_ignored", job_id=shortened(audio_id))
+                log.info(message, action="empty_ignored", job_id=shorten(audio_id))
             if plan.found is not None:
-                self._reports.found_retained(plan.found if plan.delivery.retain else None)
+                self._responder.found_retained(plan.found if plan.delivery.retain else None)
             elif refusal is not None:
                 rejection = self._reject(plan.delivery, refusal)
                 self._respond(plan.delivery, rejection.encode())
@@ -276,10 +276,10 @@ class Intake:
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
         message = "Refused on %s: %s: %s"
-        details = (shortened(delivery.topic), refusal.reason, refusal.detail)
+        details = (shorten(delivery.topic), refusal.reason, refusal.detail)
         log.warning(message, *details, action="rejected", job_id=refusal.job_id)
         rejection = _rejection(delivery, refusal)
-        self._reports.reject(rejection)
+        self._events.rejected(rejection)
         return rejection
 
 
@@ -287,7 +287,7 @@ def _rejection(delivery: Delivery, refusal: Refusal) -> Rejection:
     return Rejection(
         reason=refusal.reason,
         detail=refusal.detail,
-        topic=shortened(delivery.topic),
+        topic=shorten(delivery.topic),
         job_id=refusal.job_id,
         payload_excerpt=excerpt(delivery.payload),
         received_at=timestamp(delivery.received_at),

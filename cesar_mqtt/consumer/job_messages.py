@@ -1,108 +1,182 @@
-"""What the broker is told of a job: its files, an event, its status, in this order; for the publisher's thread.
+"""The messages of one job in order (results, event, status), and the transient messages that wait to be sent.
 
-Segments are for the worker's thread.
+For the publisher's thread; `JobMessages.segment` for the worker's.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from cesar_mqtt.consumer.transient_messages import TransientMessage
+from pydantic_core import to_json
+
 from cesar_mqtt.jobs import DeletedJob, Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.protocol import formats
-from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_payload, segment_of, status_payload
+from cesar_mqtt.protocol.payloads import JobProgress, deletion_of, event_of, segment_of, status_of
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment
+from cesar_mqtt.protocol.truncate import truncate_response, truncate_segment, truncate_status
 from cesar_mqtt.transcript import Segment
 
 log = get_logger(__name__)
 
-_PACKET_OVERHEAD = 64
+MAX_TRANSIENT_MESSAGES = 10_000
+MAX_TRANSIENT_BYTES = 16 << 20
+_WARN_EVERY_S = 10.0
+
+_PACKET_OVERHEAD_BYTES = 64
+"""Room for the fixed header, the packet id and the lengths of topic and properties."""
 
 
 class JobMessage(NamedTuple):
-    """One message."""
+    """A message about a job, to be published at QoS 1."""
 
     topic: str
     payload: bytes
     retain: bool = True
 
 
-class JobMessages:
-    """Puts jobs into messages. The last message of a job is its status: when that is acknowledged, all of them are.
+@dataclass(frozen=True, slots=True)
+class TransientMessage:
+    """A message that is not retained: only present subscribers receive it.
 
     Attributes:
-        max_packet_bytes: the largest packet that the broker takes; None: no limit is known.
+        keep: whether it waits for a connection, and is sent again if the connection is lost before its PUBACK.
+    """
+
+    topic: str
+    payload: bytes
+    keep: bool = True
+    correlation_data: bytes | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it uses."""
+        return len(self.topic) + len(self.payload) + len(self.correlation_data or b"")
+
+
+class JobMessages:
+    """Builds the messages of jobs. The status is the last message of a job: its PUBACK stands for all of them.
+
+    Attributes:
+        max_packet_bytes: the largest packet that the broker accepts; None: no limit is known.
     """
 
     def __init__(self, ledger: Ledger, topics: Topics, *, clock: Callable[[], float]) -> None:
-        """Take where windows come from, where messages go, and seconds since the epoch."""
+        """Windows come from the ledger; `clock` gives seconds since the epoch."""
         self.max_packet_bytes: int | None = None
-        self._cut_job: int | None = None
+        self._truncated_job: int | None = None
         self._ledger = ledger
         self._topics = topics
         self._clock = clock
 
-    def of_job(self, job: Job, live: JobProgress | None, *, news: bool) -> list[JobMessage]:
-        """Return what is told of a job: with `news`, the state is one that it has just come to.
+    def of_job(self, job: Job, progress: JobProgress | None, *, is_new: bool) -> list[JobMessage]:
+        """Return the messages of a job; `is_new`: the state has just been entered, so there is an event, too.
 
-        A completed job's files come first, so that they are there when its status says so; the event stands before the
-        status that shows the same, for while that is not acknowledged both are said again.
+        The results of a completed job come first, so that they are there when the status appears. The event precedes
+        the status: until that is acknowledged, both are published again.
 
         Raises:
-            ValueError: it cannot be put into words, as from a ledger that was edited by hand.
+            ValueError: the job cannot be serialised, for example because the ledger was edited by hand.
         """
-        told: list[JobMessage] = []
+        messages: list[JobMessage] = []
         truncated = False
         if job.formats and job.state is JobState.COMPLETED:
-            told, truncated = self._files(job)
-        if news:
-            told.append(JobMessage(self._topics.events, event_payload(job, self._topics.consumer), retain=False))
+            messages, truncated = self._results(job)
+        if is_new:
+            event = event_of(job, self._topics.consumer)
+            messages.append(JobMessage(self._topics.events, to_json(event), retain=False))
         topic = self._topics.status(job.job_id)
-        limit = self._limit_of(topic)
-        payload = status_payload(job, self._topics.consumer, live, result_truncated=truncated, limit_bytes=limit)
-        told.append(JobMessage(topic, payload))
-        return told
+        status = status_of(job, self._topics.consumer, progress, result_truncated=truncated)
+        messages.append(JobMessage(topic, truncate_status(status, self._payload_limit(topic))))
+        return messages
 
-    def _files(self, job: Job) -> tuple[list[JobMessage], bool]:
+    def _results(self, job: Job) -> tuple[list[JobMessage], bool]:
         segments = [segment for window in self._ledger.windows(job.seq) for segment in window.segments]
         content = formats.content_of(job, segments)
-        files, truncated = [], False
+        results, truncated = [], False
         for name in job.formats:
             topic = self._topics.result(job.job_id, name)
-            payload, cut = formats.render(name, content, limit_bytes=self._limit_of(topic))
+            payload, cut = formats.render(name, content, limit_bytes=self._payload_limit(topic))
             truncated |= cut
-            files.append(JobMessage(topic, payload))
-        return files, truncated
+            results.append(JobMessage(topic, payload))
+        return results, truncated
 
-    def of_deletion(self, gone: DeletedJob) -> Iterator[JobMessage]:
-        """Yield what makes the broker forget a deleted job: an empty retained message clears a topic."""
-        if gone.event_pending:
-            event = deletion_of(gone.job_id, self._topics.consumer, self._clock())
-            yield JobMessage(self._topics.events, event.encode(), retain=False)
-        yield from (JobMessage(self._topics.result(gone.job_id, name), b"") for name in gone.formats)
-        if gone.owns_status:
-            yield JobMessage(self._topics.status(gone.job_id), b"")
+    def of_deletion(self, deleted: DeletedJob) -> Iterator[JobMessage]:
+        """Yield the event of a deletion, if it is new, and the empty retained messages that clear the job's topics."""
+        if deleted.event_pending:
+            event = deletion_of(deleted.job_id, self._topics.consumer, self._clock())
+            yield JobMessage(self._topics.events, to_json(event), retain=False)
+        yield from (JobMessage(self._topics.result(deleted.job_id, name), b"") for name in deleted.formats)
+        if deleted.owns_status:
+            yield JobMessage(self._topics.status(deleted.job_id), b"")
 
-    def of_segment(self, job: Job, segment: Segment) -> TransientMessage:
-        """Return what is told of a segment; for the worker's thread."""
+    def segment(self, job: Job, segment: Segment) -> TransientMessage:
+        """Return the message of one segment, for the worker's thread."""
         topic, message = self._topics.segments(job.job_id), segment_of(job.job_id, segment)
-        payload, limit = message.encode(), self._limit_of(topic)
+        payload, limit = truncate_segment(message), self._payload_limit(topic)
         if limit is not None and len(payload) > limit:
             payload = truncate_segment(message, limit)
-            if self._cut_job != job.seq:
-                self._cut_job = job.seq
-                said = "Segments are told without their words, or cut: the broker takes %d bytes in a packet"
-                log.warning(said, self.max_packet_bytes, action="segment_cut", job_id=job.job_id)
+            if self._truncated_job != job.seq:
+                self._truncated_job = job.seq
+                warning = "Segments are published without words, or truncated: the broker accepts packets of %d bytes"
+                log.warning(warning, self.max_packet_bytes, action="segment_cut", job_id=job.job_id)
         return TransientMessage(topic, payload, keep=False)
 
-    def of_note(self, note: TransientMessage) -> bytes:
-        """Return what can be said of it in one message."""
-        limit = self._limit_of(note.topic, len(note.correlation_data or b""))
-        return note.payload if limit is None else truncate_response(note.payload, limit)
+    def fit(self, message: TransientMessage) -> bytes:
+        """Return the payload of a transient message, truncated to the broker's limit."""
+        limit = self._payload_limit(message.topic, len(message.correlation_data or b""))
+        return message.payload if limit is None else truncate_response(message.payload, limit)
 
-    def _limit_of(self, topic: str, more_bytes: int = 0) -> int | None:
-        """Return how large a payload on this topic may be, with so many bytes of properties beside it."""
+    def _payload_limit(self, topic: str, properties_bytes: int = 0) -> int | None:
         limit = self.max_packet_bytes
-        return None if limit is None else limit - len(topic.encode()) - more_bytes - _PACKET_OVERHEAD
+        return None if limit is None else limit - len(topic.encode()) - properties_bytes - _PACKET_OVERHEAD_BYTES
+
+
+class TransientMessages:
+    """Transient messages in their order: at most 10,000 and 16 MiB, except that one always fits. The oldest go."""
+
+    def __init__(self, *, monotonic: Callable[[], float]) -> None:
+        """Start empty; `monotonic` is the clock, in seconds."""
+        self._monotonic = monotonic
+        self._waiting: deque[TransientMessage] = deque()
+        self._waiting_bytes = 0
+        self._dropped = 0
+        self._warn_at = -math.inf
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def first(self) -> TransientMessage:
+        """The next message to send; there has to be one."""
+        return self._waiting[0]
+
+    def add(self, message: TransientMessage) -> None:
+        self._waiting.append(message)
+        self._waiting_bytes += message.size_bytes
+        while len(self) > MAX_TRANSIENT_MESSAGES or (self._waiting_bytes > MAX_TRANSIENT_BYTES and len(self) > 1):
+            self.remove_first()
+            self._dropped += 1
+
+    def remove_first(self) -> None:
+        self._waiting_bytes -= self._waiting.popleft().size_bytes
+
+    def on_disconnected(self, lost: Iterable[TransientMessage]) -> None:
+        """Enqueue the lost messages, which were in flight, before all others; drop those that are not to be kept."""
+        messages = (*lost, *self._waiting)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        for message in messages:
+            if message.keep:
+                self.add(message)
+
+    def warn_of_drops(self) -> None:
+        """Log how many messages were dropped, at most once in 10 s."""
+        if self._dropped and self._monotonic() >= self._warn_at:
+            warning = "Send buffer full: dropped the %d oldest responses, rejections and segments"
+            log.warning(warning, self._dropped, action="notes_dropped")
+            self._dropped = 0
+            self._warn_at = self._monotonic() + _WARN_EVERY_S

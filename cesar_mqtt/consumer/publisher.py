@@ -1,39 +1,85 @@
-"""The publisher: makes the broker's retained messages agree with the ledger, however long that takes.
+"""The publisher: brings the broker's retained messages into agreement with the ledger, however long that takes.
 
-Its thread is the only one that publishes. All other methods may be called from any thread, and never wait for the
-network; those called `on_...`, for paho's network thread, not for the disk either.
+Its thread, `publisher`, is the only one that publishes. Any thread may call the other methods; they never wait for the
+network. The callbacks of the client, `on_connected`, `on_disconnected` and `on_published`, do not wait for the disk
+either.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from cesar_mqtt.consumer.activity import ActivityTracker
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
-from cesar_mqtt.consumer.in_flight import InFlight, PendingAck
-from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages
-from cesar_mqtt.consumer.own_topics import OwnTopics
+from cesar_mqtt.consumer.events import JobObserver
+from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages, TransientMessage, TransientMessages
+from cesar_mqtt.consumer.own_topics import ActivityTracker, OwnTopics
 from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
-from cesar_mqtt.consumer.transient_messages import TransientMessage, TransientMessages
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
-from cesar_mqtt.protocol.payloads import JobProgress, Payload, Rejection
+from cesar_mqtt.protocol.fields import Payload
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.threads import StoppableThread
 from cesar_mqtt.transcript import Segment
 
 log = get_logger(__name__)
 
-_ACKNOWLEDGED_AT_ONCE = 20
-_EVERY_S = 1.0
+MAX_IN_FLIGHT = 200
+"""Unacknowledged messages at most; keeps the client's own queue short."""
+
+_WAKE_AFTER_ACKS = 20
+"""In a burst the thread handles so many acknowledgements at once: waking it for each costs more than all the rest."""
+_MIN_INTERVAL_S = 1.0
+"""Between two queue messages, and between two progress statuses of a job."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusAck:
+    """Awaited for the status of a job."""
+
+    seq: int
+    number: int
+    """For `Ledger.mark_published`; 0: the status shows progress only, which the ledger does not wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClearAck:
+    """Awaited for the last retained topic of a deleted job that is cleared."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTopicAck:
+    """Awaited for one of the consumer's own topics."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransientAck:
+    """Awaited for a transient message."""
+
+    message: TransientMessage
+
+
+PendingAck = StatusAck | ClearAck | OwnTopicAck | TransientAck | None
+"""What a PUBACK stands for.
+
+None: a message that precedes others, such as a result before its status. Brokers acknowledge in the order in which they
+receive (MQTT 5, section 4.6), so the PUBACK of the last message stands for all.
+"""
 
 
 class Connection(Protocol):
-    """What the publisher needs of an MQTT client."""
+    """The part of the MQTT client that the publisher uses."""
 
     def publish(
         self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
@@ -41,12 +87,12 @@ class Connection(Protocol):
         """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
 
 
-class Publisher:
-    """An outbox over the ledger.
+class Publisher(StoppableThread, JobObserver):
+    """Publishes what the ledger's outbox holds, and the consumer's own topics.
 
-    For each job it publishes the newest status that the broker has not acknowledged; states that were passed through
-    while offline are never sent. The ledger is told at the PUBACK. After a reconnect, everything unacknowledged is
-    published again; when the broker has lost the session, everything is.
+    For each job it publishes the newest status that the broker has not acknowledged; states that a job passed through
+    while the client was offline are not published. At the PUBACK the ledger marks the status as published. After a
+    reconnect everything unacknowledged is published again; when the broker has lost the session, everything is.
     """
 
     def __init__(
@@ -58,379 +104,386 @@ class Publisher:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Wire it; nothing starts here."""
+        super().__init__("publisher")
         self._connection = connection
         self._ledger = ledger
         self._topics = topics
         self._clock = clock
         self._monotonic = monotonic
-        self._wake = threading.Event()
-        self._stop = threading.Event()
+        self._has_work = threading.Event()
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
-        self._in_flight = InFlight()
+        self._pending_acks: dict[Hashable, PendingAck] = {}
+        """The messages in flight, by the tickets of the client."""
         self._acknowledged: deque[tuple[Hashable, bool]] = deque()
-        self._refused = False
-        """Whether the broker has refused the status of a job: later it may take it."""
-        self._tellings = JobMessages(ledger, topics, clock=clock)
-        self._own = OwnTopics()
-        self._witness = RetainedCheck(standing_of(ledger.totals()))
-        self._announcer = DiscoverySchedule(self._own, monotonic=monotonic)
-        self._notes = TransientMessages(monotonic=monotonic)
-        self._doing = ActivityTracker()
-        self._last: Job | None = None
-        self._live: tuple[Job, JobProgress] | None = None
-        self._live_stale = False
-        self._live_due = 0.0
-        self._queue_stale = True
+        self._status_refused = False
+        """Whether the broker has refused the status of a job: at the next connection it may accept it."""
+        self._job_messages = JobMessages(ledger, topics, clock=clock)
+        self._own_topics = OwnTopics()
+        self._retained_check = RetainedCheck(standing_of(ledger.totals()))
+        self._discovery = DiscoverySchedule(self._own_topics, monotonic=monotonic)
+        self._transient_messages = TransientMessages(monotonic=monotonic)
+        self._activity = ActivityTracker()
+        self._last_finished: Job | None = None
+        self._progress: tuple[Job, JobProgress] | None = None
+        self._progress_is_stale = False
+        self._progress_due = 0.0
+        self._queue_is_stale = True
         self._queue_due = 0.0
-        self._settling = threading.Condition()
-        self._asked = self._settled = 0
-        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
-        ledger.observe(self._queue_changed)
+        self._drained = threading.Condition()
+        self._drains_requested = self._drains_completed = 0
+        ledger.observe(self._on_ledger_changed)
 
-    # -- told by others -------------------------------------------------------------------------------------------
+    # -- callbacks of the client, on the network thread ----------------------------------------------------------------
 
     def on_connected(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
-        """Take note that the client is connected (network thread)."""
-        self._tell(lambda: self._begin(session_present=session_present, max_packet_bytes=max_packet_bytes))
+        self._post(lambda: self._start_connection(session_present=session_present, max_packet_bytes=max_packet_bytes))
 
     def on_disconnected(self) -> None:
-        """Take note that nothing that is on its way will be acknowledged (network thread)."""
-        self._tell(self._interrupt)
+        self._post(self._end_connection)
 
     def on_published(self, ticket: Hashable, *, refused: bool = False) -> None:
-        """Take note of a PUBACK, which may say no (network thread)."""
+        """Handle a PUBACK, which may be a refusal."""
         self._acknowledged.append((ticket, refused))
-        # In a burst the thread is not woken for each: that costs more than all the rest of this.
-        if len(self._acknowledged) >= min(_ACKNOWLEDGED_AT_ONCE, len(self._in_flight)) and not self._wake.is_set():
-            self._wake.set()
+        enough = len(self._acknowledged) >= min(_WAKE_AFTER_ACKS, len(self._pending_acks))
+        if enough and not self._has_work.is_set():
+            self._has_work.set()
+
+    # -- any thread ----------------------------------------------------------------------------------------------------
 
     def reject(self, rejection: Rejection) -> None:
-        """Report a refused message when connected; the newest are kept until then, in memory: see `TransientMessages`.
+        """Publish a rejection; while offline the newest are kept in memory, see `TransientMessages`.
 
-        May wait for whoever is writing to the ledger, so not for the network thread.
+        May wait for a thread that is writing to the ledger, so not for the network thread.
         """
         self._ledger.count_rejected()
-        self._say(TransientMessage(self._topics.rejected, rejection.encode()))
+        self._enqueue(TransientMessage(self._topics.rejected, rejection.encode()))
 
     def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
-        """Answer a request; kept like a refused message until there is a connection."""
-        self._say(TransientMessage(topic, payload, correlation_data=correlation_data))
+        """Publish the response to a request; while offline it is kept like a rejection."""
+        self._enqueue(TransientMessage(topic, payload, correlation_data=correlation_data))
 
     def segment(self, job: Job, segment: Segment) -> None:
-        """Tell a segment to whoever listens now; it is not kept for later."""
-        self._say(self._tellings.of_segment(job, segment))
-
-    def _say(self, note: TransientMessage) -> None:
-        self._tell(lambda: self._notes.add(note) if note.keep or self._connected else None)
+        """Publish a segment; it is dropped while offline."""
+        self._enqueue(self._job_messages.segment(job, segment))
 
     def online(self) -> None:
-        """Let the consumer's state be `online` at this and every later connection."""
-        self._tell(lambda: self._own.retain("state", ConsumerState(state="online").encode()))
+        """Publish the state `online` at this and every later connection."""
+        self._post(lambda: self._own_topics.retain("state", ConsumerState(state="online").encode()))
 
     def offline(self) -> None:
-        """Let the consumer's state be `offline`."""
-        self._tell(lambda: self._own.retain("state", ConsumerState(state="offline").encode()))
+        """Publish the state `offline`."""
+        self._post(lambda: self._own_topics.retain("state", ConsumerState(state="offline").encode()))
 
     def tell(self, name: str, message: Payload) -> None:
-        """Let the consumer's own topic `name` retain a message, such as its health."""
-        self._tell(lambda: self._own.retain(name, message.encode()))
+        """Publish the consumer's own topic `name`, such as `health`."""
+        self._post(lambda: self._own_topics.retain(name, message.encode()))
 
     def announce(self, messages: Mapping[str, bytes], *, stale: Iterable[str] = ()) -> None:
-        """Let the broker retain discovery messages, by topic, at this and every later connection; and not the stale."""
-        self._tell(lambda: self._announcer.announce(messages, stale=stale))
+        """Publish discovery messages, by topic, at this and every later connection, and clear the stale topics."""
+        self._post(lambda: self._discovery.announce(messages, stale=stale))
 
     def announce_again(self) -> None:
-        """Take note that Home Assistant has started."""
-        self._tell(self._announcer.born)
+        """Publish the discovery messages again: Home Assistant has started."""
+        self._post(self._discovery.on_birth_message)
 
     def activity(self, activity: Activity) -> None:
-        """Take note of what the worker is doing."""
-        self._tell(lambda: self._set(activity))
+        """Publish what the worker is doing."""
+        self._post(lambda: self._set_activity(activity))
 
     def degraded(self, who: str, *, on: bool) -> None:
-        """Take note of whether the disk refuses `who`; while it refuses anybody, the activity is `degraded`.
+        """Record whether the disk refuses the writes of a thread; while it does, the activity is `degraded`.
 
-        One thread speaks for each `who`.
+        Each name is for one thread.
         """
-        if self._doing.refuse(who, on=on):
-            self._queue_changed()
+        if self._activity.set_degraded(who, on=on):
+            self._on_ledger_changed()
 
     def draining(self) -> None:
-        """Take note that no further job is started."""
-        self._tell(self._set_draining)
+        """Publish that no further job is started."""
+        self._post(self._set_draining)
 
     def progress(self, job: Job, live: JobProgress) -> None:
-        """Take note of how far a job is; published at most once a second."""
-        self._tell(lambda: self._note(job, live))
+        """Publish the progress of a running job, at most once a second."""
+        self._post(lambda: self._set_progress(job, live))
 
     def live_of(self, job: Job) -> JobProgress | None:
-        """Return how far a job in work is, as far as is known; None: nothing is."""
-        of, live = self._live or (None, None)
-        return live if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
+        """Return the progress of a running job; None: it is not known."""
+        of, progress = self._progress or (None, None)
+        return progress if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
 
     def found_retained(self, payload: bytes | None) -> None:
-        """Take note of what the broker retains as this consumer's queue, right after a connection was made.
+        """Check the queue message that arrived from the broker after the connection was made.
 
-        None: what came first was our own, newest message, so it retained nothing before. See `RetainedCheck`.
+        None: it was not retained, but our own, newest one; so the broker retained none before. See `RetainedCheck`.
         """
-        self._tell(lambda: self._look(payload))
+        self._post(lambda: self._check_retained(payload))
 
     def finished(self, job: Job) -> None:
-        """Take note of the job that ended last."""
-        self._tell(lambda: self._set_last(job))
-
-    def _tell(self, event: Callable[[], None]) -> None:
-        self._events.append(event)
-        self._wake.set()
-
-    def _queue_changed(self) -> None:
-        self._queue_stale = True
-        self._wake.set()
+        """Publish the job that finished last."""
+        self._post(lambda: self._set_last_finished(job))
 
     @property
     def in_flight(self) -> int:
-        """How many messages wait for the broker's acknowledgement."""
-        return len(self._in_flight)
-
-    # -- lifecycle ------------------------------------------------------------------------------------------------
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """How many messages the broker has not acknowledged yet."""
+        return len(self._pending_acks)
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until the broker has acknowledged all that there is to say; False when the time ran out first."""
-        with self._settling:
-            self._asked += 1
-            mine = self._asked
-            self._wake.set()
-            return self._settling.wait_for(lambda: self._settled >= mine, timeout_s)
+        """Wait until the broker has acknowledged everything; False: not in time."""
+        with self._drained:
+            self._drains_requested += 1
+            mine = self._drains_requested
+            self._has_work.set()
+            return self._drained.wait_for(lambda: self._drains_completed >= mine, timeout_s)
 
-    def stop(self) -> None:
-        """End the thread; what is not acknowledged stays in the ledger's outbox."""
-        self._stop.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    def _enqueue(self, message: TransientMessage) -> None:
+        self._post(lambda: self._transient_messages.add(message) if message.keep or self._connected else None)
+
+    def _post(self, event: Callable[[], None]) -> None:
+        """Have the publisher's thread call `event`."""
+        self._events.append(event)
+        self._has_work.set()
+
+    def _on_ledger_changed(self) -> None:
+        self._queue_is_stale = True
+        self._has_work.set()
+
+    def _wake(self) -> None:
+        self._has_work.set()
+
+    # -- the publisher's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
-            self._wake.clear()
-            if self._stop.is_set():  # asked after clearing, so that the call of a stop is never cleared away unheard
+            self._has_work.clear()
+            if self._stopping.is_set():  # read after `clear`, so that the wake-up of a stop is never lost
                 return
-            self._wake.wait(self.run_once())
+            self._has_work.wait(self.run_once())
 
     def run_once(self) -> float | None:
-        """Do all that can be done now.
+        """Publish all that can be published now.
 
         Returns:
-            Seconds after which there will be something to do even if nobody says so; None: nothing is due.
+            Seconds after which something is due even if no event arrives; None: nothing is.
         """
-        asked = self._asked
-        self._take_acknowledgements()
+        requested = self._drains_requested
+        self._handle_acknowledgements()
         while self._events:
             self._events.popleft()()
-        self._notes.warn()
+        self._transient_messages.warn_of_drops()
         if not self._connected:
             return None
-        self._publish_own()
-        self._publish_notes()
-        self._publish_gone()
+        self._publish_own_topics()
+        self._publish_transient_messages()
+        self._clear_deleted_jobs()
         self._publish_statuses()
-        due = self._publish_live()
-        if self._is_settled():
-            with self._settling:
-                self._settled = asked
-                self._settling.notify_all()
-        return due
+        self._publish_progress()
+        if self._is_drained():
+            with self._drained:
+                self._drains_completed = requested
+                self._drained.notify_all()
+        return self._next_due_s()
 
-    def _is_settled(self) -> bool:
-        stale = self._queue_stale or not self._own.settled
-        return not (self._in_flight or stale or self._notes or self._ledger.has_unpublished)
+    def _is_drained(self) -> bool:
+        return self._jobs_are_drained() and not self._queue_is_stale and self._own_topics.is_acknowledged
 
-    # -- events, in the publisher's thread ------------------------------------------------------------------------
+    def _jobs_are_drained(self) -> bool:
+        return not (self._pending_acks or self._transient_messages or self._ledger.has_unpublished)
 
-    def _begin(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
-        self._interrupt()
+    def _next_due_s(self) -> float | None:
+        now = self._monotonic()
+        waits = [self._queue_due - now] if self._queue_is_stale else []
+        if self._progress_is_stale and self._room > 0:  # without room the next PUBACK wakes the thread
+            waits.append(self._progress_due - now)
+        waits += self._discovery.waits_s()
+        return max(0.0, min(waits)) if waits else None
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _start_connection(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
+        self._end_connection()
         self._connected = True
         self._ledger.coalesce()
-        self._tellings.max_packet_bytes = max_packet_bytes
-        unknown = self._witness.connected(self._own.retained("queue"), session_present=session_present)
-        self._own.say_again("state")
-        self._announcer.connected()
+        self._job_messages.max_packet_bytes = max_packet_bytes
+        retained = self._own_topics.retained("queue")
+        unknown = self._retained_check.on_connected(retained, session_present=session_present)
+        self._own_topics.republish("state")
+        self._discovery.on_connected()
         if not session_present:
-            self._own.say_again()
-        if unknown or self._refused or not session_present:
-            self._ledger.republish_all(restored=self._refused)
-            self._refused = False
+            self._own_topics.republish()
+        if unknown or self._status_refused or not session_present:
+            self._ledger.republish_all(restored=self._status_refused)
+            self._status_refused = False
 
-    def _look(self, payload: bytes | None) -> None:
-        loss = self._witness.look(payload, self._own.retained("queue"))
+    def _end_connection(self) -> None:
+        self._connected = False
+        lost = [ack.message for ack in self._pending_acks.values() if isinstance(ack, TransientAck)]
+        self._pending_acks.clear()
+        self._transient_messages.on_disconnected(lost)
+        self._own_topics.on_disconnected()
+
+    def _check_retained(self, payload: bytes | None) -> None:
+        loss = self._retained_check.compare(payload, self._own_topics.retained("queue"))
         if loss is None:
             return
-        message = "The broker does not have the newest messages: all are sent again"
+        message = "The broker has lost retained messages: all are published again"
         log.warning(message, action="broker_went_back")
-        self._own.say_again()
+        self._own_topics.republish()
         if loss is Loss.NEWEST:
-            self._own.forget_retained()
+            self._own_topics.forget_retained()
         self._ledger.republish_all(restored=loss is Loss.NEWEST)
 
-    def _interrupt(self) -> None:
-        self._connected = False
-        self._notes.interrupt(self._in_flight.interrupt())
-        self._own.interrupt()
-
-    def _take_acknowledgements(self) -> None:
-        published: list[tuple[int, int]] = []
+    def _handle_acknowledgements(self) -> None:
+        acks: list[PendingAck] = []
         while self._acknowledged:
             ticket, refused = self._acknowledged.popleft()
-            sent = self._in_flight.acknowledge(ticket)
-            if sent is None:
-                continue
-            self._refused |= refused and sent.seq is not None
-            if sent.seq is not None and sent.number:
-                published.append((sent.seq, sent.number))
-            else:
-                self._settle(sent)
+            ack = self._pending_acks.pop(ticket, None)  # a ticket of an earlier connection is unknown
+            self._status_refused |= refused and isinstance(ack, StatusAck | ClearAck)
+            acks.append(ack)
+        self._complete(acks)
+
+    def _complete(self, acks: Iterable[PendingAck]) -> None:
+        """Record that the broker has these messages, or that they are given up."""
+        published: list[tuple[int, int]] = []
+        for ack in acks:
+            match ack:
+                case StatusAck(seq, number) if number:
+                    published.append((seq, number))
+                case ClearAck(seq):
+                    self._ledger.mark_cleared(seq)
+                case OwnTopicAck(name, version):
+                    self._own_topics.acknowledge(name, version)
+                case _:
+                    pass
         if published:
             self._ledger.mark_published(published)
 
-    def _settle(self, sent: PendingAck) -> None:
-        if sent.seq is not None and sent.gone:
-            self._ledger.mark_cleared(sent.seq)
-        elif sent.seq is not None and sent.number:
-            self._ledger.mark_published([(sent.seq, sent.number)])
-        elif sent.topic is not None:
-            self._own.acknowledge(sent.topic, sent.number)
-
-    def _set(self, activity: Activity) -> None:
-        self._doing.worker = activity
-        self._queue_stale = True
-
-    def _set_last(self, job: Job) -> None:
-        self._last = job
-        self._own.retain("last", last_of(job).encode())
+    def _set_activity(self, activity: Activity) -> None:
+        self._activity.worker = activity
+        self._queue_is_stale = True
 
     def _set_draining(self) -> None:
-        self._doing.draining = True
-        self._queue_stale = True
+        self._activity.draining = True
+        self._queue_is_stale = True
 
-    def _note(self, job: Job, live: JobProgress) -> None:
-        self._live = (job, live)
-        self._live_stale = True
+    def _set_last_finished(self, job: Job) -> None:
+        self._last_finished = job
+        self._own_topics.retain("last", last_of(job).encode())
 
-    # -- publishing -----------------------------------------------------------------------------------------------
+    def _set_progress(self, job: Job, progress: JobProgress) -> None:
+        self._progress = (job, progress)
+        self._progress_is_stale = True
 
-    def _send(
+    # -- publishing ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _room(self) -> int:
+        """How many more messages may be in flight."""
+        return MAX_IN_FLIGHT - len(self._pending_acks) if self._connected else 0
+
+    def _publish(
         self,
         topic: str,
         payload: bytes,
-        sent: PendingAck,
+        ack: PendingAck,
         *,
         retain: bool = True,
         correlation_data: bytes | None = None,
     ) -> bool:
-        """Hand a message to the client; False: there is no connection. What no broker takes is given up."""
+        """Pass a message to the client; False: not connected. A message that no broker accepts is given up."""
         try:
             ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
         except CannotPublishError as exc:
-            known_bytes = self._tellings.max_packet_bytes or MAX_PACKET_BYTES
+            known_bytes = self._job_messages.max_packet_bytes or MAX_PACKET_BYTES
             if isinstance(exc, PacketTooLargeError) and exc.limit_bytes < known_bytes:
-                return False  # the limit of a connection that we are just being told of
-            log.error("A message on %s is given up: %s", topic, exc, action="unpublished")
-            self._settle(sent)
+                return False  # the limit of a new connection, whose `on_connected` is still to be handled
+            log.error("The message on %s cannot be published and is skipped: %s", topic, exc, action="unpublished")
+            self._complete([ack])
             return True
         if ticket is None:
             self._connected = False
             return False
-        self._in_flight.add(ticket, sent)
+        self._pending_acks[ticket] = ack
         return True
 
-    @property
-    def _room(self) -> int:
-        return self._in_flight.room if self._connected else 0
+    def _publish_in_order(self, messages: Iterable[JobMessage], ack: PendingAck) -> bool:
+        """Publish messages that belong together; the PUBACK of the last one stands for all."""
+        *others, last = messages
+        for topic, payload, retain in others:
+            if not self._publish(topic, payload, None, retain=retain):
+                return False
+        return self._publish(last.topic, last.payload, ack, retain=last.retain)
 
-    def _publish_own(self) -> None:
-        if self._queue_stale and (self._monotonic() >= self._queue_due or self._waits_for_the_queue()):
-            self._queue_stale = False
-            self._queue_due = self._monotonic() + _EVERY_S
-            self._own.retain("queue", self._queue())
-        self._announcer.run_once()
-        for name, payload, version in self._own.due():
+    def _publish_own_topics(self) -> None:
+        if self._queue_is_stale and (self._monotonic() >= self._queue_due or self._only_queue_is_undrained()):
+            self._queue_is_stale = False
+            self._queue_due = self._monotonic() + _MIN_INTERVAL_S
+            totals = self._ledger.totals()
+            queue = queue_of(totals, self._activity.current(totals), self._clock())
+            self._own_topics.retain("queue", queue.encode())
+        self._discovery.run_once()
+        for name, payload, version in self._own_topics.take_due():
             topic = name if "/" in name else self._topics.own(name)
-            self._send(topic, payload, PendingAck(topic=name, number=version))
+            self._publish(topic, payload, OwnTopicAck(name, version))
 
-    def _waits_for_the_queue(self) -> bool:
-        """Whether somebody drains and everything else is said: that is then the last word, and need not wait."""
-        return self._asked > self._settled and not (self._in_flight or self._notes or self._ledger.has_unpublished)
+    def _only_queue_is_undrained(self) -> bool:
+        """Whether a drain waits for nothing else: the queue message is then the last one, and need not wait."""
+        return self._drains_requested > self._drains_completed and self._jobs_are_drained()
 
-    def _queue(self) -> bytes:
-        totals = self._ledger.totals()
-        return queue_of(totals, self._doing.among(totals), self._clock()).encode()
-
-    def _publish_notes(self) -> None:
-        while self._notes and self._room > 0:
-            note = self._notes.first
-            payload, sent = self._tellings.of_note(note), PendingAck(note=note)
-            if not self._send(note.topic, payload, sent, retain=False, correlation_data=note.correlation_data):
+    def _publish_transient_messages(self) -> None:
+        while self._transient_messages and self._room > 0:
+            message = self._transient_messages.first
+            payload, data = self._job_messages.fit(message), message.correlation_data
+            if not self._publish(message.topic, payload, TransientAck(message), retain=False, correlation_data=data):
                 return
-            self._notes.drop_first()
+            self._transient_messages.remove_first()
+
+    def _clear_deleted_jobs(self) -> None:
+        """Clear the retained topics of deleted jobs."""
+        if self._room <= 0:
+            return
+        in_flight = {ack.seq for ack in self._pending_acks.values() if isinstance(ack, ClearAck)}
+        for deleted in self._ledger.pending_clears(self._room, exclude=in_flight):
+            if self._last_finished is not None and self._last_finished.seq == deleted.seq:
+                self._set_last_finished(self._last_finished._replace(result_text=None))
+            if not self._publish_in_order(self._job_messages.of_deletion(deleted), ClearAck(deleted.seq)):
+                return
 
     def _publish_statuses(self) -> None:
         if self._room <= 0:
             return
-        # Most of them are two messages, for a change is told as an event, too.
-        for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=self._in_flight.telling):
+        in_flight = {ack.seq for ack in self._pending_acks.values() if isinstance(ack, StatusAck) and ack.number}
+        # Most jobs take two messages, the event of the change and the status.
+        for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=in_flight):
             if not self._publish_status(job, number):
                 return
 
-    def _publish_gone(self) -> None:
-        """Let the broker forget deleted jobs."""
-        for gone in self._ledger.pending_clears(self._room, exclude=self._in_flight.clearing) if self._room > 0 else ():
-            if self._last is not None and self._last.seq == gone.seq:
-                self._set_last(self._last._replace(result_text=None))
-            if not self._send_all(self._tellings.of_deletion(gone), PendingAck(seq=gone.seq, gone=True)):
-                return
-
-    def _publish_live(self) -> float | None:
-        """Publish the progress if it is time; return the seconds until something of what is limited in rate is due."""
-        now = self._monotonic()
-        if self._live is not None and self._live_stale and now >= self._live_due and self._room > 0:
-            self._live_stale = False
-            of, _ = self._live
-            job = self._ledger.get(of.job_id)
-            if job is not None and job.state is JobState.PROCESSING and job.attempt == of.attempt:
-                self._publish_status(job, 0)
-        waits = [self._queue_due - now] if self._queue_stale else []
-        waits += [self._live_due - now] if self._live_stale and self._room > 0 else []  # else a PUBACK makes room
-        waits += self._announcer.waits_s()
-        return max(0.0, min(waits)) if waits else None
+    def _publish_progress(self) -> None:
+        if self._progress is None or not self._progress_is_stale or self._room <= 0:
+            return
+        if self._monotonic() < self._progress_due:
+            return
+        self._progress_is_stale = False
+        of, _ = self._progress
+        job = self._ledger.get(of.job_id)
+        if job is not None and job.state is JobState.PROCESSING and job.attempt == of.attempt:
+            self._publish_status(job, 0)
 
     def _publish_status(self, job: Job, number: int) -> bool:
-        if job.state is JobState.PROCESSING:
-            self._live_due = self._monotonic() + _EVERY_S
-        sent = PendingAck(seq=job.seq, number=number)
-        try:
-            # Else it is said again, or only its place in the queue has changed.
-            told = self._tellings.of_job(job, self.live_of(job), news=number == job.revision)
-        except ValueError as exc:
-            message = "What there is to tell of job %s cannot be put into words: %s"
-            log.error(message, job.job_id, exc, action="unpublished", job_id=job.job_id)
-            self._settle(sent)
-            return True
-        return self._send_all(told, sent)
+        """Publish a job; False: not connected.
 
-    def _send_all(self, told: Iterable[JobMessage], sent: PendingAck) -> bool:
-        """Send messages that belong together; the last one stands for all."""
-        *others, last = told
-        for topic, payload, retain in others:
-            if not self._send(topic, payload, PendingAck(), retain=retain):
-                return False
-        return self._send(last.topic, last.payload, sent, retain=last.retain)
+        Args:
+            job: what to publish.
+            number: for the acknowledgement; the job's revision if the state is new, else it is published again.
+        """
+        if job.state is JobState.PROCESSING:
+            self._progress_due = self._monotonic() + _MIN_INTERVAL_S
+        ack = StatusAck(job.seq, number)
+        try:
+            messages = self._job_messages.of_job(job, self.live_of(job), is_new=number == job.revision)
+        except ValueError as exc:
+            message = "The status of job %s cannot be serialised and is skipped: %s"
+            log.error(message, job.job_id, exc, action="unpublished", job_id=job.job_id)
+            self._complete([ack])
+            return True
+        return self._publish_in_order(messages, ack)

@@ -1,4 +1,4 @@
-"""The witness: what the broker shows of the consumer's own queue tells whether it has lost what it retained.
+"""Finds out from the broker's retained queue message whether the broker has lost retained messages.
 
 For the publisher's thread.
 """
@@ -9,57 +9,60 @@ from cesar_mqtt.protocol.consumer_payloads import standing_in
 
 
 class Loss(Enum):
-    """What the broker has lost."""
+    """Which retained messages the broker has lost."""
 
     ALL = "all"
-    """It retained nothing."""
+    """It retained no queue message."""
     NEWEST = "newest"
-    """It went back to what it retained earlier: it was killed, and came back with its last save."""
+    """It restored an older state: it was killed, and restarted from its last save."""
 
 
 class RetainedCheck:
-    """The queue message that the broker retains, read back at each connection.
+    """Compares the queue message that the broker retains, received at each connection, with what was published.
 
-    A broker that has lost something looks as if it had not: it may still know the session. Or the process before this
-    one may have died right after it had begun a new one, and nobody knows.
+    A broker that has lost messages may look as if it had not: it may still know the session. Or the process before this
+    one died right after the broker had begun a new session, so that no process has seen that.
     """
 
     def __init__(self, standing: tuple[int, ...]) -> None:
-        """Start with what the ledger counts: the process before this one ended by saying that."""
+        """`standing` are the ledger's totals: the last queue message of the process before has the same."""
         self._standing = standing
-        self._said: tuple[bytes, ...] = ()
-        """What the broker might retain when the connection was made, of what this process has said."""
-        self._looked = False
-        """Whether it was ever compared, or need not be any more."""
-        self._seen = False
-        """Whether it was, by this connection."""
-        self._shown = False
-        """Whether the broker has ever shown a retained one."""
+        self._published_before: tuple[bytes, ...] = ()
+        """What the broker may have retained when the connection was made, of what this process has published."""
+        self._compared = False
+        """Whether the retained message was ever compared, or need not be any more."""
+        self._compared_now = False
+        """Whether it was compared on this connection."""
+        self._was_readable = False
+        """Whether the broker has ever sent a retained queue message."""
 
-    def connected(self, said: tuple[bytes, ...], *, session_present: bool) -> bool:
-        """Begin a connection; whether nobody can tell any more what the broker had before.
+    def on_connected(self, published: tuple[bytes, ...], *, session_present: bool) -> bool:
+        """Begin a connection; True: it is unknown what the broker retained before, so it may have lost something.
 
-        That is so if something was said by a connection that was lost before the look. A broker may never show it, if
-        it does not let us read it: then that counts only once.
+        That is so if a queue message was published on a connection that was lost before the comparison. If the broker
+        never sends the message, because it does not let this client read it, this counts only once.
         """
-        before, self._said = self._said, said
-        unknown = said != before and not self._seen and (self._shown or not self._looked)
-        self._seen = not session_present
-        self._looked |= unknown or not session_present
+        before, self._published_before = self._published_before, published
+        unknown = published != before and not self._compared_now and (self._was_readable or not self._compared)
+        self._compared_now = not session_present
+        self._compared |= unknown or not session_present
         return unknown
 
-    def look(self, payload: bytes | None, said: tuple[bytes, ...]) -> Loss | None:
-        """Compare what the broker shows with what it has acknowledged; None: it has lost nothing.
+    def compare(self, payload: bytes | None, published: tuple[bytes, ...]) -> Loss | None:
+        """Compare what the broker retains with what it has acknowledged; None: it has lost nothing.
 
         Args:
-            payload: what it retains; None: what came first was our own, newest message, so it retained nothing before.
-                The latter is believed only at first, and of a broker that has shown something before.
-            said: what it may retain by now, for it may have been told more before we got to look.
+            payload: the retained message; None: the first message was our own, newest one, so there was none retained.
+                The latter counts only at first, and if the broker has sent a retained message before.
+            published: what the broker may retain by now: more may have been published before the comparison.
         """
-        expected = not self._looked or (self._shown and not self._seen)
-        self._looked = self._seen = True
+        expected = not self._compared or (self._was_readable and not self._compared_now)
+        self._compared = self._compared_now = True
         if payload is None:
             return Loss.ALL if expected else None
-        self._shown = True
-        is_right = payload in (*self._said, *said) if self._said else standing_in(payload) == self._standing
-        return None if is_right else Loss.NEWEST
+        self._was_readable = True
+        if self._published_before:
+            is_newest = payload in (*self._published_before, *published)
+        else:
+            is_newest = standing_in(payload) == self._standing
+        return None if is_newest else Loss.NEWEST

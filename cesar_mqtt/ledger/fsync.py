@@ -5,14 +5,20 @@ Stateless; any thread may call it. `Disk` is a class so that a test can replace 
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 class Disk:
-    """The system calls; each raises OSError."""
+    """The system calls; each raises OSError.
+
+    Attributes:
+        timed: returns a context manager that is entered for each sync, such as a timer.
+    """
+
+    timed: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of `data` at `offset` and return how many bytes that was, as `os.pwrite` does."""
@@ -20,11 +26,13 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Write the file's content and size to the medium."""
-        os.fsync(descriptor)
+        with self.timed():
+            os.fsync(descriptor)
 
     def sync_data(self, descriptor: int) -> None:
         """As `sync` without the file's times; cheaper if the size has not changed."""
-        _fdatasync(descriptor)
+        with self.timed():
+            _fdatasync(descriptor)
 
     def reserve(self, descriptor: int, start: int, end: int) -> None:
         """Extend the file to `end` with NUL bytes, in advance of later writes; on a full disk by fewer bytes.

@@ -30,7 +30,7 @@ class HealthProbe:
         self._network_alive = network_alive
         self._started = time.monotonic()
 
-    def take(self) -> HealthMessage:
+    def measure(self) -> HealthMessage:
         """Measure."""
         return HealthMessage(
             uptime=round(time.monotonic() - self._started, 1),
@@ -44,7 +44,7 @@ class HealthProbe:
 
     def fields(self) -> dict[str, Any]:
         """Measure, and return it by the contract's names."""
-        return self.take().model_dump()
+        return self.measure().model_dump()
 
 
 def _sizes(folder: Path, pattern: str) -> int:

@@ -1,88 +1,200 @@
-"""What is measured of a consumer, and where: the parts that the service asks for, plain when nobody wants numbers.
+"""The numbers for Prometheus: counters that other parts increment, and values that are read at each scrape.
 
-Without `metrics.port` every part is handed out as it is, so that nothing is spent; `instruments` has the others. The
-main thread wires it; what is handed out may be called by whoever may call the plain part.
+Importing this module needs the extra `metrics`. Any thread may count; the HTTP server answers in threads of its own,
+which only read.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Final
 
-from cesar_mqtt.config import MetricsSettings, ModelSettings
-from cesar_mqtt.consumer import intake, worker
-from cesar_mqtt.consumer.prefetched import Fetches
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cesar_mqtt import __version__
 from cesar_mqtt.errors import ConfigError
-from cesar_mqtt.jobs import Totals
-from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.jobs import Job, JobState, Totals
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
-from cesar_mqtt.whisper.model_store import ModelStore
+from cesar_mqtt.protocol.payloads import Rejection
 
+if TYPE_CHECKING:
+    from threading import Thread
+    from wsgiref.simple_server import WSGIServer
 
-class Reports(worker.Reports, intake.Reports, Protocol):
-    """Whom worker and intake tell."""
+# The upper bounds of the histograms' buckets: from what an idle machine needs to what a long recording takes.
+_WAIT_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
+_WORK_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 4 * 3600)
+_SYNC_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
+_FETCH_S: Final = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_CLOSE_S: Final = 5.0
+"""How long `close` waits for the server's thread: a scrape in progress takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricSources:
-    """What can be asked of a consumer at any moment, from any thread.
+    """What a scrape reads; any thread may call these functions at any time.
 
     Attributes:
-        ledger: `ledger.json`; the journal stands beside it.
-        totals: how many jobs stand where.
+        ledger: the path of `ledger.json`; the journal is beside it.
+        totals: the counts of jobs.
         health: the measurements of process and files.
-        in_flight: how many messages wait for the broker's acknowledgement.
-        behind: whether there is a status that the broker has not acknowledged.
+        in_flight: the number of published messages without PUBACK.
+        has_unpublished: whether a status is not acknowledged by the broker.
     """
 
     ledger: Path
     totals: Callable[[], Totals]
     health: Callable[[], HealthMessage]
     in_flight: Callable[[], int]
-    behind: Callable[[], bool]
+    has_unpublished: Callable[[], bool]
 
 
 class Metrics:
-    """Measures nothing, and hands out every part as it is."""
+    """The metrics of one consumer, in a registry of their own. docs/operations.md lists them."""
 
-    def disk(self, _of: str) -> Disk:
-        """Return the durable writes of one part of the consumer, such as `ledger`."""
-        return Disk()
+    def __init__(self, host: str, port: int, *, consumer: str) -> None:
+        """Create the counters, all of them zero; nothing listens before `serve`."""
+        self._host = host
+        self._port = port
+        self._server: tuple[WSGIServer, Thread] | None = None
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        info = Gauge("cesar_info", "Always 1; the version and the name.", ("version", "consumer"), registry=registry)
+        info.labels(__version__, consumer).set(1)
+        self._errors = Counter("cesar_job_errors", "Jobs that ended as error.", ("code",), registry=registry)
+        self._rejected = Counter("cesar_rejected", "Rejected messages.", ("reason",), registry=registry)
+        self._waited = Histogram(
+            "cesar_job_wait_seconds", "From acceptance to the last start.", registry=registry, buckets=_WAIT_S
+        )
+        self._worked = Histogram(
+            "cesar_job_work_seconds", "From the last start to the end.", registry=registry, buckets=_WORK_S
+        )
+        self._audio = Counter("cesar_audio_seconds", "Audio of completed jobs.", registry=registry)
+        self._speed = Gauge("cesar_job_speed_ratio", "Audio over work of the last completed job.", registry=registry)
+        self._syncs = Histogram(
+            "cesar_fsync_seconds", "How long the disk took to sync.", ("of",), registry=registry, buckets=_SYNC_S
+        )
+        self._loads = Counter("cesar_model_loads", "Models loaded into memory.", ("model",), registry=registry)
+        self._load_s = Histogram(
+            "cesar_model_load_seconds", "How long models took to load, downloads included.", registry=registry
+        )
+        self._unloads = Counter("cesar_model_unloads", "Models unloaded from memory.", registry=registry)
+        self._downloads = Counter(
+            "cesar_downloads", "Downloads: done, stopped, or the error code.", ("outcome",), registry=registry
+        )
+        self._download_s = Histogram(
+            "cesar_download_seconds", "How long downloads took, retries included.", registry=registry, buckets=_FETCH_S
+        )
 
-    def models(self, settings: ModelSettings, *, folder: Path) -> ModelStore:
-        """Return the models. Raises ConfigError as `ModelStore` does."""
-        return ModelStore(settings, folder=folder)
+    # -- counting --------------------------------------------------------------------------------------------------
 
-    def reports(self, to: Reports) -> Reports:
-        """Return whom to tell, so that `to` is told."""
-        return to
+    def count_job(self, job: Job) -> None:
+        """Count a job that has just become final."""
+        if job.error_code is not None:
+            self._errors.labels(job.error_code.value).inc()
+        if job.started_at is None or job.completed_at is None:
+            return
+        worked_s = max(0.0, job.completed_at - job.started_at)  # a clock that is set back must not stop the worker
+        self._waited.observe(max(0.0, job.started_at - job.created_at))
+        self._worked.observe(worked_s)
+        if job.state is JobState.COMPLETED and job.audio_duration is not None:
+            self._audio.inc(job.audio_duration)
+            if worked_s and job.attempt == 1:  # a later attempt may resume behind the windows of an earlier one
+                self._speed.set(job.audio_duration / worked_s)
 
-    def downloader(self, downloader: Fetches) -> Fetches:
-        """Return what fetches as `downloader` does."""
-        return downloader
+    def count_rejection(self, rejection: Rejection) -> None:
+        self._rejected.labels(rejection.reason).inc()
 
-    def serve(self, readings: MetricSources) -> None:
-        """Begin to answer whoever asks for the numbers. Raises ConfigError when the port cannot be had."""
+    def count_load(self, model: str, seconds: float) -> None:
+        self._loads.labels(model).inc()
+        self._load_s.observe(seconds)
+
+    def count_unload(self) -> None:
+        self._unloads.inc()
+
+    def count_download(self, outcome: str, seconds: float) -> None:
+        """Count a download: `done`, `stopped`, or the code of its error."""
+        self._downloads.labels(outcome).inc()
+        self._download_s.observe(seconds)
+
+    def sync_timer(self, part: str) -> Callable[[], AbstractContextManager[object]]:
+        """Return what times one sync of a part of the consumer, `ledger` or `spool`; see `Disk.timed`."""
+        return self._syncs.labels(part).time
+
+    # -- the HTTP server -------------------------------------------------------------------------------------------
+
+    def serve(self, sources: MetricSources) -> None:
+        """Start to answer scrapes. Raises ConfigError when the port cannot be opened."""
+        self.registry.register(_Readings(sources))
+        try:
+            server, thread = start_http_server(self._port, self._host, self.registry)
+        except OSError as exc:
+            raise ConfigError(
+                f"metrics.port {self._port} on {self._host} cannot be opened: {exc.strerror or exc}. "
+                "Choose another port or metrics.host, or leave metrics.port out."
+            ) from exc
+        thread.name = "metrics"
+        self._server = server, thread
 
     def close(self) -> None:
-        """End that; may be called twice, and without `serve`."""
+        """Close the port and end the server's thread; may be called twice, and without `serve`."""
+        opened, self._server = self._server, None
+        if opened is not None:
+            server, thread = opened
+            server.shutdown()
+            server.server_close()
+            thread.join(_CLOSE_S)
 
 
-def metrics_of(settings: MetricsSettings, *, consumer: str) -> Metrics:
-    """Return what measures a consumer of this name, as the settings want it.
+class _Readings(Collector):
+    """Reads the values that are not counted, once for each scrape."""
 
-    Raises:
-        ConfigError: numbers are wanted, but what makes them is not installed.
-    """
-    if settings.port is None:
-        return Metrics()
+    def __init__(self, sources: MetricSources) -> None:
+        self._sources = sources
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        yield from self._queue(self._sources.totals())
+        yield from self._process(self._sources.health())
+        yield _gauge("cesar_messages_in_flight", "Published messages without PUBACK.", self._sources.in_flight())
+        behind = self._sources.has_unpublished()
+        yield _gauge("cesar_statuses_unpublished", "1: a status is not acknowledged by the broker.", behind)
+
+    def _queue(self, totals: Totals) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        age_s = 0.0 if totals.oldest_queued_at is None else max(0.0, time.time() - totals.oldest_queued_at)
+        yield _gauge("cesar_jobs_queued", "Queued jobs.", totals.queued)
+        yield _gauge("cesar_jobs_processing", "Running jobs: 1 or 0.", totals.processing is not None)
+        yield _gauge("cesar_oldest_queued_seconds", "How long the oldest queued job has waited.", age_s)
+        yield _gauge("cesar_paused", "1: no job is started.", totals.paused)
+        ended = CounterMetricFamily("cesar_jobs", "Final jobs since the ledger was created.", labels=("state",))
+        ended.add_metric((JobState.COMPLETED.value,), totals.completed_total)
+        ended.add_metric((JobState.ERROR.value,), totals.error_total)
+        ended.add_metric((JobState.CANCELLED.value,), totals.cancelled_total)
+        yield ended
+
+    def _process(self, health: HealthMessage) -> Iterator[GaugeMetricFamily]:
+        yield _gauge("cesar_worker_alive", "1: the worker's thread runs.", health.worker_alive)
+        yield _gauge("cesar_broker_connected", "1: connected to the broker.", health.network_alive)
+        yield _gauge("cesar_rss_bytes", "Memory of the process.", health.rss_bytes)
+        yield _gauge("cesar_spool_bytes", "Uploaded audio and downloads.", health.spool_bytes)
+        if health.disk_free_bytes is not None:
+            yield _gauge("cesar_disk_free_bytes", "Free space on the data directory's disk.", health.disk_free_bytes)
+        ledger = self._sources.ledger
+        files = GaugeMetricFamily("cesar_ledger_bytes", "Size of the ledger's files.", labels=("file",))
+        files.add_metric(("ledger",), _size_bytes(ledger))
+        files.add_metric(("journal",), _size_bytes(ledger.with_name(ledger.name + ".journal")))
+        yield files
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value=float(value))
+
+
+def _size_bytes(path: Path) -> int:
     try:
-        from cesar_mqtt.monitoring.prometheus import Instruments  # noqa: PLC0415 - an extra, which most consumers do without
-    except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] != "prometheus_client":
-            raise
-        raise ConfigError(
-            "metrics.port is set, but prometheus-client is not installed: "
-            "install it with pip install 'cesar-mqtt[metrics]', or leave metrics.port out"
-        ) from exc
-    return Instruments(settings.host, settings.port, consumer=consumer)
+        return path.stat().st_size
+    except OSError:  # the first change creates the journal, and a checkpoint replaces it
+        return 0

@@ -1,13 +1,13 @@
-"""Being asked to stop: the first SIGTERM, SIGINT or SIGHUP asks for a graceful stop, the second for an immediate end.
+"""Stop signals: the first SIGTERM, SIGINT or SIGHUP asks for a graceful stop, the second for an immediate one.
 
-The main thread enters `handle_stop_signals`; any thread may look at, or wait for, what it yields.
+The main thread enters `handle_stop_signals`; any thread may call the methods of what it yields.
 """
 
 import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from cesar_mqtt.errors import ExitCode
@@ -17,67 +17,80 @@ _Handler = Callable[[int, FrameType | None], object] | int | None
 _EXIT_CODES = {
     signal.SIGINT: ExitCode.INTERRUPTED,
     signal.SIGTERM: ExitCode.TERMINATED,
-    signal.SIGHUP: ExitCode.TERMINATED,  # the terminal is closed; unless it is ignored, as `nohup` has it
+    signal.SIGHUP: ExitCode.TERMINATED,  # the terminal was closed; not handled where it is ignored, as under `nohup`
 }
 
 
 class StopSignals:
-    """What the signals asked for so far; safe to read from any thread, and nothing in it is ever taken back.
-
-    Attributes:
-        requested: set by the first signal: finish the current job, then stop.
-        forced: set by the second signal: stop at once.
-    """
+    """The signals that have arrived. A stop that was requested or forced stays so."""
 
     def __init__(self) -> None:
-        self.requested = threading.Event()
-        self.forced = threading.Event()
-        self._latest: signal.Signals | None = None
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        """Keeps the order of the signals when several threads read them; the signal handler never takes it."""
+        self._numbers: list[int] = []
+
+    def is_requested(self) -> bool:
+        """Whether a first signal asks to finish the running job and stop."""
+        return bool(self._read())
+
+    def is_forced(self) -> bool:
+        """Whether a second signal asks to stop at once."""
+        return len(self._read()) > 1
 
     @property
     def exit_code(self) -> ExitCode:
-        """What a stop that was cut short returns: by the second signal or, for want of one, the first; else OK."""
-        return ExitCode.OK if self._latest is None else _EXIT_CODES[self._latest]
+        """The code of a stop that was cut short: by the second signal, or by a timeout after the first; OK: no signal.
 
-    def record(self, number: signal.Signals) -> None:
-        """Take note of one signal; the code is in place before the event that tells of it. A third changes nothing."""
-        if self.forced.is_set():
-            return
-        self._latest = number
-        (self.forced if self.requested.is_set() else self.requested).set()
+        A third signal changes nothing.
+        """
+        numbers = self._read()[:2]
+        return _EXIT_CODES[signal.Signals(numbers[-1])] if numbers else ExitCode.OK
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` for the first signal; return whether it has arrived."""
+        if not self.is_requested():
+            # In the main thread a signal interrupts this `get`: its handler runs and fills the queue.
+            with suppress(queue.Empty):
+                number = self._arrived.get(timeout=timeout_s)
+                with self._lock:
+                    self._numbers.append(number)
+        return self.is_requested()
+
+    def request(self) -> None:
+        """Ask for a graceful stop, as a first SIGTERM does; does nothing after a signal."""
+        if not self.is_requested():
+            self.arrive(signal.SIGTERM)
+
+    def arrive(self, number: int, _frame: FrameType | None = None) -> None:
+        """Handle one signal.
+
+        A handler runs between any two steps of the main thread, even while that thread holds the lock of an Event,
+        where `Event.set` would wait for ever. `SimpleQueue.put` is reentrant (documentation of `queue`).
+        """
+        self._arrived.put(number)
+
+    def _read(self) -> list[int]:
+        with self._lock, suppress(queue.Empty):
+            while True:
+                self._numbers.append(self._arrived.get_nowait())
+        return self._numbers
 
 
 @contextmanager
 def handle_stop_signals() -> Iterator[StopSignals]:
-    """Turn these signals into events for the duration of the block; afterwards the former handlers are back.
-
-    A handler runs between any two steps of the main thread, even while that holds the lock inside an Event, where
-    `Event.set` would wait for ever. So it only puts a number into a SimpleQueue, whose `put` is reentrant (says the
-    documentation of `queue`), and the thread "signals" sets the events.
+    """Handle the stop signals for the duration of the block; afterwards the former handlers are back.
 
     Raises:
         ValueError: not called in the main thread.
     """
     stop = StopSignals()
-    arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        arrived.put(number)
-
-    def pass_on() -> None:
-        while (number := arrived.get()) is not None:
-            stop.record(signal.Signals(number))
-
-    thread = threading.Thread(target=pass_on, name="signals", daemon=True)
     former: dict[signal.Signals, _Handler] = {}
-    thread.start()
     try:
         for number in _EXIT_CODES:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                former[number] = signal.signal(number, note)
+                former[number] = signal.signal(number, stop.arrive)
         yield stop
     finally:
         for number, handler in former.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        arrived.put(None)
-        thread.join()

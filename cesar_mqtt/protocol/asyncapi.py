@@ -1,18 +1,17 @@
-"""The contract as an AsyncAPI 3.0 document, seen from the consumer: it receives requests and sends all else.
+"""The contract as an AsyncAPI 3.0 document, from the consumer's side: it receives requests and sends everything else.
 
-Payloads come from `schemas`, examples from `examples`. Pure; any thread may call it.
+Payloads come from `schema`, examples from `examples`. Pure; any thread may call it.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 from cesar_mqtt import __version__
 from cesar_mqtt.config import Settings
-from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.protocol.channels import CHANNELS, JSON, MESSAGES, Channel, Message
 from cesar_mqtt.protocol.commands import COMMANDS, CURRENT, JobCommand
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState
 from cesar_mqtt.protocol.examples import examples
-from cesar_mqtt.protocol.formats import FORMATS
+from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.schema import Schema, payload_schemas
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN, Topics
@@ -25,19 +24,33 @@ _PROTOCOLS = {"mqtt": "mqtt", "mqtts": "secure-mqtt", "ws": "ws", "wss": "wss", 
 _DESCRIPTION = """\
 A durable, offline transcription worker on MQTT: publish audio, subscribe to the transcript.
 
-Publish a request at QoS 1: it is acknowledged once its job is on disk. The retained status of the job tells the rest.
+Publish a request at QoS 1: it is acknowledged once its job is on disk. Then follow the retained status of the job.
 All JSON is UTF-8, times are RFC 3339 in UTC with a `Z`, durations are seconds. Messages of the consumer may get further
 fields, and its enumerations further values: ignore what you do not know.
 
-`send` and `receive` are meant as by the consumer: a producer publishes what is received here."""
+`send` and `receive` are from the consumer's side: a producer publishes what is received here."""
 
 
-def document(settings: Settings) -> Document:
-    """Return the document of a consumer with these settings: its prefix, its name, its broker.
+class BrokerAddress(Protocol):
+    """What the document names of the broker."""
 
-    Raises:
-        ConfigError: the broker's URL is wrong.
-    """
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def path(self) -> str:
+        """For WebSockets; may end with a query."""
+        ...
+
+    @property
+    def websockets(self) -> bool: ...
+
+
+def document(settings: Settings, broker: BrokerAddress) -> Document:
+    """Return the document of a consumer with these settings: its prefix, its name, its broker."""
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -47,12 +60,12 @@ def document(settings: Settings) -> Document:
             "license": {"name": "MIT"},
         },
         "defaultContentType": JSON,
-        "servers": {"broker": _server(settings)},
+        "servers": {"broker": _server(settings, broker)},
         "channels": {name: _channel(channel) for name, channel in CHANNELS.items()},
         "operations": _operations(),
         "components": {
             "parameters": _parameters(settings),
-            "messages": _told_messages(),
+            "messages": _messages(),
             "schemas": {
                 **payload_schemas("#/components/schemas/{model}"),
                 "JobProperties": _user_properties(frozenset()),
@@ -62,8 +75,7 @@ def document(settings: Settings) -> Document:
     }
 
 
-def _server(settings: Settings) -> Document:
-    address = parse_broker_url(settings.broker.url)
+def _server(settings: Settings, address: BrokerAddress) -> Document:
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     host = f"[{address.host}]" if ":" in address.host else address.host
     version = "5" if settings.broker.protocol == "auto" else settings.broker.protocol
@@ -72,7 +84,7 @@ def _server(settings: Settings) -> Document:
         **({"pathname": address.path.partition("?")[0]} if address.websockets else {}),
         "protocol": _PROTOCOLS[address.scheme],
         "protocolVersion": "3.1.1" if address.scheme == "embedded" else version,
-        "description": "The broker, and how the consumer connects to it. MQTT 3.1.1 will do for all but user "
+        "description": "The broker, and how the consumer connects to it. MQTT 3.1.1 is enough for all but user "
         "properties, Response Topics and Message Expiry.",
         "bindings": {
             "mqtt": {
@@ -95,7 +107,7 @@ def _server(settings: Settings) -> Document:
 def _parameters(settings: Settings) -> Document:
     return {
         "prefix": {
-            "description": "What all topics begin with: one level or more (`topic_prefix`).",
+            "description": "The prefix of all topics: one level or more (`topic_prefix`).",
             "default": settings.topic_prefix,
         },
         "consumer": {
@@ -103,12 +115,12 @@ def _parameters(settings: Settings) -> Document:
             "default": settings.consumer.name,
         },
         "job_id": {
-            "description": f"The id of a job, as `{JOB_ID_PATTERN}`; `{CURRENT}` is none.",
+            "description": f"The id of a job, `{JOB_ID_PATTERN}`; not `{CURRENT}`.",
             "examples": ["porch-17"],
         },
         "format": {"description": "The format of a result.", "enum": list(FORMATS)},
         "command": {
-            "description": "What is asked for. Anything else gets a failure, and is refused as `unknown_command`.",
+            "description": "The command. Any other gets a failure, and is rejected as `unknown_command`.",
             "examples": list(COMMANDS),
         },
     }
@@ -127,13 +139,13 @@ def _channel(channel: Channel) -> Document:
 
 
 def _operations() -> Document:
-    told = {
+    operations = {
         channel.operation: _operation(name, channel, channel.messages, channel.title)
         for name, channel in CHANNELS.items()
         if name != "requests"
     }
     for name in ("jobs", "audio"):
-        told[CHANNELS[name].operation]["reply"] = {
+        operations[CHANNELS[name].operation]["reply"] = {
             "address": {
                 "location": "$message.header#/responseTopic",
                 "description": "The Response Topic of MQTT 5; without one there is no answer.",
@@ -144,25 +156,25 @@ def _operations() -> Document:
     for command in COMMANDS:
         short = "named" if issubclass(COMMANDS[command], JobCommand) else "nothing"
         taken = (f"{command}Request", short)
-        told[command] = _operation("requests", CHANNELS["requests"], taken, _COMMANDS[command])
-        told[command]["reply"] = {
+        operations[command] = _operation("requests", CHANNELS["requests"], taken, _COMMANDS[command])
+        operations[command]["reply"] = {
             "channel": {"$ref": "#/channels/responses"},
             "messages": _references("responses", (f"{command}Response",)),
         }
-    return told
+    return operations
 
 
 _COMMANDS = {
-    "cancel": "End a job: a queued one at once, one in work at its next segment.",
-    "retry": "Put a job that ended in an error, or was cancelled, into the queue again.",
-    "delete": "Forget a job, with its results and its audio.",
-    "get": "Tell the status of a job.",
-    "result": "Send a piece of a result.",
-    "list": "Tell which jobs there are.",
-    "pause": "Start no further job; jobs are still accepted. Kept over restarts.",
+    "cancel": "End a job: a queued one at once, the running one at its next segment.",
+    "retry": "Queue a job again that ended in an error or was cancelled.",
+    "delete": "Delete a job, its results and its audio.",
+    "get": "Return the status of a job.",
+    "result": "Return a page of a result.",
+    "list": "List jobs.",
+    "pause": "Start no further job; jobs are still accepted. It lasts over restarts.",
     "resume": "Start jobs again.",
-    "health": "Tell how the consumer is.",
-    "models": "Tell which models there are.",
+    "health": "Return the health of the consumer.",
+    "models": "List the models.",
 }
 
 
@@ -188,33 +200,37 @@ def _references(channel: str, messages: tuple[str, ...]) -> list[Document]:
     return [{"$ref": f"#/channels/{channel}/messages/{name}"} for name in messages]
 
 
-def _told_messages() -> Document:
+def _messages() -> Document:
     shown = examples()
     return {name: _message(name, message, shown.get(name, [])) for name, message in MESSAGES.items()}
 
 
-def _message(name: str, message: Message, shown: list[Any]) -> Document:
+def _message(name: str, message: Message, payloads: list[Any]) -> Document:
     payload = message.payload
     if isinstance(payload, str):
         payload = {"$ref": f"#/components/schemas/{payload}"}
-    told: Document = {"name": name, "title": message.title, "contentType": message.content_type}
+    document: Document = {"name": name, "title": message.title, "contentType": message.content_type}
     if message.headers is not None:
-        told["headers"] = {"$ref": f"#/components/schemas/{message.headers}"}
+        document["headers"] = {"$ref": f"#/components/schemas/{message.headers}"}
     if payload is not None:
-        told["payload"] = {**payload}
+        document["payload"] = payload
     if message.transaction:
-        told["correlationId"] = {"location": "$message.payload#/transaction"}
-    if shown:
-        told["examples"] = [{"payload": value} for value in shown]
-    if message.asks or message.answers:
-        told["bindings"] = {"mqtt": _message_binding(message)}
-    return told
+        document["correlationId"] = {"location": "$message.payload#/transaction"}
+    if payloads:
+        document["examples"] = [{"payload": payload} for payload in payloads]
+    if message.is_request or message.is_response:
+        document["bindings"] = {"mqtt": _message_binding(message)}
+    return document
 
 
 def _message_binding(message: Message) -> Document:
-    which = "Comes back with the answer." if message.asks else "That of the request, on its Response Topic."
-    topic = {"responseTopic": {"type": "string", "description": "Where an answer is wanted."}} if message.asks else {}
-    return {"correlationData": {"type": "string", "description": which}, **topic, "bindingVersion": _BINDING}
+    returned = "Returned with the answer." if message.is_request else "That of the request, on its Response Topic."
+    topic = {"type": "string", "description": "The topic for an answer."}
+    return {
+        "correlationData": {"type": "string", "description": returned},
+        **({"responseTopic": topic} if message.is_request else {}),
+        "bindingVersion": _BINDING,
+    }
 
 
 def _user_properties(without: frozenset[str]) -> Schema:
@@ -223,7 +239,7 @@ def _user_properties(without: frozenset[str]) -> Schema:
         "title": "User properties",
         "description": "MQTT 5 user properties named like a field of a job request set that field. What is not text is "
         "written as JSON, true and false in any case, formats also as names with commas between them. "
-        "Others go into the metadata.",
+        "Others are added to the metadata.",
         "type": "object",
         "properties": {name: {"type": "string", "description": f"Sets `{name}`."} for name in names},
         "additionalProperties": {"type": "string"},

@@ -1,11 +1,11 @@
-"""The kinds of messages and the topics that they go to, as tables for the AsyncAPI document; pure values."""
+"""The messages and the topics of the contract, as tables for the AsyncAPI document. Pure values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from cesar_mqtt.protocol.commands import COMMANDS
-from cesar_mqtt.protocol.schema import MODELS, Schema, line_schema, named_job_schema, response_name
+from cesar_mqtt.protocol.schema import MODELS, Schema, job_line_schema, line_schema, response_name
 
 JSON = "application/json"
 _TEXT, _BYTES = "text/plain", "application/octet-stream"
@@ -20,21 +20,21 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A kind of message; a payload that is text names a schema, one that is None has nothing to check."""
+    """A kind of message; `payload` is a schema or the name of one, None if any bytes are valid."""
 
     title: str
     payload: str | Schema | None
     content_type: str = JSON
     headers: str | None = None
-    asks: bool = False
-    """Whether a Response Topic in it is honoured."""
-    answers: bool = False
+    is_request: bool = False
+    """Whether the consumer answers on its Response Topic."""
+    is_response: bool = False
     transaction: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """Where messages go; `address` is None for a topic that the request names."""
+    """A topic and its messages; `address` is None for a topic that the request names."""
 
     address: str | None
     action: Literal["send", "receive"]
@@ -49,11 +49,13 @@ _EMPTY: Schema = {"type": "string", "maxLength": 0}
 
 _NAMES = {model: name for name, model in MODELS.items()}
 _REQUESTS = {
-    f"{command}Request": Message(f"Request `{command}`", _NAMES[model], asks=True, transaction=True)
+    f"{command}Request": Message(f"Request `{command}`", _NAMES[model], is_request=True, transaction=True)
     for command, model in COMMANDS.items()
 }
 _RESPONSES = {
-    f"{command}Response": Message(f"Response to `{command}`", response_name(command), answers=True, transaction=True)
+    f"{command}Response": Message(
+        f"Response to `{command}`", response_name(command), is_response=True, transaction=True
+    )
     for command in COMMANDS
 }
 _RESULTS = {
@@ -64,41 +66,47 @@ _RESULTS = {
 }
 
 MESSAGES: Mapping[str, Message] = {
-    "job": Message("A job", "JobRequest", headers="JobProperties", asks=True),
-    "line": Message("A job in a line", line_schema(), _TEXT, headers="JobProperties", asks=True),
-    "audio": Message("The audio file itself", None, _BYTES, headers="AudioProperties", asks=True),
+    "job": Message("A job", "JobRequest", headers="JobProperties", is_request=True),
+    "line": Message("A job as a line of text", line_schema(), _TEXT, headers="JobProperties", is_request=True),
+    "audio": Message("The audio file itself", None, _BYTES, headers="AudioProperties", is_request=True),
     **_REQUESTS,
-    "named": Message("A request that is only the id of a job", named_job_schema(), _TEXT, asks=True),
-    "nothing": Message("A request without anything", _EMPTY, _TEXT, asks=True),
+    "named": Message("A command as the id of its job", job_line_schema(), _TEXT, is_request=True),
+    "nothing": Message("A command without fields", _EMPTY, _TEXT, is_request=True),
     "status": Message("The status of a job", "Status"),
     **_RESULTS,
-    "cleared": Message("Nothing is retained here any more", _EMPTY, _TEXT),
+    "cleared": Message("Clears the retained message", _EMPTY, _TEXT),
     "segment": Message("A segment", "Segment"),
     "event": Message("A change of a job", "Event"),
-    "rejection": Message("A refused message", "Rejection", answers=True),
-    "accepted": Message("A job that is on disk", "Answer", answers=True),
+    "rejection": Message("A rejected message", "Rejection", is_response=True),
+    "accepted": Message("A job that is on disk", "Answer", is_response=True),
     **_RESPONSES,
-    "failure": Message("A request that was not done", "Failure", answers=True, transaction=True),
-    "state": Message("Whether the consumer is there", "ConsumerState"),
-    "queue": Message("What it does and what waits", "Queue"),
+    "failure": Message("A command that was not executed", "Failure", is_response=True, transaction=True),
+    "state": Message("Whether the consumer is connected", "ConsumerState"),
+    "queue": Message("What it is doing, and the queue", "Queue"),
     "last": Message("The job that ended last", "Last"),
-    "info": Message("What the consumer is", "Info"),
-    "health": Message("How the consumer is", "Health"),
+    "info": Message("What the consumer is and how it is configured", "Info"),
+    "health": Message("The health of the consumer", "Health"),
 }
 """By their names in the document."""
 
 _OWN = {
     "state": ("Presence", "At each connect; `offline` is also the last will."),
     "queue": ("Queue", "At each change, at most once a second."),
-    "last": ("Last job", "When a job has ended. What it says fits into the attributes of a Home Assistant entity."),
-    "info": ("Set-up", "At each start."),
+    "last": ("Last job", "When a job has ended. It fits into the attributes of a Home Assistant entity."),
+    "info": ("Configuration", "At each start."),
     "health": ("Health", "Once a minute."),
 }
 _OWN_CHANNELS = {
     name: Channel(
-        "{prefix}/consumer/{consumer}/" + name, "send", f"publish{name.title()}", title, told, (name,), retain=True
+        "{prefix}/consumer/{consumer}/" + name,
+        "send",
+        f"publish{name.title()}",
+        title,
+        description,
+        (name,),
+        retain=True,
     )
-    for name, (title, told) in _OWN.items()
+    for name, (title, description) in _OWN.items()
 }
 
 CHANNELS: Mapping[str, Channel] = {
@@ -107,7 +115,7 @@ CHANNELS: Mapping[str, Channel] = {
         "receive",
         "takeJob",
         "Jobs",
-        "Each message asks for one transcription. An empty one is ignored.",
+        "Each message requests one transcription. An empty one is ignored.",
         ("job", "line"),
     ),
     "audio": Channel(
@@ -124,7 +132,7 @@ CHANNELS: Mapping[str, Channel] = {
         "receive",
         "takeRequest",
         "Requests",
-        "What is asked of the consumer; it must not be retained. Which message a command takes, its operation tells.",
+        "The commands. Do not retain them. The operation of a command names its messages.",
         (*_REQUESTS, "named", "nothing"),
     ),
     "responses": Channel(
@@ -132,7 +140,7 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "publishResponse",
         "Responses",
-        "One for each request, and the same on its Response Topic; for an unknown command, a failure.",
+        "One for each command, and the same on its Response Topic; a failure for an unknown command.",
         (*_RESPONSES, "failure"),
     ),
     "statuses": Channel(
@@ -140,7 +148,7 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "publishStatus",
         "Statuses",
-        "The newest status of each job; while it is in work, at most one a second.",
+        "The newest status of each job; while it is processing, at most one a second.",
         ("status", "cleared"),
         retain=True,
     ),
@@ -149,7 +157,7 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "publishResult",
         "Results",
-        "The transcript in each format that was asked for; it is there before the status says `completed`.",
+        "The transcript in each requested format, published before the status `completed`.",
         (*_RESULTS, "cleared"),
         retain=True,
     ),
@@ -158,7 +166,7 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "publishSegment",
         "Segments",
-        "Of jobs with `stream`, for whoever listens now.",
+        "Of jobs with `stream`, for current subscribers.",
         ("segment",),
     ),
     "events": Channel(
@@ -166,15 +174,15 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "publishEvent",
         "Events",
-        "Each change of each job, for whoever listens now. States that were passed through offline are left out.",
+        "Each change of each job, for current subscribers. States passed through while offline are left out.",
         ("event",),
     ),
     "rejections": Channel(
         "{prefix}/rejected",
         "send",
         "publishRejection",
-        "Refusals",
-        "Each message that was refused. It was acknowledged and does not come back.",
+        "Rejections",
+        "Each message that was rejected. It was acknowledged and does not come back.",
         ("rejection",),
     ),
     **_OWN_CHANNELS,
@@ -183,7 +191,7 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "answer",
         "Answers",
-        "The Response Topic of an MQTT 5 request: none of the consumer's own topics, save those below `response`.",
+        "The Response Topic of an MQTT 5 request: none of the consumer's own topics, except those below `response`.",
         ("accepted", "rejection", *_RESPONSES, "failure"),
     ),
 }

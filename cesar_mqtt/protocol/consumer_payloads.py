@@ -1,43 +1,59 @@
-"""What the consumer tells of itself and of each change, as frozen models; any thread may make them."""
+"""What the consumer publishes about itself, on `cesar/consumer/<name>/...`. Frozen models; any thread may make them."""
 
 from typing import Any, Literal
 
+from pydantic import Field
 from pydantic_core import from_json
 
 from cesar_mqtt import __version__
-from cesar_mqtt.jobs import Job, JobState, Totals
-from cesar_mqtt.protocol.payloads import Payload, cut, timestamp
+from cesar_mqtt.jobs import Job, Totals
+from cesar_mqtt.protocol.fields import (
+    AudioDuration,
+    ComputeType,
+    DefaultModel,
+    DetectedLanguage,
+    Device,
+    IsPaused,
+    JobId,
+    Payload,
+    PublishedId,
+    State,
+    TextTruncated,
+    Timestamp,
+    Version,
+    timestamp,
+)
+from cesar_mqtt.protocol.truncate import truncate_text
 
 LAST_TEXT_BYTES = 12_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
 
-
-class ConsumerState(Payload):
-    """Whether the consumer is there; `offline` is also its last will."""
-
-    state: Literal["online", "offline"]
-
-
 Activity = Literal["starting", "loading", "idle", "processing", "paused", "draining", "degraded"]
 
 
-class Queue(Payload):
-    """What the consumer is doing and what waits. `oldest_age` in seconds, None when nothing waits."""
+class ConsumerState(Payload):
+    """Whether the consumer is connected. `offline` is also its last will."""
 
-    activity: Activity
-    job_id: str | None
-    queued: int
-    oldest_age: float | None
-    paused: bool
-    completed_total: int
-    error_total: int
-    cancelled_total: int
-    rejected_total: int
-    deleted_total: int
+    state: Literal["online", "offline"] = Field(description="Whether it is connected.")
+
+
+class Queue(Payload):
+    """What the consumer is doing, and how many jobs are queued."""
+
+    activity: Activity = Field(description="What it is doing; `degraded`: its disk rejects writes.")
+    job_id: PublishedId | None = Field(description="The running job; null if there is none.")
+    queued: int = Field(description="How many jobs are queued.")
+    oldest_age: float | None = Field(description="How many seconds the oldest of them has waited; null if none waits.")
+    paused: IsPaused
+    completed_total: int = Field(description="How many jobs have been completed since the ledger was created.")
+    error_total: int = Field(description="How many jobs have ended in an error since then.")
+    cancelled_total: int = Field(description="How many jobs have been cancelled since then.")
+    rejected_total: int = Field(description="How many messages have been rejected since then.")
+    deleted_total: int = Field(description="How many jobs have been deleted since then, also by retention.")
 
 
 def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
-    """Return the consumer's queue as it is at `now`, in seconds since the epoch."""
+    """Return the consumer's queue at `now`, in seconds since the epoch."""
     oldest = totals.oldest_queued_at
     return Queue(
         activity=activity,
@@ -54,16 +70,16 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
 
 
 def standing_of(totals: Totals) -> tuple[int, ...]:
-    """Return what a queue message tells of all jobs, whatever the consumer was doing."""
+    """Return what a queue message says about all jobs, whatever the consumer is doing."""
     return totals.queued, totals.completed_total, totals.error_total, totals.cancelled_total, totals.deleted_total
 
 
 def standing_in(payload: bytes) -> tuple[Any, ...] | None:
-    """Return the same of a queue message as it came from the broker; None: it is none."""
+    """Return the same of a queue message that came from the broker; None if it is no queue message."""
     try:
         document = from_json(payload)
         known = (document[name] for name in ("queued", "completed_total", "error_total", "cancelled_total"))
-        return *known, document.get("deleted_total", 0)  # the first versions did not tell
+        return *known, document.get("deleted_total", 0)  # the first versions did not have it
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -71,18 +87,20 @@ def standing_in(payload: bytes) -> tuple[Any, ...] | None:
 class Last(Payload):
     """The job that ended last."""
 
-    job_id: str
-    status: JobState
-    text: str | None
-    text_truncated: bool
-    language: str | None
-    audio_duration: float | None
-    completed_at: str
+    job_id: JobId
+    status: State = Field(description="How it ended.")
+    text: str | None = Field(
+        description=f"Its transcript, at most {LAST_TEXT_BYTES:,} bytes of it; null if there is none."
+    )
+    text_truncated: TextTruncated
+    language: DetectedLanguage
+    audio_duration: AudioDuration
+    completed_at: Timestamp = Field(description="When the job ended, in whatever state.")
 
 
 def last_of(job: Job) -> Last:
-    """Return what is told of the last job, with its text cut to `LAST_TEXT_BYTES` of UTF-8."""
-    text = None if job.result_text is None else cut(job.result_text, LAST_TEXT_BYTES)
+    """Return what is published about the job that ended last."""
+    text = None if job.result_text is None else truncate_text(job.result_text, LAST_TEXT_BYTES)
     return Last(
         job_id=job.job_id,
         status=job.state,
@@ -95,52 +113,52 @@ def last_of(job: Job) -> Last:
 
 
 class HealthMessage(Payload):
-    """How the consumer is, once a minute; seconds and bytes. None: it cannot be measured there."""
+    """The health of the consumer, once a minute."""
 
-    uptime: float
-    worker_alive: bool
-    network_alive: bool
-    ledger_bytes: int
-    rss_bytes: int
-    spool_bytes: int
-    disk_free_bytes: int | None
+    uptime: float = Field(description="Seconds since the start.")
+    worker_alive: bool = Field(description="Whether the worker thread runs.")
+    network_alive: bool = Field(description="Whether the consumer is connected to the broker.")
+    ledger_bytes: int = Field(description="The size of the ledger on disk.")
+    rss_bytes: int = Field(description="The memory of the process.")
+    spool_bytes: int = Field(description="The size on disk of the recordings that came with jobs.")
+    disk_free_bytes: int | None = Field(description="The free space on that disk; null if it cannot be measured.")
 
 
 class Limits(Payload):
-    """The most that a request may bring."""
+    """The limits of a request."""
 
-    max_payload_bytes: int
-    max_queued: int
-    max_audio_bytes: int
-    max_audio_duration: float
-    job_timeout: float | None
+    max_payload_bytes: int = Field(description="The largest message that is accepted.")
+    max_queued: int = Field(description="How many jobs may be queued.")
+    max_audio_bytes: int = Field(description="The largest recording, in bytes.")
+    max_audio_duration: float = Field(description="The longest recording, in seconds.")
+    job_timeout: float | None = Field(description="How many seconds an attempt may take; null: no limit.")
 
 
 class Info(Payload):
-    """What the consumer is, at each start: the settings hold no secret."""
+    """What the consumer is and how it is configured, published at each start."""
 
-    version: str
-    models: list[str]
-    default_model: str
-    device: str
-    compute_type: str
-    limits: Limits
-    broker: str
-    started_at: str
-    settings: dict[str, Any]
+    version: Version
+    models: list[str] = Field(description="The models that a job may name and that are on this machine.")
+    default_model: DefaultModel
+    device: Device
+    compute_type: ComputeType
+    limits: Limits = Field(description="The most that a request may hold.")
+    broker: str = Field(description="The address of the broker.")
+    started_at: Timestamp = Field(description="When the consumer was started.")
+    settings: dict[str, Any] = Field(description="All settings, without any secret.")
 
 
 def info_of(
     settings: dict[str, Any], *, models: list[str], default_model: str, device: str, compute_type: str, started: float
 ) -> Info:
-    """Return what the consumer is.
+    """Return what the consumer publishes at its start.
 
     Args:
-        settings: as `Settings.redacted` gives them.
+        settings: as `Settings.redacted` returns them.
         models: those that a job may name and that are on this machine.
         default_model: that of jobs which name none.
         device: `cpu` or `cuda`.
-        compute_type: the precision, as CTranslate2 calls it.
+        compute_type: the precision, as CTranslate2 names it.
         started: seconds since the epoch.
     """
     return Info(

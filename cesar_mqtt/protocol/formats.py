@@ -1,39 +1,37 @@
-"""Transcripts as files: plain text, subtitles, a table, JSON; pure functions, any thread may call them.
+"""Transcripts as files: plain text, subtitles, a table, JSON. Pure; any thread may call it.
 
-Every payload is UTF-8 and ends with a line break. None is empty, whatever was said: an empty retained payload would
-take a result back instead of being one.
+Every file is UTF-8 and ends with a line break. None is empty, even without speech: an empty retained payload would
+clear the topic of the result.
 """
 
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, get_args
 
 from cesar_mqtt.jobs import Job
+from cesar_mqtt.protocol.fields import FORMATS
+from cesar_mqtt.protocol.payloads import segment_fields
+from cesar_mqtt.protocol.truncate import most_that_fit
 from cesar_mqtt.transcript import Segment
-
-Format = Literal["txt", "srt", "vtt", "tsv", "json"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 _HOUR_MS = 3_600_000
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-"""What some reader takes for the end of a line, of a column or of the file."""
+"""What some program reads as the end of a line, of a column or of the file."""
 _ARROW = re.compile("-{2,}>")
 _VTT_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})  # https://www.w3.org/TR/webvtt1/, section 4.2.2
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file is made of.
+    """The transcript that a file holds.
 
     Attributes:
-        text: the whole transcript; the texts of the segments stand in it one after the other.
+        text: the whole transcript: the texts of the segments one after the other.
         segments: in order of time.
-        language: Whisper's code; None if nobody spoke.
-        language_probability: 0 to 1; None if nobody spoke.
+        language: Whisper's code; None without speech.
+        language_probability: 0 to 1; None without speech.
         duration_s: of the audio; None if it is not known.
         task: `transcribe` or `translate`.
     """
@@ -47,7 +45,7 @@ class Content:
 
 
 def content_of(job: Job, segments: Sequence[Segment]) -> Content:
-    """Return what the files of a completed job are made of."""
+    """Return what the files of a completed job hold."""
     return Content(
         text=job.result_text or "",
         segments=segments,
@@ -64,12 +62,12 @@ def render(name: str, content: Content, *, limit_bytes: int | None = None) -> tu
     Args:
         name: one of `FORMATS`.
         content: what to write.
-        limit_bytes: how large it may be; None: as large as it gets.
+        limit_bytes: the largest file; None: no limit.
 
     Returns:
-        The file, and whether it had to be cut. A cut one holds as many of the first segments as fit, each of them
-        whole, and is still a file of its format; JSON says so itself in `truncated`. A limit below what a file
-        without segments takes (JSON: some 150 bytes, the others: 15 at most) is not kept.
+        The file, and whether it was cut. A cut one holds as many of the first segments as fit, each of them whole, and
+        is still a file of its format; JSON says so itself in `truncated`. A limit below what a file without segments
+        takes (JSON: some 150 bytes, the others: 15 at most) is not kept.
 
     Raises:
         ValueError: there is no such format.
@@ -80,33 +78,14 @@ def render(name: str, content: Content, *, limit_bytes: int | None = None) -> tu
     whole = parts.joined(len(parts.pieces))
     if limit_bytes is None or len(whole) <= limit_bytes or not parts.pieces:
         return whole, False
-    fitting = bisect_right(range(len(parts.pieces)), limit_bytes, key=parts.size_bytes) - 1
-    return parts.joined(max(0, fitting)), True
-
-
-def segment_fields(segment: Segment) -> dict[str, Any]:
-    """Return a segment as the JSON formats have it; `words` is missing unless they were asked for."""
-    fields: dict[str, Any] = {
-        "id": segment.id,
-        "start": segment.start_s,
-        "end": segment.end_s,
-        "text": segment.text,
-        "avg_logprob": segment.avg_logprob,
-        "no_speech_prob": segment.no_speech_prob,
-    }
-    if segment.words is not None:
-        fields["words"] = [
-            {"word": word.text, "start": word.start_s, "end": word.end_s, "probability": word.probability}
-            for word in segment.words
-        ]
-    return fields
+    return parts.joined(most_that_fit(len(parts.pieces) - 1, limit_bytes, parts.size_bytes)), True
 
 
 class _Parts:
-    """A file in pieces, of which the first ones, with what stands around them, are a file as well."""
+    """A file in pieces. The first few of them, with a head and a tail, are a file as well."""
 
     def __init__(self, pieces: list[bytes], around: Callable[[int], tuple[bytes, bytes]]) -> None:
-        """Take the pieces, and what tells what stands before and after the first so many of them."""
+        """Take the pieces, and a function that returns the head and the tail of the first so many of them."""
         self.pieces = pieces
         self._around = around
         self._sizes = list(accumulate(map(len, pieces), initial=0))
@@ -121,7 +100,7 @@ class _Parts:
 
 
 def _txt(content: Content) -> _Parts:
-    """Write a line for each segment, as Whisper does; one line, cut between words, if only the text is there."""
+    """Write a line for each segment, as Whisper does; without segments one line, which is cut between words."""
     lines = [_encoded(f"{line}\n") for _, line in _spoken(content)]
     if lines:
         return _Parts(lines, _or_an_empty_line)
@@ -180,7 +159,7 @@ _WRITERS: Mapping[str, Callable[[Content], _Parts]] = {
 
 
 def _spoken(content: Content) -> Iterator[tuple[Segment, str]]:
-    """Give the segments that say something, each with its text on one line."""
+    """Yield the segments that have a text, each with its text on one line."""
     for segment in content.segments:
         line = _on_one_line(segment.text)
         if line:
@@ -196,7 +175,7 @@ def _or_an_empty_line(count: int) -> tuple[bytes, bytes]:
 
 
 def _timing(segment: Segment, *, decimal_mark: str) -> str:
-    """Write the line of a cue that says when; WebVTT wants its end after its start (section 4.1)."""
+    """Write the times of a cue; WebVTT requires its end after its start (section 4.1)."""
     start_ms = _ms(segment.start_s)
     end_ms = max(start_ms + 1, _ms(segment.end_s))
     return f"{_clock(start_ms, decimal_mark)} --> {_clock(end_ms, decimal_mark)}"
@@ -214,7 +193,7 @@ def _ms(seconds: float) -> int:
 
 
 def _ends(content: Content) -> list[int]:
-    """Return how far into the text the first 0, 1, 2, ... segments go."""
+    """Return where in the text the first 0, 1, 2, ... segments end."""
     ends = [0]
     for segment in content.segments:
         begin = content.text.find(segment.text, ends[-1])

@@ -1,109 +1,118 @@
-"""The wire: every payload of the contract as a frozen model, and what makes JSON of a job. Any thread may call it."""
+"""What the consumer publishes about jobs: status, event, segment, rejection. Any thread may make them.
 
-import re
-from bisect import bisect_right
-from datetime import UTC, datetime
-from functools import lru_cache
-from typing import Any, Literal
+There are thousands of statuses, events and segments, so these are typed dictionaries: mypy checks the fields where one
+is made, pydantic describes them in the schema, and making one costs what a dictionary costs (a model takes twice the
+time, measured with `timeit`).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NotRequired
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict
-from pydantic_core import to_json
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from cesar_mqtt import __version__
 from cesar_mqtt.jobs import AudioSource, Job, JobState
-from cesar_mqtt.protocol.formats import segment_fields
+from cesar_mqtt.protocol.fields import (
+    Attempt,
+    AudioDuration,
+    AudioName,
+    Consumer,
+    CreatedAt,
+    DetectedLanguage,
+    EndedAt,
+    FailureCode,
+    FailureMessage,
+    JobId,
+    JobStatus,
+    LanguageProbability,
+    Metadata,
+    ModelSize,
+    Payload,
+    PublishedId,
+    QueuePosition,
+    State,
+    Task,
+    TextTruncated,
+    Timestamp,
+    UpdatedAt,
+    Version,
+    one_of,
+    timestamp,
+)
+from cesar_mqtt.protocol.truncate import truncate_text
 from cesar_mqtt.transcript import Segment
 
-_EXCERPT_BYTES = 200
-_LOOKED_AT_BYTES = 4096
-_CREDENTIALS = re.compile(rb"(?<=://)[^/\s\"]*@")
 EVENT_TEXT_BYTES = 8_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the metadata of the job."""
-_TOPIC_CHARACTERS = 200
+
+_Time = "Seconds from the start of the recording."
 
 
-class Payload(BaseModel):
-    """A message as JSON: frozen, types taken literally, unknown fields refused."""
+class Answer(TypedDict):
+    """The answer to a job request with a Response Topic: the job is on disk."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    def encode(self) -> bytes:
-        """Return the payload as it goes over the wire."""
-        return self.model_dump_json().encode()
+    job_id: JobId
+    status: Annotated[State | None, Field(description="The state of the job; null if it is deleted already.")]
 
 
-Reason = Literal[
-    "malformed_json",
-    "invalid_request",
-    "invalid_job_id",
-    "job_id_conflict",
-    "payload_too_large",
-    "queue_full",
-    "unknown_command",
-]
+class Status(TypedDict):
+    """Everything that is known about a job. Null: not known yet, or it does not apply."""
+
+    job_id: JobId
+    status: JobStatus
+    attempt: Attempt
+    created_at: CreatedAt
+    started_at: Annotated[Timestamp | None, Field(description="When the latest attempt started.")]
+    completed_at: EndedAt
+    updated_at: UpdatedAt
+    queue_position: QueuePosition
+    progress: Annotated[
+        float | None, Field(description="0 to 1; 1 only when completed. It never goes back within an attempt.")
+    ]
+    processed_duration: Annotated[
+        float | None, Field(description="How much of the recording is transcribed, in seconds.")
+    ]
+    audio_duration: AudioDuration
+    speed: Annotated[float | None, Field(description="Seconds of audio per second of processing.")]
+    eta: Annotated[float | None, Field(description="The estimated seconds until the job is completed.")]
+    audio_source: AudioName
+    model_size: ModelSize
+    language: Annotated[
+        str | None, Field(description="The language that the request names, as Whisper's code; null: it is detected.")
+    ]
+    task: Annotated[Task, Field(description="`transcribe` or `translate`.")]
+    result_text: Annotated[str | None, Field(description="The whole transcript; empty if there is no speech.")]
+    detected_language: DetectedLanguage
+    language_probability: LanguageProbability
+    no_speech: Annotated[bool | None, Field(description="Whether the recording holds no speech.")]
+    error_code: FailureCode
+    error_message: FailureMessage
+    retryable: Annotated[bool | None, Field(description="Whether the same request may succeed later.")]
+    warnings: Annotated[
+        list[str],
+        Field(
+            description="What may be missing from the transcript: `audio_truncated`, `audio_damaged`, "
+            "`initial_prompt_truncated` or `hotwords_truncated`."
+        ),
+    ]
+    formats: Annotated[list[str], Field(description="The formats in which the result is published.")]
+    result_truncated: Annotated[
+        bool,
+        Field(
+            description="Whether the text, or a result, was cut to the broker's packet limit; the command `result` "
+            "returns all of it."
+        ),
+    ]
+    metadata: Metadata
+    consumer: Consumer
+    version: Version
 
 
-class Rejection(Payload):
-    """A refused message, on `cesar/rejected`."""
-
-    reason: Reason
-    detail: str
-    topic: str
-    job_id: str | None
-    payload_excerpt: str
-    received_at: str
-
-
-def excerpt(payload: bytes) -> str:
-    """Return the beginning of a payload as text that JSON can hold, to recognise it by; without a URL's password."""
-    return _CREDENTIALS.sub(b"***@", payload[:_LOOKED_AT_BYTES])[:_EXCERPT_BYTES].decode(errors="replace")
-
-
-def shortened(topic: str) -> str:
-    """Return a topic as it is, or the beginning of one that is longer than any of ours."""
-    return topic if len(topic) <= _TOPIC_CHARACTERS else f"{topic[:_TOPIC_CHARACTERS]}…"
-
-
-class Status(Payload):
-    """The retained status of a job; None says that there is nothing to say (yet). Durations are seconds."""
-
-    job_id: str
-    status: JobState
-    attempt: int
-    created_at: str
-    started_at: str | None
-    completed_at: str | None
-    updated_at: str
-    queue_position: int | None
-    progress: float | None
-    processed_duration: float | None
-    audio_duration: float | None
-    speed: float | None
-    eta: float | None
-    audio_source: str | None
-    model_size: str
-    language: str | None
-    task: str
-    result_text: str | None
-    detected_language: str | None
-    language_probability: float | None
-    no_speech: bool | None
-    error_code: str | None
-    error_message: str | None
-    retryable: bool | None
-    warnings: list[str]
-    formats: list[str]
-    result_truncated: bool
-    metadata: dict[str, Any]
-    consumer: str
-    version: str
-
-
-class JobProgress(BaseModel):
-    """How far the job in work is; never on disk. Seconds, and `speed` as audio seconds per second."""
-
-    model_config = ConfigDict(frozen=True)
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a running job is; never on disk. Seconds, and `speed` as audio seconds per second."""
 
     progress: float | None
     processed_duration: float
@@ -113,41 +122,22 @@ class JobProgress(BaseModel):
     updated_at: float
 
 
-def status_of(job: Job, consumer: str, live: JobProgress | None = None, *, result_truncated: bool = False) -> Status:
-    """Return what the world is told of a job.
+def status_of(
+    job: Job, consumer: str, progress: JobProgress | None = None, *, result_truncated: bool = False
+) -> Status:
+    """Return the status of a job.
 
     Args:
         job: as the ledger has it.
         consumer: the name of the consumer.
-        live: how far it is; counts only while it is in work.
-        result_truncated: whether a result in one of its formats had to be cut.
+        progress: how far it is; used only while the job is processing.
+        result_truncated: whether a result in one of its formats was cut.
     """
-    # Our own values: checking them again would take half the time.
-    return Status.model_construct(**_status_fields(job, consumer, live, result_truncated))
-
-
-def status_payload(
-    job: Job,
-    consumer: str,
-    live: JobProgress | None = None,
-    *,
-    result_truncated: bool = False,
-    limit_bytes: int | None = None,
-) -> bytes:
-    """Return the payload of `status_of`, as `fit` cuts it to `limit_bytes`; the quick way, for there are thousands."""
-    fields = _status_fields(job, consumer, live, result_truncated)
-    payload = to_json(fields)
-    if limit_bytes is None or len(payload) <= limit_bytes:
-        return payload
-    return fit(Status.model_construct(**fields), limit_bytes)
-
-
-def _status_fields(job: Job, consumer: str, live: JobProgress | None, result_truncated: bool) -> dict[str, Any]:  # noqa: FBT001
-    working = job.state is JobState.PROCESSING
-    live = live if working else None
-    final = job.state is JobState.COMPLETED
-    progress = 1.0 if final else (0.0 if working else None)
-    duration = live.audio_duration if live else job.audio_duration
+    running = job.state is JobState.PROCESSING
+    completed = job.state is JobState.COMPLETED
+    now = progress if running else None
+    duration = now.audio_duration if now else job.audio_duration
+    share = 1.0 if completed else (0.0 if running else None)
     code = job.error_code
     return {
         "job_id": job.job_id,
@@ -156,14 +146,14 @@ def _status_fields(job: Job, consumer: str, live: JobProgress | None, result_tru
         "created_at": timestamp(job.created_at),
         "started_at": None if job.started_at is None else timestamp(job.started_at),
         "completed_at": None if job.completed_at is None else timestamp(job.completed_at),
-        "updated_at": timestamp(max(job.updated_at, live.updated_at if live else 0.0)),
+        "updated_at": timestamp(max(job.updated_at, now.updated_at if now else 0.0)),
         "queue_position": job.queue_position,
-        "progress": live.progress if live else progress,
-        "processed_duration": live.processed_duration if live else (duration if final else None),
+        "progress": now.progress if now else share,
+        "processed_duration": now.processed_duration if now else (duration if completed else None),
         "audio_duration": duration,
-        "speed": live.speed if live else _speed(job),
-        "eta": live.eta if live else None,
-        "audio_source": None if job.audio is None else _told_source(job.audio),
+        "speed": now.speed if now else _speed(job),
+        "eta": now.eta if now else None,
+        "audio_source": None if job.audio is None else _public_source(job.audio),
         "model_size": job.model_size,
         "language": job.options.get("language"),
         "task": job.options.get("task", "transcribe"),
@@ -183,145 +173,166 @@ def _status_fields(job: Job, consumer: str, live: JobProgress | None, result_tru
     }
 
 
-def _told_source(audio: AudioSource) -> str:
-    """Return what may be told of where the audio is: of a URL not who asks, nor what may be a key to it."""
+def _public_source(audio: AudioSource) -> str:
+    """Return where the audio is, of a URL without the user and without the query, which may be a key."""
     if audio.kind == "url":
         parts = urlsplit(audio.name)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return audio.name if audio.kind == "path" else "upload"
 
 
-def fit(status: Status, size_bytes: int | None) -> bytes:
-    """Return the payload of `status` with its text, and if need be its metadata, cut until it fits `size_bytes`.
-
-    None is no limit. A reader sees the cut in `result_truncated`. A limit below what the other fields take is not kept.
-    """
-    payload = status.encode()
-    if size_bytes is None or len(payload) <= size_bytes:
-        return payload
-    text = status.result_text
-    shorter = status.model_copy(update={"result_truncated": True, "result_text": None if text is None else ""})
-    room = size_bytes - len(shorter.encode())
-    if room < 0:
-        shorter = shorter.model_copy(update={"metadata": {}})
-        room = size_bytes - len(shorter.encode())
-    if text and room > 0:
-        shorter = shorter.model_copy(update={"result_text": _cut_json(text, room)})
-    return shorter.encode()
-
-
-def _cut_json(text: str, size_bytes: int) -> str:
-    """Return the longest beginning of `text` that has at most `size_bytes` in JSON, which escapes quotes and such."""
-    lengths = range(1, min(len(text), size_bytes) + 1)
-    return text[: bisect_right(lengths, size_bytes, key=lambda length: len(to_json(text[:length])) - len('""'))]
-
-
 def _speed(job: Job) -> float | None:
     if job.audio_duration is None or job.started_at is None or job.completed_at is None:
         return None
-    took = job.completed_at - job.started_at
-    return round(job.audio_duration / took, 2) if took > 0 else None
+    took_s = job.completed_at - job.started_at
+    return round(job.audio_duration / took_s, 2) if took_s > 0 else None
 
 
-class Event(Payload):
-    """Something that has happened to a job, on `cesar/events`; told when it happens, and not retained.
-
-    Attributes:
-        event_type: the state that the job has come to, or `deleted`.
-        text: the transcript of a completed job, cut to `EVENT_TEXT_BYTES` of UTF-8.
-        time: when it happened.
-    """
-
-    event_type: Literal["queued", "processing", "completed", "error", "cancelled", "deleted"]
-    job_id: str
-    attempt: int | None
-    text: str | None
-    text_truncated: bool
-    language: str | None
-    audio_duration: float | None
-    error_code: str | None
-    error_message: str | None
-    metadata: dict[str, Any]
-    consumer: str
-    time: str
+EVENT_TYPES = (*(state.value for state in JobState), "deleted")
 
 
-def event_payload(job: Job, consumer: str) -> bytes:
-    """Return the `Event` of the state that a job has come to, as it goes over the wire; there are thousands of them."""
-    text = None if job.result_text is None else cut(job.result_text, EVENT_TEXT_BYTES)
-    return to_json(
-        {
-            "event_type": job.state,
-            "job_id": job.job_id,
-            "attempt": job.attempt,
-            "text": text,
-            "text_truncated": text != job.result_text,
-            "language": job.detected_language,
-            "audio_duration": job.audio_duration,
-            "error_code": job.error_code,
-            "error_message": job.error_message,
-            "metadata": job.metadata,
-            "consumer": consumer,
-            "time": timestamp(job.updated_at),
-        }
-    )
+class Event(TypedDict):
+    """A job has changed its state. Published when it happens, not retained."""
+
+    event_type: Annotated[str, one_of(*EVENT_TYPES), Field(description="The new state of the job, or `deleted`.")]
+    job_id: JobId
+    attempt: Annotated[int | None, Field(description="How many times processing has started.")]
+    text: Annotated[
+        str | None,
+        Field(description=f"The transcript of a completed job, at most {EVENT_TEXT_BYTES:,} bytes of it."),
+    ]
+    text_truncated: TextTruncated
+    language: DetectedLanguage
+    audio_duration: AudioDuration
+    error_code: FailureCode
+    error_message: FailureMessage
+    metadata: Metadata
+    consumer: Consumer
+    time: Annotated[Timestamp, Field(description="When it happened.")]
+
+
+def event_of(job: Job, consumer: str) -> Event:
+    """Return the event of the state that a job is in."""
+    text = None if job.result_text is None else truncate_text(job.result_text, EVENT_TEXT_BYTES)
+    return {
+        "event_type": job.state,
+        "job_id": job.job_id,
+        "attempt": job.attempt,
+        "text": text,
+        "text_truncated": text != job.result_text,
+        "language": job.detected_language,
+        "audio_duration": job.audio_duration,
+        "error_code": job.error_code,
+        "error_message": job.error_message,
+        "metadata": dict(job.metadata),
+        "consumer": consumer,
+        "time": timestamp(job.updated_at),
+    }
 
 
 def deletion_of(job_id: str, consumer: str, now: float) -> Event:
-    """Return what is told of a job that is deleted; `now` in seconds since the epoch."""
-    return Event(
-        event_type="deleted",
-        job_id=job_id,
-        attempt=None,
-        text=None,
-        text_truncated=False,
-        language=None,
-        audio_duration=None,
-        error_code=None,
-        error_message=None,
-        metadata={},
-        consumer=consumer,
-        time=timestamp(now),
-    )
+    """Return the event of a job that was deleted; `now` in seconds since the epoch."""
+    return {
+        "event_type": "deleted",
+        "job_id": job_id,
+        "attempt": None,
+        "text": None,
+        "text_truncated": False,
+        "language": None,
+        "audio_duration": None,
+        "error_code": None,
+        "error_message": None,
+        "metadata": {},
+        "consumer": consumer,
+        "time": timestamp(now),
+    }
 
 
-class WordMessage(Payload):
-    """A word of a segment, with the blank before it if there is one. Times are seconds from the start of the file."""
+class Word(TypedDict):
+    """A word of a segment."""
 
-    word: str
-    start: float
-    end: float
-    probability: float
-
-
-class SegmentMessage(Payload):
-    """A segment of a job with `stream`, on `cesar/segments/<job_id>`; without `words` unless they were asked for."""
-
-    job_id: str
-    id: int
-    start: float
-    end: float
-    text: str
-    avg_logprob: float
-    no_speech_prob: float
-    words: list[WordMessage] | None = None
-
-    def encode(self) -> bytes:
-        """Return the payload as it goes over the wire."""
-        return self.model_dump_json(exclude_none=True).encode()
+    word: Annotated[str, Field(description="With the blank before it, if there is one.")]
+    start: Annotated[float, Field(description=_Time)]
+    end: Annotated[float, Field(description=_Time)]
+    probability: Annotated[float, Field(description="How certain the word is, 0 to 1.")]
 
 
-def segment_of(job_id: str, segment: Segment) -> SegmentMessage:
-    """Return what is told of a segment as soon as it is known."""
-    return SegmentMessage(job_id=job_id, **segment_fields(segment))
+class TimedSegment(TypedDict):
+    """A part of the transcript."""
+
+    id: Annotated[int, Field(description="Counts the segments of a job from 1.")]
+    start: Annotated[float, Field(description=_Time)]
+    end: Annotated[float, Field(description=_Time)]
+    text: Annotated[str, Field(description="The text of the segment.")]
+    avg_logprob: Annotated[
+        float, Field(description="How certain the text is: the mean log probability of its tokens, 0 at best.")
+    ]
+    no_speech_prob: Annotated[float, Field(description="The probability that there is no speech, 0 to 1.")]
+    words: NotRequired[
+        Annotated[list[Word], Field(description="The words with their times, if the request set `word_timestamps`.")]
+    ]
 
 
-def cut(text: str, size_bytes: int) -> str:
-    """Return the longest beginning of `text` that has at most `size_bytes` as UTF-8."""
-    return text.encode()[: max(0, size_bytes)].decode(errors="ignore")
+class JobSegment(TimedSegment):
+    """A part of the transcript, published as soon as it is known."""
+
+    job_id: JobId
 
 
-@lru_cache(maxsize=64)  # most statuses say the same moment more than once, and a burst comes in one
-def timestamp(seconds: float) -> str:
-    """Return seconds since the epoch as RFC 3339 in UTC, in milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def segment_fields(segment: Segment) -> TimedSegment:
+    """Return a segment as it is published; without `words` unless the request asked for them."""
+    fields: TimedSegment = {
+        "id": segment.id,
+        "start": segment.start_s,
+        "end": segment.end_s,
+        "text": segment.text,
+        "avg_logprob": segment.avg_logprob,
+        "no_speech_prob": segment.no_speech_prob,
+    }
+    if segment.words is not None:
+        fields["words"] = [
+            {"word": word.text, "start": word.start_s, "end": word.end_s, "probability": word.probability}
+            for word in segment.words
+        ]
+    return fields
+
+
+def segment_of(job_id: str, segment: Segment) -> JobSegment:
+    """Return a segment with the id of its job."""
+    return {"job_id": job_id, **segment_fields(segment)}
+
+
+class TranscriptFile(TypedDict):
+    """The transcript of a job as JSON, with times: the format `json`."""
+
+    text: Annotated[str, Field(description="The whole transcript.")]
+    language: DetectedLanguage
+    language_probability: LanguageProbability
+    duration: Annotated[
+        float | None, Field(description="The length of the recording in seconds; null if it is not known.")
+    ]
+    task: Annotated[Task, Field(description="`transcribe` or `translate`.")]
+    truncated: Annotated[bool, Field(description="Whether segments were left out to keep the broker's packet limit.")]
+    segments: Annotated[list[TimedSegment], Field(description="In order of time.")]
+
+
+Reason = Literal[
+    "malformed_json",
+    "invalid_request",
+    "invalid_job_id",
+    "job_id_conflict",
+    "payload_too_large",
+    "queue_full",
+    "unknown_command",
+]
+
+
+class Rejection(Payload):
+    """A message that was rejected. It does not come back."""
+
+    reason: Reason = Field(description="Why, for programs.")
+    detail: str = Field(description="Why, as a sentence.")
+    topic: str = Field(description="The topic of the message; of a very long one the beginning.")
+    job_id: PublishedId | None = Field(description="The id in the message; null if it has no valid one.")
+    payload_excerpt: str = Field(description="The first 200 bytes of the message, to recognise it.")
+    received_at: Timestamp = Field(description="When the message was received.")

@@ -1,6 +1,6 @@
-"""A submission: the fields of a job request and the rules that they obey. Any thread may call it.
+"""A submission: the fields of a job request, each with its rule, its meaning and the sentence that names a valid value.
 
-The message of a `ValueError` continues a sentence that begins with the field's name.
+Pure; any thread may call it. The message of a `ValueError` continues a sentence that begins with the field's name.
 """
 
 import json
@@ -11,34 +11,36 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from cesar_mqtt.protocol.formats import FORMATS, Format
+from cesar_mqtt.protocol.commands import CURRENT
+from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
-from cesar_mqtt.protocol.payloads import Payload
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
 from cesar_mqtt.transcript import cut_hotwords, cut_prompt
 
-METADATA_BYTES = 4096
-URL_CHARACTERS = 4096
-TEMPERATURES = 10
-CLIPS = 1000
-_PATH_CHARACTERS = 4096
-_PROMPT_CHARACTERS = 65_536
-_MODEL_CHARACTERS = 200
+AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
 
-# A blank in a path is escaped on the way. In front of it, like a backslash, it would let each reader of the URL find
-# another host in it.
+_METADATA_BYTES = 4096
+_PATH_CHARACTERS = 4096
+_URL_CHARACTERS = 4096
+_MODEL_CHARACTERS = 200
+_PROMPT_CHARACTERS = 65_536
+_TEMPERATURES = 10
+_CLIPS = 1000
+_BEAMS = 10
+_BATCH = 32
+
+# A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
+# the URL find another host in it.
 _URL = re.compile(
     r"https?://[^/?#\s\\\x00-\x1f\x7f-\x9f]+([/?#][^\x00-\x1f\x7f-\x9f]*)?",
     re.IGNORECASE,
 )
-
-
-_DETECTED = frozenset({"", "auto"})
-"""What other programs say instead of leaving the language out."""
+_DETECT = frozenset({"", "auto"})
+"""What other programs send to have the language detected."""
 
 
 def _known_language(text: str) -> str | None:
-    if text.strip().lower() in _DETECTED:
+    if text.strip().lower() in _DETECT:
         return None
     code = language_code(text)
     if code is None:
@@ -46,7 +48,7 @@ def _known_language(text: str) -> str | None:
     return code
 
 
-def _url(text: str) -> str:
+def _valid_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         names_host = bool(parts.hostname) and parts.port != 0
@@ -57,92 +59,158 @@ def _url(text: str) -> str:
     return text
 
 
-def _whole(value: Any) -> Any:
-    """Take 5.0 for 5: some programs have no other numbers."""
+def _coerce_integral(value: Any) -> Any:
+    """Accept 5.0 for 5: some programs have no other numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _in_order(clips: list[list[float]]) -> list[list[float]]:
+def _ordered_clips(clips: list[list[float]]) -> list[list[float]]:
     if any(start >= end for start, end in clips):
         raise ValueError("holds a range that does not end after its start")
     if any(start < end for (_, end), (start, _) in pairwise(clips)):
-        raise ValueError("holds a range that begins before the one in front of it has ended")
+        raise ValueError("holds a range that begins before the previous one has ended")
     return clips
 
 
-def _each_once(formats: list[Format]) -> list[Format]:
-    """Return them in the contract's order: whoever asks for the same in another order asks for the same."""
+def _ordered_formats(formats: list[Format]) -> list[Format]:
+    """Return each format once, in the contract's order: the same formats in another order are the same request."""
     return [name for name in FORMATS if name in formats]
 
 
-def _small(metadata: dict[str, Any]) -> dict[str, Any]:
+def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     try:
         size = len(json.dumps(metadata, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
     except ValueError as exc:
         raise ValueError("holds a number that is too large, or text that is not Unicode") from exc
-    if size > METADATA_BYTES:
-        raise ValueError(f"has {size} bytes of JSON, user properties included: at most {METADATA_BYTES} are echoed")
+    if size > _METADATA_BYTES:
+        raise ValueError(f"has {size} bytes of JSON, user properties included: at most {_METADATA_BYTES} are echoed")
     return metadata
 
 
-Language = Annotated[str, AfterValidator(_known_language)]
-BeamSize = Annotated[int, Field(ge=1, le=10), BeforeValidator(_whole)]
-BatchSize = Annotated[int, Field(ge=1, le=32), BeforeValidator(_whole)]
-Url = Annotated[str, Field(max_length=URL_CHARACTERS), AfterValidator(_url)]
-Temperature = Annotated[float, Field(ge=0, le=1)]
-Temperatures = Annotated[list[Temperature], Field(min_length=1, max_length=TEMPERATURES)]
-Clip = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
-# `fail_fast`: a message may bring a million mistakes, and each would be reported.
-Clips = Annotated[list[Clip], Field(min_length=1, max_length=CLIPS, fail_fast=True), AfterValidator(_in_order)]
-Formats = Annotated[list[Format], Field(fail_fast=True), AfterValidator(_each_once)]
-Metadata = Annotated[dict[str, Any], AfterValidator(_small)]
+_Temperature = Annotated[float, Field(ge=0, le=1)]
+_Temperatures = Annotated[list[_Temperature], Field(min_length=1, max_length=_TEMPERATURES)]
+_Clip = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
+# `fail_fast`: a message may hold a million mistakes, and pydantic would report each.
+_Clips = Annotated[list[_Clip], Field(min_length=1, max_length=_CLIPS, fail_fast=True), AfterValidator(_ordered_clips)]
+_Formats = Annotated[list[Format], Field(fail_fast=True), AfterValidator(_ordered_formats)]
+_NewId = Annotated[str, Field(pattern=JOB_ID_PATTERN, json_schema_extra={"not": {"const": CURRENT}})]
 
 
 class JobRequest(Payload):
-    """What a producer publishes on `cesar/jobs`; a field's description is what a refusal says that it must be."""
+    """A recording to be transcribed. Exactly one of `audio_path`, `audio_url` and `audio_base64` is needed.
 
-    job_id: Annotated[str, Field(pattern=JOB_ID_PATTERN)] | None = Field(
-        default=None, description="text of 1 to 64 of A-Z, a-z, 0-9, _ and -"
+    A null field is the same as a missing one. An unknown field is rejected by name.
+    """
+
+    job_id: _NewId | None = Field(
+        default=None,
+        description="The id of the job, other than `current`. The same id with the same request again is the same job. "
+        "Left out: the consumer makes one.",
+        json_schema_extra={MUST: "text of 1 to 64 of A-Z, a-z, 0-9, _ and -"},
     )
     audio_path: Annotated[str, Field(min_length=1, max_length=_PATH_CHARACTERS)] | None = Field(
-        default=None, description=f"text of 1 to {_PATH_CHARACTERS} characters"
+        default=None,
+        description="A file on the consumer's machine, inside one of `audio.directories`. A relative path is looked up "
+        "there.",
+        json_schema_extra={MUST: f"text of 1 to {_PATH_CHARACTERS} characters"},
     )
-    audio_url: Url | None = Field(
-        default=None, description=f"an http or https URL of at most {URL_CHARACTERS} characters"
+    audio_url: Annotated[str, Field(max_length=_URL_CHARACTERS), AfterValidator(_valid_url)] | None = Field(
+        default=None,
+        repr=False,
+        description="The URL from which the consumer downloads the recording. Its host must be in "
+        "`audio.allowed_hosts`.",
+        json_schema_extra={MUST: f"an http or https URL of at most {_URL_CHARACTERS} characters"},
     )
-    audio_base64: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="a file in base64")
+    audio_base64: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        repr=False,
+        description="The recording itself; line ends in it are ignored.",
+        json_schema_extra={MUST: "a file in base64"},
+    )
     model_size: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
-        default=None, description="the name of a model"
+        default=None,
+        description="The model, one of `models.allowed`. Left out: `models.default`.",
+        json_schema_extra={MUST: "the name of a model"},
     )
-    language: Language | None = Field(default=None, description="text such as 'de', or be left out")
-    task: Literal["transcribe", "translate"] = Field(default="transcribe", description="'transcribe' or 'translate'")
+    language: Annotated[str, AfterValidator(_known_language)] | None = Field(
+        default=None,
+        description="The spoken language, as Whisper's code, a name or a BCP-47 tag. Left out, empty or `auto`: it is "
+        "detected.",
+        json_schema_extra={MUST: "text such as 'de', or be left out"},
+    )
+    task: Literal["transcribe", "translate"] = Field(
+        default="transcribe",
+        description="Whether to write the transcript, or its translation into English.",
+        json_schema_extra={MUST: "'transcribe' or 'translate'"},
+    )
     initial_prompt: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
-        default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
+        default=None,
+        repr=False,
+        description="Text that the model treats as what came before. Limited in tokens: its end is used.",
+        json_schema_extra={MUST: f"text of at most {_PROMPT_CHARACTERS} characters"},
     )
     hotwords: Annotated[str, Field(max_length=_PROMPT_CHARACTERS)] | None = Field(
-        default=None, description=f"text of at most {_PROMPT_CHARACTERS} characters"
+        default=None,
+        repr=False,
+        description="Words that are likely to occur. Limited in tokens: the first are used.",
+        json_schema_extra={MUST: f"text of at most {_PROMPT_CHARACTERS} characters"},
     )
-    beam_size: BeamSize = Field(default=5, description="a whole number from 1 to 10")
-    temperature: Temperature | Temperatures | None = Field(
-        default=None, description=f"a number from 0 to 1, or a list of 1 to {TEMPERATURES} such numbers"
+    beam_size: Annotated[int, Field(ge=1, le=_BEAMS), BeforeValidator(_coerce_integral)] = Field(
+        default=5,
+        description="How many hypotheses are followed at once: more are slower and a little better.",
+        json_schema_extra={MUST: f"a whole number from 1 to {_BEAMS}"},
     )
-    vad_filter: bool = Field(default=True, description="true or false")
-    word_timestamps: bool = Field(default=False, description="true or false")
-    clip_timestamps: Clips | None = Field(
-        default=None, description=f"a list of 1 to {CLIPS} ranges, each as [start, end] in seconds"
+    temperature: _Temperature | _Temperatures | None = Field(
+        default=None,
+        description="How freely the model samples. The values of a list are tried in order. Left out: Whisper's own "
+        "list.",
+        json_schema_extra={MUST: f"a number from 0 to 1, or a list of 1 to {_TEMPERATURES} such numbers"},
     )
-    batch_size: BatchSize = Field(default=1, description="a whole number from 1 to 32")
-    formats: Formats = Field(
-        default_factory=list, description=f'a list such as ["txt"], of any of {", ".join(FORMATS)}'
+    vad_filter: bool = Field(
+        default=True,
+        description="Whether silence is removed before the model runs.",
+        json_schema_extra={MUST: "true or false"},
     )
-    stream: bool = Field(default=False, description="true or false")
+    word_timestamps: bool = Field(
+        default=False,
+        description="Whether segments hold the times of their words.",
+        json_schema_extra={MUST: "true or false"},
+    )
+    clip_timestamps: _Clips | None = Field(
+        default=None,
+        description="Only these ranges are transcribed, in order and without overlaps.",
+        json_schema_extra={MUST: f"a list of 1 to {_CLIPS} ranges, each as [start, end] in seconds"},
+    )
+    batch_size: Annotated[int, Field(ge=1, le=_BATCH), BeforeValidator(_coerce_integral)] = Field(
+        default=1,
+        description="How many chunks the model processes at once; above 1 the batched pipeline is used.",
+        json_schema_extra={MUST: f"a whole number from 1 to {_BATCH}"},
+    )
+    formats: _Formats = Field(
+        default_factory=list,
+        description="The formats in which the result is published beside the status.",
+        json_schema_extra={MUST: f'a list such as ["txt"], of any of {", ".join(FORMATS)}'},
+    )
+    stream: bool = Field(
+        default=False,
+        description="Whether segments are published as soon as they are known.",
+        json_schema_extra={MUST: "true or false"},
+    )
     expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="a number of seconds above 0"
+        default=None,
+        description="Seconds after which the job is no longer worth starting. Left out: never. An MQTT 5 Message "
+        "Expiry means the same.",
+        json_schema_extra={MUST: "a number of seconds above 0"},
     )
-    metadata: Metadata = Field(default_factory=dict, description="a JSON object")
+    metadata: Annotated[dict[str, Any], AfterValidator(_small_metadata)] = Field(
+        default_factory=dict,
+        description="An object of at most 4 KiB as JSON, repeated in every status. MQTT 5 user properties that name no "
+        "field are added to it.",
+        json_schema_extra={MUST: "a JSON object"},
+    )
 
     @model_validator(mode="after")
-    def _one_audio(self) -> Self:
+    def _check_audio(self) -> Self:
         given = [name for name in AUDIO_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
@@ -150,12 +218,11 @@ class JobRequest(Payload):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return the transcription options that differ from their defaults; of very long prompts, what can count."""
+        """Return the transcription options that differ from their defaults, very long prompts cut to what can count."""
         options = self.model_dump(include=_OPTIONS, exclude_defaults=True)
         return options | {name: kept(options[name]) for name, kept in _PROMPTS.items() if name in options}
 
 
-AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
 _OPTIONS = {
     "language",
     "task",

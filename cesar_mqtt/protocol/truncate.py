@@ -1,104 +1,213 @@
-"""What is said once and not kept, such as an answer, cut to what the broker takes in one message.
+"""Every way to make a payload fit into a limit: the broker's packets, one response, Home Assistant's attributes.
 
-Pure; any thread may call it.
+Pure; any thread may call it. A payload that was cut says so in its own fields.
 """
 
 import json
+import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic_core import to_json
 
 from cesar_mqtt.json_codec import encode
-from cesar_mqtt.protocol.payloads import SegmentMessage, Status, fit
+
+if TYPE_CHECKING:
+    from cesar_mqtt.protocol.commands import JobSummary
+    from cesar_mqtt.protocol.payloads import JobSegment, Status
 
 Data = dict[str, Any]
 
+_SHORT_CHARACTERS = 200
+_EXCERPT_BYTES = 200
+_SEARCHED_BYTES = 4096  # where an excerpt may show a password: the rest of a large payload is not searched
+_CREDENTIALS = re.compile(rb"(?<=://)[^/\s\"]*@")
+_CONTINUATION, _CONTINUATION_MASK = 0x80, 0xC0
 
-def truncate_response(payload: bytes, size_bytes: int) -> bytes:
-    """Return an answer, or the report of a refusal, in at most so many bytes.
 
-    What can be had in pieces gets shorter, and says so in its own fields: a piece of a result, a page of jobs, the text
-    of a status. Any other answer becomes an error that says what to do. The transaction stays, unless it alone is too
-    large. What cannot be cut, or not by enough, comes out larger than it should.
+def most_that_fit(count: int, limit_bytes: int, size_bytes: Callable[[int], int]) -> int:
+    """Return the largest number from 1 to `count` whose size, which grows with it, keeps the limit; 0 if none does."""
+    return bisect_right(range(1, count + 1), limit_bytes, key=size_bytes)
+
+
+# -- text ---------------------------------------------------------------------------------------------------------
+
+
+def truncate_text(text: str, limit_bytes: int) -> str:
+    """Return the longest beginning of `text` that has at most `limit_bytes` as UTF-8."""
+    return text.encode()[: max(0, limit_bytes)].decode(errors="ignore")
+
+
+def shorten(text: str, characters: int = _SHORT_CHARACTERS) -> str:
+    """Return `text`, of a longer one the beginning with an ellipsis."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+
+def excerpt(payload: bytes) -> str:
+    """Return the beginning of a payload as text that JSON can hold, to recognise it; without a URL's password."""
+    return _CREDENTIALS.sub(b"***@", payload[:_SEARCHED_BYTES])[:_EXCERPT_BYTES].decode(errors="replace")
+
+
+def _truncate_as_json(text: str, limit_bytes: int) -> str:
+    """Return the longest beginning of `text` with at most `limit_bytes` in JSON, where a quote takes two bytes."""
+    count = min(len(text), limit_bytes)
+    return text[: most_that_fit(count, limit_bytes, lambda length: len(to_json(text[:length])) - len('""'))]
+
+
+# -- a status, a segment -------------------------------------------------------------------------------------------
+
+
+def truncate_status(status: "Status", limit_bytes: int | None = None) -> bytes:
+    """Return the payload of a status, its text and if need be its metadata cut to the limit; None: no limit.
+
+    A limit below what the other fields take is not kept.
+
+    Raises:
+        ValueError: the status cannot be serialised, as one from a ledger that was edited by hand.
     """
-    if len(payload) <= size_bytes:
+    payload = to_json(status)
+    if limit_bytes is None or len(payload) <= limit_bytes:
         return payload
-    said = json.loads(payload)  # unlike pydantic's, it reads whatever metadata we took, one level deeper
-    made = payload
-    for shorter in _shorter(said, len(payload), size_bytes):
-        made = encode(shorter)
-        if len(made) <= size_bytes:
-            break
-    return made
+    return to_json(_shorter_status(status, limit_bytes))
 
 
-def truncate_segment(segment: SegmentMessage, size_bytes: int) -> bytes:
-    """Return a segment in at most so many bytes, without its words and then with the beginning of its text if need be.
+def _shorter_status(status: "Status", limit_bytes: int) -> "Status":
+    text = status["result_text"]
+    shorter: Status = {**status, "result_truncated": True, "result_text": None if text is None else ""}
+    room = limit_bytes - len(to_json(shorter))
+    if room < 0:
+        shorter["metadata"] = {}
+        room = limit_bytes - len(to_json(shorter))
+    if text and room > 0:
+        shorter["result_text"] = _truncate_as_json(text, room)
+    return shorter
 
-    A segment that has no room even without a text comes out larger.
+
+def truncate_segment(segment: "JobSegment", limit_bytes: int | None = None) -> bytes:
+    """Return the payload of a segment, without its words and then with the beginning of its text to keep the limit.
+
+    A segment that is too large even without a text does not keep it. None: no limit.
     """
-    payload = segment.encode()
-    if len(payload) > size_bytes:
-        payload = segment.model_copy(update={"words": None}).encode()
-    if len(payload) > size_bytes:
+    payload = to_json(segment)
+    if limit_bytes is None or len(payload) <= limit_bytes:
+        return payload
+    shorter = cast("JobSegment", {name: value for name, value in segment.items() if name != "words"})
+    payload = to_json(shorter)
+    if len(payload) > limit_bytes:
+        text = segment["text"]
 
         def beginning(characters: int) -> bytes:
-            return segment.model_copy(update={"words": None, "text": segment.text[:characters]}).encode()
+            return to_json({**shorter, "text": text[:characters]})
 
-        payload = beginning(_most(len(segment.text), size_bytes, beginning))
+        payload = beginning(most_that_fit(len(text) - 1, limit_bytes, lambda length: len(beginning(length))))
     return payload
 
 
-def _most(limit: int, size_bytes: int, make: Callable[[int], bytes]) -> int:
-    """Return the greatest number below `limit` for which what is made, which grows with it, is not too large; or 0."""
-    return bisect_right(range(1, limit), size_bytes, key=lambda number: len(make(number)))
+# -- pages of a response -------------------------------------------------------------------------------------------
 
 
-def _shorter(said: Data, was_bytes: int, size_bytes: int) -> Iterator[Data]:
-    """Yield what can be said instead, the best first."""
-    if "payload_excerpt" in said:
-        yield {**said, "payload_excerpt": ""}
-    if "transaction" not in said:
+def truncate_list(jobs: Iterable["JobSummary"], limit_bytes: int) -> list["JobSummary"]:
+    """Return as many of the first jobs as have at most `limit_bytes` together."""
+    page: list[JobSummary] = []
+    room = limit_bytes
+    for job in jobs:
+        room -= len(job.encode()) + len(",")
+        if room < 0:
+            break
+        page.append(job)
+    return page
+
+
+def truncate_result(content: bytes, start: int, length: int, limit_bytes: int) -> str:
+    """Return the text in `length` bytes of UTF-8 from `start` on; less, to end between characters or keep the limit.
+
+    Args:
+        content: the file.
+        start: the first byte; not inside of a character.
+        length: at least 4, the bytes of the longest character.
+        limit_bytes: of the text in JSON, which writes a quote in two bytes and a control character in six.
+    """
+    end = min(start + length, len(content))
+    while is_inside_character(content, end):
+        end -= 1
+    return _truncate_as_json(content[start:end].decode(), limit_bytes)
+
+
+def is_inside_character(content: bytes, at: int) -> bool:
+    """Whether a cut before byte `at` would split a character of UTF-8."""
+    return at < len(content) and content[at] & _CONTINUATION_MASK == _CONTINUATION
+
+
+# -- a response, a rejection ---------------------------------------------------------------------------------------
+
+
+def truncate_response(payload: bytes, limit_bytes: int) -> bytes:
+    """Return a response, an answer or a rejection in at most `limit_bytes`.
+
+    What the producer can request in pieces gets shorter and says so in its own fields: a page of a result, a page of
+    jobs, the text of a status. Any other response becomes an error that says what to do. The transaction stays, unless
+    it alone is too large. What cannot be cut, or not by enough, does not keep the limit.
+    """
+    if len(payload) <= limit_bytes:
+        return payload
+    response = json.loads(payload)  # unlike pydantic's, it reads all metadata that a request may have, one level deeper
+    shorter = payload
+    for candidate in _shorter_responses(response, len(payload), limit_bytes):
+        shorter = encode(candidate)
+        if len(shorter) <= limit_bytes:
+            break
+    return shorter
+
+
+def _shorter_responses(response: Data, was_bytes: int, limit_bytes: int) -> Iterator[Data]:
+    """Yield shorter responses, the best first."""
+    if "payload_excerpt" in response:
+        yield {**response, "payload_excerpt": ""}
+    if "transaction" not in response:
         return
-    data = said["data"]
+    data = response["data"]
     if "result_text" in data:
-        room = size_bytes - len(encode({**said, "data": 0})) + 1
-        with suppress(ValueError):  # metadata that are nested as deep as we take them are too deep to be read so
-            yield {**said, "data": json.loads(fit(Status.model_validate_json(encode(data)), room))}
-    for name in _CUTS.keys() & data.keys():
-        for fuller in (data, _bare(data)):
-            yield from _beginning(said, name, fuller, size_bytes)
-    error = said["error"] or (
-        f"It is done, but the answer has {was_bytes} bytes, and a packet of the broker's has room for {size_bytes}: "
-        "raise that limit (the broker's own, or broker.max_packet_bytes), or send a shorter transaction."
+        room = limit_bytes - len(encode({**response, "data": 0})) + 1
+        with suppress(ValueError):  # metadata nested as deep as a request may have are too deep to be measured
+            yield {**response, "data": _shorter_status(cast("Status", data), room)}
+    for name in _PAGES.keys() & data.keys():
+        for candidate in (data, _without_metadata(data)):
+            yield from _shorter_page(response, name, candidate, limit_bytes)
+    error = response["error"] or (
+        f"The command was executed, but its response has {was_bytes} bytes, and a packet of the broker has room for "
+        f"{limit_bytes}: raise that limit (the broker's own, or broker.max_packet_bytes), or send a shorter "
+        "transaction."
     )
     failure = {"status": "error", "data": {"consumer": data.get("consumer")}, "error": error}
-    yield {**failure, "transaction": said["transaction"]}
+    yield {**failure, "transaction": response["transaction"]}
     yield {**failure, "transaction": None}
 
 
-def _beginning(said: Data, name: str, data: Data, size_bytes: int) -> Iterator[Data]:
-    """Yield the answer with as much of one field of its data as there is room for, if there is for any."""
-    cut = _CUTS[name]
-    kept = _most(len(data[name]), size_bytes, lambda number: encode({**said, "data": cut(data, number)}))
+def _shorter_page(response: Data, name: str, data: Data, limit_bytes: int) -> Iterator[Data]:
+    """Yield the response with as much of one field of its data as has room, if any has."""
+    page = _PAGES[name]
+    kept = most_that_fit(
+        len(data[name]) - 1, limit_bytes, lambda number: len(encode({**response, "data": page(data, number)}))
+    )
     if kept:
-        yield {**said, "data": cut(data, kept)}
+        yield {**response, "data": page(data, kept)}
 
 
-def _bare(data: Data) -> Data:
+def _without_metadata(data: Data) -> Data:
     """Return a page of jobs without their metadata; anything else as it is."""
     return {**data, "jobs": [{**job, "metadata": {}} for job in data["jobs"]]} if "jobs" in data else data
 
 
-def _piece(data: Data, characters: int) -> Data:
+def _result_page(data: Data, characters: int) -> Data:
     text = data["text"][:characters]
     return {**data, "text": text, "length": len(text.encode()), "more": True}
 
 
-def _page(data: Data, jobs: int) -> Data:
+def _list_page(data: Data, jobs: int) -> Data:
     return {**data, "jobs": data["jobs"][:jobs], "next": data["jobs"][jobs - 1]["job_id"]}
 
 
-_CUTS: Mapping[str, Callable[[Data, int], Data]] = {"text": _piece, "jobs": _page}
+_PAGES: Mapping[str, Callable[[Data, int], Data]] = {"text": _result_page, "jobs": _list_page}
 """How data are cut to so much of the field of that name."""

@@ -60,6 +60,8 @@ class ModelStore:
         device: `cpu` or `cuda`.
         compute_type: the precision of the computation, as CTranslate2 calls it.
         cpu_threads: how many threads a model may use on the CPU.
+        on_loaded: called with the name of a model that was loaded and the seconds that it took, a download included.
+        on_unloaded: called when the model in memory was dropped. Both run in the worker thread.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class ModelStore:
         self._name: str | None = None
         self._path: Path | None = None
         self._model: WhisperModel | None = None
+        self.on_loaded: Callable[[str, float], None] = lambda _name, _seconds: None
+        self.on_unloaded: Callable[[], None] = lambda: None
 
     def default_name(self) -> str:
         """The model of jobs that name none; the same for the life of the process."""
@@ -124,6 +128,7 @@ class ModelStore:
             Cancelled: `should_stop` returned True.
         """
         self.mark_used()
+        started = time.perf_counter()
         if self._model is not None and self._name == name:
             return self._model
         path = self.catalogue.obtain(name, should_stop=should_stop)
@@ -132,6 +137,7 @@ class ModelStore:
             self._model = self._load(name, path)
             self._path = path
             log.info("Model %s is ready", name, action="model_loaded", device=self.device, path=path)
+            self.on_loaded(name, time.perf_counter() - started)
         self._name = name
         self.mark_used()
         return self._model
@@ -141,6 +147,7 @@ class ModelStore:
         if self._model is not None:
             self._model = self._name = self._path = None
             release_memory()
+            self.on_unloaded()
 
     def mark_used(self) -> None:
         """Start the idle time anew: the model is in use now, or was until now. Only for the worker thread."""

@@ -175,7 +175,7 @@ def test_a_thread_that_dies_ends_the_consumer_for_its_supervisor(
     bus.publish("cesar/jobs", "speech.wav")
     thread.join(30)
     assert [str(exc) for exc in ended] == [
-        "The worker thread has ended by itself; the log says why. Start the consumer again."
+        "The worker thread ended unexpectedly. See the log for the reason, and start the consumer again."
     ]
     assert join(mosquitto.port).wait("cesar/consumer/cesar/state") == {"state": "offline"}
 

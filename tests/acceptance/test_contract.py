@@ -9,7 +9,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from cesar_mqtt.protocol.commands import COMMANDS
-from cesar_mqtt.protocol.formats import FORMATS
+from cesar_mqtt.protocol.fields import FORMATS
 from tests.acceptance.harness import LONG, Bus, Consumer
 from tests.conftest import Mosquitto
 from tests.document import Fault, Judge, Seen, default_document

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,18 @@ def program(name: str) -> str:
     if path is None:
         pytest.fail(f"{name} is not installed")
     return path
+
+
+def wait_for_listener(port: int, process: "subprocess.Popen[str]") -> None:
+    """Connect until it works: what a broker logs before it listens differs between its versions."""
+    pause = threading.Event()
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S):
+            return
+        assert process.poll() is None, "mosquitto did not start"
+        assert time.monotonic() < deadline, "mosquitto does not listen"
+        pause.wait(0.01)
 
 
 class Bus:
@@ -214,11 +227,9 @@ def port(tmp_path: Path, socket_enabled: None) -> int:
     process = subprocess.Popen(
         [program("mosquitto"), "-v", "-c", str(config)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    for line in process.stderr:
-        if " running" in line:
-            break
     drain = threading.Thread(target=process.stderr.read, daemon=True)
     drain.start()
+    wait_for_listener(number, process)
     yield number
     process.kill()
     process.wait(PATIENCE_S)

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.config import AudioSettings, ModelSettings
+from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.interruptible import interruptible
@@ -136,19 +136,13 @@ def test_the_work_can_be_taken_up_after_each_window(store: ModelStore, in_window
 
 
 @dataclass
-class Told:
-    """What a worker tells, and a forced stop as soon as it has done so much."""
+class Observed(JobObserver):
+    """What a worker reports, and a forced stop as soon as it has done so much."""
 
     until_s: float
     stop: Callable[[], None] = lambda: None
     processed_s: list[float] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
-
-    def activity(self, activity: Activity) -> None:
-        """Take no note."""
-
-    def degraded(self, who: str, *, on: bool) -> None:
-        """Take no note."""
 
     def progress(self, _job: Job, live: JobProgress) -> None:
         self.processed_s.append(live.processed_duration or 0.0)
@@ -158,16 +152,13 @@ class Told:
     def segment(self, _job: Job, segment: Segment) -> None:
         self.segments.append(segment.id)
 
-    def finished(self, job: Job) -> None:
-        """Take no note."""
 
-
-def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tuple[Job, Told]:
+def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tuple[Job, Observed]:
     """Start a consumer's worker on the job in the ledger, in windows of 12 s, and stop it by force if that is asked."""
-    transcriber, told = Transcriber(store, AudioSettings(), window_s=12.0), Told(until_s)
+    transcriber, observed = Transcriber(store, AudioSettings(), window_s=12.0), Observed(until_s)
     spool = Spool(folder / "spool")
     with Ledger(folder / "ledger.json") as ledger:
-        preparer = Prefetcher(
+        prefetcher = Prefetcher(
             ledger,
             open_recording=lambda path, job: transcriber.open(
                 path, options_of(job), from_s=ledger.resume_position_s(job.seq)
@@ -177,12 +168,12 @@ def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tu
             downloader=Downloader(AudioSettings(allowed_hosts=("127.0.0.1:*",)), spool.folder),
             ahead=1,
         )
-        worker = Worker(ledger, transcriber, preparer=preparer, spool=spool, reports=told)
-        told.stop = worker.abandon
+        worker = Worker(ledger, transcriber, prefetcher=prefetcher, spool=spool, events=JobEvents(observed))
+        observed.stop = worker.abandon
         worker.run_once()
         job = ledger.get("a")
         assert job is not None
-        return job, told
+        return job, observed
 
 
 @pytest.fixture
@@ -217,16 +208,16 @@ def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
     assert job.state is JobState.QUEUED
     if found == "another":
         write_wav(path, np.concatenate([decode(SPEECH)] * 4))
-    job, told = attempt(store, tmp_path)
+    job, observed = attempt(store, tmp_path)
     assert (job.state, job.attempt) == (JobState.COMPLETED, 2)
-    assert told.processed_s == sorted(told.processed_s)
+    assert observed.processed_s == sorted(observed.processed_s)
     if found == "another":
         assert words(job.result_text or "") == said(*[SPEECH] * 4)
-        assert (told.processed_s[0], told.segments[0]) == (0.0, 1)
+        assert (observed.processed_s[0], observed.segments[0]) == (0.0, 1)
     else:
         assert words(job.result_text or "") == said(LONG)
-        assert told.processed_s[0] > 6.0
-        assert told.segments[0] > 1
+        assert observed.processed_s[0] > 6.0
+        assert observed.segments[0] > 1
 
 
 def test_ranges_are_heard_where_they_are(store: ModelStore, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from cesar_mqtt.consumer.command_handlers import ANSWER_BYTES, Answer, CommandHa
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
-from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES
+from cesar_mqtt.protocol.fields import FORMATS
+from cesar_mqtt.protocol.formats import content_of, render
 from cesar_mqtt.protocol.payloads import JobProgress, status_of
 from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.transcript import Segment, Window
@@ -213,7 +214,7 @@ def test_get_is_the_status_as_it_is_published(bench: Bench) -> None:
     job = bench.ledger.get("a")
     assert job is not None
     data = bench.ok("get", b"a")
-    assert data == json.loads(status_of(job, "porch").encode())
+    assert data == status_of(job, "porch")
     assert (data["result_text"], data["consumer"], data["metadata"]) == (
         RESULT.text,
         "porch",
@@ -254,13 +255,13 @@ def test_the_text_of_a_job_is_always_there_and_its_times_only_if_a_format_was_as
         assert sentence.endswith("Ask for txt, or submit it again with `formats`.")
 
 
-@pytest.mark.parametrize("name", formats.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_can_be_had_of_a_job_that_asked_for_one_with_times(bench: Bench, name: str) -> None:
     complete(bench, "a", "Good morning. Goodbye.", ("srt",))
     job = bench.ledger.get("a")
     assert job is not None
     segments = [segment for window in bench.ledger.windows(job.seq) for segment in window.segments]
-    expected, _ = formats.render(name, formats.content_of(job, segments))
+    expected, _ = render(name, content_of(job, segments))
     data = bench.ok("result", {"job_id": "a", "format": name})
     assert data["text"].encode() == expected, "byte for byte what is retained as the result"
     assert (data["total"], data["length"], data["more"]) == (len(expected), len(expected), False)
@@ -314,7 +315,7 @@ def test_no_piece_of_a_long_result_is_too_large_for_any_broker(bench: Bench, tex
 
 def test_an_offset_inside_of_a_character_is_refused_and_one_behind_the_end_is_empty(bench: Bench) -> None:
     complete(bench, "a", "é")
-    sentence = "offset 1 is inside of a character: send the offset + length of the answer before."
+    sentence = "offset 1 is inside of a character: send the offset + length of the previous response."
     assert bench.error("result", {"job_id": "a", "offset": 1}) == sentence
     for offset in (3, 4, 2**53):
         data = bench.ok("result", {"job_id": "a", "offset": offset})
@@ -442,14 +443,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("get", b"\xff\xfe", "The payload is neither a JSON object nor one line of text with a job's id."),
     ("get", b"a" * 5000, "The payload is neither a JSON object nor one line of text with a job's id."),
     ("get", b"x" * 70_000, "The request has 70000 bytes: at most 65536 are read."),
-    ("get", b"[1]", "The payload must be a JSON object, or a line with a job's id."),
-    ("get", b'"a"', "The payload must be a JSON object, or a line with a job's id."),
+    ("get", b"[1]", "The payload must be a JSON object, or one line of text with a job's id."),
+    ("get", b'"a"', "The payload must be a JSON object, or one line of text with a job's id."),
     ("get", b"{", "The payload is not JSON: EOF while parsing an object at line 1 column 1."),
     ("get", b'{"job_id": NaN}', "The payload is not JSON: expected value at line 1 column 12."),
     ("get", {"job_id": "a", "jobid": 1}, "There is no field 'jobid' (did you mean job_id?)."),
     ("cancel", {"job_id": "a", "reason": "x"}, "There is no field 'reason'."),
-    ("pause", b"on", "`pause` is not about one job: leave its id out."),
-    ("list", {"job_id": "a"}, "`list` is not about one job: leave its id out."),
+    ("pause", b"on", "`pause` is not about one job: leave job_id out."),
+    ("list", {"job_id": "a"}, "`list` is not about one job: leave job_id out."),
     ("pause", {"on": True}, "There is no field 'on'."),
     ("list", {"limit": 0}, "limit must be a whole number from 1 to 1000, not 0."),
     ("list", {"limit": 1001}, "limit must be a whole number from 1 to 1000, not 1001."),
@@ -458,14 +459,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("list", {"status": "done"}, "'error', 'cancelled' or null, not 'done'."),
     ("list", {"after": "a/b"}, "or null, not 'a/b'."),
     ("result", {"job_id": "a", "format": "doc"}, "format must be one of txt, srt, vtt, tsv, json, not 'doc'."),
-    ("result", {"job_id": "a", "offset": -1}, "or the offset + length of the answer before, not -1."),
+    ("result", {"job_id": "a", "offset": -1}, "or the offset + length of the previous response, not -1."),
     ("result", {"job_id": "a", "offset": 2**60}, "not 1152921504606846976."),
     ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MAX_RESULT_BYTES}, not 3."),
     ("result", {"job_id": "a", "length": MAX_RESULT_BYTES + 1}, f"from 4 to {MAX_RESULT_BYTES}, not 65537."),
     ("get", {"job_id": "a", "transaction": "ü" * 2048}, "transaction has more than 4096 bytes as JSON."),
     ("get", {"job_id": "a", "transaction": {"x": [0] * 2048}}, "transaction has more than 4096 bytes as JSON."),
-    ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds too large a number."),
-    ("list", {"a": 1, "b": 2, "c": 3, "d": 4}, "There is no field 'c'. There are other mistakes beside these."),
+    ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds a number that is too large."),
+    ("list", {"a": 1, "b": 2, "c": 3, "d": 4}, "There is no field 'c'. Mistakes beside these: 1."),
 ]
 
 

@@ -14,14 +14,13 @@ from cesar_mqtt.consumer.discovery import (
     discovery_filters,
     discovery_messages,
 )
-from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
-from cesar_mqtt.consumer.discovery_topics import AnnouncedTopics
+from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics, DiscoverySchedule
 from cesar_mqtt.consumer.incoming import MessageParser
 from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.protocol.consumer_payloads import Activity
-from cesar_mqtt.protocol.payloads import Event
+from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
 
 KITCHEN = Topics("cesar", "kitchen")
@@ -120,7 +119,7 @@ def test_everything_is_below_the_topic_prefix() -> None:
 
 def test_the_choices_are_those_of_the_messages() -> None:
     assert entities()["activity"]["options"] == list(get_args(Activity))
-    assert set(entities()["job"]["event_types"]) == set(get_args(Event.model_fields["event_type"].annotation))
+    assert set(entities()["job"]["event_types"]) == set(EVENT_TYPES)
 
 
 def test_no_attribute_has_a_name_that_home_assistant_takes_away() -> None:
@@ -211,86 +210,88 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def own() -> OwnTopics:
+def own_topics() -> OwnTopics:
     state = OwnTopics()
     state.retain("state", b"online")
     return state
 
 
 @pytest.fixture
-def announcer(own: OwnTopics, clock: Clock) -> DiscoverySchedule:
-    return DiscoverySchedule(own, monotonic=clock, spread=lambda least, most: (least + most) / 2)
+def schedule(own_topics: OwnTopics, clock: Clock) -> DiscoverySchedule:
+    return DiscoverySchedule(own_topics, monotonic=clock, spread=lambda least, most: (least + most) / 2)
 
 
-def sent(own: OwnTopics) -> dict[str, bytes]:
+def sent(own_topics: OwnTopics) -> dict[str, bytes]:
     """What is sent now, all of it acknowledged."""
-    due = list(own.due())
+    due = list(own_topics.take_due())
     for name, _, version in due:
-        own.acknowledge(name, version)
+        own_topics.acknowledge(name, version)
     return {name: payload for name, payload, _ in due}
 
 
-def test_a_connection_is_announced_at_once(announcer: DiscoverySchedule, own: OwnTopics) -> None:
-    announcer.announce({"ha/a/config": b"{}"})
-    announcer.run_once()
-    assert sent(own) == {"state": b"online"}
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/a/config": b"{}"}
-    announcer.run_once()
-    assert sent(own) == {}
+def test_a_connection_is_announced_at_once(schedule: DiscoverySchedule, own_topics: OwnTopics) -> None:
+    schedule.announce({"ha/a/config": b"{}"})
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online"}
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/a/config": b"{}"}
+    schedule.run_once()
+    assert sent(own_topics) == {}
 
 
 def test_a_birth_is_answered_a_little_later_with_everything(
-    announcer: DiscoverySchedule, own: OwnTopics, clock: Clock
+    schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock
 ) -> None:
-    announcer.announce({"ha/a/config": b"{}"})
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own)
-    announcer.born()
-    (wait_s,) = announcer.waits_s()
+    schedule.announce({"ha/a/config": b"{}"})
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics)
+    schedule.on_birth_message()
+    (wait_s,) = schedule.waits_s()
     assert 0 < wait_s < 5
-    announcer.run_once()
-    assert sent(own) == {}
+    schedule.run_once()
+    assert sent(own_topics) == {}
     clock.now += wait_s
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/a/config": b"{}"}
-    assert announcer.waits_s() == []
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/a/config": b"{}"}
+    assert schedule.waits_s() == []
 
 
-def test_what_is_stale_goes_first_and_once(announcer: DiscoverySchedule, own: OwnTopics, clock: Clock) -> None:
-    announcer.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/old/config": b""}
-    own.say_again()
-    assert "ha/old/config" not in sent(own)
-    clock.now += announcer.waits_s()[0]
-    announcer.run_once()
-    assert sent(own)["ha/new/config"] == b"{}"
-    announcer.connected()
-    announcer.run_once()
-    assert sent(own) == {"state": b"online", "ha/new/config": b"{}"}
+def test_what_is_stale_goes_first_and_once(schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock) -> None:
+    schedule.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/old/config": b""}
+    own_topics.republish()
+    assert "ha/old/config" not in sent(own_topics)
+    clock.now += schedule.waits_s()[0]
+    schedule.run_once()
+    assert sent(own_topics)["ha/new/config"] == b"{}"
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics) == {"state": b"online", "ha/new/config": b"{}"}
 
 
-def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own: OwnTopics) -> None:
-    own.retain("ha/old/config", b"")
-    assert ("ha/old/config", b"", 0) in list(own.due())
-    own.say_again()
-    assert "ha/old/config" not in {name for name, _, _ in own.due()}
-    own.interrupt()
-    assert "ha/old/config" in sent(own)
-    own.acknowledge("ha/old/config", 0)  # of the first one
-    assert own.settled
+def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own_topics: OwnTopics) -> None:
+    own_topics.retain("ha/old/config", b"")
+    assert ("ha/old/config", b"", 0) in list(own_topics.take_due())
+    own_topics.republish()
+    assert "ha/old/config" not in {name for name, _, _ in own_topics.take_due()}
+    own_topics.on_disconnected()
+    assert "ha/old/config" in sent(own_topics)
+    own_topics.acknowledge("ha/old/config", 0)  # of the first one
+    assert own_topics.is_acknowledged
 
 
-def test_nothing_is_announced_when_there_is_nothing_to_announce(announcer: DiscoverySchedule, own: OwnTopics) -> None:
-    announcer.connected()
-    announcer.born()
-    announcer.run_once()
-    assert announcer.waits_s() == []
-    assert sent(own) == {"state": b"online"}
+def test_nothing_is_announced_when_there_is_nothing_to_announce(
+    schedule: DiscoverySchedule, own_topics: OwnTopics
+) -> None:
+    schedule.on_connected()
+    schedule.on_birth_message()
+    schedule.run_once()
+    assert schedule.waits_s() == []
+    assert sent(own_topics) == {"state": b"online"}
 
 
 # -- what was announced before --

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.consumer.command_handlers import Answer
+from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, Result
@@ -94,8 +95,8 @@ class FakeControls:
         return Answer(f"{command}: ".encode() + payload, self.rejection)
 
 
-class FakeReports:
-    """Notes what it is told; `told_degraded` is set when the disk has refused."""
+class FakePublisher(JobObserver):
+    """Notes what the intake reports and publishes; `refused` is set when the disk has refused."""
 
     def __init__(self, trace: list[str]) -> None:
         self._trace = trace
@@ -103,7 +104,7 @@ class FakeReports:
         self.answers: list[tuple[str, bytes, bytes | None]] = []
         self.found: list[bytes | None] = []
         self.degradations: list[tuple[str, bool]] = []
-        self.told_degraded = threading.Event()
+        self.refused = threading.Event()
 
     def reject(self, rejection: Rejection) -> None:
         self._trace.append("reported")
@@ -119,7 +120,7 @@ class FakeReports:
     def degraded(self, who: str, *, on: bool) -> None:
         self.degradations.append((who, on))
         if on:
-            self.told_degraded.set()
+            self.refused.set()
 
 
 class TestDisk(Disk):
@@ -156,7 +157,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.source = FakeSource(self.trace)
-        self.reports = FakeReports(self.trace)
+        self.publisher = FakePublisher(self.trace)
         self.ledger_disk = TestDisk("ledger", self.trace)
         self.spool_disk = TestDisk("spool", self.trace)
         self.folder.mkdir(exist_ok=True)
@@ -173,17 +174,18 @@ class Bench:
             models=self.models,
             controls=self.controls,
             max_payload_bytes=MAX_PAYLOAD_BYTES,
-            reports=self.reports,
+            events=JobEvents(self.publisher),
+            responder=self.publisher,
         )
         self.trace.clear()
 
     def take(self, *deliveries: Delivery) -> list[str]:
         """Let these come in together; return the reasons of the refusals that they brought."""
-        before = len(self.reports.rejections)
+        before = len(self.publisher.rejections)
         self.source.bring(*deliveries)
         assert self.intake.run_once(timeout_s=0) == len(deliveries)
         assert self.source.acknowledged[-len(deliveries) :] == list(deliveries)
-        return [rejection.reason for rejection in self.reports.rejections[before:]]
+        return [rejection.reason for rejection in self.publisher.rejections[before:]]
 
     def job(self, job_id: str) -> Job:
         job = self.ledger.get(job_id)
@@ -412,7 +414,7 @@ def test_a_bad_message_is_refused_acknowledged_and_counted_and_the_next_one_is_t
 
 def test_a_rejection_tells_which_message_it_is_about(bench: Bench) -> None:
     bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b"))
-    assert bench.reports.rejections == [
+    assert bench.publisher.rejections == [
         Rejection(
             reason="invalid_job_id",
             detail="'a/b' is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.",
@@ -450,8 +452,8 @@ def test_a_refusal_with_a_new_id_is_also_a_job_that_ended_so_that_whoever_waits_
     job = bench.job("a")
     assert job.state is JobState.ERROR
     assert job.error_code is ErrorCode.INVALID_REQUEST
-    assert job.error_message == bench.reports.rejections[0].detail
-    assert bench.reports.rejections[0].job_id == "a"
+    assert job.error_message == bench.publisher.rejections[0].detail
+    assert bench.publisher.rejections[0].job_id == "a"
     assert bench.ledger.totals().error_total == 1
     assert bench.ledger.claim() is None
     assert bench.spooled() == []
@@ -499,7 +501,11 @@ def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_a
 ) -> None:
     bench.take(delivery)
     status = status_of(bench.job("a"), "kitchen")
-    assert (status.error_code, status.metadata, status.audio_source) == ("invalid_request", {"room": "porch"}, source)
+    assert (status["error_code"], status["metadata"], status["audio_source"]) == (
+        "invalid_request",
+        {"room": "porch"},
+        source,
+    )
     assert bench.spooled() == []
     assert not bench.ledger.needed_spool_files()
 
@@ -515,21 +521,21 @@ def test_a_refused_request_cannot_be_retried_though_its_audio_is_told(bench: Ben
 def test_an_upload_whose_user_property_names_another_id_is_told_on_its_own(bench: Bench) -> None:
     assert bench.take(upload("u1", user_properties=(("job_id", "other"),))) == ["invalid_request"]
     assert bench.job("u1").error_code is ErrorCode.INVALID_REQUEST
-    assert bench.reports.rejections[0].job_id == "u1"
+    assert bench.publisher.rejections[0].job_id == "u1"
     assert bench.ledger.get("other") is None
 
 
 @pytest.mark.parametrize("delivery", [request(job_id="current"), upload("current")])
 def test_the_name_of_the_job_in_work_is_refused_as_an_id(bench: Bench, delivery: Delivery) -> None:
     assert bench.take(delivery) == ["invalid_job_id"]
-    assert bench.reports.rejections[0].job_id is None
+    assert bench.publisher.rejections[0].job_id is None
     assert bench.jobs() == []
 
 
 def test_a_too_large_upload_without_a_usable_id_is_recorded_nowhere(bench: Bench) -> None:
     for job_id in ("current", "a/b"):
         assert bench.take(upload(job_id, b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
-        assert bench.reports.rejections[-1].job_id is None
+        assert bench.publisher.rejections[-1].job_id is None
     assert bench.jobs() == []
 
 
@@ -549,7 +555,7 @@ def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, ca
     with caplog.at_level(logging.INFO):
         bench.take(message(WAV, topic + "x" * 60_000, response_topic="cesar/audio/" + "y" * 60_000))
         bench.take(message(b"", topic + "x" * 60_000))
-    assert bench.reports.rejections[0].topic == topic + "x" * (200 - len(topic)) + "…"
+    assert bench.publisher.rejections[0].topic == topic + "x" * (199 - len(topic)) + "…"
     assert all(len(record.getMessage()) < 500 for record in caplog.records)
     assert all(len(getattr(record, "job_id", None) or "") < 500 for record in caplog.records)
 
@@ -565,12 +571,12 @@ def test_a_request_without_an_id_that_finds_the_queue_full_has_none_in_its_refus
     bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
     no_id = (message(b"porch.wav"), message(b"porch.wav", retain=True))
     assert bench.take(request(job_id="a"), *no_id) == ["queue_full"] * 3
-    assert [rejection.job_id for rejection in bench.reports.rejections] == ["a", None, None]
+    assert [rejection.job_id for rejection in bench.publisher.rejections] == ["a", None, None]
 
 
 def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
     assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
-    assert "'large-v3'" in bench.reports.rejections[0].detail
+    assert "'large-v3'" in bench.publisher.rejections[0].detail
     assert bench.jobs() == []
 
 
@@ -609,10 +615,10 @@ def test_what_a_model_cannot_do_is_refused_at_once_be_it_named_or_the_default_on
     bench: Bench, model: str, asked: dict[str, str], detail: str
 ) -> None:
     assert bench.take(request(job_id="a", model_size=model, **asked)) == ["invalid_request"]
-    assert bench.reports.rejections[-1].detail == bench.job("a").error_message == detail
+    assert bench.publisher.rejections[-1].detail == bench.job("a").error_message == detail
     bench.models.default = model
     assert bench.take(upload("b", user_properties=tuple(asked.items()))) == ["invalid_request"]
-    assert bench.reports.rejections[-1].detail == bench.job("b").error_message == detail
+    assert bench.publisher.rejections[-1].detail == bench.job("b").error_message == detail
     assert bench.spooled() == []
 
 
@@ -635,7 +641,7 @@ def test_what_a_model_can_do_is_accepted(bench: Bench, model: str, asked: dict[s
 def test_more_jobs_than_may_wait_are_refused_and_leave_no_file(bench: Bench) -> None:
     bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED - 1)))
     assert bench.take(request(job_id="last"), request(job_id="over"), upload("upload")) == ["queue_full"] * 2
-    assert [rejection.job_id for rejection in bench.reports.rejections] == ["over", "upload"]
+    assert [rejection.job_id for rejection in bench.publisher.rejections] == ["over", "upload"]
     assert bench.ledger.get("over") is bench.ledger.get("upload") is None
     assert bench.spooled() == []
     bench.ledger.claim()
@@ -727,8 +733,8 @@ def test_the_same_id_for_another_request_is_a_conflict_and_the_job_stays_as_it_i
     bench.take(request(job_id="a"))
     before = bench.job("a")
     assert bench.take(other) == ["job_id_conflict"]
-    assert bench.reports.rejections[0].job_id == "a"
-    assert bench.reports.rejections[0].detail.endswith("Use a new id, or delete the job first.")
+    assert bench.publisher.rejections[0].job_id == "a"
+    assert bench.publisher.rejections[0].detail.endswith("Use a new id, or delete the job first.")
     assert bench.job("a") == before
     assert bench.spooled() == []
 
@@ -841,9 +847,9 @@ def test_what_the_broker_retains_is_told_of_this_connection_only(bench: Bench) -
     """What an earlier one brought, and what it had not acknowledged yet, comes first and once more."""
     topic = Topics("cesar", "kitchen").own("queue")
     bench.take(message(b"old", topic, dup=True, retain=True), message(b"ours", topic, dup=True))
-    assert bench.reports.found == []
+    assert bench.publisher.found == []
     bench.take(message(b"new", topic, retain=True), message(b"ours", topic))
-    assert bench.reports.found == [b"new", None]
+    assert bench.publisher.found == [b"new", None]
 
 
 def test_a_redelivery_of_an_upload_without_an_id_leaves_one_file(bench: Bench) -> None:
@@ -885,9 +891,9 @@ def test_what_the_disk_refuses_is_tried_again_and_acknowledged_when_it_takes(ben
     assert acknowledged_with == [0]
     assert [job.job_id for job in bench.jobs()] == ["a", "b"]
     assert bench.spooled() == [WAV]
-    assert bench.reports.degradations[0] == ("intake", True)
-    assert bench.reports.degradations[-1] == ("intake", False)
-    assert bench.reports.degradations.count(("intake", False)) == 1
+    assert bench.publisher.degradations[0] == ("intake", True)
+    assert bench.publisher.degradations[-1] == ("intake", False)
+    assert bench.publisher.degradations.count(("intake", False)) == 1
 
 
 @pytest.mark.usefixtures("_quick_retries")
@@ -907,7 +913,7 @@ def test_a_stop_while_the_disk_refuses_ends_at_once_and_acknowledges_nothing(
     bench.ledger_disk.refusals = float("inf")
     bench.intake.start()
     bench.source.bring(upload("a"))
-    assert bench.reports.told_degraded.wait(DEADLINE_S)
+    assert bench.publisher.refused.wait(DEADLINE_S)
     assert bench.source.acknowledged == []
     bench.intake.stop(DEADLINE_S)
     assert not bench.intake._thread.is_alive()
@@ -999,7 +1005,7 @@ def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batc
         needed = {bench.spool.path(name).name for name in bench.ledger.needed_spool_files()}
         assert needed == {path.name for path in bench.spool_folder.iterdir()}
         assert len({job.job_id for job in bench.jobs()}) == len(bench.jobs())
-        for rejection in bench.reports.rejections:
+        for rejection in bench.publisher.rejections:
             assert json.loads(rejection.encode())["detail"].endswith(".")
 
 
@@ -1012,7 +1018,7 @@ def command(name: str, payload: bytes = b"", **fields: Any) -> Delivery:
 
 def test_a_request_is_answered_on_the_topic_of_its_command_and_then_acknowledged(bench: Bench) -> None:
     assert bench.take(command("cancel", b"a")) == []
-    assert bench.reports.answers == [("cesar/response/cancel", b"cancel: a", None)]
+    assert bench.publisher.answers == [("cesar/response/cancel", b"cancel: a", None)]
     assert bench.trace[-2:] == ["answered", "acknowledged"]
 
 
@@ -1024,13 +1030,13 @@ def test_a_request_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> N
 
 def test_what_another_consumer_answers_is_acknowledged_in_silence(bench: Bench) -> None:
     assert bench.take(command("cancel", b"elsewhere", response_topic="my/answers"), command("list")) == []
-    assert bench.reports.answers == [("cesar/response/list", b"list: ", None)]
+    assert bench.publisher.answers == [("cesar/response/list", b"list: ", None)]
     assert len(bench.source.acknowledged) == 2
 
 
 def test_a_request_that_names_a_response_topic_is_answered_there_as_well(bench: Bench) -> None:
     bench.take(command("health", response_topic="my/answers", correlation_data=b"7"))
-    assert bench.reports.answers == [
+    assert bench.publisher.answers == [
         ("cesar/response/health", b"health: ", None),
         ("my/answers", b"health: ", b"7"),
     ]
@@ -1040,24 +1046,24 @@ def test_a_request_that_names_a_response_topic_is_answered_there_as_well(bench: 
 def test_an_answer_never_goes_where_it_would_be_taken_for_something_else(bench: Bench, topic: str) -> None:
     bench.take(command("health", response_topic=topic), request(job_id="a", audio_path="b.wav"))
     bench.take(message(b'{"audio_path": "a.wav"}', response_topic=topic))
-    assert [said for said, _, _ in bench.reports.answers] == ["cesar/response/health"]
+    assert [said for said, _, _ in bench.publisher.answers] == ["cesar/response/health"]
 
 
 def test_a_client_may_listen_among_the_response_topics(bench: Bench) -> None:
     bench.take(command("health", response_topic="cesar/response/my-client"))
-    assert [said for said, _, _ in bench.reports.answers] == ["cesar/response/health", "cesar/response/my-client"]
+    assert [said for said, _, _ in bench.publisher.answers] == ["cesar/response/health", "cesar/response/my-client"]
 
 
 def test_a_retained_request_is_not_done_for_it_would_be_done_at_every_connection(bench: Bench) -> None:
     assert bench.take(command("delete", b"a", retain=True)) == ["invalid_request"]
     assert bench.controls.seen == []
-    assert bench.reports.answers == []
+    assert bench.publisher.answers == []
 
 
 def test_what_the_control_refuses_is_reported_as_well(bench: Bench) -> None:
     bench.controls.rejection = Refusal("unknown_command", "There is none.")
     assert bench.take(command("dance")) == ["unknown_command"]
-    assert bench.reports.answers == [("cesar/response/dance", b"dance: ", None)]
+    assert bench.publisher.answers == [("cesar/response/dance", b"dance: ", None)]
 
 
 def test_a_producer_that_names_a_response_topic_is_told_that_its_job_is_queued(bench: Bench) -> None:
@@ -1066,7 +1072,7 @@ def test_a_producer_that_names_a_response_topic_is_told_that_its_job_is_queued(b
             b'{"job_id": "a", "audio_path": "porch.wav"}', response_topic="my/answers", correlation_data=b"\x00\xff"
         )
     )
-    ((topic, payload, correlation),) = bench.reports.answers
+    ((topic, payload, correlation),) = bench.publisher.answers
     assert (topic, json.loads(payload), correlation) == ("my/answers", {"job_id": "a", "status": "queued"}, b"\x00\xff")
     assert bench.trace.index("ledger synced") < bench.trace.index("answered"), "it is the promise"
 
@@ -1075,7 +1081,7 @@ def test_a_producer_is_told_the_id_that_was_made_and_that_a_repetition_is_the_sa
     first = message(b"porch.wav", response_topic="my/answers")
     bench.take(first)
     bench.take(replace(first, dup=True))
-    ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.reports.answers]
+    ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.publisher.answers]
     assert len(ids) == 2
     assert len(set(ids)) == 1
     assert bench.ledger.get(ids[0]) is not None
@@ -1085,12 +1091,12 @@ def test_a_producer_is_told_where_the_job_of_its_id_stands_by_now(bench: Bench) 
     bench.take(request(job_id="a"))
     bench.ledger.cancel("a")
     bench.take(replace(request(job_id="a"), response_topic="my/answers"))
-    ((_, payload, _),) = bench.reports.answers
+    ((_, payload, _),) = bench.publisher.answers
     assert json.loads(payload) == {"job_id": "a", "status": "cancelled"}
 
 
 def test_a_producer_is_told_why_it_was_refused(bench: Bench) -> None:
     bench.take(message(b"{", response_topic="my/answers", correlation_data=b"1"))
-    ((topic, payload, correlation),) = bench.reports.answers
+    ((topic, payload, correlation),) = bench.publisher.answers
     assert (topic, correlation) == ("my/answers", b"1")
-    assert json.loads(payload) == bench.reports.rejections[0].model_dump()
+    assert json.loads(payload) == bench.publisher.rejections[0].model_dump()

@@ -1,5 +1,4 @@
 import logging
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cesar_mqtt.jobs import AudioSource, NewJob, Result
 from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.threads import never_stop
 from tests.unit.ledger.faults import FaultyDisk, failing
 
 DAY_S = 86_400.0
@@ -52,23 +52,21 @@ def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
     ledger: Ledger, clock: Clock, tmp_path: Path
 ) -> None:
     spool = Spool(tmp_path / "spool")
-    upkeep = Maintenance(RetentionSettings(days=7, max_finished=500), ledger, spool, clock=clock, monotonic=clock)
+    maintenance = Maintenance(RetentionSettings(days=7, max_finished=500), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 600)
-    upkeep.run_once(threading.Event())
+    maintenance.run_once(never_stop)
     assert len(list((tmp_path / "spool").iterdir())) == 500, "as many as may be kept"
     clock.now += 8 * DAY_S
-    upkeep.run_once(threading.Event())
+    maintenance.run_once(never_stop)
     assert list((tmp_path / "spool").iterdir()) == []
     assert ledger.jobs() == []
 
 
 def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    upkeep = Maintenance(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
+    maintenance = Maintenance(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 10)
-    stop = threading.Event()
-    stop.set()
-    upkeep.run_once(stop)
+    maintenance.run_once(lambda: True)
     assert len(ledger.jobs()) == 10
 
 
@@ -81,13 +79,13 @@ def test_a_disk_that_refuses_is_asked_less_and_less_often(
 ) -> None:
     monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     spool = Spool(ledger.path.parent / "spool")
-    upkeep = Maintenance(RetentionSettings(), ledger, spool, clock=clock, monotonic=clock)
+    maintenance = Maintenance(RetentionSettings(), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 20)
     disk.fault = failing(times=float("inf"))
     tried = []
     with caplog.at_level(logging.WARNING):
         for second in range(20):
-            upkeep.run_once(threading.Event())
+            maintenance.run_once(never_stop)
             if caplog.records:
                 tried.append(second)
                 caplog.clear()
@@ -96,5 +94,5 @@ def test_a_disk_that_refuses_is_asked_less_and_less_often(
     disk.heal()
     clock.now += 1000.0
     size = ledger.path.stat().st_size
-    upkeep.run_once(threading.Event())
+    maintenance.run_once(never_stop)
     assert ledger.path.stat().st_size > size, "the checkpoint is written as soon as the disk takes it"

@@ -1,19 +1,24 @@
-"""What is ready before a job's turn, what is done when it is taken, and that nothing is left of what nobody takes."""
+"""Which audio is ready before the worker claims a job, what `take` does itself, and that no file is left over."""
 
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from cesar_mqtt.audio.download import DownloadedFile
-from cesar_mqtt.consumer import prefetch as preparation
+from cesar_mqtt.consumer import prefetch
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.transcript import Window
+
+if TYPE_CHECKING:
+    from cesar_mqtt.audio.download import Downloader
+    from cesar_mqtt.audio.windows import Recording
 
 DEADLINE_S = 10.0
 FAILURE = JobFailedError(ErrorCode.DOWNLOAD_FAILED, "The server is away.")
@@ -36,10 +41,11 @@ class Changes:
 
 
 class FakeQueue:
-    """The next jobs, as a test says, and who observes them."""
+    """The next jobs and the processing ones, as a test sets them, and the observer of both."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.running: tuple[int, ...] = ()
         self.limits: list[int] = []
         self.error: Exception | None = None
         self.looking: Callable[[], object] = lambda: None
@@ -52,6 +58,9 @@ class FakeQueue:
         if self.error is not None:
             raise self.error
         return jobs
+
+    def processing(self) -> tuple[int, ...]:
+        return self.running
 
     def resume_position_s(self, _seq: int) -> float:
         return 0.0
@@ -85,7 +94,7 @@ class FakeRecording:
 
 
 class FakeDownloader:
-    """Writes files into the spool; a URL that is held waits until it is let go or nobody wants it any more."""
+    """Writes files into the spool; the download of a held URL goes on until the URL is released or the job dropped."""
 
     def __init__(self, spool: Spool, changes: Changes) -> None:
         self.fetched: list[str] = []
@@ -110,7 +119,7 @@ class FakeDownloader:
 
 
 class Stage:
-    """A preparer among fakes."""
+    """A prefetcher among fakes."""
 
     def __init__(self, folder: Path, ahead: int = 3) -> None:
         self.changes = Changes()
@@ -121,14 +130,22 @@ class Stage:
         self.recordings: list[FakeRecording] = []
         self.open_error: Exception | None = None
         self.opening: Callable[[], object] = lambda: None
-        self.preparer: Prefetcher[FakeRecording] = Prefetcher(
-            self.queue,
-            open_recording=self._open,
+        self.downloaded: list[str] = []
+        self.prefetcher = self.prefetcher_of(cast("Ledger", self.queue), self._open, ahead)
+
+    def prefetcher_of(
+        self, ledger: Ledger, open_recording: Callable[[Path, Job], "FakeRecording"], ahead: int
+    ) -> Prefetcher:
+        prefetcher = Prefetcher(
+            ledger,
+            open_recording=cast("Callable[[Path, Job], Recording]", open_recording),
             spool=self.spool,
-            directories=[folder],
-            downloader=self.downloader,
+            directories=[self.folder],
+            downloader=cast("Downloader", self.downloader),
             ahead=ahead,
         )
+        prefetcher.on_downloaded = lambda outcome, _seconds: self.downloaded.append(outcome)
+        return prefetcher
 
     def _open(self, path: Path, job: Job) -> FakeRecording:
         self.opening()
@@ -141,15 +158,15 @@ class Stage:
     def until(self, satisfied: Callable[[], object]) -> None:
         self.changes.until(satisfied)
 
-    def take(self, job: Job) -> FakeRecording:
-        return self.preparer.take(job, never)
+    def take(self, job: Job, should_stop: Callable[[], bool] = lambda: False) -> FakeRecording:
+        return cast("FakeRecording", self.prefetcher.take(job, should_stop))
 
-    def look(self) -> bool:
-        return self.preparer.run_once()
+    def look(self) -> None:
+        self.prefetcher.run_once()
 
     def settle(self) -> None:
         """Wait for the downloads that are not held."""
-        for download in list(self.preparer._downloads):
+        for download in list(self.prefetcher._downloads):
             audio = download._job.audio
             if audio is not None and audio.name not in self.downloader.held:
                 download.join(DEADLINE_S)
@@ -172,8 +189,8 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     stage = Stage(tmp_path)
     yield stage
     stage.downloader.held.clear()
-    stage.preparer.stop()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch-", "prepare"))]
+    stage.prefetcher.stop()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch-", "prefetch"))]
 
 
 def a_job(seq: int, kind: str, name: str) -> Job:
@@ -211,7 +228,7 @@ def test_each_kind_of_audio_can_be_taken_unprepared(stage: Stage) -> None:
     ]:
         recording = stage.take(job)
         assert (recording.path.read_bytes(), recording.job) == (content, job)
-        stage.preparer.release(job, final=True)
+        stage.prefetcher.release(job, final=True)
         assert recording.closed
     assert stage.spooled == [b"in the message"]
 
@@ -249,7 +266,7 @@ def test_an_unexpected_failure_of_what_is_taken_reaches_the_worker(stage: Stage)
 def test_the_next_urls_are_fetched_at_once_and_only_the_very_next_is_opened(stage: Stage) -> None:
     stage.downloader.held = {"http://cam.test/1", "http://cam.test/2", "http://cam.test/3"}
     stage.queue.jobs = [remote(seq) for seq in range(1, 6)]
-    stage.preparer.start()
+    stage.prefetcher.start()
     stage.until(lambda: len(stage.downloader.fetched) == 3)
     assert stage.queue.limits[0] == 3
     stage.downloader.held = {"http://cam.test/1"}
@@ -289,37 +306,34 @@ def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_
         assert job is not None
         ledger.add_window(job.seq, Window(0, 600.0, " The first ten minutes.", "en", 0.9, ()))
         ledger.requeue(job.seq)
-        preparer = Prefetcher(
+        prefetcher = stage.prefetcher_of(
             ledger,
-            open_recording=lambda path, job: FakeRecording(path, job, stage.changes, ledger.resume_position_s(job.seq)),
-            spool=stage.spool,
-            directories=[stage.folder],
-            downloader=stage.downloader,
+            lambda path, job: FakeRecording(path, job, stage.changes, ledger.resume_position_s(job.seq)),
             ahead=2,
         )
-        preparer.run_once()
+        prefetcher.run_once()
         ledger.pause(on=True)
         ledger.cancel("a")
-        preparer.run_once()
+        prefetcher.run_once()
         ledger.retry("a")
-        preparer.run_once()
+        prefetcher.run_once()
         ledger.pause(on=False)
         job = ledger.claim()
         assert job is not None
-        assert preparer.take(job, never).from_s == 0.0
-        preparer.release(job, final=True)
+        assert prefetcher.take(job, never).from_s == 0.0
+        prefetcher.release(job, final=True)
 
 
 def test_the_job_after_the_one_in_hand_is_prepared_meanwhile(stage: Stage) -> None:
     first, second, third = local(stage, 1), remote(2), local(stage, 3)
     stage.queue.jobs = [first, second, third]
-    stage.preparer.start()
+    stage.prefetcher.start()
     stage.until(lambda: stage.open_now == ["job-1"])
     stage.queue.set(second, third)
     stage.take(first)
     stage.until(lambda: stage.open_now == ["job-1", "job-2"])
     stage.queue.set(third)
-    stage.preparer.release(first, final=True)
+    stage.prefetcher.release(first, final=True)
     taken = stage.take(second)
     assert taken.path.read_bytes() == b"http://cam.test/2"
     stage.until(lambda: stage.open_now == ["job-2", "job-3"])
@@ -348,7 +362,7 @@ def test_a_look_without_news_does_nothing(stage: Stage) -> None:
 
 
 def test_news_of_the_queue_wake_it(stage: Stage) -> None:
-    stage.preparer.start()
+    stage.prefetcher.start()
     stage.queue.set(local(stage, 1))
     stage.until(lambda: stage.open_now == ["job-1"])
 
@@ -364,20 +378,20 @@ def test_what_may_become_another_audio_is_told_apart_as_long_as_it_is_in_hand(st
         (a_job(3, "spool", name), None),
     ]:
         stage.take(job)
-        assert stage.preparer.identity(never) == identity
-        stage.preparer.release(job, final=True)
-        assert stage.preparer.identity(never) is None
+        assert stage.prefetcher.identity(never) == identity
+        stage.prefetcher.release(job, final=True)
+        assert stage.prefetcher.identity(never) is None
 
 
 def test_a_stop_ends_the_wait_for_what_a_file_is(stage: Stage) -> None:
     job = local(stage, 1)
     stage.take(job)
     with pytest.raises(Cancelled):
-        stage.preparer.identity(lambda: True)
-    stage.preparer.stop()
+        stage.prefetcher.identity(lambda: True)
+    stage.prefetcher.stop()
     with pytest.raises(Cancelled):
-        stage.preparer.identity(never)
-    stage.preparer.release(job, final=False)
+        stage.prefetcher.identity(never)
+    stage.prefetcher.release(job, final=False)
     assert stage.open_now == []
 
 
@@ -397,7 +411,7 @@ def test_taking_waits_for_a_download_that_goes_on(stage: Stage) -> None:
             stage.downloader.held.clear()
         return False
 
-    assert stage.preparer.take(job, should_stop).path.read_bytes() == b"http://cam.test/1"
+    assert stage.take(job, should_stop).path.read_bytes() == b"http://cam.test/1"
     assert stage.downloader.fetched == ["http://cam.test/1"]
 
 
@@ -406,8 +420,11 @@ def test_a_stop_ends_the_wait_and_the_download(stage: Stage) -> None:
     stage.downloader.held = {"http://cam.test/1"}
     looked = []
     with pytest.raises(Cancelled):
-        stage.preparer.take(job, lambda: looked.append(1) or len(looked) > 2)  # type: ignore[func-returns-value]
+        stage.take(job, lambda: looked.append(1) or len(looked) > 2)  # type: ignore[func-returns-value]
     stage.until(lambda: stage.downloader.stopped == ["http://cam.test/1"])
+    stage.settle()
+    stage.prefetcher.stop()
+    assert stage.downloaded == ["stopped"]
 
 
 def test_a_stop_comes_before_what_is_prepared(stage: Stage) -> None:
@@ -417,7 +434,7 @@ def test_a_stop_comes_before_what_is_prepared(stage: Stage) -> None:
     stage.settle()
     stage.look()
     with pytest.raises(Cancelled):
-        stage.preparer.take(job, lambda: True)
+        stage.take(job, lambda: True)
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
@@ -436,7 +453,7 @@ def test_the_failure_of_a_download_is_told_once_and_then_tried_anew(stage: Stage
 
 
 def test_the_failure_of_a_download_long_ago_is_not_believed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_RECENT_S", 0.0)
+    monkeypatch.setattr(prefetch, "_RECENT_S", 0.0)
     job = remote(1)
     stage.downloader.errors["http://cam.test/1"] = FAILURE
     stage.queue.jobs = [job]
@@ -470,15 +487,15 @@ def test_what_goes_wrong_unexpectedly_is_logged_and_done_when_the_job_is_taken(
     stage.queue.jobs = [job, other]
     stage.look()
     stage.settle()
-    assert "Audio could not be prepared" in caplog.text
+    assert "Downloading the audio failed" in caplog.text
     stage.downloader.errors.clear()
     assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
-    stage.preparer.release(job, final=True)
+    stage.prefetcher.release(job, final=True)
     caplog.clear()
     stage.queue.jobs = [other]
     stage.open_error = RuntimeError("odd")
     stage.look()
-    assert "Audio could not be prepared" in caplog.text
+    assert "Opening the audio ahead failed" in caplog.text
     stage.open_error = None
     assert stage.take(other).path.read_bytes() == b"http://cam.test/2"
 
@@ -487,13 +504,30 @@ def test_an_unexpected_failure_does_not_end_the_thread(stage: Stage, caplog: pyt
     failed = threading.Event()
     stage.queue.error = RuntimeError("odd")
     stage.queue.looking = failed.set
-    stage.preparer.start()
+    stage.prefetcher.start()
     assert failed.wait(DEADLINE_S)
     stage.queue.error = None
     stage.queue.set(local(stage, 1))
     stage.until(lambda: stage.recordings)
-    assert stage.preparer.alive
-    assert "Audio could not be prepared" in caplog.text
+    assert stage.prefetcher.alive
+    assert "Looking ahead in the queue failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (None, "done"),
+        (JobFailedError(ErrorCode.AUDIO_TOO_LARGE, "Too large."), "audio_too_large"),
+        (RuntimeError("unforeseen"), "internal"),
+    ],
+)
+def test_the_outcome_of_each_download_is_reported(stage: Stage, failure: Exception | None, outcome: str) -> None:
+    if failure is not None:
+        stage.downloader.errors["http://cam.test/1"] = failure
+    stage.queue.jobs = [remote(1)]
+    stage.look()
+    stage.settle()
+    assert stage.downloaded == [outcome]
 
 
 # Jobs that go
@@ -510,7 +544,7 @@ def test_a_job_that_is_cancelled_while_another_is_in_hand_leaves_nothing(stage: 
     assert stage.open_now == ["job-1", "job-4"]
     assert len(stage.spooled) == 2
     stage.queue.jobs = []
-    assert not stage.look()
+    stage.look()
     stage.until(lambda: stage.downloader.stopped == ["http://cam.test/2"])
     assert stage.spooled == []
     assert stage.open_now == ["job-1"]
@@ -531,90 +565,77 @@ def test_a_download_that_ends_just_after_it_was_dropped_leaves_no_file(stage: St
     stage.queue.jobs = [remote(2)]
     stage.look()
     assert fetched.wait(DEADLINE_S)
-    downloads = list(stage.preparer._downloads)
+    downloads = list(stage.prefetcher._downloads)
     stage.queue.jobs = []
     stage.look()
     assert len(stage.spooled) == 1
     dropped.set()
     downloads[0].join(DEADLINE_S)
     assert stage.spooled == []
+    assert stage.downloaded == ["done"]
 
 
-def test_a_job_that_was_claimed_but_not_yet_taken_keeps_what_was_prepared(stage: Stage) -> None:
-    """Between the two the worker is on its way, and the job has left the queue just as a cancelled one has."""
+def test_a_claimed_job_that_is_not_taken_yet_keeps_what_was_prefetched(stage: Stage) -> None:
+    """Between the claim and `take` the job has left the queue, as a cancelled one has, but it is in `processing`."""
     job = remote(1)
     stage.queue.jobs = [job]
     stage.look()
     stage.settle()
     stage.look()
-    stage.queue.jobs = [local(stage, 2)]
-    assert stage.look()  # it has to be looked after
+    stage.queue.jobs, stage.queue.running = [local(stage, 2)], (1,)
+    stage.look()
     assert stage.open_now == ["job-1", "job-2"]
     assert stage.take(job) is stage.recordings[0]
-    assert not stage.look()
+    stage.look()
     assert stage.downloader.fetched == ["http://cam.test/1"]
 
 
-def test_a_job_that_left_the_queue_while_nothing_was_in_hand_goes_after_a_while_by_itself(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preparation, "_GRACE_S", 0.1)
+def test_a_job_that_leaves_the_queue_while_no_job_runs_lets_go_at_once(stage: Stage) -> None:
     stage.queue.jobs = [remote(1)]
-    stage.preparer.start()
+    stage.prefetcher.start()
     stage.until(lambda: stage.open_now == ["job-1"])
     stage.queue.set()
     stage.until(lambda: stage.open_now == [])
-    stage.preparer.stop()
+    stage.prefetcher.stop()
     assert stage.spooled == []
 
 
-def test_a_job_that_left_the_queue_goes_when_another_is_taken(stage: Stage) -> None:
-    stage.queue.jobs = [remote(1), local(stage, 2)]
-    stage.look()
-    stage.settle()
-    stage.look()
-    stage.queue.jobs = [local(stage, 2)]
-    stage.look()
-    stage.take(local(stage, 2))
-    assert stage.open_now == ["job-2"]
-    assert stage.spooled == []
-
-
-def test_what_was_seen_of_the_queue_before_a_job_was_taken_is_not_acted_upon(stage: Stage) -> None:
+def test_a_take_waits_for_a_look_that_knows_the_queue_before_it(stage: Stage) -> None:
     first, second = remote(1), remote(2)
     stage.queue.jobs = [first]
     stage.look()
     stage.settle()
     stage.look()
+    worker = threading.Thread(target=stage.take, args=(first,))
 
-    def meanwhile() -> None:
+    def claim_meanwhile() -> None:
         stage.queue.looking = lambda: None
-        stage.queue.jobs = [second]
-        stage.take(first)
+        stage.queue.jobs, stage.queue.running = [second], (1,)
+        worker.start()
 
-    stage.queue.looking = meanwhile
-    assert not stage.look()
-    assert stage.downloader.fetched == ["http://cam.test/1"]
+    stage.queue.looking = claim_meanwhile
+    stage.look()
+    worker.join(DEADLINE_S)
     stage.look()
     stage.settle()
     assert stage.downloader.fetched == ["http://cam.test/1", "http://cam.test/2"]
     assert stage.open_now == ["job-1"]
 
 
-def test_a_job_that_is_claimed_after_the_one_in_hand_and_before_a_look_is_over_is_kept(stage: Stage) -> None:
+def test_a_job_that_is_claimed_during_a_look_is_kept(stage: Stage) -> None:
     first, second = local(stage, 1), remote(2)
     stage.take(first)
-    stage.queue.jobs = [second]
+    stage.queue.jobs, stage.queue.running = [second], (1,)
     stage.look()
     stage.settle()
     stage.look()
-    stage.queue.jobs = []
 
-    def meanwhile() -> None:
+    def claim_meanwhile() -> None:
         stage.queue.looking = lambda: None
-        stage.preparer.release(first, final=True)
+        stage.queue.running = (2,)
 
-    stage.queue.looking = meanwhile
+    stage.prefetcher.release(first, final=True)
+    stage.queue.jobs, stage.queue.looking = [], claim_meanwhile
     stage.look()
     assert stage.take(second) is stage.recordings[1]
     assert stage.downloader.fetched == ["http://cam.test/2"]
@@ -651,7 +672,7 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
     stage.until(lambda: len(stage.downloader.fetched) == 3)
     stage.queue.jobs = jobs[3:]
     stage.look()
-    assert len(stage.preparer._downloads) == 3
+    assert len(stage.downloader.fetched) == 3
     unmoved.set()
     stage.settle()
     stage.look()
@@ -662,79 +683,66 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
 # Releasing
 
 
-def test_a_download_is_kept_for_a_job_that_may_come_again(stage: Stage) -> None:
+def test_a_download_is_kept_for_a_further_attempt_that_follows_at_once(stage: Stage) -> None:
     job = remote(1)
+    stage.queue.running = (1,)
     first = stage.take(job)
-    stage.preparer.release(job, final=False)
+    stage.prefetcher.release(job, final=False)
     assert first.closed
-    stage.queue.jobs = [job]
     stage.look()
     second = stage.take(job)
     assert second is not first
     assert second.path == first.path
     assert stage.downloader.fetched == ["http://cam.test/1"]
-    stage.preparer.release(job, final=True)
+    stage.prefetcher.release(job, final=True)
     assert stage.spooled == []
 
 
-def test_a_download_is_kept_while_its_job_is_put_off_and_others_have_their_turn(stage: Stage) -> None:
-    job, other = remote(1), local(stage, 2)
+def test_the_download_of_a_requeued_job_is_kept(stage: Stage) -> None:
+    job = remote(1)
     stage.take(job)
-    stage.preparer.release(job, final=False)
-    stage.queue.jobs = [other]
+    stage.prefetcher.release(job, final=False)
+    stage.queue.jobs = [job]
     stage.look()
-    stage.take(other)
-    stage.queue.jobs = []
-    assert stage.look()
-    stage.preparer.release(other, final=True)
     assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
     assert stage.downloader.fetched == ["http://cam.test/1"]
 
 
-def test_a_kept_download_goes_when_its_job_does_not_come_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_KEEP_S", 0.0)
+def test_a_deferred_job_lets_go_of_its_download_and_fetches_it_again(stage: Stage) -> None:
+    """A thousand jobs that a missing model defers would otherwise fill the disk."""
     job = remote(1)
     stage.take(job)
-    stage.preparer.release(job, final=False)
+    stage.prefetcher.release(job, final=False)
     assert len(stage.spooled) == 1
     stage.look()
     assert stage.spooled == []
+    assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
+    assert len(stage.downloader.fetched) == 2
 
 
-def test_a_kept_download_goes_at_once_when_its_job_is_cancelled_in_the_queue(stage: Stage) -> None:
-    job = remote(1)
-    stage.take(job)
-    stage.preparer.release(job, final=False)
-    stage.queue.jobs = [job]
-    stage.look()
-    stage.take(local(stage, 2))
-    stage.queue.jobs = []
-    stage.look()
-    assert stage.spooled == []
-
-
-def test_a_job_that_is_put_back_while_it_is_in_hand_leaves_nothing_behind(stage: Stage) -> None:
+def test_a_job_that_is_requeued_before_its_release_is_not_prefetched_a_second_time(stage: Stage) -> None:
     """A forced stop puts the job back into the queue before the worker lets go of it."""
     job = remote(1)
     stage.take(job)
     stage.queue.jobs = [job]
     stage.look()
     stage.settle()
+    assert len(stage.downloader.fetched) == 1
+    stage.prefetcher.release(job, final=False)
     stage.look()
-    stage.preparer.release(job, final=False)
     assert stage.open_now == ["job-1"]
     assert len(stage.spooled) == 1
-    stage.preparer.release(stage.preparer.take(job, never).job, final=True)
+    stage.prefetcher.release(stage.take(job, never).job, final=True)
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
 def test_releasing_what_is_not_in_hand_does_nothing(stage: Stage) -> None:
-    stage.preparer.release(remote(1), final=True)
+    stage.prefetcher.release(remote(1), final=True)
     stage.take(remote(2))
-    stage.preparer.release(remote(1), final=True)
+    stage.prefetcher.release(remote(1), final=True)
     assert stage.open_now == ["job-2"]
-    stage.preparer.release(remote(2), final=True)
-    stage.preparer.release(remote(2), final=True)
+    stage.prefetcher.release(remote(2), final=True)
+    stage.prefetcher.release(remote(2), final=True)
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
@@ -746,16 +754,16 @@ def test_a_stop_ends_everything_and_leaves_only_what_is_in_hand(stage: Stage) ->
     stage.downloader.held = {"http://cam.test/3"}
     stage.take(current)
     stage.queue.jobs = [fetched, fetching]
-    stage.preparer.start()
+    stage.prefetcher.start()
     stage.until(lambda: stage.open_now == ["job-1", "job-2"])
     stage.until(lambda: len(stage.downloader.fetched) == 3)
-    assert stage.preparer.alive
-    stage.preparer.stop()
-    stage.preparer.stop()
-    assert not stage.preparer.alive
+    assert stage.prefetcher.alive
+    stage.prefetcher.stop()
+    stage.prefetcher.stop()
+    assert not stage.prefetcher.alive
     assert stage.downloader.stopped == ["http://cam.test/3"]
     assert (stage.open_now, stage.spooled) == (["job-1"], [b"http://cam.test/1"])
-    stage.preparer.release(current, final=False)
+    stage.prefetcher.release(current, final=False)
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
@@ -771,7 +779,7 @@ def test_a_stop_ends_the_wait_of_the_worker(stage: Stage) -> None:
     worker = threading.Thread(target=work)
     worker.start()
     stage.until(lambda: stage.downloader.fetched)
-    stage.preparer.stop()
+    stage.prefetcher.stop()
     assert ended.wait(DEADLINE_S)
     worker.join(DEADLINE_S)
     stage.settle()
@@ -780,7 +788,7 @@ def test_a_stop_ends_the_wait_of_the_worker(stage: Stage) -> None:
 
 def test_after_a_stop_nothing_is_begun(stage: Stage) -> None:
     stage.queue.jobs = [remote(1)]
-    stage.preparer.stop()
+    stage.prefetcher.stop()
     stage.look()
     with pytest.raises(Cancelled):
         stage.take(remote(1))

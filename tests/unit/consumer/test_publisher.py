@@ -16,8 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cesar_mqtt.consumer.in_flight import MOST
-from cesar_mqtt.consumer.publisher import Publisher
+from cesar_mqtt.consumer.publisher import MAX_IN_FLIGHT, Publisher
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.fsync import Disk
@@ -248,7 +247,7 @@ def test_a_status_is_retained_on_the_topic_of_its_job(bench: Bench) -> None:
     bench.add("a", metadata={"room": "porch"})
     [message] = [message for message in bench.connect() if message.topic == "cesar/status/a"]
     assert message.retain
-    assert message.fields == json.loads(status_of(bench.job("a"), "kitchen").encode())
+    assert message.fields == status_of(bench.job("a"), "kitchen")
 
 
 def test_while_connected_every_state_of_a_job_is_said_in_order(bench: Bench) -> None:
@@ -327,8 +326,8 @@ def test_about_two_hundred_messages_are_on_their_way_at_most(bench: Bench) -> No
     for number in range(450):
         bench.add(f"job-{number}")
     said = bench.turn()
-    assert MOST == 200
-    assert len(said) in {MOST, MOST + 1}, "an event and its status go together"
+    assert MAX_IN_FLIGHT == 200
+    assert len(said) in {MAX_IN_FLIGHT, MAX_IN_FLIGHT + 1}, "an event and its status go together"
     assert bench.turn() == []
     more = bench.acknowledge(*said[:10])
     assert len(more) == 10
@@ -476,7 +475,7 @@ def test_a_status_that_cannot_be_put_into_words_does_not_stop_the_others(
     bench.quiet()
     assert set(statuses(bench.connection.sent)) == {("b", "queued")}
     assert not bench.ledger.has_unpublished
-    assert "of job a cannot be put into words" in caplog.text
+    assert "of job a cannot be serialised" in caplog.text
 
 
 # -- progress ------------------------------------------------------------------------------------------------------
@@ -532,7 +531,7 @@ def test_progress_carries_all_fields_of_the_job_at_work(bench: Bench) -> None:
     bench.now += 1
     bench.publisher.progress(job, live(0.42))
     [fields] = on("cesar/status/a", bench.turn())
-    assert fields == json.loads(status_of(job, "kitchen", live(0.42)).encode())
+    assert fields == status_of(job, "kitchen", live(0.42))
     assert (fields["progress"], fields["speed"], fields["eta"]) == (0.42, 6.5, 5.4)
 
 
@@ -586,7 +585,7 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
 
 def test_progress_waits_without_spinning_while_too_much_is_on_its_way(bench: Bench) -> None:
     bench.quiet()
-    for number in range(MOST + 1):
+    for number in range(MAX_IN_FLIGHT + 1):
         bench.add(f"job-{number}")
     job = bench.claim()
     said = bench.turn()
@@ -739,12 +738,12 @@ def test_rejections_wait_for_a_connection_and_those_on_their_way_for_the_next_on
 
 
 def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.consumer.transient_messages.MOST", 5)
+    monkeypatch.setattr("cesar_mqtt.consumer.job_messages.MAX_TRANSIENT_MESSAGES", 5)
     with opened(tmp_path) as bench:
         for number in range(8):
             bench.publisher.reject(rejection(f"{number}"))
         bench.turn()
-        assert len(bench.publisher._notes) == 5
+        assert len(bench.publisher._transient_messages) == 5
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["3", "4", "5", "6", "7"]
         bench.publisher.reject(rejection("8"))
         bench.turn()
@@ -756,7 +755,7 @@ def test_answers_that_wait_are_bounded_in_bytes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """10,000 answers with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
-    monkeypatch.setattr("cesar_mqtt.consumer.transient_messages.MOST_BYTES", 1000)
+    monkeypatch.setattr("cesar_mqtt.consumer.job_messages.MAX_TRANSIENT_BYTES", 1000)
     asked = "cesar/response/list"
 
     def answer(size_bytes: int, *numbers: int) -> None:
@@ -870,16 +869,16 @@ def test_what_is_told_while_the_publisher_looks_does_not_count_as_said(bench: Be
 
         def __bool__(self) -> bool:
             found = len(self) > 0
-            if not found and bench.publisher._asked == 0:
+            if not found and bench.publisher._drains_requested == 0:
                 bench.publisher.offline()
-                bench.publisher._asked += 1
+                bench.publisher._drains_requested += 1
             return found
 
     bench.publisher._events = Late()
     assert bench.turn() == []
-    assert bench.publisher._settled < bench.publisher._asked
+    assert bench.publisher._drains_completed < bench.publisher._drains_requested
     assert on(STATE, bench.settle()) == [{"state": "offline"}]
-    assert bench.publisher._settled == bench.publisher._asked
+    assert bench.publisher._drains_completed == bench.publisher._drains_requested
 
 
 def test_a_drain_that_ran_out_of_time_does_not_satisfy_a_later_one(bench: Bench) -> None:
@@ -934,11 +933,11 @@ def test_a_stop_that_comes_just_before_the_thread_looks_for_news_is_heard(bench:
         """Lets the call of the stop come between the thread's waking up and its clearing of the call."""
 
         def clear(self) -> None:
-            bench.publisher._stop.set()
+            bench.publisher._stopping.set()
             self.set()
             super().clear()
 
-    bench.publisher._wake = StopComesFirst()
+    bench.publisher._has_work = StopComesFirst()
     bench.publisher.start()
     bench.publisher._thread.join(DEADLINE_S)
     assert not bench.publisher._thread.is_alive()
@@ -1058,7 +1057,7 @@ class AgreementMachine(RuleBasedStateMachine):
     @invariant()
     def not_too_much_is_on_its_way(self) -> None:
         if hasattr(self, "bench"):
-            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= MOST
+            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= MAX_IN_FLIGHT
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
@@ -1079,7 +1078,7 @@ class AgreementMachine(RuleBasedStateMachine):
         assert json.loads(self.retained[QUEUE])["queued"] == self.bench.ledger.totals().queued
         for number in range(self.number):
             job = self.bench.job(f"job-{number}")
-            expected = json.loads(status_of(job, "kitchen").encode())
+            expected = dict(status_of(job, "kitchen"))
             found = json.loads(self.retained[f"cesar/status/job-{number}"])
             if job.state is JobState.PROCESSING:
                 for status in (expected, found):
@@ -1257,7 +1256,7 @@ def test_what_the_broker_shows_may_be_looked_at_late(bench: Bench) -> None:
     """The intake looks at it only when a batch is on disk that came before it."""
     bench.add("a")
     bench.quiet()
-    (shown,) = bench.publisher._own.retained("queue")
+    (shown,) = bench.publisher._own_topics.retained("queue")
     bench.disconnect()
     bench.add("b")
     assert on(QUEUE, bench.connect())
@@ -1284,7 +1283,7 @@ def test_a_connection_that_is_lost_before_the_look_tells_everything_again_if_the
     bench.settle()
     bench.disconnect()
     said = bench.connect()
-    bench.publisher.found_retained(bench.publisher._own.retained("queue")[-1])
+    bench.publisher.found_retained(bench.publisher._own_topics.retained("queue")[-1])
     assert (("a", "queued") in statuses(said + bench.settle())) is shows
     bench.disconnect()
     assert statuses(bench.connect()) == []

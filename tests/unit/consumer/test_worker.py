@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.audio.paths import resolve_audio_path
+from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.progress import ProgressMeter
 from cesar_mqtt.consumer.worker import Worker
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
@@ -25,6 +26,9 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+
+if TYPE_CHECKING:
+    from cesar_mqtt.consumer.prefetch import Prefetcher
 
 DEADLINE_S = 10.0
 HELLO = Transcript(
@@ -80,7 +84,7 @@ class FakeTranscriber:
             raise self.warm_up_error
 
 
-class FakePreparer:
+class FakePrefetcher:
     """Hands out the path of a job's audio for its recording, and notes what is given back."""
 
     def __init__(self, spool: Spool, directory: Path) -> None:
@@ -109,41 +113,41 @@ class FakePreparer:
         self.released.append((job.job_id, final))
 
 
-class FakeReports:
+class FakeObserver(JobObserver):
     """Notes what it is told; `until` waits for something to be among it."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.received: list[Any] = []
         self._changed = threading.Condition()
 
-    def _tell(self, what: object) -> None:
+    def _add(self, what: object) -> None:
         with self._changed:
-            self.told.append(what)
+            self.received.append(what)
             self._changed.notify_all()
 
     def activity(self, activity: Activity) -> None:
-        self._tell(activity)
+        self._add(activity)
 
     def degraded(self, who: str, *, on: bool) -> None:
-        if on or (who, True) in self.told:
-            self._tell((who, on))
+        if on or (who, True) in self.received:
+            self._add((who, on))
 
     def progress(self, job: Job, live: JobProgress) -> None:
-        self._tell((job.job_id, live))
+        self._add((job.job_id, live))
 
     def segment(self, job: Job, segment: Segment) -> None:
-        self._tell((job.job_id, segment))
+        self._add((job.job_id, segment))
 
     def finished(self, job: Job) -> None:
-        self._tell(job)
+        self._add(job)
 
     @property
     def ended(self) -> list[Job]:
-        return [what for what in self.told if isinstance(what, Job)]
+        return [what for what in self.received if isinstance(what, Job)]
 
     def until(self, satisfied: Callable[[], object]) -> None:
         with self._changed:
-            assert self._changed.wait_for(satisfied, DEADLINE_S), self.told
+            assert self._changed.wait_for(satisfied, DEADLINE_S), self.received
 
 
 class RefusingDisk(Disk):
@@ -191,17 +195,17 @@ class Bench:
         (self.audio / "porch.wav").write_bytes(b"RIFF")
         (folder / "secret.wav").write_bytes(b"RIFF")
         self.transcriber = FakeTranscriber()
-        self.reports = FakeReports()
-        self.preparer = FakePreparer(self.spool, self.audio)
+        self.observer = FakeObserver()
+        self.prefetcher = FakePrefetcher(self.spool, self.audio)
         self.worker = self.make_worker(warm_up=warm_up)
 
     def make_worker(self, **settings: Any) -> Worker:
         return Worker(
             self.ledger,
             self.transcriber,
-            preparer=self.preparer,
+            prefetcher=cast("Prefetcher", self.prefetcher),
             spool=self.spool,
-            reports=self.reports,
+            events=JobEvents(self.observer),
             **settings,
         )
 
@@ -251,7 +255,7 @@ def opened(folder: Path, *, warm_up: str | None = None) -> Iterator[Bench]:
         yield bench
     finally:
         bench.disk.refusals = 0
-        bench.worker.stop()
+        bench.worker.request_stop()
         assert bench.worker.join(DEADLINE_S)
         bench.ledger.close()
 
@@ -264,12 +268,12 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 @pytest.fixture
 def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.consumer.worker._RETRY_S", 0.001)
+    monkeypatch.setattr("cesar_mqtt.consumer.worker._DISK_RETRY_S", 0.001)
 
 
 @pytest.fixture
 def _endless_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cesar_mqtt.consumer.worker._RETRY_S", 3600.0)
+    monkeypatch.setattr("cesar_mqtt.consumer.worker._DISK_RETRY_S", 3600.0)
 
 
 # -- one job -------------------------------------------------------------------------------------------------------
@@ -277,7 +281,7 @@ def _endless_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_job_there_is_nothing_to_do(bench: Bench) -> None:
     assert bench.worker.run_once() is False
-    assert bench.reports.told == []
+    assert bench.observer.received == []
 
 
 def test_a_job_is_worked_to_its_end_without_a_thread(bench: Bench) -> None:
@@ -310,15 +314,15 @@ def test_the_claim_is_on_disk_before_the_work_and_the_end_before_the_report(benc
     bench.transcriber.script = script
     bench.worker.run_once()
     assert seen == [(JobState.PROCESSING, 1)]
-    assert bench.reports.ended == [bench.job("a")]
-    assert bench.reports.ended[0].state is JobState.COMPLETED
+    assert bench.observer.ended == [bench.job("a")]
+    assert bench.observer.ended[0].state is JobState.COMPLETED
 
 
 def test_jobs_run_in_the_order_of_their_acceptance(bench: Bench) -> None:
     bench.add("c", "a", "b")
     while bench.worker.run_once():
         pass
-    assert [job.job_id for job in bench.reports.ended] == ["c", "a", "b"]
+    assert [job.job_id for job in bench.observer.ended] == ["c", "a", "b"]
 
 
 def test_silence_is_recorded_as_no_speech(bench: Bench) -> None:
@@ -336,7 +340,7 @@ def test_what_the_worker_is_doing_is_told_around_each_job_even_when_it_fails(ben
     bench.fails_with(RuntimeError("x"))
     bench.add("b")
     bench.worker.run_once()
-    assert [what for what in bench.reports.told if isinstance(what, str)] == ["processing", "idle"] * 2
+    assert [what for what in bench.observer.received if isinstance(what, str)] == ["processing", "idle"] * 2
 
 
 def test_no_transcript_reaches_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -358,7 +362,7 @@ def test_a_job_that_cannot_be_completed_ends_with_its_code_and_sentence(bench: B
     bench.worker.run_once()
     job = bench.job("a")
     assert (job.state, job.error_code, job.error_message) == (JobState.ERROR, code, "Do something about it.")
-    assert bench.reports.ended == [job]
+    assert bench.observer.ended == [job]
     assert job.result_text is None
 
 
@@ -398,7 +402,7 @@ def test_an_unexpected_error_ends_the_job_without_giving_anything_away_and_the_n
     bench.worker.run_once()
     job = bench.job("a")
     assert (job.state, job.error_code) == (JobState.ERROR, ErrorCode.INTERNAL)
-    assert job.error_message == "The transcription failed; the consumer's log says why. Retry, or report it."
+    assert job.error_message == "The transcription failed unexpectedly; see the consumer's log. Retry, or report it."
     assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [True]
     bench.transcriber.script = lambda _call: HELLO
     bench.worker.run_once()
@@ -411,7 +415,7 @@ def test_a_job_without_audio_or_with_options_of_a_later_version_fails_alone(benc
     bench.add("c")
     while bench.worker.run_once():
         pass
-    assert [job.error_code for job in bench.reports.ended] == [ErrorCode.INTERNAL, ErrorCode.INTERNAL, None]
+    assert [job.error_code for job in bench.observer.ended] == [ErrorCode.INTERNAL, ErrorCode.INTERNAL, None]
 
 
 @pytest.mark.parametrize(
@@ -509,11 +513,11 @@ def test_the_thread_tries_a_refused_claim_again_until_the_disk_takes_it(bench: B
     bench.add("a")
     bench.disk.refusals = 3
     bench.worker.start()
-    bench.reports.until(lambda: bench.reports.ended)
+    bench.observer.until(lambda: bench.observer.ended)
     assert bench.job("a").attempt == 1
     assert len(bench.transcriber.calls) == 1
-    assert bench.reports.told[:4] == ["idle", *[("worker", True)] * 3]
-    assert bench.reports.told.index(("worker", False)) < bench.reports.told.index("processing")
+    assert bench.observer.received[:4] == ["idle", *[("worker", True)] * 3]
+    assert bench.observer.received.index(("worker", False)) < bench.observer.received.index("processing")
 
 
 @pytest.mark.usefixtures("_quick_retries")
@@ -533,8 +537,8 @@ def test_an_end_that_the_disk_refuses_is_recorded_later_and_the_work_is_not_done
     bench.worker.run_once()
     assert bench.job("a").state is (JobState.COMPLETED if error is None else JobState.ERROR)
     assert len(bench.transcriber.calls) == 1
-    assert len(bench.reports.ended) == 1
-    degradations = [what for what in bench.reports.told if type(what) is tuple]  # a job is a named tuple
+    assert len(bench.observer.ended) == 1
+    degradations = [what for what in bench.observer.received if type(what) is tuple]  # a job is a named tuple
     assert degradations == [*[("worker", True)] * 3, ("worker", False)]
     assert bench.job("b").state is JobState.QUEUED
 
@@ -544,8 +548,8 @@ def test_a_stop_while_a_claim_is_refused_ends_at_once(bench: Bench) -> None:
     bench.add("a")
     bench.disk.refusals = math.inf
     bench.worker.start()
-    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
-    bench.worker.stop()
+    bench.observer.until(lambda: ("worker", True) in bench.observer.received)
+    bench.worker.request_stop()
     assert bench.worker.join(DEADLINE_S)
     assert bench.job("a").state is JobState.QUEUED
 
@@ -560,11 +564,11 @@ def test_a_forced_stop_while_an_end_is_refused_puts_the_job_back(bench: Bench) -
 
     bench.transcriber.script = script
     bench.worker.start()
-    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     bench.worker.abandon()
     assert bench.worker.join(DEADLINE_S)
     assert bench.job("a").state is JobState.QUEUED
-    assert bench.reports.ended == []
+    assert bench.observer.ended == []
 
 
 @pytest.mark.usefixtures("_endless_retries")
@@ -577,7 +581,7 @@ def test_a_forced_stop_ends_the_worker_although_the_disk_takes_nothing_at_all(be
 
     bench.transcriber.script = script
     bench.worker.start()
-    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     with pytest.raises(LedgerError):
         bench.worker.abandon()
     assert bench.worker.join(DEADLINE_S)
@@ -592,7 +596,7 @@ def test_a_stop_lets_the_current_job_finish_and_starts_no_other(bench: Bench) ->
     bench.add("a", "b")
     bench.worker.start()
     assert gate.entered.wait(DEADLINE_S)
-    bench.worker.stop()
+    bench.worker.request_stop()
     assert not bench.worker.join(0)
     assert not bench.transcriber.calls[0].should_stop()
     gate.opened.set()
@@ -603,13 +607,13 @@ def test_a_stop_lets_the_current_job_finish_and_starts_no_other(bench: Bench) ->
 
 def test_a_stop_wakes_a_worker_that_waits_for_work(bench: Bench) -> None:
     bench.worker.start()
-    bench.reports.until(lambda: "idle" in bench.reports.told)
-    bench.worker.stop()
+    bench.observer.until(lambda: "idle" in bench.observer.received)
+    bench.worker.request_stop()
     assert bench.worker.join(DEADLINE_S)
 
 
 def test_a_worker_that_was_never_started_has_ended(bench: Bench) -> None:
-    bench.worker.stop()
+    bench.worker.request_stop()
     assert bench.worker.join(0)
 
 
@@ -625,13 +629,13 @@ def test_a_forced_stop_puts_the_job_back_at_the_front_and_ends_the_work(
     bench.transcriber.script = stops_when_asked
     bench.add("a", "b")
     bench.worker.start()
-    bench.reports.until(lambda: [what for what in bench.reports.told if what[0] == "a"])
+    bench.observer.until(lambda: [what for what in bench.observer.received if what[0] == "a"])
     bench.worker.abandon()
     assert bench.job("a").state is JobState.QUEUED  # at once, not when the model is done
     assert bench.worker.join(DEADLINE_S)
     job = bench.job("a")
     assert (job.state, job.attempt, job.started_at, job.queue_position) == (JobState.QUEUED, 1, None, 1)
-    assert bench.reports.ended == []
+    assert bench.observer.ended == []
     assert len(bench.transcriber.calls) == 1
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
@@ -656,7 +660,7 @@ def test_what_an_abandoned_job_still_yields_is_thrown_away(bench: Bench, late: E
     assert bench.worker.join(DEADLINE_S)
     job = bench.job("a")
     assert (job.state, job.result_text, job.error_code) == (JobState.QUEUED, None, None)
-    assert bench.reports.ended == []
+    assert bench.observer.ended == []
 
 
 def test_a_job_that_ends_in_the_very_moment_of_a_forced_stop_stays_ended(bench: Bench) -> None:
@@ -679,7 +683,7 @@ def test_a_result_that_comes_just_after_the_job_was_put_back_is_thrown_away(benc
     bench.transcriber.script = script
     bench.worker.run_once()
     assert bench.job("a").state is JobState.QUEUED
-    assert bench.reports.ended == []
+    assert bench.observer.ended == []
 
 
 def test_a_job_that_is_claimed_in_the_very_moment_of_a_forced_stop_is_put_back_unworked(bench: Bench) -> None:
@@ -712,7 +716,7 @@ def test_a_job_is_picked_up_as_soon_as_it_is_there_without_anybody_calling(bench
     gate = bench.blocks()
     gate.opened.set()
     bench.worker.start()
-    bench.reports.until(lambda: "idle" in bench.reports.told)
+    bench.observer.until(lambda: "idle" in bench.observer.received)
     latencies_s = []
     for number in range(5):
         gate.entered.clear()
@@ -720,7 +724,7 @@ def test_a_job_is_picked_up_as_soon_as_it_is_there_without_anybody_calling(bench
         bench.add(f"job-{number}")
         assert gate.entered.wait(DEADLINE_S)
         latencies_s.append(time.monotonic() - started)
-        bench.reports.until(lambda: len(bench.reports.ended) == number + 1)  # noqa: B023 - called before the next number
+        bench.observer.until(lambda: len(bench.observer.ended) == number + 1)  # noqa: B023 - called before the next number
     assert min(latencies_s) < 0.25  # whoever polls is never that quick
 
 
@@ -734,8 +738,8 @@ def test_the_thread_works_off_everything_that_waits_one_job_at_a_time(bench: Ben
     bench.transcriber.script = script
     bench.add(*(f"job-{number}" for number in range(20)))
     bench.worker.start()
-    bench.reports.until(lambda: len(bench.reports.ended) == 20)
-    assert [job.job_id for job in bench.reports.ended] == [f"job-{number}" for number in range(20)]
+    bench.observer.until(lambda: len(bench.observer.ended) == 20)
+    assert [job.job_id for job in bench.observer.ended] == [f"job-{number}" for number in range(20)]
     assert at_work == [1] * 20
 
 
@@ -743,9 +747,9 @@ def test_the_model_is_loaded_before_the_first_job(tmp_path: Path) -> None:
     with opened(tmp_path, warm_up="tiny.en") as bench:
         bench.add("a")
         bench.worker.start()
-        bench.reports.until(lambda: bench.reports.ended)
+        bench.observer.until(lambda: bench.observer.ended)
         assert bench.transcriber.warm_ups == ["tiny.en"]
-        assert bench.reports.told[:3] == ["loading", "idle", "processing"]
+        assert bench.observer.received[:3] == ["loading", "idle", "processing"]
 
 
 @pytest.mark.parametrize(
@@ -762,8 +766,8 @@ def test_a_model_that_cannot_be_loaded_ahead_does_not_end_the_worker(tmp_path: P
         bench.transcriber.warm_up_error = error
         bench.add("a")
         bench.worker.start()
-        bench.reports.until(lambda: bench.reports.ended)
-        assert bench.reports.told[:2] == ["loading", "idle"]
+        bench.observer.until(lambda: bench.observer.ended)
+        assert bench.observer.received[:2] == ["loading", "idle"]
         assert bench.job("a").state is JobState.COMPLETED
 
 
@@ -779,7 +783,7 @@ def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
     bench.transcriber.script = script
     bench.add("a")
     bench.worker.run_once()
-    (first_id, first), (_, second) = (what for what in bench.reports.told if type(what) is tuple)
+    (first_id, first), (_, second) = (what for what in bench.observer.received if type(what) is tuple)
     assert first_id == "a"
     assert (first.progress, first.processed_duration, first.audio_duration) == (0.0, 0.0, 2.5)
     assert (first.speed, first.eta) == (None, None)
@@ -791,7 +795,7 @@ def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
     clock = iter([100.0, 100.5, 105.0, 110.0])
     meter = ProgressMeter(lives.append, lambda: next(clock))
     for processed_s in (0.0, 20.0, 60.0):
-        meter.note(Progress(processed_s, 60.0))
+        meter.add(Progress(processed_s, 60.0))
     assert [(live.speed, live.eta) for live in lives] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
 
 
@@ -800,7 +804,7 @@ def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
     clock = iter([100.0, 100.5, 110.0])
     meter = ProgressMeter(lives.append, lambda: next(clock))
     for processed_s in (600.0, 650.0):
-        meter.note(Progress(processed_s, 700.0))
+        meter.add(Progress(processed_s, 700.0))
     assert [(live.progress, live.speed, live.eta) for live in lives] == [(0.857, None, None), (0.929, 5.0, 10.0)]
 
 
@@ -808,7 +812,7 @@ def test_as_long_as_nobody_knows_how_long_a_file_is_its_progress_stays_at_the_be
     lives: list[JobProgress] = []
     meter = ProgressMeter(lives.append)
     for duration_s in (None, 60.0):
-        meter.note(Progress(30.0, duration_s))
+        meter.add(Progress(30.0, duration_s))
     assert [(live.progress, live.processed_duration, live.audio_duration) for live in lives] == [
         (0.0, 30.0, None),
         (0.5, 30.0, 60.0),
@@ -829,7 +833,7 @@ def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
     meter = ProgressMeter(lives.append, lambda: now_s)
     for share, took_s in processed:
         now_s += took_s
-        meter.note(Progress(round(share * duration_s, 3), duration_s))
+        meter.add(Progress(round(share * duration_s, 3), duration_s))
     assert len(lives) == len(processed)
     assert all(0.0 <= live.progress < 1.0 for live in lives)
     assert [live.progress for live in lives] == sorted(live.progress for live in lives)
@@ -900,8 +904,8 @@ def test_a_job_that_is_cancelled_in_work_ends_cancelled_and_the_next_goes_on(ben
     assert bench.worker.run_once()
     assert (bench.job("a").state, bench.job("b").state) == (JobState.CANCELLED, JobState.COMPLETED)
     assert bench.job("a").error_code is None
-    assert [job.job_id for job in bench.reports.ended] == ["a", "b"]
-    assert bench.preparer.released == [("a", True), ("b", True)]
+    assert [job.job_id for job in bench.observer.ended] == ["a", "b"]
+    assert bench.prefetcher.released == [("a", True), ("b", True)]
 
 
 def test_a_cancelled_upload_keeps_its_audio_for_a_retry(bench: Bench) -> None:
@@ -981,7 +985,7 @@ def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench, a
         return dataclasses.replace(HELLO, windows=(*call.done, window(2)))
 
     bench.transcriber.script = script
-    bench.preparer.audio = audio
+    bench.prefetcher.audio = audio
     bench.add("a")
     worker = patient(bench, retries=2)
     for _ in range(3):
@@ -1004,12 +1008,12 @@ def broken_off(bench: Bench, before: str | None) -> Worker:
         return dataclasses.replace(HELLO, windows=tuple(call.done))
 
     bench.transcriber.script = script
-    bench.preparer.audio = before
+    bench.prefetcher.audio = before
     bench.add("a", formats=("txt",))
     worker = patient(bench, retries=2)
     worker.run_once()
     assert len(bench.ledger.windows(bench.job("a").seq)) == 2
-    bench.preparer.audio = "another"
+    bench.prefetcher.audio = "another"
     return worker
 
 
@@ -1018,15 +1022,15 @@ def test_what_is_finished_of_another_audio_is_dropped_and_the_work_begins_anew(
     bench: Bench, before: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = broken_off(bench, before)
-    bench.preparer.released.clear()
+    bench.prefetcher.released.clear()
     worker.run_once()
-    assert bench.preparer.released == [("a", False)] * 2, "opened behind what was finished, and then anew"
+    assert bench.prefetcher.released == [("a", False)] * 2, "opened behind what was finished, and then anew"
     worker.run_once()
     new = dataclasses.replace(window(0), text=" something else")
     assert [call.done for call in bench.transcriber.calls] == [(), (), (new,)]
     assert bench.job("a").state is JobState.COMPLETED
     assert bench.ledger.windows(bench.job("a").seq) == (new,)
-    [said] = [record for record in caplog.records if "begins from the start" in record.message]
+    [said] = [record for record in caplog.records if "starting from the beginning" in record.message]
     assert (said.levelno, said.__dict__["job_id"]) == (logging.WARNING, "a")
 
 
@@ -1034,24 +1038,24 @@ def test_what_is_finished_of_another_audio_is_dropped_and_the_work_begins_anew(
 def test_windows_of_another_audio_that_the_disk_does_not_let_go_are_waited_for(bench: Bench) -> None:
     worker = broken_off(bench, "one")
     looks = iter([3, 0])
-    bench.preparer.looking = lambda: setattr(bench.disk, "refusals", next(looks))
+    bench.prefetcher.looking = lambda: setattr(bench.disk, "refusals", next(looks))
     worker.run_once()
     assert [call.done for call in bench.transcriber.calls] == [(), ()]
-    degradations = [what for what in bench.reports.told if isinstance(what, tuple) and what[0] == "worker"]
+    degradations = [what for what in bench.observer.received if isinstance(what, tuple) and what[0] == "worker"]
     assert degradations[:4] == [*[("worker", True)] * 3, ("worker", False)]
 
 
 @pytest.mark.usefixtures("_endless_retries")
 def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_let_go(bench: Bench) -> None:
     broken_off(bench, "one")
-    bench.preparer.looking = lambda: setattr(bench.disk, "refusals", 1)
+    bench.prefetcher.looking = lambda: setattr(bench.disk, "refusals", 1)
     bench.worker.start()
-    bench.reports.until(lambda: ("worker", True) in bench.reports.told)
+    bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     bench.worker.abandon()
     assert bench.worker.join(DEADLINE_S)
     assert bench.job("a").state is JobState.QUEUED
     assert len(bench.transcriber.calls) == 1
-    assert bench.preparer.released[-1] == ("a", False)
+    assert bench.prefetcher.released[-1] == ("a", False)
 
 
 def test_a_disk_that_refuses_a_window_does_not_hold_up_the_work_and_gets_it_with_the_next(bench: Bench) -> None:
@@ -1081,7 +1085,7 @@ def test_segments_are_told_as_soon_as_they_are_known_to_those_who_asked(bench: B
     bench.add("b")
     bench.worker.run_once()
     bench.worker.run_once()
-    assert [what for what in bench.reports.told if type(what) is tuple] == [("a", segment)]
+    assert [what for what in bench.observer.received if type(what) is tuple] == [("a", segment)]
 
 
 # -- idleness ------------------------------------------------------------------------------------------------------
@@ -1093,7 +1097,7 @@ def test_after_a_time_without_a_job_what_was_held_for_the_next_is_given_back(ben
     worker.start()
     assert idle.acquire(timeout=DEADLINE_S)
     bench.add("a")
-    bench.reports.until(lambda: bench.reports.ended)
+    bench.observer.until(lambda: bench.observer.ended)
     assert idle.acquire(timeout=DEADLINE_S)
-    worker.stop()
+    worker.request_stop()
     assert worker.join(DEADLINE_S)

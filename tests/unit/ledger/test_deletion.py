@@ -1,6 +1,5 @@
 """What is deleted, when, and that the broker is told; and failures that are tried again."""
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.transcript import Window
 from tests.unit.ledger.faults import QuickDisk
 
@@ -66,14 +66,14 @@ def test_a_clock_that_is_set_right_after_the_start_makes_nothing_old(
     tmp_path: Path, ledger: Ledger, clock: Clock
 ) -> None:
     passed = Clock()
-    upkeep = Maintenance(RetentionSettings(), ledger, Spool(tmp_path / "spool"), clock=clock, monotonic=passed)
+    maintenance = Maintenance(RetentionSettings(), ledger, Spool(tmp_path / "spool"), clock=clock, monotonic=passed)
     finish(ledger, "a")
     clock.now += 30 * 86_400
     passed.now += 5
-    upkeep.run_once(threading.Event())
+    maintenance.run_once(never_stop)
     assert left(ledger, "a") == ["a"]
     passed.now += 8 * 86_400
-    upkeep.run_once(threading.Event())
+    maintenance.run_once(never_stop)
     assert left(ledger, "a") == []
 
 

@@ -74,7 +74,7 @@ def test_a_whole_ledger_is_said_to_be_whole_and_left_alone(path: Path, capsys: p
     assert (path.read_bytes(), journal(path).read_bytes()) == before
     said = capsys.readouterr().out
     assert "5 jobs (1 completed, 1 error, 1 processing, 2 queued)" in said
-    assert "Nothing has to be repaired." in said
+    assert "Nothing to repair." in said
     assert states(path) == ALL
 
 

@@ -7,7 +7,7 @@ from cesar_mqtt.monitoring import health
 from cesar_mqtt.monitoring.health import HealthProbe
 
 
-def pulse_of(folder: Path, *, worker: bool = True, network: bool = True) -> HealthProbe:
+def probe_of(folder: Path, *, worker: bool = True, network: bool = True) -> HealthProbe:
     return HealthProbe(folder, worker_alive=lambda: worker, network_alive=lambda: network)
 
 
@@ -17,7 +17,7 @@ def test_the_files_and_the_process_are_measured(tmp_path: Path) -> None:
     (tmp_path / "spool").mkdir()
     (tmp_path / "spool" / "one").write_bytes(b"x" * 30)
     (tmp_path / "spool" / "two").write_bytes(b"x" * 4)
-    found = pulse_of(tmp_path, network=False).take()
+    found = probe_of(tmp_path, network=False).measure()
     assert (found.ledger_bytes, found.spool_bytes) == (1200, 34)
     assert (found.worker_alive, found.network_alive) == (True, False)
     assert 5 << 20 < found.rss_bytes < 64 << 30
@@ -33,11 +33,11 @@ def test_a_process_without_descriptors_is_measured_as_far_as_it_can_be(
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Path, "glob", refuse)
-    assert pulse_of(tmp_path).take().ledger_bytes == 0
+    assert probe_of(tmp_path).measure().ledger_bytes == 0
 
 
 def test_a_folder_that_is_gone_is_no_reason_to_say_nothing(tmp_path: Path) -> None:
-    found = pulse_of(tmp_path / "gone").fields()
+    found = probe_of(tmp_path / "gone").fields()
     assert (found["ledger_bytes"], found["spool_bytes"], found["disk_free_bytes"]) == (0, 0, None)
 
 
@@ -45,6 +45,6 @@ def test_without_proc_the_memory_is_the_most_that_it_ever_was(tmp_path: Path) ->
     known = health._STATM
     health._STATM = tmp_path / "nothing"
     try:
-        assert 5 << 20 < pulse_of(tmp_path).take().rss_bytes < 64 << 30
+        assert 5 << 20 < probe_of(tmp_path).measure().rss_bytes < 64 << 30
     finally:
         health._STATM = known

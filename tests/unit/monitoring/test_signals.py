@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.monitoring.signals import handle_stop_signals
+from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 
 DEADLINE_S = 10.0
 
@@ -25,11 +25,11 @@ def _handlers_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_requests_a_stop_and_forces_nothing(number: signal.Signals) -> None:
     with handle_stop_signals() as stop:
-        assert not stop.requested.is_set()
+        assert not stop.is_requested()
         assert stop.exit_code is ExitCode.OK
         signal.raise_signal(number)
-        assert stop.requested.wait(DEADLINE_S)
-        assert not stop.forced.is_set()
+        assert stop.wait(DEADLINE_S)
+        assert not stop.is_forced()
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_the_second_signal_forces_the_stop_and_decides_the_exit_code(
 ) -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(first)
-        assert stop.requested.wait(DEADLINE_S)
+        assert stop.wait(DEADLINE_S)
         signal.raise_signal(second)
-        assert stop.forced.wait(DEADLINE_S)
+        assert stop.is_forced()
         assert stop.exit_code == code
 
 
@@ -58,14 +58,14 @@ def test_a_closed_terminal_stops_nothing_that_was_started_with_nohup() -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    assert not stop.requested.is_set()
+    assert not stop.is_requested()
 
 
 def test_two_signals_at_once_are_two_signals() -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-    assert stop.forced.is_set()
+    assert stop.is_forced()
 
 
 def test_a_third_signal_changes_nothing() -> None:
@@ -78,31 +78,54 @@ def test_a_third_signal_changes_nothing() -> None:
 def test_a_stop_that_ran_out_of_time_exits_with_the_code_of_the_only_signal() -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.requested.wait(DEADLINE_S)
+        assert stop.wait(DEADLINE_S)
         assert stop.exit_code is ExitCode.INTERRUPTED
 
 
-def test_the_former_handlers_come_back_and_the_thread_ends() -> None:
+def test_the_former_handlers_come_back() -> None:
     seen: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
-    threads = threading.active_count()
     with pytest.raises(RuntimeError), handle_stop_signals():
         raise RuntimeError
     signal.raise_signal(signal.SIGTERM)
     assert seen == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert threading.active_count() == threads
 
 
-def test_a_signal_that_finds_the_main_thread_inside_an_event_does_not_hang_it() -> None:
-    # Setting the event in the handler itself would wait for this lock, which is held by the thread that it interrupted.
+def test_a_signal_that_finds_the_main_thread_inside_a_lock_does_not_hang_it() -> None:
     with handle_stop_signals() as stop:
-        with stop.requested._cond:  # type: ignore[attr-defined]
+        with stop._lock:
             signal.raise_signal(signal.SIGTERM)
-        assert stop.requested.wait(DEADLINE_S)
+        assert stop.is_requested()
 
 
-def test_outside_the_main_thread_it_is_refused_and_leaves_nothing_behind() -> None:
+def test_a_stop_can_be_requested_without_a_signal_and_then_a_signal_forces_it() -> None:
+    with handle_stop_signals() as stop:
+        stop.request()
+        stop.request()
+        assert stop.is_requested()
+        assert not stop.is_forced()
+        signal.raise_signal(signal.SIGINT)
+        stop.request()
+        assert stop.is_forced()
+        assert stop.exit_code is ExitCode.INTERRUPTED
+
+
+def test_a_request_ends_the_wait_of_another_thread() -> None:
+    stop = StopSignals()
+    waited: list[bool] = []
+    thread = threading.Thread(target=lambda: waited.append(stop.wait(DEADLINE_S)))
+    thread.start()
+    stop.request()
+    thread.join(DEADLINE_S)
+    assert waited == [True]
+
+
+def test_a_wait_without_a_signal_ends_after_its_time() -> None:
+    assert not StopSignals().wait(0.01)
+
+
+def test_outside_the_main_thread_it_is_refused() -> None:
     raised: list[BaseException] = []
 
     def enter() -> None:
@@ -112,22 +135,22 @@ def test_outside_the_main_thread_it_is_refused_and_leaves_nothing_behind() -> No
         except ValueError as exc:
             raised.append(exc)
 
-    threads = threading.active_count()
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join(DEADLINE_S)
     assert len(raised) == 1
-    assert threading.active_count() == threads
 
 
-def test_a_wait_without_end_in_the_main_thread_ends_at_once() -> None:
+def test_a_wait_in_the_main_thread_ends_at_once() -> None:
     script = """
+        import threading
         from cesar_mqtt.monitoring.signals import handle_stop_signals
         with handle_stop_signals() as stop:
             print("waiting", flush=True)
-            stop.requested.wait()
+            stop.wait(60.0)
             print("requested", flush=True)
-            stop.forced.wait()
+            while not stop.is_forced():
+                threading.Event().wait(0.01)
         raise SystemExit(stop.exit_code)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

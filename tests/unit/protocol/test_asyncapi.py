@@ -14,12 +14,13 @@ from jsonschema import Draft7Validator, Draft202012Validator
 from cesar_mqtt.cli.app import run
 from cesar_mqtt.config import BrokerSettings, ConsumerSettings, Settings
 from cesar_mqtt.errors import ErrorCode, ExitCode
+from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.protocol.asyncapi import document
-from cesar_mqtt.protocol.commands import COMMANDS, read
-from cesar_mqtt.protocol.descriptions import ANYWHERE, FIELDS, PAYLOADS
+from cesar_mqtt.protocol.commands import COMMANDS
 from cesar_mqtt.protocol.examples import examples
-from cesar_mqtt.protocol.parsing import Accepted, parse_submission
-from cesar_mqtt.protocol.schema import ANSWERS, MODELS, bundle, payload_schemas
+from cesar_mqtt.protocol.fields import Payload
+from cesar_mqtt.protocol.parsing import Accepted, parse_command, parse_submission
+from cesar_mqtt.protocol.schema import ANSWERS, MODELS, READ, bundle, payload_schemas
 from tests.document import OFFICIAL, default_document, faults, resolve
 
 Document = dict[str, Any]
@@ -262,7 +263,8 @@ def test_each_command_has_an_operation_with_its_answer(told: Document) -> None:
 
 def test_the_document_tells_of_this_consumer_and_keeps_its_secrets() -> None:
     broker = BrokerSettings(url="wss://user:hunter2@broker.lan/mqtt?token=hunter2")
-    told = document(Settings(topic_prefix="home/voice", consumer=ConsumerSettings(name="attic"), broker=broker))
+    settings = Settings(topic_prefix="home/voice", consumer=ConsumerSettings(name="attic"), broker=broker)
+    told = document(settings, parse_broker_url(broker.url))
     server = told["servers"]["broker"]
     assert (server["host"], server["pathname"], server["protocol"]) == ("broker.lan:443", "/mqtt", "wss")
     assert server["bindings"]["mqtt"]["lastWill"]["topic"] == "home/voice/consumer/attic/state"
@@ -310,15 +312,20 @@ def test_a_response_is_an_answer_with_data_or_an_error_without() -> None:
         assert list(failed["properties"]["data"]["properties"]) == ["consumer"]
 
 
-def test_every_field_of_every_payload_has_a_meaning_and_no_meaning_is_left_over() -> None:
-    schemas = payload_schemas()
-    for name in MODELS:
-        assert schemas[name]["description"] == PAYLOADS[name]
-        for field, schema in schemas[name]["properties"].items():
-            assert schema["description"].endswith("."), f"{name}.{field}"
-    assert set(PAYLOADS) == set(MODELS)
-    assert {name: set(told) - set(fields(name)) for name, told in FIELDS.items()} == {name: set() for name in FIELDS}
-    assert set(ANYWHERE) <= {field for name in MODELS for field in fields(name)}
+def test_every_payload_and_every_field_has_a_description() -> None:
+    for name, schema in payload_schemas().items():
+        assert schema["description"].endswith("."), name
+        for field, inner in schema.get("properties", {}).items() if name in MODELS else ():
+            assert inner["description"].endswith("."), f"{name}.{field}"
+
+
+@pytest.mark.parametrize(("name", "model"), READ.items())
+def test_the_description_of_a_field_of_a_request_ends_with_what_it_must_be(name: str, model: type[Payload]) -> None:
+    for field, schema in payload_schemas()[name]["properties"].items():
+        extra = model.model_fields[field].json_schema_extra
+        assert isinstance(extra, dict)
+        assert schema["description"].endswith(f" It must be {extra['must']}."), field
+        assert "must" not in schema
 
 
 def test_what_is_taken_is_closed_and_what_is_said_may_get_more_fields() -> None:
@@ -382,7 +389,7 @@ def test_the_examples_of_requests_are_taken(told: Document) -> None:
     for command in COMMANDS:
         short = told["operations"][command]["messages"][1]["$ref"].rpartition("/")[2]
         for example in (*(json.dumps(each) for each in shown[f"{command}Request"]), *shown[short]):
-            assert read(command, example.encode()).request is not None, (command, example)
+            assert parse_command(command, example.encode()).command is not None, (command, example)
 
 
 @pytest.mark.parametrize("validator", [Draft7Validator, Draft202012Validator])

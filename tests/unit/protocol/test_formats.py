@@ -13,7 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cesar_mqtt.jobs import Job, JobState
-from cesar_mqtt.protocol.formats import FORMATS, Content, content_of, render, segment_fields
+from cesar_mqtt.protocol.fields import FORMATS
+from cesar_mqtt.protocol.formats import Content, content_of, render
+from cesar_mqtt.protocol.payloads import segment_fields
 from cesar_mqtt.transcript import Segment, Word
 
 Cue = tuple[int, int, str]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.ledger.documents import job_document, job_from
-from cesar_mqtt.protocol.formats import FORMATS
+from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.parsing import (
     SHORT_FORM_BYTES,
     UPLOAD,
@@ -21,8 +21,9 @@ from cesar_mqtt.protocol.parsing import (
     parse_audio,
 )
 from cesar_mqtt.protocol.parsing import parse_submission as parse
-from cesar_mqtt.protocol.payloads import Rejection, excerpt, status_of
+from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.truncate import excerpt, truncate_status
 
 LONG = "x" * 17 + "..." + "x" * 18
 PROMPTS = {"initial_prompt", "hotwords"}
@@ -91,7 +92,7 @@ def check_accepted(parsed: Accepted) -> None:
         options=request.options(),
         metadata=request.metadata,
     )
-    assert json.loads(status_of(job, "cesar").encode())["metadata"] == request.metadata
+    assert json.loads(truncate_status(status_of(job, "cesar")))["metadata"] == request.metadata
 
 
 def check_refusal(refusal: Refusal, payload: bytes) -> None:
@@ -104,7 +105,7 @@ def check_refusal(refusal: Refusal, payload: bytes) -> None:
     assert refusal.recordable or (refusal.metadata, refusal.audio) == ({}, None)
     recorded = NewJob("a", "x", refusal.audio, "base", metadata=refusal.metadata, failure=detail)
     job = job_from(1, job_document(recorded, 0.0, 1), None, None)
-    assert json.loads(status_of(job, "cesar").encode())["metadata"] == refusal.metadata
+    assert json.loads(truncate_status(status_of(job, "cesar")))["metadata"] == refusal.metadata
     rejection = Rejection(
         reason=refusal.reason,
         detail=detail,
@@ -402,7 +403,7 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
         (
             "clip_timestamps",
             [[0, 30], [29, 40]],
-            "clip_timestamps holds a range that begins before the one in front of it has ended.",
+            "clip_timestamps holds a range that begins before the previous one has ended.",
         ),
         ("batch_size", 0, "batch_size must be a whole number from 1 to 32, not 0."),
         ("batch_size", 33, "batch_size must be a whole number from 1 to 32, not 33."),
@@ -511,7 +512,7 @@ def test_the_name_of_the_job_in_work_is_no_id() -> None:
         parse(b"a", (("job_id", "current"),)),
         parse_audio("current", WAV),
     ):
-        detail = "'current' is no job id: in commands it stands for the job in work. Use another one."
+        detail = "'current' is no job id: in commands it stands for the running job. Use another one."
         assert parsed == Refusal("invalid_job_id", detail)
     accepted(parse_audio("currently", WAV))
 
