@@ -1,4 +1,4 @@
-"""Draws `docs/watch.svg`, the picture of `cesar-mqtt watch`: run `python docs/draw_watch.py` after a change of it."""  # noqa: INP001
+"""Draws `docs/watch.svg`, the picture of `cesar-mqtt watch`; run it after a change of `watch`."""  # noqa: INP001
 
 import io
 import json
@@ -18,7 +18,7 @@ from cesar_mqtt.cli.watch_view import View
 WIDTH, HEIGHT = 100, 16
 NOW = datetime(2026, 1, 23, 21, 45, 12, tzinfo=UTC)
 FONTS = re.compile(r"@font-face \{\{.*?\}\}\s*", re.DOTALL)
-"""rich would have the reader's browser fetch its font from elsewhere."""
+"""Left out: the reader's browser would download the font from another host."""
 
 JOBS: dict[str, dict[str, Any]] = {
     "interview-3": {"status": "processing", "progress": 0.42, "audio_duration": 5400.0, "speed": 21.6, "eta": 145.0},
@@ -34,7 +34,7 @@ STOPPED = {"status": "cancelled", "audio_duration": 3720.0, "speed": None}
 
 
 def board() -> Board:
-    """Return an evening's jobs."""
+    """Return a board with jobs in every state."""
     known = Board("cesar")
     counts = {"completed_total": 128, "error_total": 2, "cancelled_total": 1}
     for name, activity, queued in (("cesar", "processing", 3), ("attic", "idle", 0)):
@@ -52,7 +52,7 @@ def board() -> Board:
 
 
 def main() -> None:
-    """Draw it, the same on every machine."""
+    """Draw it; the picture is the same on every machine."""
     os.environ["TZ"] = "UTC"
     time.tzset()
     console = Console(record=True, width=WIDTH, height=HEIGHT, file=io.StringIO(), force_terminal=True)

@@ -1,15 +1,23 @@
-"""What a command writes: stdout is its product, stderr is for the person; any thread may call it.
+"""Output of the commands: results on stdout, messages for the person on stderr; any thread may call these.
 
-A stdout that cannot be written is an error, but for a reader that has enough, as `head` has. A stderr that cannot be
-written changes nothing: what was to be said is lost, and the exit code stays what it is.
+A stdout that cannot be written is an error, except where the reader closed the pipe, as `head` does. A stderr that
+cannot be written changes nothing: the message is lost and the exit code stays.
 """
 
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TextIO
 
+from rich.console import Console
+from rich.table import Table
+
 from cesar_mqtt.errors import CesarError
+
+GAP = 2
+"""Cells between two columns."""
+_ANY_WIDTH = 10_000
 
 
 class OutputError(CesarError):
@@ -17,20 +25,20 @@ class OutputError(CesarError):
 
 
 def out(text: str, *, flush: bool = False) -> None:
-    """Print a line of the product.
+    """Print a line of the result.
 
     Raises:
         OutputError: it cannot be written.
-        BrokenPipeError: nobody reads any more.
+        BrokenPipeError: the reader closed the pipe.
     """
     try:
-        print(text, flush=flush)  # noqa: T201 - stdout is the product
+        print(text, flush=flush)  # noqa: T201 - the result goes to stdout
     except OSError as exc:
         raise _translated(exc) from exc
 
 
 def write(data: bytes) -> None:
-    """Write a file byte by byte behind what was printed. Raises as `out`."""
+    """Write bytes to stdout, after what was printed. Raises as `out`."""
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -40,20 +48,53 @@ def write(data: bytes) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the person something."""
-    tell(f"cesar-mqtt: {text}")
+    """Print a message for the person, after the program's name."""
+    write_line(f"cesar-mqtt: {text}")
 
 
-def tell(line: str) -> None:
-    """Write a line to stderr as it is."""
+def write_line(line: str) -> None:
+    """Print a line on stderr as it is."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
 
 
-def open_closed_streams() -> None:
-    """Put the null device in the place of standard streams that are closed (`2>&-`).
+def new_table(*, show_header: bool = True) -> Table:
+    """Return a table without lines, its columns `GAP` cells apart."""
+    return Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", show_header=show_header)
 
-    Else the next file to be opened, the ledger perhaps, would get a number on which libraries write their messages.
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout; where that is no terminal, nothing is cut or wrapped. Raises as `out`."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_ANY_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        out(line.rstrip())
+
+
+def columns_that_fit(widths: Mapping[str, int], width: int, *, gap: int, dropped_first: Iterable[str]) -> list[str]:
+    """Choose the columns of a line: all of them, or without as many of `dropped_first`, in order, as have no room.
+
+    Args:
+        widths: the width of each column, in cells.
+        width: of the line.
+        gap: between two columns.
+        dropped_first: a column that is not among them stays, whether it fits or not.
+    """
+    shown = dict(widths)
+    for name in dropped_first:
+        if sum(shown.values()) + gap * (len(shown) - 1) <= width:
+            break
+        del shown[name]
+    return list(shown)
+
+
+def open_closed_streams() -> None:
+    """Open the null device for standard streams that are closed (`2>&-`).
+
+    Otherwise the next file to be opened, such as the ledger, would get the descriptor that libraries log to.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -64,7 +105,7 @@ def open_closed_streams() -> None:
 
 
 def flush() -> None:
-    """Write out what is still buffered, so that the interpreter's own last flush cannot fail and change the exit code.
+    """Flush both streams, so that the interpreter's own last flush cannot fail and change the exit code.
 
     Raises:
         OutputError: stdout cannot be written.
@@ -80,7 +121,7 @@ def flush() -> None:
 
 
 def _flush(stream: TextIO) -> None:
-    """Flush; what cannot be written goes to the null device. Raises OSError."""
+    """Flush a stream; send what cannot be written to the null device. Raises OSError."""
     try:
         stream.flush()
     except OSError:

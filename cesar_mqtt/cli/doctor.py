@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from cesar_mqtt import __file__ as package_file
 from cesar_mqtt.cli.console import out
+from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import ControlClient, NoAnswerError
+from cesar_mqtt.cli.session import NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError

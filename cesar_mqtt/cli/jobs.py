@@ -1,35 +1,34 @@
-"""What `jobs`, `show`, `cancel`, `retry`, `delete`, `pause`, `resume` and `health` ask and print; for the main thread.
+"""The commands `jobs`, `show`, `cancel`, `retry`, `delete`, `pause`, `resume` and `health`; for the main thread.
 
-What a consumer answers goes to stdout, everything else is an error that the command line tells on stderr.
+A consumer's response goes to stdout; everything else is an error, which the command line prints on stderr.
 """
 
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from cesar_mqtt.cli import text as wording
-from cesar_mqtt.cli.console import out, say
-from cesar_mqtt.cli.session import ControlClient, RequestRefusedError
+from cesar_mqtt.cli import text
+from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_table, say
+from cesar_mqtt.cli.control_client import ControlClient, RequestRefusedError
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.protocol.commands import MAX_LISTED_JOBS, MAX_RESULT_BYTES
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
-_HEAD = {name: name for name in _COLUMNS}
 _DROPPED_FIRST = ("MODEL", "LENGTH", "ACCEPTED", "AUDIO", "STATUS")
 _AUDIO_LEAST = 12
-_GAP = 2
 _TRIES = 3
 _LATER = {
     "cancel": {
-        "processing": "Job {} is in work; it ends as cancelled within seconds.",
+        "processing": "Job {} is running; it ends as cancelled within seconds.",
         "cancelled": "Job {} is cancelled.",
     },
     "retry": {"queued": "Job {} is queued again."},
@@ -38,7 +37,7 @@ _LATER = {
 
 
 def quiet() -> None:
-    """Keep the client's log off the terminal: what matters of it is told in the command's own sentences."""
+    """Keep the log off the terminal: the command prints sentences of its own."""
     logging.getLogger("cesar_mqtt").addHandler(logging.NullHandler())
 
 
@@ -48,21 +47,23 @@ def print_jobs(
     """Print the newest jobs, the newest first.
 
     Args:
-        settings: where to ask.
+        settings: name the broker and the topic prefix.
         status: only jobs in this state; None: all.
-        limit: how many at most; 0: all.
-        consumer: only jobs of this one; None: of all that are online.
-        as_json: whether to print a JSON object a line.
-        timeout_s: how long to wait for the broker, and for each answer.
+        limit: the most jobs to print; 0: all.
+        consumer: only jobs of this consumer; None: of all that are online.
+        as_json: print one JSON object a line.
+        timeout_s: the longest wait for the broker, and for each response.
 
     Raises:
         CesarError: see `ControlClient`.
     """
     quiet()
-    with ControlClient(settings, ["list"], timeout_s=timeout_s) as requester:
-        told = [_newest(requester, status, limit, each) for each in requester.everyone(consumer)]
-    total = sum(count for _, count in told)
-    merged = sorted((job for page, _ in told for job in page), key=_accepted, reverse=True) if told[1:] else told[0][0]
+    with ControlClient(settings, ["list"], timeout_s=timeout_s) as client:
+        lists = [_newest(client, status, limit, each) for each in client.targets(consumer)]
+    total = sum(count for _, count in lists)
+    merged = [job for newest, _ in lists for job in newest]
+    if len(lists) > 1:
+        merged.sort(key=lambda job: str(job.get("created_at")), reverse=True)
     found = merged[: limit or None]
     if as_json:
         for job in found:
@@ -75,20 +76,22 @@ def print_jobs(
 
 
 def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
-    """Print all that a job's status says, the transcript last. Raises CesarError as `ControlClient` does."""
+    """Print the whole status of a job, the transcript last. Raises CesarError as `ControlClient` does."""
     quiet()
-    with ControlClient(settings, ["get", "result"], timeout_s=timeout_s) as requester:
-        status = requester.ask("get", {"job_id": job_id}, consumer=consumer)
+    with ControlClient(settings, ["get", "result"], timeout_s=timeout_s) as client:
+        status = client.ask("get", {"job_id": job_id}, consumer=consumer)
         if status.get("result_truncated") and status.get("status") == "completed":
-            status |= {"result_text": _whole(requester, str(status["job_id"]), consumer), "result_truncated": False}
+            status |= {
+                "result_text": _whole_transcript(client, str(status["job_id"]), consumer),
+                "result_truncated": False,
+            }
     if as_json:
         out(json.dumps(status, ensure_ascii=False))
         return ExitCode.OK
-    text = status.pop("result_text", None)
-    for line in wording.aligned([(name, _told(name, value)) for name, value in status.items() if _says(value)]):
-        out(line)
-    if text:
-        out("\n" + wording.readable(str(text)))
+    transcript = status.pop("result_text", None)
+    print_table(_pairs({name: value for name, value in status.items() if value not in (None, {}, [])}))
+    if transcript:
+        out("\n" + text.readable(str(transcript)))
     return ExitCode.OK
 
 
@@ -97,27 +100,27 @@ def change(
 ) -> ExitCode:
     """Cancel, retry or delete a job and print its state. Raises CesarError as `ControlClient` does."""
     quiet()
-    with ControlClient(settings, [command], timeout_s=timeout_s) as requester:
-        done = requester.ask(command, {"job_id": job_id}, consumer=consumer)
+    with ControlClient(settings, [command], timeout_s=timeout_s) as client:
+        done = client.ask(command, {"job_id": job_id}, consumer=consumer)
     if as_json:
         out(json.dumps(done, ensure_ascii=False))
         return ExitCode.OK
     state = str(done.get("status"))
-    sentence = _LATER[command].get(state, f"Job {{}} is {wording.printable(state)}.")
-    out(sentence.format(wording.printable(str(done.get("job_id")))))
+    sentence = _LATER[command].get(state, f"Job {{}} is {text.printable(state)}.")
+    out(sentence.format(text.printable(str(done.get("job_id")))))
     return ExitCode.OK
 
 
 def pause(settings: Settings, *, on: bool, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
-    """Have no further job started, or have them started again. Raises CesarError as `ControlClient` does."""
+    """Pause or resume the consumers. Raises CesarError as `ControlClient` does."""
     for done in _ask_each(settings, "pause" if on else "resume", consumer, timeout_s):
-        name = wording.printable(str(done.get("consumer", "the consumer")))
+        name = text.printable(str(done.get("consumer", "the consumer")))
         if as_json:
             out(json.dumps(done, ensure_ascii=False))
         elif done.get("paused"):
-            out(f"Paused: {name} accepts jobs, and starts none until `cesar-mqtt resume`.")
+            out(f"Paused: {name} accepts jobs and starts none until `cesar-mqtt resume`.")
         else:
-            out(f"Resumed: {name} starts the jobs that wait.")
+            out(f"Resumed: {name} starts queued jobs again.")
     return ExitCode.OK
 
 
@@ -128,8 +131,7 @@ def health(settings: Settings, *, consumer: str | None, as_json: bool, timeout_s
         if as_json:
             out(json.dumps(measured))
         else:
-            for line in wording.aligned([(name, _told(name, value)) for name, value in measured.items()]):
-                out(line)
+            print_table(_pairs(measured))
         if measured.get("worker_alive") is not True or measured.get("network_alive") is not True:
             code = ExitCode.FAILED
     return code
@@ -138,20 +140,20 @@ def health(settings: Settings, *, consumer: str | None, as_json: bool, timeout_s
 def _ask_each(settings: Settings, command: str, consumer: str | None, timeout_s: float) -> Iterator[dict[str, Any]]:
     """Ask the one consumer, or each that is online."""
     quiet()
-    with ControlClient(settings, [command], timeout_s=timeout_s) as requester:
-        for each in requester.everyone(consumer):
-            yield requester.ask(command, consumer=each)
+    with ControlClient(settings, [command], timeout_s=timeout_s) as client:
+        for each in client.targets(consumer):
+            yield client.ask(command, consumer=each)
 
 
 def _newest(
-    requester: ControlClient, status: str | None, limit: int, consumer: str | None
+    client: ControlClient, status: str | None, limit: int, consumer: str | None
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return the newest jobs, newest first, and how many there are. A job deleted between two pages: from the start."""
+    """Return the newest jobs, newest first, and the number of all; starts again when a job is deleted between pages."""
     for tries_left in reversed(range(_TRIES)):
         newest: deque[dict[str, Any]] = deque(maxlen=limit or None)
         total = 0
         try:
-            for page in _pages(requester, status, consumer):
+            for page in _pages(client, status, consumer):
                 newest.extend({**job, "consumer": page.get("consumer", consumer)} for job in page["jobs"])
                 total = page["total"]
         except RequestRefusedError:
@@ -162,54 +164,54 @@ def _newest(
     return list(reversed(newest)), total
 
 
-def _accepted(job: Mapping[str, Any]) -> str:
-    return str(job.get("created_at"))
-
-
-def _pages(requester: ControlClient, status: str | None, consumer: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the pages of all jobs, oldest first, for that is the order in which they can be asked for."""
+def _pages(client: ControlClient, status: str | None, consumer: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the pages of all jobs, oldest first: the order of the command `list`."""
     after = None
     while True:
-        page = requester.ask("list", {"status": status, "limit": MAX_LISTED_JOBS, "after": after}, consumer=consumer)
+        page = client.ask("list", {"status": status, "limit": MAX_LISTED_JOBS, "after": after}, consumer=consumer)
         yield page
         after = page["next"]
         if after is None:
             return
 
 
-def _whole(requester: ControlClient, job_id: str, consumer: str | None) -> str:
-    """Fetch a transcript in pieces."""
-    text, more, offset = "", True, 0
+def _whole_transcript(client: ControlClient, job_id: str, consumer: str | None) -> str:
+    """Return a transcript that does not fit one packet, page by page."""
+    transcript, more, offset = "", True, 0
     while more:
         asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MAX_RESULT_BYTES}
-        piece = requester.ask("result", asked, consumer=consumer)
-        text += piece["text"]
-        more, offset = piece["more"], piece["offset"] + piece["length"]
-    return text
+        page = client.ask("result", asked, consumer=consumer)
+        transcript += page["text"]
+        more, offset = page["more"], page["offset"] + page["length"]
+    return transcript
 
 
 def _print_jobs(found: list[dict[str, Any]]) -> None:
     console = Console()
-    if not console.is_terminal:
-        for line in wording.aligned([_COLUMNS, *(tuple(_cells(job).values()) for job in found)]):
-            out(line)
-        return
-    styles = ["bold", *("red" if job["status"] == "error" else "" for job in found)]
-    for line, style in zip(wording.aligned(_table(found, console.width)), styles, strict=True):
-        console.print(Text(line, style=style), soft_wrap=True)  # an id is never cut: it goes on in the next line
+    print_table(_table(found, console.width if console.is_terminal else None))
 
 
-def _table(found: list[dict[str, Any]], width: int) -> list[Sequence[str]]:
-    """Lay out head and rows for a line of so many cells; what has no room is shortened, then dropped, but no id."""
-    rows = [_HEAD, *map(_cells, found)]
-    if sum(_widths(rows).values()) + _GAP * (len(_COLUMNS) - 1) > width:
-        rows = [_HEAD | {"ACCEPTED": f"ACCEPTED {datetime.now().astimezone():%Z}"}, *map(_short_cells, found)]
-    wide = _widths(rows)
-    least = wide | {"AUDIO": min(wide["AUDIO"], _AUDIO_LEAST)}
-    names = wording.fitting(least, width, gap=_GAP, dropped_first=_DROPPED_FIRST)
-    room = width - sum(wide[name] + _GAP for name in names if name != "AUDIO")
-    rows = [row | {"AUDIO": wording.shortened(row["AUDIO"], max(room, _AUDIO_LEAST))} for row in rows]
-    return [[row[name] for name in names] for row in rows]
+def _table(found: list[dict[str, Any]], width: int | None) -> Table:
+    """Lay out the jobs for a line of so many cells (None: any number); what has no room is dropped, but never an id."""
+    rows = [_cells(job) for job in found]
+    heads = {name: name for name in _COLUMNS}
+    if width is not None and sum(_widths([heads, *rows]).values()) + GAP * (len(_COLUMNS) - 1) > width:
+        heads["ACCEPTED"] = f"ACCEPTED {datetime.now().astimezone():%Z}"
+        rows = [_short_cells(job) for job in found]
+    widths = _widths([heads, *rows])
+    names = list(_COLUMNS)
+    if width is not None:
+        least = widths | {"AUDIO": min(widths["AUDIO"], _AUDIO_LEAST)}
+        names = columns_that_fit(least, width, gap=GAP, dropped_first=_DROPPED_FIRST)
+    table = new_table()
+    for name in names:
+        # An id that is longer than the line goes on in the next one; a file's name is shortened.
+        table.add_column(heads[name], width=None if name == "AUDIO" else widths[name], overflow="fold")
+    for job, row in zip(found, rows, strict=True):
+        audio = Text(row["AUDIO"], no_wrap=True, overflow="ellipsis")
+        cells = (audio if name == "AUDIO" else Text(row[name]) for name in names)
+        table.add_row(*cells, style="red" if job["status"] == "error" else "")
+    return table
 
 
 def _widths(rows: list[dict[str, str]]) -> dict[str, int]:
@@ -217,7 +219,7 @@ def _widths(rows: list[dict[str, str]]) -> dict[str, int]:
 
 
 def _short_cells(job: Mapping[str, Any]) -> dict[str, str]:
-    accepted = wording.local_minute(job["created_at"])
+    accepted = text.local_minute(job["created_at"])
     return _cells({**job, "error_code": None}) | {"ACCEPTED": accepted}
 
 
@@ -229,27 +231,31 @@ def _cells(job: Mapping[str, Any]) -> dict[str, str]:
     cells = (
         job["job_id"],
         f"{state}{detail}",
-        wording.local_time(job["created_at"]),
-        wording.duration(wording.number(job["audio_duration"])),
+        text.local_time(job["created_at"]),
+        text.duration(text.number(job["audio_duration"])),
         job["model_size"],
         file or job["audio_source"] or "",
     )
-    return {name: wording.printable(str(cell)) for name, cell in zip(_COLUMNS, cells, strict=True)}
+    return {name: text.printable(str(cell)) for name, cell in zip(_COLUMNS, cells, strict=True)}
 
 
-def _says(value: object) -> bool:
-    return value is not None and value not in ({}, [])
+def _pairs(fields: Mapping[str, Any]) -> Table:
+    """Lay out fields, one a line."""
+    table = new_table(show_header=False)
+    for name, value in fields.items():
+        table.add_row(name, Text(_readable(name, value)))
+    return table
 
 
-def _told(name: str, value: object) -> str:
+def _readable(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    measure = wording.number(value)
+    measure = text.number(value)
     if measure is not None and name.endswith("_bytes"):
-        return wording.size(measure)
+        return text.size(measure)
     if measure is not None and (name.endswith("_duration") or name in {"eta", "uptime"}):
-        return wording.duration(measure)
-    if name.endswith("_at") and (told := wording.local_time(value)):
-        return told
+        return text.duration(measure)
+    if name.endswith("_at") and (local := text.local_time(value)):
+        return local
     plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return wording.printable(plain)
+    return text.printable(plain)

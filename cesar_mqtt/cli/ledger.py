@@ -21,22 +21,22 @@ def path_of(settings: Settings) -> Path:
 
 
 def check(path: Path) -> ExitCode:
-    """Print what the ledger holds and what of it is damaged; changes nothing. Raises LedgerError."""
-    with _alone(path):
+    """Print what the ledger holds and which parts are damaged; changes nothing. Raises LedgerError."""
+    with _locked(path):
         found = examine(path)
     _print(path, found)
     return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
 
 
 def repair(path: Path, *, yes: bool) -> ExitCode:
-    """Print what would be kept and dropped, and do it when told to. Raises LedgerError."""
-    with _alone(path):
+    """Print what is recovered and what is lost, and write a whole ledger if confirmed. Raises LedgerError."""
+    with _locked(path):
         found = examine(path)
         _print(path, found)
         if not found.damaged:
-            out("Nothing has to be repaired.")
+            out("Nothing to repair.")
             return ExitCode.OK
-        if not yes and not _agreed():
+        if not yes and not _is_confirmed():
             out("Nothing was changed.")
             return ExitCode.FAILED
         for old in write_repaired(path, found):
@@ -46,18 +46,18 @@ def repair(path: Path, *, yes: bool) -> ExitCode:
 
 
 def compact(path: Path) -> ExitCode:
-    """Bring everything into `ledger.json` alone. Raises LedgerError."""
+    """Write everything into `ledger.json` alone. Raises LedgerError."""
     before = _size(path)
     _must_exist(path)
-    logs.configure("text", "warning")  # of a job that was in work at a crash the ledger says so, with its id
+    logs.configure("text", "warning")  # the ledger logs the jobs that were running at a crash
     Ledger(path).close()
     out(f"{path}: {before} bytes before, {_size(path)} bytes after")
     return ExitCode.OK
 
 
 def export(path: Path) -> ExitCode:
-    """Print every job, a JSON object a line, in the order of acceptance. Raises LedgerError."""
-    with _alone(path):
+    """Print every job, one JSON object a line, in the order of acceptance. Raises LedgerError."""
+    with _locked(path):
         found = examine(path)
     for key, row in sorted(found.jobs.items(), key=lambda item: int(item[0])):
         out(json.dumps({"seq": int(key), **row}, ensure_ascii=False))
@@ -67,7 +67,7 @@ def export(path: Path) -> ExitCode:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     _must_exist(path)
     held = acquire_lock(path)
     try:
@@ -90,16 +90,16 @@ def _print(path: Path, found: RecoveredLedger) -> None:
     for sentence in first_sentences(found.lost):
         out(f"  lost: {sentence}")
     if found.damaged:
-        out(f"The ledger is damaged. `cesar-mqtt ledger repair` keeps {many(len(found.jobs), 'job')}, no more.")
+        out(f"The ledger is damaged. `cesar-mqtt ledger repair` can recover {many(len(found.jobs), 'job')}.")
     else:
         out("The ledger is whole.")
 
 
-def _agreed() -> bool:
+def _is_confirmed() -> bool:
     if not sys.stdin.isatty():
-        out("Say --yes to do so.")
+        out("Repair it with --yes.")
         return False
-    return input("Do so? [y/N] ").strip().lower() in {"y", "yes"}
+    return input("Repair? [y/N] ").strip().lower() in {"y", "yes"}
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The commands `models list` and `models pull`: which models can be used without a network, and fetching one."""
+"""The commands `models list` and `models pull`: the models on this machine, and downloading one."""
 
 import json
 import time
@@ -10,18 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.cli.console import new_table, out, print_table, say
+from cesar_mqtt.cli.text import size
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, JobFailedError
 from cesar_mqtt.whisper import hub
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
 
-_SAY_EVERY_S = 5.0
+_LINE_EVERY_S = 5.0
 _LANGUAGES = {True: "multilingual", False: "English", None: "unknown"}
 
 
 def list_models(settings: Settings, *, as_json: bool) -> ExitCode:
-    """Print which models are on this machine, and which may be fetched. Raises ConfigError."""
+    """Print the models on this machine and those that may be downloaded. Raises ConfigError."""
     catalogue = _catalogue(settings)
     entries = catalogue.entries()
     others = [entry.name for entry in entries if entry.origin is None and catalogue.may_download(entry.name)]
@@ -34,35 +35,35 @@ def list_models(settings: Settings, *, as_json: bool) -> ExitCode:
     if not any(entry.default for entry in here):
         out(f"The default is {catalogue.default_name()}, which is not on this machine.")
     if others:
-        out(f"`cesar-mqtt models pull NAME` fetches: {', '.join(others)}")
+        out(f"`cesar-mqtt models pull NAME` downloads: {', '.join(others)}")
         if hub.is_offline():
-            out("Now it cannot: HF_HUB_OFFLINE is set.")
+            out("HF_HUB_OFFLINE is set: nothing can be downloaded now.")
     elif not settings.models.download:
         out("Others may not be downloaded (models.download is false).")
     return ExitCode.OK
 
 
 def pull(name: str, settings: Settings) -> ExitCode:
-    """Make a model usable without a network, and print its folder on stdout; the way there is shown on stderr.
+    """Make a model usable without a network and print its folder on stdout, the progress on stderr.
 
-    Exit code 2: no model has this name, or `models.allowed` leaves it out; 1: it could not be fetched.
+    Exit code 2: no model has this name, or `models.allowed` leaves it out; 1: the download failed.
 
     Raises:
-        ConfigError: a setting names a model that cannot be.
+        ConfigError: a setting names an impossible model.
     """
-    logs.configure(settings.log.format, "error")  # what is shown here is said in sentences
+    logs.configure(settings.log.format, "error")  # the command prints sentences of its own
     catalogue = _catalogue(settings)
     if not catalogue.is_allowed(name):
-        say(f"{name!r} is no model that may be used. Those that may: {', '.join(catalogue.allowed_names())}.")
+        say(f"{name!r} is not an allowed model. Allowed are: {', '.join(catalogue.allowed_names())}.")
         return ExitCode.USAGE
     place = catalogue.find(name)
-    hopeless = place is None and (hub.is_offline() or not catalogue.may_download(name))
+    unavailable = place is None and (hub.is_offline() or not catalogue.may_download(name))
     try:
-        if hopeless or (place is not None and place.path is not None):
+        if unavailable or (place is not None and place.path is not None):
             path = catalogue.obtain(name)
             say(f"{name} is already here.")
         else:
-            with _shown(name, "not here yet: fetching it" if place is None else "here in parts: joining them") as view:
+            with _shown(name, "downloading it" if place is None else "joining it from its packages") as view:
                 path = catalogue.obtain(name, on_progress=view.show)
     except JobFailedError as exc:
         say(exc.message)
@@ -76,7 +77,7 @@ def _catalogue(settings: Settings) -> Catalogue:
 
 
 def models_folder(settings: Settings) -> Path:
-    """Return where the consumer keeps the models that it has joined."""
+    """Return the folder of models that were joined from packages."""
     return settings.data_dir / "models"
 
 
@@ -88,26 +89,19 @@ def _print_table(entries: list[ModelEntry]) -> None:
     if not entries:
         out("No model is on this machine.")
         return
-    rows = [("NAME", "FROM", "SIZE", "LANGUAGES", "")] + [
-        (
+    table = new_table()
+    for head in ("NAME", "FROM", "SIZE", "LANGUAGES", ""):
+        table.add_column(head, justify="right" if head == "SIZE" else "left")
+    for entry in entries:
+        notes = ("default" if entry.default else None, entry.problem)
+        table.add_row(
             entry.name,
             str(entry.origin),
-            f"{(entry.size_bytes or 0) / 1e6:.0f} MB",
+            size(entry.size_bytes or 0),
             _LANGUAGES[entry.multilingual],
-            "; ".join(note for note in ("default" if entry.default else None, entry.problem) if note),
+            "; ".join(note for note in notes if note),
         )
-        for entry in entries
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for name, origin, size, languages, note in rows:
-        cells = (
-            name.ljust(widths[0]),
-            origin.ljust(widths[1]),
-            size.rjust(widths[2]),
-            languages.ljust(widths[3]),
-            note,
-        )
-        out("  ".join(cells).rstrip())
+    print_table(table)
 
 
 class _View(Protocol):
@@ -122,7 +116,7 @@ def _shown(name: str, what: str) -> _View:
 
 
 class _Bar:
-    """A progress bar that goes when it is done."""
+    """A progress bar, removed at the end."""
 
     def __init__(self, name: str, console: Console) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
@@ -143,15 +137,15 @@ class _Bar:
 
 
 class _Lines:
-    """A line now and then, for a stderr that is a file or another program."""
+    """A line every few seconds, where stderr is no terminal."""
 
     def __init__(self, name: str, what: str) -> None:
         self._name = name
         self._what = what
-        self._said_at: float | None = None
+        self._printed_at: float | None = None
 
     def __enter__(self) -> Self:
-        say(f"{self._name} is {self._what}.")
+        say(f"{self._name}: {self._what}.")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,6 +153,6 @@ class _Lines:
 
     def show(self, done_bytes: int, total_bytes: int) -> None:
         now = time.monotonic()
-        if done_bytes == total_bytes or self._said_at is None or now - self._said_at >= _SAY_EVERY_S:
-            self._said_at = now
+        if done_bytes == total_bytes or self._printed_at is None or now - self._printed_at >= _LINE_EVERY_S:
+            self._printed_at = now
             say(f"{self._name}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")

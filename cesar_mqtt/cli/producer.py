@@ -1,6 +1,6 @@
-"""The producer's side of the contract, for `submit` and `demo`: send recordings, follow their statuses.
+"""A producer of jobs, for `submit` and `demo`: publish recordings, follow their statuses.
 
-One thread uses a `Producer`; it knows nothing of ledgers and models.
+One thread uses a `Producer`.
 """
 
 import base64
@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from cesar_mqtt.cli.session import ephemeral_client, reach
+from cesar_mqtt.cli.session import Session
 from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
-from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.mqtt.messages import (
     MAX_PACKET_BYTES,
     CannotPublishError,
@@ -29,38 +28,33 @@ from cesar_mqtt.mqtt.messages import (
 from cesar_mqtt.protocol.topics import Topics
 
 _FINAL = frozenset({"completed", "error", "cancelled"})
-_LOOK_S = 0.25
+_POLL_S = 0.25
 _SHORT_S = 0.01
 _RESULT_S = 5.0
-"""How long a result may come after the status that says that the job is completed; it should come before."""
+"""The longest wait for a result after the status `completed`; it should arrive before."""
 
 
 _NAME_CHARACTERS = 200
 _NAMED_BYTES = 64 << 20
-"""Where MQTT 3.1.1 is spoken, the name of a recording up to this size goes with it: inside JSON, a third larger."""
+"""On MQTT 3.1.1 the file's name is sent only with recordings up to this size: it needs JSON, a third larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One recording to be transcribed.
-
-    Attributes:
-        job_id: its id; the same id with the same recording again is the same job.
-        audio: the recording's bytes, or None when `path` is to be sent instead.
-        path: the path as the consumer is to look it up.
-        options: further fields of the request.
-        name: what the job's metadata is to call the file; None: nothing.
-    """
+    """One recording to be transcribed; the same id with the same recording again is the same job."""
 
     job_id: str
     audio: bytes | None = field(repr=False)
+    """The recording; None: `path` is sent instead."""
     path: str
+    """The path as the consumer looks it up."""
     options: Mapping[str, Any]
+    """Further fields of the request."""
     name: str | None = None
+    """The file's name in the job's metadata; None: it has none."""
 
 
 def new_job_id() -> str:
-    """Return an id that nobody else has."""
     return str(uuid.uuid4())
 
 
@@ -72,10 +66,10 @@ def submission(
     options: Mapping[str, Any],
     max_bytes: int = MAX_PACKET_BYTES,
 ) -> Submission:
-    """Prepare a recording; reads the file, `-` being stdin, unless only its path is to be sent.
+    """Prepare a recording; reads the file, `-` being stdin, unless only its path is sent.
 
-    A job whose id is made here is told apart by the file's name. With an id of the caller's the name is left out: the
-    same recording under another name has to stay the same request.
+    The file's name goes with a job whose id is generated here. With an id of the caller's the name is left out: the
+    same recording under another name must stay the same request.
 
     Raises:
         CesarError: the file cannot be read, is empty or larger than `max_bytes`.
@@ -89,17 +83,15 @@ def submission(
     except OSError as exc:
         raise CesarError(f"{shown} cannot be read: {exc.strerror}.") from exc
     if not audio:
-        raise CesarError(f"{shown} is empty: there is nothing to transcribe in it.")
+        raise CesarError(f"{shown} is empty: there is nothing to transcribe.")
     if len(audio) > max_bytes:
-        raise CesarError(
-            f"{shown} is over the {size(max_bytes)} that a message may have: send its path with --by-path."
-        )
+        raise CesarError(f"{shown} is larger than a message may be, {size(max_bytes)}: send its path with --by-path.")
     name = None if job_id or shown == "stdin" else printable(Path(path).name)[:_NAME_CHARACTERS]
     return Submission(job_id or new_job_id(), audio, shown, options, name)
 
 
 class Producer:
-    """A connection that publishes submissions and receives their statuses, and their results if these are wanted."""
+    """A session that publishes submissions and receives their statuses, and their results if these are wanted."""
 
     def __init__(
         self,
@@ -110,17 +102,23 @@ class Producer:
         result_format: str | None = None,
         on_lost: Callable[[ConnectionFailure], None] | None = None,
     ) -> None:
-        """Wire it; `connect` does the work. Raises ConfigError when a broker setting is wrong.
+        """Prepare the session; `connect` connects.
 
-        `result_format` is what every submission asks for in its options, to be waited for; None: the status is enough.
-        `on_lost` is told why a connection was lost, on the network thread.
+        Args:
+            settings: of the broker.
+            topics: of the consumer.
+            submissions: the recordings.
+            result_format: the format that every submission asks for in its options, to wait for; None: none.
+            on_lost: called on the network thread when the connection is lost.
+
+        Raises:
+            ConfigError: a broker setting is wrong.
         """
         self._topics = topics
-        self._address = parse_broker_url(settings.url).redacted
         self._submissions = {submission.job_id: submission for submission in submissions}
         self._statuses: dict[str, dict[str, Any]] = {}
         self._statuses_before: dict[str, dict[str, Any]] = {}
-        """What was retained before we published may be another job of the same id; ours is published afresh."""
+        """A status retained before the request may be of an earlier job with this id; ours is published again."""
         self._results: dict[str, bytes] = {}
         self._results_before: dict[str, bytes] = {}
         self._result_topics = (
@@ -128,81 +126,78 @@ class Producer:
         )
         self._results_due: float | None = None
         self._first_connection = 0
-        self._published: dict[PublishTicket, str | None] = {}
         self._consumers: dict[str, bool] = {}
         watched = [*(topics.status(job_id) for job_id in self._submissions), *self._result_topics]
         states = f"{topics.prefix}/consumer/+/state"
         wanted = [Subscription(topic, wants_retained=True) for topic in (*watched, states)]
         wanted.append(Subscription(topics.rejected))
-        self._client = ephemeral_client(settings, "submit", wanted, on_published=self._published.__setitem__)
-        self._client.on_disconnected = on_lost
+        self._session = Session(settings, "submit", wanted, on_disconnected=on_lost)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()
+        self._session.close()
 
     def connect(self, timeout_s: float) -> None:
-        """Connect and subscribe; a broker that refuses connections may be starting. Raises as `reach`."""
-        self._first_connection = reach(self._client, self._address, timeout_s, patience_s=timeout_s).number
+        """Connect and subscribe; a broker that refuses connections may be starting. Raises as `Session.connect`."""
+        self._first_connection = self._session.connect(timeout_s, retry_s=timeout_s).number
 
     @property
     def trouble(self) -> str | None:
-        """Why there is no connection just now; None: there is one."""
-        if self._client.connected:
-            return None
-        failure = self._client.failure
-        return failure.problem if failure else "the connection was lost"
+        """Why there is no connection; None: there is one."""
+        return self._session.trouble
 
     @property
     def consumer_online(self) -> bool:
-        """Whether any consumer has said that it is there."""
+        """Whether any consumer is known to be online."""
         return any(self._consumers.values())
 
     def wait_for_consumer(self, deadline: float) -> bool:
-        """Wait until a consumer says that it is there; False at the deadline."""
-        while not self.consumer_online and not _over(deadline):
+        """Wait until a consumer is online; False at the deadline."""
+        while not self.consumer_online and not _is_past(deadline):
             self._receive()
         return self.consumer_online
 
     def publish(self, deadline: float | None) -> bool:
-        """Send every submission at QoS 1 and wait until the broker has taken them; False at the deadline.
+        """Publish every submission at QoS 1 and wait for the acknowledgements; False at the deadline.
 
         Raises:
             BrokerRefusedError: the broker does not let this client publish there.
-            CesarError: a recording is larger than the broker takes.
+            CesarError: a recording is larger than the broker's packet limit.
         """
         for item in self._submissions.values():
             topic, ticket = self._send(item)
-            while ticket not in self._published:
-                if _over(deadline):
+            while not self._session.is_published(ticket):
+                if _is_past(deadline):
                     return False
-                # What comes in meanwhile is taken and acknowledged: amqtt answers nothing before that.
+                # Incoming messages are acknowledged meanwhile: amqtt sends no PUBACK before that.
                 self._receive(_SHORT_S)
-                if ticket is None or self._client.connected is None:
-                    self._client.wait_connected(_LOOK_S)
+                if ticket is None or self._session.connection is None:
+                    self._session.wait_connected(_POLL_S)
                     topic, ticket = self._send(item)
-            reason = None if ticket is None else self._published[ticket]
+            reason = self._session.refusal(ticket)
             if reason is not None:
-                raise BrokerRefusedError(f"{self._address} does not let this client publish on {topic}: {reason}.")
+                raise BrokerRefusedError(
+                    f"{self._session.address} does not let this client publish on {topic}: {reason}."
+                )
         return True
 
     def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
         topic, payload, properties = self._message(item)
         try:
-            return topic, self._client.publish(topic, payload, qos=1, user_properties=properties)
+            return topic, self._session.publish(topic, payload, user_properties=properties)
         except CannotPublishError as exc:
             raise CesarError(f"{item.path} cannot be sent: {exc} Send its path with --by-path.") from exc
 
     def follow(self, deadline: float | None, on_status: Callable[[str, Mapping[str, Any]], None]) -> bool:
         """Receive statuses until every submission is final; False at the deadline.
 
-        Results that are wanted and do not come soon after the last status are not waited for any longer.
+        A result that does not arrive soon after the last status is not waited for any longer.
 
         Args:
-            deadline: on the monotonic clock; None: as long as it takes.
-            on_status: called with the id and the status whenever one comes; a refusal comes as status `rejected`.
+            deadline: on the monotonic clock; None: no limit.
+            on_status: called with the id and each new status; a rejection comes as status `rejected`.
         """
         reported: dict[str, Any] = {}
         while True:
@@ -210,34 +205,34 @@ class Producer:
                 if reported.get(job_id) is not status:
                     reported[job_id] = status
                     on_status(job_id, status)
-            if self._is_over():
+            if self._is_complete():
                 return True
-            if _over(deadline):
+            if _is_past(deadline):
                 return False
             self._receive()
 
     def results(self) -> Iterator[tuple[Submission, Mapping[str, Any] | None]]:
-        """Yield each submission in order with its newest status; None when nothing was heard of it."""
+        """Yield each submission in order with its newest status; None when none arrived."""
         for job_id, submission in self._submissions.items():
             yield submission, self._statuses.get(job_id)
 
     def result(self, job_id: str) -> bytes | None:
-        """Return the result of a completed job as it was published; None: it has not come."""
+        """Return the result of a completed job as it was published; None: it did not arrive."""
         if job_id in self._results:
             return self._results[job_id]
         before, now = self._statuses_before.get(job_id), self._statuses.get(job_id)
-        # The same job again: its status is published anew, what is retained beside it need not be.
+        # Where the id named the same job before, its status is published again, but not its retained results.
         same = before is not None and now is not None and all(before.get(name) == now.get(name) for name in _RUN)
         return self._results_before.get(job_id) if same else None
 
-    def _is_over(self) -> bool:
+    def _is_complete(self) -> bool:
         if not all(self._is_final(job_id) for job_id in self._submissions):
             return False
         completed = [job_id for job_id, status in self._statuses.items() if status["status"] == "completed"]
         if not self._result_topics or all(self.result(job_id) is not None for job_id in completed):
             return True
         self._results_due = self._results_due or time.monotonic() + _RESULT_S
-        return _over(self._results_due)
+        return _is_past(self._results_due)
 
     def _is_final(self, job_id: str) -> bool:
         status = self._statuses.get(job_id)
@@ -246,7 +241,7 @@ class Producer:
     def _message(self, item: Submission) -> tuple[str, bytes, Sequence[tuple[str, str]]]:
         """Return topic, payload and user properties; a user property that names no field is metadata."""
         named = {"file": item.name} if item.name else {}
-        connection = self._client.connected
+        connection = self._session.connection
         has_properties = connection is None or connection.protocol == "5"
         bare = has_properties or not named or len(item.audio or b"") > _NAMED_BYTES
         if item.audio is not None and not item.options and bare:
@@ -258,16 +253,14 @@ class Producer:
             document["audio_base64"] = base64.b64encode(item.audio).decode()
         return self._topics.jobs, json.dumps(document, ensure_ascii=False).encode(), ()
 
-    def _receive(self, timeout_s: float = _LOOK_S) -> None:
-        deliveries = self._client.receive(timeout_s)
-        for delivery in deliveries:
-            self._take(delivery)
-        self._client.acknowledge(deliveries)
+    def _receive(self, timeout_s: float = _POLL_S) -> None:
+        for delivery in self._session.receive(timeout_s):
+            self._process(delivery)
 
-    def _take(self, delivery: Delivery) -> None:
+    def _process(self, delivery: Delivery) -> None:
         before = delivery.retain and delivery.receipt.connection == self._first_connection
         if delivery.topic in self._result_topics:
-            self._take_result(self._result_topics[delivery.topic], delivery.payload, before=before)
+            self._process_result(self._result_topics[delivery.topic], delivery.payload, before=before)
             return
         try:
             document = json.loads(delivery.payload or b"null")
@@ -278,27 +271,27 @@ class Producer:
         job_id = document.get("job_id")
         if delivery.topic == self._topics.rejected and job_id in self._submissions:
             if not self._is_final(job_id):
-                self._statuses[job_id] = {"job_id": job_id, "status": "rejected", **_refusal(document)}
+                self._statuses[job_id] = {"job_id": job_id, "status": "rejected", **_rejection_fields(document)}
         elif job_id in self._submissions and delivery.topic == self._topics.status(job_id):
             (self._statuses_before if before else self._statuses)[job_id] = document
         elif "state" in document:
             self._consumers[delivery.topic] = document["state"] == "online"
 
-    def _take_result(self, job_id: str, payload: bytes, *, before: bool) -> None:
+    def _process_result(self, job_id: str, payload: bytes, *, before: bool) -> None:
         if payload:
             (self._results_before if before else self._results)[job_id] = payload
-        else:  # taken back
+        else:  # cleared
             self._results.pop(job_id, None)
             self._results_before.pop(job_id, None)
 
 
 _RUN = ("status", "created_at", "attempt", "completed_at")
-"""Fields that are the same in two statuses if they tell of the same run of the same job."""
+"""Fields that are equal in two statuses of the same attempt of the same job."""
 
 
-def _refusal(document: Mapping[str, Any]) -> dict[str, Any]:
+def _rejection_fields(document: Mapping[str, Any]) -> dict[str, Any]:
     return {"error_code": document.get("reason"), "error_message": document.get("detail")}
 
 
-def _over(deadline: float | None) -> bool:
+def _is_past(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline

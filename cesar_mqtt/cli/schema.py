@@ -1,4 +1,4 @@
-"""The commands `schema asyncapi` and `schema json`: the contract as data, on stdout or as files."""
+"""The commands `schema asyncapi` and `schema json`: the contract for programs, on stdout or as files."""
 
 import json
 from pathlib import Path
@@ -15,21 +15,21 @@ from cesar_mqtt.protocol.schema import Schema, bundle, payload_schemas
 
 def print_asyncapi(settings: Settings) -> ExitCode:
     """Print the AsyncAPI document of a consumer with these settings. Raises ConfigError."""
-    out(_written(document(settings, parse_broker_url(settings.broker.url))))
+    out(_render(document(settings, parse_broker_url(settings.broker.url))))
     return ExitCode.OK
 
 
 def print_schemas() -> ExitCode:
-    """Print one JSON Schema that holds those of all payloads in its `$defs`."""
-    out(_written(whole()))
+    """Print one JSON Schema with those of all payloads in its `$defs`."""
+    out(_render(whole()))
     return ExitCode.OK
 
 
 def write_schemas(folder: Path) -> ExitCode:
     """Write a JSON Schema for each payload into a folder, and print the names of the files.
 
-    Each stands for itself. None names its draft: they mean the same from draft 7 on, and a validator that knows only
-    that one, as Node-RED's, refuses those that name another.
+    Each is complete by itself. None names a draft: they mean the same from draft 7 on, and a validator that knows only
+    draft 7, such as Node-RED's, rejects a schema that names another.
 
     Raises:
         CesarError: a file cannot be written.
@@ -39,7 +39,7 @@ def write_schemas(folder: Path) -> ExitCode:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in zip(schemas, paths, strict=True):
-            path.write_text(_written(bundle(name, schemas)) + "\n", encoding="utf-8")
+            path.write_text(_render(bundle(name, schemas)) + "\n", encoding="utf-8")
     except OSError as exc:
         raise CesarError(f"{exc.filename or folder} cannot be written: {exc.strerror}.") from exc
     for path in paths:
@@ -53,10 +53,10 @@ def whole() -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "cesar-mqtt",
         "description": f"The payloads of cesar-mqtt {__version__} by name, in `$defs`; `cesar-mqtt schema asyncapi` "
-        "tells on which topics they go.",
+        "shows their topics.",
         "$defs": payload_schemas(),
     }
 
 
-def _written(value: Any) -> str:
+def _render(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)

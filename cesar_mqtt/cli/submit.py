@@ -28,7 +28,7 @@ _NOT_THERE = frozenset({"audio_not_found", "audio_not_allowed"})
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """What the command line asks for.
+    """The arguments of the command.
 
     Attributes:
         recordings: files, `-` being stdin, or with `by_path` paths as the consumer is to look them up.
@@ -51,53 +51,59 @@ class SubmitOptions:
     as_json: bool
 
 
-def submit_and_wait(order: SubmitOptions, settings: Settings) -> ExitCode:
-    """Send the recordings, wait for their ends if asked to, and print what came of them.
+def submit_and_wait(options: SubmitOptions, settings: Settings) -> ExitCode:
+    """Send the recordings, wait until they are final unless told not to, and print their results.
 
     Raises:
         CesarError: a file cannot be read, no broker answers, or it refuses.
     """
     quiet()
-    deadline = None if order.timeout_s is None else time.monotonic() + order.timeout_s
+    deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
     topics = Topics(settings.topic_prefix, settings.consumer.name)
-    options = {**order.fields, "formats": [order.result_format]} if order.result_format else order.fields
+    fields = {**options.fields, "formats": [options.result_format]} if options.result_format else options.fields
     limit = min(settings.queue.max_payload_bytes, MAX_PACKET_BYTES)
     submissions = [
-        submission(path, job_id=order.job_id, by_path=order.by_path, options=options, max_bytes=limit)
-        for path in order.recordings
+        submission(path, job_id=options.job_id, by_path=options.by_path, options=fields, max_bytes=limit)
+        for path in options.recordings
     ]
     with ExitStack() as stack:
         producer = stack.enter_context(
-            Producer(settings.broker, topics, submissions, result_format=order.result_format, on_lost=_say_lost)
+            Producer(
+                settings.broker,
+                topics,
+                submissions,
+                result_format=options.result_format,
+                on_lost=_print_connection_lost,
+            )
         )
-        producer.connect(_CONNECT_S if order.timeout_s is None else min(_CONNECT_S, order.timeout_s))
-        taken = producer.publish(deadline)
-        if not order.wait:
-            _print_ids(submissions, as_json=order.as_json)
+        producer.connect(_CONNECT_S if options.timeout_s is None else min(_CONNECT_S, options.timeout_s))
+        acknowledged = producer.publish(deadline)
+        if not options.wait:
+            _print_ids(submissions, as_json=options.as_json)
             if not producer.wait_for_consumer(time.monotonic() + _LOOK_S):
-                say("no consumer is online; what was sent waits at the broker, if that keeps it for one.")
-            return ExitCode.OK if taken else ExitCode.TIMEOUT
-        in_time = taken and _follow(producer, submissions, deadline)
-    code = _print_results(producer, order)
+                say("no consumer is online; the jobs wait at the broker if that keeps them for a consumer.")
+            return ExitCode.OK if acknowledged else ExitCode.TIMEOUT
+        in_time = acknowledged and _follow(producer, submissions, deadline)
+    code = _print_results(producer, options)
     return code if in_time else ExitCode.TIMEOUT
 
 
 def _follow(producer: Producer, submissions: list[Submission], deadline: float | None) -> bool:
-    """Show how far the jobs are until all have ended; False at the deadline."""
+    """Show the progress of the jobs until all are final; False at the deadline."""
     try:
         with _Bars(submissions) as bars:
             while True:
                 until = time.monotonic() + _LOOK_S
                 if producer.follow(until if deadline is None else min(until, deadline), bars.show):
                     return True
-                bars.hindered(producer.trouble, online=producer.consumer_online)
+                bars.set_trouble(producer.trouble, online=producer.consumer_online)
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
     except KeyboardInterrupt:
         for item, status in producer.results():
             if status is None or status["status"] in _OPEN:
-                goes = "was sent" if status is None else "goes on"
-                say(f"job {item.job_id} {goes}: cesar-mqtt show {item.job_id}")
+                state = "was sent" if status is None else f"is {status['status']}"
+                say(f"job {item.job_id} {state}: cesar-mqtt show {item.job_id}")
         raise
 
 
@@ -115,7 +121,7 @@ class _Bars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._hindrance: str | None = None
+        self._trouble: str | None = None
         self._statuses: dict[str, Mapping[str, Any]] = {}
         self._tasks: dict[str, TaskID] = {
             submission.job_id: self._progress.add_task(submission.path, total=1.0, state="sent")
@@ -130,22 +136,21 @@ class _Bars:
         self._progress.stop()
 
     def show(self, job_id: str, status: Mapping[str, Any]) -> None:
-        """Move the bar of one job."""
         self._statuses[job_id] = status
         self._draw(job_id)
 
-    def hindered(self, trouble: str | None, *, online: bool) -> None:
-        """Say beside the bars why nothing moves."""
-        self._hindrance = None if online else "no consumer is online; waiting"
+    def set_trouble(self, trouble: str | None, *, online: bool) -> None:
+        """Show beside the bars why there is no progress."""
+        self._trouble = None if online else "no consumer is online; waiting"
         if trouble is not None:
-            self._hindrance = "no connection; trying again"
+            self._trouble = "no connection; reconnecting"
         for job_id in self._tasks:
             self._draw(job_id)
 
     def _draw(self, job_id: str) -> None:
         status = self._statuses.get(job_id)
         waits = status is None or status["status"] in _OPEN
-        state = self._hindrance if waits and self._hindrance else "sent" if status is None else _state(status)
+        state = self._trouble if waits and self._trouble else "sent" if status is None else _state(status)
         done = None if status is None else number(status.get("progress"))
         self._progress.update(self._tasks[job_id], completed=done or 0.0, state=state)
 
@@ -158,8 +163,8 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{status['status']}{done}" + (f", {duration(eta)} left" if done and eta is not None else "")
 
 
-def _say_lost(failure: ConnectionFailure) -> None:
-    say(f"the connection was lost: {failure.problem}; trying again")
+def _print_connection_lost(failure: ConnectionFailure) -> None:
+    say(f"the connection was lost: {failure.problem}; reconnecting")
 
 
 def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
@@ -167,19 +172,19 @@ def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
         out(json.dumps({"job_id": item.job_id}) if as_json else item.job_id)
 
 
-def _print_results(producer: Producer, order: SubmitOptions) -> ExitCode:
-    """Print in the order of the command line, and say on stderr what cannot be printed."""
+def _print_results(producer: Producer, options: SubmitOptions) -> ExitCode:
+    """Print the results in the order of the arguments; print on stderr why one is missing."""
     code = ExitCode.OK
     for item, status in producer.results():
         result = producer.result(item.job_id)
         done = status is not None and status["status"] == "completed"
-        if order.as_json:
-            _print_status(item, status, result, result_format=order.result_format)
-        elif status is not None and done and (result is not None or order.result_format is None):
-            _print_result(item, status, result, alone=len(order.recordings) == 1)
+        if options.as_json:
+            _print_status(item, status, result, result_format=options.result_format)
+        elif status is not None and done and (result is not None or options.result_format is None):
+            _print_result(item, status, result, alone=len(options.recordings) == 1)
         else:
-            say(_why(item, status, producer, order))
-        if not done or (result is None and order.result_format is not None):
+            say(_failure_sentence(item, status, producer, options))
+        if not done or (result is None and options.result_format is not None):
             code = ExitCode.FAILED
     return code
 
@@ -201,31 +206,33 @@ def _readable(result: bytes, result_format: str) -> object:
 
 
 def _print_result(item: Submission, status: Mapping[str, Any], result: bytes | None, *, alone: bool) -> None:
-    """Print a result byte by byte, as the file that it is; else the transcript, with its name if there are others."""
+    """Print a result as it is, byte by byte, or the transcript, after the file's name if there are others."""
     if result is not None:
         write(result)
     else:
         text = str(status["result_text"])
         out(text if alone else f"{item.path}: {text}")
     if status.get("no_speech"):
-        say(f"{item.path}: no speech was found in it.")
+        say(f"{item.path}: no speech.")
     for warning in status.get("warnings") or ():
         say(f"{item.path}: {printable(str(warning))}")
     if status.get("result_truncated"):
-        say(f"{item.path}: the broker's packets are too small for all of job {item.job_id}: the end may be missing.")
+        say(f"{item.path}: job {item.job_id} exceeds the broker's packet limit: the transcript's end may be missing.")
 
 
-def _why(item: Submission, status: Mapping[str, Any] | None, producer: Producer, order: SubmitOptions) -> str:
+def _failure_sentence(
+    item: Submission, status: Mapping[str, Any] | None, producer: Producer, options: SubmitOptions
+) -> str:
     if status is None and not producer.consumer_online:
-        return f"{item.path}: no consumer is online; job {item.job_id} waits at the broker, if that keeps it for one."
+        return f"{item.path}: no consumer is online; the broker may keep job {item.job_id} for one."
     if status is None:
-        return f"{item.path}: nothing was heard of job {item.job_id} in time."
+        return f"{item.path}: no status of job {item.job_id} arrived in time."
     if status["status"] == "completed":
-        return f"{item.path}: job {item.job_id} is completed, but its {order.result_format} result has not come."
+        return f"{item.path}: job {item.job_id} is completed, but its {options.result_format} result did not arrive."
     if status.get("error_code") is None:
         return f"{item.path}: job {item.job_id} is {status['status']}."
-    told = f"{item.path}: {status['error_code']}: {status['error_message']} (job {item.job_id})"
+    reason = f"{item.path}: {status['error_code']}: {status['error_message']} (job {item.job_id})"
     here = Path(item.path).resolve()
-    if order.by_path and status["error_code"] in _NOT_THERE and here.exists():
-        told += f" On this machine it is {here}: name that, or leave out --by-path."
-    return told
+    if options.by_path and status["error_code"] in _NOT_THERE and here.exists():
+        reason += f" On this machine the file is {here}: submit that path, or leave out --by-path."
+    return reason

@@ -1,6 +1,6 @@
-"""What `watch` knows: the jobs and consumers as their topics tell of them, bounded in number; for one thread.
+"""The model of `watch`: jobs and consumers from their retained topics, bounded in number; for one thread.
 
-Whatever comes in was published by anybody: what cannot be read is passed over.
+Any client may publish on these topics: a payload that cannot be read is ignored.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from typing import Any
 from cesar_mqtt.cli.text import number, printable
 
 MOST_JOBS = 2000
-"""Of more, those are dropped that would be shown last."""
+"""Beyond this, the jobs that would be shown last are dropped."""
 MOST_CONSUMERS = 64
 
 _NOTE_CHARACTERS = 200
@@ -23,7 +23,7 @@ _STATES = ("processing", "queued", "completed", "error", "cancelled")
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """One job; None is what is not known (yet). Durations are seconds, times as the contract writes them."""
+    """One job; None: not known yet. Durations are in seconds, times in RFC 3339."""
 
     job_id: str
     state: str
@@ -36,17 +36,16 @@ class JobRow:
     created_at: str
     ended_at: str
     note: str
-    """The beginning of the transcript, or what went wrong, behind the file's name if that came with the job."""
+    """The file's name if the job has one, then the beginning of the transcript or the error."""
 
     @property
     def is_final(self) -> bool:
-        """Whether it has ended."""
         return self.state not in ("processing", "queued")
 
 
 @dataclass(frozen=True, slots=True)
 class ConsumerRow:
-    """One consumer; `queue` holds the fields of its topic of that name."""
+    """One consumer; `queue` holds the fields of its retained `queue` message."""
 
     name: str
     online: bool
@@ -54,36 +53,30 @@ class ConsumerRow:
 
     @property
     def activity(self) -> str:
-        """What it does, in one word."""
         return printable(str(self.queue.get("activity") or "online")) if self.online else "offline"
 
     def count(self, name: str) -> str:
-        """One of the numbers in its queue; nothing if it did not say."""
+        """Return a number of its `queue` message as text; empty if it is missing."""
         value = number(self.queue.get(name))
         return "" if value is None else f"{value:.0f}"
 
 
 class Board:
-    """The newest of each job and each consumer."""
+    """The newest state of each job and each consumer."""
 
     def __init__(self, prefix: str) -> None:
-        """Start with none.
-
-        Args:
-            prefix: what all topics begin with.
-        """
         self._statuses = f"{prefix}/status/"
         self._consumer_topics = f"{prefix}/consumer/"
         self._jobs: dict[str, JobRow] = {}
         self._consumers: dict[str, ConsumerRow] = {}
 
     def clear(self) -> None:
-        """Forget everything: a new connection tells it all again, but not what was deleted meanwhile."""
+        """Remove everything: a new connection delivers it again, without what was deleted meanwhile."""
         self._jobs.clear()
         self._consumers.clear()
 
     def take(self, topic: str, payload: bytes) -> JobRow | ConsumerRow | None:
-        """Learn from a message; return what is now known of its job or consumer, None: nothing, or no more."""
+        """Update from a message; return the row of its job or consumer, None if it has none or no longer."""
         if topic.startswith(self._statuses):
             return self._take_status(topic.removeprefix(self._statuses), _document(payload))
         if topic.startswith(self._consumer_topics):
@@ -93,18 +86,18 @@ class Board:
 
     @property
     def consumers(self) -> list[ConsumerRow]:
-        """Those online first, then by name."""
+        """All consumers, the online ones first, then by name."""
         return sorted(self._consumers.values(), key=lambda row: (not row.online, row.name))
 
     def jobs(self, limit: int) -> list[JobRow]:
-        """Return the first so many: in work, then waiting in their order, then ended, the newest first."""
+        """Return the first `limit` jobs: running, then queued in their order, then final, the newest first."""
         ended = [row for row in self._jobs.values() if row.is_final]
         open_ones = [row for row in self._jobs.values() if not row.is_final]
-        found = heapq.nsmallest(limit, open_ones, key=_turn)
+        found = heapq.nsmallest(limit, open_ones, key=_display_order)
         return found + heapq.nlargest(limit - len(found), ended, key=lambda row: (row.ended_at, row.job_id))
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are in each state, as far as they are known here."""
+        """Return the number of jobs in each state."""
         counts = dict.fromkeys(_STATES, 0)
         for row in self._jobs.values():
             counts[row.state] += 1
@@ -115,7 +108,7 @@ class Board:
             self._jobs.pop(job_id, None)
             return None
         row = self._jobs[job_id] = _row(printable(job_id), document)
-        if len(self._jobs) > MOST_JOBS + MOST_JOBS // 10:  # a tenth more, so that not every message sorts them
+        if len(self._jobs) > MOST_JOBS + MOST_JOBS // 10:  # a tenth of slack, so that not every message sorts
             self._jobs = {kept.job_id: kept for kept in self.jobs(MOST_JOBS)}
         return row
 
@@ -139,7 +132,7 @@ class Board:
         return row
 
 
-def _turn(row: JobRow) -> tuple[bool, int, str, str]:
+def _display_order(row: JobRow) -> tuple[bool, int, str, str]:
     return row.state != "processing", row.position or _LAST, row.created_at, row.job_id
 
 

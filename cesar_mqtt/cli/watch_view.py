@@ -1,4 +1,4 @@
-"""How `watch` looks: a board as rich draws it into a terminal of any size, and as plain lines; pure, for one thread."""
+"""The view of `watch`: the board drawn by rich into a terminal of any size, and plain lines; pure, for one thread."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,7 +7,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from cesar_mqtt.cli.text import duration, fitting, local_clock, printable
+from cesar_mqtt.cli.console import columns_that_fit
+from cesar_mqtt.cli.text import duration, local_clock, printable
 from cesar_mqtt.cli.watch_model import Board, ConsumerRow, JobRow
 
 _ID_LEAST = 12
@@ -15,7 +16,7 @@ _TEXT = "PROGRESS / TEXT"
 _TEXT_LEAST = 9
 _NAME_LEAST = 4
 _JOB_CELLS = {"STATUS": 10, _TEXT: 20, "LENGTH": 7, "SPEED": 6, "ETA/END": 8}
-"""How wide the columns beside the id are; the text takes what is left, and less before it goes itself."""
+"""The widths of the columns beside the id, in cells; the text takes the rest."""
 _CONSUMER_SHARE = 3
 _BAR_LEAST, _BAR_MOST = 4, 40
 _PERCENT = 5
@@ -37,14 +38,14 @@ _CONSUMER_CELLS = {"ACTIVITY": 10, "OLDEST": 7}
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is on the screen.
+    """One screen.
 
     Attributes:
-        board: what is known; read anew at each drawing.
-        title: where it comes from.
-        trouble: why nothing comes just now; None: it does.
-        now: what the clock on the wall shows.
-        height: lines; None: as many as the terminal has.
+        board: read again at each drawing.
+        title: the topic prefix and the broker.
+        trouble: why there is no connection; None: there is one.
+        now: the time to show, with its zone.
+        height: in lines; None: that of the terminal.
     """
 
     board: Board
@@ -54,15 +55,14 @@ class View:
     height: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw it."""
         width = options.max_width
-        height = self.height or options.size.height  # `options.height` is what Live's own wrapping left of it: None
+        height = self.height or options.size.height  # Live sets `options.height` to None
         yield self._head(width)
         consumers = self.board.consumers
         shown = consumers[: max(1, height // _CONSUMER_SHARE - 2)]
         yield _consumer_table(shown, width, missing=len(consumers) - len(shown))
         yield Text()
-        # Title, the consumers with their head, a blank line; the jobs' head and what is said of the others.
+        # Title, consumers with their head, a blank line, the jobs' head and the footer.
         room = max(1, height - len(shown or [0]) - 5)
         jobs = self.board.jobs(room)
         yield _job_table(jobs, width, ascii_only=options.ascii_only)
@@ -72,7 +72,7 @@ class View:
         clock = self.now.strftime("%H:%M:%S")
         head = Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
         if self.trouble is not None:
-            head = Text(f"No connection: {self.trouble}; trying again", style="bold red")
+            head = Text(f"No connection: {self.trouble}; reconnecting", style="bold red")
         head.truncate(max(1, width - len(clock) - 1), overflow="ellipsis", pad=True)
         head.append(f" {clock}", style="dim")
         return head
@@ -80,22 +80,22 @@ class View:
     def _foot(self, shown: int, width: int) -> Text:
         counts = self.board.counts()
         more = sum(counts.values()) - shown
-        told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-        foot = Text(f"{more} more; of all: {told}" if more else told or "No jobs yet.", style="dim", end="")
+        counted = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+        foot = Text(f"{more} more; of all: {counted}" if more else counted or "No jobs yet.", style="dim", end="")
         foot.truncate(width, overflow="ellipsis")
         return foot
 
 
 def line_of(row: JobRow | ConsumerRow) -> str:
-    """Return what a line says of a job or a consumer as it is now."""
+    """Return the state of a job or a consumer as one line."""
     if isinstance(row, ConsumerRow):
         queued, job_id = row.count("queued"), row.queue.get("job_id")
-        told = (
+        parts = (
             row.activity,
             printable(str(job_id)) if job_id and row.online else "",
             f"{queued} queued" if queued else "",
         )
-        return " ".join(("consumer", row.name, *(part for part in told if part)))
+        return " ".join(("consumer", row.name, *(part for part in parts if part)))
     percent = f"{row.progress:.0%}" if row.state == "processing" and row.progress is not None else ""
     speed = f"{row.speed:.1f}x" if row.speed else ""
     eta = f"{duration(row.eta_s)} left" if row.eta_s is not None else ""
@@ -105,11 +105,11 @@ def line_of(row: JobRow | ConsumerRow) -> str:
 
 def _consumer_table(rows: list[ConsumerRow], width: int, *, missing: int) -> Table | Text:
     if not rows:
-        return Text("No consumer has been heard of.", style="yellow")
+        return Text("No consumer is known.", style="yellow")
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     widths = {name: max(len(name), _CONSUMER_CELLS.get(name, 0)) for name in _CONSUMER_COLUMNS}
     widths["CONSUMER"] = max(widths["CONSUMER"], *(len(row.name) for row in rows))
-    names = fitting(widths, width, gap=2, dropped_first=reversed(_CONSUMER_COLUMNS[1:]))
+    names = columns_that_fit(widths, width, gap=2, dropped_first=reversed(_CONSUMER_COLUMNS[1:]))
     for name in names:
         right = name not in ("CONSUMER", "ACTIVITY")
         title = f"{name} ({missing} more)" if missing and name == "CONSUMER" else name
@@ -131,9 +131,9 @@ def _consumer_table(rows: list[ConsumerRow], width: int, *, missing: int) -> Tab
 
 def _job_table(rows: list[JobRow], width: int, *, ascii_only: bool) -> Table:
     widths = {"JOB": max(_ID_LEAST, *(len(row.job_id) for row in rows), 0), **_JOB_CELLS}
-    names = fitting(widths, width, gap=1, dropped_first=("SPEED", "LENGTH", "ETA/END"))
+    names = columns_that_fit(widths, width, gap=1, dropped_first=("SPEED", "LENGTH", "ETA/END"))
     least = {name: _TEXT_LEAST if name == _TEXT else widths[name] for name in names}
-    names = fitting(least, width, gap=1, dropped_first=(_TEXT, "STATUS"))
+    names = columns_that_fit(least, width, gap=1, dropped_first=(_TEXT, "STATUS"))
     room = width - sum(widths[name] + 1 for name in names if name != _TEXT)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0), width=width)
     for name in names:
@@ -155,15 +155,15 @@ def _job_cells(row: JobRow, room: int, *, ascii_only: bool) -> dict[str, Text]:
     return {
         "JOB": Text(row.job_id),
         "STATUS": Text(f"{row.state} {row.position}" if row.position else row.state, style=_STYLES[row.state]),
-        _TEXT: _work(row, room, ascii_only=ascii_only) if working else Text(row.note),
+        _TEXT: _progress(row, room, ascii_only=ascii_only) if working else Text(row.note),
         "LENGTH": Text(duration(row.duration_s)),
         "SPEED": Text(f"{row.speed:.1f}x" if row.speed else ""),
         "ETA/END": Text(local_clock(row.ended_at) if row.is_final else duration(row.eta_s)),
     }
 
 
-def _work(row: JobRow, room: int, *, ascii_only: bool) -> Text:
-    """Draw how far a job is, before the file's name if that is known."""
+def _progress(row: JobRow, room: int, *, ascii_only: bool) -> Text:
+    """Draw the progress of a job, before the file's name if it has one."""
     most = _BAR_MOST if not row.note else _BAR_MOST // 4
     bar = _bar(row.progress, max(_BAR_LEAST, min(most, room - _PERCENT)), ascii_only)
     return bar.append(f" {row.note}", style="") if row.note and room - len(bar) > _NAME_LEAST else bar

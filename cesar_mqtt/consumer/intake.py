@@ -150,7 +150,7 @@ class Intake(StoppableThread):
             response = self._commands.handle(command, delivery.payload)
             if response is None:
                 continue
-            self._publisher.answer(self._topics.response(command), response.payload)
+            self._publisher.publish_response(self._topics.response(command), response.payload)
             self._respond(delivery, response.payload)
             if response.rejection is not None:
                 self._reject(delivery, response.rejection)
@@ -164,7 +164,7 @@ class Intake(StoppableThread):
             message = "No response on %s: a response topic must not be among the consumer's own"
             log.warning(message, shorten(topic), action="not_answered")
             return
-        self._publisher.answer(topic, payload, correlation_data=delivery.correlation_data)
+        self._publisher.publish_response(topic, payload, correlation_data=delivery.correlation_data)
 
     # -- jobs -------------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class Intake(StoppableThread):
             if audio_id is not None and not message.delivery.payload:
                 log.info("Empty upload ignored: no job is created", action="empty_ignored", job_id=shorten(audio_id))
             if message.found is not None:
-                self._publisher.found_retained(message.found if message.delivery.retain else None)
+                self._publisher.on_queue_message_received(message.found if message.delivery.retain else None)
             elif refusal is not None:
                 rejection = self._reject(message.delivery, refusal)
                 self._respond(message.delivery, rejection.encode())

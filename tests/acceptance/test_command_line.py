@@ -123,7 +123,7 @@ def test_a_wrong_setting_in_the_file_is_named_and_a_secret_is_not_shown(tmp_path
 def test_a_taken_port_of_the_embedded_broker_is_a_clear_error(mosquitto: Mosquitto, tmp_path: Path) -> None:
     ended = command("serve", "--data-dir", str(tmp_path), "--broker", f"embedded://127.0.0.1:{mosquitto.port}")
     assert ended.returncode == 78
-    assert f"Port {mosquitto.port} on 127.0.0.1 is taken" in ended.stderr
+    assert f"Port {mosquitto.port} on 127.0.0.1 is in use" in ended.stderr
 
 
 @pytest.mark.mosquitto

@@ -1,5 +1,6 @@
 """The commands that README and docs show: those of the README are run as they stand there, the others are parsed."""
 
+import ast
 import json
 import os
 import re
@@ -66,10 +67,18 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page: str, argu
         _, command, rest = resolve(context, left)
 
 
-def test_no_page_links_to_a_page_that_is_not_there() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_no_page_links_to_a_page_or_a_heading_that_is_not_there() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "deploy").rglob("*.md")]:
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            assert not heading or heading in headings(linked), f"{page.name}: {target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
 
 
 def test_every_page_is_linked_from_the_readme_or_from_a_page_that_is() -> None:
@@ -93,6 +102,22 @@ def test_contributing_names_modules_and_functions_that_exist() -> None:
     for path, name in named:
         assert (ROOT / path).exists(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+def test_the_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quotes = [quote for row in rows for quote in re.findall(r"`([^`]+ [^`]+)`", row) if "_" not in quote]
+    assert quotes
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "cesar_mqtt").rglob("*.py")]
+    constants = [
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for quote in quotes:
+        fixed = max(re.split(r"\.\.\.|'[^']*'|\d+(?:\.\d+)*|mqtt://|: ", quote), key=len)
+        assert any(fixed.strip() in constant for constant in constants), quote
 
 
 OUTSIDE_THE_GLOSSARY = (

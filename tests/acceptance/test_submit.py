@@ -129,7 +129,7 @@ def test_a_result_that_does_not_come_is_not_waited_for_without_end(
     said = capsys.readouterr()
     assert said.out == "one", "what has come is printed all the same"
     assert said.err.startswith("cesar-mqtt: a.wav: job ")
-    assert said.err.endswith(" is completed, but its srt result has not come.\n")
+    assert said.err.endswith(" is completed, but its srt result did not arrive.\n")
 
     answers.soon("c.wav", {})
     assert run([*flags, "--json", "c.wav"]) == 1
@@ -196,7 +196,7 @@ def test_a_result_that_was_cut_is_printed_with_a_warning(
     assert run(["submit", "--broker", mosquitto.url, *flags, "--by-path", "a.wav"]) == 0
     said = capsys.readouterr()
     assert said.out.strip() == "Hello."
-    assert said.err.endswith("the end may be missing.\n")
+    assert said.err.endswith("end may be missing.\n")
 
 
 def test_a_file_comes_through_an_embedded_broker_too(
@@ -261,7 +261,7 @@ def test_what_is_over_the_limit_is_not_read_to_its_end(
 ) -> None:
     monkeypatch.setenv("CESAR_QUEUE__MAX_PAYLOAD_BYTES", "2048")
     assert run(["submit", "--broker", "mqtt://127.0.0.1:1", "/dev/zero"]) == 1
-    assert "/dev/zero is over the 2.0 kB" in capsys.readouterr().err
+    assert "/dev/zero is larger than a message may be, 2.0 kB" in capsys.readouterr().err
 
 
 @pytest.mark.mosquitto
@@ -272,7 +272,7 @@ def test_silence_and_warnings_are_told_beside_the_transcript(
     assert run(["submit", "--broker", mosquitto.url, "--by-path", "a.wav"]) == 0
     told = capsys.readouterr()
     assert told.out == "\n"
-    assert told.err == "cesar-mqtt: a.wav: no speech was found in it.\ncesar-mqtt: a.wav: It ends early.\n"
+    assert told.err == "cesar-mqtt: a.wav: no speech.\ncesar-mqtt: a.wav: It ends early.\n"
 
 
 @pytest.mark.mosquitto
@@ -289,7 +289,7 @@ def test_a_path_that_only_this_machine_has_is_told_in_full(
     for path, told_of in (("here.wav", True), ("gone.wav", False)):
         answers.soon(path, {}, **failure)
         assert run(["submit", "--broker", mosquitto.url, "--by-path", path]) == 1
-        assert (f"it is {tmp_path.resolve() / path}: " in capsys.readouterr().err) is told_of
+        assert (f"the file is {tmp_path.resolve() / path}: " in capsys.readouterr().err) is told_of
 
 
 @pytest.mark.mosquitto
@@ -313,7 +313,7 @@ def test_who_waits_is_told_why_and_who_leaves_how_to_go_on(mosquitto: Mosquitto,
         bus.publish("cesar/status/mine", {"job_id": "mine", "status": "processing", "progress": 0.42, "eta": 5.0})
         shown = _read_until(ours, b"processing 42%, 0:05 left")
         process.send_signal(signal.SIGINT)
-        shown = _read_until(ours, b"job mine goes on: cesar-mqtt show mine")
+        shown = _read_until(ours, b"job mine is processing: cesar-mqtt show mine")
         assert process.wait(30) == 130
     assert b"Traceback" not in shown
     os.close(ours)

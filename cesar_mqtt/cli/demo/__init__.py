@@ -1,6 +1,6 @@
-"""The command `demo`: everything in one process, so that a new user sees the whole way without any set-up.
+"""The command `demo`: everything in one process, so that a new user sees the life of a job without set-up.
 
-A recording goes over MQTT to an embedded broker, from there to a consumer, and its transcript comes back the same way.
+A recording goes over MQTT to an embedded broker and a consumer; its transcript comes back the same way.
 """
 
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import out, tell
+from cesar_mqtt.cli.console import out, write_line
 from cesar_mqtt.cli.producer import Producer, submission
 from cesar_mqtt.config import BrokerSettings, ModelSettings, Settings
 from cesar_mqtt.errors import ExitCode
@@ -28,7 +28,7 @@ _LOOK_S = 0.5
 
 
 def run() -> ExitCode:
-    """Run it; the steps go to stderr, the transcript to stdout."""
+    """Run the demo; the steps go to stderr, the transcript to stdout."""
     logs.configure("text", "warning")
     with tempfile.TemporaryDirectory(prefix="cesar-mqtt-demo-") as folder, handle_stop_signals() as stop:
         settings = Settings(
@@ -47,7 +47,7 @@ def run() -> ExitCode:
 
 
 def _model(folder: Path) -> str | None:
-    """Choose the small model if it is installed: a larger one would have to be put together for this one recording."""
+    """Choose the small model if it is installed: a larger one would have to be joined for this one recording."""
     return _SMALL if PackagedModels(folder).find(_SMALL) is not None else None
 
 
@@ -82,10 +82,13 @@ def _end(status: Mapping[str, Any] | None) -> ExitCode:
     if status["status"] != "completed":
         _step("failed", f"{status.get('error_code')}: {status.get('error_message')}")
         return ExitCode.FAILED
-    _step("done", f"{status['audio_duration']:.1f} s of audio, {status['speed']} times as fast as spoken; it says:")
+    _step(
+        "done",
+        f"{status['audio_duration']:.1f} s of audio, {status['speed']} times as fast as real time; the transcript:",
+    )
     out(status["result_text"])
     return ExitCode.OK
 
 
 def _step(name: str, text: str) -> None:
-    tell(f"{name:>8}  {text}")
+    write_line(f"{name:>8}  {text}")

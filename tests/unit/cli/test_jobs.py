@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from rich.console import Console
 
 from cesar_mqtt.cli import jobs as shell
 from cesar_mqtt.cli import text as wording
-from cesar_mqtt.cli.session import RequestRefusedError
+from cesar_mqtt.cli.console import new_table, print_table
+from cesar_mqtt.cli.control_client import RequestRefusedError
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import ExitCode
 
@@ -39,7 +42,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             def __exit__(self, *_: object) -> None:
                 pass
 
-            def everyone(self, consumer: str | None) -> Sequence[str | None]:
+            def targets(self, consumer: str | None) -> Sequence[str | None]:
                 return [consumer] if consumer else online if len(online) > 1 else [None]
 
             def ask(
@@ -197,8 +200,12 @@ def test_sizes_have_a_unit(bytes_: float, text: str) -> None:
     assert wording.size(bytes_) == text
 
 
-def test_wide_characters_are_counted_by_the_cells_they_take() -> None:
-    assert list(wording.aligned([("日本", "x"), ("abcd", "y")])) == ["日本  x", "abcd  y"]
+def test_wide_characters_are_counted_by_the_cells_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    table = new_table(show_header=False)
+    table.add_row("日本", "x")
+    table.add_row("abcd", "y" * 300)
+    print_table(table)
+    assert capsys.readouterr().out.splitlines() == ["日本  x", "abcd  " + "y" * 300]
 
 
 def test_times_that_are_none_are_left_out() -> None:
@@ -206,6 +213,13 @@ def test_times_that_are_none_are_left_out() -> None:
 
 
 IDS = tuple(f"9b810e76-6ec9-d286-63ca-828dd5f4b3b{n}" for n in range(3))
+
+
+def drawn(found: list[dict[str, Any]], width: int) -> list[str]:
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(shell._table(found, width))
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
@@ -216,9 +230,10 @@ def test_an_id_is_never_cut_for_it_is_what_the_other_commands_need(width: int) -
         job(1, job_id=IDS[1], **failed),
         job(2, job_id=IDS[2]),
     ]
-    lines = list(wording.aligned(shell._table(found, width)))
-    assert [line.split()[0] for line in lines[1:]] == list(IDS)
-    assert all(len(line) <= max(width, 36) for line in lines)
+    lines = drawn(found, width)
+    assert all(len(line) <= width for line in lines)
+    text = "".join(line.partition(" ")[0] if width > 36 else line for line in lines)
+    assert all(job_id in text for job_id in IDS)
 
 
 @pytest.mark.usefixtures("_clock_as_before")
@@ -226,13 +241,14 @@ def test_columns_are_shortened_and_dropped_before_they_are_squeezed(monkeypatch:
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     found = [job(1, job_id=IDS[0], audio_source="upload", metadata={"file": "the long interview.wav"})]
-    heads = {width: shell._table(found, width)[0] for width in (120, 80, 60, 40)}
+    heads = {width: drawn(found, width)[0].split() for width in (120, 80, 60, 40)}
     assert heads[120] == ["JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO"]
-    assert heads[80] == ["JOB", "STATUS", "ACCEPTED UTC", "AUDIO"]
+    assert heads[80] == ["JOB", "STATUS", "ACCEPTED", "UTC", "AUDIO"]
     assert heads[60] == ["JOB", "STATUS"]
     assert heads[40] == ["JOB"]
-    assert shell._table(found, 120)[1][2::3] == ["2026-01-23 21:45:01 UTC", "the long interview.wav"]
-    assert shell._table(found, 80)[1][2:] == ["01-23 21:45", "the long intervi…"]
+    assert "  2026-01-23 21:45:01 UTC  " in drawn(found, 120)[1]
+    assert drawn(found, 120)[1].endswith("  the long interview.wav")
+    assert re.search("  01-23 21:45   +the long interv[a-z]*…$", drawn(found, 80)[1])
 
 
 @pytest.mark.usefixtures("_clock_as_before")

@@ -133,7 +133,7 @@ def test_a_terminal_without_unicode_gets_a_bar_as_well() -> None:
 
 
 def test_a_lost_connection_is_the_first_line() -> None:
-    assert drawn(busy(5), 80, 24, "Connection refused")[0].startswith("No connection: Connection refused; trying again")
+    assert drawn(busy(5), 80, 24, "Connection refused")[0].startswith("No connection: Connection refused; reconnecting")
 
 
 def test_a_new_connection_replaces_what_was_known() -> None:
@@ -167,7 +167,7 @@ def test_without_a_terminal_there_is_a_line_for_each_change(capsys: pytest.Captu
         "job a processing 50% 6.5x 1:01 left",
         "job a completed Good morning.",
         "consumer cesar idle 0 queued",
-        "no connection: Connection refused; trying again",
+        "no connection: Connection refused; reconnecting",
         "connected again",
         "job a deleted",
     ]

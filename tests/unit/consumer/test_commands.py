@@ -556,9 +556,7 @@ def test_changes_are_logged_with_the_job_and_queries_are_not(bench: Bench, caplo
     assert said == ["Job cancelled by command", "Job deleted by command", "Queue paused by command"]
 
 
-def test_the_cancel_of_a_running_job_is_logged_as_what_it_is(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_cancel_of_a_running_job_is_logged_as_what_it_is(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.submit("a")
     bench.claim()
     with caplog.at_level("INFO"):

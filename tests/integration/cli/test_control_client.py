@@ -11,7 +11,8 @@ import pytest
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
-from cesar_mqtt.cli.session import ControlClient, NoAnswerError, RequestRefusedError, UnreachableError
+from cesar_mqtt.cli.control_client import ControlClient, RequestRefusedError
+from cesar_mqtt.cli.session import NoAnswerError, UnreachableError
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import BrokerRefusedError
 from tests.conftest import Mosquitto, StartMosquitto
@@ -146,17 +147,17 @@ def test_of_several_consumers_each_can_be_asked_by_name(mosquitto: Mosquitto, co
 
         consumer(mosquitto, name, answer)
     with ControlClient(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
-        everyone = requester.everyone(None)
+        everyone = requester.targets(None)
         assert everyone == ["attic", "cesar"]
         assert [requester.ask("health", consumer=name)["consumer"] for name in everyone] == everyone
-        assert requester.everyone("attic") == ["attic"]
+        assert requester.targets("attic") == ["attic"]
 
 
 @pytest.mark.mosquitto
 def test_a_single_consumer_is_asked_without_a_name(mosquitto: Mosquitto, consumer: Start) -> None:
     consumer(mosquitto)
     with ControlClient(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
-        assert requester.everyone(None) == [None]
+        assert requester.targets(None) == [None]
 
 
 @pytest.mark.mosquitto
