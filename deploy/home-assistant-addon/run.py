@@ -49,20 +49,20 @@ def broker(options: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
     )
     try:
         with urllib.request.urlopen(request, timeout=_WAIT_S) as answer:  # noqa: S310 - as above
-            told = json.load(answer)["data"]
+            service = json.load(answer)["data"]
     except (urllib.error.URLError, KeyError, ValueError) as exc:
         raise SetUpError(f"no MQTT broker is known ({exc}): install the Mosquitto add-on, or set broker_url") from exc
-    scheme = "mqtts" if told.get("ssl") else "mqtt"
+    scheme = "mqtts" if service.get("ssl") else "mqtt"
     return {
-        "url": f"{scheme}://{told['host']}:{told['port']}",
-        "username": told.get("username") or None,
-        "password": told.get("password") or None,
+        "url": f"{scheme}://{service['host']}:{service['port']}",
+        "username": service.get("username") or None,
+        "password": service.get("password") or None,
     }
 
 
 def settings(options: Mapping[str, Any], found: Mapping[str, Any], password_file: Path) -> dict[str, str]:
     """Return the settings as environment variables; the password is written to a file with mode 0600."""
-    said = {
+    variables = {
         "CESAR_BROKER__URL": found["url"],
         "CESAR_BROKER__USERNAME": found["username"] or "",
         "CESAR_CONSUMER__NAME": options["name"],
@@ -77,8 +77,8 @@ def settings(options: Mapping[str, Any], found: Mapping[str, Any], password_file
     if found["password"]:
         password_file.touch(mode=0o600)
         password_file.write_text(f"{found['password']}\n")
-        said["CESAR_BROKER__PASSWORD_FILE"] = str(password_file)
-    return said
+        variables["CESAR_BROKER__PASSWORD_FILE"] = str(password_file)
+    return variables
 
 
 if __name__ == "__main__":

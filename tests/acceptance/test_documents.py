@@ -1,5 +1,6 @@
 """The commands that README and docs show: those of the README are run as they stand there, the others are parsed."""
 
+import ast
 import json
 import os
 import re
@@ -101,6 +102,22 @@ def test_contributing_names_modules_and_functions_that_exist() -> None:
     for path, name in named:
         assert (ROOT / path).exists(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+def test_the_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quotes = [quote for row in rows for quote in re.findall(r"`([^`]+ [^`]+)`", row) if "_" not in quote]
+    assert quotes
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "cesar_mqtt").rglob("*.py")]
+    constants = [
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for quote in quotes:
+        fixed = max(re.split(r"\.\.\.|'[^']*'|\d+(?:\.\d+)*|mqtt://|: ", quote), key=len)
+        assert any(fixed.strip() in constant for constant in constants), quote
 
 
 OUTSIDE_THE_GLOSSARY = (
