@@ -326,14 +326,9 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         yield Finding("ledger", Severity.WRONG, str(exc), "Run this as the user that the consumer runs as.")
         return
     if found.damaged:
-        told = (
-            f"{path} is damaged: {printable(salvage.first_sentences(found.lost)[0])}"
-            if found.lost
-            else f"{path} is damaged"
-        )
-        yield Finding(
-            "ledger", Severity.WRONG, detail, "`cesar-mqtt ledger check` shows more, `ledger repair` repairs it."
-        )
+        first = f": {printable(salvage.shown(found.lost)[0])}" if found.lost else ""
+        advice = "`cesar-mqtt ledger check` shows more, `ledger repair` repairs it."
+        yield Finding("ledger", Severity.WRONG, f"{path} is damaged{first}", advice)
         return
     yield Finding("ledger", Severity.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")
 
