@@ -326,7 +326,7 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         yield Finding("ledger", Severity.WRONG, str(exc), "Run this as the user that the consumer runs as.")
         return
     if found.damaged:
-        first = f": {printable(salvage.shown(found.lost)[0])}" if found.lost else ""
+        first = f": {printable(salvage.first_sentences(found.lost)[0])}" if found.lost else ""
         advice = "`cesar-mqtt ledger check` shows more, `ledger repair` repairs it."
         yield Finding("ledger", Severity.WRONG, f"{path} is damaged{first}", advice)
         return
