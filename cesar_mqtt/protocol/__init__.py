@@ -1,4 +1,4 @@
-"""The public contract as models: bytes in, a model or a `Refusal` out; a model in, bytes of at most N out.
+"""The public contract as models: bytes to a model or a `Refusal`, a model to bytes of at most a packet.
 
-No I/O, no threads, nothing of MQTT clients or the ledger. A field that is not in here is not in the contract.
+No I/O and no threads; neither paho nor TinyDB. A field that is not declared here is not part of the contract.
 """
