@@ -149,7 +149,7 @@ class Service:
                 models=self._models,
                 consumer=settings.consumer.name,
                 on_cancelled=self._events.finished,
-                live=self._publisher.live_of,
+                live=self._publisher.progress_of,
                 on_deleted=lambda _job, names: self._spool.remove(names),
                 health=self._health.fields,
                 grouped=settings.consumer.group is not None,
@@ -157,7 +157,7 @@ class Service:
             max_payload_bytes=settings.queue.max_payload_bytes,
             events=self._events,
             responder=self._publisher,
-            on_born=self._publisher.announce_again,
+            on_born=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
         if self._metrics is not None:
@@ -237,10 +237,10 @@ class Service:
     def _start(self) -> None:
         last = self._ledger.last_finished()
         if last is not None:
-            self._publisher.finished(last)
-        self._publisher.online()
+            self._publisher.on_finished(last)
+        self._publisher.publish_state("online")
         self._announce()
-        self._publisher.tell("info", self._info())
+        self._publisher.publish_own_topic("info", self._info())
         self._publisher.start()
         self._prefetcher.start()
         self._worker.start()
@@ -279,7 +279,7 @@ class Service:
             self._notifier.alive()
             if time.monotonic() >= health_due:
                 health_due += _HEALTH_S
-                self._publisher.tell("health", self._health.measure())
+                self._publisher.publish_own_topic("health", self._health.measure())
             self._maintenance.run_once(stop.is_requested)
 
     def _check_threads(self) -> None:
@@ -311,7 +311,7 @@ class Service:
         7. The embedded broker closes last: all of the above needs it.
         """
         self._notifier.stopping()
-        self._publisher.draining()
+        self._publisher.set_draining()
         self._worker.request_stop()
         forced = not self._wait_for_job(stop)
         if forced:
@@ -348,7 +348,7 @@ class Service:
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
-        self._publisher.offline()
+        self._publisher.publish_state("offline")
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
             self._announced_topics.settle()
         self._publisher.stop()

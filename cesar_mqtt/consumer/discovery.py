@@ -35,7 +35,7 @@ def birth_topics(prefix: str) -> tuple[str, ...]:
 
 
 def device_id(consumer: str) -> str:
-    """Return the part of discovery topics that tells consumers apart."""
+    """Return the part of discovery topics that differs between consumers."""
     return f"{_PRODUCT}_{consumer}"
 
 

@@ -84,7 +84,7 @@ class DiscoverySchedule:
 class AnnouncedTopics:
     """The discovery topics that this consumer has used and not withdrawn, in a small file in the data directory.
 
-    After a change of the mode, the discovery prefix or the name it tells what to withdraw: Home Assistant warns of a
+    After a change of the mode, the discovery prefix or the name it lists what to withdraw: Home Assistant warns of a
     withdrawal of what it does not know, so clearing all possible topics is not an option. A file that cannot be read or
     written does not stop the consumer: stale topics then stay until `discovery remove`.
     """

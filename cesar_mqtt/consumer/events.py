@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 class JobObserver:
     """Receives every event and ignores it: a subclass, such as the publisher, overrides what it needs."""
 
-    def activity(self, activity: Activity) -> None:
+    def on_activity_changed(self, activity: Activity) -> None:
         """The worker does something else now."""
 
-    def degraded(self, who: str, *, on: bool) -> None:
-        """The disk refuses the writes of the thread `who`, or takes them again."""
+    def on_degraded(self, thread: str, *, on: bool) -> None:
+        """The disk refuses the writes of the thread, or takes them again."""
 
-    def progress(self, job: Job, progress: JobProgress) -> None:
+    def on_progress(self, job: Job, progress: JobProgress) -> None:
         """The running job has come so far."""
 
-    def segment(self, job: Job, segment: Segment) -> None:
+    def on_segment(self, job: Job, segment: Segment) -> None:
         """The running job, which asked for `stream`, has a further segment."""
 
-    def finished(self, job: Job) -> None:
+    def on_finished(self, job: Job) -> None:
         """The job is final, and that is on disk."""
 
-    def reject(self, rejection: Rejection) -> None:
+    def on_rejected(self, rejection: Rejection) -> None:
         """A message was rejected."""
 
 
@@ -45,12 +45,12 @@ class JobEvents:
     """
 
     def __init__(self, observer: JobObserver) -> None:
-        self.activity = observer.activity
-        self.degraded = observer.degraded
-        self.progress = observer.progress
-        self.segment = observer.segment
-        self.on_finished: list[Callable[[Job], None]] = [observer.finished]
-        self.on_rejected: list[Callable[[Rejection], None]] = [observer.reject]
+        self.activity = observer.on_activity_changed
+        self.degraded = observer.on_degraded
+        self.progress = observer.on_progress
+        self.segment = observer.on_segment
+        self.on_finished: list[Callable[[Job], None]] = [observer.on_finished]
+        self.on_rejected: list[Callable[[Rejection], None]] = [observer.on_rejected]
 
     def finished(self, job: Job) -> None:
         for receive in self.on_finished:

@@ -64,10 +64,10 @@ class Controls(Protocol):
 class Responder(Protocol):
     """What the intake needs of the publisher; every call returns at once."""
 
-    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+    def publish_response(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         """Publish a response."""
 
-    def found_retained(self, payload: bytes | None) -> None:
+    def on_queue_message_received(self, payload: bytes | None) -> None:
         """Compare what the broker retains as the consumer's `queue` with what was published; None: nothing."""
 
 
@@ -181,7 +181,7 @@ class Intake:
             answer = self._controls.answer(command, delivery.payload)
             if answer is None:
                 continue
-            self._responder.answer(self._topics.response(command), answer.payload)
+            self._responder.publish_response(self._topics.response(command), answer.payload)
             self._respond(delivery, answer.payload)
             if answer.rejection is not None:
                 self._reject(delivery, answer.rejection)
@@ -195,7 +195,7 @@ class Intake:
             message = "No answer on %s: a response topic must not be among the consumer's own"
             log.warning(message, shorten(topic), action="not_answered")
             return
-        self._responder.answer(topic, payload, correlation_data=delivery.correlation_data)
+        self._responder.publish_response(topic, payload, correlation_data=delivery.correlation_data)
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Intake:
                 message = "An empty file is ignored: no job is made of it"
                 log.info(message, action="empty_ignored", job_id=shorten(audio_id))
             if plan.found is not None:
-                self._responder.found_retained(plan.found if plan.delivery.retain else None)
+                self._responder.on_queue_message_received(plan.found if plan.delivery.retain else None)
             elif refusal is not None:
                 rejection = self._reject(plan.delivery, refusal)
                 self._respond(plan.delivery, rejection.encode())

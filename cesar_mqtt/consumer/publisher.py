@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
 from cesar_mqtt.consumer.events import JobObserver
@@ -151,7 +151,7 @@ class Publisher(StoppableThread, JobObserver):
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
-    def reject(self, rejection: Rejection) -> None:
+    def on_rejected(self, rejection: Rejection) -> None:
         """Publish a rejection; while offline the newest are kept in memory, see `TransientMessages`.
 
         May wait for a thread that is writing to the ledger, so not for the network thread.
@@ -159,23 +159,19 @@ class Publisher(StoppableThread, JobObserver):
         self._ledger.count_rejected()
         self._enqueue(TransientMessage(self._topics.rejected, rejection.encode()))
 
-    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+    def publish_response(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         """Publish the response to a request; while offline it is kept like a rejection."""
         self._enqueue(TransientMessage(topic, payload, correlation_data=correlation_data))
 
-    def segment(self, job: Job, segment: Segment) -> None:
+    def on_segment(self, job: Job, segment: Segment) -> None:
         """Publish a segment; it is dropped while offline."""
         self._enqueue(self._job_messages.segment(job, segment))
 
-    def online(self) -> None:
-        """Publish the state `online` at this and every later connection."""
-        self._post(lambda: self._own_topics.retain("state", ConsumerState(state="online").encode()))
+    def publish_state(self, state: Literal["online", "offline"]) -> None:
+        """Publish the consumer's state at this and every later connection."""
+        self._post(lambda: self._own_topics.retain("state", ConsumerState(state=state).encode()))
 
-    def offline(self) -> None:
-        """Publish the state `offline`."""
-        self._post(lambda: self._own_topics.retain("state", ConsumerState(state="offline").encode()))
-
-    def tell(self, name: str, message: Payload) -> None:
+    def publish_own_topic(self, name: str, message: Payload) -> None:
         """Publish the consumer's own topic `name`, such as `health`."""
         self._post(lambda: self._own_topics.retain(name, message.encode()))
 
@@ -183,43 +179,43 @@ class Publisher(StoppableThread, JobObserver):
         """Publish discovery messages, by topic, at this and every later connection, and clear the stale topics."""
         self._post(lambda: self._discovery.announce(messages, stale=stale))
 
-    def announce_again(self) -> None:
+    def on_home_assistant_started(self) -> None:
         """Publish the discovery messages again: Home Assistant has started."""
         self._post(self._discovery.on_birth_message)
 
-    def activity(self, activity: Activity) -> None:
+    def on_activity_changed(self, activity: Activity) -> None:
         """Publish what the worker is doing."""
         self._post(lambda: self._set_activity(activity))
 
-    def degraded(self, who: str, *, on: bool) -> None:
+    def on_degraded(self, thread: str, *, on: bool) -> None:
         """Record whether the disk refuses the writes of a thread; while it does, the activity is `degraded`.
 
         Each name is for one thread.
         """
-        if self._activity.set_degraded(who, on=on):
+        if self._activity.set_degraded(thread, on=on):
             self._on_ledger_changed()
 
-    def draining(self) -> None:
+    def set_draining(self) -> None:
         """Publish that no further job is started."""
         self._post(self._set_draining)
 
-    def progress(self, job: Job, live: JobProgress) -> None:
+    def on_progress(self, job: Job, progress: JobProgress) -> None:
         """Publish the progress of a running job, at most once a second."""
-        self._post(lambda: self._set_progress(job, live))
+        self._post(lambda: self._set_progress(job, progress))
 
-    def live_of(self, job: Job) -> JobProgress | None:
+    def progress_of(self, job: Job) -> JobProgress | None:
         """Return the progress of a running job; None: it is not known."""
         of, progress = self._progress or (None, None)
         return progress if of is not None and (of.seq, of.attempt) == (job.seq, job.attempt) else None
 
-    def found_retained(self, payload: bytes | None) -> None:
+    def on_queue_message_received(self, payload: bytes | None) -> None:
         """Check the queue message that arrived from the broker after the connection was made.
 
         None: it was not retained, but our own, newest one; so the broker retained none before. See `RetainedCheck`.
         """
         self._post(lambda: self._check_retained(payload))
 
-    def finished(self, job: Job) -> None:
+    def on_finished(self, job: Job) -> None:
         """Publish the job that finished last."""
         self._post(lambda: self._set_last_finished(job))
 
@@ -480,7 +476,7 @@ class Publisher(StoppableThread, JobObserver):
             self._progress_due = self._monotonic() + _MIN_INTERVAL_S
         ack = StatusAck(job.seq, number)
         try:
-            messages = self._job_messages.of_job(job, self.live_of(job), is_new=number == job.revision)
+            messages = self._job_messages.of_job(job, self.progress_of(job), is_new=number == job.revision)
         except ValueError as exc:
             message = "The status of job %s cannot be serialised and is skipped: %s"
             log.error(message, job.job_id, exc, action="unpublished", job_id=job.job_id)

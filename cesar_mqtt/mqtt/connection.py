@@ -98,7 +98,7 @@ class Connection:
         """Prepare the connection; `open` connects.
 
         Args:
-            number: tells this connection from the client's others.
+            number: identifies this connection among the client's.
             options: those of the client.
             version: the version of MQTT to speak.
             max_age_s: after that time it disconnects.

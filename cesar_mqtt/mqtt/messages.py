@@ -192,7 +192,7 @@ class ConnectionFailure:
     problem: str
     """A clause without a full stop, such as "Connection refused"."""
     advice: str = ""
-    """Sentences that say what to do; "" where nothing can be done."""
+    """What to do, as sentences; "" where nothing can be done."""
     reason_code: int | None = None
     """The one of CONNACK or DISCONNECT, as MQTT 5 numbers them; None: the broker sent none."""
     is_timeout: bool = False

@@ -75,7 +75,7 @@ def failure_of_connack(connack: ReasonCode, options: ConnectOptions, version: Ve
 def failure_of_disconnect(
     reason: ReasonCode, options: ConnectOptions, *, by_broker: bool, connected_s: float
 ) -> ConnectionFailure | None:
-    """Translate the end of a connection that the broker had accepted; None: there is nothing to tell about it.
+    """Translate the end of a connection that the broker had accepted; None: no reason is known.
 
     Args:
         reason: the reason of the broker's DISCONNECT, or paho's own.

@@ -144,12 +144,12 @@ class Observed(JobObserver):
     processed_s: list[float] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
 
-    def progress(self, _job: Job, live: JobProgress) -> None:
+    def on_progress(self, _job: Job, live: JobProgress) -> None:
         self.processed_s.append(live.processed_duration or 0.0)
         if self.processed_s[-1] > self.until_s:
             self.stop()
 
-    def segment(self, _job: Job, segment: Segment) -> None:
+    def on_segment(self, _job: Job, segment: Segment) -> None:
         self.segments.append(segment.id)
 
 

@@ -1,4 +1,4 @@
-"""The client against real brokers; a scripted one only for what no real broker can be made to do."""
+"""The client with real brokers; a scripted one only for behaviour that no real broker shows on demand."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.mosquitto
 
 
 class Watched:
-    """A client, and what it told."""
+    """A client, and what its callbacks reported."""
 
     def __init__(self, url: str, **options: Any) -> None:
         settings = BrokerSettings(url=url, **options.pop("settings", {}))
@@ -91,7 +91,7 @@ class Watched:
 
 
 class Watch:
-    """Makes clients, and closes them in the end."""
+    """Creates clients, and closes them at the end."""
 
     def __init__(self) -> None:
         self.all: list[Watched] = []
@@ -129,7 +129,7 @@ def payloads(deliveries: Sequence[Delivery]) -> list[str]:
 
 
 def holds(condition: Callable[[], object]) -> bool:
-    """Look until it holds, for what tells nobody that it has changed."""
+    """Poll a condition that has no notification."""
     deadline = time.monotonic() + _WAIT_S
     pause = threading.Event()
     while not condition() and time.monotonic() < deadline:
@@ -152,9 +152,7 @@ JOBS = (Subscription("cesar/jobs"),)
 
 
 @both_versions
-def test_what_is_acknowledged_is_gone_and_the_rest_comes_again(
-    mosquitto: "Mosquitto", watch: Watch, protocol: str
-) -> None:
+def test_unacknowledged_messages_are_delivered_again(mosquitto: "Mosquitto", watch: Watch, protocol: str) -> None:
     first = watch(mosquitto.url, subscriptions=JOBS, settings={"protocol": protocol})
     assert first.start().protocol == protocol
     publish(mosquitto, "cesar/jobs", *"abcde")
@@ -171,7 +169,7 @@ def test_what_is_acknowledged_is_gone_and_the_rest_comes_again(
 
 
 @both_versions
-def test_a_persistent_client_is_sent_what_came_while_it_was_away(
+def test_a_persistent_client_receives_what_was_published_while_it_was_away(
     mosquitto: "Mosquitto", watch: Watch, protocol: str
 ) -> None:
     first = watch(mosquitto.url, subscriptions=JOBS, settings={"protocol": protocol})
@@ -184,7 +182,7 @@ def test_a_persistent_client_is_sent_what_came_while_it_was_away(
 
 
 @both_versions
-def test_a_client_for_a_moment_leaves_nothing_behind(mosquitto: "Mosquitto", watch: Watch, protocol: str) -> None:
+def test_an_ephemeral_client_leaves_no_session(mosquitto: "Mosquitto", watch: Watch, protocol: str) -> None:
     first = watch(mosquitto.url, subscriptions=JOBS, persistent=False, settings={"protocol": protocol})
     first.start()
     first.client.close()
@@ -217,7 +215,7 @@ def test_a_late_acknowledgement_does_not_reach_another_message(mosquitto: "Mosqu
     assert payloads(next_time.receive()) == ["after"]
 
 
-def test_an_acknowledgement_that_races_with_a_reconnect_ends_nowhere(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_an_acknowledgement_that_races_with_a_reconnect_is_dropped(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
     publish(mosquitto, "cesar/jobs", "before")
@@ -235,11 +233,13 @@ def test_an_acknowledgement_that_races_with_a_reconnect_ends_nowhere(mosquitto: 
     assert payloads(next_time.receive()) == ["after"]
 
 
-def test_mqtt_5_brings_the_properties_of_a_message(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_mqtt_5_delivers_the_properties_of_a_message(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
-    said = "user-property a 1 user-property a 2 response-topic reply correlation-data c-7 message-expiry-interval 60"
-    words = said.split()
+    options_text = (
+        "user-property a 1 user-property a 2 response-topic reply correlation-data c-7 message-expiry-interval 60"
+    )
+    words = options_text.split()
     options = ["-V", "5", "-q", "1"]
     while words:
         values = 2 if words[0] == "user-property" else 1
@@ -256,7 +256,7 @@ def test_mqtt_5_brings_the_properties_of_a_message(mosquitto: "Mosquitto", watch
     assert before <= delivery.received_at <= time.time()
 
 
-def test_only_who_wants_retained_messages_gets_them(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_only_a_subscription_that_wants_retained_messages_receives_them(mosquitto: "Mosquitto", watch: Watch) -> None:
     shell(mosquitto, "pub", "-t", "cesar/jobs", "-r", "-m", "old job")
     shell(mosquitto, "pub", "-t", "cesar/status/a", "-r", "-m", "old status")
     watched = watch(mosquitto.url, subscriptions=[*JOBS, Subscription("cesar/status/#", wants_retained=True)])
@@ -267,7 +267,7 @@ def test_only_who_wants_retained_messages_gets_them(mosquitto: "Mosquitto", watc
     assert [delivery.retain for delivery in deliveries if delivery.payload == b"old status"] == [True]
 
 
-def test_a_byte_order_mark_in_a_property_stops_nothing(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_a_byte_order_mark_in_a_property_does_not_end_the_connection(mosquitto: "Mosquitto", watch: Watch) -> None:
     """paho 2.2 takes U+FEFF in a user property for a malformed packet and hangs up; it would come again for ever."""
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
@@ -280,7 +280,7 @@ def test_a_byte_order_mark_in_a_property_stops_nothing(mosquitto: "Mosquitto", w
     assert watched.lost.empty()
 
 
-def test_messages_of_qos_0_are_dropped_when_nobody_fetches(
+def test_messages_of_qos_0_are_dropped_while_the_buffer_is_full(
     mosquitto: "Mosquitto", watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS, buffer_max_messages=10)
@@ -298,7 +298,7 @@ IN_MEMORY = Delivery("cesar/jobs", b"00", 1, retain=False, dup=False, receipt=Re
 
 @both_versions
 @pytest.mark.parametrize("limits", [{"buffer_max_messages": 5}, {"buffer_max_bytes": 5 * IN_MEMORY}])
-def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
+def test_messages_of_qos_1_stay_with_the_broker_while_the_buffer_is_full(
     mosquitto: "Mosquitto", watch: Watch, protocol: str, limits: dict[str, int]
 ) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS, settings={"protocol": protocol}, **limits)
@@ -315,7 +315,7 @@ def test_messages_of_qos_1_are_held_back_when_nobody_fetches(
     assert arrived == numbers
 
 
-def test_room_that_was_made_is_used_at_once(
+def test_new_room_in_the_buffer_is_used_at_once(
     mosquitto: "Mosquitto", watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 60.0)
@@ -325,7 +325,7 @@ def test_room_that_was_made_is_used_at_once(
     assert payloads(watched.receive(4)) == list("abcd")
 
 
-def test_a_message_larger_than_the_hand_off_comes_alone(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_a_message_larger_than_the_buffer_is_delivered_alone(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url, subscriptions=JOBS, buffer_max_bytes=100)
     watched.start()
     publish(mosquitto, "cesar/jobs", "small", "x" * 1000)
@@ -337,7 +337,7 @@ def keep_alive_every(watched: Watched, seconds: int) -> None:
     watched.client._options = replace(watched.client._options, keepalive_s=seconds)
 
 
-def test_a_broker_that_is_not_heard_is_given_up(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_a_broker_that_answers_no_ping_is_disconnected(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url)
     keep_alive_every(watched, 1)
     watched.start()
@@ -359,7 +359,7 @@ def test_closing_does_not_wait_for_room(mosquitto: "Mosquitto", watch: Watch) ->
     assert payloads(again.receive(3)) == list("abc")
 
 
-def test_closing_wakes_who_waits_for_messages(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_closing_wakes_the_receiving_thread(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url)
     watched.start()
     received: queue.Queue[list[Delivery]] = queue.Queue()
@@ -449,7 +449,7 @@ def test_a_message_that_the_broker_refuses_is_reported_with_the_reason(
     assert "refused a message on" in caplog.text
 
 
-def test_a_message_over_the_brokers_limit_never_leaves(start_mosquitto: "StartMosquitto", watch: Watch) -> None:
+def test_a_message_over_the_brokers_limit_is_not_sent(start_mosquitto: "StartMosquitto", watch: Watch) -> None:
     broker = start_mosquitto("max_packet_size 1000")
     watched = watch(broker.url, settings={"protocol": "5"})
     assert watched.start().max_packet_bytes == 1000
@@ -462,7 +462,7 @@ def test_a_message_over_the_brokers_limit_never_leaves(start_mosquitto: "StartMo
     assert watched.lost.empty()
 
 
-def test_a_limit_can_be_set_for_a_broker_that_does_not_tell(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_a_limit_can_be_configured_for_a_broker_that_reports_none(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url, settings={"protocol": "3.1.1", "max_packet_bytes": 2000})
     assert watched.start().max_packet_bytes == 2000
     with pytest.raises(PacketTooLargeError):
@@ -475,7 +475,7 @@ def test_a_limit_can_be_set_for_a_broker_that_does_not_tell(mosquitto: "Mosquitt
     ["", "a/+", "a/#", "a\0", "a\x1f", "a\x7f", "\ud800", "\ufdd0", "\uffff", "\U0001ffff", "a" * 65_536, "a/" * 200],
     ids=ascii,
 )
-def test_a_topic_that_brokers_hang_up_over_never_leaves(
+def test_a_topic_that_makes_brokers_disconnect_is_not_sent(
     mosquitto: "Mosquitto", watch: Watch, protocol: str, topic: str
 ) -> None:
     watched = watch(mosquitto.url, settings={"protocol": protocol})
@@ -496,7 +496,7 @@ def test_a_topic_that_brokers_hang_up_over_never_leaves(
     ],
     ids=["control", "long", "long data"],
 )
-def test_properties_that_brokers_hang_up_over_never_leave(
+def test_properties_that_make_brokers_disconnect_are_not_sent(
     mosquitto: "Mosquitto", watch: Watch, properties: dict[str, Any]
 ) -> None:
     watched = watch(mosquitto.url)
@@ -555,7 +555,7 @@ def note(watched: Watched) -> Noting:
 
 
 def test_only_the_network_thread_touches_the_socket(mosquitto: "Mosquitto", watch: Watch) -> None:
-    """Unless told not to, paho's `publish` and `ack` write in their caller's thread, in between what another writes."""
+    """By default, paho's `publish` and `ack` write in their caller's thread, between the writes of another."""
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
     noting = note(watched)
@@ -566,7 +566,7 @@ def test_only_the_network_thread_touches_the_socket(mosquitto: "Mosquitto", watc
     assert noting.users == {"mqtt-network"}
 
 
-def test_what_piles_up_is_written_together(mosquitto: "Mosquitto", watch: Watch) -> None:
+def test_accumulated_messages_are_written_together(mosquitto: "Mosquitto", watch: Watch) -> None:
     watched = watch(mosquitto.url)
     watched.start()
     first, going, published = threading.Event(), threading.Event(), threading.Semaphore(0)
@@ -608,7 +608,7 @@ def test_an_error_in_an_owners_callback_stops_nothing(
 
 
 @pytest.mark.parametrize("kill", [False, True])
-def test_it_comes_back_after_the_broker_did(
+def test_it_reconnects_after_a_restart_of_the_broker(
     start_mosquitto: "StartMosquitto", watch: Watch, caplog: pytest.LogCaptureFixture, *, kill: bool
 ) -> None:
     broker = start_mosquitto("autosave_interval 1", "autosave_on_changes true", persistence=True)
@@ -640,9 +640,7 @@ def test_attempts_that_fail_for_the_same_reason_are_logged_once(
     assert "Connection refused" in warnings[1]
 
 
-def test_a_message_in_flight_is_not_resent_behind_the_owners_back(
-    start_mosquitto: "StartMosquitto", watch: Watch
-) -> None:
+def test_paho_does_not_send_a_message_in_flight_again(start_mosquitto: "StartMosquitto", watch: Watch) -> None:
     """The owner publishes again what was not reported; if paho did so, too, everything would come twice."""
     broker = start_mosquitto(persistence=True)
     watched = watch(broker.url)
@@ -681,7 +679,7 @@ def test_no_ticket_is_given_for_a_connection_that_was_reported_lost(
     watched.lost.get(timeout=_WAIT_S)
 
 
-def test_another_client_of_the_same_name_is_suspected(
+def test_another_client_of_the_same_client_id_is_suspected(
     mosquitto: "Mosquitto", watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Mosquitto 2.0.11 closes the connection without a word; once is no sign, for a broker may be restarted."""
@@ -739,7 +737,9 @@ def test_closing_sends_all_that_was_published(mosquitto: "Mosquitto", watch: Wat
 
 
 @pytest.mark.parametrize("kind", ["frozen", "silent", "down"])
-def test_closing_takes_no_longer_than_it_may(mosquitto: "Mosquitto", watch: Watch, free_port: int, kind: str) -> None:
+def test_closing_takes_no_longer_than_its_timeout(
+    mosquitto: "Mosquitto", watch: Watch, free_port: int, kind: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ports = {"frozen": mosquitto.port, "silent": silent.getsockname()[1], "down": free_port}
         watched = watch(f"mqtt://127.0.0.1:{ports[kind]}")
@@ -786,7 +786,7 @@ def test_refused_credentials_end_it_at_once(
     assert "wr0ng" not in caplog.text + str(watched.refused[0])
 
 
-def test_the_right_credentials_open_the_door(
+def test_the_right_credentials_are_accepted(
     start_mosquitto: "StartMosquitto", watch: Watch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -819,7 +819,7 @@ failing_handshakes = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisable
 
 
 @failing_handshakes
-def test_tls_checks_the_broker_and_shows_the_client(
+def test_tls_verifies_the_broker_and_authenticates_the_client(
     start_mosquitto: "StartMosquitto", watch: Watch, certificates: "Certificates"
 ) -> None:
     broker = start_mosquitto(
@@ -846,7 +846,7 @@ def test_tls_checks_the_broker_and_shows_the_client(
 
 
 @failing_handshakes
-def test_tls_checks_the_name_of_the_broker(
+def test_tls_verifies_the_name_of_the_broker(
     start_mosquitto: "StartMosquitto", watch: Watch, certificates: "Certificates"
 ) -> None:
     broker = start_mosquitto(f"certfile {certificates.broker}", f"keyfile {certificates.broker_key}")
@@ -919,14 +919,14 @@ def test_a_broker_that_refuses_mqtt_5_is_spoken_to_in_3_1_1(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_asked_for_mqtt_5_alone_such_a_broker_has_refused(embedded_broker: EmbeddedBroker, watch: Watch) -> None:
+def test_with_mqtt_5_configured_a_broker_without_it_has_refused(embedded_broker: EmbeddedBroker, watch: Watch) -> None:
     watched = watch(f"mqtt://127.0.0.1:{embedded_broker.port}", settings={"protocol": "5"})
     watched.client.start()
     with pytest.raises(BrokerRefusedError, match="does not support MQTT 5"):
         watched.client.wait_connected(_WAIT_S)
 
 
-def test_mqtt_5_is_still_spoken_to_a_broker_that_was_down(
+def test_a_broker_that_was_down_is_still_connected_with_mqtt_5(
     mosquitto: "Mosquitto", watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     mosquitto.stop()
@@ -938,7 +938,7 @@ def test_mqtt_5_is_still_spoken_to_a_broker_that_was_down(
 
 
 class ScriptedBroker:
-    """Says what it is told to, connection by connection."""
+    """Plays a script, one function for each connection."""
 
     def __init__(self, *script: Callable[[socket.socket, bytes], None]) -> None:
         self._door = socket.create_server(("127.0.0.1", 0))
@@ -1005,7 +1005,7 @@ def hang_up(_client: socket.socket, _connect: bytes) -> None:
 def accept(
     client: socket.socket, connect: bytes, *, properties: bytes = b"", granted: bytes = b"\1", then: bytes = b""
 ) -> None:
-    """Take the client, answer a SUBSCRIBE, say `then`, and wait until it leaves."""
+    """Accept the client, answer a SUBSCRIBE, send `then`, and wait until the client disconnects."""
     five = spoken(connect) == "5"
     body = b"\0\0" + (bytes([len(properties)]) + properties if five else b"")
     client.sendall(bytes([0x20, len(body)]) + body)
@@ -1017,7 +1017,7 @@ def accept(
                 client.sendall(bytes([0x90, len(body)]) + body + then)
 
 
-def test_a_broker_that_hangs_up_on_mqtt_5_is_tried_in_3_1_1(
+def test_a_broker_that_disconnects_at_mqtt_5_is_tried_in_3_1_1(
     script: Callable[..., ScriptedBroker], watch: Watch
 ) -> None:
     broker = script(hang_up, accept)
@@ -1052,7 +1052,7 @@ def test_nothing_is_published_before_the_subscriptions_are_made(
 
 
 @failing_handshakes
-def test_websockets_ask_for_the_path_of_the_url(watch: Watch) -> None:
+def test_websockets_request_the_path_of_the_url(watch: Watch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as door:
         watched = watch(f"ws://127.0.0.1:{door.getsockname()[1]}/broker?token=t")
         watched.client.start()
@@ -1062,7 +1062,7 @@ def test_websockets_ask_for_the_path_of_the_url(watch: Watch) -> None:
         watched.client.close()
 
 
-def test_a_broker_that_hangs_up_on_everybody_is_spoken_to_in_5_again(
+def test_a_broker_that_disconnects_at_both_versions_is_tried_in_5_again(
     script: Callable[..., ScriptedBroker], watch: Watch
 ) -> None:
     broker = script(hang_up, hang_up, accept)
@@ -1072,7 +1072,7 @@ def test_a_broker_that_hangs_up_on_everybody_is_spoken_to_in_5_again(
     watched.client.close()
 
 
-def test_a_broker_that_takes_few_at_once_is_not_sent_more(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
+def test_the_brokers_receive_maximum_is_respected(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
     sent: queue.Queue[bytes] = queue.Queue()
     few = b"\x21" + struct.pack("!H", 3)
 
@@ -1094,7 +1094,7 @@ def test_a_broker_that_takes_few_at_once_is_not_sent_more(script: Callable[..., 
     assert sent.empty()
 
 
-def test_an_acknowledgement_has_been_heard_when_what_was_published_behind_it_is_acknowledged(
+def test_an_acknowledgement_has_been_received_once_a_message_behind_it_is_acknowledged(
     script: Callable[..., ScriptedBroker], watch: Watch
 ) -> None:
     sent: queue.Queue[bytes] = queue.Queue()
@@ -1118,16 +1118,16 @@ def test_an_acknowledgement_has_been_heard_when_what_was_published_behind_it_is_
         packet_ids.append(sent.get(timeout=_WAIT_S)[4:6])
         watched.client.acknowledge([delivery])
         assert sent.get(timeout=_WAIT_S)[:3] == b"\x40" + struct.pack("!H", delivery.receipt.mid)
-    for packet_id, heard in zip(packet_ids, (0, 1), strict=True):
+    for packet_id, count in zip(packet_ids, (0, 1), strict=True):
         answer.put(packet_id)
         watched.published_next()
-        assert watched.client.take_redelivery_bounds() == RedeliveryBounds(0, {1: heard})
+        assert watched.client.take_redelivery_bounds() == RedeliveryBounds(0, {1: count})
     assert watched.client.take_redelivery_bounds() == RedeliveryBounds(0, {})
     watched.client.close()
 
 
 @pytest.mark.parametrize("present", [False, True])
-def test_a_new_session_stays_news_when_its_first_connection_does_not_live_to_stand(
+def test_a_session_is_still_new_if_its_first_connection_was_never_ready(
     script: Callable[..., ScriptedBroker], watch: Watch, *, present: bool
 ) -> None:
     def cut_off(client: socket.socket, _connect: bytes) -> None:
@@ -1149,7 +1149,7 @@ def test_a_new_session_stays_news_when_its_first_connection_does_not_live_to_sta
     watched.client.close()
 
 
-def test_another_client_of_the_same_name_is_named(
+def test_a_session_takeover_is_reported(
     script: Callable[..., ScriptedBroker], watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken_over = b"\xe0\x02\x8e\x00"
@@ -1176,7 +1176,7 @@ def test_a_subscription_that_is_refused_or_weakened_is_reported(
 
 
 @pytest.mark.parametrize("name", [b"cesar/\xff\xfe", b"cesar/\xc3"])
-def test_a_topic_that_is_no_text_is_delivered_to_be_refused(
+def test_a_topic_that_is_not_utf_8_is_delivered(
     script: Callable[..., ScriptedBroker], watch: Watch, name: bytes
 ) -> None:
     body = struct.pack("!H", len(name)) + name + b"\0\7\0" + b"payload"
@@ -1192,7 +1192,7 @@ def test_a_topic_that_is_no_text_is_delivered_to_be_refused(
     watched.client.close()
 
 
-def test_what_cannot_be_read_is_fetched_in_3_1_1(
+def test_a_malformed_message_is_received_in_3_1_1(
     script: Callable[..., ScriptedBroker],
     watch: Watch,
     monkeypatch: pytest.MonkeyPatch,
@@ -1216,10 +1216,10 @@ def test_what_cannot_be_read_is_fetched_in_3_1_1(
     watched.client.close()
 
 
-def test_the_connection_is_kept_for_as_long_as_nobody_fetches(
+def test_the_connection_is_kept_while_the_buffer_is_full(
     script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mosquitto hangs up on a client that it has not heard for one and a half times the keepalive."""
+    """Mosquitto disconnects a client from which it has received nothing for one and a half times the keepalive."""
     monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.1)
     pinged, acknowledged = threading.Event(), threading.Event()
     numbers = list(range(30))
@@ -1254,7 +1254,7 @@ def test_the_connection_is_kept_for_as_long_as_nobody_fetches(
     watched.client.close()
 
 
-def test_a_goodbye_behind_messages_that_there_is_no_room_for_is_heard(
+def test_a_disconnect_behind_messages_without_room_is_handled(
     script: Callable[..., ScriptedBroker], watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was once looked for in a connection that was closed already, with a traceback."""
@@ -1270,16 +1270,16 @@ def test_a_goodbye_behind_messages_that_there_is_no_room_for_is_heard(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_what_comes_at_qos_2_is_delivered_and_acknowledged(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
-    """A session may hold a subscription that somebody else made in it."""
-    said: queue.Queue[bytes] = queue.Queue()
+def test_a_message_of_qos_2_is_delivered_and_acknowledged(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
+    """A session may hold a subscription that another program made in it."""
+    packets: queue.Queue[bytes] = queue.Queue()
 
     def exactly_once(client: socket.socket, _connect: bytes) -> None:
         client.sendall(b"\x20\x03\1\0\0" + b"\x34\x09\0\1t\0\7\0two")
         with suppress(OSError):
             while True:
                 packet = read_packet(client)
-                said.put(packet)
+                packets.put(packet)
                 if packet[0] == 0x50:
                     client.sendall(b"\x62\x02" + packet[1:3])
 
@@ -1287,22 +1287,22 @@ def test_what_comes_at_qos_2_is_delivered_and_acknowledged(script: Callable[...,
     watched.start()
     deliveries = watched.receive()
     assert [(delivery.payload, delivery.qos) for delivery in deliveries] == [(b"two", 2)]
-    assert said.get(timeout=_WAIT_S) == b"\x50\0\7"
+    assert packets.get(timeout=_WAIT_S) == b"\x50\0\7"
     watched.client.acknowledge(deliveries)
-    assert said.get(timeout=_WAIT_S) == b"\x70\0\7"
+    assert packets.get(timeout=_WAIT_S) == b"\x70\0\7"
     watched.client.close()
 
 
-def test_a_broker_that_never_answers_is_given_up_and_tried_again(
+def test_a_broker_that_never_answers_is_disconnected_and_tried_again(
     script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.connection._ANSWER_S", 0.5)
     monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.1)
 
-    def say_nothing(client: socket.socket, _connect: bytes) -> None:
+    def stay_silent(client: socket.socket, _connect: bytes) -> None:
         client.recv(1)
 
-    broker = script(say_nothing, say_nothing, accept)
+    broker = script(stay_silent, stay_silent, accept)
     watched = watch(broker.url)
     watched.client.start()
     assert holds(lambda: "did not answer" in str(watched.client.failure))

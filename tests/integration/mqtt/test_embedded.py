@@ -27,7 +27,7 @@ uses_mosquitto = pytest.mark.mosquitto
 
 
 @pytest.fixture
-def heard() -> Iterator[list[str]]:
+def log_lines() -> Iterator[list[str]]:
     """What comes to the root logger from WARNING on, and so to the user."""
     lines: list[str] = []
 
@@ -115,7 +115,7 @@ def receive(client: MqttClient, count: int) -> list[str]:
 
 
 def holds(condition: Callable[[], object]) -> bool:
-    """Look until it holds, for what tells nobody that it has changed."""
+    """Poll a condition that has no notification."""
     deadline = time.monotonic() + _WAIT_S
     pause = threading.Event()
     while not condition() and time.monotonic() < deadline:
@@ -136,20 +136,20 @@ def connect(name: bytes, *, version: int = 4, properties: bytes = b"") -> bytes:
 
 
 def answer(broker: EmbeddedBroker, data: bytes) -> bytes:
-    """All that the broker says to this before it closes the connection."""
+    """Everything that the broker answers before it closes the connection."""
     with socket.create_connection(("127.0.0.1", broker.port), timeout=_WAIT_S) as stranger:
         stranger.sendall(data)
-        said = b""
+        answer = b""
         while part := stranger.recv(100):
-            said += part
-        return said
+            answer += part
+        return answer
 
 
 # -- the main scenario ------------------------------------------------------------------------------------------------
 
 
 @uses_mosquitto
-def test_who_subscribes_later_sees_the_retained_status(embedded_broker: EmbeddedBroker) -> None:
+def test_a_later_subscriber_receives_the_retained_status(embedded_broker: EmbeddedBroker) -> None:
     with connected(
         embedded_broker, client_id="cesar", persistent=True, subscriptions=[Subscription("cesar/jobs")]
     ) as us:
@@ -163,7 +163,7 @@ def test_who_subscribes_later_sees_the_retained_status(embedded_broker: Embedded
 
 
 @uses_mosquitto
-def test_several_clients_get_everything_in_order(embedded_broker: EmbeddedBroker) -> None:
+def test_several_clients_receive_all_messages_in_order(embedded_broker: EmbeddedBroker) -> None:
     numbers = [str(number) for number in range(300)]
     lines = "".join(f"{number}\n" for number in numbers)
     with (
@@ -181,7 +181,7 @@ def test_several_clients_get_everything_in_order(embedded_broker: EmbeddedBroker
 
 
 @uses_mosquitto
-def test_nobody_gets_the_retained_messages_of_somebody_elses_filter(embedded_broker: EmbeddedBroker) -> None:
+def test_retained_messages_answer_only_the_clients_own_filter(embedded_broker: EmbeddedBroker) -> None:
     """amqtt 0.12.1 sends each new client what is retained for the filters of all others."""
     for topic in ("ours/a", "theirs/b"):
         shell(embedded_broker, "pub", "-r", "-q", "1", "-t", topic, "-m", topic)
@@ -206,7 +206,7 @@ def test_a_retained_message_is_marked_as_such_and_can_be_cleared(embedded_broker
 
 
 @uses_mosquitto
-def test_the_will_of_a_client_that_is_gone_is_sent_and_retained(embedded_broker: EmbeddedBroker) -> None:
+def test_the_will_of_a_lost_client_is_published_and_retained(embedded_broker: EmbeddedBroker) -> None:
     will = ["--will-topic", "w", "--will-payload", "offline", "--will-retain", "--will-qos", "1"]
     with listening(embedded_broker, "-q", "1", "-t", "w") as watcher:
         with listening(embedded_broker, "-t", "x", *will):
@@ -248,7 +248,7 @@ def test_a_message_does_not_wait_for_an_acknowledgement_by_tcp(embedded_broker: 
 # -- where it listens -------------------------------------------------------------------------------------------------
 
 
-def test_a_taken_port_is_named_in_the_error(embedded_broker: EmbeddedBroker) -> None:
+def test_a_port_in_use_is_named_in_the_error(embedded_broker: EmbeddedBroker) -> None:
     with pytest.raises(ConfigError) as taken:
         EmbeddedBroker(port=embedded_broker.port).start()
     message = str(taken.value)
@@ -258,13 +258,13 @@ def test_a_taken_port_is_named_in_the_error(embedded_broker: EmbeddedBroker) -> 
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "broker.lan", ""])  # noqa: S104 - it is refused
-def test_a_host_that_others_can_reach_is_refused(host: str) -> None:
+def test_a_host_that_other_machines_can_reach_is_rejected(host: str) -> None:
     with pytest.raises(ConfigError, match="this machine only"):
         EmbeddedBroker(host)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
-def test_it_listens_where_it_is_told_to(host: str) -> None:
+def test_it_listens_on_the_given_address(host: str) -> None:
     broker = EmbeddedBroker(host, 0)
     try:
         broker.start()
@@ -282,7 +282,7 @@ def test_it_listens_where_it_is_told_to(host: str) -> None:
 # -- strangers --------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_of_mqtt_5_is_told_at_once(embedded_broker: EmbeddedBroker) -> None:
+def test_a_client_of_mqtt_5_is_refused_at_once(embedded_broker: EmbeddedBroker) -> None:
     """amqtt would wait for more of a client id that it reads out of the properties."""
     expiry = b"\x05\x11\xff\xff\xff\xff"
     for properties in (b"\0", expiry):
@@ -290,8 +290,8 @@ def test_a_client_of_mqtt_5_is_told_at_once(embedded_broker: EmbeddedBroker) -> 
 
 
 @uses_mosquitto
-def test_strangers_and_broken_clients_leave_no_trace(
-    embedded_broker: EmbeddedBroker, heard: list[str], capfd: pytest.CaptureFixture[str]
+def test_port_scans_and_broken_clients_are_not_logged(
+    embedded_broker: EmbeddedBroker, log_lines: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     junk = [
         b"",
@@ -324,14 +324,14 @@ def test_strangers_and_broken_clients_leave_no_trace(
         us.publish("a", b"still there")
         assert receive(us, 1) == ["still there"]
     assert holds(lambda: not embedded_broker._writers)
-    assert heard == []
+    assert log_lines == []
     assert capfd.readouterr().err == ""
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 
-def test_closing_frees_the_port_and_ends_the_thread(heard: list[str]) -> None:
+def test_closing_frees_the_port_and_ends_the_thread(log_lines: list[str]) -> None:
     broker = EmbeddedBroker(port=0)
     broker.close()
     broker.start()
@@ -345,7 +345,7 @@ def test_closing_frees_the_port_and_ends_the_thread(heard: list[str]) -> None:
     again = EmbeddedBroker(port=port)
     again.start()
     again.close()
-    assert heard == []
+    assert log_lines == []
 
 
 def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
@@ -357,9 +357,9 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
     ):
         deaf.sendall(connect(b"deaf"))
         deaf.sendall(packet(0x82, b"\0\1" + text(b"a") + b"\0"))
-        said = b""
-        while not said.endswith(b"\x90\x03\0\1\0"):
-            said += deaf.recv(100)
+        answer = b""
+        while not answer.endswith(b"\x90\x03\0\1\0"):
+            answer += deaf.recv(100)
         for _ in range(10):
             us.publish("a", b"x" * 1_000_000)
         us.publish("b", b"handed out after all the others")
@@ -387,64 +387,66 @@ def keeping() -> Iterator[EmbeddedBroker]:
 @contextmanager
 def linked(broker: EmbeddedBroker, client_id: str, *topics: str) -> Iterator[tuple[MqttClient, "queue.Queue[str]"]]:
     """A client, and the order in which what it publishes is acknowledged, or that it is disconnected."""
-    told: queue.Queue[str] = queue.Queue()
+    reports: queue.Queue[str] = queue.Queue()
     client = MqttClient(
         BrokerSettings(url=broker.url, protocol="3.1.1"),
         client_id=client_id,
         persistent=client_id == "cesar",
         subscriptions=[Subscription(topic) for topic in topics],
-        on_published=lambda ticket, _reason: told.put(f"{ticket.mid} is acknowledged"),
-        on_disconnected=lambda _reason: told.put("disconnected"),
+        on_published=lambda ticket, _reason: reports.put(f"{ticket.mid} is acknowledged"),
+        on_disconnected=lambda _reason: reports.put("disconnected"),
     )
     client.start()
     assert client.wait_connected(_WAIT_S) is not None
     try:
-        yield client, told
+        yield client, reports
     finally:
         client.close()
 
 
-def test_a_job_is_acknowledged_to_its_publisher_only_when_the_keeper_has_it() -> None:
+def test_a_job_is_acknowledged_to_its_publisher_only_after_the_subscriber_has_it() -> None:
     with (
         keeping() as broker,
-        linked(broker, "cesar", "cesar/jobs") as (keeper, _),
-        linked(broker, "somebody", "cesar/#"),
-        linked(broker, "producer") as (producer, told),
+        linked(broker, "cesar", "cesar/jobs") as (subscriber, _),
+        linked(broker, "observer", "cesar/#"),
+        linked(broker, "producer") as (producer, reports),
     ):
         job = producer.publish("cesar/jobs", b"a.wav")
         other = producer.publish("cesar/other", b"something else")
         assert job is not None
         assert other is not None
-        assert told.get(timeout=_WAIT_S) == f"{other.mid} is acknowledged", "what is not kept does not wait"
-        deliveries = keeper.receive(_WAIT_S)
+        assert reports.get(timeout=_WAIT_S) == f"{other.mid} is acknowledged", (
+            "a topic that is not forwarded does not wait"
+        )
+        deliveries = subscriber.receive(_WAIT_S)
         assert [delivery.payload for delivery in deliveries] == [b"a.wav"]
-        assert told.empty()
+        assert reports.empty()
 
-        keeper.acknowledge(deliveries)
+        subscriber.acknowledge(deliveries)
 
-        assert told.get(timeout=_WAIT_S) == f"{job.mid} is acknowledged"
+        assert reports.get(timeout=_WAIT_S) == f"{job.mid} is acknowledged"
 
 
 def test_the_same_job_twice_at_once_is_acknowledged_twice() -> None:
     with (
         keeping() as broker,
-        linked(broker, "cesar", "cesar/jobs") as (keeper, _),
-        linked(broker, "producer") as (producer, told),
+        linked(broker, "cesar", "cesar/jobs") as (subscriber, _),
+        linked(broker, "producer") as (producer, reports),
     ):
         tickets = [producer.publish("cesar/jobs", b"a.wav") for _ in range(20)]
         taken = 0
         while taken < len(tickets):
-            deliveries = keeper.receive(_WAIT_S)
-            keeper.acknowledge(deliveries)
+            deliveries = subscriber.receive(_WAIT_S)
+            subscriber.acknowledge(deliveries)
             taken += len(deliveries)
-        heard = {told.get(timeout=_WAIT_S) for _ in tickets}
-        assert heard == {f"{ticket.mid} is acknowledged" for ticket in tickets if ticket is not None}
+        reported = {reports.get(timeout=_WAIT_S) for _ in tickets}
+        assert reported == {f"{ticket.mid} is acknowledged" for ticket in tickets if ticket is not None}
 
 
-def test_a_publisher_whose_job_nobody_keeps_is_let_go_so_that_it_sends_it_again(
+def test_a_publisher_whose_job_is_not_acknowledged_is_disconnected_so_that_it_sends_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.embedded._SUBSCRIBER_S", 0.2)
-    with keeping() as broker, linked(broker, "producer") as (producer, told):
+    with keeping() as broker, linked(broker, "producer") as (producer, reports):
         assert producer.publish("cesar/jobs", b"a.wav") is not None
-        assert told.get(timeout=_WAIT_S) == "disconnected"
+        assert reports.get(timeout=_WAIT_S) == "disconnected"

@@ -32,8 +32,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def test_an_answer_is_cut_for_the_topic_that_it_goes_to_and_the_broker_that_is_there_then(bench: Bench) -> None:
     payload = response("x" * 5000)
-    bench.publisher.answer("cesar/response/result", payload)
-    bench.publisher.answer("replies/" + "x" * 400, payload, correlation_data=b"c" * 300)
+    bench.publisher.publish_response("cesar/response/result", payload)
+    bench.publisher.publish_response("replies/" + "x" * 400, payload, correlation_data=b"c" * 300)
     bench.connect(limit_bytes=3000)
     notes = [message for message in bench.connection.sent if b'"text"' in message.payload]
     lengths = [message.fields["data"]["length"] for message in notes]
@@ -49,7 +49,7 @@ def test_segments_that_are_cut_are_not_dropped_and_that_is_logged_once_for_a_job
     working = bench.claim()
     bench.connect(limit_bytes=700)
     for text in ("Good morning.", '"' * 2000):
-        bench.publisher.segment(working, segment(text))
+        bench.publisher.on_segment(working, segment(text))
     told = on("cesar/segments/a", bench.turn())
     assert [each.keys() & {"words"} for each in told] == [set(), set()]
     assert told[0]["text"] == "Good morning."

@@ -73,7 +73,7 @@ def test_the_contract_s_entities_are_there() -> None:
     }
 
 
-def test_both_ways_of_announcing_say_the_same() -> None:
+def test_both_discovery_modes_have_the_same_entities() -> None:
     device = messages()[DEVICE]
     single = messages(mode="component")
     assert len(single) == len(device["components"])
@@ -86,22 +86,22 @@ def test_both_ways_of_announcing_say_the_same() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_topics_and_ids_of_consumers_side_by_side_differ(mode: Mode) -> None:
     names = ["cesar", "Cesar", "kitchen", "kitchen_last", "kitchen-last", "kitchen_last_error"]
-    told = [messages(Topics("cesar", name), mode=mode) for name in names]
-    topics = [topic for message in told for topic in message]
-    ids = re.findall(r'"unique_id": "([^"]+)"', json.dumps(told))
+    announced = [messages(Topics("cesar", name), mode=mode) for name in names]
+    topics = [topic for message in announced for topic in message]
+    ids = re.findall(r'"unique_id": "([^"]+)"', json.dumps(announced))
     assert len(set(topics)) == len(topics)
     assert len(set(ids)) == len(ids)
-    assert len({json.dumps(message["device"]) for one in told for message in one.values()}) == len(names)
+    assert len({json.dumps(message["device"]) for one in announced for message in one.values()}) == len(names)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_topics_are_such_as_home_assistant_listens_to(mode: Mode) -> None:
+def test_discovery_topics_are_those_that_home_assistant_subscribes_to(mode: Mode) -> None:
     pattern = re.compile(r"my/home/\w+/(?:[a-zA-Z0-9_-]+/)?[a-zA-Z0-9_-]+/config")
     assert all(pattern.fullmatch(topic) for topic in messages(mode=mode, prefix="my/home"))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_announced_is_found_again(mode: Mode) -> None:
+def test_all_discovery_topics_match_the_filters(mode: Mode) -> None:
     filters = discovery_filters("kitchen", prefix="homeassistant")
     patterns = [re.compile(re.escape(one).replace(r"\+", "[^/]+")) for one in filters]
     for topic in messages(mode=mode):
@@ -122,7 +122,7 @@ def test_the_choices_are_those_of_the_messages() -> None:
     assert set(entities()["job"]["event_types"]) == set(EVENT_TYPES)
 
 
-def test_no_attribute_has_a_name_that_home_assistant_takes_away() -> None:
+def test_no_attribute_has_a_name_that_home_assistant_omits() -> None:
     templates = [
         entity["json_attributes_template"] for entity in entities().values() if "json_attributes_topic" in entity
     ]
@@ -130,7 +130,7 @@ def test_no_attribute_has_a_name_that_home_assistant_takes_away() -> None:
     assert not any(re.search(r"'(state|icon)':", template) for template in templates)
 
 
-def test_what_is_sent_for_a_consumer_that_is_away_stays_possible() -> None:
+def test_submitting_stays_available_while_the_consumer_is_offline() -> None:
     assert "availability" not in entities()["submit"]
     assert entities()["paused"]["availability"][0]["topic"] == "cesar/consumer/kitchen/state"
 
@@ -167,14 +167,14 @@ def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix(
 
 
 @pytest.mark.parametrize("topic", birth_topics("other"))
-def test_a_birth_message_is_neither_a_job_nor_forgotten(planner: MessageParser, topic: str) -> None:
+def test_a_birth_message_is_recognised_and_is_not_a_job(planner: MessageParser, topic: str) -> None:
     plan = planner.plan(delivery(topic, b"online"))
     assert plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "retain"), [(b"offline", False), (b"", False), (b"online", True)])
-def test_what_is_no_birth_is_passed_over(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
+def test_other_messages_on_the_birth_topic_are_ignored(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
     plan = planner.plan(delivery("homeassistant/status", payload, retain=retain))
     assert not plan.born
     assert (plan.job, plan.refusal, plan.command) == (None, None, None)
@@ -240,7 +240,7 @@ def test_a_connection_is_announced_at_once(schedule: DiscoverySchedule, own_topi
     assert sent(own_topics) == {}
 
 
-def test_a_birth_is_answered_a_little_later_with_everything(
+def test_a_birth_message_is_answered_a_little_later_with_all_messages(
     schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock
 ) -> None:
     schedule.announce({"ha/a/config": b"{}"})
@@ -258,7 +258,9 @@ def test_a_birth_is_answered_a_little_later_with_everything(
     assert schedule.waits_s() == []
 
 
-def test_what_is_stale_goes_first_and_once(schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock) -> None:
+def test_stale_topics_are_cleared_first_and_once(
+    schedule: DiscoverySchedule, own_topics: OwnTopics, clock: Clock
+) -> None:
     schedule.announce({"ha/new/config": b"{}"}, stale=["ha/old/config"])
     schedule.on_connected()
     schedule.run_once()
@@ -303,7 +305,7 @@ def test_only_what_is_no_longer_used_is_stale(tmp_path: Path) -> None:
     assert AnnouncedTopics(path).begin({"b", "c"}) == {"a"}
 
 
-def test_it_stays_stale_until_the_broker_has_forgotten_it(tmp_path: Path) -> None:
+def test_a_topic_stays_stale_until_it_is_cleared(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
     AnnouncedTopics(path).begin({"a"})
     AnnouncedTopics(path).begin({"b"})
@@ -346,7 +348,7 @@ def test_a_disk_that_is_full_does_not_stop_the_consumer(tmp_path: Path, caplog: 
     assert "cannot be written (No space left on device)" in logged(caplog)
 
 
-def test_the_entities_stay_what_they_are() -> None:
+def test_the_ids_of_entities_do_not_change() -> None:
     """A key or an id that changes leaves users with dead entities: only add here."""
     assert sorted(entity["unique_id"] for entity in entities().values()) == [
         "cesar-mqtt.kitchen.activity",

@@ -106,19 +106,19 @@ class FakePublisher(JobObserver):
         self.degradations: list[tuple[str, bool]] = []
         self.refused = threading.Event()
 
-    def reject(self, rejection: Rejection) -> None:
+    def on_rejected(self, rejection: Rejection) -> None:
         self._trace.append("reported")
         self.rejections.append(rejection)
 
-    def answer(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
+    def publish_response(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         self._trace.append("answered")
         self.answers.append((topic, payload, correlation_data))
 
-    def found_retained(self, payload: bytes | None) -> None:
+    def on_queue_message_received(self, payload: bytes | None) -> None:
         self.found.append(payload)
 
-    def degraded(self, who: str, *, on: bool) -> None:
-        self.degradations.append((who, on))
+    def on_degraded(self, thread: str, *, on: bool) -> None:
+        self.degradations.append((thread, on))
         if on:
             self.refused.set()
 

@@ -7,7 +7,7 @@ from cesar_mqtt.jobs import Totals
 from cesar_mqtt.protocol.consumer_payloads import Activity
 
 
-def test_what_the_broker_may_retain_is_what_it_acknowledged_last_and_what_was_sent_since() -> None:
+def test_the_broker_may_retain_what_it_acknowledged_last_and_what_was_sent_since() -> None:
     own = OwnTopics()
     assert own.retained("queue") == ()
     for number in range(4):
@@ -21,7 +21,7 @@ def test_what_the_broker_may_retain_is_what_it_acknowledged_last_and_what_was_se
     assert own.is_acknowledged
 
 
-def test_what_is_said_again_is_retained_once_it_is_acknowledged() -> None:
+def test_a_republished_topic_is_retained_once_it_is_acknowledged() -> None:
     own = OwnTopics()
     own.retain("queue", b"x")
     list(own.take_due())
@@ -53,22 +53,22 @@ def totals(*, working: str | None = None, queued: int = 0, paused: bool = False)
         ("starting", totals(), "starting"),
         ("loading", totals(working="a"), "loading"),
         ("idle", totals(), "idle"),
-        ("idle", totals(working="a"), "processing"),  # claimed, and the worker has not yet said so
+        ("idle", totals(working="a"), "processing"),  # claimed, and the worker has not yet reported it
         ("idle", totals(working="a", paused=True), "processing"),
         ("idle", totals(paused=True, queued=3), "paused"),
         ("processing", totals(working="a"), "processing"),
-        ("processing", totals(), "idle"),  # ended, and the worker has not yet said so
+        ("processing", totals(), "idle"),  # ended, and the worker has not yet reported it
         ("processing", totals(queued=3), "processing"),  # between two jobs
         ("processing", totals(queued=3, paused=True), "paused"),
     ],
 )
-def test_the_word_agrees_with_the_job_that_the_ledger_has_in_work(worker: Activity, jobs: Totals, word: str) -> None:
+def test_the_activity_agrees_with_the_running_job_of_the_ledger(worker: Activity, jobs: Totals, word: str) -> None:
     activity = ActivityTracker()
     activity.worker = worker
     assert activity.current(jobs) == word
 
 
-def test_a_stop_weighs_more_than_a_disk_that_refuses_and_that_more_than_work() -> None:
+def test_a_stop_takes_precedence_over_a_failing_disk_and_that_over_the_worker() -> None:
     activity = ActivityTracker()
     assert activity.set_degraded("intake", on=True)
     assert not activity.set_degraded("intake", on=True)

@@ -87,7 +87,7 @@ class FakeConnection:
 
 
 def left_by(bench: "Bench", **counts: int) -> bytes:
-    """What the process before has said last."""
+    """The last queue message of the process before."""
     totals = bench.ledger.totals()
     return json.dumps(
         {
@@ -103,7 +103,7 @@ def left_by(bench: "Bench", **counts: int) -> bytes:
 
 
 class Bench:
-    """A publisher between a real ledger and a fake connection; its turns are taken by hand."""
+    """A publisher between a real ledger and a fake connection; `turn` runs it once."""
 
     def __init__(self, folder: Path, disk: Disk | None = None) -> None:
         self.now = 1000.0
@@ -118,7 +118,7 @@ class Bench:
         )
         self._seen = 0
         self.left = left_by(self)
-        """What the process before has said last, until the broker has shown it."""
+        """The last queue message of the process before, until the broker has sent it."""
 
     # -- the ledger --
 
@@ -146,7 +146,7 @@ class Bench:
         self.connection.limit_bytes = limit_bytes
         self.publisher.on_connected(session_present=session_present, max_packet_bytes=limit_bytes)
         if session_present and self.left:
-            self.publisher.found_retained(self.left)
+            self.publisher.on_queue_message_received(self.left)
         self.left = b""
         return self.turn()
 
@@ -161,13 +161,13 @@ class Bench:
         return self.turn()
 
     def settle(self) -> list[Message]:
-        """Acknowledge, and take turns, until nothing more is said; return all that was."""
-        said = self.turn()
-        fresh = said or self.connection.sent
+        """Acknowledge and run until nothing more is published; return all that was."""
+        published = self.turn()
+        fresh = published or self.connection.sent
         while fresh:
             fresh = self.acknowledge(*fresh)
-            said += fresh
-        return said
+            published += fresh
+        return published
 
     def turn(self) -> list[Message]:
         """Let the publisher do all that it can; return what it has published since the last time."""
@@ -177,7 +177,7 @@ class Bench:
         return fresh
 
     def quiet(self, **connection: Any) -> None:
-        """Connect, and let everything be said and acknowledged, long ago."""
+        """Connect, and have everything published and acknowledged, long ago."""
         self.connect(**connection)
         self.settle()
         self.now += 100
@@ -205,7 +205,7 @@ def on(topic: str, messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def statuses(messages: list[Message]) -> list[tuple[str, str]]:
-    """Return whose status was said, and what it was, in order."""
+    """Return the jobs whose statuses were published, with their states, in order."""
     found = (message.fields for message in messages if message.topic.startswith("cesar/status/"))
     return [(fields["job_id"], fields["status"]) for fields in found]
 
@@ -237,8 +237,8 @@ def live(progress: float) -> JobProgress:
 
 def test_nothing_is_published_while_there_is_no_connection(bench: Bench) -> None:
     bench.add("a")
-    bench.publisher.online()
-    bench.publisher.reject(rejection())
+    bench.publisher.publish_state("online")
+    bench.publisher.on_rejected(rejection())
     assert bench.publisher.run_once() is None
     assert bench.connection.threads == set()
 
@@ -250,14 +250,14 @@ def test_a_status_is_retained_on_the_topic_of_its_job(bench: Bench) -> None:
     assert message.fields == status_of(bench.job("a"), "kitchen")
 
 
-def test_while_connected_every_state_of_a_job_is_said_in_order(bench: Bench) -> None:
+def test_while_connected_every_state_of_a_job_is_published_in_order(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     bench.complete(bench.claim())
     assert statuses(bench.turn()) == [("a", "queued"), ("a", "processing"), ("a", "completed")]
 
 
-def test_states_that_were_passed_through_while_offline_are_never_said(bench: Bench) -> None:
+def test_states_passed_through_while_offline_are_never_published(bench: Bench) -> None:
     bench.quiet()
     bench.disconnect()
     bench.add("a", "b")
@@ -268,18 +268,18 @@ def test_states_that_were_passed_through_while_offline_are_never_said(bench: Ben
 def test_a_status_counts_as_published_only_at_its_acknowledgement(bench: Bench, tmp_path: Path) -> None:
     bench.quiet()
     bench.add("a")
-    said = bench.turn()
-    assert statuses(said) == [("a", "queued")]
+    published = bench.turn()
+    assert statuses(published) == [("a", "queued")]
     assert bench.ledger.has_unpublished
     crashed = tmp_path / "crashed"
     shutil.copytree(tmp_path, crashed, ignore=shutil.ignore_patterns("*.lock", "crashed"))
     with Ledger(crashed / "ledger.json") as ledger:
         assert [job.job_id for _, job in ledger.unpublished(10)] == ["a"]
-    bench.acknowledge(*said)
+    bench.acknowledge(*published)
     assert not bench.ledger.has_unpublished
 
 
-def test_a_status_is_not_said_again_while_it_is_on_its_way(bench: Bench) -> None:
+def test_a_status_in_flight_is_not_published_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     assert statuses(bench.turn()) == [("a", "queued")]
@@ -300,7 +300,7 @@ def test_an_older_acknowledgement_does_not_count_for_a_newer_state(bench: Bench)
     bench.complete(job)
 
 
-def test_an_acknowledgement_of_an_older_connection_or_of_nothing_known_counts_for_nothing(bench: Bench) -> None:
+def test_an_acknowledgement_of_an_older_connection_or_an_unknown_ticket_is_ignored(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     lost = bench.turn()
@@ -313,7 +313,7 @@ def test_an_acknowledgement_of_an_older_connection_or_of_nothing_known_counts_fo
     assert not bench.ledger.has_unpublished
 
 
-def test_an_acknowledgement_that_comes_before_publish_has_returned_is_heard(bench: Bench) -> None:
+def test_an_acknowledgement_that_arrives_before_publish_has_returned_counts(bench: Bench) -> None:
     bench.connection.on_sent = lambda message: bench.publisher.on_published(message.ticket)
     bench.add("a")
     bench.connect()
@@ -321,18 +321,18 @@ def test_an_acknowledgement_that_comes_before_publish_has_returned_is_heard(benc
     assert not bench.ledger.has_unpublished
 
 
-def test_about_two_hundred_messages_are_on_their_way_at_most(bench: Bench) -> None:
+def test_about_two_hundred_messages_are_in_flight_at_most(bench: Bench) -> None:
     bench.quiet()
     for number in range(450):
         bench.add(f"job-{number}")
-    said = bench.turn()
+    published = bench.turn()
     assert MAX_IN_FLIGHT == 200
-    assert len(said) in {MAX_IN_FLIGHT, MAX_IN_FLIGHT + 1}, "an event and its status go together"
+    assert len(published) in {MAX_IN_FLIGHT, MAX_IN_FLIGHT + 1}, "an event and its status go together"
     assert bench.turn() == []
-    more = bench.acknowledge(*said[:10])
+    more = bench.acknowledge(*published[:10])
     assert len(more) == 10
     bench.now += 10
-    everything = said + more + bench.acknowledge(*said[10:], *more)
+    everything = published + more + bench.acknowledge(*published[10:], *more)
     while bench.ledger.has_unpublished:
         everything += bench.acknowledge(*everything)
     assert [job_id for job_id, _ in dict.fromkeys(statuses(everything))] == [f"job-{number}" for number in range(450)]
@@ -352,11 +352,11 @@ def test_a_connection_that_breaks_in_the_middle_of_a_burst_loses_nothing(bench: 
     assert {job_id for job_id, _ in statuses(bench.connection.sent)} == {f"job-{number}" for number in range(20)}
 
 
-def test_after_a_publish_in_vain_no_other_is_tried_before_the_next_connection(bench: Bench) -> None:
+def test_after_a_failed_publish_no_other_is_tried_before_the_next_connection(bench: Bench) -> None:
     bench.quiet()
     bench.connection.up = False
     bench.add("a", "b")
-    bench.publisher.reject(rejection())
+    bench.publisher.on_rejected(rejection())
     bench.turn()
     attempts = bench.connection.attempts
     bench.add("c")
@@ -366,28 +366,28 @@ def test_after_a_publish_in_vain_no_other_is_tried_before_the_next_connection(be
     assert len(statuses(bench.connect())) == 3
 
 
-def test_after_a_reconnect_only_what_was_not_acknowledged_is_said_again(bench: Bench) -> None:
+def test_after_a_reconnect_only_unacknowledged_statuses_are_published_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", "b")
-    said = bench.turn()
-    assert statuses(said) == [("a", "queued"), ("b", "queued")]
-    bench.acknowledge(*(message for message in said if message.topic != "cesar/status/b"))
+    published = bench.turn()
+    assert statuses(published) == [("a", "queued"), ("b", "queued")]
+    bench.acknowledge(*(message for message in published if message.topic != "cesar/status/b"))
     bench.disconnect()
     assert statuses(bench.connect()) == [("b", "queued")]
 
 
-def test_after_the_broker_lost_the_session_everything_is_said_again(bench: Bench) -> None:
+def test_after_the_broker_lost_the_session_everything_is_published_again(bench: Bench) -> None:
     bench.add("a", "b")
-    bench.publisher.online()
-    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.publish_state("online")
+    bench.publisher.on_finished(bench.complete(bench.claim()))
     bench.quiet()
     bench.disconnect()
-    said = bench.connect(session_present=False)
-    assert sorted(statuses(said)) == [("a", "completed"), ("b", "queued")]
-    assert {message.topic for message in said} >= {STATE, QUEUE, LAST}
+    published = bench.connect(session_present=False)
+    assert sorted(statuses(published)) == [("a", "completed"), ("b", "queued")]
+    assert {message.topic for message in published} >= {STATE, QUEUE, LAST}
 
 
-def test_a_start_tells_only_what_the_broker_does_not_know_yet(bench: Bench, tmp_path: Path) -> None:
+def test_a_start_publishes_only_what_the_broker_has_not_acknowledged(bench: Bench, tmp_path: Path) -> None:
     bench.quiet()
     bench.add("a")
     bench.settle()
@@ -399,7 +399,7 @@ def test_a_start_tells_only_what_the_broker_does_not_know_yet(bench: Bench, tmp_
         assert restarted.job("a").state is JobState.QUEUED
 
 
-def test_a_request_that_came_again_has_its_status_said_again(bench: Bench) -> None:
+def test_a_repeated_request_has_its_status_published_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     bench.settle()
@@ -407,7 +407,7 @@ def test_a_request_that_came_again_has_its_status_said_again(bench: Bench) -> No
     assert statuses(bench.turn()) == [("a", "queued")]
 
 
-def test_the_others_are_told_when_they_move_up_in_the_queue(bench: Bench) -> None:
+def test_statuses_are_published_when_jobs_move_up_in_the_queue(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", "b", "c")
     bench.settle()
@@ -423,7 +423,7 @@ def test_the_others_are_told_when_they_move_up_in_the_queue(bench: Bench) -> Non
 # -- what cannot be published --------------------------------------------------------------------------------------
 
 
-def test_a_status_over_the_packet_limit_is_cut_until_it_fits(bench: Bench) -> None:
+def test_a_status_over_the_packet_limit_is_truncated(bench: Bench) -> None:
     bench.quiet(limit_bytes=2000)
     bench.add("a", metadata={"k": "x" * 1000})
     bench.complete(bench.claim(), 'He said "Grüße".\n' * 1000)
@@ -434,30 +434,28 @@ def test_a_status_over_the_packet_limit_is_cut_until_it_fits(bench: Bench) -> No
 
 
 @pytest.mark.parametrize("topic", ["cesar/status/a", "cesar/consumer/kitchen/queue", REJECTED])
-def test_what_the_broker_refused_to_take_of_a_job_is_said_again_at_the_next_connection(
-    bench: Bench, topic: str
-) -> None:
-    """Whoever lets the broker refuse it may think better of it; until then nobody tries again and again."""
+def test_a_refused_status_is_published_again_at_the_next_connection(bench: Bench, topic: str) -> None:
+    """An access list may change; until the next connection the status is not tried again."""
     bench.quiet()
     bench.add("a")
-    bench.publisher.reject(rejection())
+    bench.publisher.on_rejected(rejection())
     for message in bench.turn():
         bench.publisher.on_published(message.ticket, refused=message.topic == topic)
     assert bench.settle() == []
     for again in (topic == "cesar/status/a", False):
         bench.disconnect()
-        said = bench.connect()
-        assert [job_id for job_id, _ in statuses(said + bench.acknowledge(*said))] == ["a"] * again
+        published = bench.connect()
+        assert [job_id for job_id, _ in statuses(published + bench.acknowledge(*published))] == ["a"] * again
 
 
-def test_a_message_that_no_broker_takes_is_given_up_and_the_others_are_published(
+def test_a_message_that_no_broker_accepts_is_skipped_and_the_others_are_published(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.connection.refused = {"cesar/status/a", REJECTED, LAST}
     bench.add("a", "b")
-    bench.publisher.reject(rejection())
-    bench.publisher.finished(bench.complete(bench.claim()))
-    bench.publisher.online()
+    bench.publisher.on_rejected(rejection())
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.publish_state("online")
     bench.quiet()
     assert ("b", "queued") in statuses(bench.connection.sent)
     assert {STATE, QUEUE} <= {message.topic for message in bench.connection.sent}
@@ -467,7 +465,7 @@ def test_a_message_that_no_broker_takes_is_given_up_and_the_others_are_published
     assert [record for record in caplog.records if record.levelno == logging.ERROR] == given_up
 
 
-def test_a_status_that_cannot_be_put_into_words_does_not_stop_the_others(
+def test_a_status_that_cannot_be_serialised_does_not_stop_the_others(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.add("a", "b")
@@ -481,91 +479,94 @@ def test_a_status_that_cannot_be_put_into_words_does_not_stop_the_others(
 # -- progress ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_said_at_most_once_a_second_and_then_the_newest(bench: Bench) -> None:
+def test_progress_is_published_at_most_once_a_second_and_then_the_newest(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
     bench.settle()
     bench.now += 1
-    said = []
+    published = []
     for step in range(32):
-        bench.publisher.progress(job, live(step / 100))
-        said += [(bench.now, fields["progress"]) for fields in on("cesar/status/a", bench.settle())]
+        bench.publisher.on_progress(job, live(step / 100))
+        published += [(bench.now, fields["progress"]) for fields in on("cesar/status/a", bench.settle())]
         bench.now += 0.125
-    assert [progress for _, progress in said] == [0.0, 0.08, 0.16, 0.24]
-    assert [later - earlier for (earlier, _), (later, _) in itertools.pairwise(said)] == [1.0, 1.0, 1.0]
+    assert [progress for _, progress in published] == [0.0, 0.08, 0.16, 0.24]
+    assert [later - earlier for (earlier, _), (later, _) in itertools.pairwise(published)] == [1.0, 1.0, 1.0]
 
 
-def test_progress_that_has_to_wait_says_for_how_long(bench: Bench) -> None:
+def test_delayed_progress_gives_the_time_until_it_is_due(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.settle()
     bench.now += 1.5
     bench.settle()
-    bench.publisher.progress(job, live(0.2))
+    bench.publisher.on_progress(job, live(0.2))
     bench.settle()
     bench.now += 0.25
-    bench.publisher.progress(job, live(0.3))
+    bench.publisher.on_progress(job, live(0.3))
     assert bench.publisher.run_once() == pytest.approx(0.75)
 
 
-def test_the_first_progress_comes_a_second_after_the_start(bench: Bench) -> None:
+def test_the_first_progress_is_published_a_second_after_the_start(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
     assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [None, 0.0]
     bench.now += 0.5
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     assert on("cesar/status/a", bench.settle()) == []
     bench.now += 0.5
     assert [fields["progress"] for fields in on("cesar/status/a", bench.settle())] == [0.1]
 
 
-def test_progress_carries_all_fields_of_the_job_at_work(bench: Bench) -> None:
+def test_progress_has_all_fields_of_the_running_job(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", metadata={"room": "porch"})
     job = bench.claim()
     bench.settle()
     bench.now += 1
-    bench.publisher.progress(job, live(0.42))
+    bench.publisher.on_progress(job, live(0.42))
     [fields] = on("cesar/status/a", bench.turn())
     assert fields == status_of(job, "kitchen", live(0.42))
     assert (fields["progress"], fields["speed"], fields["eta"]) == (0.42, 6.5, 5.4)
 
 
-def test_progress_is_never_said_after_the_end_of_the_job(bench: Bench) -> None:
+def test_progress_is_never_published_after_the_end_of_the_job(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
     bench.settle()
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.settle()
-    bench.publisher.progress(job, live(0.9))
+    bench.publisher.on_progress(job, live(0.9))
     bench.complete(job)
-    bench.publisher.progress(job, live(0.95))
-    said = bench.settle()
+    bench.publisher.on_progress(job, live(0.95))
+    published = bench.settle()
     bench.now += 5
-    said += bench.settle()
-    assert statuses(said) == [("a", "completed")]
-    assert on("cesar/status/a", said)[-1]["progress"] == 1
+    published += bench.settle()
+    assert statuses(published) == [("a", "completed")]
+    assert on("cesar/status/a", published)[-1]["progress"] == 1
 
 
-def test_progress_of_an_earlier_attempt_is_not_said_of_the_next_one(bench: Bench) -> None:
+def test_progress_of_an_earlier_attempt_is_not_published_for_the_next_one(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
     bench.settle()
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.settle()
-    bench.publisher.progress(job, live(0.9))
+    bench.publisher.on_progress(job, live(0.9))
     bench.ledger.requeue(job.seq)
     bench.claim()
-    said = bench.settle()
+    published = bench.settle()
     bench.now += 5
-    said += bench.settle()
-    assert [(fields["attempt"], fields["progress"]) for fields in on("cesar/status/a", said)] == [(1, None), (2, 0.0)]
+    published += bench.settle()
+    assert [(fields["attempt"], fields["progress"]) for fields in on("cesar/status/a", published)] == [
+        (1, None),
+        (2, 0.0),
+    ]
 
 
 def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: Bench) -> None:
@@ -574,7 +575,7 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
     job = bench.claim()
     queued, processing = (message for message in bench.turn() if message.topic == "cesar/status/a")
     bench.now += 1
-    bench.publisher.progress(job, live(0.1))
+    bench.publisher.on_progress(job, live(0.1))
     bench.acknowledge(queued)
     [progress] = [message for message in bench.connection.sent if message.fields.get("progress") == 0.1]
     bench.acknowledge(progress)
@@ -583,72 +584,72 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
     assert not bench.ledger.has_unpublished
 
 
-def test_progress_waits_without_spinning_while_too_much_is_on_its_way(bench: Bench) -> None:
+def test_progress_waits_without_spinning_while_nothing_more_may_be_in_flight(bench: Bench) -> None:
     bench.quiet()
     for number in range(MAX_IN_FLIGHT + 1):
         bench.add(f"job-{number}")
     job = bench.claim()
-    said = bench.turn()
+    published = bench.turn()
     bench.now += 10
     bench.turn()
-    bench.publisher.progress(job, live(0.5))
+    bench.publisher.on_progress(job, live(0.5))
     assert bench.publisher.run_once() is None  # an acknowledgement will wake it
     for _ in range(3):
-        said = bench.acknowledge(*said)
+        published = bench.acknowledge(*published)
     assert 0.5 in [fields["progress"] for fields in on("cesar/status/job-0", bench.connection.sent)]
 
 
 # -- the consumer's own topics -------------------------------------------------------------------------------------
 
 
-def test_the_state_is_said_at_every_connect_although_the_broker_knows_it(bench: Bench) -> None:
-    bench.publisher.online()
+def test_the_state_is_published_at_every_connect(bench: Bench) -> None:
+    bench.publisher.publish_state("online")
     for session_present in (False, True, True):
-        said = bench.connect(session_present=session_present)
-        [message] = [message for message in said if message.topic == STATE]
+        published = bench.connect(session_present=session_present)
+        [message] = [message for message in published if message.topic == STATE]
         assert message.retain
         assert message.fields == {"state": "online"}
         bench.settle()
         bench.disconnect()
 
 
-def test_the_other_own_topics_are_said_again_only_when_they_changed(bench: Bench) -> None:
-    bench.publisher.online()
+def test_the_other_own_topics_are_published_again_only_when_changed(bench: Bench) -> None:
+    bench.publisher.publish_state("online")
     bench.add("a")
-    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.on_finished(bench.complete(bench.claim()))
     bench.quiet()
     bench.disconnect()
     assert [message.topic for message in bench.connect()] == [STATE]
 
 
-def test_offline_is_the_last_word(bench: Bench) -> None:
-    bench.publisher.online()
+def test_offline_is_the_last_state(bench: Bench) -> None:
+    bench.publisher.publish_state("online")
     bench.quiet()
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert [(message.topic, message.fields) for message in bench.settle()] == [(STATE, {"state": "offline"})]
 
 
 def test_the_last_finished_job_is_retained_and_only_the_newest(bench: Bench) -> None:
     bench.add("a", "b")
-    bench.publisher.finished(bench.complete(bench.claim()))
-    bench.publisher.finished(bench.complete(bench.claim(), "Bye."))
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.on_finished(bench.complete(bench.claim(), "Bye."))
     [fields] = on(LAST, bench.connect())
     assert (fields["job_id"], fields["text"]) == ("b", "Bye.")
 
 
-def test_the_queue_is_said_at_most_once_a_second_however_much_changes(bench: Bench) -> None:
+def test_the_queue_is_published_at_most_once_a_second_however_much_changes(bench: Bench) -> None:
     bench.quiet()
-    said = []
+    published = []
     for number in range(32):
         bench.add(f"job-{number}")
-        said += [(bench.now, fields["queued"]) for fields in on(QUEUE, bench.settle())]
+        published += [(bench.now, fields["queued"]) for fields in on(QUEUE, bench.settle())]
         bench.now += 0.125
-    assert [queued for _, queued in said] == [1, 9, 17, 25]
+    assert [queued for _, queued in published] == [1, 9, 17, 25]
     bench.now += 1
     assert on(QUEUE, bench.settle())[0]["queued"] == 32
 
 
-def test_a_change_of_the_queue_that_has_to_wait_says_for_how_long(bench: Bench) -> None:
+def test_a_delayed_queue_message_gives_the_time_until_it_is_due(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     bench.settle()
@@ -665,10 +666,10 @@ def test_when_nothing_happens_nothing_is_due(bench: Bench) -> None:
     assert bench.turn() == []
 
 
-def test_a_queue_that_is_as_it_was_is_not_said_again(bench: Bench) -> None:
+def test_an_unchanged_queue_is_not_published_again(bench: Bench) -> None:
     bench.quiet()
     for on_or_off in (True, False):
-        bench.publisher.degraded("intake", on=on_or_off)
+        bench.publisher.on_degraded("intake", on=on_or_off)
     assert bench.settle() == []
 
 
@@ -680,55 +681,55 @@ def test_the_activity_is_what_the_worker_does_unless_the_disk_refuses_or_a_stop_
 
     bench.quiet()
     assert activity() == "starting"
-    bench.publisher.activity("loading")
+    bench.publisher.on_activity_changed("loading")
     assert activity() == "loading"
-    bench.publisher.activity("idle")
-    bench.publisher.degraded("intake", on=True)
-    bench.publisher.degraded("worker", on=True)
+    bench.publisher.on_activity_changed("idle")
+    bench.publisher.on_degraded("intake", on=True)
+    bench.publisher.on_degraded("worker", on=True)
     assert activity() == "degraded"
-    bench.publisher.degraded("intake", on=False)
+    bench.publisher.on_degraded("intake", on=False)
     assert activity() == "degraded"
-    bench.publisher.degraded("worker", on=False)
+    bench.publisher.on_degraded("worker", on=False)
     assert activity() == "idle"
-    bench.publisher.draining()
-    bench.publisher.degraded("worker", on=True)
+    bench.publisher.set_draining()
+    bench.publisher.on_degraded("worker", on=True)
     assert activity() == "draining"
 
 
-def test_a_disk_that_recovers_before_anybody_heard_of_it_leaves_no_trace(bench: Bench) -> None:
-    bench.publisher.activity("idle")
-    bench.publisher.degraded("intake", on=True)
-    bench.publisher.degraded("intake", on=False)
+def test_a_disk_that_recovers_before_the_next_queue_message_is_not_reported(bench: Bench) -> None:
+    bench.publisher.on_activity_changed("idle")
+    bench.publisher.on_degraded("intake", on=True)
+    bench.publisher.on_degraded("intake", on=False)
     assert on(QUEUE, bench.connect())[-1]["activity"] == "idle"
 
 
-def test_the_queue_counts_what_was_refused(bench: Bench) -> None:
-    bench.publisher.reject(rejection())
-    bench.publisher.reject(rejection())
+def test_the_queue_counts_rejections(bench: Bench) -> None:
+    bench.publisher.on_rejected(rejection())
+    bench.publisher.on_rejected(rejection())
     assert on(QUEUE, bench.connect())[-1]["rejected_total"] == 2
 
 
 # -- rejections ----------------------------------------------------------------------------------------------------
 
 
-def test_rejections_are_said_in_order_and_not_retained(bench: Bench) -> None:
+def test_rejections_are_published_in_order_and_not_retained(bench: Bench) -> None:
     bench.quiet()
     for number in range(3):
-        bench.publisher.reject(rejection(f"{number}"))
-    said = bench.turn()
-    assert [fields["detail"] for fields in on(REJECTED, said)] == ["0", "1", "2"]
-    assert not any(message.retain for message in said if message.topic == REJECTED)
+        bench.publisher.on_rejected(rejection(f"{number}"))
+    published = bench.turn()
+    assert [fields["detail"] for fields in on(REJECTED, published)] == ["0", "1", "2"]
+    assert not any(message.retain for message in published if message.topic == REJECTED)
 
 
-def test_rejections_wait_for_a_connection_and_those_on_their_way_for_the_next_one(bench: Bench) -> None:
+def test_rejections_wait_for_a_connection_and_those_in_flight_for_the_next_one(bench: Bench) -> None:
     for number in range(3):
-        bench.publisher.reject(rejection(f"{number}"))
+        bench.publisher.on_rejected(rejection(f"{number}"))
     first, second, third = (message for message in bench.connect() if message.topic == REJECTED)
     bench.acknowledge(second)
     bench.connection.up = False
-    bench.publisher.reject(rejection("3"))
+    bench.publisher.on_rejected(rejection("3"))
     bench.disconnect()
-    bench.publisher.reject(rejection("4"))
+    bench.publisher.on_rejected(rejection("4"))
     again = bench.connect()
     assert [fields["detail"] for fields in on(REJECTED, again)] == ["0", "2", "3", "4"]
     assert (first.fields["detail"], third.fields["detail"]) == ("0", "2")
@@ -741,17 +742,17 @@ def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("cesar_mqtt.consumer.job_messages.MAX_TRANSIENT_MESSAGES", 5)
     with opened(tmp_path) as bench:
         for number in range(8):
-            bench.publisher.reject(rejection(f"{number}"))
+            bench.publisher.on_rejected(rejection(f"{number}"))
         bench.turn()
         assert len(bench.publisher._transient_messages) == 5
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["3", "4", "5", "6", "7"]
-        bench.publisher.reject(rejection("8"))
+        bench.publisher.on_rejected(rejection("8"))
         bench.turn()
         bench.disconnect()
         assert [fields["detail"] for fields in on(REJECTED, bench.connect())] == ["4", "5", "6", "7", "8"]
 
 
-def test_answers_that_wait_are_bounded_in_bytes(
+def test_waiting_responses_are_bounded_in_bytes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """10,000 answers with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
@@ -760,7 +761,7 @@ def test_answers_that_wait_are_bounded_in_bytes(
 
     def answer(size_bytes: int, *numbers: int) -> None:
         for number in numbers:
-            bench.publisher.answer(asked, bytes([number]) * size_bytes, correlation_data=bytes(100))
+            bench.publisher.publish_response(asked, bytes([number]) * size_bytes, correlation_data=bytes(100))
 
     def answers(messages: list[Message]) -> list[int]:
         return [message.payload[0] for message in messages if message.topic == asked]
@@ -793,18 +794,18 @@ def connect_in_the_background(bench: Bench) -> None:
     bench.publisher.on_connected(session_present=True, max_packet_bytes=None)
 
 
-def test_a_drain_returns_when_everything_is_acknowledged_even_what_was_told_just_before(bench: Bench) -> None:
+def test_a_drain_returns_when_everything_is_acknowledged_even_the_newest_event(bench: Bench) -> None:
     acknowledging_at_once(bench)
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     bench.publisher.start()
     connect_in_the_background(bench)
     for number in range(3):
         bench.add(f"job-{number}")
         job = bench.claim()
-        bench.publisher.progress(job, live(0.5))
-        bench.publisher.finished(bench.complete(job, f"text {number}"))
-        bench.publisher.reject(rejection(f"{number}"))
-        bench.publisher.draining()
+        bench.publisher.on_progress(job, live(0.5))
+        bench.publisher.on_finished(bench.complete(job, f"text {number}"))
+        bench.publisher.on_rejected(rejection(f"{number}"))
+        bench.publisher.set_draining()
         assert bench.publisher.drain(DEADLINE_S)
         sent = list(bench.connection.sent)
         assert statuses(sent)[-1] == (f"job-{number}", "completed")
@@ -813,7 +814,7 @@ def test_a_drain_returns_when_everything_is_acknowledged_even_what_was_told_just
         queue = on(QUEUE, sent)[-1]
         assert (queue["activity"], queue["completed_total"]) == ("draining", number + 1)
         assert not bench.ledger.has_unpublished
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert bench.publisher.drain(DEADLINE_S)
     assert bench.connection.sent[-1].fields == {"state": "offline"}
 
@@ -833,10 +834,10 @@ def test_a_drain_waits_for_the_last_acknowledgement(bench: Bench, topic: str) ->
     bench.connection.on_sent = on_sent
     bench.publisher.start()
     connect_in_the_background(bench)
-    bench.publisher.online()
+    bench.publisher.publish_state("online")
     bench.add("a")
-    bench.publisher.finished(bench.complete(bench.claim()))
-    bench.publisher.reject(rejection())
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.on_rejected(rejection())
     assert was_sent.wait(DEADLINE_S)
     bench.now += 100  # nothing else has to wait
     assert not bench.publisher.drain(0.05)
@@ -851,26 +852,26 @@ def test_a_drain_without_a_connection_ends_when_its_time_is_over(bench: Bench) -
     assert bench.connection.sent == []
 
 
-def test_a_drain_does_not_take_a_publish_in_vain_for_an_acknowledgement(bench: Bench) -> None:
+def test_a_drain_does_not_take_a_failed_publish_for_an_acknowledgement(bench: Bench) -> None:
     acknowledging_at_once(bench)
     bench.publisher.start()
     connect_in_the_background(bench)
     assert bench.publisher.drain(DEADLINE_S)
-    bench.connection.up = False  # and nobody has noticed
-    bench.publisher.offline()
+    bench.connection.up = False  # and the publisher has not noticed
+    bench.publisher.publish_state("offline")
     assert not bench.publisher.drain(0.05)
 
 
-def test_what_is_told_while_the_publisher_looks_does_not_count_as_said(bench: Bench) -> None:
+def test_an_event_that_arrives_after_the_last_look_is_not_drained(bench: Bench) -> None:
     bench.quiet()
 
     class Late(deque[Callable[[], None]]):
-        """Lets something be told, and its drain begin, just after the publisher found nothing more to hear."""
+        """Adds an event and a drain just after the publisher has found no more events."""
 
         def __bool__(self) -> bool:
             found = len(self) > 0
             if not found and bench.publisher._drains_requested == 0:
-                bench.publisher.offline()
+                bench.publisher.publish_state("offline")
                 bench.publisher._drains_requested += 1
             return found
 
@@ -888,11 +889,11 @@ def test_a_drain_that_ran_out_of_time_does_not_satisfy_a_later_one(bench: Bench)
     connect_in_the_background(bench)
     assert bench.publisher.drain(DEADLINE_S)
     bench.connection.on_sent = lambda _message: None
-    bench.publisher.offline()
+    bench.publisher.publish_state("offline")
     assert not bench.publisher.drain(0.05)
 
 
-def test_many_drains_do_not_make_a_flood_of_queue_messages(bench: Bench) -> None:
+def test_many_drains_do_not_cause_many_queue_messages(bench: Bench) -> None:
     bench.quiet()
     bench.add(*(f"job-{number}" for number in range(50)))
     waiting = bench.turn()
@@ -900,7 +901,7 @@ def test_many_drains_do_not_make_a_flood_of_queue_messages(bench: Bench) -> None
     meanwhile: list[Message] = []
     for message in waiting[:20]:
         assert not bench.publisher.drain(0)
-        bench.publisher.activity("processing")
+        bench.publisher.on_activity_changed("processing")
         bench.now += 0.04  # enough to change `oldest_age`
         meanwhile += bench.acknowledge(message)
     assert on(QUEUE, meanwhile) == []
@@ -912,8 +913,8 @@ def test_only_the_publishers_own_thread_publishes(bench: Bench) -> None:
     bench.publisher.start()
     connect_in_the_background(bench)
     bench.add("a")
-    bench.publisher.reject(rejection())
-    bench.publisher.finished(bench.complete(bench.claim()))
+    bench.publisher.on_rejected(rejection())
+    bench.publisher.on_finished(bench.complete(bench.claim()))
     assert bench.publisher.drain(DEADLINE_S)
     assert bench.connection.threads == {"publisher"}
 
@@ -928,7 +929,7 @@ def test_a_stop_ends_the_thread_and_can_come_twice_or_before_the_start(tmp_path:
         other.publisher.stop()
 
 
-def test_a_stop_that_comes_just_before_the_thread_looks_for_news_is_heard(bench: Bench) -> None:
+def test_a_stop_just_before_the_thread_waits_is_not_lost(bench: Bench) -> None:
     class StopComesFirst(threading.Event):
         """Lets the call of the stop come between the thread's waking up and its clearing of the call."""
 
@@ -966,7 +967,7 @@ class AgreementMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), QuickDisk())
-        self.bench.publisher.online()
+        self.bench.publisher.publish_state("online")
         self.retained: dict[str, bytes] = {}
         self.session = False
         self.on_the_way: list[Message] = []
@@ -1003,7 +1004,7 @@ class AgreementMachine(RuleBasedStateMachine):
                 self.bench.ledger.requeue(seq)
         last = self.bench.ledger.last_finished()
         if last is not None:
-            self.bench.publisher.finished(last)
+            self.bench.publisher.on_finished(last)
         self._take_turn()
 
     @rule(progress=st.floats(0, 0.999))
@@ -1011,7 +1012,7 @@ class AgreementMachine(RuleBasedStateMachine):
         for number in range(self.number):
             job = self.bench.job(f"job-{number}")
             if job.state is JobState.PROCESSING:
-                self.bench.publisher.progress(job, live(progress))
+                self.bench.publisher.on_progress(job, live(progress))
         self._take_turn()
 
     @rule(number=st.integers(0, 30))
@@ -1101,8 +1102,8 @@ def test_the_status_of_a_deleted_job_is_cleared_and_not_cleared_again(bench: Ben
     bench.settle()
     bench.ledger.delete_finished(before=0.0, keep=0)
 
-    said = [message for message in bench.turn() if message.topic == "cesar/status/a"]
-    assert [(message.payload, message.retain) for message in said] == [(b"", True)]
+    published = [message for message in bench.turn() if message.topic == "cesar/status/a"]
+    assert [(message.payload, message.retain) for message in published] == [(b"", True)]
     assert bench.ledger.has_unpublished, "it counts only when it is acknowledged"
     bench.disconnect()
     again = [message for message in bench.connect() if message.topic == "cesar/status/a"]
@@ -1113,20 +1114,20 @@ def test_the_status_of_a_deleted_job_is_cleared_and_not_cleared_again(bench: Ben
     assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
 
 
-def test_a_broker_that_retains_what_was_said_last_is_told_nothing_again(bench: Bench) -> None:
+def test_if_the_broker_retains_the_newest_message_nothing_is_published_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
-    told = bench.settle()
-    queue = [message.payload for message in told if message.topic.endswith("/queue")]
+    published = bench.settle()
+    queue = [message.payload for message in published if message.topic.endswith("/queue")]
     bench.disconnect()
     bench.connect()
     bench.settle()
     assert queue
-    bench.publisher.found_retained(queue[-1])
+    bench.publisher.on_queue_message_received(queue[-1])
     assert [message for message in bench.turn() if message.topic == "cesar/status/a"] == []
 
 
-def test_a_broker_that_came_back_with_older_messages_is_told_everything_again(bench: Bench) -> None:
+def test_if_the_broker_restored_older_messages_everything_is_published_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     bench.settle()
@@ -1134,10 +1135,10 @@ def test_a_broker_that_came_back_with_older_messages_is_told_everything_again(be
     bench.connect(session_present=True)
     bench.settle()
 
-    bench.publisher.found_retained(b'{"activity":"idle","queued":17}')
+    bench.publisher.on_queue_message_received(b'{"activity":"idle","queued":17}')
 
-    said = {message.topic for message in bench.turn()}
-    assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= said
+    published = {message.topic for message in bench.turn()}
+    assert {"cesar/status/a", "cesar/consumer/kitchen/queue"} <= published
 
 
 def restarted(bench: Bench, folder: Path) -> Bench:
@@ -1147,9 +1148,7 @@ def restarted(bench: Bench, folder: Path) -> Bench:
 
 
 @pytest.mark.parametrize("said_first", [True, False])
-def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(
-    bench: Bench, tmp_path: Path, *, said_first: bool
-) -> None:
+def test_the_last_message_of_an_earlier_process_is_no_loss(bench: Bench, tmp_path: Path, *, said_first: bool) -> None:
     bench.add("a", "b")
     bench.complete(bench.claim())
     bench.quiet()
@@ -1157,9 +1156,9 @@ def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(
     found = left_by(again)
     if said_first:  # its own queue is on its way before the intake has looked at the old one
         again.connect()
-        again.publisher.found_retained(found)
+        again.publisher.on_queue_message_received(found)
     else:
-        again.publisher.found_retained(found)
+        again.publisher.on_queue_message_received(found)
         again.connect()
     assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its place in the queue"
     again.publisher.stop()
@@ -1169,36 +1168,39 @@ def test_what_a_former_process_left_at_the_broker_is_no_sign_of_loss(
 @pytest.mark.parametrize(
     "found", [{"completed_total": 0}, {"queued": 7}, {"cancelled_total": None}, {"deleted_total": 3}]
 )
-def test_a_broker_that_went_back_while_the_consumer_was_away_is_told_everything_again(
+def test_if_the_broker_restored_older_messages_while_the_consumer_was_away_everything_is_published_again(
     bench: Bench, tmp_path: Path, found: dict[str, int]
 ) -> None:
     bench.add("a", "b")
     bench.complete(bench.claim())
     bench.quiet()
     again = restarted(bench, tmp_path)
-    said = again.connect()
-    again.publisher.found_retained(left_by(again, **found))
-    said += again.settle()
-    assert ("a", "completed") in statuses(said)
+    published = again.connect()
+    again.publisher.on_queue_message_received(left_by(again, **found))
+    published += again.settle()
+    assert ("a", "completed") in statuses(published)
     again.publisher.stop()
     again.ledger.close()
 
 
-def test_a_broker_that_went_back_is_told_again_to_forget_what_was_deleted_and_no_event_of_it(bench: Bench) -> None:
+def test_if_the_broker_restored_older_messages_deleted_jobs_are_cleared_again_without_an_event(bench: Bench) -> None:
     completed_with(bench, "srt")
     bench.quiet()
     bench.ledger.delete("a")
     bench.quiet()
     old = left_by(bench, deleted_total=0)
     bench.disconnect()
-    said = bench.connect()
-    bench.publisher.found_retained(old)
-    said += bench.settle()
-    assert [message.topic for message in said if message.payload == b""] == ["cesar/result/a/srt", "cesar/status/a"]
-    assert [message for message in said if message.topic == "cesar/events"] == []
+    published = bench.connect()
+    bench.publisher.on_queue_message_received(old)
+    published += bench.settle()
+    assert [message.topic for message in published if message.payload == b""] == [
+        "cesar/result/a/srt",
+        "cesar/status/a",
+    ]
+    assert [message for message in published if message.topic == "cesar/events"] == []
 
 
-def test_a_broker_that_retained_nothing_is_told_everything_although_it_knows_the_session(
+def test_if_the_broker_retained_nothing_everything_is_published_although_it_knows_the_session(
     bench: Bench, tmp_path: Path
 ) -> None:
     """The process before had begun a new session, and died before it could make a note of that."""
@@ -1208,35 +1210,35 @@ def test_a_broker_that_retained_nothing_is_told_everything_although_it_knows_the
     again = restarted(bench, tmp_path)
     again.left = b""
     assert statuses(again.connect()) == [("b", "queued")]
-    again.publisher.found_retained(None)
+    again.publisher.on_queue_message_received(None)
     assert ("a", "completed") in statuses(again.settle())
     for session_present in (True, False):
         again.disconnect()
         again.connect(session_present=session_present)
         again.settle()
-        again.publisher.found_retained(None)
+        again.publisher.on_queue_message_received(None)
         assert again.settle() == [], "its own messages come back all the time"
     again.publisher.stop()
     again.ledger.close()
 
 
-def test_a_broker_that_keeps_sessions_and_loses_what_it_retained_is_told_everything_again(bench: Bench) -> None:
+def test_if_the_broker_loses_retained_messages_but_no_session_everything_is_published_again(bench: Bench) -> None:
     bench.add("a")
     bench.complete(bench.claim())
     bench.quiet()
     bench.disconnect()
     bench.now += 100
     bench.add("b")
-    said = bench.connect()
-    assert on(QUEUE, said)
-    assert statuses(said + bench.acknowledge(*said)) == [("b", "queued")]
-    bench.publisher.found_retained(None)
+    published = bench.connect()
+    assert on(QUEUE, published)
+    assert statuses(published + bench.acknowledge(*published)) == [("b", "queued")]
+    bench.publisher.on_queue_message_received(None)
     assert ("a", "completed") in statuses(bench.settle())
-    bench.publisher.found_retained(None)
+    bench.publisher.on_queue_message_received(None)
     assert bench.settle() == []
 
 
-def test_what_nobody_has_seen_before_the_connection_was_lost_counts_as_lost(bench: Bench, tmp_path: Path) -> None:
+def test_a_connection_that_was_lost_before_the_check_counts_as_a_loss(bench: Bench, tmp_path: Path) -> None:
     bench.add("a")
     bench.complete(bench.claim())
     bench.quiet()
@@ -1252,7 +1254,7 @@ def test_what_nobody_has_seen_before_the_connection_was_lost_counts_as_lost(benc
     again.ledger.close()
 
 
-def test_what_the_broker_shows_may_be_looked_at_late(bench: Bench) -> None:
+def test_the_retained_message_may_be_checked_late(bench: Bench) -> None:
     """The intake looks at it only when a batch is on disk that came before it."""
     bench.add("a")
     bench.quiet()
@@ -1261,15 +1263,15 @@ def test_what_the_broker_shows_may_be_looked_at_late(bench: Bench) -> None:
     bench.add("b")
     assert on(QUEUE, bench.connect())
     bench.settle()
-    bench.publisher.found_retained(shown)
+    bench.publisher.on_queue_message_received(shown)
     assert bench.settle() == []
 
 
 @pytest.mark.parametrize("shows", [True, False])
-def test_a_connection_that_is_lost_before_the_look_tells_everything_again_if_the_broker_ever_shows_anything(
+def test_a_connection_lost_before_the_check_republishes_everything_if_the_broker_ever_sends_the_message(
     bench: Bench, *, shows: bool
 ) -> None:
-    """It may have come back with an older save, and shows what we have said since."""
+    """It may have restored an older state, and retain what was published since."""
     bench.left = bench.left if shows else b""
     bench.add("a")
     bench.quiet()
@@ -1282,9 +1284,9 @@ def test_a_connection_that_is_lost_before_the_look_tells_everything_again_if_the
     assert on(QUEUE, bench.connect())
     bench.settle()
     bench.disconnect()
-    said = bench.connect()
-    bench.publisher.found_retained(bench.publisher._own_topics.retained("queue")[-1])
-    assert (("a", "queued") in statuses(said + bench.settle())) is shows
+    published = bench.connect()
+    bench.publisher.on_queue_message_received(bench.publisher._own_topics.retained("queue")[-1])
+    assert (("a", "queued") in statuses(published + bench.settle())) is shows
     bench.disconnect()
     assert statuses(bench.connect()) == []
 
@@ -1300,13 +1302,13 @@ def completed_with(bench: Bench, *formats: str) -> None:
     bench.complete(bench.claim(), WINDOW.text, (WINDOW,))
 
 
-def test_results_are_retained_before_the_status_says_that_they_are_there(bench: Bench) -> None:
+def test_results_are_published_before_the_status(bench: Bench) -> None:
     completed_with(bench, "srt", "txt")
-    said = [message for message in bench.connect() if message.topic.startswith(("cesar/status", "cesar/result"))]
-    assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/txt", "cesar/status/a"]
-    assert all(message.retain for message in said)
-    assert said[0].payload.startswith(b"1\n00:00:00,000 --> 00:00:01,000\nSentence 1.\n")
-    assert (said[2].fields["formats"], said[2].fields["result_truncated"]) == (["srt", "txt"], False)
+    published = [message for message in bench.connect() if message.topic.startswith(("cesar/status", "cesar/result"))]
+    assert [message.topic for message in published] == ["cesar/result/a/srt", "cesar/result/a/txt", "cesar/status/a"]
+    assert all(message.retain for message in published)
+    assert published[0].payload.startswith(b"1\n00:00:00,000 --> 00:00:01,000\nSentence 1.\n")
+    assert (published[2].fields["formats"], published[2].fields["result_truncated"]) == (["srt", "txt"], False)
 
 
 def test_results_whose_status_was_not_acknowledged_are_published_again(bench: Bench) -> None:
@@ -1314,11 +1316,11 @@ def test_results_whose_status_was_not_acknowledged_are_published_again(bench: Be
     results = [message for message in bench.connect() if message.topic == "cesar/result/a/json"]
     bench.acknowledge(*results)
     bench.disconnect()
-    said = [message.topic for message in bench.connect()]
-    assert said.index("cesar/result/a/json") < said.index("cesar/status/a")
+    published = [message.topic for message in bench.connect()]
+    assert published.index("cesar/result/a/json") < published.index("cesar/status/a")
 
 
-def test_a_broker_that_has_lost_everything_is_told_the_results_again(bench: Bench) -> None:
+def test_if_the_broker_has_lost_everything_results_are_published_again(bench: Bench) -> None:
     completed_with(bench, "tsv")
     bench.quiet()
     bench.disconnect()
@@ -1329,11 +1331,11 @@ def test_a_broker_that_has_lost_everything_is_told_the_results_again(bench: Benc
 
 
 @pytest.mark.parametrize("name", ["txt", "srt", "vtt", "tsv", "json"])
-def test_a_result_over_the_brokers_limit_is_cut_and_the_status_says_so(bench: Bench, name: str) -> None:
+def test_a_result_over_the_brokers_limit_is_truncated_and_the_status_says_so(bench: Bench, name: str) -> None:
     completed_with(bench, name)
-    said = {message.topic: message for message in bench.connect(limit_bytes=1300)}
-    assert len(said[f"cesar/result/a/{name}"].payload) > 1000
-    assert said["cesar/status/a"].fields["result_truncated"] is True
+    published = {message.topic: message for message in bench.connect(limit_bytes=1300)}
+    assert len(published[f"cesar/result/a/{name}"].payload) > 1000
+    assert published["cesar/status/a"].fields["result_truncated"] is True
 
 
 def test_a_job_that_has_not_completed_has_no_results(bench: Bench) -> None:
@@ -1347,10 +1349,10 @@ def test_deleting_a_job_clears_its_results_and_then_its_status(bench: Bench) -> 
     completed_with(bench, "srt", "json")
     bench.quiet()
     bench.ledger.delete("a")
-    said = [message for message in bench.turn() if message.payload == b""]
-    assert [message.topic for message in said] == ["cesar/result/a/srt", "cesar/result/a/json", "cesar/status/a"]
-    assert all(message.retain for message in said)
-    bench.acknowledge(*said)
+    published = [message for message in bench.turn() if message.payload == b""]
+    assert [message.topic for message in published] == ["cesar/result/a/srt", "cesar/result/a/json", "cesar/status/a"]
+    assert all(message.retain for message in published)
+    bench.acknowledge(*published)
     assert bench.ledger.pending_clears(10) == []
 
 
@@ -1360,9 +1362,9 @@ def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status
     bench.disconnect()
     bench.ledger.delete("a")
     bench.add("a")
-    said = bench.connect()
-    said += bench.settle()
-    mine = [message for message in said if message.topic.endswith(("/a", "/srt"))]
+    published = bench.connect()
+    published += bench.settle()
+    mine = [message for message in published if message.topic.endswith(("/a", "/srt"))]
     assert [(message.topic, message.payload == b"") for message in mine] == [
         ("cesar/result/a/srt", True),
         ("cesar/status/a", False),
@@ -1370,32 +1372,32 @@ def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status
     assert bench.ledger.pending_clears(10) == []
 
 
-def test_segments_are_told_to_who_listens_and_dropped_without_a_connection(bench: Bench) -> None:
+def test_segments_are_published_while_connected_and_dropped_while_offline(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
-    bench.publisher.segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SPOKEN[0])
     bench.quiet()
-    bench.publisher.segment(job, SPOKEN[1])
-    (said,) = bench.turn()
-    assert (said.topic, said.retain, said.fields["id"]) == ("cesar/segments/a", False, 2)
+    bench.publisher.on_segment(job, SPOKEN[1])
+    (published,) = bench.turn()
+    assert (published.topic, published.retain, published.fields["id"]) == ("cesar/segments/a", False, 2)
     bench.disconnect()
     assert "cesar/segments/a" not in [message.topic for message in bench.connect()], "not again, either"
 
 
-def test_segments_are_told_before_the_status_that_ends_their_job(bench: Bench) -> None:
+def test_segments_are_published_before_the_final_status(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
     bench.quiet()
-    bench.publisher.segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SPOKEN[0])
     bench.complete(job)
     topics = [message.topic for message in bench.turn()]
     assert topics.index("cesar/segments/a") < topics.index("cesar/status/a")
 
 
-def test_an_answer_waits_for_a_connection_and_bears_its_correlation_data(bench: Bench) -> None:
-    bench.publisher.answer("reply/here", b"{}", correlation_data=b"42")
-    (said,) = [message for message in bench.connect() if message.topic == "reply/here"]
-    assert (said.payload, said.retain, said.correlation_data) == (b"{}", False, b"42")
+def test_a_response_waits_for_a_connection_and_has_its_correlation_data(bench: Bench) -> None:
+    bench.publisher.publish_response("reply/here", b"{}", correlation_data=b"42")
+    (published,) = [message for message in bench.connect() if message.topic == "reply/here"]
+    assert (published.payload, published.retain, published.correlation_data) == (b"{}", False, b"42")
     bench.disconnect()
     assert "reply/here" in [message.topic for message in bench.connect()], "it was not acknowledged"
     bench.settle()
@@ -1403,14 +1405,14 @@ def test_an_answer_waits_for_a_connection_and_bears_its_correlation_data(bench: 
     assert "reply/here" not in [message.topic for message in bench.connect()]
 
 
-def test_a_paused_consumer_says_so_when_it_has_nothing_else_to_say(bench: Bench) -> None:
-    bench.publisher.activity("idle")
+def test_a_paused_consumer_reports_it_when_it_is_idle(bench: Bench) -> None:
+    bench.publisher.on_activity_changed("idle")
     bench.ledger.pause(on=True)
     (queue,) = on("cesar/consumer/kitchen/queue", bench.connect())
     assert (queue["activity"], queue["paused"]) == ("paused", True)
     bench.settle()
     bench.now += 10
-    bench.publisher.activity("loading")
+    bench.publisher.on_activity_changed("loading")
     (queue,) = on("cesar/consumer/kitchen/queue", bench.turn())
     assert (queue["activity"], queue["paused"]) == ("loading", True)
 
@@ -1422,17 +1424,17 @@ def events(messages: list[Message]) -> list[tuple[str, str]]:
     return [(fields["job_id"], fields["event_type"]) for fields in on("cesar/events", messages)]
 
 
-def test_each_change_of_a_job_is_told_once_as_an_event_before_the_status_that_shows_it(bench: Bench) -> None:
+def test_each_change_of_a_job_is_one_event_before_its_status(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     job = bench.claim()
     bench.complete(job, "It rains.")
-    said = bench.turn()
-    assert events(said) == [("a", "queued"), ("a", "processing"), ("a", "completed")]
-    topics = [message.topic for message in said if message.topic in {"cesar/events", "cesar/status/a"}]
+    published = bench.turn()
+    assert events(published) == [("a", "queued"), ("a", "processing"), ("a", "completed")]
+    topics = [message.topic for message in published if message.topic in {"cesar/events", "cesar/status/a"}]
     assert topics == ["cesar/events", "cesar/status/a"] * 3
-    assert not any(message.retain for message in said if message.topic == "cesar/events")
-    last = on("cesar/events", said)[-1]
+    assert not any(message.retain for message in published if message.topic == "cesar/events")
+    last = on("cesar/events", published)[-1]
     assert (last["text"], last["text_truncated"], last["consumer"], last["attempt"]) == (
         "It rains.",
         False,
@@ -1442,16 +1444,16 @@ def test_each_change_of_a_job_is_told_once_as_an_event_before_the_status_that_sh
     assert events(bench.settle()) == []
 
 
-def test_of_a_burst_no_event_is_lost_for_those_who_move_up_meanwhile(bench: Bench) -> None:
+def test_in_a_burst_no_event_is_lost_for_jobs_that_move_up_meanwhile(bench: Bench) -> None:
     bench.quiet()
     names = [f"job-{number}" for number in range(HISTORY_LIMIT + 20)]
     bench.add(*names)
     bench.claim()
-    said = events(bench.settle())
-    assert sorted(said) == sorted([(names[0], "processing"), *((name, "queued") for name in names[1:])])
+    published = events(bench.settle())
+    assert sorted(published) == sorted([(names[0], "processing"), *((name, "queued") for name in names[1:])])
 
 
-def test_a_status_that_is_only_said_again_is_no_event(bench: Bench) -> None:
+def test_a_status_that_is_published_again_has_no_event(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", "b")
     bench.settle()
@@ -1462,29 +1464,29 @@ def test_a_status_that_is_only_said_again_is_no_event(bench: Bench) -> None:
     assert events(bench.connect(session_present=False) + bench.settle()) == []
 
 
-def test_a_request_that_comes_again_is_answered_with_the_status_and_no_event(bench: Bench) -> None:
+def test_a_repeated_request_is_answered_with_the_status_and_no_event(bench: Bench) -> None:
     bench.quiet()
     for turn in (lambda: bench.add("a"), lambda: bench.complete(bench.claim())):
         turn()
         bench.settle()
         bench.add("a")
-        said = bench.settle()
-        assert [job_id for job_id, _ in statuses(said)] == ["a"]
-        assert events(said) == []
+        published = bench.settle()
+        assert [job_id for job_id, _ in statuses(published)] == ["a"]
+        assert events(published) == []
 
 
-def test_a_start_says_where_jobs_stand_in_the_queue_without_an_event(tmp_path: Path) -> None:
+def test_a_start_publishes_positions_in_the_queue_without_an_event(tmp_path: Path) -> None:
     with opened(tmp_path) as bench:
         bench.quiet()
         bench.add("a")
         assert events(bench.settle()) == [("a", "queued")]
     with opened(tmp_path) as bench:
-        said = bench.connect() + bench.settle()
-    assert statuses(said) == [("a", "queued")]
-    assert events(said) == []
+        published = bench.connect() + bench.settle()
+    assert statuses(published) == [("a", "queued")]
+    assert events(published) == []
 
 
-def test_a_change_that_nobody_heard_of_before_the_crash_is_an_event_after_it(tmp_path: Path) -> None:
+def test_a_change_that_was_unpublished_at_a_crash_is_an_event_after_it(tmp_path: Path) -> None:
     with opened(tmp_path) as bench:
         bench.add("a", "b")
     with opened(tmp_path) as bench:
@@ -1492,9 +1494,7 @@ def test_a_change_that_nobody_heard_of_before_the_crash_is_an_event_after_it(tmp
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_is_told_again_to_a_broker_that_has_lost_it_is_no_event_after_a_crash_either(
-    tmp_path: Path, times: int
-) -> None:
+def test_statuses_republished_after_a_loss_have_no_event_after_a_crash_either(tmp_path: Path, times: int) -> None:
     with opened(tmp_path) as bench:
         bench.add("a", "b")
         bench.complete(bench.claim())
@@ -1505,12 +1505,12 @@ def test_what_is_told_again_to_a_broker_that_has_lost_it_is_no_event_after_a_cra
             bench.add("c")
             bench.disconnect()
     with opened(tmp_path) as bench:
-        said = bench.connect() + bench.settle()
-    assert sorted(statuses(said)) == [("a", "completed"), ("b", "queued"), ("c", "queued")]
-    assert events(said) == [("c", "queued")]
+        published = bench.connect() + bench.settle()
+    assert sorted(statuses(published)) == [("a", "completed"), ("b", "queued"), ("c", "queued")]
+    assert events(published) == [("c", "queued")]
 
 
-def test_what_happened_while_offline_is_told_afterwards_as_the_newest_state(bench: Bench) -> None:
+def test_changes_while_offline_are_published_afterwards_as_the_newest_state(bench: Bench) -> None:
     bench.quiet()
     bench.disconnect()
     bench.add("a")
@@ -1518,7 +1518,7 @@ def test_what_happened_while_offline_is_told_afterwards_as_the_newest_state(benc
     assert events(bench.connect() + bench.settle()) == [("a", "completed")]
 
 
-def test_a_job_that_moved_up_while_offline_has_its_event_told_afterwards(bench: Bench) -> None:
+def test_a_job_that_moved_up_while_offline_has_its_event_published_afterwards(bench: Bench) -> None:
     bench.quiet()
     bench.disconnect()
     bench.add("a", "b")
@@ -1526,7 +1526,7 @@ def test_a_job_that_moved_up_while_offline_has_its_event_told_afterwards(bench: 
     assert sorted(events(bench.connect() + bench.settle())) == [("a", "processing"), ("b", "queued")]
 
 
-def test_a_status_is_not_given_up_for_the_limit_of_a_connection_that_was_just_made(bench: Bench) -> None:
+def test_a_status_is_not_skipped_for_the_limit_of_a_new_connection(bench: Bench) -> None:
     bench.quiet()
     bench.disconnect()
     bench.add("a", "b")
@@ -1544,7 +1544,7 @@ def test_a_status_is_not_given_up_for_the_limit_of_a_connection_that_was_just_ma
 
 
 @pytest.mark.parametrize("session_present", [True, False])
-def test_an_event_is_told_again_also_when_something_else_was_said_of_its_job_meanwhile(
+def test_an_event_is_published_again_also_when_its_job_was_published_otherwise_meanwhile(
     bench: Bench, *, session_present: bool
 ) -> None:
     bench.add("a", "b")
@@ -1561,18 +1561,18 @@ def test_an_event_is_told_again_also_when_something_else_was_said_of_its_job_mea
     assert events(bench.connect(session_present=session_present)) == []
 
 
-def test_an_event_that_was_acknowledged_is_not_told_again_with_a_new_place(bench: Bench) -> None:
+def test_an_acknowledged_event_is_not_published_again_with_a_new_position(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", "b")
-    said = bench.turn()
+    published = bench.turn()
     bench.ledger.delete("a")
     bench.turn()
-    bench.acknowledge(*said)
+    bench.acknowledge(*published)
     bench.disconnect()
     assert events(bench.connect()) == [("a", "deleted")]
 
 
-def test_an_event_whose_status_was_not_acknowledged_is_told_again(bench: Bench) -> None:
+def test_an_event_whose_status_was_not_acknowledged_is_published_again(bench: Bench) -> None:
     bench.quiet()
     bench.add("a")
     assert events(bench.turn()) == [("a", "queued")]
@@ -1587,11 +1587,11 @@ def test_the_end_of_a_job_that_is_deleted_is_an_event(bench: Bench) -> None:
     assert events(bench.settle()) == [("a", "deleted")]
 
 
-def test_a_job_that_is_deleted_leaves_its_text_in_no_other_topic(bench: Bench) -> None:
+def test_the_text_of_a_deleted_job_is_cleared_from_every_topic(bench: Bench) -> None:
     bench.quiet()
     for job_id in ("a", "b"):
         bench.add(job_id)
-        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+        bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
         bench.settle()
     bench.ledger.delete("a")
     assert on("cesar/consumer/kitchen/last", bench.settle()) == []
@@ -1620,19 +1620,23 @@ def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_onc
         bench.disconnect()
         bench.ledger.delete("a")
         bench.add("a")
-        bench.publisher.finished(bench.complete(bench.claim(), "It rains."))
+        bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
     with opened(tmp_path) as bench:
         last = bench.ledger.last_finished()
         assert last is not None
-        bench.publisher.finished(last)
-        said = bench.connect()
-        assert events(said) == [("a", "deleted"), ("a", "completed")]
-        said += bench.acknowledge(*said) + bench.settle()
-        assert [fields["text"] for fields in on(LAST, said)] == ["It rains."], "which is the new one's"
-        assert [message.topic for message in said if not message.payload] == [f"cesar/result/a/{n}" for n in formats]
+        bench.publisher.on_finished(last)
+        published = bench.connect()
+        assert events(published) == [("a", "deleted"), ("a", "completed")]
+        published += bench.acknowledge(*published) + bench.settle()
+        assert [fields["text"] for fields in on(LAST, published)] == ["It rains."], "which is the new one's"
+        assert [message.topic for message in published if not message.payload] == [
+            f"cesar/result/a/{n}" for n in formats
+        ]
         bench.disconnect()
         bench.connect()
-        bench.publisher.found_retained(b"{}")
-        said = bench.settle()
-        assert events(said) == []
-        assert [message.topic for message in said if not message.payload] == [f"cesar/result/a/{n}" for n in formats]
+        bench.publisher.on_queue_message_received(b"{}")
+        published = bench.settle()
+        assert events(published) == []
+        assert [message.topic for message in published if not message.payload] == [
+            f"cesar/result/a/{n}" for n in formats
+        ]

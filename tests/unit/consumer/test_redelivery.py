@@ -1,4 +1,4 @@
-"""What may come again: when a packet id stops being a sign of a redelivery."""
+"""When a packet id no longer identifies a redelivery."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, cast
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from cesar_mqtt.ledger.ledger import Ledger
 
 
-class Marked:
-    """The jobs that have marks."""
+class FakeLedger:
+    """A ledger that knows only the jobs with packet ids."""
 
     def __init__(self, *job_ids: str) -> None:
         self.job_ids = set(job_ids)
@@ -28,20 +28,20 @@ class Marked:
 
 class Bench:
     def __init__(self, *job_ids: str) -> None:
-        self.marked = Marked(*job_ids)
-        self.tracker = RedeliveryTracker(cast("Ledger", self.marked))
+        self.ledger = FakeLedger(*job_ids)
+        self.tracker = RedeliveryTracker(cast("Ledger", self.ledger))
 
     def took(self, *plans: IncomingMessage) -> set[str]:
-        """Take them in, acknowledge them, and return who has a mark then."""
+        """Append and acknowledge these, and return the jobs that have packet ids then."""
         jobs = [plan.job for plan in plans if plan.job is not None]
-        self.marked.job_ids |= {job.job_id for job in jobs if job.packet_id is not None}
+        self.ledger.job_ids |= {job.job_id for job in jobs if job.packet_id is not None}
         self.tracker.on_acknowledged(plans, [job.job_id for job in jobs])
-        return self.marked.job_ids
+        return self.ledger.job_ids
 
-    def learnt(self, session: int = 0, **heard: int) -> set[str]:
-        counts = {int(name.removeprefix("connection_")): count for name, count in heard.items()}
+    def updated(self, session: int = 0, **received: int) -> set[str]:
+        counts = {int(name.removeprefix("connection_")): count for name, count in received.items()}
         self.tracker.update(RedeliveryBounds(session, counts))
-        return self.marked.job_ids
+        return self.ledger.job_ids
 
 
 def plan(
@@ -59,53 +59,53 @@ def plan(
     return IncomingMessage(delivery, job)
 
 
-def test_what_the_broker_has_acknowledged_behind_our_acknowledgement_cannot_come_again() -> None:
+def test_a_message_acknowledged_behind_our_acknowledgement_proves_its_receipt() -> None:
     bench = Bench()
     assert bench.took(plan("a"), plan(None), plan("b"), plan("c")) == {"a", "b", "c"}
-    assert bench.learnt(connection_1=0) == {"a", "b", "c"}
-    assert bench.learnt(connection_1=2) == {"b", "c"}
+    assert bench.updated(connection_1=0) == {"a", "b", "c"}
+    assert bench.updated(connection_1=2) == {"b", "c"}
     assert bench.took(plan("d", qos=0), plan("e", named=True), plan("f")) == {"b", "c", "f"}
-    assert bench.learnt(connection_1=5) == {"f"}
-    assert bench.learnt() == {"f"}
-    assert bench.learnt(connection_1=6) == set()
+    assert bench.updated(connection_1=5) == {"f"}
+    assert bench.updated() == {"f"}
+    assert bench.updated(connection_1=6) == set()
 
 
 def test_acknowledgements_are_counted_by_connection() -> None:
     bench = Bench()
     bench.took(plan("a"), plan("b"))
     assert bench.took(plan("b", 2, dup=True)) == {"a", "b"}, "a, too, may still be sent again by this connection"
-    assert bench.learnt(connection_1=2) == {"a", "b"}
-    assert bench.learnt(connection_2=1) == {"a"}
+    assert bench.updated(connection_1=2) == {"a", "b"}
+    assert bench.updated(connection_2=1) == {"a"}
 
 
-def test_something_new_on_a_later_connection_ends_what_came_before() -> None:
+def test_a_new_message_on_a_later_connection_ends_earlier_redeliveries() -> None:
     bench = Bench("from an earlier process")
     assert "from an earlier process" in bench.took(plan("a", dup=True), plan("r", retain=True), plan(None))
     assert bench.took(plan("b"), plan("c"), plan("d")) == {"a", "b", "c", "d"}
     assert bench.took(plan("c", 2, dup=True)) == {"a", "b", "c", "d"}
     assert bench.took(plan("e", 2), plan("f", 2)) == {"c", "e", "f"}
-    bench.marked.job_ids.add("kept")
+    bench.ledger.job_ids.add("kept")
     assert bench.took(plan("g", 2)) == {"c", "e", "f", "g", "kept"}, "that is asked once for a connection"
 
 
 def test_a_batch_may_reach_over_a_lost_connection() -> None:
     bench = Bench()
     assert bench.took(plan("a", 1), plan("b", 1), plan("b", 2, dup=True), plan("c", 2)) == {"b", "c"}
-    assert bench.learnt(connection_1=2, connection_2=1) == {"c"}
+    assert bench.updated(connection_1=2, connection_2=1) == {"c"}
 
 
 def test_a_new_session_ends_everything() -> None:
     bench = Bench("old")
     bench.took(plan("a", 1))
-    assert bench.learnt(session=2) == set()
+    assert bench.updated(session=2) == set()
     assert not bench.tracker.can_be_redelivered(plan("b", 1).delivery)
     assert bench.tracker.can_be_redelivered(plan("b", 2).delivery)
     assert bench.took(plan("b", 2)) == {"b"}
-    assert bench.learnt(session=2, connection_2=0) == {"b"}, "it began only once"
-    assert bench.learnt(session=2, connection_2=1) == set()
+    assert bench.updated(session=2, connection_2=0) == {"b"}, "it began only once"
+    assert bench.updated(session=2, connection_2=1) == set()
 
 
-def test_what_may_overtake_a_redelivery_does_not_end_what_came_before() -> None:
+def test_a_message_of_qos_0_does_not_end_earlier_redeliveries() -> None:
     """Only of QoS 1 the old messages come first; a job would have been done twice."""
     bench = Bench()
     bench.took(plan("a"))

@@ -1,4 +1,4 @@
-"""What the broker shows of our own queue: when that is a sign of a loss."""
+"""When the retained queue message shows that the broker has lost messages."""
 
 import json
 
@@ -13,20 +13,20 @@ def queue(*, completed: int = 2) -> bytes:
     return json.dumps({"queued": 1, "completed_total": completed, "error_total": 0, "cancelled_total": 0}).encode()
 
 
-def test_what_the_process_before_has_said_last_is_no_loss() -> None:
+def test_the_last_message_of_the_process_before_is_no_loss() -> None:
     check = RetainedCheck(STANDING)
     assert not check.on_connected((), session_present=True)
     assert check.compare(queue(), (b"ours",)) is None
 
 
 @pytest.mark.parametrize("payload", [queue(completed=1), b"{}", b"no JSON"])
-def test_anything_else_is_older(payload: bytes) -> None:
+def test_any_other_message_is_an_older_state(payload: bytes) -> None:
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
     assert check.compare(payload, ()) is Loss.NEWEST
 
 
-def test_at_a_later_connection_it_has_to_be_what_this_process_has_said() -> None:
+def test_at_a_later_connection_it_has_to_be_a_message_of_this_process() -> None:
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
     check.compare(queue(), ())
@@ -35,7 +35,7 @@ def test_at_a_later_connection_it_has_to_be_what_this_process_has_said() -> None
         assert check.compare(shown, (b"second",)) is loss
 
 
-def test_nothing_retained_is_a_loss_where_nobody_knows_of_it_yet() -> None:
+def test_no_retained_message_is_a_loss_at_first() -> None:
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
     assert check.compare(None, (b"ours",)) is Loss.ALL
@@ -44,13 +44,13 @@ def test_nothing_retained_is_a_loss_where_nobody_knows_of_it_yet() -> None:
     assert check.compare(None, (b"ours",)) is None, "this broker may never show anything"
 
 
-def test_in_a_new_session_everything_is_said_again_anyway() -> None:
+def test_in_a_new_session_there_is_nothing_to_compare() -> None:
     check = RetainedCheck(STANDING)
     assert not check.on_connected((), session_present=False)
     assert check.compare(None, (b"ours",)) is None
 
 
-def test_a_broker_that_has_shown_it_before_and_does_not_now_has_lost_it() -> None:
+def test_a_broker_that_has_sent_it_before_and_does_not_now_has_lost_it() -> None:
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
     check.compare(queue(), ())
@@ -58,12 +58,12 @@ def test_a_broker_that_has_shown_it_before_and_does_not_now_has_lost_it() -> Non
     assert check.compare(None, (b"ours",)) is Loss.ALL
 
 
-def test_what_was_said_before_the_look_hides_what_was_there() -> None:
+def test_a_message_published_before_the_comparison_hides_the_older_one() -> None:
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
-    assert check.on_connected((b"said",), session_present=True)
+    assert check.on_connected((b"published",), session_present=True)
     assert not check.on_connected((b"more",), session_present=True), "of a broker that may never show it, only once"
     check.compare(b"more", ())
     check.on_connected((b"more",), session_present=True)
-    assert not check.on_connected((b"more",), session_present=True), "nothing was said meanwhile"
+    assert not check.on_connected((b"more",), session_present=True), "nothing was published meanwhile"
     assert check.on_connected((b"last",), session_present=True)

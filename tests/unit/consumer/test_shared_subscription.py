@@ -1,4 +1,4 @@
-"""What a member of a group subscribes to, and what it needs of the broker."""
+"""The topic filters of a group, and what it needs of the broker."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ def broker_of(wanted: Settings) -> BrokerSettings:
     return group.broker_of(wanted, parse_broker_url(wanted.broker.url))
 
 
-def test_without_a_group_every_job_comes_to_every_consumer() -> None:
+def test_without_a_group_every_consumer_receives_every_job() -> None:
     filters = [wanted.topic_filter for wanted in group.subscriptions(TOPICS, None)]
     own = "home/cesar/consumer/porch/queue"
     assert filters == ["home/cesar/jobs", "home/cesar/audio/#", "home/cesar/request/#", own]
 
 
-def test_a_group_shares_jobs_and_audio_but_everybody_hears_the_requests() -> None:
+def test_a_group_shares_jobs_and_audio_but_not_commands() -> None:
     filters = [wanted.topic_filter for wanted in group.subscriptions(TOPICS, "house")]
     assert filters == [
         "$share/house/home/cesar/jobs",
@@ -38,27 +38,27 @@ def test_a_group_shares_jobs_and_audio_but_everybody_hears_the_requests() -> Non
     ]
 
 
-def test_what_was_subscribed_to_before_and_is_not_wanted_now_is_given_up(tmp_path: Path) -> None:
+def test_earlier_filters_that_are_not_wanted_now_are_unsubscribed(tmp_path: Path) -> None:
     known = tmp_path / "subscriptions"
 
     def unwanted(group_: str | None) -> list[str]:
         return [line.removesuffix("/cesar/jobs") for line in group.unwanted_filters(TOPICS, group_, known=known)][::2]
 
     assert unwanted(None) == []
-    assert unwanted("house") == ["home"], "also where no file tells of it"
+    assert unwanted("house") == ["home"], "also without a file"
     assert unwanted("house") == ["home"]
     assert unwanted("garden") == ["home", "$share/house/home"]
     assert unwanted(None) == ["$share/house/home", "$share/garden/home"]
     assert [path.name for path in tmp_path.iterdir()] == ["subscriptions"]
 
 
-def test_a_memory_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
+def test_a_file_of_filters_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="cannot be read or written"):
         group.unwanted_filters(TOPICS, "house", known=tmp_path)
 
 
 @pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
-def test_without_a_group_the_broker_is_spoken_to_as_ever(protocol: str) -> None:
+def test_without_a_group_the_broker_settings_are_unchanged(protocol: str) -> None:
     wanted = settings("mqtt://127.0.0.1", protocol=protocol, group_=None)
     assert broker_of(wanted) is wanted.broker
 
@@ -76,12 +76,12 @@ def test_a_member_speaks_mqtt_5_or_not_at_all(protocol: str) -> None:
         ("mqtt://127.0.0.1", "3.1.1", r"Set broker\.protocol"),
     ],
 )
-def test_a_group_where_mqtt_5_cannot_be_is_refused(url: str, protocol: str, named: str) -> None:
+def test_a_group_without_mqtt_5_is_rejected(url: str, protocol: str, named: str) -> None:
     with pytest.raises(ConfigError, match=rf"consumer\.group needs shared subscriptions.*{named}"):
         broker_of(settings(url, protocol=protocol))
 
 
-def test_a_refusal_names_the_group_where_that_may_be_the_reason() -> None:
+def test_a_refusal_names_the_group_if_that_may_be_the_reason() -> None:
     old = BrokerRefusedError("mqtt://old does not support MQTT 5.", reason_code=132)
     other = BrokerRefusedError("mqtt://old refused this client: Not authorized.", reason_code=135)
     assert "consumer.group" in str(group.explain_refusal(old, "house"))
@@ -89,7 +89,7 @@ def test_a_refusal_names_the_group_where_that_may_be_the_reason() -> None:
     assert group.explain_refusal(other, "house") is other
 
 
-def test_a_broker_that_does_not_share_jobs_would_leave_a_member_without_any() -> None:
+def test_a_broker_that_does_not_grant_shared_subscriptions_is_an_error() -> None:
     refused = ("$share/house/home/cesar/audio/#", "home/cesar/request/#")
     assert "'$share/house/home/cesar/audio/#'" in str(group.check_granted(refused, TOPICS, "house"))
     assert group.check_granted(("home/cesar/request/#",), TOPICS, "house") is None

@@ -125,20 +125,20 @@ class FakeObserver(JobObserver):
             self.received.append(what)
             self._changed.notify_all()
 
-    def activity(self, activity: Activity) -> None:
+    def on_activity_changed(self, activity: Activity) -> None:
         self._add(activity)
 
-    def degraded(self, who: str, *, on: bool) -> None:
-        if on or (who, True) in self.received:
-            self._add((who, on))
+    def on_degraded(self, thread: str, *, on: bool) -> None:
+        if on or (thread, True) in self.received:
+            self._add((thread, on))
 
-    def progress(self, job: Job, live: JobProgress) -> None:
+    def on_progress(self, job: Job, live: JobProgress) -> None:
         self._add((job.job_id, live))
 
-    def segment(self, job: Job, segment: Segment) -> None:
+    def on_segment(self, job: Job, segment: Segment) -> None:
         self._add((job.job_id, segment))
 
-    def finished(self, job: Job) -> None:
+    def on_finished(self, job: Job) -> None:
         self._add(job)
 
     @property

@@ -1,4 +1,4 @@
-"""Where the broker is, how to get in, what to speak and when to try again."""
+"""Broker URLs, credentials, TLS contexts and the choice of the MQTT version."""
 
 import os
 import shutil
@@ -63,7 +63,7 @@ def test_a_url_becomes_an_address(url: str, address: BrokerUrl) -> None:
         ("embedded://ann@127.0.0.1", "has no users"),
     ],
 )
-def test_what_is_no_address_is_refused_with_the_reason(url: str, why: str) -> None:
+def test_an_invalid_url_is_rejected_with_the_reason(url: str, why: str) -> None:
     with pytest.raises(ConfigError, match=r"^broker\.url ") as refused:
         parse_broker_url(url)
     assert why in str(refused.value)
@@ -90,14 +90,14 @@ def test_no_error_shows_a_password(url: str) -> None:
     assert "ret" not in str(refused.value)
 
 
-def test_an_address_is_shown_without_what_is_secret() -> None:
+def test_an_address_is_shown_without_its_secrets() -> None:
     address = parse_broker_url("wss://ann:secret@[::1]/mqtt?token=secret")
     assert address.redacted == "wss://ann@[::1]:443"
     assert "secret" not in repr(parse_broker_url("mqtt://ann:secret@b"))
     assert "secret" not in repr(Credentials("ann", "secret"))
 
 
-def test_the_password_file_is_preferred_and_its_first_line_counts(tmp_path: Path) -> None:
+def test_the_first_line_of_the_password_file_takes_precedence(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_bytes("grüß dich \r\nsecond line\n".encode())
     settings = BrokerSettings(username="bob", password_file=file)
@@ -105,7 +105,7 @@ def test_the_password_file_is_preferred_and_its_first_line_counts(tmp_path: Path
     assert read_credentials(settings, parse_broker_url("mqtt://ann:x@b")) == Credentials("ann", "grüß dich ")
 
 
-def test_without_a_password_file_the_url_says_who_asks() -> None:
+def test_without_a_password_file_the_url_takes_precedence() -> None:
     assert read_credentials(BrokerSettings(username="bob"), parse_broker_url("mqtt://ann:x@b")) == Credentials(
         "ann", "x"
     )
@@ -116,7 +116,7 @@ def test_without_a_password_file_the_url_says_who_asks() -> None:
 @pytest.mark.parametrize(
     ("content", "why"), [(b"", "empty"), (b"\nsecret", "empty"), (b"\xff\xfe", "UTF-8"), (None, "No such")]
 )
-def test_a_password_file_that_is_none_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
+def test_an_invalid_password_file_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
     file = tmp_path / "password"
     if content is not None:
         file.write_bytes(content)
@@ -135,7 +135,7 @@ def test_a_password_file_without_a_user_name_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ca_file", "cert_file"])
 @pytest.mark.parametrize("content", [None, "", "no certificate"])
-def test_a_tls_file_that_is_none_is_named(tmp_path: Path, name: str, content: str | None) -> None:
+def test_an_invalid_tls_file_is_named(tmp_path: Path, name: str, content: str | None) -> None:
     file = tmp_path / "file.pem"
     if content is not None:
         file.write_text(content)
@@ -148,7 +148,7 @@ def test_a_key_without_a_certificate_is_refused(tmp_path: Path) -> None:
         tls_context(BrokerSettings(key_file=tmp_path / "key.pem"))
 
 
-def test_the_file_of_a_pair_that_is_missing_is_the_one_that_is_named(tmp_path: Path) -> None:
+def test_of_certificate_and_key_the_missing_file_is_named(tmp_path: Path) -> None:
     there, missing = tmp_path / "there.pem", tmp_path / "missing.pem"
     there.touch()
     with pytest.raises(ConfigError, match=r"^broker\.key_file .*missing\.pem"):
@@ -196,7 +196,7 @@ def plan(choice: VersionChoice) -> tuple[str, bool]:
     return choice.next, choice.is_temporary
 
 
-def test_mqtt_5_is_spoken_until_the_broker_says_that_it_does_not_know_it() -> None:
+def test_mqtt_5_is_spoken_until_the_broker_reports_that_it_does_not_support_it() -> None:
     choice = VersionChoice("auto")
     assert plan(choice)[0] == "5"
     assert choice.on_ended(unsupported=True)
@@ -205,7 +205,7 @@ def test_mqtt_5_is_spoken_until_the_broker_says_that_it_does_not_know_it() -> No
     assert plan(choice)[0] == "3.1.1"
 
 
-def test_a_broker_that_closes_without_an_answer_is_tried_with_both_in_turn() -> None:
+def test_a_broker_that_closes_without_an_answer_is_tried_with_both_versions_in_turn() -> None:
     choice = VersionChoice("auto")
     assert choice.on_ended(unanswered=True)
     assert plan(choice)[0] == "3.1.1"
@@ -213,20 +213,20 @@ def test_a_broker_that_closes_without_an_answer_is_tried_with_both_in_turn() -> 
     assert plan(choice)[0] == "5"
 
 
-def test_a_broker_that_is_down_makes_nobody_speak_3_1_1() -> None:
+def test_a_broker_that_is_down_is_still_tried_with_5() -> None:
     choice = VersionChoice("auto")
     assert not choice.on_ended()
     assert plan(choice)[0] == "5"
 
 
-def test_what_once_worked_is_not_given_up_for_a_broker_that_is_starting() -> None:
+def test_after_5_was_accepted_a_starting_broker_is_still_tried_with_5() -> None:
     choice = VersionChoice("auto")
     choice.on_connected()
     assert not choice.on_ended(unanswered=True)
     assert plan(choice)[0] == "5"
 
 
-def test_a_message_that_cannot_be_read_is_passed_in_3_1_1() -> None:
+def test_a_malformed_message_is_received_in_3_1_1() -> None:
     choice = VersionChoice("auto")
     choice.on_connected()
     assert choice.on_ended(malformed=True)
@@ -237,7 +237,7 @@ def test_a_message_that_cannot_be_read_is_passed_in_3_1_1() -> None:
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-def test_a_version_that_was_asked_for_stays(version: str) -> None:
+def test_a_configured_version_does_not_change(version: str) -> None:
     choice = VersionChoice("5" if version == "5" else "3.1.1")
     assert not choice.on_ended(unsupported=True)
     assert not choice.on_ended(unanswered=True)

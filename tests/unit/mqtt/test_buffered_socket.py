@@ -1,4 +1,4 @@
-"""The buffered between paho and a real socket, and the pipe."""
+"""The buffered socket on a real socket, and the wakeup pipe."""
 
 import os
 import select
@@ -16,7 +16,7 @@ _WAIT_S = 10.0
 
 @pytest.fixture
 def ends() -> Iterator[tuple[BufferedSocket, socket.socket]]:
-    """A buffered, and the broker's end of it."""
+    """A buffered socket, and the broker's end of the connection."""
     with socket.create_server(("127.0.0.1", 0)) as door, socket.create_connection(door.getsockname()) as near:
         far, _ = door.accept()
         with far:
@@ -31,7 +31,7 @@ def arrive(buffered: BufferedSocket) -> None:
     buffered.fill()
 
 
-def test_what_is_sent_goes_out_at_once_and_together(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_buffered_data_is_written_together(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, broker = ends
     assert [buffered.send(b"abc"), buffered.send(bytearray(b"def"))] == [3, 3]
     assert buffered.has_unsent
@@ -41,7 +41,7 @@ def test_what_is_sent_goes_out_at_once_and_together(ends: tuple[BufferedSocket, 
     assert broker.recv(100) == b"abcdef"
 
 
-def test_what_the_network_does_not_take_yet_is_kept(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_data_that_the_network_does_not_accept_yet_stays_buffered(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, broker = ends
     sent = bytes(range(256)) * 100_000
     buffered.send(sent)
@@ -65,7 +65,7 @@ def test_a_disconnect_waits_until_all_else_is_written(ends: tuple[BufferedSocket
         came += broker.recv(1 << 20)
         buffered.flush()
     assert buffered.send(b"\xe0\x00") == 2
-    broker.sendall(b"what nobody reads any more")
+    broker.sendall(b"data that is not read any more")
     closing = threading.Thread(target=buffered.close)
     closing.start()
     assert broker.recv(100) == b"\xe0\x00"
@@ -74,7 +74,7 @@ def test_a_disconnect_waits_until_all_else_is_written(ends: tuple[BufferedSocket
     closing.join(_WAIT_S)
 
 
-def test_packets_come_out_whole_however_they_come_in(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_packets_are_complete_however_they_arrive(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, broker = ends
     whole = [(0x30, b"a" * size) for size in (0, 1, 127, 128, 300)]
     stream = b"".join(frame(first, body) for first, body in whole)
@@ -95,7 +95,7 @@ def test_many_packets_are_read_at_once(ends: tuple[BufferedSocket, socket.socket
     assert buffered.next_packet() is None
 
 
-def test_paho_receives_what_it_is_given_and_no_more(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_paho_receives_only_the_forwarded_packets(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, _ = ends
     with pytest.raises(BlockingIOError):
         buffered.recv(1)
@@ -105,7 +105,7 @@ def test_paho_receives_what_it_is_given_and_no_more(ends: tuple[BufferedSocket, 
         buffered.recv(1)
 
 
-def test_the_end_is_told_after_what_came_before(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_the_end_follows_the_packets_before_it(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, broker = ends
     broker.sendall(frame(0xE0, b"\x8e"))
     arrive(buffered)
@@ -116,7 +116,7 @@ def test_the_end_is_told_after_what_came_before(ends: tuple[BufferedSocket, sock
     assert buffered.recv(1) == b""
 
 
-def test_a_broken_line_is_an_end_and_its_last_words_are_read(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_after_a_reset_the_last_packets_are_still_read(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, broker = ends
     broker.sendall(frame(0xE0, b"\x8e"))
     broker.close()
@@ -131,7 +131,7 @@ def test_a_broken_line_is_an_end_and_its_last_words_are_read(ends: tuple[Buffere
     assert buffered.next_packet() == (0xE0, b"\x8e")
 
 
-def test_what_is_no_packet_is_unreadable(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_bytes_that_are_no_packet_are_malformed(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, broker = ends
     broker.sendall(b"\x30\xff\xff\xff\xff\xff")
     arrive(buffered)
@@ -139,13 +139,13 @@ def test_what_is_no_packet_is_unreadable(ends: tuple[BufferedSocket, socket.sock
         buffered.next_packet()
 
 
-def test_small_packets_are_not_held_back(ends: tuple[BufferedSocket, socket.socket]) -> None:
+def test_small_packets_are_not_delayed(ends: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, _ = ends
     with socket.socket(fileno=os.dup(buffered.fileno())) as twin:
         assert twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
-def test_a_bell_rings_once_until_it_is_heard() -> None:
+def test_several_wake_ups_count_as_one_until_the_pipe_is_drained() -> None:
     pipe = WakeupPipe()
     ringers = [threading.Thread(target=pipe.wake) for _ in range(8)]
     for ringer in ringers:

@@ -1,4 +1,4 @@
-"""PUBLISH and PUBACK beside paho's own reading and writing of them, and what no broker should send."""
+"""PUBLISH and PUBACK, with paho as the oracle, and malformed packets."""
 
 from contextlib import suppress
 from typing import Any
@@ -69,7 +69,7 @@ def brought(properties: bytes, payload: bytes = b"x") -> bytes:
     pairs=PAIRS,
     five=st.booleans(),
 )
-def test_what_is_written_is_what_paho_reads(  # noqa: PLR0917 - hypothesis names them
+def test_paho_decodes_what_is_encoded(  # noqa: PLR0917 - hypothesis names them
     topic: str,
     payload: bytes,
     qos: int,
@@ -90,7 +90,7 @@ def test_what_is_written_is_what_paho_reads(  # noqa: PLR0917 - hypothesis names
 
 
 @pytest.mark.parametrize("qos", [0, 1])
-def test_all_properties_of_a_message_are_read(qos: int) -> None:
+def test_all_properties_of_a_message_are_decoded(qos: int) -> None:
     packet_id = b"\0\7" if qos else b""
     body = b"\0\4jobs" + packet_id + expiring(60) + b"payload"
     delivery = decode_publish(PUBLISH | 0x08 | qos << 1 | 1, body, five=True, connection=3)
@@ -103,7 +103,7 @@ def test_all_properties_of_a_message_are_read(qos: int) -> None:
     assert delivery.user_properties == (("a", "1"), ("a", "ü"))
 
 
-def test_user_properties_without_end_are_read_in_time_and_not_all_kept() -> None:
+def test_very_many_user_properties_are_decoded_in_linear_time_and_not_all_kept() -> None:
     one = b"\x26" + len(b"name").to_bytes(2, "big") + b"name" + b"\0\0"
     properties = frame(PUBLISH, one * 100_000)[1:]
     found = decode_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
@@ -112,27 +112,27 @@ def test_user_properties_without_end_are_read_in_time_and_not_all_kept() -> None
     assert 4_096 < sum(len(name) for name, _ in found.user_properties) <= 65_536
 
 
-def test_user_properties_of_nothing_are_not_kept_without_end() -> None:
+def test_very_many_empty_user_properties_are_not_all_kept() -> None:
     properties = frame(PUBLISH, b"\x26\0\0\0\0" * 100_000)[1:]
     found = decode_publish(PUBLISH | 1 << 1, brought(properties), five=True, connection=1)
     assert found.payload == b"x"
     assert 1_000 < len(found.user_properties) <= 16_384
 
 
-def test_a_byte_order_mark_in_a_property_is_a_character_like_others() -> None:
+def test_a_byte_order_mark_in_a_property_is_kept() -> None:
     """paho 2.2 takes it for a malformed packet; MQTT 5, section 1.5.4, wants it kept."""
     properties = b"\x0b\x26\0\3\xef\xbb\xbf\0\3abc"
     assert decode_publish(0x32, brought(properties), five=True, connection=1).user_properties == (("\ufeff", "abc"),)
 
 
-def test_what_is_no_utf_8_is_replaced() -> None:
+def test_invalid_utf_8_is_replaced() -> None:
     properties = b"\x07\x26\0\1\xff\0\1\xfe"
     delivery = decode_publish(0x32, b"\0\2\xff\xfe\0\1" + properties + b"x", five=True, connection=1)
     assert delivery.topic == "\ufffd\ufffd"
     assert delivery.user_properties == (("\ufffd", "\ufffd"),)
 
 
-def test_a_message_that_is_cut_anywhere_is_unreadable_or_shorter() -> None:
+def test_a_truncated_message_is_malformed() -> None:
     whole = brought(expiring(60), b"")
     for size in range(len(whole)):
         with pytest.raises(MalformedPacketError):
@@ -140,7 +140,7 @@ def test_a_message_that_is_cut_anywhere_is_unreadable_or_shorter() -> None:
 
 
 @given(st.binary(max_size=60), st.booleans(), st.sampled_from([0x30, 0x32, 0x3B]))
-def test_no_bytes_do_worse_than_be_unreadable(body: bytes, five: bool, first: int) -> None:  # noqa: FBT001
+def test_any_bytes_are_decoded_or_malformed(body: bytes, five: bool, first: int) -> None:  # noqa: FBT001
     with suppress(MalformedPacketError):
         delivery = decode_publish(first, body, five=five, connection=1)
         assert len(delivery.payload) <= len(body)
@@ -151,7 +151,7 @@ def test_no_bytes_do_worse_than_be_unreadable(body: bytes, five: bool, first: in
     [b"\x02\x63\0", b"\xff\xff\xff\xff\x01", b"\x02\x0b\x80", b"\x03\x26\0\1", b"\x02\x02\0", b"\x03\x03\0\1"],
     ids=["unknown", "endless", "cut number", "cut pair", "cut expiry", "cut text"],
 )
-def test_properties_that_no_broker_may_send_are_unreadable(properties: bytes) -> None:
+def test_invalid_properties_are_malformed(properties: bytes) -> None:
     with pytest.raises(MalformedPacketError):
         decode_publish(0x32, brought(properties), five=True, connection=1)
 
@@ -161,7 +161,7 @@ def test_there_is_no_qos_3() -> None:
         decode_publish(0x36, brought(b""), five=True, connection=1)
 
 
-def test_an_acknowledgement_names_its_message() -> None:
+def test_a_puback_has_a_packet_id_and_a_reason() -> None:
     assert body_of(encode_puback(513)) == (0x40, b"\x02\x01")
     assert decode_puback(b"\x02\x01") == (513, None)
     assert decode_puback(b"\x02\x01\x10") == (513, None)
@@ -172,12 +172,12 @@ def test_an_acknowledgement_names_its_message() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152])
-def test_a_length_is_read_as_it_was_written(size: int) -> None:
+def test_a_length_is_decoded_as_it_was_encoded(size: int) -> None:
     packet = frame(PUBLISH, bytes(size))
     assert body_of(packet) == (PUBLISH, bytes(size))
     assert decode_number(packet[: 1 + (size > 127)], 1) is None
 
 
-def test_a_length_of_five_bytes_is_none() -> None:
+def test_a_length_of_five_bytes_is_malformed() -> None:
     with pytest.raises(MalformedPacketError):
         decode_number(b"\x30\x80\x80\x80\x80\x01", 1)

@@ -36,7 +36,7 @@ def ending(reason: str = "Unspecified error", *, persistent: bool = True, by_bro
     return str(failure)
 
 
-def test_only_a_lasting_client_id_may_belong_to_another_client_too() -> None:
+def test_only_a_persistent_client_id_may_be_in_use_twice() -> None:
     assert "check that no other client uses the client id 'cesar-submit-0123'" in ending()
     assert ending(persistent=False) == "None"
 

@@ -1,4 +1,4 @@
-"""What comes in, on its way to whoever fetches it, without a network."""
+"""Incoming messages between two threads, without a network."""
 
 import logging
 import threading
@@ -43,7 +43,7 @@ class Called:
         {"user_properties": (("", ""),) * 400},
     ],
 )
-def test_what_waits_is_bounded_in_bytes_whatever_it_holds(held: dict[str, Any]) -> None:
+def test_the_buffer_is_bounded_in_bytes_for_every_part_of_a_message(held: dict[str, Any]) -> None:
     buffer = ReceiveBuffer(2000, 200_000, on_room=lambda: None)
     assert [buffer.put(replace(SMALL, **held)) for _ in range(4)] == [True, True, True, False]
     assert len(buffer.take(0)) == 3
@@ -51,7 +51,7 @@ def test_what_waits_is_bounded_in_bytes_whatever_it_holds(held: dict[str, Any]) 
     assert not buffer.put(SMALL)
 
 
-def test_what_fits_to_the_byte_is_taken_and_what_was_taken_makes_room_for_as_much() -> None:
+def test_messages_fit_to_the_byte_and_taken_ones_make_room() -> None:
     two = 2 * SMALL.size_bytes
     buffer = ReceiveBuffer(10, two, on_room=lambda: None)
     for _ in range(3):
@@ -59,19 +59,19 @@ def test_what_fits_to_the_byte_is_taken_and_what_was_taken_makes_room_for_as_muc
         assert len(buffer.take(0)) == 2
 
 
-def test_no_more_wait_than_may_and_they_come_out_in_order() -> None:
+def test_the_buffer_is_bounded_in_messages_and_keeps_their_order() -> None:
     buffer = ReceiveBuffer(3, 1_000_000, on_room=lambda: None)
     assert [buffer.put(message(number)) for number in range(4)] == [True, True, True, False]
     assert buffer.take(0) == [message(0), message(1), message(2)], "nothing is kept of what found no room"
     assert buffer.take(0) == []
 
 
-def test_room_is_told_once_to_whoever_found_none_and_only_then() -> None:
+def test_on_room_is_called_once_after_a_message_found_no_room() -> None:
     on_room = Called()
     buffer = ReceiveBuffer(1, 1_000_000, on_room=on_room)
     buffer.put(message(0))
     buffer.take(0)
-    assert on_room.times == 0, "nobody was waiting"
+    assert on_room.times == 0, "no message waited for room"
     buffer.put(message(1))
     assert not buffer.put(message(2))
     assert on_room.times == 0, "there is none yet"
@@ -79,12 +79,12 @@ def test_room_is_told_once_to_whoever_found_none_and_only_then() -> None:
     buffer.take(0)
     assert on_room.times == 1
     buffer.put(message(2))
-    assert buffer.put(message(3, qos=0)), "it is dropped, so nobody waits for room"
+    assert buffer.put(message(3, qos=0)), "it is dropped and does not wait for room"
     buffer.take(0)
     assert on_room.times == 1
 
 
-def test_of_qos_0_what_has_no_room_is_dropped_and_told_now_and_then(
+def test_messages_of_qos_0_without_room_are_dropped_and_logged_at_intervals(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -92,22 +92,22 @@ def test_of_qos_0_what_has_no_room_is_dropped_and_told_now_and_then(
     buffer = ReceiveBuffer(1, 1_000_000, on_room=lambda: None)
     buffer.put(message(0))
 
-    def told(drops: int) -> list[str]:
+    def logged(drops: int) -> list[str]:
         caplog.clear()
         assert all(buffer.put(message(1, qos=0)) for _ in range(drops))
         return [record.getMessage().split(": ")[1].split(".")[0] for record in caplog.records]
 
     with caplog.at_level(logging.WARNING):
-        assert told(3) == ["dropped 1 messages of QoS 0"]
+        assert logged(3) == ["dropped 1 messages of QoS 0"]
         now[0] += 60
-        assert told(2) == ["dropped 3 messages of QoS 0"]
+        assert logged(2) == ["dropped 3 messages of QoS 0"]
         now[0] += 60
-        assert told(1) == ["dropped 2 messages of QoS 0"]
+        assert logged(1) == ["dropped 2 messages of QoS 0"]
     assert buffer.take(0) == [message(0)]
 
 
 @pytest.mark.parametrize("end", [lambda buffer: buffer.put(message(0)), ReceiveBuffer.close], ids=["message", "end"])
-def test_whoever_waits_is_woken_by_the_first_message_and_by_the_end(end: Callable[[ReceiveBuffer], object]) -> None:
+def test_take_is_woken_by_the_first_message_and_by_close(end: Callable[[ReceiveBuffer], object]) -> None:
     """Without that it would sleep on, and a consumer with nothing else to do would never take its next job."""
     buffer = ReceiveBuffer(10, 1_000_000, on_room=lambda: None)
     waits = threading.Event()
@@ -122,7 +122,7 @@ def test_whoever_waits_is_woken_by_the_first_message_and_by_the_end(end: Callabl
 
 
 class Watched(threading.Condition):
-    """Says when somebody is about to wait; whoever then notifies has to come after that."""
+    """Sets an event when a thread is about to wait: a later `notify` is not lost."""
 
     def __init__(self, waits: threading.Event) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Watched(threading.Condition):
         return super().wait(timeout)
 
 
-def test_after_the_end_nothing_goes_in_or_comes_out_and_whoever_found_no_room_is_told() -> None:
+def test_after_close_nothing_is_added_or_taken_and_on_room_is_called() -> None:
     on_room = Called()
     buffer = ReceiveBuffer(1, 1_000_000, on_room=on_room)
     buffer.put(message(0))
@@ -144,7 +144,7 @@ def test_after_the_end_nothing_goes_in_or_comes_out_and_whoever_found_no_room_is
     assert buffer.take(None) == []
 
 
-def test_what_the_broker_has_heard_is_told_once_and_its_session_as_long_as_it_lasts() -> None:
+def test_received_acknowledgements_are_returned_once_and_the_session_always() -> None:
     buffer = ReceiveBuffer(1, 1_000_000, on_room=lambda: None)
     assert buffer.take_redelivery_bounds() == RedeliveryBounds(0, {})
     buffer.start_session(4)

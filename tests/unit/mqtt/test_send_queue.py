@@ -1,4 +1,4 @@
-"""What is published, from its taking to its PUBACK, without a network."""
+"""Outgoing messages from `publish` to PUBACK, without a network."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from cesar_mqtt.mqtt.send_queue import MAX_IN_FLIGHT, SendQueue
 
 
 class FakeSink:
-    """Takes packets; `has_unsent` as the test says."""
+    """Takes packets; `has_unsent` as the test sets it."""
 
     def __init__(self) -> None:
         self.packets: list[bytes] = []
@@ -31,7 +31,7 @@ def publish(out: SendQueue, count: int, qos: int = 1) -> list[PublishTicket]:
     return [ticket for ticket in tickets if ticket is not None]
 
 
-def test_no_more_are_in_flight_than_the_window_lets_through() -> None:
+def test_no_more_messages_are_in_flight_than_allowed() -> None:
     out, sink = outgoing(), FakeSink()
     tickets = publish(out, MAX_IN_FLIGHT + 2)
     out.send(sink)
@@ -47,7 +47,7 @@ def test_no_more_are_in_flight_than_the_window_lets_through() -> None:
     assert out.take_published() == []
 
 
-def test_an_acknowledgement_of_what_was_not_sent_counts_for_nothing() -> None:
+def test_a_puback_of_a_message_that_was_not_sent_is_ignored() -> None:
     out, sink = outgoing(), FakeSink()
     out.max_in_flight = 1
     first, second = publish(out, 2)
@@ -83,18 +83,18 @@ def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     assert "refused a message on t: Not authorized" in caplog.text
 
 
-def test_what_stands_before_an_acknowledged_message_has_been_heard() -> None:
+def test_acknowledgements_before_an_acknowledged_message_have_been_received() -> None:
     out, sink = outgoing(), FakeSink()
     for behind in (0, 3, 7):
         publish(out, 1)
         out.send(sink, acks_sent=behind)
     assert out.acks_received == 0
-    for mid, heard in ((2, 3), (9, 3), (1, 3), (3, 7)):
+    for mid, received in ((2, 3), (9, 3), (1, 3), (3, 7)):
         out.on_acknowledged(mid, None)
-        assert out.acks_received == heard
+        assert out.acks_received == received
 
 
-def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
+def test_a_packet_id_in_flight_is_not_used_again() -> None:
     out, sink = outgoing(), FakeSink()
     stuck = publish(out, 1)[0]
     seen = {stuck.mid}
@@ -112,7 +112,7 @@ def test_a_packet_id_that_is_in_flight_is_not_given_again() -> None:
     assert again.mid == stuck.mid + 1
 
 
-def test_what_waits_has_its_packet_id_alone_however_much_is_refused() -> None:
+def test_waiting_messages_have_unique_packet_ids_however_many_are_rejected() -> None:
     out = outgoing()
     out.limit_bytes = 100
     tickets = publish(out, 1)
@@ -125,7 +125,7 @@ def test_what_waits_has_its_packet_id_alone_however_much_is_refused() -> None:
     assert len({ticket.mid for ticket in tickets}) == 60_000
 
 
-def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_behind_an_unacknowledged_one_have_unique_packet_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MAX_PACKET_ID", 70)
     monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MAX_WAITING", 40)
     out, sink = outgoing(), FakeSink()
@@ -141,7 +141,7 @@ def test_what_waits_behind_a_message_that_is_stuck_has_its_packet_id_alone(monke
             out.send(sink)
 
 
-def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
+def test_a_packet_one_byte_over_the_limit_is_rejected() -> None:
     out, sink = outgoing(), FakeSink()
     ticket = out.publish(Publication("t", bytes(100), 1, retain=False))
     out.send(sink)
@@ -154,13 +154,13 @@ def test_a_packet_over_the_limit_is_refused_to_the_byte() -> None:
     assert (refused.value.size_bytes, refused.value.limit_bytes) == (size + 1, size)
 
 
-def test_more_than_packet_ids_allow_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_accepts_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.send_queue._MAX_WAITING", 3)
     out = outgoing()
     publish(out, 3)
     assert out.publish(message(3)) is None
 
 
-def test_a_limit_that_the_broker_tells_holds_from_the_start() -> None:
+def test_the_configured_limit_applies_from_the_start() -> None:
     with pytest.raises(PacketTooLargeError):
         SendQueue(3, five=True, limit_bytes=50).publish(Publication("t", bytes(100), 1, retain=False))
