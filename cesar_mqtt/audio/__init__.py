@@ -1,1 +1,1 @@
-"""From a path or URL to samples, within limits."""
+"""From a path or URL to samples, within limits and never outside them. PyAV and httpcore stop here."""
