@@ -1,6 +1,6 @@
-"""Which Whisper models may be used, where on this machine they are, and how those that are not come here.
+"""Which Whisper models may be used, where they are on this machine, and how the missing ones are fetched.
 
-A model is looked for in the configured folder, among installed packages, in the Hugging Face cache, and last on the
+A model is looked up in the configured folder, among installed packages, in the Hugging Face cache, and last on the
 hub. Nothing is loaded here; any thread may call.
 """
 
@@ -15,8 +15,7 @@ from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.config_sources import DIRECTORIES
 from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.threads import never_stop
-from cesar_mqtt.whisper import hub
-from cesar_mqtt.whisper import model_files as modelfiles
+from cesar_mqtt.whisper import hub, model_files
 from cesar_mqtt.whisper.model_files import missing_files, unavailable, unusable
 from cesar_mqtt.whisper.packages import PackagedModels
 
@@ -24,13 +23,13 @@ Origin: TypeAlias = Literal["folder", "package", "cache"]
 
 _PREFERRED = "base"
 _ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
-# No separator and no leading dot: a name can never be a way out of the folder that it is looked up in.
+# No separator and no leading dot: a name cannot lead out of the folder that it is looked up in.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model is on this machine; `path` is None for one that is installed in parts and not joined yet."""
+    """Where a model is on this machine; `path` is None if it is installed in parts and not joined yet."""
 
     origin: Origin
     path: Path | None
@@ -38,16 +37,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """What can be said of a model without loading it.
+    """What is known of a model without loading it.
 
     Attributes:
         name: as jobs give it.
         origin: where it is on this machine; None: it is not.
-        path: its folder; None: it is not here, or has to be joined first.
-        size_bytes: what it takes on disk; None: it is not here.
-        multilingual: whether it knows more than English; None: its files do not tell.
+        path: its folder; None: not on this machine, or not joined yet.
+        size_bytes: its size on disk; None: not on this machine.
+        multilingual: whether it knows more than English; None: its files do not show it.
         default: whether it is the model of jobs that name none.
-        problem: why it cannot be used as it is, in a few words; None: nothing is known.
+        problem: why it cannot be used as it is, in a few words; None: no known problem.
     """
 
     name: str
@@ -72,12 +71,12 @@ class Catalogue:
         """Check the settings; nothing is joined or downloaded.
 
         Args:
-            settings: what the user has said.
+            settings: the `models` section.
             folder: where models that come in parts are joined; None: in the user's data directory.
-            packages: None: those that are installed, joined in `folder`.
+            packages: None: the installed ones, joined in `folder`.
 
         Raises:
-            ConfigError: a setting names a model or a folder that cannot be; the message names the setting.
+            ConfigError: a setting names an unknown model or a missing folder; the message names the setting.
         """
         logs.adopt("huggingface_hub")
         self._settings = settings
@@ -87,38 +86,38 @@ class Catalogue:
         self._default = settings.default or self._choose_default()
 
     def default_name(self) -> str:
-        """Return the model of jobs that name none; it stays the same for the life of the process."""
+        """The model of jobs that name none; the same for the life of the process."""
         return self._default
 
     def allowed_names(self) -> tuple[str, ...]:
-        """Return every name that a job may give, best known first."""
+        """Every name that a job may give, best known first."""
         if self._settings.allowed is not None:
             return self._settings.allowed
         return tuple(dict.fromkeys((*self._known, *self._folders())))
 
     def is_allowed(self, name: str) -> bool:
-        """Whether a job may name this model; says nothing about whether it is on this machine."""
+        """Whether a job may name this model, on this machine or not."""
         if self._settings.allowed is not None:
             return name in self._settings.allowed or _ALIASES.get(name) in self._settings.allowed
         return name in self._known or self._folder(name) is not None
 
     def is_multilingual(self, name: str) -> bool | None:
-        """Whether a model knows more than English; None: nobody can tell before it is loaded.
+        """Whether a model knows more than English; None: unknown before it is loaded.
 
-        Known names tell by themselves: those that end in `.en`, and the distilled ones, whose makers trained them on
-        English only although they have tokens for more. Of other models the vocabulary is counted.
+        Of known models the name decides: those that end in `.en` do not, nor do the distilled ones, which were trained
+        on English only although they have tokens for more. Of others the size of the vocabulary does.
         """
         if name in self._known:
             return not name.endswith(".en") and not name.startswith("distil-")
         path = self._folder(name)
-        return None if path is None else modelfiles.is_multilingual(path)
+        return None if path is None else model_files.is_multilingual(path)
 
     def may_download(self, name: str) -> bool:
-        """Whether a model that is not on this machine may be fetched."""
+        """Whether a model that is not on this machine may be downloaded."""
         return self._settings.download and name in self._known and self.is_allowed(name)
 
     def find(self, name: str) -> Place | None:
-        """Look for a model on this machine, without any network; None: it is not here."""
+        """Look for a model on this machine, without network; None: it is not here."""
         if path := self._folder(name):
             return Place("folder", path)
         path = self._packages.find(name)
@@ -135,12 +134,12 @@ class Catalogue:
         should_stop: Callable[[], bool] = never_stop,
         on_progress: Callable[[int, int], None] = _ignore,
     ) -> Path:
-        """Return a model's folder; joins it from packages, or fetches it from the hub, where that is needed.
+        """Return the folder of a model, after joining or downloading it where that is needed.
 
         Args:
             name: as a job gives it.
-            should_stop: asked several times a second while something is fetched.
-            on_progress: told bytes done, and bytes in all, while something is fetched.
+            should_stop: asked several times a second during a join or download.
+            on_progress: called with the bytes done and the bytes in all during a join or download.
 
         Raises:
             JobFailedError: `model_unavailable`; a hub that cannot be reached is given up after seconds.
@@ -162,16 +161,8 @@ class Catalogue:
             raise unusable(name, f"its folder lacks {missing[0]}")
         return path
 
-    def can_renew(self, name: str, path: Path) -> bool:
-        """Whether a model that turned out to be damaged is one that was joined here, and can be joined again."""
-        return self._packages.is_joined(path) and self._packages.can_join(name)
-
-    def renew(self, name: str, *, should_stop: Callable[[], bool] = never_stop) -> Path:
-        """Join a model again, in the place of what is there. Raises as `obtain`."""
-        return self._packages.join(name, should_stop=should_stop, on_progress=_ignore, anew=True)
-
     def entries(self) -> tuple[ModelEntry, ...]:
-        """Describe every model that may be used, once: other names of the same model are left out."""
+        """Describe every model that may be used, each once: aliases are left out."""
         names = self.allowed_names()
         return tuple(self._entry(name) for name in names if _ALIASES.get(name) not in names)
 
@@ -180,10 +171,10 @@ class Catalogue:
         size, problem = None, None
         if place is not None and place.path is not None:
             missing = missing_files(place.path)
-            size, problem = modelfiles.size_bytes(place.path), f"{missing[0]} is missing" if missing else None
+            size, problem = model_files.size_bytes(place.path), f"{missing[0]} is missing" if missing else None
         elif place is not None:
             size = self._packages.size_bytes(name)
-        default = self._default in {name, *(alias for alias, meant in _ALIASES.items() if meant == name)}
+        default = self._default in {name, *(alias for alias, model in _ALIASES.items() if model == name)}
         return ModelEntry(
             name=name,
             origin=None if place is None else place.origin,

@@ -1,7 +1,4 @@
-"""What this machine lets the process have: how many cores it may keep busy, and memory that is given back.
-
-Nothing here keeps state; any thread may call it.
-"""
+"""The cores that this process may use, and the release of freed memory. No state; any thread may call it."""
 
 import ctypes
 import gc
@@ -12,27 +9,27 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroups: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Count the cores that this process may keep busy: those it may run on, less what a container's quota denies it.
+    """The number of cores that this process may keep busy: its CPU affinity, limited by the quota of its cgroups.
 
-    A quota is rounded down, to no less than one: a thread too many waits for the quota and holds all others up.
+    A quota is rounded down, to no less than one: one thread too many exhausts the quota and delays all the others.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *(int(quota) for quota in _cpu_quotas(cgroups, membership))]))
 
 
-def give_memory_back() -> None:
-    """Hand freed memory back to the system, as far as the C library knows how to.
+def release_memory() -> None:
+    """Return freed memory to the system, as far as the C library can.
 
-    glibc keeps what a model was loaded through for the next one: without this the process stays as large as it was.
+    glibc keeps the buffers that a model was loaded through: without this the process stays as large as it was.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl and macOS have none, and need none
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl and macOS have none and need none
     if trim is not None:
         trim(0)
 
 
 def _cpu_quotas(cgroups: Path, membership: Path) -> list[float]:
-    """Read what every group that this process is in may use, in cores (cgroups(7); both versions)."""
+    """The quota in cores of every group that this process is in (cgroups(7); both versions)."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -43,7 +40,7 @@ def _cpu_quotas(cgroups: Path, membership: Path) -> list[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         group = cgroups / controllers / inside.lstrip("/")
-        # Inside a container the path may be the host's, of which only the upper end exists here.
+        # In a container the path may be the host's, of which only the upper end exists.
         quotas += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(cgroups)]
     return [quota for quota in quotas if quota is not None]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 from cesar_mqtt.errors import Cancelled
-from cesar_mqtt.whisper.hardware import give_memory_back
+from cesar_mqtt.whisper.hardware import release_memory
 
 LARGE = 120 * SAMPLE_RATE
 """From here on the 40 ms that it takes to give memory back are nothing beside the work itself."""
@@ -83,7 +83,7 @@ class _Features:
             features: NDArray[np.float32] = extractor(waveform, padding=padding, chunk_length=chunk_length)
             return features
         if len(waveform) > LARGE:
-            give_memory_back()  # the VAD has just left large holes behind
+            release_memory()  # the VAD has just left large holes behind
         padded = np.pad(np.pad(waveform, (0, padding)), extractor.n_fft // 2, mode="reflect")
         spectrum = np.empty(
             (len(extractor.mel_filters), (len(padded) - extractor.n_fft) // extractor.hop_length), np.float32

@@ -1,6 +1,6 @@
-"""The folder of one Whisper model in CTranslate2's format: what has to be in it, and what can be told without loading.
+"""The folder of one Whisper model in CTranslate2's format: which files it needs, and checks without loading it.
 
-Pure reading, no state; any thread may call it. Also the two sentences that every module about models ends in.
+No state; any thread may call it. Also the errors of jobs whose model cannot be had.
 """
 
 import json
@@ -11,19 +11,19 @@ from typing import BinaryIO
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 
 PATTERNS = ("config.json", "preprocessor_config.json", "model.bin", "tokenizer.json", "vocabulary.*")
-"""Every file that faster-whisper reads, of the many that a repository of the hub may hold."""
+"""The files that faster-whisper reads, of the many that a repository of the hub may have."""
 
 _MULTILINGUAL_WORDS = 51_865
-"""From so many on CTranslate2 calls a Whisper model multilingual (src/models/whisper.cc)."""
+"""The least size of a vocabulary that CTranslate2 takes for multilingual (src/models/whisper.cc)."""
 _CONFIG_KEYS = frozenset({"suppress_ids", "suppress_ids_begin"})
 _BINARY_VERSION = 6
 _EMBEDDINGS = "decoder/embeddings/weight"
 
 
 def missing_files(path: Path) -> list[str]:
-    """Name the files that a model cannot do without and this folder lacks.
+    """Name the required files that this folder lacks.
 
-    Without `tokenizer.json` faster-whisper would ask the hub for one, and wait for it.
+    Without `tokenizer.json` faster-whisper would request one from the hub, and wait for it.
     """
     missing = [name for name in ("config.json", "model.bin", "tokenizer.json") if not (path / name).is_file()]
     if not any(path.glob("vocabulary.*")):
@@ -32,12 +32,12 @@ def missing_files(path: Path) -> list[str]:
 
 
 def size_bytes(path: Path) -> int:
-    """Add up the model's files, following links (the hub's cache consists of them)."""
+    """The size of the model's files, following links (the hub's cache consists of them)."""
     return sum(file.stat().st_size for pattern in PATTERNS for file in path.glob(pattern) if file.is_file())
 
 
 def is_multilingual(path: Path) -> bool | None:
-    """Whether the model in a folder knows more than English, as CTranslate2 will say; None: the files do not tell."""
+    """Whether CTranslate2 will call the model in a folder multilingual; None: its files do not show it."""
     try:
         return count_words(path) >= _MULTILINGUAL_WORDS
     except (OSError, ValueError):
@@ -45,14 +45,14 @@ def is_multilingual(path: Path) -> bool | None:
 
 
 def check(path: Path) -> None:
-    """Refuse a model whose parts do not belong together, before it is loaded.
+    """Reject a model whose files do not belong together, before it is loaded.
 
-    CTranslate2 does not compare them: with too many words for its weights it was seen to end the process, with too few
-    to write nonsense. Its own converter never writes other than one word for each row of the decoder's embeddings. A
-    key that its configuration lacks it looks up all the same, and finds whatever is in memory.
+    CTranslate2 does not compare them: more words than the weights have rows ended the process, fewer gave nonsense. Its
+    own converter always writes one word for each row of the decoder's embeddings. A key that config.json lacks is
+    looked up all the same, in memory that holds anything.
 
     Raises:
-        ValueError: the configuration is not one of a Whisper model, or the vocabulary not this model's.
+        ValueError: config.json is not that of a Whisper model, or the vocabulary is not this model's.
         OSError: a file cannot be read.
     """
     config = json.loads((path / "config.json").read_bytes())
@@ -66,7 +66,7 @@ def check(path: Path) -> None:
 
 
 def count_words(path: Path) -> int:
-    """Count the vocabulary, from the file that CTranslate2 would read. Raises OSError, ValueError."""
+    """The size of the vocabulary, from the file that CTranslate2 would read. Raises OSError, ValueError."""
     listed = path / "vocabulary.json"
     if listed.is_file():
         words = json.loads(listed.read_bytes())
@@ -78,33 +78,33 @@ def count_words(path: Path) -> int:
 
 
 def unavailable(message: str) -> JobFailedError:
-    """Make the error of a job whose model cannot be had."""
+    """The error of a job whose model cannot be had."""
     return JobFailedError(ErrorCode.MODEL_UNAVAILABLE, message)
 
 
 def unusable(name: str, reason: str) -> JobFailedError:
-    """Make the error of a job whose model is here and broken."""
+    """The error of a job whose model is on this machine and broken."""
     return unavailable(
         f"The model {name!r} cannot be used, {reason}: remove it and fetch it again, or choose another model."
     )
 
 
 def _embedding_rows(file: BinaryIO) -> int | None:
-    """Read how many words a `model.bin` was made for; None: it is cut short, or of a version with another layout.
+    """Read the rows of the decoder's embeddings from a `model.bin`; None: it is cut short, or has another layout.
 
-    The layout is that of CTranslate2's `ModelSpec._serialize`: every variable's name, shape, type and length before
-    its data, in alphabetical order, so that little has to be read.
+    The layout of CTranslate2's `ModelSpec._serialize`: the name, shape, type and length of each variable before its
+    data, in alphabetical order, so that little has to be read.
     """
     try:
-        (version,) = _unpack(file, "<I")
+        (version,) = _read(file, "<I")
         if version != _BINARY_VERSION:
             return None
-        _string(file)
-        _revision, variables = _unpack(file, "<II")
+        _read_string(file)
+        _revision, variables = _read(file, "<II")
         for _ in range(variables):
-            name, (rank,) = _string(file), _unpack(file, "<B")
-            shape = _unpack(file, f"<{rank}I")
-            _kind, length = _unpack(file, "<BI")
+            name, (rank,) = _read_string(file), _read(file, "<B")
+            shape = _read(file, f"<{rank}I")
+            _kind, length = _read(file, "<BI")
             if name == _EMBEDDINGS:
                 return int(shape[0])
             file.seek(length, 1)
@@ -113,10 +113,10 @@ def _embedding_rows(file: BinaryIO) -> int | None:
     return None
 
 
-def _unpack(file: BinaryIO, layout: str) -> tuple[int, ...]:
+def _read(file: BinaryIO, layout: str) -> tuple[int, ...]:
     return struct.unpack(layout, file.read(struct.calcsize(layout)))
 
 
-def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "<H")
+def _read_string(file: BinaryIO) -> str:
+    (length,) = _read(file, "<H")
     return file.read(length).rstrip(b"\0").decode("utf-8", "replace")

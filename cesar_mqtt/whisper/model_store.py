@@ -1,6 +1,6 @@
-"""The one Whisper model that is kept in memory: on which device, how it is loaded and proved, and when it goes again.
+"""The one Whisper model in memory: its device, how it is loaded and warmed up, and when it is unloaded.
 
-`load`, `unload` and what belongs to idling are for the worker thread; everything else may be called from any thread.
+`load`, `unload` and the methods about idling are for the worker thread; any thread may call the others.
 """
 
 import time
@@ -13,12 +13,12 @@ import numpy as np
 from faster_whisper import WhisperModel
 
 from cesar_mqtt.config import ModelSettings
-from cesar_mqtt.errors import ConfigError, JobFailedError
+from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import never_stop
-from cesar_mqtt.whisper import model_files as modelfiles
+from cesar_mqtt.whisper import model_files
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
-from cesar_mqtt.whisper.hardware import give_memory_back, usable_cores
+from cesar_mqtt.whisper.hardware import release_memory, usable_cores
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 
 log = get_logger(__name__)
@@ -29,7 +29,7 @@ _COMPUTE_TYPES = {"cpu": ("int8", "float32"), "cuda": ("float16", "int8_float16"
 
 @dataclass(frozen=True, slots=True)
 class StoreDescription:
-    """What this machine makes of the settings, and which models it has.
+    """The effective settings and the models of this machine.
 
     Attributes:
         allowed: every name that a job may give.
@@ -53,12 +53,12 @@ class StoreDescription:
 class ModelStore:
     """The models of this machine, and one of them in memory.
 
-    Only one is kept: loading another lets go of the first before, so that two never need memory at the same time.
+    Only one is kept: it is unloaded before another is loaded, so that memory never has to hold two.
 
     Attributes:
-        catalogue: which models there are.
+        catalogue: the models and where they are.
         device: `cpu` or `cuda`.
-        compute_type: the precision that models are run with, as CTranslate2 calls it.
+        compute_type: the precision of the computation, as CTranslate2 calls it.
         cpu_threads: how many threads a model may use on the CPU.
         on_loaded: called with the name of a model that was loaded and the seconds that it took, a download included.
         on_unloaded: called when the model in memory was dropped. Both run in the worker thread.
@@ -70,12 +70,12 @@ class ModelStore:
         """Check the settings against this machine; nothing is loaded or downloaded.
 
         Args:
-            settings: what the user has said.
+            settings: the `models` section.
             folder: where models that come in parts are joined; None: in the user's data directory.
-            clock: seconds that never go back.
+            clock: a monotonic clock, in seconds.
 
         Raises:
-            ConfigError: a setting names what this machine does not have; the message names the setting.
+            ConfigError: a setting names something that this machine does not have; the message names the setting.
         """
         self.device, self.compute_type = _choose_device(settings)
         self.cpu_threads = settings.cpu_threads or usable_cores()
@@ -90,19 +90,19 @@ class ModelStore:
         self.on_unloaded: Callable[[], None] = lambda: None
 
     def default_name(self) -> str:
-        """Return the model of jobs that name none; it stays the same for the life of the process."""
+        """The model of jobs that name none; the same for the life of the process."""
         return self.catalogue.default_name()
 
     def is_allowed(self, name: str) -> bool:
-        """Whether a job may name this model; says nothing about whether it is on this machine."""
+        """Whether a job may name this model, on this machine or not."""
         return self.catalogue.is_allowed(name)
 
     def is_multilingual(self, name: str) -> bool | None:
-        """Whether a model knows more than English; None: nobody can tell before it is loaded."""
+        """Whether a model knows more than English; None: unknown before it is loaded."""
         return self.catalogue.is_multilingual(name)
 
     def describe(self) -> StoreDescription:
-        """Describe the models and how they are run; reads the disk, some milliseconds."""
+        """Describe the models and the effective settings; reads the disk for some milliseconds."""
         return StoreDescription(
             allowed=self.catalogue.allowed_names(),
             default=self.default_name(),
@@ -114,14 +114,14 @@ class ModelStore:
         )
 
     def load(self, name: str, *, should_stop: Callable[[], bool] = never_stop) -> WhisperModel:
-        """Return a model that has proved that it runs: the one in memory, or else the one from disk in its place.
+        """Return a warmed-up model: the one in memory, or another that is loaded in its place.
 
-        It is fetched first if it is not on this machine and that is allowed. Only for the worker thread; the model
+        One that is not on this machine is downloaded first, if that is allowed. Only for the worker thread; the model
         belongs to that thread until the next call.
 
         Args:
             name: as a job gives it.
-            should_stop: asked several times a second while the model is fetched; loading cannot be interrupted.
+            should_stop: asked several times a second during a join or download; loading cannot be interrupted.
 
         Raises:
             JobFailedError: `model_unavailable`.
@@ -134,7 +134,7 @@ class ModelStore:
         path = self.catalogue.obtain(name, should_stop=should_stop)
         if path != self._path or self._model is None:
             self.unload()
-            self._model = self._start_or_renew(name, path, should_stop)
+            self._model = self._load(name, path)
             self._path = path
             log.info("Model %s is ready", name, action="model_loaded", device=self.device, path=path)
             self.on_loaded(name, time.perf_counter() - started)
@@ -143,25 +143,25 @@ class ModelStore:
         return self._model
 
     def unload(self) -> None:
-        """Give the model's memory back, once the caller holds it no longer either. Only for the worker thread."""
+        """Release the model; its memory is freed once the caller has dropped it, too. Only for the worker thread."""
         if self._model is not None:
             self._model = self._name = self._path = None
-            give_memory_back()
+            release_memory()
             self.on_unloaded()
 
     def mark_used(self) -> None:
-        """Say that the model is needed now, or was until now: idling counts from here. Only for the worker thread."""
+        """Start the idle time anew: the model is in use now, or was until now. Only for the worker thread."""
         self._used_at = self._clock()
 
     def idle_deadline(self) -> float | None:
-        """When the model will have idled long enough, on the clock of `time.monotonic`.
+        """When the model is due to be unloaded, on the monotonic clock. Only for the worker thread.
 
-        None: never, because nothing is loaded or the settings keep it. Only for the worker thread.
+        None: never, because no model is loaded or `models.idle_timeout` keeps it.
         """
         return None if self._model is None or self._idle_s is None else self._used_at + self._idle_s
 
     def unload_if_idle(self) -> bool:
-        """Unload the model if its time has come, and say whether it was; only for the worker thread, between jobs."""
+        """Unload the model if it is due, and return whether it was. Only for the worker thread, between jobs."""
         deadline = self.idle_deadline()
         if deadline is None or self._clock() < deadline:
             return False
@@ -169,48 +169,31 @@ class ModelStore:
         self.unload()
         return True
 
-    def _start_or_renew(self, name: str, path: Path, should_stop: Callable[[], bool]) -> WhisperModel:
-        """Start a model; one that was joined on this machine gets a second chance, from its packages."""
+    def _load(self, name: str, path: Path) -> WhisperModel:
         try:
-            return self._start(name, path)
-        except _BrokenModelError as exc:
-            if not self.catalogue.can_renew(name, path):
-                raise unusable(name, "its files are damaged or of another kind") from exc
-        try:
-            return self._start(name, self.catalogue.renew(name, should_stop=should_stop))
-        except _BrokenModelError as exc:
-            raise unusable(name, "its files are damaged or of another kind") from exc
-
-    def _start(self, name: str, path: Path) -> WhisperModel:
-        try:
-            modelfiles.check(path)
+            model_files.check(path)
             model = WhisperModel(
                 str(path), device=self.device, compute_type=self.compute_type, cpu_threads=self.cpu_threads
             )
             _warm_up(model)
         except Exception as exc:
-            # Nothing but the model can be at fault here, and broken ones raise what they like: the tokenizer's loader
-            # raises the bare Exception, its encoder an IndexError, CTranslate2 whatever its own files make it.
+            # Only the model can be at fault here, and a broken one raises anything: the tokenizer's loader a bare
+            # Exception, its encoder an IndexError, CTranslate2 whatever its own files lead to.
             log.warning("Model %s cannot be loaded: %s", name, exc, action="model_failed", path=path)
             if is_out_of_memory(exc):
-                raise _no_memory(name) from exc
-            raise _BrokenModelError from exc
+                raise unavailable(
+                    f"There is not enough memory for the model {name!r}: free some and retry, or choose a smaller one."
+                ) from exc
+            raise unusable(name, "its files are damaged or of another kind") from exc
         return model
 
 
-class _BrokenModelError(Exception):
-    """The files of a model cannot be loaded, or the model fails its first use."""
-
-
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether an exception of a model says that the memory, of the machine or of the device, was not enough."""
+    """Whether an exception of a model means that the machine or the device ran out of memory.
+
+    CTranslate2 raises RuntimeError for that, so the text has to be read.
+    """
     return isinstance(exc, MemoryError) or any(words in str(exc) for words in ("out of memory", "alloc"))
-
-
-def _no_memory(name: str) -> JobFailedError:
-    return unavailable(
-        f"There is not enough memory for the model {name!r}: free some and retry, or choose a smaller one."
-    )
 
 
 def _choose_device(settings: ModelSettings) -> tuple[str, str]:
@@ -230,7 +213,7 @@ def _choose_device(settings: ModelSettings) -> tuple[str, str]:
 
 
 def _warm_up(model: WhisperModel) -> None:
-    """Run it on a second of quiet noise: some broken models show that only at the first use."""
+    """Run the model on a second of quiet noise: some broken ones fail only at the first use."""
     noise = np.random.default_rng(seed=0).normal(scale=1e-3, size=16_000).astype(np.float32)
     segments, _ = model.transcribe(noise, language="en", beam_size=1, temperature=0.0, max_new_tokens=8)
     for _ in segments:

@@ -16,7 +16,7 @@ from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
-from cesar_mqtt.whisper.hardware import give_memory_back
+from cesar_mqtt.whisper.hardware import release_memory
 from cesar_mqtt.whisper.interruptible import LARGE
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.pipeline import Pipeline
@@ -110,7 +110,7 @@ class Transcriber:
             raw_segments, info = listener.listen(stretch.samples, tally.language)
         tally.listening(info)
         if len(stretch.samples) > LARGE:  # VAD and features leave up to 300 MB of holes behind, more with each window
-            give_memory_back()
+            release_memory()
         length_s = stretch.end_s - stretch.start_s
         with closing(raw_segments), self._blaming(model_size):
             for raw in raw_segments:

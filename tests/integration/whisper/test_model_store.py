@@ -65,16 +65,6 @@ def test_base_is_joined_from_its_packages_and_knows_many_languages(joined: Path)
     assert hashlib.sha256((path / "model.bin").read_bytes()).hexdigest() == BASE_SHA256
 
 
-def test_a_joined_base_that_is_damaged_is_joined_again_when_it_is_loaded(joined: Path) -> None:
-    path = ModelStore(ModelSettings(), folder=joined).catalogue.obtain("base")
-    for file, damage in (("tokenizer.json", b"{"), ("model.bin", b"\0" * 1000)):
-        with (path / file).open("r+b") as opened:
-            opened.write(damage)  # as long as before
-    store = ModelStore(ModelSettings(), folder=joined)
-    assert store.load("base").model.is_multilingual
-    assert hashlib.sha256((path / "model.bin").read_bytes()).hexdigest() == BASE_SHA256
-
-
 # --- broken models
 
 

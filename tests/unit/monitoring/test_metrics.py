@@ -277,7 +277,7 @@ def test_a_model_is_counted_when_it_comes_into_memory_and_when_it_goes(
     models = ModelStore(ModelSettings(), folder=tmp_path)
     models.on_loaded, models.on_unloaded = metrics.count_load, metrics.count_unload
     monkeypatch.setattr(models.catalogue, "obtain", lambda name, **_: Path(name))
-    monkeypatch.setattr(models, "_start_or_renew", lambda name, *_: SimpleNamespace(name=name))
+    monkeypatch.setattr(models, "_load", lambda name, *_: SimpleNamespace(name=name))
     models.load("base")
     models.load("base")
     models.load("tiny.en")

@@ -320,6 +320,5 @@ def test_the_folder_for_joined_models_defaults_to_the_users_data_directory(
         user_data_path = tmp_path / "share"
 
     monkeypatch.setattr(catalogue_module, "DIRECTORIES", Elsewhere)
-    joined = tmp_path / "share" / "models" / "base-d01c3014881c"
-    assert Catalogue(ModelSettings())._packages.is_joined(joined)
-    assert not Catalogue(ModelSettings(), folder=tmp_path)._packages.is_joined(joined)
+    assert Catalogue(ModelSettings())._packages._folder == tmp_path / "share" / "models"
+    assert Catalogue(ModelSettings(), folder=tmp_path)._packages._folder == tmp_path

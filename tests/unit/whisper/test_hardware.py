@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cesar_mqtt.whisper.hardware import give_memory_back, usable_cores
+from cesar_mqtt.whisper.hardware import release_memory, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_without_groups_the_cores_that_may_be_run_on_count(tmp_path: Path) -> No
 def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=asked.append))
-    give_memory_back()
+    release_memory()
     assert asked == [0]
 
 
-def test_a_c_library_that_cannot_give_memory_back_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_that_cannot_release_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
-    give_memory_back()
+    release_memory()

@@ -170,43 +170,12 @@ def test_a_model_in_parts_is_joined_where_the_store_is_told_to(folder: Path, fak
 
 
 @pytest.mark.usefixtures("parted")
-def test_a_joined_model_that_cannot_be_loaded_is_joined_again_and_loaded(
-    folder: Path, fake_model: type[FakeModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(ModelStore(ModelSettings(), folder=folder).load("base").path)
-    damaged = path / "model.bin"
-    size = damaged.stat().st_size
-    damaged.write_bytes(b"x" * size)
-
-    def start(model: FakeModel, path: str, **_: Any) -> None:
-        if (Path(path) / "model.bin").read_bytes() == b"x" * size:
-            raise RuntimeError("damaged")
-        model.path = path
-
-    monkeypatch.setattr(fake_model, "__init__", start)
-    assert ModelStore(ModelSettings(), folder=folder).load("base").path == str(path)
-    assert damaged.read_bytes() != b"x" * size
-
-
-@pytest.mark.usefixtures("parted")
-def test_a_joined_model_gets_only_one_second_chance(
+def test_a_joined_model_that_cannot_be_loaded_is_reported_as_damaged(
     folder: Path, fake_model: type[FakeModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake_model, "fails_with", RuntimeError("nonsense"))
     assert "damaged" in failure(ModelStore(ModelSettings(), folder=folder), "base").message
-    assert len(fake_model.crowds) == 2
-
-
-@pytest.mark.usefixtures("fake_model")
-def test_a_joined_model_whose_packages_are_gone_is_called_broken(
-    folder: Path, parted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = ModelStore(ModelSettings(), folder=folder)
-    store.load("base")
-    store.unload()
-    parted.unlink()
-    monkeypatch.setattr(FakeModel, "fails_with", RuntimeError("nonsense"))
-    assert "damaged" in failure(store, "base").message
+    assert len(fake_model.crowds) == 1
 
 
 @pytest.mark.usefixtures("parted", "fake_model")
@@ -284,7 +253,7 @@ def test_unloading_gives_the_memory_back_after_the_model_has_gone(
     store = ModelStore(ModelSettings(directory=folder))
     gone = weakref.ref(store.load("one"))
     seen: list[object] = []
-    monkeypatch.setattr(models, "give_memory_back", lambda: seen.append(gone()))
+    monkeypatch.setattr(models, "release_memory", lambda: seen.append(gone()))
     store.unload()
     store.unload()
     assert seen == [None]

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -9,12 +10,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper.packages import Package, PackagedModels
 
 PART_1, PART_2 = b"one" * 1_000_000, b"two" * 1_000_000
@@ -53,8 +55,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data" / "models"
 
 
-def join(models: PackagedModels, *, should_stop: Callable[[], bool] = lambda: False, anew: bool = False) -> Path:
-    return models.join("parted", should_stop=should_stop, on_progress=lambda *_: None, anew=anew)
+def join(models: PackagedModels, *, should_stop: Callable[[], bool] = never_stop) -> Path:
+    return models.join("parted", should_stop=should_stop, on_progress=lambda *_: None)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -62,7 +64,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def left(folder: Path) -> set[str]:
-    """What lies in the folder, save the lock."""
+    """What is in the folder besides the lock."""
     return {entry.name for entry in folder.iterdir() if entry.suffix != ".lock"} if folder.is_dir() else set()
 
 
@@ -79,14 +81,13 @@ def test_a_model_in_parts_is_joined_once(folder: Path) -> None:
     models = PackagedModels(folder, packages=KNOWN)
     assert models.can_join("parted")
     assert models.find("parted") is None
-    told: list[tuple[int, int]] = []
-    path = models.join("parted", should_stop=lambda: False, on_progress=lambda *way: told.append(way))
+    reported: list[tuple[int, int]] = []
+    path = models.join("parted", should_stop=never_stop, on_progress=lambda *progress: reported.append(progress))
     assert content(path) == WHOLE
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o644}
     assert path.parent == folder
-    assert models.is_joined(path)
     size = sum(map(len, WHOLE.values()))
-    assert told[-1] == (size, size)
+    assert reported[-1] == (size, size)
     assert models.size_bytes("parted") == size
 
     before = (path / "model.bin").stat()
@@ -130,17 +131,7 @@ def test_a_joined_model_of_another_size_is_joined_again(damage: str, folder: Pat
     assert content(join(models)) == WHOLE
 
 
-@pytest.mark.usefixtures("site")
-def test_a_model_that_looks_whole_is_replaced_when_asked_for(folder: Path) -> None:
-    models = PackagedModels(folder, packages=KNOWN)
-    path = join(models)
-    (path / "model.bin").write_bytes(b"x" * len(PART_1 + PART_2))
-    assert join(models) == path
-    assert content(path) != WHOLE
-    assert content(join(models, anew=True)) == WHOLE
-
-
-def test_a_damaged_package_is_told_and_nothing_is_kept_of_it(folder: Path, site: Path) -> None:
+def test_a_damaged_package_is_reported_and_nothing_of_it_is_left(folder: Path, site: Path) -> None:
     (site / "parted_two" / "data" / "model.bin.part2").write_bytes(b"owt" * 1_000_000)
     message = refusal(PackagedModels(folder, packages=KNOWN))
     assert "parted_one" in message
@@ -148,73 +139,73 @@ def test_a_damaged_package_is_told_and_nothing_is_kept_of_it(folder: Path, site:
     assert left(folder) == set()
 
 
-class FailingDisk(Disk):
-    """Runs full, or denies a step; notes what was synced before the rename."""
-
-    def __init__(self, *, full_after: int | None = None, no: str = "") -> None:
-        self.room = full_after
-        self.no = no
-        self.steps: list[str] = []
-
-    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
-        if self.room is not None:
-            if not self.room:
-                raise OSError(errno.ENOSPC, "full")
-            data = data[: self.room]
-            self.room -= len(data)
-        return super().write(descriptor, data, offset)
-
-    def sync(self, descriptor: int) -> None:
-        self.steps.append("sync")
-        super().sync(descriptor)
-
-    def replace(self, source: Path, target: Path) -> None:
-        self.steps.append("replace")
-        if self.no == "replace":
-            raise OSError(errno.EROFS, "read-only")
-        super().replace(source, target)
-
-
 @pytest.mark.usefixtures("site")
-def test_everything_is_synced_before_it_gets_its_name_and_the_name_after(folder: Path) -> None:
-    disk = FailingDisk()
-    join(PackagedModels(folder, packages=KNOWN, disk=disk))
-    assert disk.steps == ["sync"] + ["sync"] * (len(WHOLE) + 1) + ["replace", "sync"]
+def test_each_file_is_synced_before_it_gets_its_name_and_the_model_comes_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        steps.append("sync")
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> Path:
+        steps.append(target.name)
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    join(PackagedModels(folder, packages=KNOWN))
+    assert steps[::2] == ["sync"] * len(WHOLE)
+    assert steps[1::2] == [*BESIDE, "model.bin"]
 
 
-@pytest.mark.parametrize("room", [0, 1, 2_000_000, len(PART_1 + PART_2)])
+REFUSED = {
+    "full": ("fsync", errno.ENOSPC, "room on the disk"),
+    "over quota": ("fsync", errno.EDQUOT, "room on the disk"),
+    "read-only": ("replace", errno.EROFS, "joined"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+@pytest.mark.parametrize("after", [0, len(BESIDE)])
 @pytest.mark.usefixtures("site")
-def test_a_disk_that_runs_full_is_told_and_left_as_it_was(room: int, folder: Path) -> None:
-    message = refusal(PackagedModels(folder, packages=KNOWN, disk=FailingDisk(full_after=room)))
-    assert "room on the disk" in message
+def test_a_disk_that_refuses_is_reported_and_left_as_it_was(
+    refused: str, after: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, number, words = REFUSED[refused]
+    owner: Any = os if call == "fsync" else Path
+    real, calls = getattr(owner, call), itertools.count()
+
+    def refuse(*arguments: object) -> object:
+        if next(calls) >= after:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, call, refuse)
+    message = refusal(PackagedModels(folder, packages=KNOWN))
+    assert words in message
     assert str(folder) not in message
     assert left(folder) == set()
 
 
 @pytest.mark.usefixtures("site")
 def test_a_disk_without_room_for_it_is_not_filled_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = FailingDisk()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=len(PART_1 + PART_2)))
-    assert "room on the disk" in refusal(PackagedModels(folder, packages=KNOWN, disk=disk))
-    assert "replace" not in disk.steps
+    assert "room on the disk" in refusal(PackagedModels(folder, packages=KNOWN))
     assert left(folder) == set()
 
 
 @pytest.mark.usefixtures("site")
-def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(folder: Path) -> None:
     folder.parent.parent.mkdir(exist_ok=True)
     folder.parent.write_text("a file where a folder has to be")
     assert "data directory" in refusal(PackagedModels(folder, packages=KNOWN))
 
 
 @pytest.mark.usefixtures("site")
-def test_a_failure_in_the_last_step_leaves_nothing_that_counts(folder: Path) -> None:
-    assert "joined" in refusal(PackagedModels(folder, packages=KNOWN, disk=FailingDisk(no="replace")))
-    assert left(folder) == set()
-
-
-@pytest.mark.usefixtures("site")
-def test_joining_can_be_stopped_and_leaves_nothing(folder: Path) -> None:
+def test_a_cancelled_join_leaves_nothing(folder: Path) -> None:
     times = itertools.count()
     with pytest.raises(Cancelled):
         join(PackagedModels(folder, packages=KNOWN), should_stop=lambda: next(times) > 5)
@@ -224,22 +215,25 @@ def test_joining_can_be_stopped_and_leaves_nothing(folder: Path) -> None:
 CRASH = """
 import os, sys
 from pathlib import Path
-from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.whisper.packages import PackagedModels
 from tests.unit.whisper.test_packages import KNOWN
 
-class Crash(Disk):
-    steps = 0
-    def step(self):
-        Crash.steps += 1
-        if Crash.steps > int(sys.argv[2]):
-            os._exit(9)
-    def sync(self, descriptor):
-        self.step(); super().sync(descriptor); self.step()
-    def replace(self, source, target):
-        self.step(); super().replace(source, target); self.step()
+steps = 0
 
-PackagedModels(Path(sys.argv[1]), packages=KNOWN, disk=Crash()).join(
+def crashing(call):
+    def step(*arguments):
+        global steps
+        for done in (False, True):
+            steps += 1
+            if steps > int(sys.argv[2]):
+                os._exit(9)
+            if not done:
+                result = call(*arguments)
+        return result
+    return step
+
+os.fsync, Path.replace = crashing(os.fsync), crashing(Path.replace)
+PackagedModels(Path(sys.argv[1]), packages=KNOWN).join(
     "parted", should_stop=lambda: False, on_progress=lambda *_: None
 )
 """
@@ -248,38 +242,31 @@ PackagedModels(Path(sys.argv[1]), packages=KNOWN, disk=Crash()).join(
 def test_a_crash_at_any_step_leaves_nothing_that_counts_as_a_model_until_it_is_one(folder: Path, site: Path) -> None:
     environ = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parents[3]}"}
     models = PackagedModels(folder, packages=KNOWN)
-    joined_after = None
-    for steps in (3, 10, 12, 13, 14, 15, 16):
+    for steps in (0, 3, 13, 14, 15, 16):  # four for each of the four files; the last two come after the last rename
         command = [sys.executable, "-c", CRASH, str(folder), str(steps)]
         ended = subprocess.run(command, env=environ, check=False, timeout=60)
         found = models.find("parted")
         assert ended.returncode in {0, 9}
+        assert (found is not None) == (steps >= 15)
         if found is not None:
             assert content(found) == WHOLE
-            joined_after = steps
-            break
-    assert joined_after is not None
-    assert joined_after > 10
-    assert left(folder) == {models.find("parted").name}  # type: ignore[union-attr]
+    assert left(folder) == {join(models).name}
 
 
 @pytest.mark.usefixtures("site")
-def test_those_who_join_at_once_take_turns(folder: Path) -> None:
-    disks = [FailingDisk() for _ in range(4)]
-    threads = [
-        threading.Thread(target=lambda disk=disk: join(PackagedModels(folder, packages=KNOWN, disk=disk)))
-        for disk in disks
-    ]
+def test_concurrent_joins_take_turns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    threads = [threading.Thread(target=lambda: join(PackagedModels(folder, packages=KNOWN))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [disk.steps.count("replace") for disk in disks].count(1) == 1
+    assert caplog.text.count("is joined") == 1
     assert content(join(PackagedModels(folder, packages=KNOWN))) == WHOLE
 
 
 @pytest.mark.usefixtures("site")
-def test_waiting_for_ones_turn_can_be_stopped(folder: Path) -> None:
+def test_waiting_for_another_join_can_be_cancelled(folder: Path) -> None:
     folder.mkdir(parents=True)
     with FileLock(folder / f".parted-{DIGEST[:12]}.lock"), pytest.raises(Cancelled):
         join(PackagedModels(folder, packages=KNOWN), should_stop=lambda: True)
