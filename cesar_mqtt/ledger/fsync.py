@@ -12,13 +12,10 @@ _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 class Disk:
-    """The system calls; each raises OSError.
-
-    Attributes:
-        timed: returns a context manager that is entered for each sync, such as a timer.
-    """
+    """The system calls; each raises OSError."""
 
     timed: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    """Returns a context manager that is entered for each sync, such as a timer."""
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of `data` at `offset` and return how many bytes that was, as `os.pwrite` does."""

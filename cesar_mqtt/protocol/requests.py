@@ -3,6 +3,7 @@
 Pure; any thread may call it. The message of a `ValueError` continues a sentence that begins with the field's name.
 """
 
+import dataclasses
 import json
 import re
 from itertools import pairwise
@@ -15,7 +16,7 @@ from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
-from cesar_mqtt.transcript import cut_hotwords, cut_prompt
+from cesar_mqtt.transcript import TranscriptionOptions, cut_hotwords, cut_prompt
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
 
@@ -223,16 +224,5 @@ class JobRequest(Payload):
         return options | {name: kept(options[name]) for name, kept in _PROMPTS.items() if name in options}
 
 
-_OPTIONS = {
-    "language",
-    "task",
-    "initial_prompt",
-    "hotwords",
-    "beam_size",
-    "temperature",
-    "vad_filter",
-    "word_timestamps",
-    "clip_timestamps",
-    "batch_size",
-}
+_OPTIONS = {field.name for field in dataclasses.fields(TranscriptionOptions)} - {"model_size"}
 _PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}

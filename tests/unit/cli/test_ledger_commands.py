@@ -9,7 +9,7 @@ from cesar_mqtt.jobs import AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 
 
-def test_compacting_names_the_job_that_was_in_work_at_a_crash(
+def test_compacting_names_the_job_that_was_running_at_a_crash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ledger.json"
@@ -21,7 +21,7 @@ def test_compacting_names_the_job_that_was_in_work_at_a_crash(
     assert "requeued (job porch-17)" in capsys.readouterr().err
 
 
-def test_one_is_not_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_of_one_are_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ledger.json"
     with Ledger(path) as ledger:
         ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])

@@ -96,3 +96,20 @@ def test_a_disk_that_refuses_is_asked_less_and_less_often(
     size = ledger.path.stat().st_size
     maintenance.run_once(never_stop)
     assert ledger.path.stat().st_size > size, "the checkpoint is written as soon as the disk takes it"
+
+
+def test_a_clock_that_is_corrected_after_the_start_makes_no_job_old(
+    ledger: Ledger, clock: Clock, tmp_path: Path
+) -> None:
+    """A machine without a battery starts with a wrong clock."""
+    uptime = Clock()
+    spool = Spool(tmp_path / "spool")
+    maintenance = Maintenance(RetentionSettings(), ledger, spool, clock=clock, monotonic=uptime)
+    finish_uploads(ledger, spool, 1)
+    clock.now += 30 * DAY_S
+    uptime.now += 5
+    maintenance.run_once(never_stop)
+    assert ledger.get("job-0") is not None
+    uptime.now += 8 * DAY_S
+    maintenance.run_once(never_stop)
+    assert ledger.get("job-0") is None

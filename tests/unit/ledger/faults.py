@@ -1,4 +1,4 @@
-"""Disks that misbehave: one that fails when it is told to, and one that knows what a power cut would leave."""
+"""Disks that fail on demand, and one that knows what a power cut would leave."""
 
 import errno
 import os
@@ -12,19 +12,19 @@ from cesar_mqtt.ledger.fsync import Disk
 SECTOR_BYTES = 512
 
 Fault = Callable[[str], None]
-"""Called with the name of each primitive before it happens; raises to let it fail."""
+"""Called with the name of each system call before it is made; raises to make it fail."""
 
 
 class Killed(BaseException):
-    """The process dies here. Not an Exception, so that no handler of the code under test goes on as if it lived."""
+    """The process dies here. Not an Exception, so that no handler of the code under test continues."""
 
 
 def nothing(_primitive: str) -> None:
-    """Let everything work."""
+    """Let every call succeed."""
 
 
 def failing(*, times: float = 1, skip: int = 0, only: str | None = None, code: int = errno.EIO) -> Fault:
-    """Let so many calls fail after `skip` others, those of one primitive or all."""
+    """Let `times` calls fail after `skip` others; only calls of one kind, or all."""
     seen = 0
 
     def fault(primitive: str) -> None:
@@ -38,7 +38,7 @@ def failing(*, times: float = 1, skip: int = 0, only: str | None = None, code: i
 
 
 def killing(*, skip: int) -> Fault:
-    """Let the process die after so many calls; nothing works from then on."""
+    """Let the process die after `skip` calls; every later call dies, too."""
     seen = 0
 
     def fault(_primitive: str) -> None:
@@ -51,7 +51,7 @@ def killing(*, skip: int) -> Fault:
 
 
 class QuickDisk(Disk):
-    """Does everything but wait for the medium; for tests that open ledgers by the hundred."""
+    """Does not wait for the medium; for tests that open hundreds of ledgers."""
 
     def sync(self, descriptor: int) -> None:
         pass
@@ -61,10 +61,10 @@ class QuickDisk(Disk):
 
 
 class FaultyDisk(QuickDisk):
-    """Asks `fault` before each primitive. A write that fails has written half of its bytes.
+    """Calls `fault` before each system call. A failed write has written half of its bytes.
 
     Attributes:
-        calls: the names of the primitives that were called.
+        calls: the names of the system calls made.
         short: the most bytes that one write takes.
     """
 
@@ -115,21 +115,21 @@ class FaultyDisk(QuickDisk):
 
 @dataclass(eq=False)
 class _File:
-    """What the medium surely has, and what was done since; `data` of None stands for a new size."""
+    """What is on the medium for certain, and the unsynced writes; `data` of None stands for a new size."""
 
     medium: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
 
 
 class PoweredDisk(FaultyDisk):
-    """Keeps account of what a medium may hold if the power fails now, by the letter of POSIX.
+    """Models what the medium may hold if the power fails now, according to POSIX.
 
     A write is on the medium after a sync of its file, a name after a sync of its folder; before that, any of its
-    sectors may be there or not. After a sync that failed, what it should have written is there or not, and no later
-    sync changes that: the kernel takes the pages for clean.
+    sectors may be there or not. After a failed sync its data is there or not, and no later sync changes that: the
+    kernel marks the pages as clean.
 
     Attributes:
-        on_step: called after each primitive.
+        on_step: called after each system call.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -141,7 +141,7 @@ class PoweredDisk(FaultyDisk):
         self._renames: list[tuple[str, str | None, _File | None]] = []
 
     def media(self) -> dict[str, bytes]:
-        """Return one of the states that the folder may have after a power cut now: contents by name."""
+        """Return one possible content of the folder after a power cut now, by file name."""
         names = dict(self._durable)
         for rename in self._renames[: self.random.randint(0, len(self._renames))]:
             _rename(names, *rename)
@@ -161,13 +161,13 @@ class PoweredDisk(FaultyDisk):
                     content[start : start + len(piece)] = piece
         return content
 
-    # -- the account of what is done ------------------------------------------------------------------------------
+    # -- recording of the calls ----------------------------------------------------------------------------------
 
     def _file(self, descriptor: int) -> _File:
         name = Path(f"/proc/self/fd/{descriptor}").readlink().name
         if name.endswith(" (deleted)"):
             return _File()
-        if name not in self._files:  # it was opened without the disk's help
+        if name not in self._files:  # it was opened without this class
             self._files[name] = _File()
             self._renames.append((name, None, self._files[name]))
         return self._files[name]
@@ -253,7 +253,7 @@ class PoweredDisk(FaultyDisk):
 
 
 def _rename(names: dict[str, _File], name: str, source: str | None, new: _File | None) -> None:
-    """Let `name` stand for a new file, or for what `source` stood for, or for nothing any more."""
+    """Make `name` a new file, or the file of `source`, or remove it."""
     if new is not None:
         names[name] = new
     elif source is not None:

@@ -1,4 +1,4 @@
-"""How jobs and windows are written down: everything comes back as it was."""
+"""Documents: jobs, windows and results are unchanged after the disk."""
 
 import json
 from dataclasses import replace
@@ -63,37 +63,37 @@ def after_the_disk(document: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(windows())
-def test_a_window_comes_back_as_it_was_from_memory_and_from_disk(window: Window) -> None:
+def test_a_window_is_unchanged_after_memory_and_disk(window: Window) -> None:
     document = window_document(window)
     assert window_from(window.number, document) == window
     assert window_from(window.number, after_the_disk(document)) == window
 
 
-def test_two_halves_of_a_pair_come_back_as_the_character_that_they_are() -> None:
+def test_two_surrogate_halves_come_back_as_one_character() -> None:
     window = Window(0, 1.0, "\ud83d\ude00", None, None, (Segment(1, 0.0, 1.0, "\ud83d\ude00", 0.0, 0.0),))
     back = window_from(0, after_the_disk(window_document(window)))
     assert (back.text, back.segments[0].text) == ("\U0001f600", "\U0001f600")
 
 
-def test_a_window_of_silence_is_written_down_in_a_few_bytes() -> None:
+def test_a_window_of_silence_takes_a_few_bytes() -> None:
     silence = Window(3, 1800.0, "", None, None, ())
     assert window_document(silence) == {"until_s": 1800.0, "text": ""}
     assert window_from(3, window_document(silence)) == silence
 
 
-def test_no_words_and_words_that_nobody_asked_for_are_told_apart() -> None:
+def test_an_empty_word_list_and_no_word_list_are_different() -> None:
     for asked in (None, ()):
         window = Window(0, 1.0, "x", "en", 1.0, (Segment(9, 0.0, 1.0, "x", -0.1, 0.2, words=asked),))
         assert window_from(0, window_document(window)).segments[0].words == asked
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_number_that_is_not_json_is_refused_before_anything_is_written(wrong: float) -> None:
+def test_a_number_that_is_not_json_raises_before_anything_is_written(wrong: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         window_document(Window(0, 1.0, "x", "en", 1.0, (Segment(1, 0.0, wrong, "x", -0.1, 0.2),)))
 
 
-def test_a_job_comes_back_as_it_was_asked_for() -> None:
+def test_a_new_job_is_unchanged_after_the_disk() -> None:
     asked = NewJob(
         "a",
         "print",
@@ -110,10 +110,10 @@ def test_a_job_comes_back_as_it_was_asked_for() -> None:
     assert (job.options, job.metadata) == (asked.options, asked.metadata)
     assert (job.created_at, job.updated_at, job.revision, job.queue_position) == (12.5, 12.5, 3, 4)
     assert job_from(7, job_document(asked, 12.5, 3), 4, 20.0).updated_at == 20.0
-    assert job_from(7, job_document(asked, 12.5, 3), 4, 2.0).updated_at == 12.5, "a clock that was set back"
+    assert job_from(7, job_document(asked, 12.5, 3), 4, 2.0).updated_at == 12.5, "the clock was set back"
 
 
-def test_a_result_comes_back_as_it_was() -> None:
+def test_a_result_is_unchanged_after_the_disk() -> None:
     asked = job_document(NewJob("a", "print", None, "base"), 1.0, 1)
     spoken = Result("text", 2.5, "en", 0.0, no_speech=False, warnings=("audio_damaged",))
     job = job_from(1, after_the_disk({**asked, **result_fields(spoken, 9.0)}), None, None)
@@ -126,13 +126,13 @@ def test_a_result_comes_back_as_it_was() -> None:
     assert (job.no_speech, job.warnings) == (True, ())
 
 
-def test_what_says_nothing_is_not_written() -> None:
+def test_empty_fields_are_not_written() -> None:
     document = job_document(NewJob("a", "print", None, "base"), 1.0, 1)
     needed = {"job_id", "state", "revision", "created_at", "updated_at", "fingerprint", "model_size"}
     assert document.keys() == needed
 
 
-def test_nothing_that_can_be_changed_is_shared() -> None:
+def test_documents_share_nothing_mutable() -> None:
     metadata = {"tags": ["a"]}
     document = job_document(NewJob("a", "print", None, "base", metadata=metadata), 1.0, 1)
     metadata["tags"].append("b")
@@ -152,17 +152,17 @@ def test_nothing_that_can_be_changed_is_shared() -> None:
         *(("error", code.value, code.retryable) for code in ErrorCode),
     ],
 )
-def test_audio_is_kept_while_somebody_may_want_it(state: str, code: str | None, needed: bool) -> None:  # noqa: FBT001
+def test_audio_is_kept_while_the_job_or_a_retry_may_need_it(state: str, code: str | None, needed: bool) -> None:  # noqa: FBT001
     assert document_may_need_audio({"state": state, **({} if code is None else {"error_code": code})}) is needed
 
 
 @pytest.mark.parametrize(("formats", "kept"), [((), False), (("txt",), True), (("json",), True)])
-def test_windows_are_kept_for_whatever_format_was_asked_for(formats: tuple[str, ...], *, kept: bool) -> None:
+def test_windows_are_kept_for_every_format(formats: tuple[str, ...], *, kept: bool) -> None:
     document = job_document(NewJob("a", "print", None, "base", formats=formats), 1.0, 1)
     assert needs_windows(document) is kept
 
 
-def test_only_audio_that_came_with_the_job_lies_in_the_spool() -> None:
+def test_only_uploaded_audio_is_a_spool_file() -> None:
     named = {"spool": ["x"], "path": [], "url": []}
     for kind, names in named.items():
         document = job_document(NewJob("a", "print", AudioSource(kind, "x"), "base"), 1.0, 1)

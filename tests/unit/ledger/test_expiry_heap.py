@@ -10,7 +10,7 @@ STEPS = st.lists(st.tuples(NUMBERS, st.none() | st.integers(0, 5).map(float)), m
 
 
 @given(start=st.dictionaries(NUMBERS, st.just(2.0)), steps=STEPS, time=st.integers(-1, 6), limit=st.integers(0, 15))
-def test_the_earliest_are_those_that_a_search_would_find(
+def test_due_returns_what_a_search_would_find(
     start: dict[int, float], steps: list[tuple[int, float | None]], time: int, limit: int
 ) -> None:
     times, plain = ExpiryHeap(start.items()), dict(start)
@@ -27,7 +27,7 @@ def test_the_earliest_are_those_that_a_search_would_find(
         assert times.due(time, limit) == wanted[:limit]
 
 
-def test_what_is_gone_is_forgotten_even_behind_one_that_stays() -> None:
+def test_stale_entries_do_not_pile_up_behind_one_that_stays() -> None:
     times = ExpiryHeap({0: 0.0}.items())
     for number in range(1, 5000):
         times[number] = float(number)

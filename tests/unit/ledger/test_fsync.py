@@ -1,4 +1,4 @@
-"""The real disk: that it hands to the medium what it says, and leaves nothing open or half written behind."""
+"""The real disk: what is synced and when, and that no file stays open or half written."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def open_files() -> list[str]:
 
 
 class Medium:
-    """Notes which files and folders the kernel was asked to bring to the medium."""
+    """Records which files and folders were synced."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked_for: list[str] = []
@@ -35,7 +35,7 @@ class Medium:
         return asked_for
 
 
-def test_a_transaction_and_a_checkpoint_are_asked_of_the_medium_before_they_are_said_to_be_there(
+def test_a_transaction_and_a_checkpoint_are_synced_before_they_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     medium, folder = Medium(monkeypatch), tmp_path.name
@@ -48,7 +48,7 @@ def test_a_transaction_and_a_checkpoint_are_asked_of_the_medium_before_they_are_
     storage.close()
 
 
-def test_nobody_else_may_read_what_was_said(tmp_path: Path) -> None:
+def test_only_the_owner_may_read_the_files(tmp_path: Path) -> None:
     storage = JournalStorage(tmp_path / "ledger.json")
     storage.commit([Change("jobs", 1, {"text": "secret"})])
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_nobody_else_may_read_what_was_said(tmp_path: Path) -> None:
     storage.close()
 
 
-def test_whatever_becomes_of_a_file_it_does_not_stay_open(tmp_path: Path) -> None:
+def test_a_file_is_closed_whatever_happens(tmp_path: Path) -> None:
     def torn() -> Iterator[bytes]:
         yield b"begun"
         raise OSError
@@ -71,8 +71,8 @@ def test_whatever_becomes_of_a_file_it_does_not_stay_open(tmp_path: Path) -> Non
     with pytest.raises(NotADirectoryError):
         disk.sync_folder(tmp_path / "file")
     assert open_files() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["file"], "what was begun does not fill the disk"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"], "an unfinished file does not fill the disk"
 
 
-def test_what_is_not_there_is_removed_already(tmp_path: Path) -> None:
+def test_removing_a_missing_file_is_no_error(tmp_path: Path) -> None:
     Disk().remove(tmp_path / "missing")

@@ -1,11 +1,11 @@
-"""The index: built from tables, kept up to date, and not led astray by what a damaged ledger has lost."""
+"""The index: built from tables, kept up to date, and correct for a damaged ledger."""
 
 from typing import Any
 
 import pytest
 
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
-from cesar_mqtt.ledger import tombstones as deleted_module
+from cesar_mqtt.ledger import tombstones as tombstones_module
 from cesar_mqtt.ledger.index import WINDOWS_PER_JOB, Index, window_id
 from cesar_mqtt.ledger.tombstones import Tombstones
 
@@ -32,11 +32,11 @@ JOBS = {
 }
 
 
-def test_it_knows_every_job_by_what_the_tables_say() -> None:
+def test_the_index_is_built_from_the_tables() -> None:
     made = index(JOBS, counters={1: {"completed": 30, "error": 2, "last_seq": 40}})
     assert list(made.queue) == [1, 10]
     assert made.processing == [4]
-    assert list(made.finished) == [3, 5, 2], "in the order in which they ended"
+    assert list(made.finished) == [3, 5, 2], "in the order of their ends"
     assert made.ended_total == {"completed": 30, "error": 2, "cancelled": 0}
     assert made.deduplication.seq("d") == 10
     assert made.last_seq == 40
@@ -52,12 +52,12 @@ def test_it_knows_every_job_by_what_the_tables_say() -> None:
         ({"windows": {window_id(13, 4): {}}}, 13),
     ],
 )
-def test_no_number_is_given_out_again_whatever_table_was_lost(tables: dict[str, Any], last_seq: int) -> None:
+def test_no_sequence_number_is_used_again_whatever_table_was_lost(tables: dict[str, Any], last_seq: int) -> None:
     assert index(JOBS, **tables).last_seq == last_seq
     assert index({}).last_seq == 0
 
 
-def test_windows_count_up_to_the_first_that_is_missing_and_the_others_are_orphans() -> None:
+def test_windows_count_up_to_the_first_missing_one_and_the_rest_are_orphaned() -> None:
     ids = [window_id(1, 0), window_id(1, 1), window_id(4, 0), window_id(4, 2), window_id(4, 3), window_id(10, 1)]
     lost = [window_id(6, 0), window_id(99, 0)]
     made = index(JOBS, windows={doc_id: {} for doc_id in reversed([*ids, *lost])})
@@ -72,13 +72,13 @@ def test_windows_count_up_to_the_first_that_is_missing_and_the_others_are_orphan
     assert made.windows == {4: 3}
 
 
-def test_the_windows_of_one_job_never_reach_those_of_the_next() -> None:
+def test_window_ids_of_two_jobs_never_overlap() -> None:
     assert window_id(1, WINDOWS_PER_JOB - 1) + 1 == window_id(2, 0)
     with pytest.raises(ValueError, match="at most"):
         window_id(1, WINDOWS_PER_JOB)
 
 
-def test_numbers_are_those_of_the_jobs_in_these_states_in_order() -> None:
+def test_in_states_returns_the_jobs_in_these_states_ascending() -> None:
     made = index(JOBS)
     assert made.in_states(list(JobState)) == [1, 2, 3, 4, 5, 10]
     assert made.in_states([JobState.QUEUED]) == [1, 10]
@@ -87,7 +87,7 @@ def test_numbers_are_those_of_the_jobs_in_these_states_in_order() -> None:
     assert made.in_states([]) == []
 
 
-def test_a_job_that_is_gone_is_known_until_the_broker_has_forgotten_it() -> None:
+def test_a_deleted_job_becomes_a_pending_tombstone_until_it_is_cleared() -> None:
     made = index(JOBS)
     made.delete(DeletedJob(2, "b", ("srt",)), JOBS[2])
     made.delete(DeletedJob(1, "a"), JOBS[1])
@@ -99,10 +99,10 @@ def test_a_job_that_is_gone_is_known_until_the_broker_has_forgotten_it() -> None
     assert deleted.mark_cleared(1) == []
     assert deleted.mark_cleared(1) is None
     assert list(deleted.pending) == [2]
-    assert deleted.status_owner("a") == DeletedJob(1, "a"), "a broker that goes back may show it again"
+    assert deleted.status_owner("a") == DeletedJob(1, "a"), "a broker may restore it"
 
 
-def test_only_the_newest_bearer_of_an_id_has_a_status_that_is_cleared() -> None:
+def test_only_the_newest_job_with_an_id_owns_the_status() -> None:
     gone: dict[int, dict[str, Any]] = {2: {"job_id": "b", "formats": ["srt"], "status": False}, 8: {"job_id": "b"}}
     made = index(JOBS, gone=gone)
     assert list(made.tombstones.pending.values()) == [
@@ -116,8 +116,8 @@ def test_only_the_newest_bearer_of_an_id_has_a_status_that_is_cleared() -> None:
     assert index(JOBS, gone=gone).tombstones.status_owner("b") is None
 
 
-def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deleted_module, "CLEARED_KEPT", 2)
+def test_cleared_tombstones_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tombstones_module, "CLEARED_KEPT", 2)
     deleted = Tombstones([])
     for seq, job_id in enumerate("abcd", start=1):
         deleted.add(DeletedJob(seq, job_id, fingerprint="same" if seq < 3 else None))
@@ -127,7 +127,7 @@ def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.
     assert deleted.status_owner("b") is None
     assert deleted.newest_id("same") == "a"
     assert deleted.clear_again() == [1, 3]
-    assert [(gone.job_id, gone.event_pending) for gone in deleted.pending.values()] == [
+    assert [(job.job_id, job.event_pending) for job in deleted.pending.values()] == [
         ("d", True),
         ("a", False),
         ("c", False),
@@ -135,14 +135,14 @@ def test_what_the_broker_has_forgotten_is_known_for_a_while(monkeypatch: pytest.
     assert deleted.clear_again() == []
 
 
-def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
+def test_a_tombstone_whose_id_is_used_again_keeps_only_its_results() -> None:
     deleted = Tombstones(
         [(1, {"job_id": "a", "fingerprint": "f", "cleared": True}), (2, {"job_id": "b", "formats": ["srt"]})]
     )
     for job_id in "ab":
-        gone = deleted.status_owner(job_id)
-        assert gone is not None
-        deleted.release_status(gone)
+        owner = deleted.status_owner(job_id)
+        assert owner is not None
+        deleted.release_status(owner)
         assert deleted.status_owner(job_id) is None
     assert deleted.newest_id("f") is None
     assert (deleted.clear_again(), [*deleted.pending.values()]) == (
@@ -152,7 +152,7 @@ def test_a_deleted_job_whose_id_is_used_again_keeps_only_its_results() -> None:
 
 
 @pytest.mark.parametrize("odd", [{}, {"completed_at": None}, {"completed_at": "yesterday"}])
-def test_a_job_of_which_it_is_not_known_when_it_ended_never_becomes_old(odd: dict[str, Any]) -> None:
+def test_a_finished_job_without_the_time_of_its_end_never_becomes_old(odd: dict[str, Any]) -> None:
     made = index({1: row("a", "completed", 1, **odd), 2: row("b", "completed", 2, completed_at=5.0)})
     assert list(made.finished) == [1, 2]
     assert made.finished.due(1e12, 10) == [2]

@@ -1,4 +1,4 @@
-"""The ledger's files under attack: every byte cut or flipped, every call refused, the power gone at every moment."""
+"""The ledger's files: cut or flipped at every byte, a disk that fails at every call, a power cut at every moment."""
 
 import copy
 import errno
@@ -35,7 +35,7 @@ TRANSACTIONS: tuple[tuple[Change, ...], ...] = (
 
 
 def apply(image: Image, changes: tuple[Change, ...]) -> Image:
-    """What the changes make of the tables, said once more in the plainest way."""
+    """Apply the changes in the simplest way, as the expectation."""
     image = copy.deepcopy(image)
     for change in changes:
         if change.doc_id is None:
@@ -50,17 +50,17 @@ def apply(image: Image, changes: tuple[Change, ...]) -> Image:
     return image
 
 
-def images() -> list[Image]:
-    """The tables after so many of the transactions."""
+def images_after_each() -> list[Image]:
+    """The tables before the first transaction and after each one."""
     states: list[Image] = [{}]
     for changes in TRANSACTIONS:
         states.append(apply(states[-1], changes))
     return states
 
 
-IMAGES = images()
+IMAGES = images_after_each()
 STEP_BYTES = 4096
-"""The journal grows often here, and the files stay small."""
+"""Small, so that the journal grows often and the files stay small."""
 
 
 def image_of(storage: JournalStorage) -> Image:
@@ -69,7 +69,7 @@ def image_of(storage: JournalStorage) -> Image:
 
 @dataclass
 class Folder:
-    """A ledger's folder that is put back to the same state again and again."""
+    """A ledger's folder whose content can be replaced."""
 
     path: Path
     opened: list[JournalStorage] = field(default_factory=list)
@@ -103,8 +103,8 @@ class Folder:
     def media(self) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in self.path.iterdir()}
 
-    def still_works(self) -> None:
-        """What was opened takes a transaction, and has it after the next opening."""
+    def check_still_works(self) -> None:
+        """Commit one more transaction and find it after the next opening."""
         storage = self.opened[0]
         expected = apply(image_of(storage), (Change("after", 1, {"a": 1}),))
         storage.commit([Change("after", 1, {"a": 1})])
@@ -126,26 +126,26 @@ def line_ends(content: bytes) -> list[int]:
     return [at + 1 for at, byte in enumerate(content) if byte == ord("\n")]
 
 
-# -- the plain way ------------------------------------------------------------------------------------------------
+# -- without faults ---------------------------------------------------------------------------------------------
 
 
-def test_what_was_committed_is_there_after_a_crash(folder: Folder) -> None:
+def test_committed_changes_survive_a_crash(folder: Folder) -> None:
     assert image_of(folder.filled()) == IMAGES[-1]
     again = folder.open()
     assert (image_of(again), again.transaction) == (IMAGES[-1], len(TRANSACTIONS))
-    folder.still_works()
+    folder.check_still_works()
 
 
-def test_what_was_committed_is_there_after_a_clean_stop_and_the_journal_is_gone(folder: Folder) -> None:
+def test_committed_changes_survive_a_clean_stop_which_removes_the_journal(folder: Folder) -> None:
     storage = folder.filled()
     storage.close()
     storage.close()
     assert [file.name for file in folder.path.iterdir()] == ["ledger.json"]
     assert image_of(folder.open()) == IMAGES[-1]
-    folder.still_works()
+    folder.check_still_works()
 
 
-def test_a_second_close_leaves_the_files_to_whoever_has_them_now(folder: Folder) -> None:
+def test_a_second_close_does_not_touch_the_files(folder: Folder) -> None:
     storage = folder.filled()
     storage.close()
     folder.ledger.write_bytes(b"what another process has written since")
@@ -155,7 +155,7 @@ def test_a_second_close_leaves_the_files_to_whoever_has_them_now(folder: Folder)
     assert folder.media() == before
 
 
-def test_the_transaction_number_and_the_mark_outlast_crashes_stops_and_checkpoints(folder: Folder) -> None:
+def test_the_transaction_number_and_the_watermark_survive_crashes_stops_and_checkpoints(folder: Folder) -> None:
     storage = folder.open()
     storage.commit([], watermark=7)
     storage = folder.open()
@@ -191,7 +191,7 @@ def test_the_journal_grows_in_steps_ahead_of_its_use(folder: Folder) -> None:
     with pytest.raises(LedgerError):
         storage.commit([])
     storage.commit([])
-    assert len(folder.journal.read_bytes()) % STEP_BYTES == 0, "also after an append was taken back"
+    assert len(folder.journal.read_bytes()) % STEP_BYTES == 0, "also after an append was undone"
     expected = image_of(storage)
     assert image_of(folder.open()) == expected
 
@@ -203,18 +203,18 @@ def test_a_closed_storage_refuses_to_commit(folder: Folder) -> None:
         storage.commit([])
 
 
-def test_what_json_cannot_say_is_refused_and_changes_nothing(folder: Folder) -> None:
+def test_values_that_are_not_json_raise_and_change_nothing(folder: Folder) -> None:
     storage = folder.filled()
     for value in (float("nan"), float("-inf"), object(), [{"deep": float("nan")}]):
         with pytest.raises((TypeError, ValueError)):
             storage.commit([Change("jobs", 1, {"ok": 1}), Change("jobs", 1, {"bad": value})])
     assert image_of(storage) == IMAGES[-1]
-    folder.still_works()
+    folder.check_still_works()
 
 
 @needs_proc
 @pytest.mark.parametrize("reason", ["damage", "disk"])
-def test_an_opening_that_is_refused_leaves_no_file_open(folder: Folder, reason: str) -> None:
+def test_a_failed_opening_leaves_no_file_open(folder: Folder, reason: str) -> None:
     folder.filled().abandon()
     disk = FaultyDisk()
     if reason == "damage":
@@ -229,7 +229,7 @@ def test_an_opening_that_is_refused_leaves_no_file_open(folder: Folder, reason: 
 
 
 @needs_proc
-def test_a_stop_that_the_disk_refuses_leaves_no_file_open(folder: Folder) -> None:
+def test_a_close_that_the_disk_refuses_leaves_no_file_open(folder: Folder) -> None:
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     disk = FaultyDisk()
     storage = folder.filled(disk)
@@ -252,7 +252,7 @@ def test_a_checkpoint_leaves_no_more_files_open_than_there_were(folder: Folder) 
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_after_a_checkpoint_any_thread_may_write_the_next(folder: Folder, *, refused: bool) -> None:
-    """The thread that commits writes one to cure the journal, another one writes those that are due."""
+    """The committing thread writes one to repair the journal, another thread writes those that are due."""
     disk = FaultyDisk()
     storage = folder.filled(disk)
     if refused:
@@ -349,7 +349,7 @@ def test_the_public_methods_of_tinydb_do_the_same_on_either_storage(reopen: Call
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, True), (1, 1.0), (0, False), (True, 1), ([1], [True]), ({}, [])])
-def test_values_that_python_calls_equal_are_different_in_the_file(
+def test_values_that_are_equal_in_python_are_different_in_the_file(
     reopen: Callable[[], TinyDB], before: object, after: object
 ) -> None:
     db = reopen()
@@ -391,7 +391,7 @@ def test_a_tinydb_write_is_one_transaction_of_the_documents_that_differ(folder: 
 def test_a_tinydb_write_that_the_disk_refuses_changes_nothing(
     folder: Folder, write: Callable[[TinyDB], object]
 ) -> None:
-    """Dropping tables once took effect in memory only, and left a gap in the journal that no start got over."""
+    """Dropping tables once took effect in memory only, and left a gap in the journal: the next start failed."""
     disk = FaultyDisk()
     db = TinyDB(folder.ledger, disk, storage=JournalStorage)
     db.insert({"n": 1})
@@ -423,7 +423,7 @@ def test_the_file_s_own_table_names_are_taken(folder: Folder, name: str) -> None
 # -- cut and flipped bytes ----------------------------------------------------------------------------------------
 
 
-def test_a_journal_cut_at_any_byte_gives_what_was_whole_before_the_cut_and_goes_on(folder: Folder) -> None:
+def test_a_journal_cut_at_any_byte_keeps_all_complete_lines_and_can_be_continued(folder: Folder) -> None:
     storage = folder.filled()
     used = storage.journal_bytes
     media = folder.media()
@@ -436,12 +436,12 @@ def test_a_journal_cut_at_any_byte_gives_what_was_whole_before_the_cut_and_goes_
         without_line_feed = cut + 1 in ends and cut + 1 != ends[0]
         assert storage.transaction == whole + without_line_feed, cut
         assert image_of(storage) == IMAGES[storage.transaction], cut
-        folder.still_works()
+        folder.check_still_works()
 
 
 @pytest.mark.parametrize("pattern", [0x01, 0x80, 0xFF, "to NUL", "to line feed"])
-def test_no_flipped_byte_of_the_journal_is_taken_for_good(folder: Folder, pattern: int | str) -> None:
-    """Nothing acknowledged is lost or changed in silence, not even of the last line, which might have been torn."""
+def test_a_flipped_byte_of_the_journal_is_always_noticed(folder: Folder, pattern: int | str) -> None:
+    """Nothing acknowledged is lost or changed silently, not even in the last line, which might be torn."""
     targets = {"to NUL": 0, "to line feed": ord("\n")}
     storage = folder.filled()
     used = storage.journal_bytes
@@ -457,14 +457,14 @@ def test_no_flipped_byte_of_the_journal_is_taken_for_good(folder: Folder, patter
             storage = folder.open()
         except LedgerError:
             refused += 1
-            assert folder.journal.read_bytes() == content, "nothing may be changed by a refusal"
+            assert folder.journal.read_bytes() == content, "a rejected file is not changed"
             continue
         assert image_of(storage) == IMAGES[-1], at
-        folder.still_works()
+        folder.check_still_works()
     assert refused >= used - line_ends(media["ledger.json.journal"])[-1] // 2
 
 
-def test_no_flipped_or_missing_byte_of_the_checkpoint_is_taken_for_good(folder: Folder) -> None:
+def test_a_flipped_or_missing_byte_of_the_checkpoint_is_always_noticed(folder: Folder) -> None:
     folder.filled().close()
     good = folder.ledger.read_bytes()
     for at in range(len(good)):
@@ -479,7 +479,7 @@ def test_no_flipped_or_missing_byte_of_the_checkpoint_is_taken_for_good(folder: 
 
 
 def test_a_line_whose_sectors_never_reached_the_medium_is_dropped(folder: Folder) -> None:
-    """A power cut may leave the end of a long line on the medium, with its line feed, and not its middle."""
+    """A power cut may leave the end of a long line on the medium, with its line feed, but not its middle."""
     storage = folder.filled()
     start = storage.journal_bytes
     storage.commit([Change("jobs", 6, {"text": "y" * 9000})])
@@ -488,11 +488,11 @@ def test_a_line_whose_sectors_never_reached_the_medium_is_dropped(folder: Folder
     folder.journal.write_bytes(content)
     assert image_of(folder.open()) == IMAGES[-1]
     assert folder.opened[0].journal_bytes == start
-    folder.still_works()
+    folder.check_still_works()
 
 
-def test_nothing_of_a_dropped_line_is_left_behind_the_next_one(folder: Folder) -> None:
-    """The rest of a torn line ends in a line feed, and has no hole any more once the next line lies over its start."""
+def test_a_dropped_line_leaves_nothing_behind_the_next_one(folder: Folder) -> None:
+    """The rest of a torn line ends in a line feed, and looks complete once the next line overwrites its start."""
     storage = folder.filled()
     start = storage.journal_bytes
     storage.commit([Change("jobs", 6, {"text": "y" * 3000})])
@@ -506,7 +506,7 @@ def test_nothing_of_a_dropped_line_is_left_behind_the_next_one(folder: Folder) -
     assert image_of(folder.open())["jobs"]["6"] == {"text": "z" * 1400}
 
 
-def test_one_lost_byte_is_damage_also_where_it_is_all_that_a_sector_holds_of_the_line(folder: Folder) -> None:
+def test_one_lost_byte_is_damage_even_if_it_is_alone_in_its_sector(folder: Folder) -> None:
     storage = folder.filled()
     room = (511 - storage.journal_bytes) % 512 + 512
     storage.commit(
@@ -522,7 +522,7 @@ def test_one_lost_byte_is_damage_also_where_it_is_all_that_a_sector_holds_of_the
         folder.open()
 
 
-def test_a_sector_that_is_lost_in_front_of_another_line_is_damage(folder: Folder) -> None:
+def test_a_lost_sector_before_another_line_is_damage(folder: Folder) -> None:
     storage = folder.filled()
     storage.commit([Change("jobs", 6, {"text": "y" * 9000})])
     storage.commit([Change("jobs", 7, {})])
@@ -564,12 +564,12 @@ def test_a_journal_whose_checkpoint_is_missing_or_older_is_refused(folder: Folde
         assert folder.journal.read_bytes() == media["ledger.json.journal"]
 
 
-def test_the_first_journal_alone_gives_everything_back(folder: Folder) -> None:
+def test_the_first_journal_alone_is_enough_to_open(folder: Folder) -> None:
     folder.filled()
     folder.ledger.unlink()
     assert image_of(folder.open()) == IMAGES[-1]
     assert folder.ledger.exists()
-    folder.still_works()
+    folder.check_still_works()
 
 
 @pytest.mark.parametrize("junk", [b"{}\n", b"hello", b"\0" * 5000 + b"x\n", b"00000000 \n"])
@@ -583,7 +583,7 @@ def test_a_file_that_is_no_journal_is_refused_or_empty(folder: Folder, junk: byt
 
 
 @pytest.mark.parametrize("line", [[1, 0, []], ["cesar_journal"], {"of": "another program"}])
-def test_a_line_of_valid_json_that_is_no_header_is_named(folder: Folder, line: object) -> None:
+def test_a_first_line_that_is_no_header_is_rejected(folder: Folder, line: object) -> None:
     folder.open().close()
     folder.journal.write_bytes(journal._line(line))
     with pytest.raises(LedgerError, match="not a journal"):
@@ -599,7 +599,7 @@ def test_a_missing_line_is_noticed(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("upto", [2, len(TRANSACTIONS) - 1, len(TRANSACTIONS)])
-def test_a_journal_that_a_crash_left_beside_its_checkpoint_is_skipped(folder: Folder, upto: int) -> None:
+def test_transactions_that_the_checkpoint_has_already_are_skipped(folder: Folder, upto: int) -> None:
     storage = folder.filled(last=upto)
     stale = folder.journal.read_bytes()
     storage.checkpoint()
@@ -608,16 +608,16 @@ def test_a_journal_that_a_crash_left_beside_its_checkpoint_is_skipped(folder: Fo
     storage.checkpoint()
     folder.put({**folder.media(), "ledger.json.journal": stale})
     assert image_of(folder.open()) == IMAGES[-1]
-    folder.still_works()
+    folder.check_still_works()
 
 
-def test_temporary_files_of_a_crash_are_of_no_account(folder: Folder) -> None:
+def test_temporary_files_of_a_crash_are_ignored(folder: Folder) -> None:
     storage = folder.filled()
     for name in ("ledger.json.tmp", "ledger.json.journal.tmp"):
         (folder.path / name).write_bytes(b"half a file" * 1000)
     assert image_of(folder.open()) == IMAGES[-1]
     folder.opened[0].checkpoint()
-    folder.still_works()
+    folder.check_still_works()
     storage = folder.opened[0]
     storage.close()
     assert [file.name for file in folder.path.iterdir()] == ["ledger.json"]
@@ -638,11 +638,11 @@ def test_commits_between_the_snapshot_and_the_cut_are_kept(folder: Folder) -> No
     for changes in TRANSACTIONS[6:]:
         storage.commit(changes)
     assert image_of(folder.open()) == IMAGES[-1]
-    folder.still_works()
+    folder.check_still_works()
 
 
-def test_a_commit_that_fails_for_good_during_a_checkpoint_does_not_take_others_with_it(folder: Folder) -> None:
-    """The cut once dropped what had been acknowledged since the snapshot, when the journal's end had become unknown."""
+def test_a_commit_that_fails_during_a_checkpoint_does_not_lose_other_commits(folder: Folder) -> None:
+    """The cut once dropped transactions acknowledged since the snapshot, if the journal's end had become unknown."""
     disk = FaultyDisk()
     storage = folder.filled(disk, last=4)
     snapshot = storage.snapshot()
@@ -659,8 +659,8 @@ def test_a_commit_that_fails_for_good_during_a_checkpoint_does_not_take_others_w
     assert image_of(folder.open()) == IMAGES[-1]
 
 
-def test_no_commit_goes_to_a_journal_that_has_lost_its_name(folder: Folder) -> None:
-    """After the rename of the new journal the folder's sync failed; commits then went on to the old, nameless file."""
+def test_no_commit_is_written_to_a_journal_without_a_name(folder: Folder) -> None:
+    """After the rename of the new journal the folder's sync failed; later commits went to the old, unlinked file."""
     disk = FaultyDisk()
     storage = folder.filled(disk, last=4)
     syncs = 3  # of the checkpoint, of its folder, of the new journal
@@ -673,7 +673,7 @@ def test_no_commit_goes_to_a_journal_that_has_lost_its_name(folder: Folder) -> N
     assert image_of(folder.open()) == IMAGES[5]
 
 
-def test_a_journal_that_does_not_read_back_is_healed_by_a_checkpoint(folder: Folder) -> None:
+def test_a_journal_that_does_not_read_back_is_replaced_by_a_checkpoint(folder: Folder) -> None:
     storage = folder.filled(last=4)
     snapshot = storage.snapshot()
     storage.commit(TRANSACTIONS[4])
@@ -687,7 +687,7 @@ def test_a_journal_that_does_not_read_back_is_healed_by_a_checkpoint(folder: Fol
 
 
 def test_a_commit_does_not_wait_for_a_checkpoint_that_another_thread_writes(folder: Folder) -> None:
-    """When it would need one itself, it is refused; it must not deadlock, and not write into an unknown state."""
+    """If it needs one itself, it fails; it must neither deadlock nor append to an unknown state."""
     disk = FaultyDisk()
     storage = folder.filled(disk, last=4)
     disk.fault = failing(times=3, skip=1)
@@ -720,7 +720,7 @@ STEPS: tuple[Step, ...] = (
 
 
 @pytest.mark.parametrize("step", STEPS, ids=["checkpoint", "close", "commit", "commit that needs more room"])
-def test_a_process_that_dies_at_any_call_has_lost_nothing(folder: Folder, step: Step) -> None:
+def test_a_process_that_dies_at_any_call_loses_nothing(folder: Folder, step: Step) -> None:
     for calls in range(100):
         folder.put({})
         disk = FaultyDisk()
@@ -734,14 +734,14 @@ def test_a_process_that_dies_at_any_call_has_lost_nothing(folder: Folder, step: 
         storage = folder.open()
         assert storage.transaction >= len(TRANSACTIONS) - 1
         assert image_of(storage).get("jobs") == IMAGES[storage.transaction].get("jobs"), calls
-        folder.still_works()
+        folder.check_still_works()
         if not died:
             break
     assert not died
     assert calls >= 2
 
 
-def test_a_process_that_dies_while_opening_has_changed_nothing(folder: Folder) -> None:
+def test_a_process_that_dies_while_opening_changes_nothing(folder: Folder) -> None:
     storage = folder.filled(last=6)
     storage.checkpoint()
     for changes in TRANSACTIONS[6:]:
@@ -764,21 +764,21 @@ def test_a_process_that_dies_while_opening_has_changed_nothing(folder: Folder) -
                 assert image_of(opened) == IMAGES[opened.transaction]
         disk.heal()
         assert storage.transaction == opened.transaction
-        folder.still_works()
+        folder.check_still_works()
 
 
-# -- a disk that refuses ------------------------------------------------------------------------------------------
+# -- a disk that fails --------------------------------------------------------------------------------------------
 
 
 class Workload:
-    """Commits and checkpoints against a disk that may refuse, and what must be there whatever it does."""
+    """Commits and checkpoints on a disk that may fail, and what must be there afterwards."""
 
     def __init__(self, folder: Folder, disk: FaultyDisk) -> None:
         self.disk = disk
         self.folder = folder
         self.acknowledged: Image = {}
         self.possible: list[Image] = [{}]
-        """What a crash may leave: what was acknowledged, and one change that was refused after it."""
+        """What a crash may leave: the acknowledged changes, perhaps with one failed change after them."""
         self.failures = 0
         self.storage = folder.open(disk)
 
@@ -821,10 +821,8 @@ class Workload:
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("times", [1, 2, 3, 5, float("inf")])
-def test_a_disk_that_refuses_any_call_costs_nothing_that_was_acknowledged(
-    folder: Folder, times: float, code: int
-) -> None:
-    """It refuses so many calls from the n-th on, for every n; what was refused has not happened; then it goes on."""
+def test_a_disk_that_fails_at_any_call_loses_nothing_acknowledged(folder: Folder, times: float, code: int) -> None:
+    """`times` calls fail from the n-th on, for every n; a failed commit changes nothing, and later ones work."""
     failures = 0
     for skip in range(200):
         folder.put({})
@@ -835,7 +833,7 @@ def test_a_disk_that_refuses_any_call_costs_nothing_that_was_acknowledged(
         calls = len(workload.disk.calls)
         workload.disk.heal()
         workload.commit(50)
-        assert "50" in workload.acknowledged["jobs"], "it goes on by itself"
+        assert "50" in workload.acknowledged["jobs"], "it continues without help"
         workload.reopen()
         workload.run(first=60, length=3)
         workload.reopen()
@@ -847,7 +845,9 @@ def test_a_disk_that_refuses_any_call_costs_nothing_that_was_acknowledged(
 
 
 @pytest.mark.parametrize("primitive", ["write", "sync", "sync_data", "truncate", "replace", "reserve", "remove"])
-def test_a_disk_that_always_refuses_one_kind_of_call_costs_nothing_either(folder: Folder, primitive: str) -> None:
+def test_a_disk_that_always_fails_at_one_kind_of_call_loses_nothing_acknowledged(
+    folder: Folder, primitive: str
+) -> None:
     for times in (1, 2, float("inf")):
         for skip in range(4):
             folder.put({})
@@ -860,7 +860,7 @@ def test_a_disk_that_always_refuses_one_kind_of_call_costs_nothing_either(folder
             assert "50" in workload.acknowledged["jobs"]
 
 
-def test_a_disk_that_refuses_at_random_costs_nothing_either(folder: Folder) -> None:
+def test_a_disk_that_fails_at_random_loses_nothing_acknowledged(folder: Folder) -> None:
     for seed in range(60):
         chance = random.Random(seed)  # noqa: S311
         folder.put({})
@@ -877,16 +877,16 @@ def test_a_disk_that_refuses_at_random_costs_nothing_either(folder: Folder) -> N
             workload.reopen()
 
 
-def test_writes_that_take_a_few_bytes_at_a_time_are_continued(folder: Folder) -> None:
+def test_short_writes_are_continued(folder: Folder) -> None:
     assert image_of(folder.filled(FaultyDisk(short=3))) == IMAGES[-1]
     folder.opened[0].checkpoint()
     assert image_of(folder.open()) == IMAGES[-1]
 
 
-def test_a_refused_change_that_could_not_be_taken_back_is_gone_after_the_next_commit(folder: Folder) -> None:
+def test_a_failed_change_that_could_not_be_undone_is_gone_after_the_next_commit(folder: Folder) -> None:
     disk = FaultyDisk()
     storage = folder.filled(disk, last=4)
-    disk.fault = failing(times=3, skip=1)  # the line is written whole; its sync, the truncate and its sync fail
+    disk.fault = failing(times=3, skip=1)  # the line is written; its sync, the truncate and its sync fail
     with pytest.raises(LedgerError):
         storage.commit([Change("jobs", 8, {"ghost": True})])
     ghost = folder.media()
@@ -895,10 +895,10 @@ def test_a_refused_change_that_could_not_be_taken_back_is_gone_after_the_next_co
     assert image_of(folder.open()) == IMAGES[5]
     folder.put(ghost)  # a crash right then leaves it there, as the docstring of `commit` says
     assert image_of(folder.open()) == apply(IMAGES[4], (Change("jobs", 8, {"ghost": True}),))
-    folder.still_works()
+    folder.check_still_works()
 
 
-def test_a_full_disk_that_has_room_for_a_line_takes_the_line(folder: Folder) -> None:
+def test_a_line_is_written_if_the_disk_has_room_for_it_alone(folder: Folder) -> None:
     disk = FaultyDisk()
     storage = folder.open(disk)
     disk.fault = failing(times=float("inf"), only="reserve", code=errno.ENOSPC)
@@ -923,7 +923,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_nothing_behind(folder
     assert image_of(folder.open()) == IMAGES[-1]
 
 
-def test_an_interrupted_commit_is_neither_followed_nor_kept(folder: Folder) -> None:
+def test_an_interrupted_commit_is_removed_before_the_next_one(folder: Folder) -> None:
     """A KeyboardInterrupt in the middle of a write must not leave half a line in front of the next one."""
     disk = FaultyDisk()
     storage = folder.filled(disk, last=4)
@@ -935,17 +935,17 @@ def test_an_interrupted_commit_is_neither_followed_nor_kept(folder: Folder) -> N
     assert image_of(folder.open()) == IMAGES[5]
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_read_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(LedgerError, match=r"file/ledger\.json cannot be opened: Not a directory"):
         JournalStorage(tmp_path / "file" / "ledger.json")
 
 
-# -- the power goes -----------------------------------------------------------------------------------------------
+# -- power cuts --------------------------------------------------------------------------------------------------
 
 
 class Moments:
-    """What the medium might have held at every moment, and which states of the tables would have been right then."""
+    """What the medium may hold at every moment, and which tables are right then."""
 
     def __init__(self, disk: PoweredDisk, folder: Path) -> None:
         self.disk = disk
@@ -959,22 +959,20 @@ class Moments:
         self._moments.append((self.possible, self.disk.media()))
 
     def check(self) -> int:
-        """Cut the power at every moment and open what is left; return how many moments there were."""
+        """Open what a power cut at each moment leaves; return how many moments there were."""
         self.disk.on_step = lambda: None
         for possible, media in self._moments:
             self._after.put(media)
             assert image_of(self._after.open()) in possible
-            self._after.still_works()
+            self._after.check_still_works()
         self._after.opened[0].abandon()
         return len(self._moments)
 
 
 @needs_proc
 @pytest.mark.parametrize("seed", range(4))
-def test_a_power_cut_at_any_moment_costs_nothing_that_was_acknowledged(
-    folder: Folder, tmp_path: Path, seed: int
-) -> None:
-    """What was not synced is there or not, sector by sector, name by name; syncs fail, processes die in between."""
+def test_a_power_cut_at_any_moment_loses_nothing_acknowledged(folder: Folder, tmp_path: Path, seed: int) -> None:
+    """Unsynced sectors and names are there or not; syncs fail and processes die in between."""
     disk = PoweredDisk(seed)
     moments = Moments(disk, tmp_path / "after")
     workload = Workload(folder, disk)
@@ -996,8 +994,8 @@ def test_a_power_cut_at_any_moment_costs_nothing_that_was_acknowledged(
 
 
 @needs_proc
-def test_what_a_start_has_read_outlasts_a_power_cut(folder: Folder, tmp_path: Path) -> None:
-    """A process wrote a line, could neither sync it nor take it back, and died; the next one finds it, and acts on it.
+def test_a_line_found_at_opening_survives_a_power_cut(folder: Folder, tmp_path: Path) -> None:
+    """A process wrote a line, could neither sync nor undo it, and died; the next process finds it and acts on it.
 
     The line may be there only because the kernel remembers it, and the next sync would succeed and do nothing.
     """
@@ -1023,7 +1021,7 @@ def test_what_a_start_has_read_outlasts_a_power_cut(folder: Folder, tmp_path: Pa
 
 @needs_proc
 @pytest.mark.parametrize("renames", [1, 2])
-def test_the_names_that_a_start_has_found_outlast_a_power_cut(folder: Folder, tmp_path: Path, renames: int) -> None:
+def test_file_names_found_at_opening_survive_a_power_cut(folder: Folder, tmp_path: Path, renames: int) -> None:
     """A checkpoint failed between one of its renames and the sync of their folder, and the process died."""
     for seed in range(20):
         folder.put({})
@@ -1043,8 +1041,8 @@ def test_the_names_that_a_start_has_found_outlast_a_power_cut(folder: Folder, tm
 
 
 @needs_proc
-def test_a_refused_line_does_not_shine_through_the_next_one(folder: Folder, tmp_path: Path) -> None:
-    """It was on the medium and was taken back; a power cut in the middle of the next line mixed the sectors of both."""
+def test_a_failed_line_is_never_mixed_with_the_next_one(folder: Folder, tmp_path: Path) -> None:
+    """It was on the medium and was undone; a power cut during the next line mixed the sectors of both."""
     for seed in range(40):
         folder.put({})
         disk = PoweredDisk(seed)

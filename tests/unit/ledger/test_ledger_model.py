@@ -738,7 +738,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert all(self.positions[names[seq]] is not None for seq in self.model.queue)
 
 
-def test_the_ledger_does_what_its_model_does_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_behaves_like_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_STEP_BYTES", 2048)
     monkeypatch.setattr(ledger_module, "_CHECKPOINT_BYTES", 0)
     stateful.run_state_machine_as_test(

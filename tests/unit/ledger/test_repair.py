@@ -20,32 +20,32 @@ from cesar_mqtt.transcript import Segment, Window
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
 
-def new(job_id: str) -> NewJob:
+def new_job(job_id: str) -> NewJob:
     return NewJob(job_id, job_id * 2, AudioSource("path", f"{job_id}.wav"), "tiny.en", metadata={"n": [1, "é\n"]})
 
 
-def crash(ledger: Ledger) -> None:
+def kill(ledger: Ledger) -> None:
     ledger._storage.abandon()
     ledger._file_lock.release()
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A ledger left by a crash: a, b, c in the checkpoint, d and e in the journal; a completed, b failed, c in work."""
+    """A ledger left by a crash: a, b, c in the checkpoint, d and e in the journal; a done, b failed, c running."""
     path = tmp_path / "ledger.json"
     with Ledger(path) as ledger:
-        ledger.append([new("a"), new("b"), new("c")])
+        ledger.append([new_job("a"), new_job("b"), new_job("c")])
         first = ledger.claim()
         assert first is not None
         ledger.complete(first.seq, RESULT)
     ledger = Ledger(path)
-    ledger.append([new("d")])
+    ledger.append([new_job("d")])
     second = ledger.claim()
     assert second is not None
     ledger.fail(second.seq, ErrorCode.AUDIO_EMPTY, "It is empty.")
-    ledger.append([new("e")])
+    ledger.append([new_job("e")])
     ledger.claim()
-    crash(ledger)
+    kill(ledger)
     return path
 
 
@@ -67,18 +67,18 @@ def damage(file: Path, text: bytes) -> None:
     file.write_bytes(raw)
 
 
-def test_a_whole_ledger_is_said_to_be_whole_and_left_alone(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_undamaged_ledger_is_reported_and_not_changed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = path.read_bytes(), journal(path).read_bytes()
     assert ledgercommands.check(path) is ExitCode.OK
     assert ledgercommands.repair(path, yes=True) is ExitCode.OK
     assert (path.read_bytes(), journal(path).read_bytes()) == before
-    said = capsys.readouterr().out
-    assert "5 jobs (1 completed, 1 error, 1 processing, 2 queued)" in said
-    assert "Nothing to repair." in said
+    output = capsys.readouterr().out
+    assert "5 jobs (1 completed, 1 error, 1 processing, 2 queued)" in output
+    assert "Nothing to repair." in output
     assert states(path) == ALL
 
 
-def test_a_torn_last_line_is_noted_and_is_no_damage(path: Path) -> None:
+def test_a_torn_last_line_is_a_note_and_no_damage(path: Path) -> None:
     raw = journal(path).read_bytes().rstrip(b"\0")
     journal(path).write_bytes(raw[:-5])
     found = examine(path)
@@ -87,9 +87,7 @@ def test_a_torn_last_line_is_noted_and_is_no_damage(path: Path) -> None:
     assert {row["job_id"]: row["state"] for row in found.jobs.values()} == {**ALL, "c": "queued"}
 
 
-def test_a_damaged_line_of_the_journal_costs_what_it_held_and_no_more(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_journal_line_loses_only_its_own_changes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(journal(path), b'"It is empty."')
     with pytest.raises(LedgerError, match="ledger repair"):
         Ledger(path)
@@ -100,19 +98,19 @@ def test_a_damaged_line_of_the_journal_costs_what_it_held_and_no_more(
 
     with Ledger(path) as ledger:
         after = {name: job.state for name in ALL if (job := ledger.get(name)) is not None}
-        assert after == {**ALL, "b": JobState.QUEUED, "c": JobState.QUEUED}, "b and c were in work"
-        assert {told.job_id for _, told in ledger.unpublished(100)} == set(ALL), "the broker is told everything again"
-        ledger.append([new("f")])
+        assert after == {**ALL, "b": JobState.QUEUED, "c": JobState.QUEUED}, "b and c were running"
+        assert {job.job_id for _, job in ledger.unpublished(100)} == set(ALL), "every status is published again"
+        ledger.append([new_job("f")])
         appended = ledger.get("f")
         assert appended is not None
         assert appended.seq == 6
 
 
-def test_a_job_whose_beginning_is_lost_is_named_and_dropped(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_whose_first_line_is_lost_is_named_and_dropped(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(journal(path), b'"job_id":"d"')
     assert ledgercommands.repair(path, yes=True) is ExitCode.OK
-    said = capsys.readouterr().out
-    assert "Line 2 of ledger.json.journal is damaged" in said
+    output = capsys.readouterr().out
+    assert "Line 2 of ledger.json.journal is damaged" in output
     with Ledger(path) as ledger:
         assert ledger.get("d") is None
         assert ledger.get("e") is not None
@@ -122,12 +120,12 @@ def test_a_job_whose_beginning_is_lost_is_named_and_dropped(path: Path, capsys: 
 def rich(tmp_path: Path) -> Path:
     """A ledger left by a crash that has something in every table.
 
-    In the checkpoint are the windows of job 1 (completed) and two of job 2 (in work), deleted job 3 with results, and a
-    pause. In the journal, a line each: a new job 4 that bears job 3's id, and the third window of job 2.
+    The checkpoint has the windows of job 1 (completed) and two of job 2 (processing), deleted job 3 with results, and a
+    pause. In the journal, a line each: a new job 4 with the id of job 3, and the third window of job 2.
     """
     path = tmp_path / "ledger.json"
     with Ledger(path) as ledger:
-        ledger.append([replace(new(name), formats=("srt",)) for name in "abc"])
+        ledger.append([replace(new_job(name), formats=("srt",)) for name in "abc"])
         first, second = ledger.claim(), ledger.claim()
         assert first is not None
         assert second is not None
@@ -137,9 +135,9 @@ def rich(tmp_path: Path) -> Path:
         ledger.delete("c")
         ledger.pause(on=True)
         ledger._storage.checkpoint()
-        ledger.append([new("c")])
+        ledger.append([new_job("c")])
         ledger.add_window(second.seq, window(2))
-        crash(ledger)
+        kill(ledger)
     return path
 
 
@@ -151,7 +149,7 @@ def windows(ledger: Ledger) -> list[int]:
     return [len(ledger.windows(seq)) for seq in range(1, 9)]
 
 
-def test_windows_deleted_jobs_and_a_pause_are_no_damage_and_no_jobs(
+def test_windows_tombstones_and_a_pause_are_neither_damage_nor_jobs(
     rich: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ledgercommands.check(rich) is ExitCode.OK
@@ -166,7 +164,7 @@ def test_windows_deleted_jobs_and_a_pause_are_no_damage_and_no_jobs(
         assert ledger.pending_clears(9) == [DeletedJob(3, "c", ("srt",), owns_status=False)]
 
 
-def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:
+def test_windows_after_a_lost_one_are_transcribed_again(rich: Path) -> None:
     damage(rich, f'"{window_id(2, 1)}": '.encode())
     assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
@@ -182,16 +180,16 @@ def test_windows_behind_one_that_is_lost_are_done_again(rich: Path) -> None:
         assert [window.text for window in again.windows(2)] == [" part-0", "", " part-2"]
 
 
-def test_windows_whose_job_is_lost_are_never_those_of_a_new_job(rich: Path) -> None:
+def test_windows_of_a_lost_job_never_belong_to_a_new_job(rich: Path) -> None:
     raw = rich.read_bytes()
-    at = raw.index(b'"2": {"job_id"')  # the last number that is known is lost as well: only windows tell of it
+    at = raw.index(b'"2": {"job_id"')  # the last sequence number is lost, too: only the windows have it
     damage_all(rich, raw[at : raw.index(b"\n", at)])
     damage(rich, b'"last_seq"')
     journal(rich).unlink()
     assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
         assert windows(ledger) == [2, 0, 0, 0, 0, 0, 0, 0]
-        ledger.append([new("x"), new("y")])
+        ledger.append([new_job("x"), new_job("y")])
         added = [ledger.get(name) for name in "xy"]
         assert [job.seq for job in added if job is not None] == [4, 5]
         assert windows(ledger) == [2, 0, 0, 0, 0, 0, 0, 0]
@@ -201,8 +199,8 @@ def damage_all(file: Path, text: bytes) -> None:
     file.write_bytes(file.read_bytes().replace(text, text[:-2] + b"\xff\xff"))
 
 
-def test_a_deleted_job_whose_id_is_lost_does_not_keep_the_ledger_from_being_opened(rich: Path) -> None:
-    """What the journal changes of it was there, what the checkpoint says of it was not."""
+def test_a_ledger_opens_despite_a_tombstone_without_an_id(rich: Path) -> None:
+    """Its change in the journal was there, its document in the checkpoint was not."""
     damage(rich, b'{"job_id":"c","formats"')
     assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
     with Ledger(rich) as ledger:
@@ -210,7 +208,7 @@ def test_a_deleted_job_whose_id_is_lost_does_not_keep_the_ledger_from_being_open
         assert ledger.get("c") is not None
 
 
-def test_a_damaged_checkpoint_is_read_a_document_a_line(path: Path) -> None:
+def test_a_damaged_checkpoint_is_read_line_by_line(path: Path) -> None:
     raw = path.read_bytes()
     at = raw.index(b'"job_id":"b"')
     path.write_bytes(raw[: at + 3] + b"\xff\xff" + raw[at + 5 :])
@@ -225,7 +223,7 @@ def test_a_damaged_checkpoint_is_read_a_document_a_line(path: Path) -> None:
         assert job.result_text == "spoken"
 
 
-def test_a_checkpoint_that_another_program_wrote_loses_nothing(path: Path) -> None:
+def test_a_checkpoint_written_by_another_program_loses_nothing(path: Path) -> None:
     with Ledger(path):
         pass
     with TinyDB(path) as stock:
@@ -254,8 +252,8 @@ def test_every_cut_of_either_file_can_be_repaired_and_opened(path: Path, file: C
             assert all(ledger.get(row["job_id"]) is not None for row in found.jobs.values())
 
 
-def test_a_ledger_that_was_edited_into_nonsense_can_be_repaired(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second job of an id that is taken, and one that ended without a time, which retention would stumble over."""
+def test_a_ledger_with_contradictory_documents_can_be_repaired(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second job with the same id, and a finished one without the time of its end, on which retention would fail."""
     with Ledger(path):
         pass
     with TinyDB(path) as stock:
@@ -263,15 +261,15 @@ def test_a_ledger_that_was_edited_into_nonsense_can_be_repaired(path: Path, caps
         table.update({"job_id": "a"}, doc_ids=[4])
         table.update(delete("completed_at"), doc_ids=[2])
     assert ledgercommands.repair(path, yes=True) is ExitCode.OK
-    said = capsys.readouterr().out
-    assert "Job number 4 (a)" in said
-    assert "Job number 2 (b)" in said
+    output = capsys.readouterr().out
+    assert "Job number 4 (a)" in output
+    assert "Job number 2 (b)" in output
     with Ledger(path) as ledger:
         assert [job.job_id for job in ledger.jobs()] == ["a", "c", "e"]
         assert ledger.delete_finished(before=2e9, keep=0)[0] == 1
 
 
-def test_the_damaged_files_stay_beside_the_repaired_one(path: Path) -> None:
+def test_the_damaged_files_are_kept_beside_the_repaired_one(path: Path) -> None:
     damage(journal(path), b'"job_id":"d"')
     raw = journal(path).read_bytes()
     ledgercommands.repair(path, yes=True)
@@ -291,7 +289,7 @@ def test_without_yes_and_without_a_terminal_nothing_is_changed(
     assert "--yes" in capsys.readouterr().out
 
 
-def test_a_ledger_in_use_is_left_alone(path: Path) -> None:
+def test_a_ledger_in_use_is_not_examined(path: Path) -> None:
     with Ledger(path):
         script = f"from cesar_mqtt.cli.ledger import check; from pathlib import Path; check(Path({str(path)!r}))"
         with pytest.raises(LedgerInUseError):
@@ -304,13 +302,13 @@ def _in_another_process(script: str) -> None:
         raise LedgerInUseError(ended.stderr)
 
 
-def test_a_newer_format_is_refused_and_not_repaired(path: Path) -> None:
+def test_a_newer_format_is_rejected_and_not_repaired(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"format":1', b'"format":9'))
     with pytest.raises(LedgerError, match="format 9"):
         ledgercommands.repair(path, yes=True)
 
 
-def test_a_folder_without_a_ledger_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_ledger_is_named_in_the_error(tmp_path: Path) -> None:
     for command in (ledgercommands.check, ledgercommands.compact, ledgercommands.export):
         with pytest.raises(LedgerError, match="--data-dir"):
             command(tmp_path / "ledger.json")
@@ -323,7 +321,7 @@ def test_compacting_leaves_one_complete_file(path: Path) -> None:
         assert len(stock.table("jobs")) == 5
 
 
-def test_the_export_is_a_json_object_a_line_in_order(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_export_is_one_json_object_per_line_in_order(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ledgercommands.export(path) is ExitCode.OK
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["job_id"] for row in rows] == ["a", "b", "c", "d", "e"]
@@ -332,7 +330,7 @@ def test_the_export_is_a_json_object_a_line_in_order(path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("file", [lambda path: path, journal])
-def test_whatever_is_damaged_a_repaired_ledger_opens_and_its_windows_make_sense(
+def test_whatever_is_damaged_a_repaired_ledger_opens_with_consecutive_windows(
     rich: Path, file: Callable[[Path], Path]
 ) -> None:
     whole = {name: name.read_bytes().rstrip(b"\0") for name in (rich, journal(rich))}
@@ -346,27 +344,25 @@ def test_whatever_is_damaged_a_repaired_ledger_opens_and_its_windows_make_sense(
         with Ledger(rich) as ledger:
             for seq in range(1, 5):
                 assert [part.number for part in ledger.windows(seq)] == list(range(len(ledger.windows(seq))))
-            ledger.append([new("next")])
+            ledger.append([new_job("next")])
             appended = ledger.get("next")
             assert appended is not None
             assert ledger.windows(appended.seq) == ()
 
 
-def test_a_document_that_no_longer_says_anything_is_named_and_dropped(
-    rich: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Repaired ledgers could not be opened: all that was looked at was whether the fields were there."""
+def test_an_unreadable_document_is_named_and_dropped(rich: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Repaired ledgers could not be opened: only the presence of the fields was checked."""
     journal(rich).unlink()
     raw = rich.read_bytes()
     for old, made in ((b'"completed"', b'"campleted"'), (b'"[[0.0', b'"[x0.0'), (b'"jobs": {', b'"jobs": {"x": {}, ')):
         raw = raw.replace(old, made, 1)
     rich.write_bytes(raw.replace(b'"counters": {', b'"mine": {"1": {}},\n"counters": {'))
     assert ledgercommands.repair(rich, yes=True) is ExitCode.OK
-    said = capsys.readouterr().out
-    assert "Job number 1 (a)" in said
-    assert "Job number x (id unknown)" in said
-    assert f"Window number {window_id(1, 0)}" in said
-    assert "The table 'mine'" in said
+    output = capsys.readouterr().out
+    assert "Job number 1 (a)" in output
+    assert "Job number x (id unknown)" in output
+    assert f"Window number {window_id(1, 0)}" in output
+    assert "The table 'mine'" in output
     with Ledger(rich) as ledger:
         assert [job.job_id for job in ledger.jobs()] == ["b"]
         assert windows(ledger)[:3] == [0, 2, 0]

@@ -1,4 +1,4 @@
-"""The spool: audio is on disk before anybody hears of it, and gone when nobody needs it."""
+"""The spool: audio is on disk before its name is returned, and deleted when no job needs it."""
 
 import errno
 from pathlib import Path
@@ -22,7 +22,7 @@ def spool(folder: Path) -> Spool:
     return Spool(folder, QuickDisk())
 
 
-def test_what_is_stored_can_be_read_under_names_of_our_own(spool: Spool) -> None:
+def test_stored_files_can_be_read_under_generated_names(spool: Spool) -> None:
     first = spool.store([b"one", b"two", b""])
     second = spool.store([b"one"])
     names = [*first, *second]
@@ -31,7 +31,7 @@ def test_what_is_stored_can_be_read_under_names_of_our_own(spool: Spool) -> None
     assert all(name.isalnum() for name in names)
 
 
-def test_nothing_to_store_is_nothing_done(folder: Path) -> None:
+def test_storing_no_files_does_not_touch_the_disk(folder: Path) -> None:
     disk = FaultyDisk()
     spool = Spool(folder, disk)
     disk.calls.clear()
@@ -47,14 +47,14 @@ def test_each_file_and_then_the_folder_is_synced_before_the_names_are_returned(f
     assert disk.calls == ["write", "sync", "write", "sync", "sync"]
 
 
-def test_the_folder_s_own_name_is_durable_before_anything_is_in_it(folder: Path) -> None:
+def test_the_folder_is_durable_before_any_file_in_it(folder: Path) -> None:
     disk = FaultyDisk()
     Spool(folder, disk)
     assert disk.calls == ["sync"]
 
 
 @needs_proc
-def test_after_a_power_cut_everything_is_there_whose_name_was_returned(folder: Path) -> None:
+def test_files_whose_names_were_returned_survive_a_power_cut(folder: Path) -> None:
     disk = PoweredDisk()
     spool = Spool(folder, disk)
     stored: dict[str, bytes] = {}
@@ -69,7 +69,7 @@ def test_after_a_power_cut_everything_is_there_whose_name_was_returned(folder: P
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_refuses_any_call_leaves_nothing_of_the_batch(folder: Path, code: int) -> None:
+def test_a_disk_failure_leaves_no_file_of_the_batch(folder: Path, code: int) -> None:
     disk = FaultyDisk()
     spool = Spool(folder, disk)
     (kept,) = spool.store([b"kept"])
@@ -88,7 +88,7 @@ def test_a_disk_that_refuses_any_call_leaves_nothing_of_the_batch(folder: Path, 
     assert sorted(file.name for file in folder.iterdir()) == sorted([kept, *names])
 
 
-def test_a_process_that_dies_while_storing_leaves_what_the_next_start_sweeps(folder: Path) -> None:
+def test_files_of_a_process_that_died_are_swept_at_the_next_start(folder: Path) -> None:
     disk = FaultyDisk()
     spool = Spool(folder, disk)
     (kept,) = spool.store([b"kept"])
@@ -102,22 +102,22 @@ def test_a_process_that_dies_while_storing_leaves_what_the_next_start_sweeps(fol
         assert [file.name for file in folder.iterdir()] == [kept]
 
 
-def test_removing_is_quiet_about_what_is_not_there(spool: Spool) -> None:
+def test_removing_missing_files_is_no_error(spool: Spool) -> None:
     one, two = spool.store([b"one", b"two"])
     spool.remove([one, "never there", one])
     assert not spool.path(one).exists()
     assert spool.path(two).read_bytes() == b"two"
 
 
-def test_a_sweep_deletes_what_nobody_needs_and_counts_it(spool: Spool, folder: Path) -> None:
+def test_a_sweep_deletes_and_counts_unneeded_files(spool: Spool, folder: Path) -> None:
     names = spool.store([b"one", b"two", b"three"])
     (folder / "lost+found").mkdir()
-    assert spool.sweep({names[0], "gone already"}) == 2
+    assert spool.sweep({names[0], "already deleted"}) == 2
     assert sorted(file.name for file in folder.iterdir()) == sorted([names[0], "lost+found"])
     assert spool.sweep({names[0]}) == 0
 
 
-def test_a_file_that_came_into_the_folder_by_itself_is_swept_unless_it_is_needed(spool: Spool) -> None:
+def test_a_sweep_deletes_foreign_files_too(spool: Spool) -> None:
     (spool.folder / "download").write_bytes(b"half a file")
     assert spool.path("download") == spool.folder / "download"
     assert spool.folder.is_absolute()
@@ -125,7 +125,9 @@ def test_a_file_that_came_into_the_folder_by_itself_is_swept_unless_it_is_needed
     assert list(spool.folder.iterdir()) == []
 
 
-def test_a_spool_that_cannot_be_made_or_read_is_named(tmp_path: Path, spool: Spool, folder: Path) -> None:
+def test_a_spool_that_cannot_be_created_or_read_is_named_in_the_error(
+    tmp_path: Path, spool: Spool, folder: Path
+) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(LedgerError, match=r"file/spool cannot be created: Not a directory"):
         Spool(tmp_path / "file" / "spool")
