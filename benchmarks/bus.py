@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -21,7 +22,6 @@ from paho.mqtt.properties import Properties
 
 from benchmarks.table import Row, median
 from cesar_mqtt.config import BrokerSettings
-from cesar_mqtt.consumer.command_handlers import Answer
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.publisher import Publisher
@@ -30,6 +30,9 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.messages import Subscription
 from cesar_mqtt.protocol.topics import Topics
+
+if TYPE_CHECKING:
+    from cesar_mqtt.consumer.commands import CommandHandlers
 
 BURST = 20_000
 ROUNDS = 3
@@ -164,8 +167,8 @@ class _Models:
         return True
 
 
-class _Controls:
-    def answer(self, _command: str, _payload: bytes) -> Answer:
+class _NoCommands:
+    def handle(self, _command: str, _payload: bytes) -> None:
         raise NotImplementedError
 
 
@@ -190,10 +193,10 @@ def _intake(port: int, folder: Path) -> tuple[MqttClient, Ledger, Publisher, Int
         spool=Spool(folder / "spool"),
         topics=topics,
         models=_Models(),
-        controls=_Controls(),
+        commands=cast("CommandHandlers", _NoCommands()),
         max_payload_bytes=1 << 20,
         events=JobEvents(publisher),
-        responder=publisher,
+        publisher=publisher,
     )
     return client, ledger, publisher, intake
 

@@ -12,7 +12,7 @@ from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.audio.paths import check_directories
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.consumer import shared_subscription as group
-from cesar_mqtt.consumer.command_handlers import CommandHandlers
+from cesar_mqtt.consumer.commands import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
 from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
 from cesar_mqtt.consumer.events import JobEvents
@@ -144,19 +144,19 @@ class Service:
             spool=self._spool,
             topics=self._topics,
             models=self._models,
-            controls=CommandHandlers(
+            commands=CommandHandlers(
                 self._ledger,
+                spool=self._spool,
                 models=self._models,
                 consumer=settings.consumer.name,
                 on_cancelled=self._events.finished,
-                live=self._publisher.progress_of,
-                on_deleted=lambda _job, names: self._spool.remove(names),
+                progress_of=self._publisher.progress_of,
                 health=self._health.fields,
                 grouped=settings.consumer.group is not None,
             ),
             max_payload_bytes=settings.queue.max_payload_bytes,
             events=self._events,
-            responder=self._publisher,
+            publisher=self._publisher,
             on_born=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)

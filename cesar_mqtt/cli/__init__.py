@@ -1,1 +1,4 @@
-"""The command line."""
+"""The command line: the only package that prints.
+
+Client commands use `mqtt` and `protocol`; `serve` and `demo` use `service`.
+"""

@@ -1,7 +1,7 @@
-"""The command `doctor`: looks at everything that a consumer and its producers need, and says what to do.
+"""The command `doctor`: checks everything that a consumer and its producers need, with advice for each problem.
 
-For the main thread. Each check is a function that returns findings and raises nothing; none of them changes anything
-that lasts, and what is said holds no secret.
+For the main thread. Each check is a function that returns findings and raises nothing; it changes nothing that lasts,
+and its findings hold no secret.
 """
 
 import json
@@ -38,17 +38,17 @@ _REINSTALL = "Install cesar-mqtt with the library versions that it is tested wit
 
 
 class Severity(StrEnum):
-    """What a check came to."""
+    """The outcome of a check."""
 
     OK = "ok"
     NOTE = "note"
-    """Nothing is wrong, but something is worth knowing."""
+    """Not a problem, but worth knowing."""
     WRONG = "wrong"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report; `what_to_do` is empty where nothing has to be done."""
+    """One line of the report; `what_to_do` is empty where there is nothing to do."""
 
     check: str
     verdict: Severity
@@ -57,7 +57,7 @@ class Finding:
 
 
 def examine(settings: Settings, *, as_json: bool, timeout_s: float) -> ExitCode:
-    """Do all checks, print a line for each as soon as it is done; FAILED if anything is wrong."""
+    """Run all checks and print a line for each as soon as it is done; FAILED if there is a problem."""
     quiet()
     code = ExitCode.OK
     for finding in _all(settings, timeout_s):
@@ -71,7 +71,7 @@ def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     yield from check_broker(settings, timeout_s)
     decoder = check_decoder()
     yield decoder
-    if decoder.verdict is Severity.OK:  # without a decoder no model can be tried
+    if decoder.verdict is Severity.OK:  # without a decoder no model can transcribe
         yield from check_model(settings)
     yield from check_folders(settings)
     yield from check_audio(settings)
@@ -79,85 +79,82 @@ def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     yield from check_clock(time.time())
 
 
-# -- the broker and who is there ---------------------------------------------------------------------------------------
+# -- broker and consumer -----------------------------------------------------------------------------------------------
 
 
 def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
-    """Connect, see what may be published and read, and ask a consumer how it is."""
+    """Connect, try what this user may publish and read, and ask a consumer for its health."""
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     wanted = [topics.status("+"), topics.rejected]
     try:
-        requester = ControlClient(settings, ["health"], timeout_s=timeout_s, also=wanted)
-        connection = requester.connect()
+        client = ControlClient(settings, ["health"], timeout_s=timeout_s, also=wanted)
+        connection = client.connect()
     except CesarError as exc:
-        yield Finding("broker", Severity.WRONG, *_told(exc))
+        yield Finding("broker", Severity.WRONG, exc.problem, exc.advice or "Correct that setting.")
         return
     try:
-        yield Finding("broker", Severity.OK, f"{requester.address} answers in MQTT {connection.protocol}")
-        yield _reading(connection.refused_filters, needed=wanted)
-        yield _publishing(requester, topics, tells=connection.protocol == "5")
-        yield _consumer(requester)
+        yield Finding("broker", Severity.OK, f"{client.address} answers in MQTT {connection.protocol}")
+        yield _check_subscribing(connection.refused_filters, needed=wanted)
+        yield _check_publishing(client, topics, has_refusals=connection.protocol == "5")
+        yield _check_consumer(client)
     finally:
-        requester.close()
+        client.close()
 
 
-def _told(error: CesarError) -> tuple[str, str]:
-    """Return the problem and the advice."""
-    return error.problem, error.advice or "Correct that setting."
-
-
-def _reading(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
+def _check_subscribing(refused: tuple[str, ...], *, needed: list[str]) -> Finding:
     if not refused:
-        return Finding("subscribing", Severity.OK, "The broker grants the topics of statuses and answers")
+        return Finding("subscribing", Severity.OK, "The broker grants the topics of statuses and responses")
     missing = [topic for topic in refused if topic in needed]
     if missing:
         advice = "Allow this user to read them, in the broker's access list."
         return Finding("subscribing", Severity.WRONG, f"The broker does not grant {', '.join(missing)}", advice)
-    told = f"The broker does not grant {', '.join(refused)}, which `submit` can do without"
-    return Finding("subscribing", Severity.NOTE, told, "Allow this user to read them for `jobs`, `show` and the like.")
+    detail = f"The broker does not grant {', '.join(refused)}, which `submit` does not need"
+    return Finding(
+        "subscribing", Severity.NOTE, detail, "Allow this user to read them for `jobs`, `show` and the like."
+    )
 
 
-def _publishing(requester: ControlClient, topics: Topics, *, tells: bool) -> Finding:
-    """Publish what consumers pass over: an empty job. Who may answer as a consumer is its user, and needs no more."""
-    reason = requester.try_to_publish(topics.jobs, b"")
+def _check_publishing(client: ControlClient, topics: Topics, *, has_refusals: bool) -> Finding:
+    """Publish an empty job, which consumers ignore. A user that may publish responses is the consumer's own."""
+    reason = client.try_to_publish(topics.jobs, b"")
     if reason is not None:
-        serves = requester.try_to_publish(topics.response("health"), b"") is None
-        verdict = Severity.NOTE if serves else Severity.WRONG
+        is_consumer = client.try_to_publish(topics.response("health"), b"") is None
+        verdict = Severity.NOTE if is_consumer else Severity.WRONG
         advice = "Allow this user to write there, in the broker's access list"
-        advice += ", if it is not only the consumer's." if serves else "."
+        advice += ", unless it is the consumer's alone." if is_consumer else "."
         return Finding("publishing", verdict, f"On {topics.jobs}: {printable(reason)}", advice)
-    if not tells:
-        return Finding("publishing", Severity.NOTE, "In MQTT 3.1.1 a broker does not say whether it drops what is sent")
-    return Finding("publishing", Severity.OK, f"The broker takes messages on {topics.jobs}")
+    if not has_refusals:
+        return Finding("publishing", Severity.NOTE, "MQTT 3.1.1 does not show whether the broker drops messages")
+    return Finding("publishing", Severity.OK, f"The broker accepts messages on {topics.jobs}")
 
 
-def _consumer(requester: ControlClient) -> Finding:
+def _check_consumer(client: ControlClient) -> Finding:
     try:
-        health = requester.ask("health")
-    except BrokerRefusedError as exc:  # as a producer's user, which needs no more than to see that somebody is there
-        told = f"{', '.join(requester.online)} is online, but {exc.problem}"
-        return Finding("consumer", Severity.NOTE, told, "Allow it for `jobs`, `show`, `cancel` and the like.")
+        health = client.ask("health")
+    except BrokerRefusedError as exc:  # a producer's user needs no more than to see that a consumer is online
+        detail = f"{', '.join(client.online)} is online, but {exc.problem}"
+        return Finding("consumer", Severity.NOTE, detail, "Allow it for `jobs`, `show`, `cancel` and the like.")
     except NoAnswerError as exc:
-        return Finding("consumer", Severity.WRONG, *_told(exc))
+        return Finding("consumer", Severity.WRONG, exc.problem, exc.advice or "Correct that setting.")
     except CesarError as exc:
         return Finding("consumer", Severity.WRONG, str(exc), "See the consumer's log.")
-    names = ", ".join(requester.online) or "A consumer"
+    names = ", ".join(client.online) or "A consumer"
     if health.get("worker_alive") is not True:
         return Finding(
             "consumer", Severity.WRONG, f"{names} answers, but its worker has ended", "Restart it; see its log."
         )
     uptime = duration(number(health.get("uptime")))
-    return Finding("consumer", Severity.OK, f"{names} is online and answers; up for {uptime}")
+    return Finding("consumer", Severity.OK, f"{names} is online and answers; uptime {uptime}")
 
 
 # -- the decoder and the model -----------------------------------------------------------------------------------------
 
 
 def check_decoder() -> Finding:
-    """Decode the bundled recording, whether or not there is a model: an unsuitable PyAV fails here as in every job."""
+    """Decode the bundled recording: an unsuitable PyAV fails here as in every job, with or without a model."""
     defaults = AudioSettings()
     try:
-        # The broker's lines should not wait for these.
+        # Imported here: the broker's lines do not wait for these.
         from cesar_mqtt.audio.decoder import AudioLimits, open_audio  # noqa: PLC0415
         from cesar_mqtt.cli.demo import RECORDING  # noqa: PLC0415
 
@@ -167,12 +164,14 @@ def check_decoder() -> Finding:
                 pass
             return Finding("decoder", Severity.OK, f"{audio.decoded_s:.1f} s of a bundled recording were decoded")
     except Exception as exc:  # noqa: BLE001  # an unsuitable version fails with TypeError, AttributeError and others
-        return Finding("decoder", Severity.WRONG, f"The bundled recording cannot be decoded: {_named(exc)}", _REINSTALL)
+        return Finding(
+            "decoder", Severity.WRONG, f"The bundled recording cannot be decoded: {_describe(exc)}", _REINSTALL
+        )
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
-    """Transcribe with the default model as the consumer would, except that nothing is fetched or stays joined."""
-    # The broker's lines should not wait for these.
+    """Transcribe with the default model as the consumer does, without downloading or keeping anything."""
+    # Imported here: the broker's lines do not wait for these.
     from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
     from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
 
@@ -184,30 +183,30 @@ def check_model(settings: Settings) -> Iterator[Finding]:
         name = store.default_name()
         place = store.catalogue.find(name)
         if place is None and settings.models.download:
-            advice = f"It is fetched at the first job; `cesar-mqtt models pull {name}` does it now."
+            advice = f"It is downloaded at the first job, or now with `cesar-mqtt models pull {name}`."
             yield Finding("model", Severity.NOTE, f"{name} is not on this machine", advice)
             return
         if place is not None and place.path is None:
-            yield _joined(ModelStore, local, settings, name)
+            yield _check_joined(ModelStore, local, settings, name)
             return
-        yield Finding("model", Severity.OK, f"{name}{_origin(place, folder)} {_proved(store, name)}")
+        yield Finding("model", Severity.OK, f"{name}{_origin(place, folder)} {_transcribe(store, name)}")
     except CesarError as exc:
         yield Finding("model", Severity.WRONG, str(exc), advice)
     except Exception as exc:  # noqa: BLE001  # as for the decoder
-        yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_named(exc)}", _REINSTALL)
+        yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_describe(exc)}", _REINSTALL)
 
 
-def _joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
-    """Put a model together where the first job will, but under a name that goes again. Raises JobFailedError."""
+def _check_joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
+    """Join a model on the disk of the data directory, in a temporary folder. Raises JobFailedError."""
     beside = _nearest(settings.data_dir)
     place = beside if os.access(beside, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".cesar-mqtt-doctor-", dir=place) as passing:
-        told = _proved(make_store(models, folder=Path(passing)), name)
-    advice = f"The first job puts it together to stay; `cesar-mqtt models pull {name}` does it now."
-    return Finding("model", Severity.OK, f"{name}, put together from its packages for this check, {told}", advice)
+    with tempfile.TemporaryDirectory(prefix=".cesar-mqtt-doctor-", dir=place) as temporary:
+        result = _transcribe(make_store(models, folder=Path(temporary)), name)
+    advice = f"The first job joins it for good, or `cesar-mqtt models pull {name}` now."
+    return Finding("model", Severity.OK, f"{name}, joined from its packages for this check, {result}", advice)
 
 
-def _proved(store: "ModelStore", name: str) -> str:
+def _transcribe(store: "ModelStore", name: str) -> str:
     """Load a model and transcribe the bundled recording, through every part that a job needs.
 
     Raises:
@@ -240,10 +239,10 @@ def _proved(store: "ModelStore", name: str) -> str:
 
 
 def _ignore(_: object) -> None:
-    """Take what a transcription reports while it runs; only its end matters here."""
+    """Ignore the progress of a transcription."""
 
 
-def _named(exc: Exception) -> str:
+def _describe(exc: Exception) -> str:
     return f"{type(exc).__name__}: {exc}"
 
 
@@ -251,7 +250,7 @@ def _origin(place: "Place | None", joined_in: Path) -> str:
     if place is None or place.path is None:
         return ""
     if place.path.parent == joined_in:
-        return f", put together from its packages in {place.path},"
+        return f", joined from its packages in {place.path},"
     return f" from the {place.origin} {place.path}"
 
 
@@ -259,7 +258,7 @@ def _origin(place: "Place | None", joined_in: Path) -> str:
 
 
 def check_folders(settings: Settings) -> Iterator[Finding]:
-    """See that the data directory and the spool can be written, and have room."""
+    """Check that the data directory and the spool are writable and have free space."""
     for name, folder in (("data directory", settings.data_dir), ("spool", settings.data_dir / "spool")):
         yield _writable(name, folder)
     yield _room(settings)
@@ -274,8 +273,8 @@ def _writable(name: str, folder: Path) -> Finding:
         advice = f"Give this user the right to write {there}, or choose another place with --data-dir."
         return Finding(name, Severity.WRONG, f"{there} cannot be written: {exc.strerror}", advice)
     if there != folder:
-        return Finding(name, Severity.OK, f"{folder} is not there yet; `serve` can make it")
-    return Finding(name, Severity.OK, f"{folder} can be written")
+        return Finding(name, Severity.OK, f"{folder} does not exist yet; `serve` creates it")
+    return Finding(name, Severity.OK, f"{folder} is writable")
 
 
 def _room(settings: Settings) -> Finding:
@@ -285,32 +284,34 @@ def _room(settings: Settings) -> Finding:
     except OSError as exc:
         return Finding("room", Severity.WRONG, f"{folder}: {exc.strerror}", "Choose another place with --data-dir.")
     if free < settings.queue.max_payload_bytes:
-        advice = "Make room: without it jobs are not accepted. Retention deletes what has ended."
-        return Finding("room", Severity.WRONG, f"Only {size(free)} are free at {folder}", advice)
+        advice = "Free some space: without it no job is accepted. Retention deletes finished jobs."
+        return Finding("room", Severity.WRONG, f"Only {size(free)} free at {folder}", advice)
     verdict = Severity.OK if free >= _ROOM_BYTES else Severity.NOTE
-    return Finding("room", verdict, f"{size(free)} are free at {folder}")
+    return Finding("room", verdict, f"{size(free)} free at {folder}")
 
 
 def check_audio(settings: Settings) -> Iterator[Finding]:
-    """See that the directories for `audio_path` can be read."""
+    """Check that the directories of `audio_path` are readable."""
     if not settings.audio.directories:
-        yield Finding("audio", Severity.NOTE, "audio.directories is not set: paths start in the folder of `serve`")
+        yield Finding(
+            "audio", Severity.NOTE, "audio.directories is not set: paths are looked up in the folder of `serve`"
+        )
     for folder in settings.audio.directories:
         try:
             with os.scandir(folder) as entries:
                 next(entries, None)
         except OSError as exc:
-            advice = "Make it, give this user the right to read it, or take it out of audio.directories."
+            advice = "Create it, let this user read it, or remove it from audio.directories."
             yield Finding("audio", Severity.WRONG, f"{folder} cannot be read: {exc.strerror}", advice)
         else:
-            yield Finding("audio", Severity.OK, f"{folder} can be read")
+            yield Finding("audio", Severity.OK, f"{folder} is readable")
 
 
 def check_ledger(settings: Settings) -> Iterator[Finding]:
-    """Read the ledger through, unless a consumer has it open."""
+    """Read the whole ledger, unless a consumer has it open."""
     path = settings.data_dir / "ledger.json"
     if not path.exists() and not path.with_name(path.name + ".journal").exists():
-        yield Finding("ledger", Severity.OK, f"There is none at {path} yet; `serve` makes one")
+        yield Finding("ledger", Severity.OK, f"There is none at {path} yet; `serve` creates it")
         return
     try:
         held = acquire_lock(path)
@@ -319,38 +320,31 @@ def check_ledger(settings: Settings) -> Iterator[Finding]:
         finally:
             held.release()
     except LedgerInUseError:
-        yield Finding("ledger", Severity.OK, f"{path} is in use by a consumer, which read it when it started")
+        yield Finding("ledger", Severity.OK, f"{path} is in use by a consumer, which read it at its start")
         return
     except LedgerError as exc:
         yield Finding("ledger", Severity.WRONG, str(exc), "Run this as the user that the consumer runs as.")
         return
     if found.damaged:
-        told = (
-            f"{path} is damaged: {printable(salvage.first_sentences(found.lost)[0])}"
-            if found.lost
-            else f"{path} is damaged"
-        )
-        yield Finding("ledger", Severity.WRONG, told, "`cesar-mqtt ledger check` says more, `ledger repair` mends it.")
+        first = f": {printable(salvage.first_sentences(found.lost)[0])}" if found.lost else ""
+        advice = "`cesar-mqtt ledger check` shows more, `ledger repair` repairs it."
+        yield Finding("ledger", Severity.WRONG, f"{path} is damaged{first}", advice)
         return
     yield Finding("ledger", Severity.OK, f"{path} is whole and holds {many(len(found.jobs), 'job')}")
 
 
 def check_clock(now: float) -> Iterator[Finding]:
-    """See that the clock is not before the day on which this program was installed.
-
-    Args:
-        now: seconds since the epoch.
-    """
+    """Check that the clock, in seconds since the epoch, is not before the day of this installation."""
     installed = Path(package_file).stat().st_mtime
     if now < installed - _DAY_S:
-        told = f"It shows {time.strftime('%Y-%m-%d', time.gmtime(now))}, before this program was installed"
-        yield Finding("clock", Severity.WRONG, told, "Set it: retention and expiry go by it.")
+        detail = f"The clock shows {time.strftime('%Y-%m-%d', time.gmtime(now))}, before the date of this installation"
+        yield Finding("clock", Severity.WRONG, detail, "Set it: retention and expiry depend on it.")
         return
-    yield Finding("clock", Severity.OK, f"It shows {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))} UTC")
+    yield Finding("clock", Severity.OK, f"The clock shows {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now))} UTC")
 
 
 def _nearest(folder: Path) -> Path:
-    """Return the folder, or the nearest one above that is there."""
+    """Return the folder, or its nearest parent that exists."""
     return next((above for above in (folder, *folder.parents) if above.exists()), folder)
 
 

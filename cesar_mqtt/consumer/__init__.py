@@ -1,1 +1,1 @@
-"""The threads of the consumer: intake, worker, publisher, and what they share."""
+"""The threads of the consumer: intake, worker, publisher, prefetch. Each module names its thread in its first lines."""

@@ -1,4 +1,4 @@
-"""How the consumer is: what can be measured of its process and its files; any thread may call it."""
+"""Measurements of one consumer's process and files; any thread may call it."""
 
 import os
 import resource
@@ -15,15 +15,15 @@ _STATM = Path("/proc/self/statm")
 
 
 class HealthProbe:
-    """Takes measurements of one consumer."""
+    """Measures the health of one consumer."""
 
     def __init__(self, folder: Path, *, worker_alive: Callable[[], bool], network_alive: Callable[[], bool]) -> None:
-        """Start the clock.
+        """Start the clock of `uptime`.
 
         Args:
             folder: the data directory.
             worker_alive: whether the worker's thread runs.
-            network_alive: whether there is a connection to the broker, and its thread runs.
+            network_alive: whether the client is connected to the broker.
         """
         self._folder = folder
         self._worker_alive = worker_alive
@@ -31,33 +31,32 @@ class HealthProbe:
         self._started = time.monotonic()
 
     def measure(self) -> HealthMessage:
-        """Measure."""
         return HealthMessage(
             uptime=round(time.monotonic() - self._started, 1),
             worker_alive=self._worker_alive(),
             network_alive=self._network_alive(),
-            ledger_bytes=_sizes(self._folder, "ledger.json*"),
+            ledger_bytes=_total_bytes(self._folder, "ledger.json*"),
             rss_bytes=_rss_bytes(),
-            spool_bytes=_sizes(self._folder / "spool", "*"),
+            spool_bytes=_total_bytes(self._folder / "spool", "*"),
             disk_free_bytes=_free_bytes(self._folder),
         )
 
     def fields(self) -> dict[str, Any]:
-        """Measure, and return it by the contract's names."""
+        """Measure, and return the fields by their names in the contract."""
         return self.measure().model_dump()
 
 
-def _sizes(folder: Path, pattern: str) -> int:
+def _total_bytes(folder: Path, pattern: str) -> int:
     try:
-        return sum(_size(path) for path in folder.glob(pattern))
-    except OSError:  # no descriptor is left for looking
+        return sum(_size_bytes(path) for path in folder.glob(pattern))
+    except OSError:  # no file descriptor is left to list the folder
         return 0
 
 
-def _size(path: Path) -> int:
+def _size_bytes(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # it was there a moment ago
+    except OSError:  # it was removed after the listing
         return 0
 
 
@@ -71,6 +70,6 @@ def _free_bytes(folder: Path) -> int | None:
 def _rss_bytes() -> int:
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no /proc: the most that it ever was is the best that can be had
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+    except OSError:  # without /proc only the peak is known
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

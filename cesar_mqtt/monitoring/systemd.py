@@ -1,4 +1,4 @@
-"""Telling systemd how the service is (sd_notify(3)); without systemd every call does nothing.
+"""Notifications to systemd (sd_notify(3)); without systemd every call does nothing.
 
 Any thread may call it; each call sends one datagram and takes a second at most.
 """
@@ -8,10 +8,11 @@ import socket
 from collections.abc import Mapping
 
 _TIMEOUT_S = 1.0
+"""A service manager that does not read must not hold up the main thread."""
 
 
 class Notifier:
-    """The line to the service manager, from the variables that it set for this process.
+    """Sends the state of this process to the service manager. The methods return False when it was not sent.
 
     Args:
         environ: where NOTIFY_SOCKET is looked up, once.
@@ -23,15 +24,15 @@ class Notifier:
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
 
     def ready(self) -> bool:
-        """Say that start-up is over. All three return False when nobody was told."""
+        """Notify that start-up is complete."""
         return self._send("READY=1")
 
     def stopping(self) -> bool:
-        """Say that the service has begun to stop."""
+        """Notify that the service has begun to stop."""
         return self._send("STOPPING=1")
 
     def alive(self) -> bool:
-        """Say that work goes on, so that the watchdog does not end the process; every second, whatever it allows."""
+        """Reset the watchdog; called every second, whatever its timeout is."""
         return self._send("WATCHDOG=1")
 
     def _send(self, state: str) -> bool:
@@ -42,5 +43,5 @@ class Notifier:
                 channel.settimeout(_TIMEOUT_S)
                 channel.sendto(state.encode("ascii"), self._address)
         except OSError:
-            return False  # a manager that cannot be told is no reason to stop transcribing
+            return False  # the consumer works without a service manager
         return True

@@ -153,29 +153,14 @@ def _operations() -> Document:
             "channel": {"$ref": "#/channels/answers"},
             "messages": _references("answers", ("accepted", "rejection")),
         }
-    for command in COMMANDS:
-        short = "named" if issubclass(COMMANDS[command], JobCommand) else "nothing"
-        taken = (f"{command}Request", short)
-        operations[command] = _operation("requests", CHANNELS["requests"], taken, _COMMANDS[command])
+    for command, kind in COMMANDS.items():
+        short = "named" if issubclass(kind.request, JobCommand) else "nothing"
+        operations[command] = _operation("requests", CHANNELS["requests"], (f"{command}Request", short), kind.summary)
         operations[command]["reply"] = {
             "channel": {"$ref": "#/channels/responses"},
             "messages": _references("responses", (f"{command}Response",)),
         }
     return operations
-
-
-_COMMANDS = {
-    "cancel": "End a job: a queued one at once, the running one at its next segment.",
-    "retry": "Queue a job again that ended in an error or was cancelled.",
-    "delete": "Delete a job, its results and its audio.",
-    "get": "Return the status of a job.",
-    "result": "Return a page of a result.",
-    "list": "List jobs.",
-    "pause": "Start no further job; jobs are still accepted. It lasts over restarts.",
-    "resume": "Start jobs again.",
-    "health": "Return the health of the consumer.",
-    "models": "List the models.",
-}
 
 
 def _operation(name: str, channel: Channel, messages: tuple[str, ...], summary: str) -> Document:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cesar_mqtt.protocol.commands import COMMANDS
-from cesar_mqtt.protocol.schema import MODELS, Schema, job_line_schema, line_schema, response_name
+from cesar_mqtt.protocol.schema import NAMES, Schema, job_line_schema, line_schema, response_name
 
 JSON = "application/json"
 _TEXT, _BYTES = "text/plain", "application/octet-stream"
@@ -47,10 +47,9 @@ class Channel:
 
 _EMPTY: Schema = {"type": "string", "maxLength": 0}
 
-_NAMES = {model: name for name, model in MODELS.items()}
 _REQUESTS = {
-    f"{command}Request": Message(f"Request `{command}`", _NAMES[model], is_request=True, transaction=True)
-    for command, model in COMMANDS.items()
+    f"{command}Request": Message(f"Request `{command}`", NAMES[kind.request], is_request=True, transaction=True)
+    for command, kind in COMMANDS.items()
 }
 _RESPONSES = {
     f"{command}Response": Message(

@@ -4,7 +4,7 @@ Pure; any thread may make and read them.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -133,19 +133,6 @@ class ResultCommand(JobCommand):
     )
 
 
-COMMANDS: Mapping[str, type[Command]] = {
-    "cancel": JobCommand,
-    "retry": JobCommand,
-    "delete": JobCommand,
-    "get": JobCommand,
-    "result": ResultCommand,
-    "list": ListCommand,
-    "pause": Command,
-    "resume": Command,
-    "health": Command,
-    "models": Command,
-}
-
 # -- responses ----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +228,30 @@ class Models(Payload):
     cpu_threads: int = Field(description="How many threads the models use.")
     models: list[Model] = Field(description="Those that are on this machine, and the default.")
     consumer: Consumer
+
+
+class CommandType(NamedTuple):
+    """What a command reads, what the `data` of its successful response holds, and what it does."""
+
+    request: type[Command]
+    data: type
+    summary: str
+
+
+COMMANDS: Mapping[str, CommandType] = {
+    "cancel": CommandType(
+        JobCommand, CommandResult, "End a job: a queued one at once, the running one at its next segment."
+    ),
+    "retry": CommandType(JobCommand, CommandResult, "Queue a job again that ended in an error or was cancelled."),
+    "delete": CommandType(JobCommand, CommandResult, "Delete a job, its results and its audio."),
+    "get": CommandType(JobCommand, Status, "Return the status of a job."),
+    "result": CommandType(ResultCommand, ResultPage, "Return a page of a result."),
+    "list": CommandType(ListCommand, JobList, "List jobs."),
+    "pause": CommandType(Command, Paused, "Start no further job; jobs are still accepted. It lasts over restarts."),
+    "resume": CommandType(Command, Paused, "Start jobs again."),
+    "health": CommandType(Command, HealthResponse, "Return the health of the consumer."),
+    "models": CommandType(Command, Models, "List the models."),
+}
 
 
 def summary_of(status: Status) -> JobSummary:

@@ -131,8 +131,8 @@ def _requests() -> Examples:
         "line": ["porch.wav", "http://192.168.1.5/clip.m4a"],
         "named": ["porch-17", CURRENT],
         **{
-            f"{command}Request": about_a_job if issubclass(model, JobCommand) else without_fields
-            for command, model in COMMANDS.items()
+            f"{command}Request": about_a_job if issubclass(kind.request, JobCommand) else without_fields
+            for command, kind in COMMANDS.items()
         },
         "resultRequest": [
             {"job_id": "porch-17"},

@@ -1,4 +1,4 @@
-"""Names of languages as Whisper knows them; pure functions, any thread may call them."""
+"""The languages that Whisper knows. Pure; any thread may call it."""
 
 # The codes and names of Whisper's tokenizer (openai/whisper, tokenizer.py), `jw` being its code for Javanese.
 _NAMES = {
@@ -31,6 +31,6 @@ _CODES = {name: code for code, name in _NAMES.items()} | _ALIASES | {code: code 
 
 
 def language_code(text: str) -> str | None:
-    """Return Whisper's code for a code (`de`), a name (`German`) or a BCP-47 tag (`de-AT`); None: not one it knows."""
+    """Return Whisper's code for a code (`de`), a name (`German`) or a BCP-47 tag (`de-AT`); None: an unknown one."""
     wanted = text.strip().lower()
     return _CODES.get(wanted) or _CODES.get(wanted.replace("_", "-").partition("-")[0])

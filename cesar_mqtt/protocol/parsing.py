@@ -277,11 +277,12 @@ def parse_command(command: str, payload: bytes) -> ParsedCommand:
     name = fields.get("consumer")
     consumer = name if isinstance(name, str) and is_job_id(name) else None
     parsed = ParsedCommand(transaction=_transaction(fields), consumer=consumer)
-    model = COMMANDS.get(command)
-    if model is None:
+    kind = COMMANDS.get(command)
+    if kind is None:
         return replace(parsed, mistakes=f"There is no command {_shown(command)}: use one of {', '.join(COMMANDS)}.")
     if isinstance(document, str):
         return replace(parsed, mistakes=document)
+    model = kind.request
     if "job_id" in document and "job_id" not in model.model_fields:
         return replace(parsed, mistakes=f"`{command}` is not about one job: leave job_id out.")
     checked = _validated(model, _without_nulls(model, document))

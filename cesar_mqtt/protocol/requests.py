@@ -3,6 +3,7 @@
 Pure; any thread may call it. The message of a `ValueError` continues a sentence that begins with the field's name.
 """
 
+import dataclasses
 import json
 import re
 from itertools import pairwise
@@ -15,7 +16,7 @@ from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
-from cesar_mqtt.transcript import cut_hotwords, cut_prompt
+from cesar_mqtt.transcript import TranscriptionOptions, cut_hotwords, cut_prompt
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
 
@@ -217,22 +218,25 @@ class JobRequest(Payload):
             raise ValueError(f"Exactly one of {', '.join(AUDIO_FIELDS)} is needed, found {found}")
         return self
 
+    def unsupported_by(self, model: str) -> str | None:
+        """Return which of the options the model cannot do, as far as its name shows; None: it can do all."""
+        translates = self.task == "translate"
+        if model.endswith(_ENGLISH_ONLY) and (translates or self.language not in {None, "en"}):
+            field, lack = ("task", "cannot translate") if translates else ("language", f"knows no {self.language!r}")
+            return f"{field}: the model {model!r} is English-only and {lack}. Choose one that does not end in '.en'."
+        if translates and (model in _TURBO or model.startswith(_DISTILLED)):
+            return f"task: the model {model!r} cannot translate. Choose another one, such as 'large-v3'."
+        return None
+
     def options(self) -> dict[str, Any]:
         """Return the transcription options that differ from their defaults, very long prompts cut to what can count."""
         options = self.model_dump(include=_OPTIONS, exclude_defaults=True)
         return options | {name: kept(options[name]) for name, kept in _PROMPTS.items() if name in options}
 
 
-_OPTIONS = {
-    "language",
-    "task",
-    "initial_prompt",
-    "hotwords",
-    "beam_size",
-    "temperature",
-    "vad_filter",
-    "word_timestamps",
-    "clip_timestamps",
-    "batch_size",
-}
+_OPTIONS = {field.name for field in dataclasses.fields(TranscriptionOptions)} - {"model_size"}
+_ENGLISH_ONLY = ".en"
+_DISTILLED = "distil-"
+_TURBO = frozenset({"turbo", "large-v3-turbo"})
+"""These and the distilled models were trained without translation: asked to translate, they transcribe."""
 _PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}

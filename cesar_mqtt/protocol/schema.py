@@ -52,19 +52,7 @@ PUBLISHED: Mapping[str, type] = {
 """The payloads that it publishes, except the responses, whose `data` they are."""
 MODELS: Mapping[str, type] = {**READ, **PUBLISHED}
 
-ANSWERS: Mapping[str, str] = {
-    "cancel": "Done",
-    "retry": "Done",
-    "delete": "Done",
-    "get": "Status",
-    "result": "Piece",
-    "list": "JobList",
-    "pause": "Paused",
-    "resume": "Paused",
-    "health": "Vitals",
-    "models": "Models",
-}
-"""The `data` of a successful response, by command."""
+NAMES: Mapping[type, str] = {model: name for name, model in MODELS.items()}
 
 
 class _WithoutTitles(GenerateJsonSchema):
@@ -85,12 +73,13 @@ def payload_schemas(reference: str = "#/$defs/{model}") -> dict[str, Schema]:
         ref_template="{model}",
         schema_generator=_WithoutTitles,
     )
-    names = {model.__name__: name for name, model in MODELS.items()}
+    names = {model.__name__: name for model, name in NAMES.items()}
     references = {model: reference.format(model=name) for model, name in names.items()}
     schemas = {names[model]: _public(names[model], schema) for model, schema in document["$defs"].items()}
     ordered = {name: _with_references(schemas[name], references) for name in MODELS}
-    for command, data in ANSWERS.items():
-        ordered[response_name(command)] = _response(command, {"$ref": reference.format(model=data)})
+    for command, kind in commands.COMMANDS.items():
+        data = {"$ref": reference.format(model=NAMES[kind.data])}
+        ordered[response_name(command)] = _response(command, data)
     return {**ordered, "Failure": _failure()}
 
 

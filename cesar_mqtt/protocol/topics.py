@@ -1,4 +1,4 @@
-"""The topics of the contract under one prefix; pure values, any thread may use them."""
+"""The topics of the contract under one prefix. Pure values; any thread may use them."""
 
 import re
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 """Safe as one level of a topic in every broker and inside Home Assistant's entity ids."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MEANT = ("jobs", "audio", "request", "status", "result", "segments", "events", "rejected", "consumer")
-"""What stands behind the prefix where a consumer listens or speaks, except for answers."""
+_OWN_LEVELS = ("jobs", "audio", "request", "status", "result", "segments", "events", "rejected", "consumer")
+"""The level after the prefix of each topic that a consumer subscribes or publishes to, except responses."""
 
 
 def is_job_id(text: str) -> bool:
@@ -18,7 +18,7 @@ def is_job_id(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Topics:
-    """Where a consumer called `consumer` listens and publishes under `prefix`."""
+    """The topics of the consumer named `consumer` under `prefix`."""
 
     prefix: str
     consumer: str
@@ -30,17 +30,17 @@ class Topics:
 
     @property
     def audio_filter(self) -> str:
-        """The subscription for audio files; `#`, so that a topic with a wrong id is refused rather than not seen."""
+        """The subscription for audio files; `#`, so that a topic with an invalid id is rejected instead of missed."""
         return f"{self.prefix}/audio/#"
 
     @property
     def rejected(self) -> str:
-        """Where refused messages are reported, not retained."""
+        """Where rejections are published, not retained."""
         return f"{self.prefix}/rejected"
 
     @property
     def events(self) -> str:
-        """Where each change of a job is told, not retained."""
+        """Where each change of a job is published, not retained."""
         return f"{self.prefix}/events"
 
     def audio(self, job_id: str) -> str:
@@ -48,16 +48,16 @@ class Topics:
         return f"{self.prefix}/audio/{job_id}"
 
     def audio_job_id(self, topic: str) -> str | None:
-        """What stands in `topic` where `audio_filter` expects a job id (not checked); None: another topic."""
+        """Return what `topic` has in place of the job id (not checked); None: not an audio topic."""
         return self._below("audio", topic)
 
     def is_submission(self, topic: str) -> bool:
-        """Whether what is published on `topic` is meant to become a job."""
+        """Whether messages on `topic` submit jobs."""
         return topic == self.jobs or self.audio_job_id(topic) is not None
 
     def is_own(self, topic: str) -> bool:
-        """Whether what is published on a topic is taken for a request, or for something that the consumer said."""
-        return any(self._below(name, topic) is not None for name in _MEANT)
+        """Whether a message on `topic` would be read as a request, or as published by the consumer."""
+        return any(self._below(name, topic) is not None for name in _OWN_LEVELS)
 
     def status(self, job_id: str) -> str:
         """The retained status of one job."""
@@ -68,24 +68,24 @@ class Topics:
         return f"{self.prefix}/result/{job_id}/{name}"
 
     def segments(self, job_id: str) -> str:
-        """Where the segments of one job appear as soon as they are known, not retained."""
+        """Where the segments of one job are published as soon as they are known, not retained."""
         return f"{self.prefix}/segments/{job_id}"
 
     @property
     def request_filter(self) -> str:
-        """The subscription for commands; `#`, so that a topic with no known command is answered, too."""
+        """The subscription for commands; `#`, so that an unknown command is answered, too."""
         return f"{self.prefix}/request/#"
 
     def request_command(self, topic: str) -> str | None:
-        """What stands in `topic` where `request_filter` expects a command (not checked); None: another topic."""
+        """Return what `topic` has in place of the command (not checked); None: not a request topic."""
         return self._below("request", topic)
 
     def response(self, command: str) -> str:
-        """Where a command is answered, not retained."""
+        """Where the response to a command is published, not retained."""
         return f"{self.prefix}/response/{command}"
 
     def _below(self, name: str, topic: str) -> str | None:
-        """Return what follows `name/` in a topic; empty when that is missing, as `#` matches the level above, too."""
+        """Return what follows `name/` in a topic; empty if nothing does, for `#` matches the level above, too."""
         head = f"{self.prefix}/{name}"
         if topic == head:
             return ""

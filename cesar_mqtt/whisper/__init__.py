@@ -1,1 +1,1 @@
-"""From samples to a transcript; faster-whisper stops here."""
+"""From samples to a transcript. faster-whisper, CTranslate2 and huggingface_hub stop here."""

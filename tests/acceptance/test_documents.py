@@ -139,9 +139,30 @@ def test_texts_use_the_words_of_the_glossary(page: Path) -> None:
 @pytest.mark.model
 @pytest.mark.mosquitto
 def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> None:
-    """Every block is given to a shell, in order; what serves goes on in the background until the next one serves.
+    printed = follow(ROOT / "README.md", mosquitto, free_port, tmp_path)
+    assert "Every recording you publish becomes a job on disk." in printed["make demo"]
+    assert words(printed[".venv/bin/cesar-mqtt submit tests/data/speech.wav"]) == SPOKEN
+    (status,) = [text for text in printed.values() if text.startswith("{")]
+    assert words(json.loads(status)["result_text"]) == SPOKEN, "mosquitto_sub printed it"
 
-    Nothing is changed but the port, which may be taken on this machine, and the folder of the data.
+
+@pytest.mark.model
+@pytest.mark.mosquitto
+def test_the_first_job_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> None:
+    printed = follow(ROOT / "docs" / "first-job.md", mosquitto, free_port, tmp_path)
+    submitted, published, shown, changed = printed.values()
+    assert words(submitted.partition("\n")[0]) == SPOKEN
+    assert "00:00:00,000 -->" in submitted
+    assert words(published.splitlines()[2]) == SPOKEN
+    assert "note-3" in shown
+    assert "note-5" in changed
+
+
+def follow(page: Path, mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> dict[str, str]:
+    """Give every block to a shell, in order; what serves continues in the background until the next one serves.
+
+    Nothing is changed but the port, which may be taken on this machine, and the folder of the data. `watch` is left
+    out: it has no end. Returns what the blocks print, by their first lines.
     """
     shims = tmp_path / "bin"
     shims.mkdir()
@@ -149,14 +170,16 @@ def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port
     port_file.write_text(str(free_port))
     for program in ("mosquitto_pub", "mosquitto_sub"):
         (shims / program).write_text(f'#!/bin/sh\nexec {need(program)} -p "$(cat {port_file})" "$@"\n')
-        (shims / program).chmod(0o755)
+    (shims / "cesar-mqtt").write_text(f'#!/bin/sh\nexec {sys.executable} -m cesar_mqtt "$@"\n')
+    for shim in shims.iterdir():
+        shim.chmod(0o755)
     environ = {**os.environ, **SMALL, "PATH": f"{shims}:{os.environ['PATH']}", "CESAR_DATA_DIR": str(tmp_path / "data")}
     environ["CESAR_BROKER__URL"] = f"mqtt://127.0.0.1:{free_port}"
     serving: subprocess.Popen[str] | None = None
-    said: dict[str, str] = {}
+    printed: dict[str, str] = {}
     try:
-        for block in blocks(ROOT / "README.md"):
-            shown = block.replace(".venv/bin/cesar-mqtt", f"{sys.executable} -m cesar_mqtt")
+        for block in blocks(page):
+            shown = block.replace(".venv/bin/cesar-mqtt", "cesar-mqtt")
             if " serve" in shown:
                 stop(serving)
                 shown = shown.replace(" serve --broker mqtt://127.0.0.1:1883", f" serve --broker {mosquitto.url}")
@@ -166,7 +189,8 @@ def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port
                 environ["CESAR_BROKER__URL"] = f"mqtt://127.0.0.1:{port}"
                 serving = start(shown, {**environ, "CESAR_BROKER__URL": f"{scheme}://127.0.0.1:{port}"}, tmp_path)
                 continue
-            command = shown.replace("make demo", f"{sys.executable} -m cesar_mqtt demo")
+            command = shown.replace("make demo", "cesar-mqtt demo")
+            command = re.sub(r"^cesar-mqtt watch$", "", command, flags=re.MULTILINE)
             done = subprocess.run(
                 ["/bin/sh", "-ec", command],
                 cwd=ROOT,
@@ -176,14 +200,11 @@ def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port
                 timeout=PATIENCE_S,
                 check=False,
             )
-            assert done.returncode == 0, (block, done.stderr)
-            said[block.split("\n")[0]] = done.stdout
+            assert done.returncode == 0, (block, done.stdout, done.stderr)
+            printed[block.split("\n")[0]] = done.stdout
     finally:
         stop(serving)
-    assert "Every recording you publish becomes a job on disk." in said["make demo"]
-    assert words(said[".venv/bin/cesar-mqtt submit tests/data/speech.wav"]) == SPOKEN
-    (status,) = [text for text in said.values() if text.startswith("{")]
-    assert words(json.loads(status)["result_text"]) == SPOKEN, "mosquitto_sub printed it"
+    return printed
 
 
 def start(command: str, environ: dict[str, str], folder: Path) -> "subprocess.Popen[str]":

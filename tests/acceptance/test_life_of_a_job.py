@@ -220,7 +220,7 @@ def test_whoever_waits_for_a_wrong_request_recognises_its_status(
         assert (status["error_code"], status["metadata"]) == ("invalid_request", {"room": "porch"})
         assert status["audio_source"] == source
     bus.publish("cesar/audio/empty", "")
-    consumer.wait_for_log("An empty file is ignored: no job is made of it (job empty)")
+    consumer.wait_for_log("Empty upload ignored: no job is created (job empty)")
     assert bus.seen("cesar/status/empty") == bus.seen("cesar/status/other") == []
 
 

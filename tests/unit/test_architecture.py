@@ -6,11 +6,14 @@ each other; the modules of the first one do.
 
 import ast
 import functools
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import cesar_mqtt
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = _ROOT / "cesar_mqtt"
@@ -200,3 +203,14 @@ def _assigned(target: ast.expr, value: ast.expr, name: str) -> Iterator[set[str]
             yield from _assigned(inner, part, name)
     elif isinstance(target, ast.Name) and target.id == name and isinstance(value, ast.Constant):
         yield {str(value.value)}
+
+
+def test_the_life_of_a_job_names_functions_that_exist() -> None:
+    """The stops in the package's docstring are where a reader starts."""
+    stops = re.findall(r"`([a-z_]+\.[a-z_]+)\.([A-Za-z_.]+)`", cesar_mqtt.__doc__ or "")
+    assert len(stops) >= 10
+    for module, name in stops:
+        found: object = importlib.import_module(f"cesar_mqtt.{module}")
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert callable(found), name

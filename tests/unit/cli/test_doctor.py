@@ -129,7 +129,7 @@ def test_a_model_in_parts_is_tried_and_leaves_nothing_behind(tmp_path: Path) -> 
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("the parts of base are not installed")
     (found,) = doctor.check_model(settings(tmp_path, models={"default": "base"}))
     assert found.verdict is Severity.OK
-    assert found.detail.startswith("base, put together from its packages for this check, runs on ")
+    assert found.detail.startswith("base, joined from its packages for this check, runs on ")
     assert "models pull base" in found.what_to_do
     assert list(tmp_path.iterdir()) == []
 
@@ -213,7 +213,7 @@ def test_the_users_of_the_documented_access_list_miss_nothing_that_they_need(
 def test_of_what_may_not_be_read_only_statuses_and_refusals_are_needed() -> None:
     needed = ["cesar/status/+", "cesar/rejected"]
     for refused, verdict in ((("cesar/consumer/+/state",), Severity.NOTE), (("cesar/rejected",), Severity.WRONG)):
-        assert doctor._reading(refused, needed=needed).verdict is verdict
+        assert doctor._check_subscribing(refused, needed=needed).verdict is verdict
 
 
 @pytest.mark.mosquitto

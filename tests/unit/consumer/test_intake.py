@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cesar_mqtt.consumer.command_handlers import Answer
+from cesar_mqtt.consumer.commands import CommandResponse
 from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.errors import ErrorCode
@@ -31,6 +31,10 @@ from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
+
+if TYPE_CHECKING:
+    from cesar_mqtt.consumer.commands import CommandHandlers
+    from cesar_mqtt.consumer.publisher import Publisher
 
 DEADLINE_S = 10.0
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
@@ -80,19 +84,19 @@ class FakeModels:
         return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
 
 
-class FakeControls:
-    """Answers with what it was asked, and with the jobs that the ledger had then."""
+class FakeCommands:
+    """Responds with the command and its payload, and records the jobs that the ledger has then."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.rejection: Refusal | None = None
         self.seen: list[list[str]] = []
 
-    def answer(self, command: str, payload: bytes) -> Answer | None:
+    def handle(self, command: str, payload: bytes) -> CommandResponse | None:
         self.seen.append([job.job_id for job in self._ledger.jobs()])
         if payload == b"elsewhere":
             return None
-        return Answer(f"{command}: ".encode() + payload, self.rejection)
+        return CommandResponse(f"{command}: ".encode() + payload, self.rejection)
 
 
 class FakePublisher(JobObserver):
@@ -163,7 +167,7 @@ class Bench:
         self.folder.mkdir(exist_ok=True)
         self.ledger = Ledger(self.folder / "ledger.json", max_queued=MAX_QUEUED, disk=self.ledger_disk)
         self.models = FakeModels()
-        self.controls = FakeControls(self.ledger)
+        self.commands = FakeCommands(self.ledger)
         self.spool_folder = self.folder / "spool"
         self.spool = Spool(self.spool_folder, self.spool_disk)
         self.intake = Intake(
@@ -172,10 +176,10 @@ class Bench:
             spool=self.spool,
             topics=Topics("cesar", "kitchen"),
             models=self.models,
-            controls=self.controls,
+            commands=cast("CommandHandlers", self.commands),
             max_payload_bytes=MAX_PAYLOAD_BYTES,
             events=JobEvents(self.publisher),
-            responder=self.publisher,
+            publisher=cast("Publisher", self.publisher),
         )
         self.trace.clear()
 
@@ -463,7 +467,7 @@ def test_an_upload_that_is_too_large_is_told_to_whoever_waits_for_its_id(bench: 
     assert bench.take(upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
     assert bench.job("a").state is JobState.ERROR
     assert bench.job("a").error_message == (
-        "The message has 4097 bytes, at most 4096 are taken (queue.max_payload_bytes)."
+        "The message has 4097 bytes: at most 4096 are accepted (queue.max_payload_bytes)."
     )
 
 
@@ -546,12 +550,12 @@ def test_an_empty_upload_is_noted_in_the_log_with_its_id_and_an_empty_request_is
         bench.take(message(b"", "cesar/audio/note-1"), message(b""), upload("note-2"))
     [record] = caplog.records
     assert (record.levelno, getattr(record, "job_id", None)) == (logging.INFO, "note-1")
-    assert record.getMessage() == "An empty file is ignored: no job is made of it"
+    assert record.getMessage() == "Empty upload ignored: no job is created"
 
 
 @pytest.mark.parametrize("topic", ["cesar/audio/", "cesar/request/"])
 def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, caplog: pytest.LogCaptureFixture) -> None:
-    bench.controls.rejection = Refusal("unknown_command", "There is none.")
+    bench.commands.rejection = Refusal("unknown_command", "There is none.")
     with caplog.at_level(logging.INFO):
         bench.take(message(WAV, topic + "x" * 60_000, response_topic="cesar/audio/" + "y" * 60_000))
         bench.take(message(b"", topic + "x" * 60_000))
@@ -1024,7 +1028,7 @@ def test_a_request_is_answered_on_the_topic_of_its_command_and_then_acknowledged
 
 def test_a_request_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> None:
     bench.take(request(job_id="a"), command("list"), request(job_id="b"), request(job_id="c"), command("list"))
-    assert bench.controls.seen == [["a"], ["a", "b", "c"]]
+    assert bench.commands.seen == [["a"], ["a", "b", "c"]]
     assert bench.trace.count("acknowledged") == 4, "each stretch in its turn"
 
 
@@ -1056,12 +1060,12 @@ def test_a_client_may_listen_among_the_response_topics(bench: Bench) -> None:
 
 def test_a_retained_request_is_not_done_for_it_would_be_done_at_every_connection(bench: Bench) -> None:
     assert bench.take(command("delete", b"a", retain=True)) == ["invalid_request"]
-    assert bench.controls.seen == []
+    assert bench.commands.seen == []
     assert bench.publisher.answers == []
 
 
 def test_what_the_control_refuses_is_reported_as_well(bench: Bench) -> None:
-    bench.controls.rejection = Refusal("unknown_command", "There is none.")
+    bench.commands.rejection = Refusal("unknown_command", "There is none.")
     assert bench.take(command("dance")) == ["unknown_command"]
     assert bench.publisher.answers == [("cesar/response/dance", b"dance: ", None)]
 

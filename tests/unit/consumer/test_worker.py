@@ -55,12 +55,25 @@ class Call:
     should_stop: Callable[[], bool]
 
 
+def say_hello(call: Call) -> Transcript:
+    """What a transcriber does with a recording of `HELLO`, or with one of which all windows are `done`."""
+    windows = tuple(call.done) or HELLO.windows
+    for segment in () if call.done else HELLO.windows[0].segments:
+        if call.should_stop():
+            raise Cancelled
+        call.on_segment(segment)
+    if call.should_stop():
+        raise Cancelled
+    call.on_progress(Progress(HELLO.audio_duration_s, HELLO.audio_duration_s))
+    return dataclasses.replace(HELLO, windows=windows)
+
+
 class FakeTranscriber:
     """Answers with `script`, and notes the calls. Nothing is transcribed."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.script: Callable[[Call], Transcript] = lambda _call: HELLO
+        self.script: Callable[[Call], Transcript] = say_hello
         self.warm_ups: list[str] = []
         self.warm_up_error: Exception | None = None
 
@@ -100,7 +113,10 @@ class FakePrefetcher:
         if job.audio is None:
             raise JobFailedError(ErrorCode.INTERNAL, "The job has no audio. Submit it again.")
         if job.audio.kind == "spool":
-            return self._spool.path(job.audio.name)
+            path = self._spool.path(job.audio.name)
+            if not path.exists():
+                raise JobFailedError(ErrorCode.AUDIO_NOT_FOUND, "The recording is gone from the spool.")
+            return path
         return resolve_audio_path(job.audio.name, [self._directory])
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:

@@ -4,14 +4,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 
-from cesar_mqtt.consumer.command_handlers import ANSWER_BYTES, Answer, CommandHandlers
+from cesar_mqtt.consumer.commands import RESPONSE_BYTES, CommandHandlers, CommandResponse
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
@@ -19,11 +18,13 @@ from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.formats import content_of, render
 from cesar_mqtt.protocol.payloads import JobProgress, status_of
-from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.transcript import Segment, Window
 from cesar_mqtt.whisper.catalogue import ModelEntry
 from cesar_mqtt.whisper.model_store import StoreDescription
 from tests.unit.ledger.faults import FaultyDisk, failing
+
+if TYPE_CHECKING:
+    from cesar_mqtt.ledger.spool import Spool
 
 RESULT = Result("Good morning. Goodbye.", 60.0, "en", 0.98, no_speech=False)
 MODELS = StoreDescription(
@@ -51,8 +52,20 @@ class FakeModels:
         return MODELS
 
 
+class FakeSpool:
+    """Records which files are removed; the ledger must not need them any more."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.removed: list[list[str]] = []
+
+    def remove(self, names: list[str]) -> None:
+        assert not self._ledger.needed_spool_files() & set(names), "the deletion is on disk before the files go"
+        self.removed.append(names)
+
+
 class Bench:
-    """A control over a real ledger, and what it told others."""
+    """Command handlers over a real ledger, and what they reported."""
 
     def __init__(self, path: Path, *, grouped: bool = False) -> None:
         self.path = path
@@ -61,32 +74,28 @@ class Bench:
         self.models = FakeModels()
         self.vital: dict[str, Any] = {"uptime": 12.5, "worker_alive": True}
         self.cancelled: list[str] = []
-        self.live: dict[str, JobProgress] = {}
-        self.deleted: list[tuple[str, list[str]]] = []
-        self.control = CommandHandlers(
+        self.progress: dict[str, JobProgress] = {}
+        self.spool = FakeSpool(self.ledger)
+        self.handlers = CommandHandlers(
             self.ledger,
+            spool=cast("Spool", self.spool),
             models=self.models,
             consumer="porch",
             on_cancelled=lambda job: self.cancelled.append(job.job_id),
-            live=lambda job: self.live.get(job.job_id),
-            on_deleted=self.on_deleted,
+            progress_of=lambda job: self.progress.get(job.job_id),
             health=lambda: self.vital,
             grouped=grouped,
         )
 
-    def on_deleted(self, job: Job, names: Any) -> None:
-        assert self.ledger.get(job.job_id) is None, "it is on disk before anybody is told"
-        self.deleted.append((job.job_id, list(names)))
-
-    def answer(self, command: str, request: Any = b"") -> Answer:
+    def answer(self, command: str, request: Any = b"") -> CommandResponse:
         payload = request if isinstance(request, bytes) else json.dumps(request).encode()
-        answer = self.control.answer(command, payload)
+        answer = self.handlers.handle(command, payload)
         assert answer is not None, "there was silence"
         return answer
 
     def is_silent(self, command: str, request: Any = b"") -> bool:
         payload = request if isinstance(request, bytes) else json.dumps(request).encode()
-        return self.control.answer(command, payload) is None
+        return self.handlers.handle(command, payload) is None
 
     def ask(self, command: str, request: Any = b"") -> dict[str, Any]:
         answer = self.answer(command, request)
@@ -162,14 +171,14 @@ def test_the_job_in_work_is_cancelled_by_its_id_or_as_the_current_one(bench: Ben
         assert bench.ok("cancel", name) == {"job_id": "a", "status": "processing", "consumer": "porch"}
     assert bench.ledger.is_cancelling(job.seq)
     bench.ledger.finish_cancelling(job.seq)
-    assert bench.error("cancel", b"current") == "No job is processing just now: name one by its id."
+    assert bench.error("cancel", b"current") == "No job is running: name one by its id."
     assert bench.state("b") is JobState.QUEUED
 
 
 def test_current_is_the_running_job_for_every_command_that_names_one(bench: Bench) -> None:
     bench.submit("a")
     for command in ("cancel", "retry", "delete", "get", "result"):
-        assert "No job is processing" in bench.error(command, b"current")
+        assert "No job is running" in bench.error(command, b"current")
     bench.claim()
     assert bench.ok("get", b"current")["job_id"] == "a"
     assert bench.error("delete", b"current") == "Job a is processing: cancel it first."
@@ -198,14 +207,14 @@ def test_a_deleted_job_is_gone_and_its_audio_is_given_up(bench: Bench) -> None:
     bench.submit("b")
     assert bench.ok("delete", b"a") == {"job_id": "a", "status": "deleted", "consumer": "porch"}
     assert bench.ok("delete", {"job_id": "b"}) == {"job_id": "b", "status": "deleted", "consumer": "porch"}
-    assert bench.deleted == [("a", ["a.wav"]), ("b", [])]
-    assert bench.error("delete", b"a") == "There is no job a: it never was, or it was deleted."
-    assert bench.deleted[2:] == []
+    assert bench.spool.removed == [["a.wav"], []]
+    assert bench.error("delete", b"a") == "There is no job a: it never existed, or it was deleted."
+    assert bench.spool.removed[2:] == []
 
 
 @pytest.mark.parametrize("command", ["cancel", "retry", "delete", "get", "result"])
 def test_a_job_that_there_is_not_is_named(bench: Bench, command: str) -> None:
-    assert bench.error(command, b"ghost") == "There is no job ghost: it never was, or it was deleted."
+    assert bench.error(command, b"ghost") == "There is no job ghost: it never existed, or it was deleted."
 
 
 def test_get_is_the_status_as_it_is_published(bench: Bench) -> None:
@@ -229,7 +238,7 @@ def test_the_status_of_a_long_job_is_cut_as_it_is_on_a_broker_with_limits(bench:
     data = json.loads(answer)["data"]
     assert data["result_truncated"]
     assert len(data["result_text"]) > 50_000
-    assert len(answer) < ANSWER_BYTES + 1000
+    assert len(answer) < RESPONSE_BYTES + 1000
 
 
 # -- results ------------------------------------------------------------------------------------------------------
@@ -251,7 +260,9 @@ def test_the_text_of_a_job_is_always_there_and_its_times_only_if_a_format_was_as
     assert bench.ok("result", b"a") == {"job_id": "a", **piece, "consumer": "porch"}
     for name in ("srt", "vtt", "tsv", "json"):
         sentence = bench.error("result", {"job_id": "a", "format": name})
-        assert sentence.startswith(f"There is no {name} of job a: its times were not kept")
+        assert sentence.startswith(
+            f"There is no {name} of job a: without `formats` in the request the times were not stored"
+        )
         assert sentence.endswith("Ask for txt, or submit it again with `formats`.")
 
 
@@ -305,7 +316,7 @@ def test_no_piece_of_a_long_result_is_too_large_for_any_broker(bench: Bench, tex
         offset, more = 0, True
         while more:
             answer = bench.answer("result", {"job_id": "a", "format": name, "offset": offset})
-            assert len(answer.payload) <= ANSWER_BYTES
+            assert len(answer.payload) <= RESPONSE_BYTES
             data = json.loads(answer.payload)["data"]
             assert data["length"] > 10_000 or not data["more"]
             whole, offset, more = whole + data["text"], offset + data["length"], data["more"]
@@ -371,7 +382,7 @@ def test_a_list_of_a_thousand_jobs_with_long_names_comes_in_pages_that_every_bro
     after: str | None = None
     while True:
         answer = bench.answer("list", {"limit": 1000, "after": after})
-        assert len(answer.payload) < ANSWER_BYTES + 1000
+        assert len(answer.payload) < RESPONSE_BYTES + 1000
         data = json.loads(answer.payload)["data"]
         names += [job["job_id"] for job in data["jobs"]]
         assert all(len(job["audio_source"]) == 200 for job in data["jobs"])
@@ -386,8 +397,7 @@ def test_a_list_cannot_go_on_behind_a_job_that_was_deleted(bench: Bench) -> None
     bench.ledger.delete("a")
     for name in ("a", "ghost"):
         assert bench.error("list", {"after": name}) == (
-            f"There is no job {name} to go on behind: it never was here, or it was deleted. "
-            "Start again without `after`."
+            f"Unknown job id in `after`: {name}. It may have been deleted; start without `after`."
         )
 
 
@@ -432,48 +442,19 @@ def test_an_unknown_command_is_answered_and_rejected(bench: Bench, command: str)
     assert json.loads(bench.answer(command, b"\xff").payload)["transaction"] is None
 
 
-WRONG: list[tuple[str, Any, str]] = [
-    ("get", {}, "job_id must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current'; it is missing."),
-    ("get", b"", "job_id must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current'; it is missing."),
-    ("get", {"job_id": "a b"}, "must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current', not 'a b'."),
-    ("get", {"job_id": 7}, "or 'current', not 7."),
-    ("get", {"job_id": None}, "or 'current', not null."),
-    ("get", b"../etc/passwd", "or 'current', not '../etc/passwd'."),
-    ("get", b"a\nb", "The payload is neither a JSON object nor one line of text with a job's id."),
-    ("get", b"\xff\xfe", "The payload is neither a JSON object nor one line of text with a job's id."),
-    ("get", b"a" * 5000, "The payload is neither a JSON object nor one line of text with a job's id."),
-    ("get", b"x" * 70_000, "The request has 70000 bytes: at most 65536 are read."),
-    ("get", b"[1]", "The payload must be a JSON object, or one line of text with a job's id."),
-    ("get", b'"a"', "The payload must be a JSON object, or one line of text with a job's id."),
-    ("get", b"{", "The payload is not JSON: EOF while parsing an object at line 1 column 1."),
-    ("get", b'{"job_id": NaN}', "The payload is not JSON: expected value at line 1 column 12."),
-    ("get", {"job_id": "a", "jobid": 1}, "There is no field 'jobid' (did you mean job_id?)."),
-    ("cancel", {"job_id": "a", "reason": "x"}, "There is no field 'reason'."),
-    ("pause", b"on", "`pause` is not about one job: leave job_id out."),
-    ("list", {"job_id": "a"}, "`list` is not about one job: leave job_id out."),
-    ("pause", {"on": True}, "There is no field 'on'."),
-    ("list", {"limit": 0}, "limit must be a whole number from 1 to 1000, not 0."),
-    ("list", {"limit": 1001}, "limit must be a whole number from 1 to 1000, not 1001."),
-    ("list", {"limit": "5"}, "limit must be a whole number from 1 to 1000, not '5'."),
-    ("list", {"limit": True}, "limit must be a whole number from 1 to 1000, not true."),
-    ("list", {"status": "done"}, "'error', 'cancelled' or null, not 'done'."),
-    ("list", {"after": "a/b"}, "or null, not 'a/b'."),
-    ("result", {"job_id": "a", "format": "doc"}, "format must be one of txt, srt, vtt, tsv, json, not 'doc'."),
-    ("result", {"job_id": "a", "offset": -1}, "or the offset + length of the previous response, not -1."),
-    ("result", {"job_id": "a", "offset": 2**60}, "not 1152921504606846976."),
-    ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MAX_RESULT_BYTES}, not 3."),
-    ("result", {"job_id": "a", "length": MAX_RESULT_BYTES + 1}, f"from 4 to {MAX_RESULT_BYTES}, not 65537."),
-    ("get", {"job_id": "a", "transaction": "ü" * 2048}, "transaction has more than 4096 bytes as JSON."),
-    ("get", {"job_id": "a", "transaction": {"x": [0] * 2048}}, "transaction has more than 4096 bytes as JSON."),
-    ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds a number that is too large."),
-    ("list", {"a": 1, "b": 2, "c": 3, "d": 4}, "There is no field 'c'. Mistakes beside these: 1."),
-]
-
-
-@pytest.mark.parametrize(("command", "request_", "sentence"), WRONG)
-def test_what_is_wrong_is_said_with_what_it_must_be(bench: Bench, command: str, request_: Any, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "request_", "sentence"),  # the mistakes themselves: tests/unit/protocol/test_parsing.py
+    [
+        ("cancel", {"job_id": "a", "reason": "x"}, "There is no field 'reason'."),
+        ("get", b"a\nb", "The payload is neither a JSON object nor one line of text with a job's id."),
+        ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MAX_RESULT_BYTES}, not 3."),
+    ],
+)
+def test_an_invalid_command_is_answered_with_its_mistakes_and_changes_nothing(
+    bench: Bench, command: str, request_: Any, sentence: str
+) -> None:
     bench.submit("a")
-    assert bench.error(command, request_).endswith(sentence)
+    assert bench.error(command, request_) == sentence
     assert bench.state("a") is JobState.QUEUED
 
 
@@ -515,25 +496,25 @@ def test_a_disk_that_refuses_is_an_error_that_names_no_path_and_changes_nothing(
     bench.disk.fault = failing(times=float("inf"))
     request_ = {"transaction": "x"} if command in {"pause", "resume"} else {"job_id": "a", "transaction": "x"}
     assert bench.ask(command, request_)["transaction"] == "x"
-    sentence = "The consumer's disk refuses to write, so nothing was changed: see its log, then ask again."
+    sentence = "The consumer's disk refuses to write, so nothing was changed. See its log, then try again."
     assert bench.error(command, request_) == sentence
     assert [bench.ledger.jobs(), bench.ledger.totals()] == before
-    assert bench.deleted == []
+    assert bench.spool.removed == []
     bench.disk.heal()
     bench.ok(command, request_)
 
 
-def test_what_cannot_be_read_or_said_is_an_error_that_names_no_path(
+def test_what_cannot_be_read_or_serialised_is_an_error_that_names_no_path(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.models.broken = True
-    assert bench.error("models") == "The consumer cannot read what it needs for this: see its log, then ask again."
+    assert bench.error("models") == "The consumer cannot read the files that this needs. See its log, then try again."
     bench.vital = {"uptime": float("nan")}
-    assert bench.error("health") == "The consumer cannot put the answer into words: its log says why."
-    assert "Request health was not answered" in caplog.text
+    assert bench.error("health") == "The response cannot be serialised; see the consumer's log."
+    assert "The response to health cannot be serialised" in caplog.text
 
 
-def test_changes_are_logged_with_the_job_and_looks_are_not(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_changes_are_logged_with_the_job_and_queries_are_not(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.submit("a")
     with caplog.at_level("INFO"):
         for command in ("get", "cancel", "delete"):
@@ -541,47 +522,17 @@ def test_changes_are_logged_with_the_job_and_looks_are_not(bench: Bench, caplog:
         for command in ("pause", "list", "health"):
             bench.ok(command)
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["Job is now cancelled on request", "Job is now deleted on request", "Jobs are held back on request"]
+    assert said == ["Job cancelled by command", "Job deleted by command", "Queue paused by command"]
 
 
-def test_the_cancelling_of_a_job_in_work_is_logged_as_what_it_is(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_cancel_of_a_running_job_is_logged_as_what_it_is(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.submit("a")
     bench.claim()
     with caplog.at_level("INFO"):
         bench.ok("cancel", b"current")
     (record,) = caplog.records
-    assert record.getMessage() == "The job in work was asked to end"
+    assert record.getMessage() == "Cancelling the running job"
     assert (record.__dict__["action"], record.__dict__["job_id"]) == ("cancel", "a")
-
-
-@pytest.mark.parametrize("command", ["get", "result", "list", "pause", "models"])
-def test_null_is_a_field_that_was_left_out(bench: Bench, command: str) -> None:
-    complete(bench, "a", "Good morning. Goodbye.", ("srt",))
-    needed = {"job_id": "a"} if "job_id" in COMMANDS[command].model_fields else {}
-    left_out = dict.fromkeys(COMMANDS[command].model_fields)
-    assert {**left_out, **needed} != needed
-    assert bench.ask(command, {**left_out, **needed}) == bench.ask(command, needed)
-
-
-@pytest.mark.parametrize(
-    ("schema", "command", "request_"),
-    [
-        ("ListCommand", "list", {"limit": None, "status": None, "after": None, "consumer": None}),
-        ("ListCommand", "list", {"limit": 0}),
-        ("ListCommand", "list", {"limit": 5, "transaction": [{"a": 1}, None]}),
-        ("ResultCommand", "result", {"job_id": "a", "format": None, "offset": None, "length": None}),
-        ("ResultCommand", "result", {"job_id": "a", "length": 3}),
-        ("JobCommand", "get", {"job_id": None}),
-    ],
-)
-def test_what_the_schema_of_a_command_allows_is_what_the_consumer_takes(
-    bench: Bench, schema: str, command: str, request_: dict[str, Any]
-) -> None:
-    complete(bench, "a", "Good morning.", ("srt",))
-    allowed = Draft202012Validator(payload_schemas()[schema]).is_valid(request_)
-    assert allowed == (bench.ask(command, request_)["status"] == "ok")
 
 
 # -- anything at all ----------------------------------------------------------------------------------------------
@@ -610,7 +561,7 @@ def test_whatever_is_asked_there_is_one_answer_and_it_is_json(bench: Bench, requ
     for command, payload in requests:
         said = bench.ask(command, payload)
         assert isinstance(said["data"], dict)
-        assert len(json.dumps(said)) < ANSWER_BYTES
+        assert len(json.dumps(said)) < RESPONSE_BYTES
         try:
             document = json.loads(payload)
         except (ValueError, RecursionError):
@@ -649,7 +600,7 @@ def test_a_page_behind_a_job_of_another_member_is_for_that_one_to_tell(member: B
 def test_in_a_group_the_current_job_is_somebodys_or_nobodys(member: Bench, command: str) -> None:
     member.submit("a")
     job = member.claim()
-    assert "say with `consumer`" in member.error(command, b"current")
+    assert "name one with `consumer`" in member.error(command, b"current")
     assert not member.ledger.is_cancelling(job.seq), "all members would have ended theirs"
     assert member.ok(command, {"job_id": "current", "consumer": "porch"})["job_id"] == "a"
 
@@ -665,11 +616,6 @@ def test_what_is_asked_of_another_consumer_by_name_is_left_to_it(bench: Bench, m
     assert bench.ok(command, {**fields, "consumer": "porch"})["consumer"] == "porch"
 
 
-def test_the_name_of_a_consumer_has_to_be_one(bench: Bench) -> None:
-    assert "consumer must be the name of a consumer" in bench.error("pause", {"consumer": "a/b"})
-    bench.ask("dance", {"consumer": "a/b"})
-
-
 @pytest.mark.parametrize("command", ["dance", "pause", "get", "list"])
 def test_a_request_to_another_consumer_is_left_to_it_however_wrong_it_is(bench: Bench, command: str) -> None:
     assert bench.is_silent(command, {"consumer": "attic", "limit": 0, "nonsense": 1})
@@ -679,7 +625,7 @@ def test_a_request_to_another_consumer_is_left_to_it_however_wrong_it_is(bench: 
 def test_a_job_in_work_is_told_with_how_far_it_is(bench: Bench) -> None:
     bench.submit("a")
     bench.claim()
-    bench.live["a"] = JobProgress(
+    bench.progress["a"] = JobProgress(
         progress=0.4, processed_duration=24.0, audio_duration=60.0, speed=6.0, eta=6.0, updated_at=1_700_000_000.0
     )
     told = bench.ok("get", b"a")

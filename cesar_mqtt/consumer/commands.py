@@ -1,0 +1,318 @@
+"""The command handlers: execute what arrives on `cesar/request/<command>` and return the response; no MQTT in here.
+
+The intake's thread calls them; any other may, too: the ledger serialises the changes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from pydantic_core import from_json
+
+from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
+from cesar_mqtt.json_codec import encode
+from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.protocol import formats
+from cesar_mqtt.protocol.commands import (
+    COMMANDS,
+    CURRENT,
+    Command,
+    CommandResult,
+    JobCommand,
+    JobList,
+    ListCommand,
+    Model,
+    Models,
+    Paused,
+    Response,
+    ResultCommand,
+    ResultPage,
+    summary_of,
+)
+from cesar_mqtt.protocol.fields import Payload
+from cesar_mqtt.protocol.parsing import Refusal, parse_command
+from cesar_mqtt.protocol.payloads import JobProgress, status_of
+from cesar_mqtt.protocol.truncate import is_inside_character, truncate_list, truncate_result, truncate_status
+
+if TYPE_CHECKING:
+    from cesar_mqtt.whisper.model_store import StoreDescription
+
+log = get_logger(__name__)
+
+RESPONSE_BYTES = 120_000
+"""The size of the largest response, roughly: the strictest of the brokers that limit packets takes 128 KB."""
+_RESULT_BYTES = RESPONSE_BYTES - 1000
+"""The share of the text in a page of a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResponse:
+    """The response to one command.
+
+    Attributes:
+        payload: for the response topic of the command, and for the one that the message names.
+        rejection: the message has to be rejected as well; None: it need not.
+    """
+
+    payload: bytes
+    rejection: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a command failed, as a sentence for its sender.
+
+    Attributes:
+        is_elsewhere: the job is not in this ledger; in a group it may be in that of another consumer.
+    """
+
+    problem: str
+    is_elsewhere: bool = False
+
+
+_Outcome = Payload | Mapping[str, Any] | _Failure
+_NOTHING_RUNS = _Failure("No job is running: name one by its id.")
+_WHICH_CURRENT = "Several consumers share the jobs: name one with `consumer`, or the job by its id."
+
+
+class DescribesModels(Protocol):
+    """What the handlers need of the models."""
+
+    def describe(self) -> "StoreDescription":
+        """Describe the models and how they are run."""
+
+
+class CommandHandlers:
+    """Executes commands; each gets one response, whatever its payload is.
+
+    There is no response to a command for another consumer by name, and in a group none about a job of another consumer:
+    the owner of the job responds.
+
+    When the disk refuses a change, the response is an error and nothing has changed: the sender can repeat the command,
+    while a command that waited for the disk would hold up every message behind it.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        spool: Spool,
+        models: DescribesModels,
+        consumer: str,
+        on_cancelled: Callable[[Job], None],
+        progress_of: Callable[[Job], JobProgress | None],
+        health: Callable[[], Mapping[str, Any]],
+        grouped: bool = False,
+    ) -> None:
+        """Build the table of commands.
+
+        Args:
+            ledger: the jobs.
+            spool: loses the files of deleted jobs.
+            models: described by `models`.
+            consumer: the name of this consumer.
+            on_cancelled: called with a job that was cancelled in the queue.
+            progress_of: returns the progress of a running job.
+            health: returns the fields of `health`.
+            grouped: whether other consumers receive the same commands and share the jobs.
+        """
+        self._ledger = ledger
+        self._spool = spool
+        self._models = models
+        self._consumer = consumer
+        self._on_cancelled = on_cancelled
+        self._progress_of = progress_of
+        self._health = health
+        self._grouped = grouped
+        self._handlers: dict[str, Callable[[Any], _Outcome]] = {
+            "cancel": lambda command: self._for_job(command, self._cancel),
+            "retry": lambda command: self._for_job(command, self._retry),
+            "delete": lambda command: self._for_job(command, self._delete),
+            "get": lambda command: self._for_job(command, self._get),
+            "result": lambda command: self._for_job(command, lambda job_id: self._result(job_id, command)),
+            "list": self._list,
+            "pause": lambda _: self._pause(on=True),
+            "resume": lambda _: self._pause(on=False),
+            "health": lambda _: {**self._health(), "consumer": consumer},
+            "models": lambda _: self._describe_models(),
+        }
+
+    def handle(self, command: str, payload: bytes) -> CommandResponse | None:
+        """Execute a command; on return its change is on disk. Raises nothing, whatever command and payload are.
+
+        Args:
+            command: the last part of the topic.
+            payload: a JSON object, a line of text that is a job id, or nothing.
+
+        Returns:
+            None: another consumer responds.
+        """
+        parsed = parse_command(command, payload)
+        if parsed.consumer not in (None, self._consumer):
+            return None
+        if parsed.command is None:
+            rejection = None if command in COMMANDS else Refusal("unknown_command", parsed.mistakes)
+            return CommandResponse(self._error(parsed.mistakes, parsed.transaction), rejection)
+        payload_or_none = self._execute(command, parsed.command)
+        return None if payload_or_none is None else CommandResponse(payload_or_none)
+
+    def _execute(self, command: str, request: Command) -> bytes | None:
+        to_all = self._grouped and request.consumer is None
+        if to_all and isinstance(request, JobCommand) and request.job_id == CURRENT:
+            return self._error(_WHICH_CURRENT, request.transaction)
+        try:
+            outcome = self._handlers[command](request)
+            if not isinstance(outcome, _Failure):
+                _log_change(command, outcome)
+                return _ok(outcome, request.transaction)
+            if to_all and outcome.is_elsewhere:
+                return None
+            problem = outcome.problem
+        except IllegalTransitionError as exc:
+            problem = str(exc)
+        except LedgerError as exc:  # its message has a path in it
+            log.error("Command %s failed: %s", command, exc, action="control_failed")
+            problem = "The consumer's disk refuses to write, so nothing was changed. See its log, then try again."
+        except OSError as exc:
+            log.error("Command %s failed: %s", command, exc, action="control_failed")
+            problem = "The consumer cannot read the files that this needs. See its log, then try again."
+        except ValueError:  # a ledger that was edited by hand may hold what JSON cannot
+            log.exception("The response to %s cannot be serialised", command, action="control_failed")
+            problem = "The response cannot be serialised; see the consumer's log."
+        return self._error(problem, request.transaction)
+
+    def _error(self, problem: str, transaction: Any) -> bytes:
+        """Encode an error; in a group several members may respond, so it names this one."""
+        data = {"consumer": self._consumer}
+        return Response(status="error", data=data, error=problem, transaction=transaction).encode()
+
+    # -- one job ------------------------------------------------------------------------------------------------------
+
+    def _for_job(self, command: JobCommand, handle: Callable[[str], _Outcome]) -> _Outcome:
+        job_id = self._ledger.totals().processing if command.job_id == CURRENT else command.job_id
+        return _NOTHING_RUNS if job_id is None else handle(job_id)
+
+    def _cancel(self, job_id: str) -> _Outcome:
+        try:
+            job = self._ledger.cancel(job_id)
+        except IllegalTransitionError:
+            job = self._ledger.get(job_id)
+            if job is None or job.state is not JobState.CANCELLED:
+                raise
+        else:
+            if job is not None and job.state is JobState.CANCELLED:
+                self._on_cancelled(job)
+        return self._state_of(job, job_id)
+
+    def _retry(self, job_id: str) -> _Outcome:
+        return self._state_of(self._ledger.retry(job_id), job_id)
+
+    def _delete(self, job_id: str) -> _Outcome:
+        deleted = self._ledger.delete(job_id)
+        if deleted is None:
+            return _unknown(job_id)
+        _, spool_files = deleted
+        self._spool.remove(spool_files)
+        return CommandResult(job_id=job_id, status="deleted", consumer=self._consumer)
+
+    def _get(self, job_id: str) -> _Outcome:
+        job = self._ledger.get(job_id)
+        if job is None:
+            return _unknown(job_id)
+        status = status_of(job, self._consumer, self._progress_of(job))
+        return cast("dict[str, Any]", from_json(truncate_status(status, RESPONSE_BYTES)))
+
+    def _result(self, job_id: str, command: ResultCommand) -> _Outcome:
+        job = self._ledger.get(job_id)
+        if job is None:
+            return _unknown(job_id)
+        if job.state is not JobState.COMPLETED:
+            return _Failure(f"Job {job_id} is {job.state}: only a completed one has a result.")
+        windows = self._ledger.windows(job.seq)
+        if not windows and not job.formats and command.format != "txt":
+            return _Failure(
+                f"There is no {command.format} of job {job_id}: without `formats` in the request the times were not "
+                "stored. Ask for txt, or submit it again with `formats`."
+            )
+        segments = [segment for window in windows for segment in window.segments]
+        content, _ = formats.render(command.format, formats.content_of(job, segments))
+        return self._result_page(job_id, command, content)
+
+    def _result_page(self, job_id: str, command: ResultCommand, content: bytes) -> _Outcome:
+        """Return a page of a file; it ends between characters, so that each page can be read by itself."""
+        start = min(command.offset, len(content))
+        if is_inside_character(content, start):
+            problem = f"offset {start} is inside of a character: send the offset + length of the previous response."
+            return _Failure(problem)
+        text = truncate_result(content, start, command.length, _RESULT_BYTES)
+        length = len(text.encode())
+        return ResultPage(
+            job_id=job_id,
+            format=command.format,
+            offset=start,
+            length=length,
+            total=len(content),
+            text=text,
+            more=start + length < len(content),
+            consumer=self._consumer,
+        )
+
+    def _state_of(self, job: Job | None, job_id: str) -> _Outcome:
+        if job is None:
+            return _unknown(job_id)
+        return CommandResult(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
+
+    # -- all jobs -----------------------------------------------------------------------------------------------------
+
+    def _list(self, command: ListCommand) -> _Outcome:
+        previous = None if command.after is None else self._ledger.get(command.after)
+        if command.after is not None and previous is None:
+            problem = f"Unknown job id in `after`: {command.after}. It may have been deleted; start without `after`."
+            return _Failure(problem, is_elsewhere=True)
+        states = () if command.status is None else (JobState(command.status),)
+        after = 0 if previous is None else previous.seq
+        found = self._ledger.jobs(states=states, after=after, limit=command.limit + 1)
+        summaries = (summary_of(status_of(job, self._consumer)) for job in found[: command.limit])
+        jobs = truncate_list(summaries, RESPONSE_BYTES)
+        following = jobs[-1].job_id if len(found) > len(jobs) else None
+        return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
+
+    def _pause(self, *, on: bool) -> _Outcome:
+        self._ledger.pause(on=on)
+        return Paused(paused=on, consumer=self._consumer)
+
+    # -- the consumer -------------------------------------------------------------------------------------------------
+
+    def _describe_models(self) -> _Outcome:
+        store = self._models.describe()
+        return Models(
+            default=store.default,
+            loaded=store.loaded,
+            device=store.device,
+            compute_type=store.compute_type,
+            cpu_threads=store.cpu_threads,
+            models=[Model(**{name: getattr(entry, name) for name in Model.model_fields}) for entry in store.models],
+            consumer=self._consumer,
+        )
+
+
+def _unknown(job_id: str) -> _Failure:
+    return _Failure(f"There is no job {job_id}: it never existed, or it was deleted.", is_elsewhere=True)
+
+
+def _log_change(command: str, outcome: Payload | Mapping[str, Any]) -> None:
+    if isinstance(outcome, CommandResult) and outcome.status == JobState.PROCESSING:
+        log.info("Cancelling the running job", action=command, job_id=outcome.job_id)
+    elif isinstance(outcome, CommandResult):
+        log.info("Job %s by command", outcome.status, action=command, job_id=outcome.job_id)
+    elif isinstance(outcome, Paused):
+        log.info("Queue %s by command", "paused" if outcome.paused else "resumed", action=command)
+
+
+def _ok(outcome: Payload | Mapping[str, Any], transaction: Any) -> bytes:
+    """Encode a response. Raises ValueError for what JSON cannot hold."""
+    data = outcome.model_dump() if isinstance(outcome, Payload) else dict(outcome)
+    return encode(Response(status="ok", data=data, error=None, transaction=transaction).model_dump())
