@@ -24,7 +24,9 @@ log = get_logger(__name__)
 
 MAX_TRANSIENT_MESSAGES = 10_000
 MAX_TRANSIENT_BYTES = 16 << 20
+"""The memory of the messages that wait while the broker is slow or away."""
 _WARN_EVERY_S = 10.0
+"""Between two warnings of dropped messages."""
 
 _PACKET_OVERHEAD_BYTES = 64
 """Room for the fixed header, the packet id and the lengths of topic and properties."""

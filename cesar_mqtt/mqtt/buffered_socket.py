@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _READ_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 16
 _LINGER_S = 0.5
+"""How long `close` waits for the broker to close its end."""
 _DISCONNECT = 0xE0
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 

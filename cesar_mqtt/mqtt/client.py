@@ -31,9 +31,11 @@ from cesar_mqtt.threads import Backoff, StoppableThread
 log = get_logger(__name__)
 
 _FIRST_RETRY_S = 1.0
+"""The delay after the first failed attempt, or a lost connection; it doubles with each further one."""
 _MAX_RETRY_S = 60.0
 """The longest delay between two attempts; a connection that was ready for this long resets the delay."""
 _RETRY_JITTER = 0.5
+"""Clients that lost the same broker should not reconnect at the same moment."""
 _NO_SOCKET_S = 5.0
 """The delay before the next attempt when the system has no descriptors left."""
 

@@ -32,9 +32,11 @@ log = get_logger(__name__)
 
 _LISTENER = "default"
 _BACKLOG = 128
+"""Connections that may wait to be accepted."""
 _CONNECT_S = 10.0
 """How long a client may take to send the beginning of CONNECT."""
 _SHUTDOWN_S = 2.0
+"""How long closing waits for clients that do not read."""
 _SUBSCRIBER_S = 10
 """How long the publisher of a forwarded message waits until the subscriber has acknowledged it."""
 # From Python 3.12 on `asyncio.wait_for` creates no task: amqtt's reader then handles the end of a connection before the
@@ -43,6 +45,7 @@ _END_OVERTAKES_PACKETS = sys.version_info >= (3, 12)
 _MAX_DELIVERY_TURNS = 1000
 """At DISCONNECT wait for as many messages; in a session that another client took over they are never taken."""
 _JOIN_S = 5.0
+"""How long `close` waits for the thread: longer than the shutdown of the broker and its connections."""
 
 _CONNECT = 0x10
 _PROTOCOL_NAME = b"\x00\x04MQTT"

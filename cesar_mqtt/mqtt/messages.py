@@ -16,7 +16,7 @@ from cesar_mqtt.mqtt.broker_url import BrokerUrl, Credentials, Version
 MAX_PACKET_BYTES = 268_435_455
 """The largest packet of MQTT itself."""
 
-_MAX_TEXT_BYTES = 65_535
+_MAX_TEXT_BYTES = 65_535  # texts of MQTT have a two-byte length
 _MAX_TOPIC_LEVELS = 200  # mosquitto's TOPIC_HIERARCHY_LIMIT
 _PAIR_BYTES = 64
 """The memory of the tuple that holds the two texts of a user property."""

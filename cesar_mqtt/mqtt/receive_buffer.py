@@ -11,6 +11,7 @@ from cesar_mqtt.mqtt.messages import Delivery
 log = get_logger(__name__)
 
 _WARN_EVERY_S = 10.0
+"""Between two warnings of dropped messages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,19 +40,26 @@ def body_of(packet: bytes) -> tuple[int, bytes]:
     return packet[0], packet[start:]
 
 
-def expiring(seconds: int) -> bytes:
-    """Every property that a PUBLISH can have, as a broker sends them."""
+def packed(**fields: Any) -> bytes:
+    """Properties of a PUBLISH, as paho encodes them."""
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    properties.PayloadFormatIndicator = 1
-    properties.MessageExpiryInterval = seconds
-    properties.ContentType = "text/plain"
-    properties.ResponseTopic = "reply/to"
-    properties.CorrelationData = b"\x00\xff"
-    properties.SubscriptionIdentifier = 300
-    properties.TopicAlias = 1
-    properties.UserProperty = [("a", "1"), ("a", "ü")]
-    packed: bytes = properties.pack()  # type: ignore[no-untyped-call]
-    return packed
+    for name, value in fields.items():
+        if value is not None:
+            setattr(properties, name, value)
+    encoded: bytes = properties.pack()  # type: ignore[no-untyped-call]
+    return encoded
+
+
+EVERY_PROPERTY = {
+    "PayloadFormatIndicator": 1,
+    "MessageExpiryInterval": 60,
+    "ContentType": "text/plain",
+    "ResponseTopic": "reply/to",
+    "CorrelationData": b"\x00\xff",
+    "SubscriptionIdentifier": 300,
+    "TopicAlias": 1,
+    "UserProperty": [("a", "1"), ("a", "ü")],
+}
 
 
 def brought(properties: bytes, payload: bytes = b"x") -> bytes:
@@ -89,18 +96,47 @@ def test_paho_decodes_what_is_encoded(  # noqa: PLR0917 - hypothesis names them
     assert decode_publish(first, body, five=five, connection=3).user_properties == (tuple(pairs) if five else ())
 
 
-@pytest.mark.parametrize("qos", [0, 1])
-def test_all_properties_of_a_message_are_decoded(qos: int) -> None:
-    packet_id = b"\0\7" if qos else b""
-    body = b"\0\4jobs" + packet_id + expiring(60) + b"payload"
-    delivery = decode_publish(PUBLISH | 0x08 | qos << 1 | 1, body, five=True, connection=3)
-    assert (delivery.topic, delivery.payload, delivery.qos) == ("jobs", b"payload", qos)
-    assert (delivery.retain, delivery.dup) == (True, True)
+@given(
+    topic=TEXT.filter(bool),
+    payload=st.binary(max_size=300),
+    flags=st.tuples(st.sampled_from([0, 1, 2]), st.booleans(), st.booleans()),
+    known=st.fixed_dictionaries(
+        {
+            "MessageExpiryInterval": st.none() | st.integers(0, 0xFFFFFFFF),
+            "ResponseTopic": st.none() | TEXT,
+            "CorrelationData": st.none() | st.binary(max_size=200),
+            "UserProperty": st.none() | PAIRS.filter(bool),
+        }
+    ),
+    ignored=st.fixed_dictionaries(
+        {
+            "PayloadFormatIndicator": st.none() | st.integers(0, 1),
+            "ContentType": st.none() | TEXT,
+            "SubscriptionIdentifier": st.none() | st.integers(1, 268_435_455),
+            "TopicAlias": st.none() | st.integers(1, 65_535),
+        }
+    ),
+    five=st.booleans(),
+)
+def test_what_paho_encodes_is_decoded(  # noqa: PLR0917 - hypothesis names them
+    topic: str,
+    payload: bytes,
+    flags: tuple[int, bool, bool],
+    known: dict[str, Any],
+    ignored: dict[str, Any],
+    five: bool,  # noqa: FBT001
+) -> None:
+    qos, retain, dup = flags
+    name, packet_id = topic.encode(), b"\0\7" if qos else b""
+    body = len(name).to_bytes(2, "big") + name + packet_id + (packed(**known, **ignored) if five else b"") + payload
+    delivery = decode_publish(PUBLISH | dup << 3 | qos << 1 | retain, body, five=five, connection=3)
+    assert (delivery.topic, delivery.payload) == (topic, payload)
+    assert (delivery.qos, delivery.retain, delivery.dup) == flags
     assert delivery.receipt == Receipt(3, 7 if qos else 0)
-    assert delivery.expires_in_s == 60
-    assert delivery.response_topic == "reply/to"
-    assert delivery.correlation_data == b"\x00\xff"
-    assert delivery.user_properties == (("a", "1"), ("a", "ü"))
+    assert delivery.expires_in_s == (known["MessageExpiryInterval"] if five else None)
+    assert delivery.response_topic == (known["ResponseTopic"] if five else None)
+    assert delivery.correlation_data == (known["CorrelationData"] if five else None)
+    assert delivery.user_properties == (tuple(known["UserProperty"] or ()) if five else ())
 
 
 def test_very_many_user_properties_are_decoded_in_linear_time_and_not_all_kept() -> None:
@@ -133,7 +169,7 @@ def test_invalid_utf_8_is_replaced() -> None:
 
 
 def test_a_truncated_message_is_malformed() -> None:
-    whole = brought(expiring(60), b"")
+    whole = brought(packed(**EVERY_PROPERTY), b"")
     for size in range(len(whole)):
         with pytest.raises(MalformedPacketError):
             decode_publish(0x32, whole[:size], five=True, connection=1)
