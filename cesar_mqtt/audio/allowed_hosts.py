@@ -1,7 +1,7 @@
-"""Which hosts audio may be fetched from: URLs taken apart once, and checked against `audio.allowed_hosts`.
+"""Which hosts audio may be downloaded from: URLs are parsed once and checked against `audio.allowed_hosts`.
 
-Everything here is untrusted but the settings. What was checked is what is connected to: nobody reads a URL a second
-time, in another way. Values and pure functions; any thread may call them.
+URLs are untrusted. The connection goes to what was checked: no URL is parsed a second time, by another parser. Values
+and pure functions; any thread may call them.
 """
 
 import re
@@ -18,12 +18,12 @@ Address: TypeAlias = IPv4Address | IPv6Address
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _ANY_PORT = "*"
-_MOST_PORT = 65_535
-# Underscores are in no host name by the book, but in those that Docker gives.
+_MAX_PORT = 65_535
+# Underscores are not allowed in host names (RFC 952), but Docker uses them.
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
-# As in the URL standard of the WHATWG (section 3.5, "ends in a number"): resolvers take 2130706433, 0x7f.1 and 0177.1
-# for addresses.
+# As in the URL standard of the WHATWG (section 3.5, "ends in a number"): resolvers accept 2130706433, 0x7f.1 and
+# 0177.1 as addresses.
 _ENDS_IN_A_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.DOTALL)
 _ENTRY = re.compile(r"(?P<host>\[[^\[\]]+\]|[^:\[\]]+)(?::(?P<port>[0-9]{1,5}|\*))?")
 
@@ -44,12 +44,12 @@ _NO_DOWNGRADE = "The server {host!r} leads from https on to http, which is not f
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL, taken apart: what to connect to, and what to ask for.
+    """A parsed URL: what to connect to, and what to request.
 
     Attributes:
         scheme: `http` or `https`.
         host: a name in lower case, in ASCII (IDNA), without a dot at its end; or an address as Python writes it.
-        port: from 1 to 65535; the scheme's own when the URL has none.
+        port: from 1 to 65535; the default of the scheme if the URL has none.
         request: path and query, percent-encoded; may hold a secret.
         credentials: user and password of the URL.
     """
@@ -62,7 +62,7 @@ class Target:
 
     @property
     def address(self) -> Address | None:
-        """The address that stands in the URL in place of a name."""
+        """The address, if the URL has one in place of a name."""
         try:
             return ip_address(self.host)
         except ValueError:
@@ -70,19 +70,19 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """Host, and the port unless it is the scheme's own: what the Host header says, and what messages show."""
+        """Host, and the port unless it is the default of the scheme: for the Host header and for messages."""
         return _entry_for(self.host, self)
 
     @property
     def shown(self) -> str:
-        """The URL as it may be shown: without user, password and query."""
+        """The URL for messages: without user, password and query."""
         return f"{self.scheme}://{self.authority}{self.request.partition('?')[0]}"
 
     def redirected(self, location: str) -> "Target":
-        """Return where an answer from here leads; credentials go along to the same server, and nowhere else.
+        """Return the target of a redirect; the credentials are kept only for the same server.
 
         Raises:
-            JobFailedError: `audio_not_allowed` when it leads to no http or https URL, or from https to http.
+            JobFailedError: `audio_not_allowed` if it is no http or https URL, or leads from https to http.
         """
         base = f"{self.scheme}://{self.authority}{self.request}"
         try:
@@ -103,20 +103,20 @@ class Target:
 
 
 class AllowedHosts:
-    """The setting `audio.allowed_hosts`, checked and ready to be asked.
+    """The allow-list of the setting `audio.allowed_hosts`.
 
     An entry is `name`, `*.domain` (every name below it, not the domain itself), an address, or a network such as
-    `192.168.1.0/24`; IPv6 with a port stands in brackets (`[fd00::5]:8080`, `[fd00::/8]:*`). Without a port it stands
-    for the scheme's own, 80 or 443; `:8080` for that one, `:*` for every one. A name's entry opens public addresses
-    only: one that leads into the home network needs an entry for the address as well.
+    `192.168.1.0/24`; IPv6 with a port needs brackets (`[fd00::5]:8080`, `[fd00::/8]:*`). Without a port an entry allows
+    the default of the scheme, 80 or 443; `:8080` allows that one, `:*` every port. The entry of a name allows public
+    addresses only: a name in the home network needs an entry for its address as well.
     """
 
     def __init__(self, entries: Sequence[str]) -> None:
-        """Read the entries. Raises ConfigError that names the first wrong one."""
+        """Parse the entries. Raises ConfigError that names the first wrong one."""
         self._entries = tuple(_parse_entry(entry) for entry in entries)
 
     def admit(self, target: Target) -> None:
-        """Say whether the host in the URL is listed; nothing is resolved.
+        """Check that the host in the URL is listed; nothing is resolved.
 
         Raises:
             JobFailedError: `audio_not_allowed`.
@@ -124,54 +124,53 @@ class AllowedHosts:
         if not self._entries:
             raise _not_allowed(_OFF)
         address = target.address
-        listed = self._names(target) if address is None else self._covers(address, target)
+        listed = self._lists_name(target) if address is None else self._lists_address(address, target)
         if not listed:
             raise _not_allowed(_NOT_LISTED, host=target.authority)
 
     def admit_address(self, address: Address, target: Target) -> None:
-        """Say whether a name that is listed may lead to this address.
+        """Check that a listed name may resolve to this address.
 
         Raises:
             JobFailedError: `audio_not_allowed`.
         """
-        if not (is_public(address) or self._covers(address, target)):
-            entry = _entry_for(str(plain(address)), target)
+        if not (is_public(address) or self._lists_address(address, target)):
+            entry = _entry_for(str(unwrapped(address)), target)
             raise _not_allowed(_NOT_PUBLIC, host=target.host, address=address, entry=entry)
 
-    def _names(self, target: Target) -> bool:
-        return any(entry.names(target.host) and entry.opens(target) for entry in self._entries)
+    def _lists_name(self, target: Target) -> bool:
+        return any(entry.matches_name(target.host) and entry.allows_port(target) for entry in self._entries)
 
-    def _covers(self, address: Address, target: Target) -> bool:
-        return any(entry.covers(plain(address)) and entry.opens(target) for entry in self._entries)
+    def _lists_address(self, address: Address, target: Target) -> bool:
+        return any(entry.contains(unwrapped(address)) and entry.allows_port(target) for entry in self._entries)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One entry: a name (`below`: the names below it) or a network, of which an address is the smallest."""
+    """One entry: a name (`below`: the names below it) or a network; an address is a network of one."""
 
     port: str
     name: str = ""
     below: bool = False
     network: IPv4Network | IPv6Network | None = None
 
-    def names(self, host: str) -> bool:
+    def matches_name(self, host: str) -> bool:
         return host.endswith(f".{self.name}") if self.below else host == self.name
 
-    def covers(self, address: Address) -> bool:
+    def contains(self, address: Address) -> bool:
         return self.network is not None and address in self.network
 
-    def opens(self, target: Target) -> bool:
-        """Whether the port is one that the entry is for."""
+    def allows_port(self, target: Target) -> bool:
         default = str(_DEFAULT_PORTS[target.scheme])
         return self.port == _ANY_PORT or (self.port or default) == str(target.port)
 
 
 def parse_url(text: str) -> Target:
-    """Take a URL apart; a fragment is dropped.
+    """Parse a URL; the fragment is dropped.
 
     Raises:
-        JobFailedError: `audio_not_allowed` for what is no http or https URL with a host that is one: a name, or an
-            address in its usual spelling. The message does not repeat the URL.
+        JobFailedError: `audio_not_allowed` for what is no http or https URL with a valid host: a name, or an address in
+            its usual notation. The message does not quote the URL.
     """
     try:
         url = httpx2.URL(text)
@@ -179,34 +178,34 @@ def parse_url(text: str) -> Target:
         host = _host(url.raw_host.decode())
     except (httpx2.InvalidURL, ValueError):
         raise _not_allowed(_MALFORMED) from None
-    if url.scheme not in _DEFAULT_PORTS or url.port == 0 or not 1 <= port <= _MOST_PORT:
+    if url.scheme not in _DEFAULT_PORTS or url.port == 0 or not 1 <= port <= _MAX_PORT:
         raise _not_allowed(_MALFORMED)
     credentials = (url.username, url.password) if url.userinfo else None
     return Target(url.scheme, host, port, url.raw_path.decode(), credentials)
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the internet at large; one that wraps an IPv4 address is what it wraps.
+    """Whether an address is public; of an IPv6 address that embeds an IPv4 address, whether the latter is.
 
-    Wrapped are: IPv4-mapped (RFC 4291, section 2.5.5.2), NAT64 (RFC 6052, section 2.1) and 6to4 (RFC 3056).
+    Embedding are: IPv4-mapped (RFC 4291, section 2.5.5.2), NAT64 (RFC 6052, section 2.1) and 6to4 (RFC 3056).
     """
     if isinstance(address, IPv4Address):
         return address.is_global and not address.is_multicast
-    wrapped = address.ipv4_mapped or address.sixtofour
-    if wrapped is None and address in _NAT64:
-        wrapped = IPv4Address(int(address) & 0xFFFF_FFFF)
-    if wrapped is not None:
-        return is_public(wrapped)
-    # Python's versions differ in what they take for global outside of what has been given out.
+    embedded = address.ipv4_mapped or address.sixtofour
+    if embedded is None and address in _NAT64:
+        embedded = IPv4Address(int(address) & 0xFFFF_FFFF)
+    if embedded is not None:
+        return is_public(embedded)
+    # Python versions differ in what they call global outside of the allocated range.
     return address in _GLOBAL_UNICAST and address.is_global
 
 
 def _host(text: str) -> str:
-    """Bring a host to the one form in which it is compared; ValueError for what is none."""
+    """Normalise a host for comparison. Raises ValueError for what is none."""
     if ":" in text:
         address = IPv6Address(text)
         if address.scope_id is not None:
-            raise ValueError("a zone means something on one machine only")
+            raise ValueError("a zone is only valid on one machine")
         return str(address.ipv4_mapped or address)
     name = text.removesuffix(".")
     if _ENDS_IN_A_NUMBER.fullmatch(name):
@@ -218,7 +217,7 @@ def _host(text: str) -> str:
 
 def _parse_entry(entry: str) -> _Entry:
     text = entry.strip().lower()
-    if (network := _network(entry, text)) is not None:  # before the port: fd00::1 has no port 1
+    if (network := _network(entry, text)) is not None:  # before the port is split off: fd00::1 has no port 1
         return _Entry("", network=network)
     parts = _ENTRY.fullmatch(text)
     if parts is None:
@@ -226,8 +225,8 @@ def _parse_entry(entry: str) -> _Entry:
     host, port = parts["host"], parts["port"] or ""
     if port not in ("", _ANY_PORT):
         port = str(int(port))
-        if not 1 <= int(port) <= _MOST_PORT:
-            raise _wrong(entry, f"its port must be from 1 to {_MOST_PORT}, or * for every one")
+        if not 1 <= int(port) <= _MAX_PORT:
+            raise _wrong(entry, f"its port must be from 1 to {_MAX_PORT}, or * for every one")
     if (network := _network(entry, host.strip("[]"))) is not None:
         return _Entry(port, network=network)
     try:
@@ -261,8 +260,8 @@ def _strictly(text: str) -> IPv4Network | IPv6Network | None:
         return None
 
 
-def plain(address: Address) -> Address:
-    """Return the address as entries have it: without zone, and IPv4 where it is only mapped into IPv6."""
+def unwrapped(address: Address) -> Address:
+    """The address as entries have it: without zone, and as IPv4 if it is IPv4-mapped."""
     if isinstance(address, IPv4Address):
         return address
     return address.ipv4_mapped or IPv6Address(int(address))

@@ -1,7 +1,7 @@
 """Decoding of audio files, in blocks.
 
-Everything here may be called from any thread; an `AudioReader` belongs to the thread that opened it. FFmpeg gets an
-open file descriptor and never a name, so no protocol and no playlist can make it read anything else.
+Any thread may call it; an `AudioReader` belongs to the thread that opened it. FFmpeg gets an open file descriptor and
+never a name, so no protocol and no playlist can make it read anything else.
 """
 
 import os
@@ -21,27 +21,27 @@ from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, open_regul
 from cesar_mqtt.errors import Cancelled, ErrorCode
 
 SAMPLE_RATE = 16_000
-"""Samples per second of everything decoded here; what Whisper models listen to."""
+"""Samples per second of everything decoded here, the rate that Whisper models expect."""
 
 Samples: TypeAlias = NDArray[np.float32]
 """Mono at `SAMPLE_RATE`, shape (n,), values from -1 to 1."""
 
-# Containers of recorded sound. What is missing is missing on purpose: playlists, network sessions, image sequences.
+# Containers of recorded sound; deliberately no playlists, network sessions or image sequences.
 _CONTAINERS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,rm,tta,voc,w64,"
     "wav,wv"
 )
 _OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "fd"}
 
-# Raw streams state no duration; FFmpeg then guesses one from the first frames' bit rate, which was seen to be ten
-# times too long for speech after silence. A guess must not refuse a file or call it cut short.
+# Raw streams declare no duration; FFmpeg then guesses one from the bit rate of the first frames, which was ten times
+# too long for speech after silence. A guess must not reject a file or report it as truncated.
 _RAW_STREAMS = frozenset({"aac", "ac3", "dts", "eac3"})
 _MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 _RIFF_SIZE_UNKNOWN = 0x7FF0_0000
-"""From here on a RIFF size is a placeholder of a program that wrote to a pipe."""
+"""RIFF sizes from here on are placeholders of programs that wrote to a pipe."""
 
-_PATIENCE_S = 30.0
-"""For opening, and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
+_FFMPEG_TIMEOUT_S = 30.0
+"""For opening and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
 _HEAD_BYTES = 4096
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE
 
@@ -59,7 +59,7 @@ _TOO_LONG = (
 
 @dataclass(frozen=True, slots=True)
 class AudioLimits:
-    """The most that one file may bring."""
+    """The maximum size and duration of a file."""
 
     max_bytes: int
     max_duration_s: float
@@ -67,13 +67,13 @@ class AudioLimits:
 
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
-    """What a file says about itself; nothing of it has been decoded yet.
+    """What a file declares; nothing of it has been decoded yet.
 
     Attributes:
-        duration_s: None when the file does not say.
+        duration_s: None if the file does not declare it.
         container: FFmpeg's name of the container, such as `ogg` or `mov,mp4,m4a,3gp,3g2,mj2`.
         size_bytes: the size of the whole file.
-        identity: what `file_identity` gave for the file that was opened.
+        identity: the `file_identity` of the file that was opened.
     """
 
     duration_s: float | None
@@ -87,9 +87,9 @@ def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
     """Open a file for decoding, within the limits on its size and on the duration that it declares.
 
     Args:
-        path: absolute and without symbolic links in any part of it (what `resolve_audio_path` gave, or a path of our
-            own that was resolved): a link that has taken the place of a part since is refused, not followed.
-        limits: the most that the file may bring.
+        path: absolute and without symbolic links in any part of it (from `resolve_audio_path`, or a resolved path of
+            our own): a link that has replaced a part since then is rejected, not followed.
+        limits: on its size and duration.
 
     Raises:
         JobFailedError: `audio_not_found`, `audio_not_allowed`, `audio_too_large`, `audio_too_long`, `audio_empty`,
@@ -117,7 +117,7 @@ class AudioReader:
     """One open file, decoded once from start to end. Only for the thread that opened it.
 
     Attributes:
-        info: what the file says about itself.
+        info: what the file declares.
     """
 
     def __init__(self, container: InputContainer, info: AudioInfo, *, max_duration_s: float) -> None:
@@ -126,7 +126,7 @@ class AudioReader:
         self._stream = container.streams.audio[0]
         self._max_duration_s = max_duration_s
         self._resampler = _Resampler()
-        self._heard_s = 0.0
+        self._input_s = 0.0
         self._samples = 0
         self._skipped = 0
         self._should_stop: Callable[[], bool] = _never
@@ -138,10 +138,10 @@ class AudioReader:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was wrong with the file although it could be decoded; complete when `blocks` has ended.
+        """Faults of a file that could be decoded all the same; complete when `blocks` has ended.
 
         `audio_truncated`: more than a second and more than 5 % of the declared duration are missing.
-        `audio_damaged`: stretches that could not be decoded were left out.
+        `audio_damaged`: parts that could not be decoded were skipped.
         """
         missing_s = (self.info.duration_s or 0.0) - self.decoded_s
         truncated = missing_s > max(1.0, 0.05 * (self.info.duration_s or 0.0))
@@ -149,26 +149,26 @@ class AudioReader:
         return tuple(name for name, is_so in found.items() if is_so)
 
     def blocks(self, should_stop: Callable[[], bool] = _never) -> Iterator[Samples]:
-        """Decode, about ten seconds at a time; damaged stretches are left out, and counted.
+        """Decode, about ten seconds at a time; damaged parts are skipped and counted.
 
         Args:
-            should_stop: asked before each packet, for a large file of nothing but damage gives no block for long.
+            should_stop: asked before each packet: a large, wholly damaged file yields no block for a long time.
 
         Raises:
             Cancelled: `should_stop` returned True.
-            JobFailedError: `audio_too_long` as soon as the limit is passed, whatever the file declared; at the end
-                `audio_empty` if there was no sample, and `audio_unreadable` if not one packet could be decoded.
+            JobFailedError: `audio_too_long` as soon as the limit is exceeded, whatever the file declared; at the end
+                `audio_empty` if there was no sample, and `audio_unreadable` if no packet could be decoded.
         """
         self._should_stop = should_stop
         pending: list[Samples] = []
-        given = 0
+        yielded = 0
         for samples in self._resampled():
             pending.append(samples)
             self._samples += samples.size
-            if self._samples - given >= _BLOCK_SAMPLES:
+            if self._samples - yielded >= _BLOCK_SAMPLES:
                 yield np.concatenate(pending)
                 pending.clear()
-                given = self._samples
+                yielded = self._samples
         if pending:
             yield np.concatenate(pending)
         if not self._samples:
@@ -178,7 +178,7 @@ class AudioReader:
         for frame in chain(self._frames(), (None,)):
             try:
                 yield from self._resampler.push(frame)
-            except (av.FFmpegError, ValueError):  # a channel layout or rate that no conversion exists for
+            except (av.FFmpegError, ValueError):  # a channel layout or rate without a conversion
                 self._resampler = _Resampler()
                 self._skipped += 1
 
@@ -192,33 +192,33 @@ class AudioReader:
                 self._skipped += 1
                 continue
             for frame in frames:
-                # Before resampling: a header that claims one sample a second must not fill the memory first.
-                self._heard_s += frame.samples / max(1, frame.sample_rate)
-                _check_duration(self._heard_s, self._max_duration_s)
+                # Before resampling: a header that declares one sample a second must not fill the memory first.
+                self._input_s += frame.samples / max(1, frame.sample_rate)
+                _check_duration(self._input_s, self._max_duration_s)
                 yield frame
 
     def _packets(self) -> Iterator["av.Packet[av.AudioStream]"]:
         try:
             yield from self._container.demux(self._stream)
-        except av.FFmpegError:  # the container itself is damaged: what follows cannot be found
+        except av.FFmpegError:  # the container itself is damaged: no further packet can be found
             self._skipped += 1
 
 
 class _Resampler:
-    """To mono float32 at `SAMPLE_RATE`, also where the shape of the frames changes on the way."""
+    """To mono float32 at `SAMPLE_RATE`, even if the format of the frames changes within the file."""
 
     def __init__(self) -> None:
-        self._shape: tuple[str, str, int] | None = None
+        self._format: tuple[str, str, int] | None = None
         self._resampler: av.AudioResampler | None = None
 
     def push(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
-        """Take the next frame, or None for the end, and give what is ready."""
-        shape = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
-        if shape != self._shape:
+        """Convert the next frame, or None at the end, and yield the samples that are ready."""
+        frame_format = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
+        if frame_format != self._format:
             yield from self._convert(None)
-            # 16-bit integers on the way, as Whisper's own loader has it: mixing down to mono then cannot overflow.
+            # By way of 16-bit integers, as Whisper's own loader: mixing down to mono then cannot overflow.
             self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-            self._shape = shape
+            self._format = frame_format
         if frame is not None:
             yield from self._convert(frame)
 
@@ -231,7 +231,7 @@ class _Resampler:
 def _open_container(descriptor: int) -> InputContainer:
     options = {**_OPEN_OPTIONS, "fd": str(descriptor)}
     try:
-        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=_PATIENCE_S)
+        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=_FFMPEG_TIMEOUT_S)
     except av.FFmpegError as exc:
         raise failed(UNREADABLE) from exc
     if not container.streams.audio:
@@ -241,17 +241,17 @@ def _open_container(descriptor: int) -> InputContainer:
 
 
 def _declared_s(container: InputContainer, head: bytes, size_bytes: int) -> float | None:
-    """Give the duration that a file states; None where it states none and FFmpeg would only guess."""
+    """The duration that a file declares; None if it declares none and FFmpeg would only guess."""
     name, stream = container.format.name, container.streams.audio[0]
     guessed = name in _RAW_STREAMS or (name == "mp3" and not any(tag in head for tag in _MP3_LENGTH_TAGS))
-    # The track's own duration first: the picture beside it may last longer.
+    # The audio track's own duration first: the video may last longer.
     if stream.duration and stream.time_base:
         declared_s = float(stream.duration * stream.time_base)
     else:
         declared_s = (container.duration or 0) / av.time_base
     if guessed or declared_s <= 0:
         return None
-    # FFmpeg gives a WAV that was cut the duration of what is left; its header still knows the whole size.
+    # FFmpeg computes the duration of a truncated WAV from its size; the header still has the whole size.
     riff_bytes = 8 + int.from_bytes(head[4:8], "little")
     if name == "wav" and head.startswith(b"RIFF") and size_bytes < riff_bytes < _RIFF_SIZE_UNKNOWN:
         declared_s *= riff_bytes / size_bytes
@@ -259,8 +259,8 @@ def _declared_s(container: InputContainer, head: bytes, size_bytes: int) -> floa
 
 
 def _read_head(descriptor: int) -> bytes:
-    """Give the first bytes behind any ID3v2 tag (id3.org, section 3.1: four bytes of seven bits give its size)."""
-    # `pread` leaves the place alone from which FFmpeg goes on.
+    """The first bytes behind any ID3v2 tag (id3.org, section 3.1: its size is four bytes of seven bits)."""
+    # `pread` does not move the file position of FFmpeg.
     head = os.pread(descriptor, _HEAD_BYTES, 0)
     if head.startswith(b"ID3"):
         tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))

@@ -1,4 +1,4 @@
-"""Audio files: which may be read, and opening them without a way out of their directories. Any thread may call it."""
+"""Paths of audio files: which are allowed, and opening them inside their directories. Any thread may call it."""
 
 import errno
 import os
@@ -13,15 +13,14 @@ from cesar_mqtt.logs import get_logger
 
 log = get_logger(__name__)
 
-_MAX_SHOWN = 120
+_MAX_SHOWN_CHARACTERS = 120
 
-# Only the right to pass through a folder is needed to open a file in it, where the system can tell the two apart.
+# O_PATH: opening a file needs only permission to search its folders, not to list them.
 _FOLDER_FLAGS = (os.O_PATH if sys.platform == "linux" else os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO that took the file's place would otherwise block for ever, before it can be looked at.
+# O_NONBLOCK: opening a FIFO that has replaced the file would otherwise block for ever, before it can be checked.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-# What a producer is told: the code, and a sentence that says what to do. Audio that came inside a message has no name,
-# and what leads out of the directories is not named.
+# The errors of a job: the code, and a sentence with what to do. A path that leads out of the directories is not quoted.
 _OUTSIDE = (
     ErrorCode.AUDIO_NOT_ALLOWED,
     "The audio path does not lead to a file inside `audio.directories`: put the file into one of those.",
@@ -54,10 +53,10 @@ _WHY_NOT_OPEN = {
 
 
 def check_directories(directories: Sequence[Path]) -> None:
-    """See that `audio.directories` are folders; one that is missing may be mounted later, so that is only logged.
+    """Check `audio.directories`; a missing folder may be mounted later, so it is only logged.
 
     Raises:
-        ConfigError: one of them is something else.
+        ConfigError: one of them is not a folder.
     """
     for folder in directories:
         if folder.exists() and not folder.is_dir():
@@ -67,57 +66,57 @@ def check_directories(directories: Sequence[Path]) -> None:
 
 
 def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
-    """Find the file that a producer named, if it may be read.
+    """Find the file that a producer named, if it is allowed.
 
-    Whether something exists outside the directories cannot be learnt from the answer: every name that leads out, with
-    or without the help of symbolic links, is refused with the same code and sentence.
+    The answer does not reveal whether anything exists outside the directories: every name that leads out, with or
+    without symbolic links, is rejected with the same code and sentence.
 
     Args:
         name: relative to the directories, which are tried in order, or absolute and inside one of them.
-        directories: the allowed ones; none allows nothing.
+        directories: the allowed ones; empty: no file is allowed.
 
     Returns:
-        An absolute path without symbolic links, which `open_audio` opens only as long as that is still so.
+        An absolute path without symbolic links; `open_audio` checks that again.
 
     Raises:
         JobFailedError: `audio_not_found`, or `audio_not_allowed` for what leads out of the directories, cannot be a
             file name, or is not a regular file.
     """
-    if not _is_plain(name):
+    if not _is_file_name(name):
         raise failed(_OUTSIDE)
-    # By its letters, not by what stands on the disk: a folder outside, there or not, is none on a way that comes back.
+    # Normalised lexically, without touching the disk: the answer must not reveal whether a folder outside exists.
     name = os.path.normpath(name)
     if Path(name).parts[:1] == ("..",):
         raise failed(_OUTSIDE)
     roots = [Path(os.path.realpath(directory)) for directory in directories]
     shown = _shown(name, (*directories, *roots))
-    led_out = not roots
+    leads_out = not roots
     for root in roots:
-        # Not strict: a name that leads out is refused before anything is asked about what stands there.
+        # Not strict: a name that leads out is rejected before anything is looked up there.
         path = Path(os.path.realpath(root / name))
         if not any(path.is_relative_to(allowed) for allowed in roots):
-            led_out = True
+            leads_out = True
         elif _is_regular(path, shown):
             return path
-    raise failed(_OUTSIDE) if led_out else failed(_NOT_FOUND, shown)
+    raise failed(_OUTSIDE) if leads_out else failed(_NOT_FOUND, shown)
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
-    """Tell a file apart from another under the same name, and from what it was before it was written to."""
+    """What distinguishes a file from another at the same path, and from itself before a change."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def lasting_identity(identity: tuple[int, ...]) -> str:
-    """Return what holds of a `file_identity` after a restart, too: the size and both times.
+    """The parts of a `file_identity` that survive a restart: the size and both times.
 
-    A device may have another number then, and on network file systems a file, too. Whoever puts another file in its
-    place can give that the same size and time of modification, but not the same time of change.
+    Device numbers change with a restart, and inode numbers on network file systems. A file that replaces another can be
+    given the same size and modification time, but not the same change time.
     """
     return "-".join(map(str, identity[2:]))
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a name can be one of a file at all."""
+def _is_file_name(name: str) -> bool:
+    """Whether a file can have this name at all."""
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:
@@ -126,7 +125,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _shown(name: str, directories: Sequence[Path]) -> str:
-    """Return what may be told of a name that leads inside, if need be by a link from outside."""
+    """The part of an allowed name that may be quoted: a link outside of the directories may lead inside."""
     path = Path(name)
     inside = not path.is_absolute() or any(path.is_relative_to(directory) for directory in directories)
     return name if inside else path.name
@@ -137,7 +136,7 @@ def _is_regular(path: Path, name: str) -> bool:
         mode = path.lstat().st_mode
     except PermissionError as exc:
         raise failed(_NOT_PERMITTED, name) from exc
-    except OSError:  # not there, or a name that no file can have
+    except OSError:  # missing, or a name that no file can have
         return False
     if not stat.S_ISREG(mode):
         raise failed(_NOT_REGULAR, name)
@@ -146,13 +145,13 @@ def _is_regular(path: Path, name: str) -> bool:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Open a file part by part from the root, following no symbolic link, and give its descriptor.
+    """Open a file part by part from the root, without following symbolic links, and yield its descriptor.
 
     Raises:
         JobFailedError: `audio_not_found`, `audio_not_allowed` for what is no regular file, `audio_unreadable`.
     """
     try:
-        descriptor = _walk(path)
+        descriptor = _open_without_links(path)
     except OSError as exc:
         raise failed(_WHY_NOT_OPEN.get(exc.errno or 0, UNREADABLE), path.name) from exc
     try:
@@ -163,7 +162,7 @@ def open_regular(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _walk(path: Path) -> int:
+def _open_without_links(path: Path) -> int:
     folder = os.open(path.anchor or ".", _FOLDER_FLAGS)
     try:
         for part in path.parts[1 if path.anchor else 0 : -1]:
@@ -176,7 +175,7 @@ def _walk(path: Path) -> int:
 
 
 def failed(reason: tuple[ErrorCode, str], name: str = "", **values: float) -> JobFailedError:
-    """Fill a sentence in; the name is quoted, without control characters and not at any length."""
+    """Fill in the sentence; the name is quoted, without control characters and cut to a bounded length."""
     code, sentence = reason
-    shown = repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "…")
+    shown = repr(name if len(name) <= _MAX_SHOWN_CHARACTERS else name[:_MAX_SHOWN_CHARACTERS] + "…")
     return JobFailedError(code, sentence.format(name=shown, **values))

@@ -1,7 +1,7 @@
-"""A recording of any length, decoded ahead of need and given in stretches that end in pauses.
+"""A recording of any length, decoded ahead of need and cut at pauses into chunks for the model.
 
-Each `Recording` has a thread of its own, the only one that touches the file; what its methods may be called from stands
-at each of them. Memory is bounded whatever the length: the window in use, one ahead, and what a cut left over.
+Each `Recording` has a thread of its own, named `decoder`, the only one that touches the file; the methods say which
+threads may call them. Memory is bounded whatever the length: the chunk in use, one ahead, and the remainder of a cut.
 """
 
 import math
@@ -17,22 +17,22 @@ from cesar_mqtt.audio.paths import file_identity, lasting_identity
 from cesar_mqtt.audio.vad import find_cut
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.threads import wait
 
 log = get_logger(__name__)
 
-_LOOK_S = 0.1
-"""How often whoever waits for a stretch asks whether it still wants one."""
-_END_S = 1.0
-"""How long `close` waits for the thread; it needs so long only where the disk or FFmpeg does not answer."""
+_CLOSE_S = 1.0
+"""How long `close` waits for the thread; it takes so long only if the disk or FFmpeg does not answer."""
+_MAX_CLIP_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Part of a recording, not longer than the window.
+    """Samples that are handed to the model together, no more than a window; the result of each is a `Window`.
 
     Attributes:
         start_s: where it begins in the file.
-        samples: may be empty, if nothing is left of the file behind `from_s`.
+        samples: may be empty, if nothing of the file is left behind `from_s`.
         last: whether no other follows.
     """
 
@@ -47,9 +47,9 @@ class Chunk:
 
 
 class Recording:
-    """A file that is being decoded, a window at a time, ahead of need, by a thread of its own.
+    """A file that is decoded chunk by chunk, ahead of need, by a thread of its own.
 
-    The thread opens the file, fills a window, and waits with the next one until the one before was taken.
+    The thread opens the file, fills a chunk, and waits with the next one until the one before was taken.
 
     Attributes:
         from_s: the second from which it is decoded, as it was given.
@@ -64,15 +64,15 @@ class Recording:
         clips: Sequence[tuple[float, float]] = (),
         from_s: float = 0.0,
     ) -> None:
-        """Start decoding; returns at once, what is wrong with the file is told by `stretches`.
+        """Start decoding; returns at once. What is wrong with the file is raised by `chunks`.
 
         Args:
-            path: absolute and without symbolic links, as `audio.open_audio` wants it.
-            limits: the most that the file may bring.
-            window_s: the most seconds of one stretch; what is no longer is one stretch.
-            clips: only these ranges, as (start, end) in seconds, each in stretches of its own. They are worked in the
-                order of time, ranges that overlap as one. An end behind that of the file means the end of the file.
-            from_s: what lies before is left out; where a stretch ended, the next ones are the same as without it.
+            path: absolute and without symbolic links, as `open_audio` requires it.
+            limits: on the size and duration of the file.
+            window_s: the maximum length of a chunk; a shorter file is one chunk.
+            clips: only these ranges, as (start, end) in seconds, each in chunks of its own. They are processed in order
+                of time, overlapping ones as one. An end behind that of the file means the end of the file.
+            from_s: what lies before is skipped; if a chunk ended there, the following ones are the same as without it.
         """
         self._path = path
         self._limits = limits
@@ -95,9 +95,9 @@ class Recording:
 
     @property
     def is_current(self) -> bool:
-        """Whether the file under the path is still the one that was opened, unchanged; False if it could not be.
+        """Whether the file at the path is still the one that was opened, unchanged; False if it could not be opened.
 
-        True while it has not been opened yet. Any thread may ask.
+        True until it has been opened. Any thread may ask.
         """
         with self._changed:
             identity, ended = self._identity, self._ended
@@ -109,31 +109,24 @@ class Recording:
             return False
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
-        """Wait until the file is open, and return what tells it apart from another under the same name, for good.
-
-        Any thread may ask; `should_stop` is asked ten times a second.
+        """Wait until the file is open, and return its `lasting_identity`. Any thread may call it.
 
         Returns:
-            `lasting_identity` of the file that is decoded; None: it could not be opened, and `stretches` says why.
+            None if the file could not be opened; `chunks` raises why.
 
         Raises:
-            Cancelled: `should_stop` returned True.
+            Cancelled: `should_stop`, which is asked ten times a second, returned True.
         """
-        while not should_stop():
-            with self._changed:
-                if self._identity is not None:
-                    return lasting_identity(self._identity)
-                if self._ended:
-                    return None
-                self._changed.wait(_LOOK_S)
-        raise Cancelled
+        self._wait_until(lambda: self._identity is not None or self._ended, should_stop)
+        with self._changed:
+            return None if self._identity is None else lasting_identity(self._identity)
 
     @property
     def duration_s(self) -> float | None:
         """Seconds of the whole file: as declared, and exact once it was decoded to its end; None: not known yet.
 
-        A file that turns out to be longer than it declares lasts at least as long as what was decoded. With clips, a
-        file that declares its duration is not decoded behind the last of them. Any thread may ask.
+        A file that is longer than it declares lasts at least as long as what was decoded. With clips, a file that
+        declares its duration is not decoded behind the last of them. Any thread may ask.
         """
         with self._changed:
             if self._complete:
@@ -142,60 +135,61 @@ class Recording:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """As `audio.AudioReader.warnings`; complete when the last stretch was given. Any thread may ask."""
+        """As `AudioReader.warnings`; complete once the last chunk was taken. Any thread may ask."""
         with self._changed:
             return self._warnings
 
     def chunks(self, should_stop: Callable[[], bool]) -> Iterator[Chunk]:
-        """Give the stretches, in order of time. Only once, and for one thread.
+        """Yield the chunks in order of time. Only once, and for one thread.
 
         Args:
-            should_stop: asked before each stretch and, ten times a second, while it is waited for.
+            should_stop: asked before each chunk and, ten times a second, while waiting for it.
 
         Raises:
-            JobFailedError: `audio_*` for the file, `invalid_request` for a range that begins behind its end or is
-                none, `internal` if decoding broke off for a reason of our own.
+            JobFailedError: `audio_*` for the file, `invalid_request` for a clip range that begins behind the end of the
+                file or is none, `internal` if decoding ended for a reason of our own.
             Cancelled: `should_stop` returned True, or the recording was closed.
         """
         last = False
         while not last:
-            stretch = self._take(should_stop)
-            last = stretch.last
-            yield stretch
-            del stretch  # before the next one is waited for: two at a time are enough
+            chunk = self._take_chunk(should_stop)
+            last = chunk.last
+            yield chunk
+            del chunk  # before the wait for the next one: two at a time are enough
 
     def close(self) -> None:
-        """End the thread and let go of the samples; any thread may call it, and again.
+        """End the thread and release the samples. Any thread may call it, and more than once.
 
-        On return the file is closed, unless the disk, or FFmpeg inside of a broken file, holds the thread up: it then
+        On return the file is closed, unless the disk, or FFmpeg inside of a broken file, delays the thread: it then
         ends by itself as soon as it can.
         """
         with self._changed:
             self._closed = True
             self._ready = None
             self._changed.notify_all()
-        self._thread.join(_END_S)
+        self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             log.warning("Decoding is stopped, and has not ended yet", action="decoder_stuck")
 
-    # -- the consumer's side --------------------------------------------------------------------------------------
-
-    def _take(self, should_stop: Callable[[], bool]) -> Chunk:
-        while True:
-            if should_stop():
+    def _take_chunk(self, should_stop: Callable[[], bool]) -> Chunk:
+        self._wait_until(lambda: self._closed or self._ready is not None or self._ended, should_stop)
+        with self._changed:
+            if self._closed:
                 raise Cancelled
-            with self._changed:
-                if self._closed:
-                    raise Cancelled
-                if self._ready is not None:
-                    stretch, self._ready = self._ready, None
-                    self._changed.notify_all()
-                    return stretch
-                if self._ended:
-                    raise self._failure or _broken_off()
-                self._changed.wait(_LOOK_S)
+            if self._ready is None:
+                raise self._failure or _incomplete()
+            chunk, self._ready = self._ready, None
+            self._changed.notify_all()
+            return chunk
 
-    # -- the thread's side ----------------------------------------------------------------------------------------
+    def _wait_until(self, is_so: Callable[[], bool], should_stop: Callable[[], bool]) -> None:
+        def ready(timeout_s: float) -> bool:
+            with self._changed:
+                return self._changed.wait_for(is_so, timeout_s)
+
+        wait(ready, should_stop)
+
+    # -- the decoder thread
 
     def _run(self) -> None:
         failure: JobFailedError | None = None
@@ -207,71 +201,76 @@ class Recording:
             failure = exc
         except (MemoryError, OSError):
             log.exception("Decoding failed", action="decoder_failed")
-        finally:  # whatever else comes up here, nobody may wait for this thread for ever
+        finally:  # also after an unexpected exception: the worker must not wait for ever
             with self._changed:
                 self._failure = failure
                 self._ended = True
                 self._changed.notify_all()
 
     def _decode(self) -> None:
-        plan = _Plan(_ranges(self._clips, self._begin), self._window)
+        chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window)
         with open_audio(self._path, self._limits) as audio:
-            self._opened(audio.info)
+            self._set_opened(audio.info)
             if audio.info.duration_s is not None:
-                # It may be a little wrong, so that only what lies far behind it can be refused before the work.
-                plan.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
-            tape = _Tape(audio.blocks(lambda: self._closed))
-            for stretch in plan.chunks(tape):
-                if stretch.last and audio.info.duration_s is None:
-                    tape.skip(math.inf)  # its duration cannot be known otherwise
+                # A declared duration may be a little wrong: only a range far behind it is rejected before the work.
+                chunker.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
+            reader = _SampleReader(audio.blocks(lambda: self._closed))
+            for chunk in chunker.chunks(reader):
+                if chunk.last and audio.info.duration_s is None:
+                    reader.skip(math.inf)  # only so its duration becomes known
                 with self._changed:
                     self._decoded_s = audio.decoded_s
-                    self._complete = tape.ended
-                    # What lies behind the last range was not looked at, and is not missed.
-                    unseen = () if tape.ended else ("audio_truncated",)
-                    self._warnings = tuple(warning for warning in audio.warnings if warning not in unseen)
-                    self._hand_over(stretch)
+                    self._complete = reader.ended
+                    # What lies behind the last range was not decoded, so nothing is known to be missing.
+                    unknown = () if reader.ended else ("audio_truncated",)
+                    self._warnings = tuple(warning for warning in audio.warnings if warning not in unknown)
+                    self._hand_over(chunk)
 
-    def _opened(self, info: AudioInfo) -> None:
+    def _set_opened(self, info: AudioInfo) -> None:
         with self._changed:
             self._identity = info.identity
             self._declared_s = info.duration_s
             self._changed.notify_all()
 
-    def _hand_over(self, stretch: Chunk) -> None:
-        """Wait until the stretch was taken, so that no more than one is ever ahead."""
-        if not self._closed:  # nobody would take it any more
-            self._ready = stretch
+    def _hand_over(self, chunk: Chunk) -> None:
+        """Wait until the chunk was taken, so that there is never more than one ahead."""
+        if not self._closed:  # it would never be taken
+            self._ready = chunk
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ready is not stretch)
+            self._changed.wait_for(lambda: self._ready is not chunk)
         if self._closed:
             raise Cancelled
 
 
-class _Tape:
-    """Decoded samples, read in order."""
+class _SampleReader:
+    """Decoded samples, read in order.
+
+    Attributes:
+        position: the number of the next sample.
+        ended: whether there are no more.
+    """
 
     def __init__(self, blocks: Iterator[Samples]) -> None:
         self._blocks = blocks
         self._block: Samples = np.empty(0, np.float32)
-        self.at = 0
+        self.position = 0
         self.ended = False
 
     def read(self, into: Samples) -> int:
-        """Fill an array as far as there are samples, and return how many there were."""
+        """Fill an array as far as there are samples, and return their number."""
         filled = 0
-        while filled < len(into) and self._more():
+        while filled < len(into) and self._has_more():
             part = self._block[: len(into) - filled]
             into[filled : filled + len(part)] = part
-            filled += self._drop(len(part))
+            filled += self._consume(len(part))
         return filled
 
     def skip(self, until: float) -> None:
-        """Go on to a sample, or to the end if that comes before."""
-        while self.at < until and self._more():
-            self._drop(int(min(until - self.at, len(self._block))))
+        """Go on to a position, or to the end if that comes before."""
+        while self.position < until and self._has_more():
+            self._consume(int(min(until - self.position, len(self._block))))
 
-    def _more(self) -> bool:
+    def _has_more(self) -> bool:
         while not self._block.size and not self.ended:
             block = next(self._blocks, None)
             if block is None:
@@ -280,81 +279,78 @@ class _Tape:
                 self._block = block
         return bool(self._block.size)
 
-    def _drop(self, count: int) -> int:
+    def _consume(self, count: int) -> int:
         self._block = self._block[count:]
-        self.at += count
+        self.position += count
         return count
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
-    """Samples from `start` to before `end`; `asked` for by name, so that it has to be there."""
+class _ClipRange:
+    """Samples from `start` to before `end`; `requested`: the job names the range, so that it has to exist."""
 
     start: int
     end: float
-    asked: bool
+    requested: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """Which ranges are wanted, and how long a stretch of them may be; in samples."""
+class _Chunker:
+    """Cuts the clip ranges of a file into chunks of at most `window` samples."""
 
-    ranges: tuple[_Range, ...]
+    ranges: tuple[_ClipRange, ...]
     window: int
 
     def check(self, length: int) -> None:
-        """Refuse ranges that cannot be in a file of this length. Raises JobFailedError: `invalid_request`."""
-        for wanted in self.ranges:
-            if wanted.asked and wanted.start >= length:
-                raise _outside(wanted)
+        """Reject ranges that cannot be in a file of `length` samples. Raises JobFailedError: `invalid_request`."""
+        for clip in self.ranges:
+            if clip.requested and clip.start >= length:
+                raise _behind_the_end(clip)
 
-    def chunks(self, tape: _Tape) -> Iterator[Chunk]:
-        """Cut what is on the tape. Raises JobFailedError: `invalid_request` for a range that is not in the file."""
-        for wanted in self.ranges:
-            tape.skip(wanted.start)
-            yield from self._windows(tape, wanted, is_last=wanted is self.ranges[-1])
+    def chunks(self, reader: _SampleReader) -> Iterator[Chunk]:
+        """Read and cut. Raises JobFailedError: `invalid_request` for a range that is not in the file."""
+        for clip in self.ranges:
+            reader.skip(clip.start)
+            yield from self._chunks_of(clip, reader, is_last=clip is self.ranges[-1])
 
-    def _windows(self, tape: _Tape, wanted: _Range, *, is_last: bool) -> Iterator[Chunk]:
-        """Cut one range; the one sample more than a window tells whether something follows."""
-        start, rest = tape.at, np.empty(0, np.float32)
+    def _chunks_of(self, clip: _ClipRange, reader: _SampleReader, *, is_last: bool) -> Iterator[Chunk]:
+        """Cut one range; one sample more than a window is read, to know whether anything follows."""
+        start, remainder = reader.position, np.empty(0, np.float32)
         while True:
             buffer = np.empty(self.window + 1, np.float32)
-            buffer[: len(rest)] = rest
-            room = int(min(len(buffer), wanted.end - start))
-            filled = len(rest) + tape.read(buffer[len(rest) : room])
-            if wanted.asked and not filled:
-                raise _outside(wanted)
+            buffer[: len(remainder)] = remainder
+            room = int(min(len(buffer), clip.end - start))
+            filled = len(remainder) + reader.read(buffer[len(remainder) : room])
+            if clip.requested and not filled:
+                raise _behind_the_end(clip)
             if filled <= self.window:
                 yield Chunk(_seconds(start), buffer[:filled], last=is_last)
                 return
             cut = find_cut(buffer[: self.window])
-            rest = buffer[cut:filled].copy()
+            remainder = buffer[cut:filled].copy()
             yield Chunk(_seconds(start), buffer[:cut], last=False)
             start += cut
 
 
-def _ranges(clips: Sequence[tuple[float, float]], begin: int) -> tuple[_Range, ...]:
-    """Put ranges in order, join those that overlap, and leave out what lies before `begin`.
+def _clip_ranges(clips: Sequence[tuple[float, float]], begin: int) -> tuple[_ClipRange, ...]:
+    """Sort the ranges, join those that overlap, and drop what lies before `begin`.
 
     Raises:
         JobFailedError: `invalid_request` for what is no range.
     """
     joined: list[tuple[int, int]] = []
-    for start, end in sorted(map(_samples, clips)):
+    for start, end in sorted(map(_to_samples, clips)):
         if joined and start < joined[-1][1]:
             joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
         else:
             joined.append((start, end))
-    left = tuple(_Range(max(start, begin), end, asked=True) for start, end in joined if end > begin)
-    # With nothing left to be done there is still a last stretch, an empty one.
-    return left or (_Range(begin, begin if clips else math.inf, asked=False),)
+    remaining = tuple(_ClipRange(max(start, begin), end, requested=True) for start, end in joined if end > begin)
+    # With nothing left there is still a last chunk, an empty one.
+    return remaining or (_ClipRange(begin, begin if clips else math.inf, requested=False),)
 
 
-_FOREVER_S = 1e9
-
-
-def _samples(clip: tuple[float, float]) -> tuple[int, int]:
-    start_s, end_s = (min(second, _FOREVER_S) for second in clip)
+def _to_samples(clip: tuple[float, float]) -> tuple[int, int]:
+    start_s, end_s = (min(second, _MAX_CLIP_S) for second in clip)
     if 0 <= start_s < end_s and clip[1] < math.inf and round(start_s * SAMPLE_RATE) < round(end_s * SAMPLE_RATE):
         return round(start_s * SAMPLE_RATE), round(end_s * SAMPLE_RATE)
     raise JobFailedError(
@@ -367,15 +363,15 @@ def _seconds(samples: int) -> float:
     return round(samples / SAMPLE_RATE, 7)
 
 
-def _outside(wanted: _Range) -> JobFailedError:
+def _behind_the_end(clip: _ClipRange) -> JobFailedError:
     return JobFailedError(
         ErrorCode.INVALID_REQUEST,
-        f"The range of `clip_timestamps` that begins at {_seconds(wanted.start):g} s lies behind the end of the audio: "
+        f"The range of `clip_timestamps` that begins at {_seconds(clip.start):g} s lies behind the end of the audio: "
         "choose ranges inside it.",
     )
 
 
-def _broken_off() -> JobFailedError:
+def _incomplete() -> JobFailedError:
     return JobFailedError(
         ErrorCode.INTERNAL, "The audio could not be decoded to its end; the consumer's log says why: retry."
     )

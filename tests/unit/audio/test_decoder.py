@@ -693,7 +693,7 @@ def test_a_stop_is_heeded_between_two_packets(tmp_path: Path) -> None:
 
 def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In a WAV it looks for a further chunk behind the sound, here in millions of empty ones.
-    monkeypatch.setattr("cesar_mqtt.audio.decoder._PATIENCE_S", 0.2)
+    monkeypatch.setattr("cesar_mqtt.audio.decoder._FFMPEG_TIMEOUT_S", 0.2)
     path = tmp_path / "lost.wav"
     path.write_bytes(wav_bytes(tone(1, 16_000).tobytes()))
     os.truncate(path, 3_900_000_000)
@@ -705,7 +705,7 @@ def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch
 def test_the_patience_with_ffmpeg_does_not_count_what_others_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.audio.decoder._PATIENCE_S", 0.2)
+    monkeypatch.setattr("cesar_mqtt.audio.decoder._FFMPEG_TIMEOUT_S", 0.2)
     pcm = np.random.default_rng(1).integers(-8000, 8000, 30 * 16_000, np.int16)
     path = encode(tmp_path / "note.flac", "flac", "flac", pcm, rate=16_000)
     heard = 0

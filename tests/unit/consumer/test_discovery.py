@@ -157,7 +157,7 @@ def delivery(topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
 
 
 @pytest.fixture
-def planner() -> MessageParser:
+def parser() -> MessageParser:
     return MessageParser(KITCHEN, AnyModel(), max_payload_bytes=1000)
 
 
@@ -167,30 +167,30 @@ def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix(
 
 
 @pytest.mark.parametrize("topic", birth_topics("other"))
-def test_a_birth_message_is_recognised_and_is_not_a_job(planner: MessageParser, topic: str) -> None:
-    plan = planner.plan(delivery(topic, b"online"))
-    assert plan.born
-    assert (plan.job, plan.refusal, plan.command) == (None, None, None)
+def test_a_birth_message_is_recognised_and_is_not_a_job(parser: MessageParser, topic: str) -> None:
+    message = parser.parse(delivery(topic, b"online"))
+    assert message.is_birth
+    assert (message.job, message.refusal, message.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "retain"), [(b"offline", False), (b"", False), (b"online", True)])
-def test_other_messages_on_the_birth_topic_are_ignored(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
-    plan = planner.plan(delivery("homeassistant/status", payload, retain=retain))
-    assert not plan.born
-    assert (plan.job, plan.refusal, plan.command) == (None, None, None)
+def test_other_messages_on_the_birth_topic_are_ignored(parser: MessageParser, payload: bytes, *, retain: bool) -> None:
+    message = parser.parse(delivery("homeassistant/status", payload, retain=retain))
+    assert not message.is_birth
+    assert (message.job, message.refusal, message.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "command"), [(b"ON", "pause"), (b"OFF", "resume")])
-def test_a_switch_becomes_a_request(planner: MessageParser, payload: bytes, command: str) -> None:
-    plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", payload))
-    assert plan.command == command
-    assert plan.delivery.payload == b""
+def test_a_switch_becomes_a_request(parser: MessageParser, payload: bytes, command: str) -> None:
+    message = parser.parse(delivery("cesar/consumer/kitchen/pause/set", payload))
+    assert message.command == command
+    assert message.delivery.payload == b""
 
 
-def test_a_switch_that_is_neither_on_nor_off_is_refused(planner: MessageParser) -> None:
-    plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", b"maybe"))
-    assert plan.refusal is not None
-    assert plan.refusal.reason == "invalid_request"
+def test_a_switch_that_is_neither_on_nor_off_is_refused(parser: MessageParser) -> None:
+    message = parser.parse(delivery("cesar/consumer/kitchen/pause/set", b"maybe"))
+    assert message.refusal is not None
+    assert message.refusal.reason == "invalid_request"
 
 
 # -- when --
