@@ -467,7 +467,7 @@ def test_an_upload_that_is_too_large_is_told_to_whoever_waits_for_its_id(bench: 
     assert bench.take(upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
     assert bench.job("a").state is JobState.ERROR
     assert bench.job("a").error_message == (
-        "The message has 4097 bytes, at most 4096 are taken (queue.max_payload_bytes)."
+        "The message has 4097 bytes: at most 4096 are accepted (queue.max_payload_bytes)."
     )
 
 

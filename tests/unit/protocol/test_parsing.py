@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.ledger.documents import job_document, job_from
+from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES, Command, JobCommand
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.parsing import (
     SHORT_FORM_BYTES,
@@ -19,10 +21,12 @@ from cesar_mqtt.protocol.parsing import (
     Refusal,
     UserProperties,
     parse_audio,
+    parse_command,
 )
 from cesar_mqtt.protocol.parsing import parse_submission as parse
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.protocol.truncate import excerpt, truncate_status
 
 LONG = "x" * 17 + "..." + "x" * 18
@@ -979,6 +983,104 @@ def test_a_second_id_beside_the_topics_is_refused_unless_it_is_the_same() -> Non
     metadata = {"room": "porch"}
     assert parsed == Refusal("invalid_request", detail, "a", recordable=True, metadata=metadata, audio=UPLOAD)
     check(parsed)
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+WRONG_COMMANDS: list[tuple[str, Any, str]] = [
+    ("get", {}, "job_id must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current'; it is missing."),
+    ("get", b"", "job_id must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current'; it is missing."),
+    ("get", {"job_id": "a b"}, "must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current', not 'a b'."),
+    ("get", {"job_id": 7}, "or 'current', not 7."),
+    ("get", {"job_id": None}, "or 'current', not null."),
+    ("get", b"../etc/passwd", "or 'current', not '../etc/passwd'."),
+    ("get", b"a\nb", "The payload is neither a JSON object nor one line of text with a job's id."),
+    ("get", b"\xff\xfe", "The payload is neither a JSON object nor one line of text with a job's id."),
+    ("get", b"a" * 5000, "The payload is neither a JSON object nor one line of text with a job's id."),
+    ("get", b"x" * 70_000, "The request has 70000 bytes: at most 65536 are read."),
+    ("get", b"[1]", "The payload must be a JSON object, or one line of text with a job's id."),
+    ("get", b'"a"', "The payload must be a JSON object, or one line of text with a job's id."),
+    ("get", b"{", "The payload is not JSON: EOF while parsing an object at line 1 column 1."),
+    ("get", b'{"job_id": NaN}', "The payload is not JSON: expected value at line 1 column 12."),
+    ("get", {"job_id": "a", "jobid": 1}, "There is no field 'jobid' (did you mean job_id?)."),
+    ("cancel", {"job_id": "a", "reason": "x"}, "There is no field 'reason'."),
+    ("pause", b"on", "`pause` is not about one job: leave job_id out."),
+    ("list", {"job_id": "a"}, "`list` is not about one job: leave job_id out."),
+    ("pause", {"on": True}, "There is no field 'on'."),
+    ("list", {"limit": 0}, "limit must be a whole number from 1 to 1000, not 0."),
+    ("list", {"limit": 1001}, "limit must be a whole number from 1 to 1000, not 1001."),
+    ("list", {"limit": "5"}, "limit must be a whole number from 1 to 1000, not '5'."),
+    ("list", {"limit": True}, "limit must be a whole number from 1 to 1000, not true."),
+    ("list", {"status": "done"}, "'error', 'cancelled' or null, not 'done'."),
+    ("list", {"after": "a/b"}, "or null, not 'a/b'."),
+    ("result", {"job_id": "a", "format": "doc"}, "format must be one of txt, srt, vtt, tsv, json, not 'doc'."),
+    ("result", {"job_id": "a", "offset": -1}, "or the offset + length of the previous response, not -1."),
+    ("result", {"job_id": "a", "offset": 2**60}, "not 1152921504606846976."),
+    ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MAX_RESULT_BYTES}, not 3."),
+    ("result", {"job_id": "a", "length": MAX_RESULT_BYTES + 1}, f"from 4 to {MAX_RESULT_BYTES}, not 65537."),
+    ("get", {"job_id": "a", "transaction": "ü" * 2048}, "transaction has more than 4096 bytes as JSON."),
+    ("get", {"job_id": "a", "transaction": {"x": [0] * 2048}}, "transaction has more than 4096 bytes as JSON."),
+    ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds a number that is too large."),
+    ("list", {"a": 1, "b": 2, "c": 3, "d": 4}, "There is no field 'c'. Mistakes beside these: 1."),
+    ("pause", {"consumer": "a/b"}, "the name of a consumer, 1 to 64 of A-Z, a-z, 0-9, _ and -, or null, not 'a/b'."),
+]
+
+
+def command_payload(request: Any) -> bytes:
+    return request if isinstance(request, bytes) else json.dumps(request).encode()
+
+
+@pytest.mark.parametrize(("command", "request_", "sentence"), WRONG_COMMANDS)
+def test_an_invalid_command_is_told_what_its_fields_must_be(command: str, request_: Any, sentence: str) -> None:
+    parsed = parse_command(command, command_payload(request_))
+    assert parsed.command is None
+    assert parsed.mistakes.endswith(sentence)
+    assert not [jargon for jargon in JARGON if jargon in parsed.mistakes]
+
+
+@pytest.mark.parametrize("payload", [b"a", b" a\n", b"a\r\n", b'{"job_id": "a"}', b'\xef\xbb\xbf{"job_id":"a"}'])
+def test_a_line_is_short_for_the_job(payload: bytes) -> None:
+    assert parse_command("cancel", payload).command == JobCommand(job_id="a")
+
+
+@pytest.mark.parametrize("payload", [b"", b" \n", b"{}", b"\xef\xbb\xbf"])
+def test_an_empty_payload_is_an_empty_object(payload: bytes) -> None:
+    assert parse_command("pause", payload).command == Command()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_null_is_the_same_as_to_leave_a_field_of_a_command_out(command: str) -> None:
+    fields = COMMANDS[command].request.model_fields
+    needed = {"job_id": "a"} if "job_id" in fields else {}
+    parsed = parse_command(command, as_json(**{**dict.fromkeys(fields), **needed}))
+    assert parsed.command is not None
+    assert parsed == parse_command(command, as_json(**needed))
+
+
+@pytest.mark.parametrize(
+    ("schema", "command", "request_"),
+    [
+        ("ListCommand", "list", {"limit": None, "status": None, "after": None, "consumer": None}),
+        ("ListCommand", "list", {"limit": 0}),
+        ("ListCommand", "list", {"limit": 5, "transaction": [{"a": 1}, None]}),
+        ("ResultCommand", "result", {"job_id": "a", "format": None, "offset": None, "length": None}),
+        ("ResultCommand", "result", {"job_id": "a", "length": 3}),
+        ("JobCommand", "get", {"job_id": None}),
+    ],
+)
+def test_a_command_is_valid_if_its_schema_allows_it(schema: str, command: str, request_: dict[str, Any]) -> None:
+    allowed = Draft202012Validator(payload_schemas()[schema]).is_valid(request_)
+    assert allowed == (parse_command(command, command_payload(request_)).command is not None)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "dance"])
+def test_transaction_and_consumer_are_read_of_an_invalid_command_too(command: str) -> None:
+    parsed = parse_command(command, as_json(consumer="attic", transaction=[1, None], nonsense=1))
+    assert (parsed.command, parsed.consumer, parsed.transaction) == (None, "attic", [1, None])
+    long = parse_command(command, as_json(consumer="a/b", transaction="x" * 5000))
+    assert (long.command, long.consumer, long.transaction) == (None, None, None)
+    assert "xxx" not in long.mistakes
 
 
 # -- anything at all -----------------------------------------------------------------------------------------------
