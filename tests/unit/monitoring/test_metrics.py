@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cesar_mqtt import service
 from cesar_mqtt.config import MetricsSettings, ModelSettings, Settings
 from cesar_mqtt.errors import ConfigError, ErrorCode
-from cesar_mqtt.jobs import AudioSource, Job, NewJob, Result
+from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -24,9 +24,10 @@ from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 from cesar_mqtt.protocol.payloads import Rejection
 from cesar_mqtt.whisper.model_store import ModelStore
 from tests.conftest import find_free_port
+from tests.factories import new_job, result
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
-RESULT = Result("Good morning.", 60.0, "en", 0.98, no_speech=False)
+RESULT = result("Good morning.", audio_duration=60.0)
 HEALTH = HealthMessage(
     uptime=1.0,
     worker_alive=True,
@@ -69,7 +70,7 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
 
 
 def submit(ledger: Ledger, *names: str) -> None:
-    ledger.append([NewJob(name, name, AudioSource("path", "a.wav"), "base") for name in names])
+    ledger.append([new_job(name) for name in names])
 
 
 def claim(ledger: Ledger) -> Job:
