@@ -1,4 +1,4 @@
-"""What is announced to Home Assistant, and when; that Home Assistant takes it is tested inside of it."""
+"""Discovery messages and their schedule; tests/homeassistant proves that Home Assistant accepts them."""
 
 import json
 import re
@@ -301,27 +301,27 @@ def test_nothing_is_announced_when_there_is_nothing_to_announce(
 
 def test_only_what_is_no_longer_used_is_stale(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    assert AnnouncedTopics(path).begin({"a", "b"}) == set()
-    assert AnnouncedTopics(path).begin({"b", "c"}) == {"a"}
+    assert AnnouncedTopics(path).record({"a", "b"}) == set()
+    assert AnnouncedTopics(path).record({"b", "c"}) == {"a"}
 
 
 def test_a_topic_stays_stale_until_it_is_cleared(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    AnnouncedTopics(path).begin({"a"})
-    AnnouncedTopics(path).begin({"b"})
+    AnnouncedTopics(path).record({"a"})
+    AnnouncedTopics(path).record({"b"})
     again = AnnouncedTopics(path)
-    assert again.begin({"b"}) == {"a"}
-    again.settle()
-    assert AnnouncedTopics(path).begin({"b"}) == set()
+    assert again.record({"b"}) == {"a"}
+    again.remove_stale()
+    assert AnnouncedTopics(path).record({"b"}) == set()
 
 
 def test_without_an_announcement_the_file_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    AnnouncedTopics(path).settle()
+    AnnouncedTopics(path).remove_stale()
     assert not path.exists()
-    AnnouncedTopics(path).begin({"a"})
-    AnnouncedTopics(path).settle()
-    assert AnnouncedTopics(path).begin({"b"}) == {"a"}
+    AnnouncedTopics(path).record({"a"})
+    AnnouncedTopics(path).remove_stale()
+    assert AnnouncedTopics(path).record({"b"}) == {"a"}
 
 
 class FullDisk(Disk):
@@ -337,14 +337,14 @@ def logged(caplog: pytest.LogCaptureFixture) -> str:
 def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
     path = tmp_path / "homeassistant.json"
     path.write_bytes(content.encode("latin-1"))
-    assert AnnouncedTopics(path).begin({"a"}) == set()
+    assert AnnouncedTopics(path).record({"a"}) == set()
     assert "homeassistant.json cannot be read" in logged(caplog)
-    assert AnnouncedTopics(path).begin({"b"}) == {"a"}
+    assert AnnouncedTopics(path).record({"b"}) == {"a"}
 
 
 def test_a_disk_that_is_full_does_not_stop_the_consumer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     announced = AnnouncedTopics(tmp_path / "homeassistant.json", disk=FullDisk())
-    assert announced.begin({"a"}) == set()
+    assert announced.record({"a"}) == set()
     assert "cannot be written (No space left on device)" in logged(caplog)
 
 

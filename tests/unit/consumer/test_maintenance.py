@@ -48,7 +48,7 @@ def finish_uploads(ledger: Ledger, spool: Spool, count: int) -> None:
         ledger.complete(job.seq, Result("Hello.", 1.0, "en", 0.9, no_speech=False))
 
 
-def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
+def test_old_jobs_are_deleted_with_their_audio_and_recent_ones_kept(
     ledger: Ledger, clock: Clock, tmp_path: Path
 ) -> None:
     spool = Spool(tmp_path / "spool")
@@ -62,7 +62,7 @@ def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
     assert ledger.jobs() == []
 
 
-def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
+def test_a_stop_ends_retention_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     maintenance = Maintenance(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 10)
@@ -70,7 +70,7 @@ def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clo
     assert len(ledger.jobs()) == 10
 
 
-def test_a_disk_that_refuses_is_asked_less_and_less_often(
+def test_a_disk_that_refuses_is_tried_less_and_less_often(
     ledger: Ledger,
     clock: Clock,
     disk: FaultyDisk,

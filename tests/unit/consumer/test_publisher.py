@@ -37,7 +37,7 @@ OVERHEAD_BYTES = 16  # what MQTT adds to topic and payload, at most
 
 @dataclass(frozen=True)
 class Message:
-    """What was handed to the connection."""
+    """A message that was passed to the connection."""
 
     ticket: int
     topic: str
@@ -52,7 +52,7 @@ class Message:
 
 
 class FakeConnection:
-    """Notes what is published while `up`; `limit_bytes`, `refused` and `goes_down_after` are its ways to go wrong."""
+    """Records what is published while `up`; `limit_bytes`, `refused` and `goes_down_after` make it fail."""
 
     def __init__(self) -> None:
         self.up = False
@@ -170,7 +170,7 @@ class Bench:
         return published
 
     def turn(self) -> list[Message]:
-        """Let the publisher do all that it can; return what it has published since the last time."""
+        """Run the publisher once; return what it has published since the last call."""
         self.publisher.run_once()
         fresh = self.connection.sent[self._seen :]
         self._seen += len(fresh)
@@ -755,7 +755,7 @@ def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch:
 def test_waiting_responses_are_bounded_in_bytes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """10,000 answers with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
+    """10,000 responses with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
     monkeypatch.setattr("cesar_mqtt.consumer.job_messages.MAX_TRANSIENT_BYTES", 1000)
     asked = "cesar/response/list"
 
@@ -773,7 +773,7 @@ def test_waiting_responses_are_bounded_in_bytes(
     answer(5000, 8)
     bench.turn()
     bench.disconnect()
-    assert "the 3 oldest" not in caplog.text, "not so soon again"
+    assert "the 3 oldest" not in caplog.text, "at most one warning in 10 s"
     answer(200, 9)
     bench.now += 10.0
     bench.turn()
@@ -931,7 +931,7 @@ def test_a_stop_ends_the_thread_and_can_come_twice_or_before_the_start(tmp_path:
 
 def test_a_stop_just_before_the_thread_waits_is_not_lost(bench: Bench) -> None:
     class StopComesFirst(threading.Event):
-        """Lets the call of the stop come between the thread's waking up and its clearing of the call."""
+        """Stops the publisher after the thread has woken up and before it clears the event."""
 
         def clear(self) -> None:
             bench.publisher._stopping.set()
@@ -958,7 +958,7 @@ class QuickDisk(Disk):
 
 
 class AgreementMachine(RuleBasedStateMachine):
-    """Whatever happens, the broker's retained messages come to agree with the ledger.
+    """In any order of events the broker's retained messages come to agree with the ledger.
 
     The fake broker holds what reaches it; what is on its way when the connection breaks may or may not have reached it.
     """
@@ -970,14 +970,14 @@ class AgreementMachine(RuleBasedStateMachine):
         self.bench.publisher.publish_state("online")
         self.retained: dict[str, bytes] = {}
         self.session = False
-        self.on_the_way: list[Message] = []
+        self.in_flight: list[Message] = []
         self.number = 0
 
     def _take_turn(self) -> None:
-        self.on_the_way += self.bench.turn()
+        self.in_flight += self.bench.turn()
 
     def _arrive(self, count: int) -> list[Message]:
-        arrived, self.on_the_way = self.on_the_way[:count], self.on_the_way[count:]
+        arrived, self.in_flight = self.in_flight[:count], self.in_flight[count:]
         self.retained |= {message.topic: message.payload for message in arrived if message.retain}
         return arrived
 
@@ -1029,20 +1029,20 @@ class AgreementMachine(RuleBasedStateMachine):
     @rule()
     def connect(self) -> None:
         if not self.bench.connection.up:
-            self.on_the_way += self.bench.connect(session_present=self.session)
+            self.in_flight += self.bench.connect(session_present=self.session)
             self.session = True
 
     @rule(count=st.integers(1, 100))
     def acknowledge(self, count: int) -> None:
         arrived = self._arrive(count)
-        self.on_the_way += self.bench.acknowledge(*arrived)
+        self.in_flight += self.bench.acknowledge(*arrived)
 
     @rule(arriving=st.integers(0, 100), notice=st.booleans())
     def disconnect(self, arriving: int, *, notice: bool) -> None:
-        """Lose the connection; some of what was on its way has arrived, but no acknowledgement comes back."""
+        """Lose the connection; some messages in flight have arrived, but no acknowledgement returns."""
         if self.bench.connection.up:
             self._arrive(arriving)
-            self.on_the_way = []
+            self.in_flight = []
             self.bench.connection.up = False
             if not notice:
                 self._take_turn()
@@ -1050,7 +1050,7 @@ class AgreementMachine(RuleBasedStateMachine):
 
     @rule()
     def lose_everything(self) -> None:
-        """Restart a broker that keeps nothing."""
+        """Restart a broker without persistence."""
         self.disconnect(0, notice=True)
         self.retained = {}
         self.session = False
@@ -1058,7 +1058,7 @@ class AgreementMachine(RuleBasedStateMachine):
     @invariant()
     def not_too_much_is_on_its_way(self) -> None:
         if hasattr(self, "bench"):
-            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= MAX_IN_FLIGHT
+            assert len([m for m in self.in_flight if not m.topic.startswith("cesar/consumer/")]) <= MAX_IN_FLIGHT
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
@@ -1147,20 +1147,22 @@ def restarted(bench: Bench, folder: Path) -> Bench:
     return Bench(folder)
 
 
-@pytest.mark.parametrize("said_first", [True, False])
-def test_the_last_message_of_an_earlier_process_is_no_loss(bench: Bench, tmp_path: Path, *, said_first: bool) -> None:
+@pytest.mark.parametrize("published_first", [True, False])
+def test_the_last_message_of_an_earlier_process_is_no_loss(
+    bench: Bench, tmp_path: Path, *, published_first: bool
+) -> None:
     bench.add("a", "b")
     bench.complete(bench.claim())
     bench.quiet()
     again = restarted(bench, tmp_path)
     found = left_by(again)
-    if said_first:  # its own queue is on its way before the intake has looked at the old one
+    if published_first:  # its own queue message is in flight before the intake has received the old one
         again.connect()
         again.publisher.on_queue_message_received(found)
     else:
         again.publisher.on_queue_message_received(found)
         again.connect()
-    assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its place in the queue"
+    assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its position in the queue"
     again.publisher.stop()
     again.ledger.close()
 
@@ -1203,7 +1205,7 @@ def test_if_the_broker_restored_older_messages_deleted_jobs_are_cleared_again_wi
 def test_if_the_broker_retained_nothing_everything_is_published_although_it_knows_the_session(
     bench: Bench, tmp_path: Path
 ) -> None:
-    """The process before had begun a new session, and died before it could make a note of that."""
+    """The process before had begun a new session, and died before it could record that."""
     bench.add("a", "b")
     bench.complete(bench.claim())
     bench.quiet()
@@ -1217,7 +1219,7 @@ def test_if_the_broker_retained_nothing_everything_is_published_although_it_know
         again.connect(session_present=session_present)
         again.settle()
         again.publisher.on_queue_message_received(None)
-        assert again.settle() == [], "its own messages come back all the time"
+        assert again.settle() == [], "its own messages are delivered to it, too"
     again.publisher.stop()
     again.ledger.close()
 
@@ -1255,7 +1257,7 @@ def test_a_connection_that_was_lost_before_the_check_counts_as_a_loss(bench: Ben
 
 
 def test_the_retained_message_may_be_checked_late(bench: Bench) -> None:
-    """The intake looks at it only when a batch is on disk that came before it."""
+    """The intake handles it only after the batch before it is on disk."""
     bench.add("a")
     bench.quiet()
     (shown,) = bench.publisher._own_topics.retained("queue")
@@ -1276,7 +1278,7 @@ def test_a_connection_lost_before_the_check_republishes_everything_if_the_broker
     bench.add("a")
     bench.quiet()
     bench.disconnect()
-    assert (bench.connect() == []) is shows, "what was never shown counts as lost, once"
+    assert (bench.connect() == []) is shows, "if it was never sent, that counts as a loss once"
     bench.settle()
     bench.disconnect()
     bench.now += 100
@@ -1533,7 +1535,7 @@ def test_a_status_is_not_skipped_for_the_limit_of_a_new_connection(bench: Bench)
     bench.complete(bench.claim())
     bench.complete(bench.claim(), "word " * 4000)
 
-    def reconnect(message: Message) -> None:  # in the middle of a turn, to a broker that takes less
+    def reconnect(message: Message) -> None:  # during `run_once`, to a broker with a lower limit
         if message.topic == "cesar/status/a" and bench.connection.limit_bytes is None:
             bench.connection.limit_bytes = 8000
             bench.publisher.on_disconnected()

@@ -85,7 +85,7 @@ def test_a_new_message_on_a_later_connection_ends_earlier_redeliveries() -> None
     assert bench.took(plan("c", 2, dup=True)) == {"a", "b", "c", "d"}
     assert bench.took(plan("e", 2), plan("f", 2)) == {"c", "e", "f"}
     bench.ledger.job_ids.add("kept")
-    assert bench.took(plan("g", 2)) == {"c", "e", "f", "g", "kept"}, "that is asked once for a connection"
+    assert bench.took(plan("g", 2)) == {"c", "e", "f", "g", "kept"}, "once for a connection"
 
 
 def test_a_batch_may_reach_over_a_lost_connection() -> None:
@@ -106,7 +106,7 @@ def test_a_new_session_ends_everything() -> None:
 
 
 def test_a_message_of_qos_0_does_not_end_earlier_redeliveries() -> None:
-    """Only of QoS 1 the old messages come first; a job would have been done twice."""
+    """Redeliveries precede new messages only at QoS 1; a job would have run twice."""
     bench = Bench()
     bench.took(plan("a"))
     assert bench.took(plan("q", 2, qos=0)) == {"a"}
