@@ -133,7 +133,7 @@ def test_with_a_port_there_are_metrics() -> None:
 # -- the port ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_are_served_in_the_format_of_prometheus(metrics: Metrics, ledger: Ledger, port: int) -> None:
+def test_the_metrics_are_served_in_the_format_of_prometheus(metrics: Metrics, ledger: Ledger, port: int) -> None:
     submit(ledger, "a", "b", "c")
     claim(ledger)
     ledger.complete(1, RESULT)
@@ -192,7 +192,7 @@ def test_an_address_that_is_not_this_machine_is_named_in_the_error(ledger: Ledge
         elsewhere.serve(sources(ledger))
 
 
-def test_closing_gives_the_port_back_and_leaves_no_thread(metrics: Metrics, ledger: Ledger, port: int) -> None:
+def test_close_frees_the_port_and_ends_the_thread(metrics: Metrics, ledger: Ledger, port: int) -> None:
     before = set(threading.enumerate())
     metrics.serve(sources(ledger))
     assert {thread.name for thread in set(threading.enumerate()) - before} == {"metrics"}
@@ -245,7 +245,7 @@ def test_the_speed_of_a_later_attempt_is_not_reported_as_an_earlier_one_may_have
     assert value(metrics.registry, "cesar_audio_seconds_total") == 60.0
 
 
-def test_a_clock_that_was_set_back_stops_nothing(metrics: Metrics, tmp_path: Path) -> None:
+def test_a_clock_that_is_set_back_counts_as_no_time(metrics: Metrics, tmp_path: Path) -> None:
     times = iter(range(10_000, 0, -10))
     with Ledger(tmp_path / "other.json", clock=lambda: float(next(times))) as ledger:
         submit(ledger, "a")
