@@ -238,5 +238,5 @@ _OPTIONS = {field.name for field in dataclasses.fields(TranscriptionOptions)} - 
 _ENGLISH_ONLY = ".en"
 _DISTILLED = "distil-"
 _TURBO = frozenset({"turbo", "large-v3-turbo"})
-"""These and the distilled models were trained without translation: asked to translate, they transcribe."""
+"""These and the distilled models were trained without translation: with `translate` they transcribe all the same."""
 _PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}
