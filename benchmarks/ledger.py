@@ -1,4 +1,4 @@
-"""The ledger beside what else could keep jobs: sqlite3, stock TinyDB, and the disk's own limit."""
+"""The ledger compared with sqlite3, stock TinyDB, and the limit of the disk."""
 
 import json
 import os
@@ -32,27 +32,24 @@ def _request() -> NewJob:
 _RESULT = Result("It is raining again.", 4.0, "en", 0.98, no_speech=False)
 
 
-class _Unsynced(Disk):
-    """For filling only: as fast as memory."""
+class _UnsyncedDisk(Disk):
+    """For filling a ledger quickly."""
 
     def sync(self, descriptor: int) -> None:
         pass
 
 
 def fill(folder: Path, finished: int) -> Path:
-    """Make a ledger with so many finished jobs, without a transcript to speak of."""
+    """Create a ledger with `finished` completed jobs that have empty transcripts."""
     folder.mkdir()
     path = folder / "ledger.json"
     result = Result("", 4.0, None, None, no_speech=True)
-    with Ledger(path, max_queued=finished + 1, disk=_Unsynced()) as ledger:
+    with Ledger(path, max_queued=finished + 1, disk=_UnsyncedDisk()) as ledger:
         ledger.append([_request() for _ in range(finished)])
         while (job := ledger.claim()) is not None:
             ledger.complete(job.seq, result)
-            for number, told in ledger.unpublished(100):
-                ledger.mark_published([(told.seq, number)])
-        while told_now := ledger.unpublished(1000):
-            for number, told in told_now:
-                ledger.mark_published([(told.seq, number)])
+            _publish(ledger, 100)
+        _publish_all(ledger)
     return path
 
 
@@ -66,14 +63,21 @@ def _cycle(ledger: Ledger) -> Callable[[], None]:
     return once
 
 
-def _tell(ledger: Ledger) -> None:
-    """Say that the broker knows everything; outside of what is timed, for the others tell nobody."""
-    while told := ledger.unpublished(1000):
-        ledger.mark_published([(job.seq, number) for number, job in told])
+def _publish(ledger: Ledger, limit: int) -> bool:
+    """Acknowledge up to `limit` statuses; return whether there were any."""
+    published = ledger.unpublished(limit)
+    ledger.mark_published([(job.seq, number) for number, job in published])
+    return bool(published)
+
+
+def _publish_all(ledger: Ledger) -> None:
+    """Acknowledge every status. Never timed, since the other contenders publish nothing."""
+    while _publish(ledger, 1000):
+        pass
 
 
 def _sqlite_cycle(path: Path) -> Callable[[], None]:
-    """The same three transactions, as one would write them."""
+    """The same three transactions in sqlite3."""
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=FULL")
@@ -120,7 +124,7 @@ def _stock_cycle(path: Path, documents: int) -> Callable[[], None]:
 
 
 def _sync_cycle(path: Path) -> Callable[[], None]:
-    """One append and fsync of the size of a journal line: the disk's own limit."""
+    """One append with fsync, as long as a journal line: the limit of the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def once() -> None:
@@ -138,7 +142,7 @@ def _rate(once: Callable[[], None], times: int) -> float:
 
 
 def _rates(folder: Path) -> dict[str, list[float]]:
-    """Cycles a second of each, measured in turn so that a noisy neighbour disturbs all of them."""
+    """Cycles per second of each contender, measured in turn, so that other load disturbs all of them."""
     full_path = fill(folder / "full", FINISHED)
     with Ledger(full_path) as full, Ledger(_new(folder / "empty")) as empty:
         contenders = {
@@ -152,13 +156,13 @@ def _rates(folder: Path) -> dict[str, list[float]]:
         for _ in range(ROUNDS):
             for name, (once, times) in contenders.items():
                 rates[name].append(_rate(once, times))
-            _tell(full)
-            _tell(empty)
+            _publish_all(full)
+            _publish_all(empty)
     return rates
 
 
 def _over(rates: dict[str, list[float]], other: str) -> tuple[float, str]:
-    """The full ledger's rate over another one, round by round, as a median; and both rates."""
+    """The full ledger's rate over the other one's, as the median of the rounds; and both rates."""
     ratios = [ours / theirs for ours, theirs in zip(rates["full"], rates[other], strict=True)]
     return median(ratios), f"{median(rates['full']):.0f} against {median(rates[other]):.4g} cycles/s"
 
@@ -194,7 +198,7 @@ def _bytes_per_job(path: Path, jobs: int) -> float:
 
 
 def _clearing(path: Path) -> tuple[float, float]:
-    """Seconds that it takes to delete all finished jobs as the service does, and the longest cycle meanwhile."""
+    """Seconds to delete all finished jobs as the service does, and the longest cycle meanwhile."""
     pause, cleared = threading.Event(), threading.Event()
     with Ledger(path) as ledger:
         expired = time.time()

@@ -256,7 +256,7 @@ class Service:
         if not wanted.enabled:
             return
         messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
-        self._publisher.announce(messages, stale=self._announced_topics.begin(messages))
+        self._publisher.announce(messages, stale=self._announced_topics.record(messages))
 
     def _info(self) -> Info:
         models = self._models.describe()
@@ -350,7 +350,7 @@ class Service:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
         self._publisher.publish_state("offline")
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
-            self._announced_topics.settle()
+            self._announced_topics.remove_stale()
         self._publisher.stop()
         self._client.close()
         self._close_files()

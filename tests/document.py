@@ -1,4 +1,4 @@
-"""The AsyncAPI document as a judge: of itself, and of every message that is seen on the bus."""
+"""The AsyncAPI document, checked by itself and against every message on the bus."""
 
 import functools
 import json
@@ -24,14 +24,14 @@ _EXPRESSION = re.compile(r"\{([^{}]*)\}")
 
 @functools.cache
 def default_document() -> dict[str, Any]:
-    """The document of a consumer with all defaults; whoever changes it makes a copy."""
+    """The document of a consumer with all defaults; copy it before a change."""
     settings = Settings(broker=BrokerSettings(url="mqtt://127.0.0.1:1883"))
     return document(settings, parse_broker_url(settings.broker.url))
 
 
-def resolve(told: Mapping[str, Any], pointer: str) -> Any:
+def resolve(contract: Mapping[str, Any], pointer: str) -> Any:
     """What a local reference points to. Raises KeyError."""
-    value: Any = told
+    value: Any = contract
     for part in pointer.removeprefix("#/").split("/"):
         value = value[part.replace("~1", "/").replace("~0", "~")]
     return value
@@ -40,16 +40,16 @@ def resolve(told: Mapping[str, Any], pointer: str) -> Any:
 # -- of itself -----------------------------------------------------------------------------------------------------
 
 
-def faults(told: Mapping[str, Any]) -> list[str]:
+def faults(contract: Mapping[str, Any]) -> list[str]:
     """What is wrong with a document that the official schema does not find."""
-    dangling = sorted({*_dangling(told)})
-    return dangling or [*_parameters(told), *_not_of_the_channel(told), *_examples(told)]
+    dangling = sorted({*_dangling(contract)})
+    return dangling or [*_parameters(contract), *_not_of_the_channel(contract), *_examples(contract)]
 
 
-def _dangling(told: Mapping[str, Any]) -> Iterator[str]:
-    for reference in _references(told):
+def _dangling(contract: Mapping[str, Any]) -> Iterator[str]:
+    for reference in _references(contract):
         try:
-            resolve(told, reference)
+            resolve(contract, reference)
         except (KeyError, TypeError):
             yield f"{reference} leads nowhere"
 
@@ -63,33 +63,33 @@ def _references(value: Any) -> Iterator[str]:
         yield from _references(inner)
 
 
-def _parameters(told: Mapping[str, Any]) -> Iterator[str]:
-    for name, channel in told["channels"].items():
+def _parameters(contract: Mapping[str, Any]) -> Iterator[str]:
+    for name, channel in contract["channels"].items():
         used, declared = set(_EXPRESSION.findall(channel["address"] or "")), set(channel.get("parameters", {}))
         if used != declared:
             yield f"channel {name} has {sorted(used)} in its address and declares {sorted(declared)}"
 
 
-def _not_of_the_channel(told: Mapping[str, Any]) -> Iterator[str]:
-    """Each operation speaks of messages of its own channel, and each message of a channel is spoken of."""
-    spoken = set()
-    for name, operation in told["operations"].items():
+def _not_of_the_channel(contract: Mapping[str, Any]) -> Iterator[str]:
+    """Each operation refers to messages of its own channel, and each message of a channel is referred to."""
+    referred = set()
+    for name, operation in contract["operations"].items():
         for part in (operation, operation.get("reply")):
             for message in part["messages"] if part else ():
-                spoken.add(message["$ref"])
+                referred.add(message["$ref"])
                 if not message["$ref"].startswith(part["channel"]["$ref"] + "/messages/"):
-                    yield f"operation {name} speaks of {message['$ref']}, which is not of its channel"
-    for name, channel in told["channels"].items():
+                    yield f"operation {name} refers to {message['$ref']}, which is of another channel"
+    for name, channel in contract["channels"].items():
         for message in channel["messages"]:
-            if f"#/channels/{name}/messages/{message}" not in spoken:
-                yield f"no operation speaks of message {message} of channel {name}"
+            if f"#/channels/{name}/messages/{message}" not in referred:
+                yield f"no operation refers to message {message} of channel {name}"
 
 
-def _examples(told: Mapping[str, Any]) -> Iterator[str]:
-    for name, message in told["components"]["messages"].items():
+def _examples(contract: Mapping[str, Any]) -> Iterator[str]:
+    for name, message in contract["components"]["messages"].items():
         if "payload" not in message:
             continue
-        judge = _judge(told, message["payload"])
+        judge = _judge(contract, message["payload"])
         if not message.get("examples"):
             yield f"message {name} has no example"
         for number, example in enumerate(message.get("examples", ())):
@@ -98,13 +98,13 @@ def _examples(told: Mapping[str, Any]) -> Iterator[str]:
                 yield f"example {number} of {name}: {error.json_path}: {error.message}"
 
 
-def _judge(told: Mapping[str, Any], payload: Mapping[str, Any]) -> Draft7Validator:
+def _judge(contract: Mapping[str, Any], payload: Mapping[str, Any]) -> Draft7Validator:
     """A validator that also refuses fields that the document does not name."""
-    return Draft7Validator({"allOf": [_closed(payload)], "components": {"schemas": _closed_schemas(told)}})
+    return Draft7Validator({"allOf": [_closed(payload)], "components": {"schemas": _closed_schemas(contract)}})
 
 
-def _closed_schemas(told: Mapping[str, Any]) -> Any:
-    return _closed(told["components"]["schemas"])
+def _closed_schemas(contract: Mapping[str, Any]) -> Any:
+    return _closed(contract["components"]["schemas"])
 
 
 def _closed(value: Any) -> Any:
@@ -136,32 +136,32 @@ class Fault(NamedTuple):
 
 
 class Judge:
-    """Tells of each message which one of the document it is, or why it is none."""
+    """Finds the message of the document that a message on the bus is, or why it is none."""
 
-    def __init__(self, told: Mapping[str, Any], *, marks: tuple[str, ...] = ()) -> None:
+    def __init__(self, contract: Mapping[str, Any], *, marks: tuple[str, ...] = ()) -> None:
         """Compile all that is needed for many messages; topics that begin with one of `marks` are not judged."""
-        self._told = told
+        self._contract = contract
         self._marks = marks
-        self._prefix = told["components"]["parameters"]["prefix"]["default"]
+        self._prefix = contract["components"]["parameters"]["prefix"]["default"]
         self._channels = {
             name: re.compile(_pattern(channel["address"], self._prefix))
-            for name, channel in told["channels"].items()
+            for name, channel in contract["channels"].items()
             if channel["address"] is not None
         }
         self._senders = {
             operation["channel"]["$ref"].rpartition("/")[2]: operation
-            for operation in told["operations"].values()
+            for operation in contract["operations"].values()
             if operation["action"] == "send"
         }
-        closed = {"components": {"schemas": _closed_schemas(told)}}
+        closed = {"components": {"schemas": _closed_schemas(contract)}}
         self._judges = {
             name: Draft7Validator({"allOf": [_closed(message["payload"])], **closed})
-            for name, message in told["components"]["messages"].items()
+            for name, message in contract["components"]["messages"].items()
             if "payload" in message
         }
 
     def judge(self, message: MQTTMessage) -> Seen | Fault | None:
-        """None: the document has nothing to say, or whoever published it meant it to be wrong."""
+        """None: the document does not cover the message, or its producer made it invalid on purpose."""
         topic = message.topic
         if not topic.startswith(f"{self._prefix}/") or topic.startswith(self._marks):
             return None
@@ -174,7 +174,7 @@ class Judge:
                 return None
             binding = {} if sender is None else sender["bindings"]["mqtt"]
             if message.retain and binding.get("retain") is False:
-                return Fault(topic, "is retained, and the document says that it is not")
+                return Fault(topic, "is retained, the document says that it is not")
             if binding.get("qos", message.qos) != message.qos:
                 return Fault(topic, f"came at QoS {message.qos}, and the document says {binding['qos']}")
             return self.judge_payload(name, bytes(message.payload), topic=topic, parameters=found.groupdict())
@@ -188,25 +188,25 @@ class Judge:
         for name in self._candidates(channel, parameters or {}):
             why = self._why_not(name, payload)
             if why is None:
-                return Seen(channel if name in self._told["channels"][channel]["messages"] else "answers", name)
+                return Seen(channel if name in self._contract["channels"][channel]["messages"] else "answers", name)
             whys.append(why)
         return Fault(topic, "; ".join(whys))
 
     def _candidates(self, channel: str, parameters: Mapping[str, str]) -> list[str]:
         """The messages that may be on a topic: a command's own, a format's own, else all of the channel."""
-        messages = list(self._told["channels"][channel]["messages"])
-        operation = self._told["operations"].get(parameters.get("command", ""))
+        messages = list(self._contract["channels"][channel]["messages"])
+        operation = self._contract["operations"].get(parameters.get("command", ""))
         if operation is not None:
             part = operation if channel == "requests" else operation["reply"]
             messages = [reference["$ref"].rpartition("/")[2] for reference in part["messages"]]
-        elif "command" in parameters:  # whoever asked may have named a topic there that is no command's
+        elif "command" in parameters:  # a request may name a response topic there that is no command's
             messages = ["failure", "accepted", "rejection"]
         if "format" in parameters:
             messages = [name for name in messages if name in {f"{parameters['format']}Result", "cleared"}]
         return messages
 
     def _why_not(self, name: str, payload: bytes) -> str | None:
-        message = self._told["components"]["messages"][name]
+        message = self._contract["components"]["messages"][name]
         judge = self._judges.get(name)
         if judge is None:  # any bytes at all
             return None

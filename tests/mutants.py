@@ -251,12 +251,16 @@ class Reach:
         return self.seconds[self.tests.index(test)]
 
 
-def measure(tests: Sequence[str]) -> Reach:
-    """Run the tests once under coverage, or read what an earlier run of the same code found."""
+def kept_file(tests: Sequence[str]) -> Path:
+    """Where to keep what was found out about this code with these tests."""
     sources = sorted([*(_ROOT / _PACKAGE).rglob("*.py"), *(_ROOT / "tests").rglob("*.py")])
     sources.remove(Path(__file__).resolve())
     digest = hashlib.sha256("\0".join([*tests, *(path.read_text(encoding="utf-8") for path in sources)]).encode())
-    kept = _ROOT / "build" / f"mutants-{digest.hexdigest()[:12]}.json"
+    return _ROOT / "build" / f"mutants-{digest.hexdigest()[:12]}.json"
+
+
+def measure(tests: Sequence[str], kept: Path) -> Reach:
+    """Run the tests once under coverage, or read what an earlier run of the same code found."""
     if kept.exists():
         return Reach(**json.loads(kept.read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory() as folder:
@@ -332,6 +336,10 @@ class Verdict(NamedTuple):
     seconds: float
 
 
+Note = Callable[[Mutant, Verdict], None]
+"""Called with each verdict."""
+
+
 def in_child(work: Callable[[Callable[[str], None], Path], None], limit_s: float) -> Verdict:
     """Fork, and have the child call `work` with how to say what came out, and a folder of its own."""
     began = time.monotonic()
@@ -352,8 +360,6 @@ def in_child(work: Callable[[Callable[[str], None], Path], None], limit_s: float
         os.kill(child, signal.SIGKILL)  # it has no group of its own yet
     os.waitpid(child, 0)
     shutil.rmtree(folder, ignore_errors=True)
-    if said.startswith("failed"):
-        raise RuntimeError(said)
     return Verdict(said or "killed by the end of the process", time.monotonic() - began)
 
 
@@ -397,9 +403,10 @@ class Judge:
 class Session:
     """A plugin that tries mutants in place of running the tests that were collected."""
 
-    def __init__(self, mutants: Sequence[Mutant], reach: Reach, limit_s: float, jobs: int) -> None:
+    def __init__(self, mutants: Sequence[Mutant], reach: Reach, wanted: argparse.Namespace, note: Note) -> None:
         self.verdicts: dict[Mutant, Verdict] = {}
-        self._mutants, self._reach, self._limit_s, self._jobs = mutants, reach, limit_s, jobs
+        self._mutants, self._reach, self._note = mutants, reach, note
+        self._limit_s, self._jobs = wanted.limit, wanted.jobs
         self._items: dict[str, pytest.Item] = {}
         self._functions: dict[tuple[str, str, int], list[FunctionType]] = {}
 
@@ -416,7 +423,7 @@ class Session:
         with multiprocessing.get_context("fork").Pool(self._jobs) as pool:
             for mutant, verdict in zip(self._mutants, pool.imap(self._try, self._mutants), strict=True):
                 self.verdicts[mutant] = verdict
-                _write(f"{verdict.seconds:6.1f} s  {mutant}: {verdict.said}")
+                self._note(mutant, verdict)
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -439,7 +446,10 @@ class Session:
         for item, following in zip(items, [*items[1:], None], strict=True):
             seconds = self._reach.seconds_of(item.nodeid)
             item.add_marker(pytest.mark.timeout(10 + 10 * seconds), append=False)
-            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            try:
+                config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            except BaseException as exc:  # noqa: BLE001 - the mutant has broken the runner itself
+                say(f"killed {item.nodeid} ({type(exc).__name__})")
         say("survived")
 
 
@@ -479,8 +489,10 @@ def _last_line(code: CodeType) -> int:
     )
 
 
-def try_collected(mutants: Sequence[Mutant], reach: Reach, wanted: argparse.Namespace) -> dict[Mutant, Verdict]:
-    session = Session(mutants, reach, wanted.limit, wanted.jobs)
+def try_collected(
+    mutants: Sequence[Mutant], reach: Reach, wanted: argparse.Namespace, note: Note
+) -> dict[Mutant, Verdict]:
+    session = Session(mutants, reach, wanted, note)
     _sessions.append(session)
     options = ["-q", "-s", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     pytest.main([*options, *wanted.tests], plugins=[session])
@@ -546,7 +558,9 @@ def _import_and_run(
     say("survived" if code == pytest.ExitCode.OK else f"killed before the tests ({code!r})")
 
 
-def _try_all_imported(mutants: Sequence[Mutant], reach: Reach, wanted: argparse.Namespace) -> dict[Mutant, Verdict]:
+def _try_all_imported(
+    mutants: Sequence[Mutant], reach: Reach, wanted: argparse.Namespace, note: Note
+) -> dict[Mutant, Verdict]:
     for library in _LIBRARIES:
         if importlib.util.find_spec(library.partition(".")[0]):
             importlib.import_module(library)
@@ -555,7 +569,7 @@ def _try_all_imported(mutants: Sequence[Mutant], reach: Reach, wanted: argparse.
         attempts = pool.imap(functools.partial(try_imported, reach=reach, limit_s=wanted.limit), mutants)
         for mutant, verdict in zip(mutants, attempts, strict=True):
             verdicts[mutant] = verdict
-            _write(f"{verdict.seconds:6.1f} s  {mutant}: {verdict.said}")
+            note(mutant, verdict)
     return verdicts
 
 
@@ -578,15 +592,32 @@ def main() -> None:
         paths += sorted(place.rglob("*.py")) if place.is_dir() else [place]
     everything = [mutant for path in paths for mutant in find_mutants(path)]
     sample = sorted(random.Random(wanted.seed).sample(everything, min(wanted.sample, len(everything))))  # noqa: S311
-    reach = measure(wanted.tests)
+    kept = kept_file(wanted.tests)
+    reach = measure(wanted.tests, kept)
     _write(f"{len(sample)} of {len(everything)} mutants of {' '.join(wanted.parts)}, {len(reach.tests)} tests")
-    verdicts = _try_all_imported([mutant for mutant in sample if not mutant.is_in_function], reach, wanted)
-    verdicts |= try_collected([mutant for mutant in sample if mutant.is_in_function], reach, wanted)
+    known = kept.with_suffix(f".{wanted.limit:g}s.txt")  # of a run that was interrupted, or of another sample
+    verdicts = _known(known, sample)
+    rest = [mutant for mutant in sample if mutant not in verdicts]
+    with known.open("a", encoding="utf-8") as file:
+
+        def note(mutant: Mutant, verdict: Verdict) -> None:
+            _write(f"{verdict.seconds:6.1f} s  {mutant}: {verdict.said}")
+            file.write(f"{mutant}\t{verdict.said}\n")
+            file.flush()
+
+        verdicts |= _try_all_imported([mutant for mutant in rest if not mutant.is_in_function], reach, wanted, note)
+        verdicts |= try_collected([mutant for mutant in rest if mutant.is_in_function], reach, wanted, note)
     survivors = [f"{mutant} ({verdicts[mutant].said})" for mutant in sample if not _is_killed(verdicts[mutant])]
     _write("\nSurvivors:\n" + "\n".join(survivors))
     counts = Counter("killed" if _is_killed(verdict) else verdict.said for verdict in verdicts.values())
     score = 100 * counts["killed"] / max(1, len(sample))
     _write(f"\n{' '.join(wanted.parts)}: {counts['killed']} of {len(sample)} killed ({score:.1f} %), {dict(counts)}")
+
+
+def _known(file: Path, sample: Sequence[Mutant]) -> dict[Mutant, Verdict]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    said = dict(line.split("\t", 1) for line in lines)
+    return {mutant: Verdict(said[str(mutant)], 0.0) for mutant in sample if str(mutant) in said}
 
 
 def _is_killed(verdict: Verdict) -> bool:

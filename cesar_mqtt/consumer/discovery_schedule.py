@@ -95,14 +95,14 @@ class AnnouncedTopics:
         self._disk = disk or Disk()
         self._topics: frozenset[str] = frozenset()
 
-    def begin(self, topics: Iterable[str]) -> frozenset[str]:
+    def record(self, topics: Iterable[str]) -> frozenset[str]:
         """Record on disk that these topics are used from now on, and return the others, which are stale."""
         self._topics = frozenset(topics)
         before = self._read()
         self._write(before | self._topics)
         return before - self._topics
 
-    def settle(self) -> None:
+    def remove_stale(self) -> None:
         """Record that the stale topics have been cleared."""
         if self._topics:
             self._write(self._topics)

@@ -1,4 +1,4 @@
-"""What a message on the bus asks for: a job, a refusal, an answer; any thread may call it."""
+"""From an MQTT message to what the intake does with it: a job, a refusal, a command. Pure; any thread may call it."""
 
 import hashlib
 import uuid
@@ -25,7 +25,7 @@ from cesar_mqtt.protocol.topics import Topics
 
 
 class ModelNames(Protocol):
-    """What has to be known of models."""
+    """The models that requests may name."""
 
     def default_name(self) -> str:
         """Return the model of a request that names none."""
@@ -36,16 +36,16 @@ class ModelNames(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IncomingMessage:
-    """What one message asks for: a job, a refusal, both (a refusal that is recorded), or nothing (an empty payload).
+    """One message: a job, a refusal, both (a refusal that is recorded), a command, or none of them (empty payload).
 
     Attributes:
         delivery: the message.
-        job: what goes into the ledger.
-        audio: what goes into the spool.
-        refusal: what the producer is told.
-        command: the request that is to be answered.
-        found: what the consumer has said as its queue; what the broker retains of that, if it came retained.
-        born: whether Home Assistant says that it has started.
+        job: for the ledger.
+        audio: for the spool.
+        refusal: for the producer.
+        command: the name of the command to execute.
+        queue_message: the consumer's own `queue` message, as the broker returned it.
+        is_birth: whether Home Assistant announces its start.
     """
 
     delivery: Delivery
@@ -53,64 +53,64 @@ class IncomingMessage:
     audio: bytes | None = None
     refusal: Refusal | None = None
     command: str | None = None
-    found: bytes | None = None
-    born: bool = False
+    queue_message: bytes | None = None
+    is_birth: bool = False
 
 
 class MessageParser:
-    """Reads messages; keeps nothing."""
+    """Reads messages; holds no state."""
 
     def __init__(self, topics: Topics, models: ModelNames, *, max_payload_bytes: int) -> None:
-        """Take what tells jobs from audio, the models that may be asked for, and the size of the largest message."""
+        """Take the topics, the models that requests may name, and the size of the largest message."""
         self._topics = topics
         self._models = models
         self._max_payload_bytes = max_payload_bytes
 
-    def plan(self, delivery: Delivery) -> IncomingMessage:
-        """Read one message; a bad one is a plan, too."""
+    def parse(self, delivery: Delivery) -> IncomingMessage:
+        """Read one message; an invalid one yields a refusal."""
         if delivery.topic == self._topics.own("queue"):
-            # What comes once more tells how it was at an earlier connection.
-            return IncomingMessage(delivery, found=None if delivery.dup else delivery.payload)
+            # A redelivery shows the queue at an earlier connection.
+            return IncomingMessage(delivery, queue_message=None if delivery.dup else delivery.payload)
         command = self._topics.request_command(delivery.topic)
         if command is not None:
             return IncomingMessage(delivery, command=command)
         if delivery.topic == self._topics.own(PAUSE_SWITCH):
-            return _switched(delivery)
-        if not self._topics.is_submission(delivery.topic):  # a birth topic, or what an earlier setting subscribed to
-            return IncomingMessage(delivery, born=delivery.payload == BIRTH_PAYLOAD and not delivery.retain)
-        return (
-            self._submitted(delivery) if delivery.payload else IncomingMessage(delivery)
-        )  # empty: what clears a retained one
+            return _pause_command(delivery)
+        if not self._topics.is_submission(delivery.topic):  # a birth topic, or one of an earlier configuration
+            return IncomingMessage(delivery, is_birth=delivery.payload == BIRTH_PAYLOAD and not delivery.retain)
+        if not delivery.payload:  # clears a retained submission
+            return IncomingMessage(delivery)
+        return self._submission(delivery)
 
-    def _submitted(self, delivery: Delivery) -> IncomingMessage:
-        parsed = self._parse(delivery)
+    def _submission(self, delivery: Delivery) -> IncomingMessage:
+        parsed = self._parse_request(delivery)
         if isinstance(parsed, Accepted):
-            parsed = self._with_model(parsed)
+            parsed = self._check_model(parsed)
         if isinstance(parsed, Refusal):
-            return IncomingMessage(delivery, self._recorded(parsed), refusal=parsed)
+            return IncomingMessage(delivery, self._failed_job(parsed), refusal=parsed)
         return IncomingMessage(delivery, self._job(delivery, parsed), parsed.audio)
 
-    def _parse(self, delivery: Delivery) -> Parsed:
+    def _parse_request(self, delivery: Delivery) -> Parsed:
         audio_id = self._topics.audio_job_id(delivery.topic)
         if len(delivery.payload) > self._max_payload_bytes:
-            return self._too_large(delivery, audio_id)
+            return self._reject_too_large(delivery, audio_id)
         if audio_id is not None:
             return parse_audio(audio_id, delivery.payload, delivery.user_properties)
         return parse_submission(delivery.payload, delivery.user_properties)
 
-    def _too_large(self, delivery: Delivery, audio_id: str | None) -> Refusal:
-        """Refuse without a look inside: only a topic can tell whose job it would have been."""
+    def _reject_too_large(self, delivery: Delivery, audio_id: str | None) -> Refusal:
+        """Reject without reading the payload: only the topic can name the job."""
         size, limit = len(delivery.payload), self._max_payload_bytes
-        detail = f"The message has {size} bytes, at most {limit} are taken (queue.max_payload_bytes)."
+        detail = f"The message has {size} bytes: at most {limit} are accepted (queue.max_payload_bytes)."
         if audio_id is None or not is_usable_id(audio_id):
             return Refusal("payload_too_large", detail)
         return reject_upload("payload_too_large", detail, audio_id, delivery.user_properties)
 
-    def _with_model(self, parsed: Accepted) -> Parsed:
+    def _check_model(self, parsed: Accepted) -> Parsed:
         request = parsed.request
         name, job_id = request.model_size, request.job_id
         if name is None or self._models.is_allowed(name):
-            detail = _beyond(name or self._models.default_name(), request)
+            detail = request.unsupported_by(name or self._models.default_name())
         else:
             detail = f"model_size: {name!r} is not among the models that this consumer may use (models.allowed)."
         if detail is None:
@@ -124,7 +124,8 @@ class MessageParser:
             audio=source_of(request) or UPLOAD,
         )
 
-    def _recorded(self, refusal: Refusal) -> NewJob | None:
+    def _failed_job(self, refusal: Refusal) -> NewJob | None:
+        """Return the job that is recorded as failed, so that subscribers of its status learn of the rejection."""
         if not refusal.recordable or refusal.job_id is None:
             return None
         return NewJob(
@@ -161,11 +162,11 @@ class MessageParser:
         )
 
 
-def _switched(delivery: Delivery) -> IncomingMessage:
-    """Return what a switch asks for, as if it had been asked for on the control topics."""
+def _pause_command(delivery: Delivery) -> IncomingMessage:
+    """Return the command of Home Assistant's pause switch."""
     command = _SWITCH.get(delivery.payload)
     if command is None:
-        return IncomingMessage(delivery, refusal=Refusal("invalid_request", "A switch takes ON or OFF."))
+        return IncomingMessage(delivery, refusal=Refusal("invalid_request", "The pause switch takes ON or OFF."))
     return IncomingMessage(replace(delivery, payload=b""), command=command)
 
 
@@ -173,23 +174,6 @@ _SWITCH = {b"ON": "pause", b"OFF": "resume"}
 
 
 def _expires_at(delivery: Delivery, request: JobRequest) -> float | None:
-    """Return from when on the job is not worth starting: what the request says and what MQTT 5 says mean the same."""
+    """Return when the job expires: the earlier of `expires_in` and the Message Expiry of MQTT 5."""
     limits = [limit_s for limit_s in (request.expires_in, delivery.expires_in_s) if limit_s is not None]
     return delivery.received_at + min(limits) if limits else None
-
-
-def _beyond(model: str, request: JobRequest) -> str | None:
-    """Say what a model cannot do of what is asked for, as far as its name tells; None: nothing."""
-    translates = request.task == "translate"
-    if model.endswith(_ENGLISH_ONLY) and (translates or request.language not in {None, "en"}):
-        field, lack = ("task", "cannot translate") if translates else ("language", f"knows no {request.language!r}")
-        return f"{field}: the model {model!r} is English-only and {lack}. Choose one that does not end in '.en'."
-    if translates and (model in _TURBO or model.startswith(_DISTILLED)):
-        return f"task: the model {model!r} cannot translate. Choose another one, such as 'large-v3'."
-    return None
-
-
-_ENGLISH_ONLY = ".en"
-_DISTILLED = "distil-"
-_TURBO = frozenset({"turbo", "large-v3-turbo"})
-"""Of these and the distilled ones translation was left out in training: asked to translate, they transcribe."""

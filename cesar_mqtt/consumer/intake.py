@@ -24,7 +24,7 @@ from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.parsing import Refusal
-from cesar_mqtt.protocol.payloads import Rejection
+from cesar_mqtt.protocol.payloads import Answer, Rejection
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.protocol.truncate import excerpt, shorten
 from cesar_mqtt.threads import Backoff, StoppableThread
@@ -128,7 +128,7 @@ class Intake(StoppableThread):
 
     def _process(self, deliveries: Sequence[Delivery]) -> None:
         """Process and acknowledge a batch, in order. Raises Cancelled when the intake is stopped first."""
-        parsed = [self._parser.plan(delivery) for delivery in deliveries]
+        parsed = [self._parser.parse(delivery) for delivery in deliveries]
         for are_commands, group in groupby(parsed, key=lambda message: message.command is not None):
             messages, job_ids = list(group), []
             if are_commands:
@@ -226,20 +226,20 @@ class Intake(StoppableThread):
                 admission, job_id = next(admissions)
                 log.debug("Request %s", admission, action="taken_in", job_id=job_id)
                 refusal = refusal or _refusal(None if message.job.has_generated_id else job_id, admission)
-            if message.born:
+            if message.is_birth:
                 self._on_born()
             audio_id = self._topics.audio_job_id(message.delivery.topic)
             if audio_id is not None and not message.delivery.payload:
                 log.info("Empty upload ignored: no job is created", action="empty_ignored", job_id=shorten(audio_id))
-            if message.found is not None:
-                self._publisher.on_queue_message_received(message.found if message.delivery.retain else None)
+            if message.queue_message is not None:
+                self._publisher.on_queue_message_received(message.queue_message if message.delivery.retain else None)
             elif refusal is not None:
                 rejection = self._reject(message.delivery, refusal)
                 self._respond(message.delivery, rejection.encode())
             elif message.job is not None and message.delivery.response_topic is not None:
                 job = self._ledger.get(job_id)
-                status = {"job_id": job_id, "status": None if job is None else job.state}
-                self._respond(message.delivery, to_json(status))
+                answer = Answer(job_id=job_id, status=None if job is None else job.state)
+                self._respond(message.delivery, to_json(answer))
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
         rejection = Rejection(

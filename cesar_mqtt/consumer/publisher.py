@@ -21,7 +21,7 @@ from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
-from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, standing_of
+from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, totals_of
 from cesar_mqtt.protocol.fields import Payload
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.protocol.topics import Topics
@@ -120,7 +120,7 @@ class Publisher(StoppableThread, JobObserver):
         """Whether the broker has refused the status of a job: at the next connection it may accept it."""
         self._job_messages = JobMessages(ledger, topics, clock=clock)
         self._own_topics = OwnTopics()
-        self._retained_check = RetainedCheck(standing_of(ledger.totals()))
+        self._retained_check = RetainedCheck(totals_of(ledger.totals()))
         self._discovery = DiscoverySchedule(self._own_topics, monotonic=monotonic)
         self._transient_messages = TransientMessages(monotonic=monotonic)
         self._activity = ActivityTracker()

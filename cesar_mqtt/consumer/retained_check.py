@@ -5,7 +5,7 @@ For the publisher's thread.
 
 from enum import Enum
 
-from cesar_mqtt.protocol.consumer_payloads import standing_in
+from cesar_mqtt.protocol.consumer_payloads import totals_in
 
 
 class Loss(Enum):
@@ -24,9 +24,9 @@ class RetainedCheck:
     one died right after the broker had begun a new session, so that no process has seen that.
     """
 
-    def __init__(self, standing: tuple[int, ...]) -> None:
-        """`standing` are the ledger's totals: the last queue message of the process before has the same."""
-        self._standing = standing
+    def __init__(self, totals: tuple[int, ...]) -> None:
+        """`totals` are the ledger's totals: the last queue message of the process before has the same."""
+        self._totals = totals
         self._published_before: tuple[bytes, ...] = ()
         """What the broker may have retained when the connection was made, of what this process has published."""
         self._compared = False
@@ -64,5 +64,5 @@ class RetainedCheck:
         if self._published_before:
             is_newest = payload in (*self._published_before, *published)
         else:
-            is_newest = standing_in(payload) == self._standing
+            is_newest = totals_in(payload) == self._totals
         return None if is_newest else Loss.NEWEST

@@ -69,13 +69,13 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
     )
 
 
-def standing_of(totals: Totals) -> tuple[int, ...]:
-    """Return what a queue message says about all jobs, whatever the consumer is doing."""
+def totals_of(totals: Totals) -> tuple[int, ...]:
+    """Return the totals in a queue message; they do not depend on what the consumer is doing."""
     return totals.queued, totals.completed_total, totals.error_total, totals.cancelled_total, totals.deleted_total
 
 
-def standing_in(payload: bytes) -> tuple[Any, ...] | None:
-    """Return the same of a queue message that came from the broker; None if it is no queue message."""
+def totals_in(payload: bytes) -> tuple[Any, ...] | None:
+    """Return the totals in a queue message from the broker; None if it is no queue message."""
     try:
         document = from_json(payload)
         known = (document[name] for name in ("queued", "completed_total", "error_total", "cancelled_total"))

@@ -32,7 +32,7 @@ class Payload(BaseModel):
 
 
 def one_of(*values: str) -> WithJsonSchema:
-    """Return what the schema says of published text that has one of these values."""
+    """Return the schema of published text that has one of these values."""
     return WithJsonSchema({"type": "string", "enum": [str(value) for value in values]})
 
 
@@ -74,7 +74,7 @@ TextTruncated = Annotated[bool, Field(description="Whether the text was cut.")]
 FailureCode = Annotated[
     Annotated[str, one_of(*ErrorCode)] | None, Field(description="Why the job ended without a transcript.")
 ]
-FailureMessage = Annotated[str | None, Field(description="The same as a sentence that says what to do.")]
+FailureMessage = Annotated[str | None, Field(description="The same as a sentence, with what to do.")]
 Metadata = Annotated[
     dict[str, Any], Field(description="The object that came with the request; empty if that object was invalid.")
 ]

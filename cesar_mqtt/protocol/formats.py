@@ -66,7 +66,7 @@ def render(name: str, content: Content, *, limit_bytes: int | None = None) -> tu
 
     Returns:
         The file, and whether it was cut. A cut one holds as many of the first segments as fit, each of them whole, and
-        is still a file of its format; JSON says so itself in `truncated`. A limit below what a file without segments
+        is still a file of its format; JSON is marked by `truncated`. A limit below what a file without segments
         takes (JSON: some 150 bytes, the others: 15 at most) is not kept.
 
     Raises:

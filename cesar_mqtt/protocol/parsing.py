@@ -313,7 +313,7 @@ def _transaction(document: Mapping[str, Any]) -> Any:
 
 
 def _object_or_line(payload: bytes, line: str, advice: str = "") -> Document | str | Refusal:
-    """Return the JSON object or the line of text in a payload; `line` says what such a line is."""
+    """Return the JSON object or the line of text in a payload; `line` is what such a line holds."""
     if payload.lstrip()[:1] not in (b"{", b"[", b'"'):
         text = _line_of(payload)
         neither = f"The payload is neither a JSON object nor one line of text with {line}.{advice}"

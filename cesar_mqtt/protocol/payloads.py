@@ -280,7 +280,7 @@ class JobSegment(TimedSegment):
 
 
 def segment_fields(segment: Segment) -> TimedSegment:
-    """Return a segment as it is published; without `words` unless the request asked for them."""
+    """Return a segment as it is published; without `words` unless the request set `word_timestamps`."""
     fields: TimedSegment = {
         "id": segment.id,
         "start": segment.start_s,

@@ -218,6 +218,16 @@ class JobRequest(Payload):
             raise ValueError(f"Exactly one of {', '.join(AUDIO_FIELDS)} is needed, found {found}")
         return self
 
+    def unsupported_by(self, model: str) -> str | None:
+        """Return which of the options the model cannot do, as far as its name shows; None: it can do all."""
+        translates = self.task == "translate"
+        if model.endswith(_ENGLISH_ONLY) and (translates or self.language not in {None, "en"}):
+            field, lack = ("task", "cannot translate") if translates else ("language", f"knows no {self.language!r}")
+            return f"{field}: the model {model!r} is English-only and {lack}. Choose one that does not end in '.en'."
+        if translates and (model in _TURBO or model.startswith(_DISTILLED)):
+            return f"task: the model {model!r} cannot translate. Choose another one, such as 'large-v3'."
+        return None
+
     def options(self) -> dict[str, Any]:
         """Return the transcription options that differ from their defaults, very long prompts cut to what can count."""
         options = self.model_dump(include=_OPTIONS, exclude_defaults=True)
@@ -225,4 +235,8 @@ class JobRequest(Payload):
 
 
 _OPTIONS = {field.name for field in dataclasses.fields(TranscriptionOptions)} - {"model_size"}
+_ENGLISH_ONLY = ".en"
+_DISTILLED = "distil-"
+_TURBO = frozenset({"turbo", "large-v3-turbo"})
+"""These and the distilled models were trained without translation: with `translate` they transcribe all the same."""
 _PROMPTS = {"initial_prompt": cut_prompt, "hotwords": cut_hotwords}

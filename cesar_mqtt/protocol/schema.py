@@ -101,7 +101,7 @@ def response_name(command: str) -> str:
 
 
 def line_schema() -> Schema:
-    """Return the schema of a job request as a line of text; its length in bytes is more than a schema can say."""
+    """Return the schema of a job request as a line of text; a schema cannot limit its length in bytes."""
     return {
         "type": "string",
         "minLength": 1,

@@ -1,6 +1,6 @@
 """Every way to make a payload fit into a limit: the broker's packets, one response, Home Assistant's attributes.
 
-Pure; any thread may call it. A payload that was cut says so in its own fields.
+Pure; any thread may call it. A payload that was cut is marked in its own fields.
 """
 
 import json
@@ -146,9 +146,9 @@ def is_inside_character(content: bytes, at: int) -> bool:
 def truncate_response(payload: bytes, limit_bytes: int) -> bytes:
     """Return a response, an answer or a rejection in at most `limit_bytes`.
 
-    What the producer can request in pieces gets shorter and says so in its own fields: a page of a result, a page of
-    jobs, the text of a status. Any other response becomes an error that says what to do. The transaction stays, unless
-    it alone is too large. What cannot be cut, or not by enough, does not keep the limit.
+    What the producer can request in pieces gets shorter, and is marked: a page of a result, a page of jobs, the text
+    of a status. Any other response becomes an error with advice. The transaction stays, unless it alone is too large.
+    What cannot be cut, or not by enough, does not keep the limit.
     """
     if len(payload) <= limit_bytes:
         return payload

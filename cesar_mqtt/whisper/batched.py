@@ -1,7 +1,7 @@
-"""Hearing many pieces of a stretch at once, without what faster-whisper's batched pipeline loses on the way.
+"""Decoding of many pieces of a chunk at once, without the losses of faster-whisper's batched pipeline.
 
-It cuts wherever somebody draws breath for 0.16 s, cannot do without the VAD, and hears each piece only as far as the
-model gets in one go: ten minutes of plain sentences lost one word in forty. Only the worker thread may call it.
+That pipeline cuts at every pause of 0.16 s, requires the VAD, and transcribes each piece only as far as the model gets
+in one pass: ten minutes of plain sentences lost one word in forty. Only the worker thread may call it.
 """
 
 import copy
@@ -17,97 +17,97 @@ from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.vad import split
 
 _PIECE_S = 30
-"""What Whisper hears at once."""
-_LEAST_REST_S = 0.2
-"""No word is shorter than what may be left at the end of a piece without being heard."""
+"""What Whisper encodes at once."""
+_MIN_REMAINDER_S = 0.2
+"""A shorter remainder of a piece can hold no word."""
 _NO_SPEECH_ABOVE, _UNSURE_BELOW, _REPEATED_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and `compression_ratio`."""
 
-Lazy: TypeAlias = Generator[Any, None, None]
-"""faster-whisper's segments, each made when it is asked for."""
+RawSegments: TypeAlias = Generator[Any, None, None]
+"""faster-whisper's segments, each decoded when it is taken."""
 
 _Piece: TypeAlias = tuple[int, int]
 """Its first sample, and the one after its last."""
 
 
-def listen_batched(
+def transcribe_batched(
     model: WhisperModel,
     samples: Samples,
     language: str | None,
     *,
     vad_filter: bool,
-    at_once: int,
-    asked: Mapping[str, Any],
-) -> tuple[Lazy, Any]:
-    """Begin with a stretch: what is speech is put together, cut in its longest pauses, and heard in batches.
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> tuple[RawSegments, Any]:
+    """Start a chunk: its speech is concatenated, cut into pieces at the longest pauses, and decoded in batches.
 
     Args:
-        model: one to ask, or a view of one.
+        model: a model, or a view of one.
         samples: at least one.
-        language: the one to listen for; None: detect it, in the first batch.
+        language: of the speech; None: detect it in the first batch.
         vad_filter: whether to leave out what is not speech.
-        at_once: how many pieces make a batch.
-        asked: further options, the same for both pipelines of faster-whisper.
+        batch_size: how many pieces are decoded at once.
+        options: further options, the same for both pipelines of faster-whisper.
 
     Returns:
-        faster-whisper's segments, with times from the start of the samples, and its `TranscriptionInfo`, or None where
-        nothing is to be heard.
+        faster-whisper's segments, with times from the start of the samples, and its `TranscriptionInfo`, or None if
+        there is no speech.
     """
     speech = get_speech_timestamps(samples) if vad_filter else [{"start": 0, "end": len(samples)}]
     if not speech:
-        return _nothing(), None
-    heard = np.concatenate([samples[part["start"] : part["end"]] for part in speech])
-    pieces = split(heard, _PIECE_S * SAMPLE_RATE)
-    batches = [pieces[first : first + at_once] for first in range(0, len(pieces), at_once)]
-    hearing = _Hearing(model, heard, asked)
-    first, info = hearing.begin(batches[0], language)
-    segments = hearing.segments(first, batches[1:], info.language)
-    return _spoken(restore_speech_timestamps(segments, speech, SAMPLE_RATE)), info
+        return _no_segments(), None
+    spoken = np.concatenate([samples[part["start"] : part["end"]] for part in speech])
+    pieces = split(spoken, _PIECE_S * SAMPLE_RATE)
+    batches = [pieces[first : first + batch_size] for first in range(0, len(pieces), batch_size)]
+    transcription = _BatchedTranscription(model, spoken, options)
+    first, info = transcription.start(batches[0], language)
+    segments = transcription.segments(first, batches[1:], info.language)
+    return _without_silence(restore_speech_timestamps(segments, speech, SAMPLE_RATE)), info
 
 
-class _Hearing:
-    """Hears batch by batch, and what was not heard in a piece in one go by the plain pipeline."""
+class _BatchedTranscription:
+    """Transcribes batch by batch, and the remainders that one pass has left with the plain pipeline."""
 
-    def __init__(self, model: WhisperModel, samples: Samples, asked: Mapping[str, Any]) -> None:
+    def __init__(self, model: WhisperModel, samples: Samples, options: Mapping[str, Any]) -> None:
         self._model = model
         self._samples = samples
-        self._asked = asked
-        self._rests: list[tuple[float, float]] = []
-        self._noting: Any = copy.copy(model)
-        self._noting._split_segments_by_timestamps = self._split_and_note  # noqa: SLF001 - nowhere else is it known
+        self._options = options
+        self._remainders: list[tuple[float, float]] = []
+        self._tracked: Any = copy.copy(model)
+        self._tracked._split_segments_by_timestamps = self._split_and_track  # noqa: SLF001 - there is no public hook
 
-    def begin(self, batch: Sequence[_Piece], language: str | None) -> tuple[Lazy, Any]:
-        # A new pipeline each time: it keeps what it knew of the audio before, also when that was broken off.
-        lazy, info = BatchedInferencePipeline(self._noting).transcribe(
+    def start(self, batch: Sequence[_Piece], language: str | None) -> tuple[RawSegments, Any]:
+        # A new pipeline each time: it keeps state of the audio before, even of one that was cancelled.
+        segments, info = BatchedInferencePipeline(self._tracked).transcribe(
             self._samples,
             language=language,
             batch_size=len(batch),
             clip_timestamps=[{"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE} for start, end in batch],
             without_timestamps=False,  # segments of a sentence, not of half a minute
-            **self._asked,
+            **self._options,
         )
-        return lazy, info
+        return segments, info
 
-    def segments(self, first: Lazy, further: Sequence[Sequence[_Piece]], language: str) -> Lazy:
-        """Give the segments of the batch that was begun, and of those that follow."""
-        yield from self._whole(first, language)
+    def segments(self, first: RawSegments, further: Sequence[Sequence[_Piece]], language: str) -> RawSegments:
+        """Yield the segments of the batch that was started, and of those that follow."""
+        yield from self._with_remainders(first, language)
         for batch in further:
-            yield from self._whole(self.begin(batch, language)[0], language)
+            yield from self._with_remainders(self.start(batch, language)[0], language)
 
-    def _whole(self, begun: Lazy, language: str) -> list[Any]:
-        found = list(begun)
-        rests, self._rests = self._rests, []
-        for start_s, end_s in rests:
-            found += self._rest(start_s, end_s, language)
-        return sorted(found, key=lambda segment: float(segment.start))
+    def _with_remainders(self, started: RawSegments, language: str) -> list[Any]:
+        segments = list(started)
+        remainders, self._remainders = self._remainders, []
+        for start_s, end_s in remainders:
+            segments += self._remainder(start_s, end_s, language)
+        return sorted(segments, key=lambda segment: float(segment.start))
 
-    def _rest(self, start_s: float, end_s: float, language: str) -> Lazy:
+    def _remainder(self, start_s: float, end_s: float, language: str) -> RawSegments:
         segments, _ = self._model.transcribe(
             self._samples[int(start_s * SAMPLE_RATE) : int(end_s * SAMPLE_RATE)],
             language=language,
             vad_filter=False,
             condition_on_previous_text=False,
-            **self._asked,
+            **self._options,
         )
         for segment in segments:
             for timed in (segment, *(segment.words or ())):
@@ -115,23 +115,23 @@ class _Hearing:
                 timed.end += start_s
             yield segment
 
-    def _split_and_note(self, **given: Any) -> Any:
-        """Note how far the model got: where it names a time and goes on, the plain pipeline would start from there."""
-        split_up = self._model._split_segments_by_timestamps(**given)  # noqa: SLF001
-        _, frames, _ = split_up
-        start_s = given["time_offset"] + frames / self._model.frames_per_second
-        end_s = given["time_offset"] + given["segment_duration"]
-        if end_s - start_s > _LEAST_REST_S:
-            self._rests.append((start_s, end_s))
-        return split_up
+    def _split_and_track(self, **arguments: Any) -> Any:
+        """Track how far the model got in a piece: the plain pipeline would seek there and go on."""
+        result = self._model._split_segments_by_timestamps(**arguments)  # noqa: SLF001
+        _, frames, _ = result
+        start_s = arguments["time_offset"] + frames / self._model.frames_per_second
+        end_s = arguments["time_offset"] + arguments["segment_duration"]
+        if end_s - start_s > _MIN_REMAINDER_S:
+            self._remainders.append((start_s, end_s))
+        return result
 
 
-def _nothing() -> Lazy:
+def _no_segments() -> RawSegments:
     yield from ()
 
 
-def _spoken(segments: Lazy) -> Lazy:
-    """Leave out what the plain pipeline would leave out or hear again: nothing, and what it makes of silence."""
+def _without_silence(segments: RawSegments) -> RawSegments:
+    """Drop what the plain pipeline would drop or decode again: empty segments, and those made up for silence."""
     for segment in segments:
         is_doubtful = segment.avg_logprob < _UNSURE_BELOW or segment.compression_ratio > _REPEATED_ABOVE
         if segment.text.strip() and not (is_doubtful and segment.no_speech_prob > _NO_SPEECH_ABOVE):

@@ -1,7 +1,7 @@
-"""A view of a Whisper model that can be stopped between any two of its steps, and needs less memory before the first.
+"""A view of a Whisper model that can be cancelled between any two steps, and needs little memory for its features.
 
-faster-whisper looks at nothing from the outside between two segments. Between them may lie minutes of music, or the
-same half minute heard at six temperatures. Only the thread that may use the model may use its view.
+faster-whisper can only be cancelled between two segments, and minutes of music may lie between them, or the same half
+minute decoded at six temperatures. Only the thread that may use the model may use its view.
 """
 
 import copy
@@ -17,26 +17,26 @@ from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.whisper.hardware import release_memory
 
-LARGE = 120 * SAMPLE_RATE
-"""From here on the 40 ms that it takes to give memory back are nothing beside the work itself."""
+LARGE_SAMPLES = 120 * SAMPLE_RATE
+"""From this length on the 40 ms of `release_memory` do not count beside the work itself."""
 
-_PIECE_FRAMES = 1500
+_BLOCK_FRAMES = 1500
 """15 s."""
 
 
 def interruptible(model: WhisperModel, should_stop: Callable[[], bool]) -> WhisperModel:
-    """Give a view of the model whose every step asks `should_stop` first, and raises `Cancelled` if it says so.
+    """Return a view of the model of which each step asks `should_stop` first, and raises Cancelled if that is True.
 
     The longest steps are the VAD, about a second for ten minutes of audio, and a beam search over 30 s.
     """
     view = copy.copy(model)
-    view.model = _Steps(model.model, should_stop)
-    view.feature_extractor = _Features(model.feature_extractor, should_stop)
+    view.model = _CancellableModel(model.model, should_stop)
+    view.feature_extractor = _BlockwiseFeatures(model.feature_extractor, should_stop)
     return view
 
 
-class _Steps:
-    """Stands before `ctranslate2.models.Whisper`."""
+class _CancellableModel:
+    """Wraps `ctranslate2.models.Whisper`."""
 
     def __init__(self, model: Any, should_stop: Callable[[], bool]) -> None:
         self._model = model
@@ -63,10 +63,10 @@ class _Steps:
         return self._step("align", *args, **options)
 
 
-class _Features:
-    """Stands before faster-whisper's `FeatureExtractor`, and computes the same piece by piece.
+class _BlockwiseFeatures:
+    """Wraps faster-whisper's `FeatureExtractor` and computes the same, block by block.
 
-    For ten minutes at once the complex spectrum alone, and its copies, take more than 500 MB.
+    For ten minutes at once, the complex spectrum and its copies take more than 500 MB.
     """
 
     def __init__(self, extractor: FeatureExtractor, should_stop: Callable[[], bool]) -> None:
@@ -82,17 +82,17 @@ class _Features:
         if chunk_length is not None:
             features: NDArray[np.float32] = extractor(waveform, padding=padding, chunk_length=chunk_length)
             return features
-        if len(waveform) > LARGE:
-            release_memory()  # the VAD has just left large holes behind
+        if len(waveform) > LARGE_SAMPLES:
+            release_memory()  # the VAD has just freed large blocks
         padded = np.pad(np.pad(waveform, (0, padding)), extractor.n_fft // 2, mode="reflect")
         spectrum = np.empty(
             (len(extractor.mel_filters), (len(padded) - extractor.n_fft) // extractor.hop_length), np.float32
         )
-        for first in range(0, spectrum.shape[1], _PIECE_FRAMES):
+        for first in range(0, spectrum.shape[1], _BLOCK_FRAMES):
             if self._should_stop():
                 raise Cancelled
-            piece = spectrum[:, first : first + _PIECE_FRAMES]
-            piece[:] = self._log_mel(padded, first, piece.shape[1])
+            block = spectrum[:, first : first + _BLOCK_FRAMES]
+            block[:] = self._log_mel(padded, first, block.shape[1])
         # Whisper's own scale (openai/whisper, `log_mel_spectrogram`): 80 dB below the loudest, then about -1 to 1.
         np.maximum(spectrum, spectrum.max() - 8.0, out=spectrum)
         spectrum += 4.0

@@ -1,6 +1,6 @@
-"""How a Whisper model is asked for one job: which pipeline, with which settings, and what is kept away from it.
+"""The faster-whisper call of one job: which pipeline, with which options, and the limits on prompts.
 
-The settings are for audio that nobody watches over. Only the worker thread may call it.
+The options suit audio that is transcribed unattended. Only the worker thread may call it.
 """
 
 import re
@@ -12,20 +12,20 @@ from faster_whisper import WhisperModel
 from cesar_mqtt.audio.decoder import Samples
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.transcript import MAX_PROMPT_CHARACTERS, TranscriptionOptions
-from cesar_mqtt.whisper.batched import Lazy, listen_batched
+from cesar_mqtt.whisper.batched import RawSegments, transcribe_batched
 from cesar_mqtt.whisper.interruptible import interruptible
 
 _MAX_TOKENS = 100
-"""Of the prompt, and of the hotwords: together they have to leave room in Whisper's 448 tokens for what is heard."""
+"""Of the prompt, and of the hotwords: together they must leave room in Whisper's 448 tokens for the transcript."""
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 _LANGUAGE_DETECTION_SEGMENTS = 4
-"""Stretches of 30 s that are listened to until one is clear: the first is often music or silence."""
-_MOST_AT_ONCE = {"cpu": 8}
-"""On a CPU, more at once are no faster, but a stop has to wait for all of them."""
+"""How many 30 s segments are tried until one is certain: the first is often music or silence."""
+_MAX_BATCH_SIZE = {"cpu": 8}
+"""On a CPU larger batches are no faster, and a cancel has to wait for the whole batch."""
 
 
 class Pipeline:
-    """One job's way to hear with a model.
+    """Transcribes the chunks of one job.
 
     Attributes:
         warnings: `initial_prompt_truncated`, `hotwords_truncated`.
@@ -34,11 +34,11 @@ class Pipeline:
     def __init__(
         self, model: WhisperModel, options: TranscriptionOptions, *, device: str, should_stop: Callable[[], bool]
     ) -> None:
-        """Prepare; nothing is heard yet.
+        """Check the options against the model; nothing is transcribed yet.
 
         Args:
             model: the model that the options name.
-            options: what the producer chose.
+            options: of the job.
             device: where the model runs, `cpu` or `cuda`.
             should_stop: asked before each step of the model.
 
@@ -46,14 +46,15 @@ class Pipeline:
             JobFailedError: `invalid_request` for what this model cannot do.
         """
         _check_abilities(model, options)
-        prompt, prompt_cut = _capped(model, options.initial_prompt, kept=slice(-_MAX_TOKENS, None))
-        hotwords, hotwords_cut = _capped(model, options.hotwords, kept=slice(_MAX_TOKENS))
+        prompt, prompt_cut = _cut_to_tokens(model, options.initial_prompt, kept=slice(-_MAX_TOKENS, None))
+        hotwords, hotwords_cut = _cut_to_tokens(model, options.hotwords, kept=slice(_MAX_TOKENS))
         found = {"initial_prompt_truncated": prompt_cut, "hotwords_truncated": hotwords_cut}
         self.warnings = tuple(name for name, is_so in found.items() if is_so)
         self._model = interruptible(model, should_stop)
-        self._options = options
-        self._at_once = min(options.batch_size, _MOST_AT_ONCE.get(device, options.batch_size))
-        self._asked: dict[str, Any] = {
+        self._vad_filter = options.vad_filter
+        self._batched = options.batch_size > 1
+        self._batch_size = min(options.batch_size, _MAX_BATCH_SIZE.get(device, options.batch_size))
+        self._options: dict[str, Any] = {
             "task": options.task,
             "beam_size": options.beam_size,
             "initial_prompt": prompt,
@@ -62,56 +63,55 @@ class Pipeline:
             "language_detection_segments": _LANGUAGE_DETECTION_SEGMENTS,
         }
         if options.temperature is not None:
-            self._asked["temperature"] = options.temperature
+            self._options["temperature"] = options.temperature
 
-    def listen(self, samples: Samples, language: str | None) -> tuple[Lazy, Any]:
-        """Begin with a stretch; VAD, features and language happen in this call, each segment when it is asked for.
+    def transcribe(self, samples: Samples, language: str | None) -> tuple[RawSegments, Any]:
+        """Start a chunk: VAD, features and language detection run in this call, decoding as segments are taken.
 
-        The prompt leads the model at the start of each stretch, the hotwords in each 30 s.
+        The model gets the prompt at the start of each chunk, the hotwords with each 30 s.
 
         Args:
             samples: at least one.
-            language: the one to listen for; None: detect it.
+            language: of the speech; None: detect it.
 
         Returns:
-            faster-whisper's segments, with times from the start of the samples, and its `TranscriptionInfo`, or None
-            where nothing is to be heard.
+            faster-whisper's segments, with times from the start of the samples, and its `TranscriptionInfo`, or None if
+            there is no speech.
 
         Raises:
-            Cancelled: as soon as `should_stop` returns True; so do the segments.
+            Cancelled: `should_stop` returned True; the segments raise it as well.
         """
-        options = self._options
-        if options.batch_size > 1:
-            return listen_batched(
+        if self._batched:
+            return transcribe_batched(
                 self._model,
                 samples,
                 language,
-                vad_filter=options.vad_filter,
-                at_once=self._at_once,
-                asked=self._asked,
+                vad_filter=self._vad_filter,
+                batch_size=self._batch_size,
+                options=self._options,
             )
-        lazy: Lazy
-        # The fallback list of temperatures stays faster-whisper's, if none was chosen. Text is not conditioned on what
-        # came before: one repetition would otherwise be carried through the rest of the stretch.
-        lazy, info = self._model.transcribe(
+        segments: RawSegments
+        # If the job gives no temperature, faster-whisper's own fallback list stays. Text is not conditioned on previous
+        # text: a single repetition would otherwise go on through the rest of the chunk.
+        segments, info = self._model.transcribe(
             samples,
             language=language,
-            vad_filter=options.vad_filter,
+            vad_filter=self._vad_filter,
             condition_on_previous_text=False,
-            **self._asked,
+            **self._options,
         )
-        return lazy, info
+        return segments, info
 
 
 def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:
     language, name = options.language, options.model_size
     if not model.model.is_multilingual and (options.task == "translate" or language not in {None, "en"}):
-        wish = "cannot translate" if options.task == "translate" else f"does not know the language {language!r}"
+        fault = "cannot translate" if options.task == "translate" else f"does not know the language {language!r}"
         raise JobFailedError(
             ErrorCode.INVALID_REQUEST,
-            f"The model {name!r} is English-only and {wish}: choose a model whose name does not end in '.en'.",
+            f"The model {name!r} is English-only and {fault}: choose a model whose name does not end in '.en'.",
         )
-    # Older multilingual models have no token for the newest languages, and would then detect one.
+    # Older multilingual models have no token for the newest languages, and would then detect another.
     if language is not None and model.model.is_multilingual and not _has_token(model, language):
         raise JobFailedError(
             ErrorCode.INVALID_REQUEST,
@@ -123,24 +123,24 @@ def _has_token(model: WhisperModel, language: str) -> bool:
     return language in model.supported_languages and model.hf_tokenizer.token_to_id(f"<|{language}|>") is not None
 
 
-def _capped(model: WhisperModel, text: str | None, *, kept: slice) -> tuple[str | None, bool]:
-    """Keep as much of a text as the model has room for, counted in its tokens, and say whether some had to go.
+def _cut_to_tokens(model: WhisperModel, text: str | None, *, kept: slice) -> tuple[str | None, bool]:
+    """Cut a text to `_MAX_TOKENS` of the model's tokens, and return whether anything was cut.
 
-    Whisper's control tokens, which could be spelt out in the text, are taken out of it.
+    Whisper's control tokens, which the text may spell out, are removed from it.
     """
     plain = _without_control_tokens((text or "").encode(errors="ignore").decode())
     if not plain:
         return None, False
-    looked_at = plain[:MAX_PROMPT_CHARACTERS] if kept.start is None else plain[-MAX_PROMPT_CHARACTERS:]
-    tokens = model.hf_tokenizer.encode(" " + looked_at, add_special_tokens=False).ids
-    if len(tokens) <= _MAX_TOKENS and looked_at == plain:
+    considered = plain[:MAX_PROMPT_CHARACTERS] if kept.start is None else plain[-MAX_PROMPT_CHARACTERS:]
+    tokens = model.hf_tokenizer.encode(" " + considered, add_special_tokens=False).ids
+    if len(tokens) <= _MAX_TOKENS and considered == plain:
         return " " + plain, False
-    # A character that was cut in two comes out as the replacement character.
+    # A character that was cut in two is decoded as the replacement character.
     return " " + model.hf_tokenizer.decode(tokens[kept]).strip("\ufffd").strip(), True
 
 
 def _without_control_tokens(text: str) -> str:
-    """Take them out until there are none: what is left may come together to another one."""
-    while (rest := _CONTROL_TOKEN.sub("", text)) != text:
-        text = rest
+    """Remove them until there are none: what remains may join to another one."""
+    while (shorter := _CONTROL_TOKEN.sub("", text)) != text:
+        text = shorter
     return text.strip()

@@ -1,7 +1,7 @@
-"""From a recording to a transcript, window by window, so that any length needs the same memory and can be resumed.
+"""From a recording to a transcript, window by window: any length needs the same memory, and can be resumed.
 
-Knows nothing of jobs or MQTT. Progress and results are told, and whether to stop is asked, through callbacks that run
-on the thread that transcribes, the worker's.
+Knows nothing of jobs or MQTT. Progress, segments, windows and cancellation go through callbacks, which run in the
+thread that transcribes, the worker's.
 """
 
 import math
@@ -17,13 +17,14 @@ from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
 from cesar_mqtt.whisper.hardware import release_memory
-from cesar_mqtt.whisper.interruptible import LARGE
+from cesar_mqtt.whisper.interruptible import LARGE_SAMPLES
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.pipeline import Pipeline
 
 log = get_logger(__name__)
 
-_LEAST_LOGPROB = -100.0
+_MIN_LOGPROB = -100.0
+"""In place of an average log probability that is not finite."""
 
 
 class Transcriber:
@@ -43,11 +44,11 @@ class Transcriber:
         self._models.load(model_size)
 
     def open(self, path: Path, options: TranscriptionOptions, *, from_s: float = 0.0) -> Recording:
-        """Begin to decode a file; returns at once. Any thread may call it; the caller closes what it gets.
+        """Start decoding a file; returns at once. Any thread may call it; the caller closes the recording.
 
         Args:
-            path: absolute and without symbolic links, as `audio.open_audio` wants it.
-            options: with the ranges that are wanted.
+            path: absolute and without symbolic links, as `open_audio` requires it.
+            options: of the job, with its clip ranges.
             from_s: `until_s` of the last window that an earlier attempt finished.
         """
         return Recording(path, limits=self._limits, window_s=self._window_s, clips=options.clips, from_s=from_s)
@@ -63,63 +64,63 @@ class Transcriber:
         on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
     ) -> Transcript:
-        """Transcribe what `open` gave for the same options; does not close it.
+        """Transcribe a recording that `open` returned for the same options; does not close it.
 
         Args:
-            recording: opened from where `done` ends.
-            options: what the producer chose.
+            recording: opened where `done` ends.
+            options: of the job.
             done: the windows that an earlier attempt finished.
-            on_progress: called at the start, and then whenever there is progress.
-            on_segment: called with each segment that is new.
-            on_window: called with each window that is new but the last, whose end is the end of all.
-            should_stop: asked while the file is decoded, before each step of the model and after each segment.
+            on_progress: called at the start and whenever there is progress.
+            on_segment: called with each new segment.
+            on_window: called with each new window but the last, whose end is the end of the recording.
+            should_stop: asked during decoding, before each step of the model and after each segment.
 
         Raises:
-            JobFailedError: `audio_*` for the file, `model_unavailable` for the model, `invalid_request` for what this
-                model cannot do or this file has not, `internal` for a model that fails on the way.
+            JobFailedError: `audio_*` for the file, `model_unavailable` for the model, `invalid_request` for what the
+                model cannot do or the file does not have, `internal` if the model fails in the middle.
             Cancelled: `should_stop` returned True.
         """
-        tally = _Tally(recording, options, done, on_progress=on_progress, on_segment=on_segment)
-        tally.reached(done[-1].until_s if done else 0.0)
-        listener: Pipeline | None = None
-        for stretch in recording.chunks(should_stop):
-            tally.reached(stretch.start_s)
-            if stretch.samples.size:
-                listener = listener or self._listener(options, should_stop)
-                with closing(self._heard(listener, stretch, options.model_size, tally)) as heard:
-                    for segment, raw_text in heard:
-                        tally.add(segment, raw_text)
-                        _stop_if(should_stop)
+        draft = _Draft(recording, options, done, on_progress=on_progress, on_segment=on_segment)
+        draft.report_progress(done[-1].until_s if done else 0.0)
+        pipeline: Pipeline | None = None
+        for chunk in recording.chunks(should_stop):
+            draft.report_progress(chunk.start_s)
+            if chunk.samples.size:
+                pipeline = pipeline or self._make_pipeline(options, should_stop)
+                with closing(self._segments(pipeline, chunk, options.model_size, draft)) as segments:
+                    for segment, raw_text in segments:
+                        draft.add(segment, raw_text)
+                        _check_cancelled(should_stop)
                 self._models.mark_used()
-            window = tally.close_window(stretch.end_s)
-            if not stretch.last:
+            window = draft.close_window(chunk.end_s)
+            if not chunk.last:
                 on_window(window)
-        return tally.transcript(recording.warnings + (listener.warnings if listener is not None else ()))
+        return draft.transcript(recording.warnings + (pipeline.warnings if pipeline is not None else ()))
 
-    def _listener(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
+    def _make_pipeline(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
         model = self._models.load(options.model_size, should_stop=should_stop)
-        listener = Pipeline(model, options, device=self._models.device, should_stop=should_stop)
-        _stop_if(should_stop)
-        return listener
+        pipeline = Pipeline(model, options, device=self._models.device, should_stop=should_stop)
+        _check_cancelled(should_stop)
+        return pipeline
 
-    def _heard(
-        self, listener: Pipeline, stretch: Chunk, model_size: str, tally: "_Tally"
+    def _segments(
+        self, pipeline: Pipeline, chunk: Chunk, model_size: str, draft: "_Draft"
     ) -> Generator[tuple[Segment, str], None, None]:
-        """Give each segment with its text as the model has it, whose leading blank joins it to the one before."""
-        with self._blaming(model_size):
-            raw_segments, info = listener.listen(stretch.samples, tally.language)
-        tally.listening(info)
-        if len(stretch.samples) > LARGE:  # VAD and features leave up to 300 MB of holes behind, more with each window
+        """Yield each segment with the model's own text, whose leading blank joins it to the one before."""
+        with self._model_errors(model_size):
+            raw_segments, info = pipeline.transcribe(chunk.samples, draft.language)
+        draft.set_detected_language(info)
+        if len(chunk.samples) > LARGE_SAMPLES:  # VAD and features leave up to 300 MB fragmented, more with each chunk
             release_memory()
-        length_s = stretch.end_s - stretch.start_s
-        with closing(raw_segments), self._blaming(model_size):
+        length_s = chunk.end_s - chunk.start_s
+        with closing(raw_segments), self._model_errors(model_size):
             for raw in raw_segments:
-                if raw.start < length_s:  # Whisper fills up to 30 s with silence, and may hear something in it
-                    yield _segment(raw, stretch, after=tally.last), raw.text
+                if raw.start < length_s:  # Whisper pads with silence to 30 s, and may make up text for it
+                    yield _segment(raw, chunk, after=draft.last_segment), raw.text
 
     @contextmanager
-    def _blaming(self, model_size: str) -> Iterator[None]:
-        """Tell what goes wrong inside the model from what is wrong with the audio, and start afresh the next time."""
+    def _model_errors(self, model_size: str) -> Iterator[None]:
+        """Translate an error inside the model, which is no fault of the audio, and unload the model."""
         try:
             yield
         except (MemoryError, RuntimeError, ValueError) as exc:
@@ -133,8 +134,13 @@ class Transcriber:
             ) from exc
 
 
-class _Tally:
-    """What one transcription has so far: its windows, the one it is in, its language, and how far it is."""
+class _Draft:
+    """A transcript in the making: the finished windows, the segments of the current one, language and progress.
+
+    Attributes:
+        language: of the job, or detected in the first window with speech; None: not detected yet.
+        last_segment: of all windows; None: no speech yet.
+    """
 
     def __init__(
         self,
@@ -152,8 +158,8 @@ class _Tally:
         self._segments: list[Segment] = []
         self._text = ""
         self._processed_s = 0.0
-        self._told: Progress | None = None
-        self.last = next((window.segments[-1] for window in reversed(done) if window.segments), None)
+        self._reported: Progress | None = None
+        self.last_segment = next((window.segments[-1] for window in reversed(done) if window.segments), None)
         spoken = next((window for window in done if window.language is not None), None)
         self.language = options.language
         self._probability: float | None = None if options.language is None else 1.0
@@ -161,19 +167,19 @@ class _Tally:
         if spoken is not None:
             self.language, self._probability = spoken.language, spoken.language_probability
 
-    def reached(self, processed_s: float) -> None:
-        """Tell how far it is; never less than before, nor more than there is."""
+    def report_progress(self, processed_s: float) -> None:
+        """Report how much is processed, if that has changed; never less than before, nor more than the duration."""
         duration_s = self._recording.duration_s
         limit_s = math.inf if duration_s is None else duration_s
         self._processed_s = max(self._processed_s, min(processed_s, limit_s))
         shown_s = None if duration_s is None else round(max(duration_s, self._processed_s), 3)
         progress = Progress(round(self._processed_s, 3), shown_s)
-        if progress != self._told:
-            self._told = progress
+        if progress != self._reported:
+            self._reported = progress
             self._on_progress(progress)
 
-    def listening(self, info: Any) -> None:
-        """Take note of what the model took a stretch's language for; it counts once somebody speaks."""
+    def set_detected_language(self, info: Any) -> None:
+        """Keep the language that was detected in a chunk; it counts once the chunk has a segment."""
         if info is not None:
             self._detected = info.language, _finite(info.language_probability, otherwise=0.0)
 
@@ -182,9 +188,9 @@ class _Tally:
             self.language, self._probability = self._detected
         self._segments.append(segment)
         self._text += raw_text
-        self.last = segment
+        self.last_segment = segment
         self._on_segment(segment)
-        self.reached(segment.end_s)
+        self.report_progress(segment.end_s)
 
     def close_window(self, until_s: float) -> Window:
         spoken = bool(self._segments)
@@ -192,17 +198,17 @@ class _Tally:
             number=len(self._windows),
             until_s=until_s,
             text=self._text,
-            language=self.language if spoken else None,  # faster-whisper names one for silence, too
+            language=self.language if spoken else None,  # faster-whisper returns one for silence, too
             language_probability=self._probability if spoken else None,
             segments=tuple(self._segments),
         )
         self._windows.append(window)
         self._segments, self._text = [], ""
-        self.reached(until_s)
+        self.report_progress(until_s)
         return window
 
     def transcript(self, warnings: tuple[str, ...]) -> Transcript:
-        spoken = self.last is not None
+        spoken = self.last_segment is not None
         duration_s = self._recording.duration_s
         return Transcript(
             text="".join(window.text for window in self._windows).strip(),
@@ -215,39 +221,39 @@ class _Tally:
         )
 
 
-def _segment(raw: Any, stretch: Chunk, *, after: Segment | None) -> Segment:
-    start_s = _inside(raw.start, stretch, otherwise=stretch.start_s)
-    if after is not None:  # batched, a time may lie outside of the piece that it was heard in
+def _segment(raw: Any, chunk: Chunk, *, after: Segment | None) -> Segment:
+    start_s = _in_file(raw.start, chunk, otherwise=chunk.start_s)
+    if after is not None:  # batched, a time may lie outside of the piece that it belongs to
         start_s = max(start_s, after.start_s)
     return Segment(
         id=1 if after is None else after.id + 1,
         start_s=start_s,
-        end_s=max(start_s, _inside(raw.end, stretch, otherwise=start_s)),
+        end_s=max(start_s, _in_file(raw.end, chunk, otherwise=start_s)),
         text=raw.text.strip(),
-        avg_logprob=_finite(raw.avg_logprob, otherwise=_LEAST_LOGPROB),
+        avg_logprob=_finite(raw.avg_logprob, otherwise=_MIN_LOGPROB),
         no_speech_prob=_finite(raw.no_speech_prob, otherwise=0.0),
-        words=None if raw.words is None else tuple(_word(word, stretch) for word in raw.words),
+        words=None if raw.words is None else tuple(_word(word, chunk) for word in raw.words),
     )
 
 
-def _word(raw: Any, stretch: Chunk) -> Word:
-    start_s = _inside(raw.start, stretch, otherwise=stretch.start_s)
-    end_s = max(start_s, _inside(raw.end, stretch, otherwise=start_s))
+def _word(raw: Any, chunk: Chunk) -> Word:
+    start_s = _in_file(raw.start, chunk, otherwise=chunk.start_s)
+    end_s = max(start_s, _in_file(raw.end, chunk, otherwise=start_s))
     return Word(start_s=start_s, end_s=end_s, text=raw.word, probability=_finite(raw.probability, otherwise=0.0))
 
 
-def _inside(time_s: float, stretch: Chunk, *, otherwise: float) -> float:
-    """Give a time of the model as one of the file, of three decimals, not outside the stretch that it was heard in."""
-    in_file_s = _finite(stretch.start_s + float(time_s), otherwise=otherwise)
-    return min(max(round(stretch.start_s, 3), in_file_s), round(stretch.end_s, 3))
+def _in_file(time_s: float, chunk: Chunk, *, otherwise: float) -> float:
+    """Convert a time in the chunk to one in the file, rounded to three decimals and limited to the chunk."""
+    in_file_s = _finite(chunk.start_s + float(time_s), otherwise=otherwise)
+    return min(max(round(chunk.start_s, 3), in_file_s), round(chunk.end_s, 3))
 
 
 def _finite(value: float, *, otherwise: float) -> float:
-    """Make a plain float of three decimals; some devices compute NaN, which JSON has no word for."""
+    """Make a plain float of three decimals; some devices compute NaN, which JSON cannot represent."""
     plain = float(value)
     return round(plain, 3) + 0.0 if math.isfinite(plain) else otherwise
 
 
-def _stop_if(should_stop: Callable[[], bool]) -> None:
+def _check_cancelled(should_stop: Callable[[], bool]) -> None:
     if should_stop():
         raise Cancelled

@@ -27,7 +27,7 @@ from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import Cancelled, JobFailedError
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.payloads import JobProgress
@@ -35,6 +35,7 @@ from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOp
 from cesar_mqtt.whisper.interruptible import interruptible
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
+from tests.factories import new_job
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH, LONG = DATA / "speech.wav", DATA / "long.ogg"
@@ -201,9 +202,9 @@ def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
     """Half a transcript of the one and half of the other would be worse than work that is done twice."""
     path = tmp_path / "note.ogg"
     shutil.copy(LONG, path)
-    source = AudioSource(kind, "note.ogg" if kind == "path" else f"{address}/note.ogg")
+    audio = "note.ogg" if kind == "path" else f"{address}/note.ogg"
     with Ledger(tmp_path / "ledger.json") as ledger:
-        ledger.append([NewJob("a", "f", source, "tiny.en", options={"beam_size": 1}, stream=True)])
+        ledger.append([new_job("a", audio, kind=kind, model_size="tiny.en", options={"beam_size": 1}, stream=True)])
     job, _ = attempt(store, tmp_path, until_s=13.0)
     assert job.state is JobState.QUEUED
     if found == "another":

@@ -29,12 +29,12 @@ from cesar_mqtt.mqtt.messages import (
     PacketTooLargeError,
     Publication,
     PublishTicket,
-    Receipt,
     Subscription,
     Will,
 )
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.threads import Backoff
+from tests.factories import delivery as delivery_of
 
 if TYPE_CHECKING:
     from tests.conftest import Certificates, Mosquitto, StartMosquitto
@@ -268,7 +268,7 @@ def test_only_a_subscription_that_wants_retained_messages_receives_them(mosquitt
 
 
 def test_a_byte_order_mark_in_a_property_does_not_end_the_connection(mosquitto: "Mosquitto", watch: Watch) -> None:
-    """paho 2.2 takes U+FEFF in a user property for a malformed packet and hangs up; it would come again for ever."""
+    """paho 2.2 takes U+FEFF in a user property for a malformed packet and disconnects; the broker sends it for ever."""
     watched = watch(mosquitto.url, subscriptions=JOBS)
     watched.start()
     odd = ["-V", "5", "-q", "1", "-D", "publish", "user-property", "note", "\ufeffodd"]
@@ -293,7 +293,7 @@ def test_messages_of_qos_0_are_dropped_while_the_buffer_is_full(
     assert caplog.text.count("dropped") == 1
 
 
-IN_MEMORY = Delivery("cesar/jobs", b"00", 1, retain=False, dup=False, receipt=Receipt(1, 1)).size_bytes
+IN_MEMORY = delivery_of("cesar/jobs", b"00").size_bytes
 
 
 @both_versions
@@ -532,7 +532,7 @@ def test_callbacks_may_publish_and_hold_the_lock_that_publishing_holds(mosquitto
 
 
 class Noting:
-    """A socket that notes which threads use it, and how often it is written to."""
+    """A socket that records which threads use it, and how often it is written to."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -546,7 +546,7 @@ class Noting:
 
 
 def note(watched: Watched) -> Noting:
-    """Take note of how the client uses its socket from now on."""
+    """Record how the client uses its socket from now on."""
     connection = watched.client._connection
     assert connection is not None
     noting = Noting(connection._socket._socket)
@@ -641,7 +641,7 @@ def test_attempts_that_fail_for_the_same_reason_are_logged_once(
 
 
 def test_paho_does_not_send_a_message_in_flight_again(start_mosquitto: "StartMosquitto", watch: Watch) -> None:
-    """The owner publishes again what was not reported; if paho did so, too, everything would come twice."""
+    """The publisher sends unacknowledged messages again; if paho did so, too, they would arrive twice."""
     broker = start_mosquitto(persistence=True)
     watched = watch(broker.url)
     watched.start()
@@ -682,7 +682,7 @@ def test_no_ticket_is_given_for_a_connection_that_was_reported_lost(
 def test_another_client_of_the_same_client_id_is_suspected(
     mosquitto: "Mosquitto", watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Mosquitto 2.0.11 closes the connection without a word; once is no sign, for a broker may be restarted."""
+    """Mosquitto 2.0.11 sends no reason; one short connection is no sign, as a broker may be restarted."""
     first = watch(mosquitto.url)
     first.start()
     watch(mosquitto.url).start()
@@ -1198,7 +1198,7 @@ def test_a_malformed_message_is_received_in_3_1_1(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A broker would send it again for ever; in 3.1.1 there are no properties. After that 5 is spoken again."""
+    """The broker would send it for ever; in 3.1.1 there are no properties. After that 5 is spoken again."""
     monkeypatch.setattr(client_module, "_TEMPORARY_S", 0.5)
     monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.1)
     unknown_property = b"\x32\x08\0\1t\0\7\2\x63\0"
@@ -1257,7 +1257,7 @@ def test_the_connection_is_kept_while_the_buffer_is_full(
 def test_a_disconnect_behind_messages_without_room_is_handled(
     script: Callable[..., ScriptedBroker], watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was once looked for in a connection that was closed already, with a traceback."""
+    """It was once handled on a connection that was already closed, with a traceback."""
     two = b"".join(b"\x32\x07\0\1t\0" + number + b"\0x" for number in (b"\1", b"\2"))
     shutting_down = b"\xe0\x02\x8b\x00"
     broker = script(lambda client, connect: accept(client, connect, then=two + shutting_down))

@@ -1,4 +1,4 @@
-"""The embedded broker with the clients that people have: mosquitto_pub, mosquitto_sub, our own, and strangers."""
+"""The embedded broker with mosquitto_pub, mosquitto_sub, our client, and broken clients."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ uses_mosquitto = pytest.mark.mosquitto
 
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
-    """What comes to the root logger from WARNING on, and so to the user."""
+    """What the root logger receives from WARNING on, and so the user."""
     lines: list[str] = []
 
     class Listening(logging.Handler):
@@ -82,7 +82,7 @@ class Pipeline:
             pass
 
     def messages(self, count: int) -> list[str]:
-        """The next lines that are no debugging."""
+        """The next lines without debugging output."""
         found: list[str] = []
         while len(found) < count:
             line = self._lines.get(timeout=_WAIT_S)
@@ -286,7 +286,7 @@ def test_it_listens_on_the_given_address(host: str) -> None:
 
 
 def test_a_client_of_mqtt_5_is_refused_at_once(embedded_broker: EmbeddedBroker) -> None:
-    """amqtt would wait for more of a client id that it reads out of the properties."""
+    """amqtt would take the properties for a client id, and wait for the rest of it."""
     expiry = b"\x05\x11\xff\xff\xff\xff"
     for properties in (b"\0", expiry):
         assert answer(embedded_broker, connect(b"a", version=5, properties=properties)) == b"\x20\x03\x00\x84\x00"
@@ -378,7 +378,7 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
 
 @contextmanager
 def keeping() -> Iterator[EmbeddedBroker]:
-    """A broker whose messages on `cesar/jobs` are kept by the client `cesar`."""
+    """A broker whose messages on `cesar/jobs` are stored by the client `cesar`."""
     broker = EmbeddedBroker(port=0, subscriber="cesar", is_forwarded=lambda topic: topic == "cesar/jobs")
     broker.start()
     try:
@@ -389,7 +389,7 @@ def keeping() -> Iterator[EmbeddedBroker]:
 
 @contextmanager
 def linked(broker: EmbeddedBroker, client_id: str, *topics: str) -> Iterator[tuple[MqttClient, "queue.Queue[str]"]]:
-    """A client, and the order in which what it publishes is acknowledged, or that it is disconnected."""
+    """A client, and its acknowledgements and disconnections in order."""
     reports: queue.Queue[str] = queue.Queue()
     client = MqttClient(
         BrokerSettings(url=broker.url, protocol="3.1.1"),

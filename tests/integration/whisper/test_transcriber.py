@@ -725,4 +725,4 @@ def test_no_more_are_worked_at_once_than_a_stop_can_wait_for() -> None:
     model = cast("Any", FakeModel(multilingual=True))
     for batch_size, device, at_once in ((2, "cpu", 2), (8, "cpu", 8), (32, "cpu", 8), (32, "cuda", 32)):
         options = TranscriptionOptions("base", batch_size=batch_size)
-        assert Pipeline(model, options, device=device, should_stop=never)._at_once == at_once
+        assert Pipeline(model, options, device=device, should_stop=never)._batch_size == at_once

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.cli import ledger as ledgercommands
-from cesar_mqtt.jobs import AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
+from tests.factories import new_job
 
 
 def test_compacting_names_the_job_that_was_running_at_a_crash(
@@ -14,7 +14,7 @@ def test_compacting_names_the_job_that_was_running_at_a_crash(
 ) -> None:
     path = tmp_path / "ledger.json"
     ledger = Ledger(path)
-    ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
+    ledger.append([new_job("porch-17")])
     assert ledger.claim() is not None
     ledger._release_files()
     assert ledgercommands.compact(path) == 0
@@ -24,7 +24,7 @@ def test_compacting_names_the_job_that_was_running_at_a_crash(
 def test_counts_of_one_are_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ledger.json"
     with Ledger(path) as ledger:
-        ledger.append([NewJob("porch-17", "f", AudioSource("path", "a.wav"), "base")])
+        ledger.append([new_job("porch-17")])
     assert ledgercommands.check(path) == 0
     assert ": 1 job (1 queued), " in capsys.readouterr().out
     path.write_text(path.read_text().replace('"1": {', '"1": '))

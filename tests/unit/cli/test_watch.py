@@ -11,7 +11,7 @@ from rich.console import Console
 from cesar_mqtt.cli.watch import JsonLines, Lines, Screen
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, JobRow
 from cesar_mqtt.cli.watch_view import View
-from cesar_mqtt.mqtt.messages import Delivery, Receipt
+from tests.factories import delivery
 
 NOW = datetime(2026, 1, 23, 21, 45, 12, tzinfo=UTC)
 
@@ -22,10 +22,6 @@ def status(state: str = "completed", **fields: Any) -> bytes:
 
 def ended(second: int, **fields: Any) -> bytes:
     return status(completed_at=f"2026-01-23T21:{second // 60:02}:{second % 60:02}.000Z", **fields)
-
-
-def delivery(topic: str, payload: bytes, *, retain: bool = False, connection: int = 1) -> Delivery:
-    return Delivery(topic, payload, 1, retain, False, Receipt(connection, 1))  # noqa: FBT003 - a value's fields
 
 
 def drawn(board: Board, width: int, height: int, trouble: str | None = None, **options: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is announced to Home Assistant, and when; that Home Assistant takes it is tested inside of it."""
+"""Discovery messages and their schedule; tests/homeassistant proves that Home Assistant accepts them."""
 
 import json
 import re
@@ -18,10 +18,10 @@ from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics, DiscoverySch
 from cesar_mqtt.consumer.incoming import MessageParser
 from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
+from tests.factories import delivery
 
 KITCHEN = Topics("cesar", "kitchen")
 DEVICE = "homeassistant/device/cesar-mqtt_kitchen/config"
@@ -152,12 +152,8 @@ class AnyModel:
         return bool(name)
 
 
-def delivery(topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
-    return Delivery(topic, payload, qos=1, retain=retain, dup=False, receipt=Receipt(1, 1))
-
-
 @pytest.fixture
-def planner() -> MessageParser:
+def parser() -> MessageParser:
     return MessageParser(KITCHEN, AnyModel(), max_payload_bytes=1000)
 
 
@@ -167,30 +163,30 @@ def test_the_birth_topic_of_home_assistant_does_not_follow_the_discovery_prefix(
 
 
 @pytest.mark.parametrize("topic", birth_topics("other"))
-def test_a_birth_message_is_recognised_and_is_not_a_job(planner: MessageParser, topic: str) -> None:
-    plan = planner.plan(delivery(topic, b"online"))
-    assert plan.born
-    assert (plan.job, plan.refusal, plan.command) == (None, None, None)
+def test_a_birth_message_is_recognised_and_is_not_a_job(parser: MessageParser, topic: str) -> None:
+    message = parser.parse(delivery(topic, b"online"))
+    assert message.is_birth
+    assert (message.job, message.refusal, message.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "retain"), [(b"offline", False), (b"", False), (b"online", True)])
-def test_other_messages_on_the_birth_topic_are_ignored(planner: MessageParser, payload: bytes, *, retain: bool) -> None:
-    plan = planner.plan(delivery("homeassistant/status", payload, retain=retain))
-    assert not plan.born
-    assert (plan.job, plan.refusal, plan.command) == (None, None, None)
+def test_other_messages_on_the_birth_topic_are_ignored(parser: MessageParser, payload: bytes, *, retain: bool) -> None:
+    message = parser.parse(delivery("homeassistant/status", payload, retain=retain))
+    assert not message.is_birth
+    assert (message.job, message.refusal, message.command) == (None, None, None)
 
 
 @pytest.mark.parametrize(("payload", "command"), [(b"ON", "pause"), (b"OFF", "resume")])
-def test_a_switch_becomes_a_request(planner: MessageParser, payload: bytes, command: str) -> None:
-    plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", payload))
-    assert plan.command == command
-    assert plan.delivery.payload == b""
+def test_a_switch_becomes_a_request(parser: MessageParser, payload: bytes, command: str) -> None:
+    message = parser.parse(delivery("cesar/consumer/kitchen/pause/set", payload))
+    assert message.command == command
+    assert message.delivery.payload == b""
 
 
-def test_a_switch_that_is_neither_on_nor_off_is_refused(planner: MessageParser) -> None:
-    plan = planner.plan(delivery("cesar/consumer/kitchen/pause/set", b"maybe"))
-    assert plan.refusal is not None
-    assert plan.refusal.reason == "invalid_request"
+def test_a_switch_that_is_neither_on_nor_off_is_refused(parser: MessageParser) -> None:
+    message = parser.parse(delivery("cesar/consumer/kitchen/pause/set", b"maybe"))
+    assert message.refusal is not None
+    assert message.refusal.reason == "invalid_request"
 
 
 # -- when --
@@ -301,27 +297,27 @@ def test_nothing_is_announced_when_there_is_nothing_to_announce(
 
 def test_only_what_is_no_longer_used_is_stale(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    assert AnnouncedTopics(path).begin({"a", "b"}) == set()
-    assert AnnouncedTopics(path).begin({"b", "c"}) == {"a"}
+    assert AnnouncedTopics(path).record({"a", "b"}) == set()
+    assert AnnouncedTopics(path).record({"b", "c"}) == {"a"}
 
 
 def test_a_topic_stays_stale_until_it_is_cleared(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    AnnouncedTopics(path).begin({"a"})
-    AnnouncedTopics(path).begin({"b"})
+    AnnouncedTopics(path).record({"a"})
+    AnnouncedTopics(path).record({"b"})
     again = AnnouncedTopics(path)
-    assert again.begin({"b"}) == {"a"}
-    again.settle()
-    assert AnnouncedTopics(path).begin({"b"}) == set()
+    assert again.record({"b"}) == {"a"}
+    again.remove_stale()
+    assert AnnouncedTopics(path).record({"b"}) == set()
 
 
 def test_without_an_announcement_the_file_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "homeassistant.json"
-    AnnouncedTopics(path).settle()
+    AnnouncedTopics(path).remove_stale()
     assert not path.exists()
-    AnnouncedTopics(path).begin({"a"})
-    AnnouncedTopics(path).settle()
-    assert AnnouncedTopics(path).begin({"b"}) == {"a"}
+    AnnouncedTopics(path).record({"a"})
+    AnnouncedTopics(path).remove_stale()
+    assert AnnouncedTopics(path).record({"b"}) == {"a"}
 
 
 class FullDisk(Disk):
@@ -337,14 +333,14 @@ def logged(caplog: pytest.LogCaptureFixture) -> str:
 def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
     path = tmp_path / "homeassistant.json"
     path.write_bytes(content.encode("latin-1"))
-    assert AnnouncedTopics(path).begin({"a"}) == set()
+    assert AnnouncedTopics(path).record({"a"}) == set()
     assert "homeassistant.json cannot be read" in logged(caplog)
-    assert AnnouncedTopics(path).begin({"b"}) == {"a"}
+    assert AnnouncedTopics(path).record({"b"}) == {"a"}
 
 
 def test_a_disk_that_is_full_does_not_stop_the_consumer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     announced = AnnouncedTopics(tmp_path / "homeassistant.json", disk=FullDisk())
-    assert announced.begin({"a"}) == set()
+    assert announced.record({"a"}) == set()
     assert "cannot be written (No space left on device)" in logged(caplog)
 
 

@@ -1,6 +1,5 @@
 import base64
 import errno
-import itertools
 import json
 import logging
 import queue
@@ -31,6 +30,7 @@ from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
+from tests import factories
 
 if TYPE_CHECKING:
     from cesar_mqtt.consumer.commands import CommandHandlers
@@ -41,11 +41,9 @@ WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 MAX_PAYLOAD_BYTES = 4096
 MAX_QUEUED = 20
 
-packet_ids = itertools.count(1)
-
 
 class FakeSource:
-    """Hands out batches, and notes what is acknowledged."""
+    """Delivers batches, and records what is acknowledged."""
 
     def __init__(self, trace: list[str]) -> None:
         self._trace = trace
@@ -100,12 +98,12 @@ class FakeCommands:
 
 
 class FakePublisher(JobObserver):
-    """Notes what the intake reports and publishes; `refused` is set when the disk has refused."""
+    """Records what the intake reports and publishes; `refused` is set when the disk has refused."""
 
     def __init__(self, trace: list[str]) -> None:
         self._trace = trace
         self.rejections: list[Rejection] = []
-        self.answers: list[tuple[str, bytes, bytes | None]] = []
+        self.responses: list[tuple[str, bytes, bytes | None]] = []
         self.found: list[bytes | None] = []
         self.degradations: list[tuple[str, bool]] = []
         self.refused = threading.Event()
@@ -116,7 +114,7 @@ class FakePublisher(JobObserver):
 
     def publish_response(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         self._trace.append("answered")
-        self.answers.append((topic, payload, correlation_data))
+        self.responses.append((topic, payload, correlation_data))
 
     def on_queue_message_received(self, payload: bytes | None) -> None:
         self.found.append(payload)
@@ -128,7 +126,7 @@ class FakePublisher(JobObserver):
 
 
 class TestDisk(Disk):
-    """A real disk that notes what it has made durable, and can refuse to write for some time."""
+    """A real disk that records its syncs, and can refuse some writes."""
 
     __test__ = False
 
@@ -184,7 +182,7 @@ class Bench:
         self.trace.clear()
 
     def take(self, *deliveries: Delivery) -> list[str]:
-        """Let these come in together; return the reasons of the refusals that they brought."""
+        """Deliver these in one batch; return the reasons of their rejections."""
         before = len(self.publisher.rejections)
         self.source.bring(*deliveries)
         assert self.intake.run_once(timeout_s=0) == len(deliveries)
@@ -197,7 +195,7 @@ class Bench:
         return job
 
     def jobs(self) -> list[Job]:
-        """Return all jobs in the order of their acceptance."""
+        """Return all jobs, oldest first."""
         self.ledger.republish_all()
         self.ledger.coalesce()
         known = (job for _, job in self.ledger.unpublished(1000) if isinstance(job, Job))
@@ -230,14 +228,7 @@ def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def message(payload: bytes, topic: str = "cesar/jobs", **fields: Any) -> Delivery:
-    defaults: dict[str, Any] = {
-        "qos": 1,
-        "retain": False,
-        "dup": False,
-        "receipt": Receipt(1, next(packet_ids) % 65_535 + 1),
-        "received_at": 1_769_204_700.12,
-    }
-    return Delivery(topic, payload, **{**defaults, **fields})
+    return factories.delivery(topic, payload, **fields)
 
 
 def request(**fields: Any) -> Delivery:
@@ -268,12 +259,12 @@ def test_a_whole_batch_is_one_synced_transaction(bench: Bench) -> None:
     assert bench.ledger.totals().queued == MAX_QUEUED
 
 
-def test_a_batch_of_refusals_alone_touches_no_disk(bench: Bench) -> None:
+def test_a_batch_of_rejections_writes_nothing_to_disk(bench: Bench) -> None:
     bench.take(message(b"{"), message(b"\xff"))
     assert bench.trace == ["reported", "reported", "acknowledged"]
 
 
-def test_a_batch_is_acknowledged_in_the_order_of_arrival_whatever_became_of_each(bench: Bench) -> None:
+def test_a_batch_is_acknowledged_in_the_order_of_arrival_whatever_its_outcomes(bench: Bench) -> None:
     batch = [
         request(job_id="a"),
         message(b"{"),
@@ -286,7 +277,7 @@ def test_a_batch_is_acknowledged_in_the_order_of_arrival_whatever_became_of_each
     assert bench.source.acknowledged == batch
 
 
-def test_jobs_wait_in_the_order_of_arrival(bench: Bench) -> None:
+def test_jobs_are_queued_in_the_order_of_arrival(bench: Bench) -> None:
     bench.take(request(job_id="c"), upload("a"), message(b"{"), request(job_id="b"))
     bench.take(request(job_id="0"))
     assert [job.job_id for job in bench.jobs()] == ["c", "a", "b", "0"]
@@ -308,17 +299,17 @@ def test_at_the_moment_of_the_acknowledgement_a_crash_loses_neither_job_nor_audi
         assert second.state is JobState.QUEUED
 
 
-def test_nothing_that_came_in_time_is_nothing_to_do(bench: Bench) -> None:
+def test_a_receive_that_times_out_does_nothing(bench: Bench) -> None:
     assert bench.intake.run_once(timeout_s=0) == 0
     assert bench.trace == []
 
 
-# -- what a job is made of -----------------------------------------------------------------------------------------
+# -- from request to job -------------------------------------------------------------------------------------------
 
 
-def test_a_request_becomes_a_job_with_what_was_asked_for(bench: Bench) -> None:
-    asked = {"model_size": "turbo", "language": "German", "beam_size": 2, "metadata": {"room": "porch"}}
-    bench.take(request(job_id="porch-17", **asked))
+def test_a_request_becomes_a_job_with_its_fields(bench: Bench) -> None:
+    fields = {"model_size": "turbo", "language": "German", "beam_size": 2, "metadata": {"room": "porch"}}
+    bench.take(request(job_id="porch-17", **fields))
     job = bench.job("porch-17")
     assert job.state is JobState.QUEUED
     assert job.audio == AudioSource("path", "porch.wav")
@@ -340,7 +331,7 @@ def test_every_transcription_option_reaches_the_job(bench: Bench) -> None:
     assert bench.job("a").options == options
 
 
-def test_the_formats_and_whether_to_stream_reach_the_job_and_are_no_transcription_options(bench: Bench) -> None:
+def test_formats_and_stream_reach_the_job_and_are_no_transcription_options(bench: Bench) -> None:
     bench.take(request(job_id="a", formats=["vtt", "srt", "vtt"], stream=True), request(job_id="b"))
     assert (bench.job("a").formats, bench.job("a").stream) == (("srt", "vtt"), True)
     assert (bench.job("b").formats, bench.job("b").stream) == ((), False)
@@ -348,7 +339,7 @@ def test_the_formats_and_whether_to_stream_reach_the_job_and_are_no_transcriptio
 
 
 @pytest.mark.parametrize("payload", [b"https://nas.local/a.wav", b'{"audio_url": "https://nas.local/a.wav"}'])
-def test_audio_behind_a_url_is_accepted_whatever_its_host_and_fetched_later(bench: Bench, payload: bytes) -> None:
+def test_audio_behind_a_url_is_accepted_whatever_its_host_and_downloaded_later(bench: Bench, payload: bytes) -> None:
     assert bench.take(message(payload)) == []
     assert [job.audio for job in bench.jobs()] == [AudioSource("url", "https://nas.local/a.wav")]
     assert bench.spooled() == []
@@ -366,7 +357,7 @@ def test_a_request_without_an_id_gets_a_uuid(bench: Bench) -> None:
     assert first.job_id != second.job_id
 
 
-def test_the_bytes_of_an_upload_lie_in_the_spool_under_a_name_of_our_own(bench: Bench) -> None:
+def test_an_upload_is_in_the_spool_under_a_name_that_does_not_come_from_outside(bench: Bench) -> None:
     encoded = base64.b64encode(b"other bytes").decode()
     bench.take(upload("a", b"some bytes"), message(json.dumps({"job_id": "b", "audio_base64": encoded}).encode()))
     for job_id, content in (("a", b"some bytes"), ("b", b"other bytes")):
@@ -385,7 +376,7 @@ def test_user_properties_of_an_upload_reach_the_job(bench: Bench) -> None:
     assert bench.job("a").metadata == {"room": "porch"}
 
 
-# -- what is ignored or refused ------------------------------------------------------------------------------------
+# -- what is ignored or rejected -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/note-1", "cesar/audio", "cesar/audio/a/b"])
@@ -409,15 +400,15 @@ def test_an_empty_payload_is_ignored_and_acknowledged(bench: Bench, topic: str, 
         (message(b"x" * (MAX_PAYLOAD_BYTES + 1), "cesar/audio/a/b"), "payload_too_large"),
     ],
 )
-def test_a_bad_message_is_refused_acknowledged_and_counted_and_the_next_one_is_taken(
+def test_a_bad_message_is_rejected_and_acknowledged_and_the_next_one_is_accepted(
     bench: Bench, delivery: Delivery, reason: str
 ) -> None:
     assert bench.take(delivery, request(job_id="good")) == [reason]
     assert [job.job_id for job in bench.jobs()] == ["good"]
 
 
-def test_a_rejection_tells_which_message_it_is_about(bench: Bench) -> None:
-    bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b"))
+def test_a_rejection_identifies_its_message(bench: Bench) -> None:
+    bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b", received_at=factories.AT + 0.12))
     assert bench.publisher.rejections == [
         Rejection(
             reason="invalid_job_id",
@@ -430,7 +421,7 @@ def test_a_rejection_tells_which_message_it_is_about(bench: Bench) -> None:
     ]
 
 
-def test_a_payload_of_just_the_limit_is_taken(bench: Bench) -> None:
+def test_a_payload_of_the_maximum_size_is_accepted(bench: Bench) -> None:
     assert bench.take(upload("a", b"x" * MAX_PAYLOAD_BYTES)) == []
     assert bench.job("a").state is JobState.QUEUED
 
@@ -449,9 +440,7 @@ def test_a_payload_of_just_the_limit_is_taken(bench: Bench) -> None:
         message(b'{"job_id": "a", "audio_base64": "?"}'),
     ],
 )
-def test_a_refusal_with_a_new_id_is_also_a_job_that_ended_so_that_whoever_waits_is_told(
-    bench: Bench, delivery: Delivery
-) -> None:
+def test_a_rejected_request_with_a_new_id_is_recorded_as_a_failed_job(bench: Bench, delivery: Delivery) -> None:
     assert bench.take(delivery) == ["invalid_request"]
     job = bench.job("a")
     assert job.state is JobState.ERROR
@@ -463,15 +452,15 @@ def test_a_refusal_with_a_new_id_is_also_a_job_that_ended_so_that_whoever_waits_
     assert bench.spooled() == []
 
 
-def test_an_upload_that_is_too_large_is_told_to_whoever_waits_for_its_id(bench: Bench) -> None:
+def test_an_upload_that_is_too_large_is_recorded_as_a_failed_job(bench: Bench) -> None:
     assert bench.take(upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1))) == ["payload_too_large"]
     assert bench.job("a").state is JobState.ERROR
     assert bench.job("a").error_message == (
-        "The message has 4097 bytes, at most 4096 are taken (queue.max_payload_bytes)."
+        "The message has 4097 bytes: at most 4096 are accepted (queue.max_payload_bytes)."
     )
 
 
-def test_a_refusal_with_a_known_id_leaves_that_job_as_it_is(bench: Bench) -> None:
+def test_a_rejected_request_with_a_known_id_leaves_that_job_unchanged(bench: Bench) -> None:
     bench.take(request(job_id="a"))
     before = bench.job("a")
     assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
@@ -500,7 +489,7 @@ def test_a_refusal_with_a_known_id_leaves_that_job_as_it_is(bench: Bench) -> Non
         (upload("a", b"x" * (MAX_PAYLOAD_BYTES + 1), user_properties=(("room", "porch"),)), "upload"),
     ],
 )
-def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_audio(
+def test_the_status_of_a_rejected_request_has_its_metadata_and_audio_source(
     bench: Bench, delivery: Delivery, source: str | None
 ) -> None:
     bench.take(delivery)
@@ -515,14 +504,14 @@ def test_whoever_waits_for_a_refused_request_recognises_it_by_its_metadata_and_a
 
 
 @pytest.mark.parametrize("wrong", [request(job_id="a", beam_size=11), upload("a", user_properties=(("task", "x"),))])
-def test_a_refused_request_cannot_be_retried_though_its_audio_is_told(bench: Bench, wrong: Delivery) -> None:
+def test_a_rejected_request_cannot_be_retried(bench: Bench, wrong: Delivery) -> None:
     bench.take(wrong)
     with pytest.raises(IllegalTransitionError, match=r"was rejected as invalid"):
         bench.ledger.retry("a")
     assert bench.ledger.delete("a") is not None
 
 
-def test_an_upload_whose_user_property_names_another_id_is_told_on_its_own(bench: Bench) -> None:
+def test_an_upload_whose_user_property_names_another_id_is_recorded_under_its_own(bench: Bench) -> None:
     assert bench.take(upload("u1", user_properties=(("job_id", "other"),))) == ["invalid_request"]
     assert bench.job("u1").error_code is ErrorCode.INVALID_REQUEST
     assert bench.publisher.rejections[0].job_id == "u1"
@@ -530,7 +519,7 @@ def test_an_upload_whose_user_property_names_another_id_is_told_on_its_own(bench
 
 
 @pytest.mark.parametrize("delivery", [request(job_id="current"), upload("current")])
-def test_the_name_of_the_job_in_work_is_refused_as_an_id(bench: Bench, delivery: Delivery) -> None:
+def test_current_is_rejected_as_a_job_id(bench: Bench, delivery: Delivery) -> None:
     assert bench.take(delivery) == ["invalid_job_id"]
     assert bench.publisher.rejections[0].job_id is None
     assert bench.jobs() == []
@@ -543,7 +532,7 @@ def test_a_too_large_upload_without_a_usable_id_is_recorded_nowhere(bench: Bench
     assert bench.jobs() == []
 
 
-def test_an_empty_upload_is_noted_in_the_log_with_its_id_and_an_empty_request_is_not(
+def test_an_empty_upload_is_logged_with_its_id_and_an_empty_request_is_not(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -554,7 +543,7 @@ def test_an_empty_upload_is_noted_in_the_log_with_its_id_and_an_empty_request_is
 
 
 @pytest.mark.parametrize("topic", ["cesar/audio/", "cesar/request/"])
-def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_very_long_topic_is_shortened(bench: Bench, topic: str, caplog: pytest.LogCaptureFixture) -> None:
     bench.commands.rejection = Refusal("unknown_command", "There is none.")
     with caplog.at_level(logging.INFO):
         bench.take(message(WAV, topic + "x" * 60_000, response_topic="cesar/audio/" + "y" * 60_000))
@@ -564,28 +553,28 @@ def test_a_very_long_topic_is_told_by_its_beginning(bench: Bench, topic: str, ca
     assert all(len(getattr(record, "job_id", None) or "") < 500 for record in caplog.records)
 
 
-def test_the_same_bad_request_again_is_refused_again_and_is_no_second_job(bench: Bench) -> None:
+def test_a_repeated_bad_request_is_rejected_again_and_makes_no_second_job(bench: Bench) -> None:
     assert bench.take(request(job_id="a", beam_size=11), request(job_id="a", beam_size=11)) == ["invalid_request"] * 2
     assert bench.take(request(job_id="a", beam_size=11)) == ["invalid_request"]
     assert len(bench.jobs()) == 1
     assert bench.ledger.totals().error_total == 1
 
 
-def test_a_request_without_an_id_that_finds_the_queue_full_has_none_in_its_refusal(bench: Bench) -> None:
+def test_the_rejection_of_a_request_without_an_id_has_none(bench: Bench) -> None:
     bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
     no_id = (message(b"porch.wav"), message(b"porch.wav", retain=True))
     assert bench.take(request(job_id="a"), *no_id) == ["queue_full"] * 3
     assert [rejection.job_id for rejection in bench.publisher.rejections] == ["a", None, None]
 
 
-def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
+def test_a_model_that_is_not_allowed_is_named_in_the_rejection(bench: Bench) -> None:
     assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
     assert "'large-v3'" in bench.publisher.rejections[0].detail
     assert bench.jobs() == []
 
 
 @pytest.mark.parametrize(
-    ("model", "asked", "detail"),
+    ("model", "fields", "detail"),
     [
         (
             "tiny.en",
@@ -615,19 +604,19 @@ def test_a_model_that_is_not_allowed_is_named(bench: Bench) -> None:
         ),
     ],
 )
-def test_what_a_model_cannot_do_is_refused_at_once_be_it_named_or_the_default_one(
-    bench: Bench, model: str, asked: dict[str, str], detail: str
+def test_what_a_model_cannot_do_is_rejected_at_once_whether_named_or_default(
+    bench: Bench, model: str, fields: dict[str, str], detail: str
 ) -> None:
-    assert bench.take(request(job_id="a", model_size=model, **asked)) == ["invalid_request"]
+    assert bench.take(request(job_id="a", model_size=model, **fields)) == ["invalid_request"]
     assert bench.publisher.rejections[-1].detail == bench.job("a").error_message == detail
     bench.models.default = model
-    assert bench.take(upload("b", user_properties=tuple(asked.items()))) == ["invalid_request"]
+    assert bench.take(upload("b", user_properties=tuple(fields.items()))) == ["invalid_request"]
     assert bench.publisher.rejections[-1].detail == bench.job("b").error_message == detail
     assert bench.spooled() == []
 
 
 @pytest.mark.parametrize(
-    ("model", "asked"),
+    ("model", "fields"),
     [
         ("tiny.en", {}),
         ("tiny.en", {"language": "en-GB", "task": "transcribe"}),
@@ -636,13 +625,13 @@ def test_what_a_model_cannot_do_is_refused_at_once_be_it_named_or_the_default_on
         ("base", {"language": "de", "task": "translate"}),
     ],
 )
-def test_what_a_model_can_do_is_accepted(bench: Bench, model: str, asked: dict[str, str]) -> None:
+def test_what_a_model_can_do_is_accepted(bench: Bench, model: str, fields: dict[str, str]) -> None:
     bench.models.default = "tiny.en"
-    assert bench.take(request(job_id="a", model_size=model, **asked)) == []
+    assert bench.take(request(job_id="a", model_size=model, **fields)) == []
     assert bench.job("a").state is JobState.QUEUED
 
 
-def test_more_jobs_than_may_wait_are_refused_and_leave_no_file(bench: Bench) -> None:
+def test_more_jobs_than_may_be_queued_are_rejected_and_leave_no_file(bench: Bench) -> None:
     bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED - 1)))
     assert bench.take(request(job_id="last"), request(job_id="over"), upload("upload")) == ["queue_full"] * 2
     assert [rejection.job_id for rejection in bench.publisher.rejections] == ["over", "upload"]
@@ -652,15 +641,15 @@ def test_more_jobs_than_may_wait_are_refused_and_leave_no_file(bench: Bench) -> 
     assert bench.take(request(job_id="over")) == []
 
 
-def test_a_known_job_is_known_even_when_the_queue_is_full(bench: Bench) -> None:
+def test_a_known_job_is_a_duplicate_even_when_the_queue_is_full(bench: Bench) -> None:
     bench.take(*(request(job_id=f"job-{number}") for number in range(MAX_QUEUED)))
     assert bench.take(request(job_id="job-3")) == []
 
 
-# -- the same again ------------------------------------------------------------------------------------------------
+# -- repeated requests ---------------------------------------------------------------------------------------------
 
 
-def test_the_same_request_again_is_the_same_job_and_its_status_is_told_again(bench: Bench) -> None:
+def test_a_repeated_request_is_the_same_job_and_its_status_is_published_again(bench: Bench) -> None:
     bench.take(request(job_id="a", metadata={"x": 1, "y": 2}))
     [(number, job)] = bench.ledger.unpublished(10)
     bench.ledger.mark_published([(job.seq, number)])
@@ -681,7 +670,7 @@ def test_the_same_request_again_is_the_same_job_and_its_status_is_told_again(ben
         ),
     ],
 )
-def test_the_same_said_in_another_way_is_the_same_request(
+def test_requests_with_equal_values_in_another_form_are_the_same(
     bench: Bench, fields: dict[str, Any], again: dict[str, Any]
 ) -> None:
     assert bench.take(request(job_id="a", **fields), request(job_id="a", **again)) == []
@@ -699,11 +688,13 @@ def test_the_same_said_in_another_way_is_the_same_request(
         ({"audio_path": None, "audio_url": "http://a/b"}, {"audio_path": None, "audio_url": "http://a/b?c"}),
     ],
 )
-def test_two_values_of_one_field_are_two_requests(bench: Bench, fields: dict[str, Any], other: dict[str, Any]) -> None:
+def test_requests_that_differ_in_one_field_are_different(
+    bench: Bench, fields: dict[str, Any], other: dict[str, Any]
+) -> None:
     assert bench.take(request(job_id="a", **fields), request(job_id="a", **other)) == ["job_id_conflict"]
 
 
-def test_the_same_request_for_a_job_that_is_done_does_not_run_it_again(bench: Bench) -> None:
+def test_a_repeated_request_does_not_run_a_completed_job_again(bench: Bench) -> None:
     bench.take(request(job_id="a"))
     job = bench.ledger.claim()
     assert job is not None
@@ -731,7 +722,7 @@ def test_the_same_request_for_a_job_that_is_done_does_not_run_it_again(bench: Be
         upload("a"),
     ],
 )
-def test_the_same_id_for_another_request_is_a_conflict_and_the_job_stays_as_it_is(
+def test_the_same_id_for_a_different_request_is_a_conflict_and_the_job_stays_unchanged(
     bench: Bench, other: Delivery
 ) -> None:
     bench.take(request(job_id="a"))
@@ -743,12 +734,12 @@ def test_the_same_id_for_another_request_is_a_conflict_and_the_job_stays_as_it_i
     assert bench.spooled() == []
 
 
-def test_two_requests_of_one_id_in_one_batch_are_judged_in_order(bench: Bench) -> None:
+def test_two_requests_with_one_id_in_one_batch_are_admitted_in_order(bench: Bench) -> None:
     assert bench.take(request(job_id="a"), request(job_id="a"), upload("a"), request(job_id="b")) == ["job_id_conflict"]
     assert [job.job_id for job in bench.jobs()] == ["a", "b"]
 
 
-def test_an_upload_that_comes_twice_leaves_one_file(bench: Bench) -> None:
+def test_a_repeated_upload_leaves_one_file(bench: Bench) -> None:
     bench.take(upload("a"), upload("a"))
     bench.take(upload("a", dup=True))
     assert bench.spooled() == [WAV]
@@ -762,7 +753,7 @@ def test_an_upload_and_the_same_bytes_in_base64_are_the_same_request(bench: Benc
     assert bench.spooled() == [WAV]
 
 
-def test_a_retained_request_without_an_id_runs_once_however_often_it_comes(bench: Bench) -> None:
+def test_a_retained_request_without_an_id_runs_once_however_often_it_arrives(bench: Bench) -> None:
     for _ in range(3):
         assert bench.take(message(b"porch.wav", retain=True)) == []
     assert bench.take(message(b'{"audio_path": "porch.wav"}', retain=True)) == []
@@ -790,8 +781,8 @@ def test_a_redelivery_of_a_request_without_an_id_makes_no_second_job(bench: Benc
         assert len(restarted.jobs()) == 1
 
 
-def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redelivery(bench: Bench, tmp_path: Path) -> None:
-    """Some brokers give out the lowest free packet id: each message has the same. A doorbell asks for the same, too."""
+def test_a_packet_id_that_another_request_has_now_proves_no_redelivery(bench: Bench, tmp_path: Path) -> None:
+    """Some brokers use the lowest free packet id, so each message has the same; and a doorbell repeats its request."""
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.take(ring)
     bench.source.settled = RedeliveryBounds(
@@ -811,7 +802,7 @@ def test_a_packet_id_that_was_given_to_another_request_is_no_sign_of_a_redeliver
         assert len(restarted.jobs()) == 4
 
 
-def test_a_packet_id_that_is_free_again_is_so_after_a_crash_too(bench: Bench, tmp_path: Path) -> None:
+def test_a_released_packet_id_stays_released_after_a_crash(bench: Bench, tmp_path: Path) -> None:
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.take(ring)
     bench.source.settled = RedeliveryBounds(acks_received={1: 1})
@@ -826,8 +817,8 @@ def test_a_packet_id_that_is_free_again_is_so_after_a_crash_too(bench: Bench, tm
         assert len(restarted.jobs()) == 2
 
 
-def test_a_redelivery_that_waits_while_the_broker_begins_a_new_session_is_known_again(bench: Bench) -> None:
-    """The disk refused for a while: meanwhile the message came again, and the broker was started anew."""
+def test_a_redelivery_from_before_a_new_session_is_recognised(bench: Bench) -> None:
+    """While the disk refused, the message was delivered again and the broker began a new session."""
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.take(ring)
     bench.source.settled = RedeliveryBounds(session=3)
@@ -837,7 +828,7 @@ def test_a_redelivery_that_waits_while_the_broker_begins_a_new_session_is_known_
     assert len(bench.jobs()) == 2
 
 
-def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: Bench) -> None:
+def test_a_packet_id_of_a_former_session_means_nothing_in_the_next(bench: Bench) -> None:
     ring = message(b"porch.wav", receipt=Receipt(1, 1))
     bench.source.settled = RedeliveryBounds(session=2)  # it began while this one waited to be fetched
     bench.take(ring)
@@ -847,8 +838,8 @@ def test_a_message_of_a_session_that_is_gone_leaves_no_mark_in_the_next(bench: B
     assert len(bench.jobs()) == 2
 
 
-def test_what_the_broker_retains_is_told_of_this_connection_only(bench: Bench) -> None:
-    """What an earlier one brought, and what it had not acknowledged yet, comes first and once more."""
+def test_the_retained_queue_message_is_reported_for_this_connection_only(bench: Bench) -> None:
+    """Messages of an earlier connection, and unacknowledged ones, are delivered first and once more."""
     topic = Topics("cesar", "kitchen").own("queue")
     bench.take(message(b"old", topic, dup=True, retain=True), message(b"ours", topic, dup=True))
     assert bench.publisher.found == []
@@ -864,19 +855,19 @@ def test_a_redelivery_of_an_upload_without_an_id_leaves_one_file(bench: Bench) -
     assert bench.spooled() == [WAV]
 
 
-def test_the_first_delivery_that_was_never_seen_may_be_a_redelivery(bench: Bench) -> None:
+def test_a_redelivery_whose_first_delivery_was_lost_is_a_new_job(bench: Bench) -> None:
     bench.take(message(b"porch.wav", dup=True))
     assert len(bench.jobs()) == 1
 
 
-def test_two_messages_that_ask_for_the_same_without_an_id_are_two_jobs(bench: Bench) -> None:
+def test_two_equal_requests_without_an_id_are_two_jobs(bench: Bench) -> None:
     bench.take(message(b"porch.wav", receipt=Receipt(1, 1)), message(b"porch.wav", receipt=Receipt(1, 2)))
     bench.take(message(b"porch.wav", receipt=Receipt(1, 1)))  # the packet id is free again, and this is no redelivery
     bench.take(message(b"hall.wav", receipt=Receipt(2, 2), dup=True))  # a redelivery of something else
     assert len(bench.jobs()) == 4
 
 
-def test_messages_of_qos_0_have_no_packet_id_to_be_recognised_by(bench: Bench) -> None:
+def test_messages_of_qos_0_are_never_redeliveries(bench: Bench) -> None:
     bench.take(*(message(b"porch.wav", qos=0, receipt=Receipt(1, 0), dup=dup) for dup in (False, True)))
     assert len(bench.jobs()) == 2
 
@@ -886,7 +877,7 @@ def test_messages_of_qos_0_have_no_packet_id_to_be_recognised_by(bench: Bench) -
 
 @pytest.mark.usefixtures("_quick_retries")
 @pytest.mark.parametrize("place", ["ledger_disk", "spool_disk"])
-def test_what_the_disk_refuses_is_tried_again_and_acknowledged_when_it_takes(bench: Bench, place: str) -> None:
+def test_a_batch_that_the_disk_refuses_is_repeated_and_acknowledged_once_it_is_stored(bench: Bench, place: str) -> None:
     disk = getattr(bench, place)
     disk.refusals = 3
     acknowledged_with = []
@@ -901,7 +892,7 @@ def test_what_the_disk_refuses_is_tried_again_and_acknowledged_when_it_takes(ben
 
 
 @pytest.mark.usefixtures("_quick_retries")
-def test_the_pauses_between_attempts_grow_up_to_a_limit(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_delays_between_attempts_grow_up_to_a_limit(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.ledger_disk.refusals = 5
     with caplog.at_level(logging.ERROR):
         bench.take(request(job_id="a"))
@@ -927,7 +918,7 @@ def test_a_stop_while_the_disk_refuses_ends_at_once_and_acknowledges_nothing(
 
 
 @pytest.mark.usefixtures("_quick_retries")
-def test_refusals_are_not_reported_twice_when_the_disk_refuses_their_batch(bench: Bench) -> None:
+def test_rejections_are_reported_once_when_the_disk_refuses_their_batch(bench: Bench) -> None:
     bench.ledger_disk.refusals = 1
     assert bench.take(message(b"{"), request(job_id="a", beam_size=11)) == ["malformed_json", "invalid_request"]
 
@@ -935,7 +926,7 @@ def test_refusals_are_not_reported_twice_when_the_disk_refuses_their_batch(bench
 # -- the thread ----------------------------------------------------------------------------------------------------
 
 
-def test_the_thread_takes_what_comes_until_it_is_stopped(bench: Bench) -> None:
+def test_the_thread_processes_messages_until_it_is_stopped(bench: Bench) -> None:
     acknowledged = threading.Event()
     bench.source.on_acknowledge = acknowledged.set
     bench.intake.start()
@@ -953,7 +944,7 @@ def test_an_intake_that_was_never_started_can_be_stopped(bench: Bench) -> None:
     bench.intake.stop()
 
 
-# -- anything at all -----------------------------------------------------------------------------------------------
+# -- any message ---------------------------------------------------------------------------------------------------
 
 topics = st.sampled_from(
     [
@@ -1001,7 +992,7 @@ deliveries = st.builds(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.lists(deliveries, min_size=1, max_size=6), min_size=1, max_size=3))
-def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batches: list[list[Delivery]]) -> None:
+def test_any_message_is_acknowledged_and_a_good_job_after_it_is_accepted(batches: list[list[Delivery]]) -> None:
     with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as bench:
         for batch in batches:
             bench.take(*batch)
@@ -1013,94 +1004,94 @@ def test_whatever_comes_in_is_acknowledged_and_a_good_job_after_it_is_taken(batc
             assert json.loads(rejection.encode())["detail"].endswith(".")
 
 
-# -- requests and answers ------------------------------------------------------------------------------------------
+# -- commands and responses ----------------------------------------------------------------------------------------
 
 
 def command(name: str, payload: bytes = b"", **fields: Any) -> Delivery:
     return message(payload, f"cesar/request/{name}", **fields)
 
 
-def test_a_request_is_answered_on_the_topic_of_its_command_and_then_acknowledged(bench: Bench) -> None:
+def test_a_command_gets_its_response_on_its_topic_and_is_then_acknowledged(bench: Bench) -> None:
     assert bench.take(command("cancel", b"a")) == []
-    assert bench.publisher.answers == [("cesar/response/cancel", b"cancel: a", None)]
+    assert bench.publisher.responses == [("cesar/response/cancel", b"cancel: a", None)]
     assert bench.trace[-2:] == ["answered", "acknowledged"]
 
 
-def test_a_request_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> None:
+def test_a_command_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> None:
     bench.take(request(job_id="a"), command("list"), request(job_id="b"), request(job_id="c"), command("list"))
     assert bench.commands.seen == [["a"], ["a", "b", "c"]]
-    assert bench.trace.count("acknowledged") == 4, "each stretch in its turn"
+    assert bench.trace.count("acknowledged") == 4, "each run of jobs or commands in its turn"
 
 
-def test_what_another_consumer_answers_is_acknowledged_in_silence(bench: Bench) -> None:
+def test_a_command_to_another_consumer_is_acknowledged_without_a_response(bench: Bench) -> None:
     assert bench.take(command("cancel", b"elsewhere", response_topic="my/answers"), command("list")) == []
-    assert bench.publisher.answers == [("cesar/response/list", b"list: ", None)]
+    assert bench.publisher.responses == [("cesar/response/list", b"list: ", None)]
     assert len(bench.source.acknowledged) == 2
 
 
-def test_a_request_that_names_a_response_topic_is_answered_there_as_well(bench: Bench) -> None:
+def test_a_command_with_a_response_topic_gets_its_response_there_as_well(bench: Bench) -> None:
     bench.take(command("health", response_topic="my/answers", correlation_data=b"7"))
-    assert bench.publisher.answers == [
+    assert bench.publisher.responses == [
         ("cesar/response/health", b"health: ", None),
         ("my/answers", b"health: ", b"7"),
     ]
 
 
 @pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/a", "cesar/status/a", "cesar/request/delete"])
-def test_an_answer_never_goes_where_it_would_be_taken_for_something_else(bench: Bench, topic: str) -> None:
+def test_no_response_is_published_on_a_topic_that_a_consumer_reads(bench: Bench, topic: str) -> None:
     bench.take(command("health", response_topic=topic), request(job_id="a", audio_path="b.wav"))
     bench.take(message(b'{"audio_path": "a.wav"}', response_topic=topic))
-    assert [said for said, _, _ in bench.publisher.answers] == ["cesar/response/health"]
+    assert [topic for topic, _, _ in bench.publisher.responses] == ["cesar/response/health"]
 
 
-def test_a_client_may_listen_among_the_response_topics(bench: Bench) -> None:
+def test_a_client_may_use_a_topic_among_the_response_topics(bench: Bench) -> None:
     bench.take(command("health", response_topic="cesar/response/my-client"))
-    assert [said for said, _, _ in bench.publisher.answers] == ["cesar/response/health", "cesar/response/my-client"]
+    assert [topic for topic, _, _ in bench.publisher.responses] == ["cesar/response/health", "cesar/response/my-client"]
 
 
-def test_a_retained_request_is_not_done_for_it_would_be_done_at_every_connection(bench: Bench) -> None:
+def test_a_retained_command_is_rejected_as_it_would_be_executed_at_every_connection(bench: Bench) -> None:
     assert bench.take(command("delete", b"a", retain=True)) == ["invalid_request"]
     assert bench.commands.seen == []
-    assert bench.publisher.answers == []
+    assert bench.publisher.responses == []
 
 
-def test_what_the_control_refuses_is_reported_as_well(bench: Bench) -> None:
+def test_a_command_that_the_handlers_reject_is_reported_as_well(bench: Bench) -> None:
     bench.commands.rejection = Refusal("unknown_command", "There is none.")
     assert bench.take(command("dance")) == ["unknown_command"]
-    assert bench.publisher.answers == [("cesar/response/dance", b"dance: ", None)]
+    assert bench.publisher.responses == [("cesar/response/dance", b"dance: ", None)]
 
 
-def test_a_producer_that_names_a_response_topic_is_told_that_its_job_is_queued(bench: Bench) -> None:
+def test_a_submission_with_a_response_topic_gets_queued_as_its_response(bench: Bench) -> None:
     bench.take(
         message(
             b'{"job_id": "a", "audio_path": "porch.wav"}', response_topic="my/answers", correlation_data=b"\x00\xff"
         )
     )
-    ((topic, payload, correlation),) = bench.publisher.answers
+    ((topic, payload, correlation),) = bench.publisher.responses
     assert (topic, json.loads(payload), correlation) == ("my/answers", {"job_id": "a", "status": "queued"}, b"\x00\xff")
     assert bench.trace.index("ledger synced") < bench.trace.index("answered"), "it is the promise"
 
 
-def test_a_producer_is_told_the_id_that_was_made_and_that_a_repetition_is_the_same_job(bench: Bench) -> None:
+def test_the_response_has_the_generated_id_and_a_redelivery_the_same(bench: Bench) -> None:
     first = message(b"porch.wav", response_topic="my/answers")
     bench.take(first)
     bench.take(replace(first, dup=True))
-    ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.publisher.answers]
+    ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.publisher.responses]
     assert len(ids) == 2
     assert len(set(ids)) == 1
     assert bench.ledger.get(ids[0]) is not None
 
 
-def test_a_producer_is_told_where_the_job_of_its_id_stands_by_now(bench: Bench) -> None:
+def test_the_response_has_the_present_status_of_a_known_job(bench: Bench) -> None:
     bench.take(request(job_id="a"))
     bench.ledger.cancel("a")
     bench.take(replace(request(job_id="a"), response_topic="my/answers"))
-    ((_, payload, _),) = bench.publisher.answers
+    ((_, payload, _),) = bench.publisher.responses
     assert json.loads(payload) == {"job_id": "a", "status": "cancelled"}
 
 
-def test_a_producer_is_told_why_it_was_refused(bench: Bench) -> None:
+def test_the_response_to_a_rejected_submission_is_the_rejection(bench: Bench) -> None:
     bench.take(message(b"{", response_topic="my/answers", correlation_data=b"1"))
-    ((topic, payload, correlation),) = bench.publisher.answers
+    ((topic, payload, correlation),) = bench.publisher.responses
     assert (topic, correlation) == ("my/answers", b"1")
     assert json.loads(payload) == bench.publisher.rejections[0].model_dump()

@@ -6,11 +6,11 @@ import pytest
 
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.consumer.maintenance import Maintenance
-from cesar_mqtt.jobs import AudioSource, NewJob, Result
 from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.threads import never_stop
+from tests import factories
 from tests.unit.ledger.faults import FaultyDisk, failing
 
 DAY_S = 86_400.0
@@ -43,12 +43,12 @@ def ledger(tmp_path: Path, clock: Clock, disk: FaultyDisk) -> Iterator[Ledger]:
 
 def finish_uploads(ledger: Ledger, spool: Spool, count: int) -> None:
     names = spool.store([b"RIFF"] * count)
-    ledger.append([NewJob(f"job-{n}", "f", AudioSource("spool", name), "base") for n, name in enumerate(names)])
+    ledger.append([factories.new_job(f"job-{n}", name, kind="spool") for n, name in enumerate(names)])
     while (job := ledger.claim()) is not None:
-        ledger.complete(job.seq, Result("Hello.", 1.0, "en", 0.9, no_speech=False))
+        ledger.complete(job.seq, factories.result())
 
 
-def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
+def test_old_jobs_are_deleted_with_their_audio_and_recent_ones_kept(
     ledger: Ledger, clock: Clock, tmp_path: Path
 ) -> None:
     spool = Spool(tmp_path / "spool")
@@ -62,7 +62,7 @@ def test_old_jobs_are_deleted_with_their_audio_and_young_ones_kept(
     assert ledger.jobs() == []
 
 
-def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
+def test_a_stop_ends_retention_between_two_batches(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     maintenance = Maintenance(RetentionSettings(max_finished=0), ledger, spool, clock=clock, monotonic=clock)
     finish_uploads(ledger, spool, 10)
@@ -70,7 +70,7 @@ def test_a_stop_ends_the_clearing_between_two_batches(ledger: Ledger, clock: Clo
     assert len(ledger.jobs()) == 10
 
 
-def test_a_disk_that_refuses_is_asked_less_and_less_often(
+def test_a_disk_that_refuses_is_tried_less_and_less_often(
     ledger: Ledger,
     clock: Clock,
     disk: FaultyDisk,

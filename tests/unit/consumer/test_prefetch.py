@@ -11,10 +11,10 @@ from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.consumer import prefetch
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.jobs import AudioSource, Job
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.transcript import Window
+from tests import factories
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.download import Downloader
@@ -194,17 +194,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 
 def a_job(seq: int, kind: str, name: str) -> Job:
-    return Job(
-        seq=seq,
-        job_id=f"job-{seq}",
-        state=JobState.QUEUED,
-        revision=seq,
-        created_at=0.0,
-        updated_at=0.0,
-        fingerprint="f",
-        model_size="tiny.en",
-        audio=AudioSource(kind, name) if kind else None,
-    )
+    return factories.job(f"job-{seq}", seq=seq, audio=AudioSource(kind, name) if kind else None)
 
 
 def remote(seq: int) -> Job:
@@ -216,10 +206,10 @@ def local(stage: Stage, seq: int) -> Job:
     return a_job(seq, "path", f"{seq}.wav")
 
 
-# Taking without anything prepared
+# -- take without prefetching --------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_audio_can_be_taken_unprepared(stage: Stage) -> None:
+def test_each_kind_of_audio_can_be_taken_without_prefetching(stage: Stage) -> None:
     (name,) = stage.spool.store([b"in the message"])
     for job, content in [
         (local(stage, 1), b"sound"),
@@ -233,7 +223,7 @@ def test_each_kind_of_audio_can_be_taken_unprepared(stage: Stage) -> None:
     assert stage.spooled == [b"in the message"]
 
 
-def test_a_recording_that_is_gone_from_the_spool_is_said_to_be_gone(stage: Stage) -> None:
+def test_a_recording_that_is_missing_from_the_spool_is_reported_as_lost(stage: Stage) -> None:
     (name,) = stage.spool.store([b"in the message"])
     stage.spool.remove([name])
     with pytest.raises(JobFailedError, match="gone from the spool") as failed:
@@ -247,23 +237,23 @@ def test_a_job_without_audio_fails(stage: Stage) -> None:
         stage.take(a_job(1, "", ""))
 
 
-def test_a_path_that_leads_out_fails_with_the_code_of_that(stage: Stage) -> None:
+def test_a_path_outside_the_directories_is_not_allowed(stage: Stage) -> None:
     with pytest.raises(JobFailedError) as error:
         stage.take(a_job(1, "path", "../x"))
     assert error.value.code is ErrorCode.AUDIO_NOT_ALLOWED
 
 
-def test_an_unexpected_failure_of_what_is_taken_reaches_the_worker(stage: Stage) -> None:
+def test_an_unexpected_failure_of_a_take_reaches_the_worker(stage: Stage) -> None:
     stage.open_error = RuntimeError("odd")
     with pytest.raises(RuntimeError, match="odd"):
         stage.take(remote(1))
     assert stage.spooled == []
 
 
-# Looking ahead
+# -- looking ahead -------------------------------------------------------------------------------------------------
 
 
-def test_the_next_urls_are_fetched_at_once_and_only_the_very_next_is_opened(stage: Stage) -> None:
+def test_the_next_urls_are_downloaded_at_once_and_only_the_very_next_is_opened(stage: Stage) -> None:
     stage.downloader.held = {"http://cam.test/1", "http://cam.test/2", "http://cam.test/3"}
     stage.queue.jobs = [remote(seq) for seq in range(1, 6)]
     stage.prefetcher.start()
@@ -280,7 +270,7 @@ def test_the_next_urls_are_fetched_at_once_and_only_the_very_next_is_opened(stag
     assert recording is stage.recordings[0]
 
 
-def test_what_was_prepared_is_what_is_taken(stage: Stage) -> None:
+def test_take_returns_the_recording_that_was_opened_ahead(stage: Stage) -> None:
     job = local(stage, 1)
     stage.queue.jobs = [job]
     stage.look()
@@ -288,7 +278,7 @@ def test_what_was_prepared_is_what_is_taken(stage: Stage) -> None:
     assert len(stage.recordings) == 1
 
 
-def test_a_file_that_changed_since_is_opened_anew(stage: Stage) -> None:
+def test_a_file_that_changed_since_is_opened_again(stage: Stage) -> None:
     job = local(stage, 1)
     stage.queue.jobs = [job]
     stage.look()
@@ -297,14 +287,14 @@ def test_a_file_that_changed_since_is_opened_anew(stage: Stage) -> None:
     assert stage.recordings[0].closed
 
 
-def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_ahead(stage: Stage) -> None:
+def test_a_retry_of_a_queued_job_discards_the_recording_opened_behind_its_windows(stage: Stage) -> None:
     """Its windows went with the retry; what was opened behind them would leave out the beginning of the recording."""
     (stage.folder / "a.wav").write_bytes(b"sound")
     with Ledger(stage.folder / "ledger.json") as ledger:
-        ledger.append([NewJob("a", "f", AudioSource("path", "a.wav"), "base")])
+        ledger.append([factories.new_job("a")])
         job = ledger.claim()
         assert job is not None
-        ledger.add_window(job.seq, Window(0, 600.0, " The first ten minutes.", "en", 0.9, ()))
+        ledger.add_window(job.seq, factories.window(0))
         ledger.requeue(job.seq)
         prefetcher = stage.prefetcher_of(
             ledger,
@@ -324,7 +314,7 @@ def test_a_job_that_is_retried_before_its_turn_is_not_begun_where_it_was_opened_
         prefetcher.release(job, final=True)
 
 
-def test_the_job_after_the_one_in_hand_is_prepared_meanwhile(stage: Stage) -> None:
+def test_the_job_after_the_running_one_is_prefetched_meanwhile(stage: Stage) -> None:
     first, second, third = local(stage, 1), remote(2), local(stage, 3)
     stage.queue.jobs = [first, second, third]
     stage.prefetcher.start()
@@ -339,7 +329,7 @@ def test_the_job_after_the_one_in_hand_is_prepared_meanwhile(stage: Stage) -> No
     stage.until(lambda: stage.open_now == ["job-2", "job-3"])
 
 
-def test_a_job_that_comes_in_before_the_next_one_takes_its_place_in_memory(stage: Stage) -> None:
+def test_a_job_that_is_queued_before_the_next_one_takes_its_place_in_memory(stage: Stage) -> None:
     first, second = local(stage, 1), local(stage, 2)
     stage.queue.jobs = [second]
     stage.look()
@@ -352,7 +342,7 @@ def test_a_job_that_comes_in_before_the_next_one_takes_its_place_in_memory(stage
     assert stage.open_now == ["job-1", "job-2"]
 
 
-def test_a_look_without_news_does_nothing(stage: Stage) -> None:
+def test_a_look_at_an_unchanged_queue_does_nothing(stage: Stage) -> None:
     stage.queue.jobs = [remote(1), local(stage, 2)]
     for _ in range(3):
         stage.look()
@@ -361,16 +351,16 @@ def test_a_look_without_news_does_nothing(stage: Stage) -> None:
     assert stage.downloader.fetched == ["http://cam.test/1"]
 
 
-def test_news_of_the_queue_wake_it(stage: Stage) -> None:
+def test_a_change_of_the_queue_wakes_the_thread(stage: Stage) -> None:
     stage.prefetcher.start()
     stage.queue.set(local(stage, 1))
     stage.until(lambda: stage.open_now == ["job-1"])
 
 
-# What the audio is
+# -- identity ------------------------------------------------------------------------------------------------------
 
 
-def test_what_may_become_another_audio_is_told_apart_as_long_as_it_is_in_hand(stage: Stage) -> None:
+def test_audio_that_can_change_is_identified_while_the_worker_holds_it(stage: Stage) -> None:
     (name,) = stage.spool.store([b"in the message"])
     for job, identity in [
         (local(stage, 1), "recording of 1.wav"),
@@ -383,7 +373,7 @@ def test_what_may_become_another_audio_is_told_apart_as_long_as_it_is_in_hand(st
         assert stage.prefetcher.identity(never) is None
 
 
-def test_a_stop_ends_the_wait_for_what_a_file_is(stage: Stage) -> None:
+def test_a_stop_ends_the_wait_for_the_identity(stage: Stage) -> None:
     job = local(stage, 1)
     stage.take(job)
     with pytest.raises(Cancelled):
@@ -395,10 +385,10 @@ def test_a_stop_ends_the_wait_for_what_a_file_is(stage: Stage) -> None:
     assert stage.open_now == []
 
 
-# Waiting, failing
+# -- waiting and failing -------------------------------------------------------------------------------------------
 
 
-def test_taking_waits_for_a_download_that_goes_on(stage: Stage) -> None:
+def test_take_waits_for_a_running_download(stage: Stage) -> None:
     job = remote(1)
     stage.downloader.held = {"http://cam.test/1"}
     stage.queue.jobs = [job]
@@ -427,7 +417,7 @@ def test_a_stop_ends_the_wait_and_the_download(stage: Stage) -> None:
     assert stage.downloaded == ["stopped"]
 
 
-def test_a_stop_comes_before_what_is_prepared(stage: Stage) -> None:
+def test_a_stop_precedes_what_was_prefetched(stage: Stage) -> None:
     job = remote(1)
     stage.queue.jobs = [job]
     stage.look()
@@ -438,7 +428,7 @@ def test_a_stop_comes_before_what_is_prepared(stage: Stage) -> None:
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
-def test_the_failure_of_a_download_is_told_once_and_then_tried_anew(stage: Stage) -> None:
+def test_the_failure_of_a_download_is_reported_once_and_then_the_download_is_repeated(stage: Stage) -> None:
     job = remote(1)
     stage.downloader.errors["http://cam.test/1"] = FAILURE
     stage.queue.jobs = [job]
@@ -452,7 +442,7 @@ def test_the_failure_of_a_download_is_told_once_and_then_tried_anew(stage: Stage
     assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
 
 
-def test_the_failure_of_a_download_long_ago_is_not_believed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_failed_long_ago_is_repeated(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "_RECENT_S", 0.0)
     job = remote(1)
     stage.downloader.errors["http://cam.test/1"] = FAILURE
@@ -463,14 +453,14 @@ def test_the_failure_of_a_download_long_ago_is_not_believed(stage: Stage, monkey
     assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
 
 
-def test_the_failure_of_a_download_while_it_is_waited_for_is_told(stage: Stage) -> None:
+def test_the_failure_of_a_download_during_take_is_reported(stage: Stage) -> None:
     stage.downloader.errors["http://cam.test/1"] = FAILURE
     with pytest.raises(JobFailedError) as error:
         stage.take(remote(1))
     assert error.value is FAILURE
 
 
-def test_a_path_that_was_not_there_ahead_is_looked_up_anew(stage: Stage) -> None:
+def test_a_path_that_did_not_exist_ahead_is_looked_up_again(stage: Stage) -> None:
     job = a_job(1, "path", "1.wav")
     stage.queue.jobs = [job]
     stage.look()
@@ -479,7 +469,7 @@ def test_a_path_that_was_not_there_ahead_is_looked_up_anew(stage: Stage) -> None
     assert stage.take(local(stage, 1)) is stage.recordings[0]
 
 
-def test_what_goes_wrong_unexpectedly_is_logged_and_done_when_the_job_is_taken(
+def test_an_unexpected_failure_ahead_is_logged_and_take_tries_again(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
     job, other = remote(1), remote(2)
@@ -530,10 +520,10 @@ def test_the_outcome_of_each_download_is_reported(stage: Stage, failure: Excepti
     assert stage.downloaded == [outcome]
 
 
-# Jobs that go
+# -- jobs that leave the queue -------------------------------------------------------------------------------------
 
 
-def test_a_job_that_is_cancelled_while_another_is_in_hand_leaves_nothing(stage: Stage) -> None:
+def test_a_job_that_is_cancelled_while_another_runs_leaves_nothing(stage: Stage) -> None:
     current, fetching, fetched, opened = local(stage, 1), remote(2), remote(3), remote(4)
     stage.take(current)
     stage.downloader.held = {"http://cam.test/2"}
@@ -680,7 +670,7 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
     assert len(stage.downloader.fetched) == 6
 
 
-# Releasing
+# -- release -------------------------------------------------------------------------------------------------------
 
 
 def test_a_download_is_kept_for_a_further_attempt_that_follows_at_once(stage: Stage) -> None:
@@ -721,7 +711,7 @@ def test_a_deferred_job_lets_go_of_its_download_and_fetches_it_again(stage: Stag
 
 
 def test_a_job_that_is_requeued_before_its_release_is_not_prefetched_a_second_time(stage: Stage) -> None:
-    """A forced stop puts the job back into the queue before the worker lets go of it."""
+    """A forced stop requeues the job before the worker releases its recording."""
     job = remote(1)
     stage.take(job)
     stage.queue.jobs = [job]
@@ -736,7 +726,7 @@ def test_a_job_that_is_requeued_before_its_release_is_not_prefetched_a_second_ti
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
-def test_releasing_what_is_not_in_hand_does_nothing(stage: Stage) -> None:
+def test_a_release_of_a_job_that_is_not_held_does_nothing(stage: Stage) -> None:
     stage.prefetcher.release(remote(1), final=True)
     stage.take(remote(2))
     stage.prefetcher.release(remote(1), final=True)
@@ -746,10 +736,10 @@ def test_releasing_what_is_not_in_hand_does_nothing(stage: Stage) -> None:
     assert (stage.open_now, stage.spooled) == ([], [])
 
 
-# Stopping
+# -- stop ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_ends_everything_and_leaves_only_what_is_in_hand(stage: Stage) -> None:
+def test_a_stop_ends_everything_and_leaves_only_what_the_worker_holds(stage: Stage) -> None:
     current, fetched, fetching = remote(1), remote(2), remote(3)
     stage.downloader.held = {"http://cam.test/3"}
     stage.take(current)
@@ -786,7 +776,7 @@ def test_a_stop_ends_the_wait_of_the_worker(stage: Stage) -> None:
     assert stage.spooled == []
 
 
-def test_after_a_stop_nothing_is_begun(stage: Stage) -> None:
+def test_after_a_stop_nothing_is_started(stage: Stage) -> None:
     stage.queue.jobs = [remote(1)]
     stage.prefetcher.stop()
     stage.look()

@@ -18,14 +18,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cesar_mqtt.consumer.publisher import MAX_IN_FLIGHT, Publisher
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.outbox import HISTORY_LIMIT
 from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.transcript import Segment, Window
+from cesar_mqtt.transcript import Window
+from tests.factories import new_job, result, segment, window
 
 DEADLINE_S = 10.0
 QUEUE = "cesar/consumer/kitchen/queue"
@@ -37,7 +38,7 @@ OVERHEAD_BYTES = 16  # what MQTT adds to topic and payload, at most
 
 @dataclass(frozen=True)
 class Message:
-    """What was handed to the connection."""
+    """A message that was passed to the connection."""
 
     ticket: int
     topic: str
@@ -52,7 +53,7 @@ class Message:
 
 
 class FakeConnection:
-    """Notes what is published while `up`; `limit_bytes`, `refused` and `goes_down_after` are its ways to go wrong."""
+    """Records what is published while `up`; `limit_bytes`, `refused` and `goes_down_after` make it fail."""
 
     def __init__(self) -> None:
         self.up = False
@@ -123,7 +124,7 @@ class Bench:
     # -- the ledger --
 
     def add(self, *job_ids: str, **fields: Any) -> None:
-        self.ledger.append([NewJob(job_id, "f", AudioSource("path", "a.wav"), "base", **fields) for job_id in job_ids])
+        self.ledger.append([new_job(job_id, **fields) for job_id in job_ids])
 
     def claim(self) -> Job:
         job = self.ledger.claim()
@@ -131,7 +132,7 @@ class Bench:
         return job
 
     def complete(self, job: Job, text: str = "Hello.", windows: tuple[Window, ...] = ()) -> Job:
-        self.ledger.complete(job.seq, Result(text, 2.5, "en", 0.9, no_speech=False, windows=windows))
+        self.ledger.complete(job.seq, result(text, windows=windows))
         return self.job(job.job_id)
 
     def job(self, job_id: str) -> Job:
@@ -170,7 +171,7 @@ class Bench:
         return published
 
     def turn(self) -> list[Message]:
-        """Let the publisher do all that it can; return what it has published since the last time."""
+        """Run the publisher once; return what it has published since the last call."""
         self.publisher.run_once()
         fresh = self.connection.sent[self._seen :]
         self._seen += len(fresh)
@@ -755,7 +756,7 @@ def test_of_too_many_rejections_the_newest_are_kept(tmp_path: Path, monkeypatch:
 def test_waiting_responses_are_bounded_in_bytes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """10,000 answers with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
+    """10,000 responses with a page of jobs in each were once kept for a slow broker: 1.2 GB."""
     monkeypatch.setattr("cesar_mqtt.consumer.job_messages.MAX_TRANSIENT_BYTES", 1000)
     asked = "cesar/response/list"
 
@@ -773,7 +774,7 @@ def test_waiting_responses_are_bounded_in_bytes(
     answer(5000, 8)
     bench.turn()
     bench.disconnect()
-    assert "the 3 oldest" not in caplog.text, "not so soon again"
+    assert "the 3 oldest" not in caplog.text, "at most one warning in 10 s"
     answer(200, 9)
     bench.now += 10.0
     bench.turn()
@@ -931,7 +932,7 @@ def test_a_stop_ends_the_thread_and_can_come_twice_or_before_the_start(tmp_path:
 
 def test_a_stop_just_before_the_thread_waits_is_not_lost(bench: Bench) -> None:
     class StopComesFirst(threading.Event):
-        """Lets the call of the stop come between the thread's waking up and its clearing of the call."""
+        """Stops the publisher after the thread has woken up and before it clears the event."""
 
         def clear(self) -> None:
             bench.publisher._stopping.set()
@@ -958,7 +959,7 @@ class QuickDisk(Disk):
 
 
 class AgreementMachine(RuleBasedStateMachine):
-    """Whatever happens, the broker's retained messages come to agree with the ledger.
+    """In any order of events the broker's retained messages come to agree with the ledger.
 
     The fake broker holds what reaches it; what is on its way when the connection breaks may or may not have reached it.
     """
@@ -970,14 +971,14 @@ class AgreementMachine(RuleBasedStateMachine):
         self.bench.publisher.publish_state("online")
         self.retained: dict[str, bytes] = {}
         self.session = False
-        self.on_the_way: list[Message] = []
+        self.in_flight: list[Message] = []
         self.number = 0
 
     def _take_turn(self) -> None:
-        self.on_the_way += self.bench.turn()
+        self.in_flight += self.bench.turn()
 
     def _arrive(self, count: int) -> list[Message]:
-        arrived, self.on_the_way = self.on_the_way[:count], self.on_the_way[count:]
+        arrived, self.in_flight = self.in_flight[:count], self.in_flight[count:]
         self.retained |= {message.topic: message.payload for message in arrived if message.retain}
         return arrived
 
@@ -997,7 +998,7 @@ class AgreementMachine(RuleBasedStateMachine):
     def end(self, end: str) -> None:
         for seq in self.bench.ledger.processing():
             if end == "completed":
-                self.bench.ledger.complete(seq, Result("Hello.", 2.5, "en", 0.9, no_speech=False))
+                self.bench.ledger.complete(seq, result())
             elif end == "error":
                 self.bench.ledger.fail(seq, ErrorCode.INTERNAL, "It failed.")
             else:
@@ -1029,20 +1030,20 @@ class AgreementMachine(RuleBasedStateMachine):
     @rule()
     def connect(self) -> None:
         if not self.bench.connection.up:
-            self.on_the_way += self.bench.connect(session_present=self.session)
+            self.in_flight += self.bench.connect(session_present=self.session)
             self.session = True
 
     @rule(count=st.integers(1, 100))
     def acknowledge(self, count: int) -> None:
         arrived = self._arrive(count)
-        self.on_the_way += self.bench.acknowledge(*arrived)
+        self.in_flight += self.bench.acknowledge(*arrived)
 
     @rule(arriving=st.integers(0, 100), notice=st.booleans())
     def disconnect(self, arriving: int, *, notice: bool) -> None:
-        """Lose the connection; some of what was on its way has arrived, but no acknowledgement comes back."""
+        """Lose the connection; some messages in flight have arrived, but no acknowledgement returns."""
         if self.bench.connection.up:
             self._arrive(arriving)
-            self.on_the_way = []
+            self.in_flight = []
             self.bench.connection.up = False
             if not notice:
                 self._take_turn()
@@ -1050,7 +1051,7 @@ class AgreementMachine(RuleBasedStateMachine):
 
     @rule()
     def lose_everything(self) -> None:
-        """Restart a broker that keeps nothing."""
+        """Restart a broker without persistence."""
         self.disconnect(0, notice=True)
         self.retained = {}
         self.session = False
@@ -1058,7 +1059,7 @@ class AgreementMachine(RuleBasedStateMachine):
     @invariant()
     def not_too_much_is_on_its_way(self) -> None:
         if hasattr(self, "bench"):
-            assert len([m for m in self.on_the_way if not m.topic.startswith("cesar/consumer/")]) <= MAX_IN_FLIGHT
+            assert len([m for m in self.in_flight if not m.topic.startswith("cesar/consumer/")]) <= MAX_IN_FLIGHT
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
@@ -1147,20 +1148,22 @@ def restarted(bench: Bench, folder: Path) -> Bench:
     return Bench(folder)
 
 
-@pytest.mark.parametrize("said_first", [True, False])
-def test_the_last_message_of_an_earlier_process_is_no_loss(bench: Bench, tmp_path: Path, *, said_first: bool) -> None:
+@pytest.mark.parametrize("published_first", [True, False])
+def test_the_last_message_of_an_earlier_process_is_no_loss(
+    bench: Bench, tmp_path: Path, *, published_first: bool
+) -> None:
     bench.add("a", "b")
     bench.complete(bench.claim())
     bench.quiet()
     again = restarted(bench, tmp_path)
     found = left_by(again)
-    if said_first:  # its own queue is on its way before the intake has looked at the old one
+    if published_first:  # its own queue message is in flight before the intake has received the old one
         again.connect()
         again.publisher.on_queue_message_received(found)
     else:
         again.publisher.on_queue_message_received(found)
         again.connect()
-    assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its place in the queue"
+    assert [job_id for job_id, _ in statuses(again.settle())] in ([], ["b"]), "b only for its position in the queue"
     again.publisher.stop()
     again.ledger.close()
 
@@ -1203,7 +1206,7 @@ def test_if_the_broker_restored_older_messages_deleted_jobs_are_cleared_again_wi
 def test_if_the_broker_retained_nothing_everything_is_published_although_it_knows_the_session(
     bench: Bench, tmp_path: Path
 ) -> None:
-    """The process before had begun a new session, and died before it could make a note of that."""
+    """The process before had begun a new session, and died before it could record that."""
     bench.add("a", "b")
     bench.complete(bench.claim())
     bench.quiet()
@@ -1217,7 +1220,7 @@ def test_if_the_broker_retained_nothing_everything_is_published_although_it_know
         again.connect(session_present=session_present)
         again.settle()
         again.publisher.on_queue_message_received(None)
-        assert again.settle() == [], "its own messages come back all the time"
+        assert again.settle() == [], "its own messages are delivered to it, too"
     again.publisher.stop()
     again.ledger.close()
 
@@ -1255,7 +1258,7 @@ def test_a_connection_that_was_lost_before_the_check_counts_as_a_loss(bench: Ben
 
 
 def test_the_retained_message_may_be_checked_late(bench: Bench) -> None:
-    """The intake looks at it only when a batch is on disk that came before it."""
+    """The intake handles it only after the batch before it is on disk."""
     bench.add("a")
     bench.quiet()
     (shown,) = bench.publisher._own_topics.retained("queue")
@@ -1276,7 +1279,7 @@ def test_a_connection_lost_before_the_check_republishes_everything_if_the_broker
     bench.add("a")
     bench.quiet()
     bench.disconnect()
-    assert (bench.connect() == []) is shows, "what was never shown counts as lost, once"
+    assert (bench.connect() == []) is shows, "if it was never sent, that counts as a loss once"
     bench.settle()
     bench.disconnect()
     bench.now += 100
@@ -1293,8 +1296,8 @@ def test_a_connection_lost_before_the_check_republishes_everything_if_the_broker
 
 # -- results, segments, answers ------------------------------------------------------------------------------------
 
-SPOKEN = tuple(Segment(n, n - 1.0, float(n), f"Sentence {n}.", -0.2, 0.01) for n in range(1, 101))
-WINDOW = Window(0, 100.0, " ".join(segment.text for segment in SPOKEN), "en", 0.9, SPOKEN)
+SEGMENTS = [segment(n, f"Sentence {n}.") for n in range(1, 101)]
+WINDOW = window(0, *SEGMENTS, text=" ".join(segment.text for segment in SEGMENTS), until_s=100.0)
 
 
 def completed_with(bench: Bench, *formats: str) -> None:
@@ -1375,9 +1378,9 @@ def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status
 def test_segments_are_published_while_connected_and_dropped_while_offline(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
-    bench.publisher.on_segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SEGMENTS[0])
     bench.quiet()
-    bench.publisher.on_segment(job, SPOKEN[1])
+    bench.publisher.on_segment(job, SEGMENTS[1])
     (published,) = bench.turn()
     assert (published.topic, published.retain, published.fields["id"]) == ("cesar/segments/a", False, 2)
     bench.disconnect()
@@ -1388,7 +1391,7 @@ def test_segments_are_published_before_the_final_status(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
     bench.quiet()
-    bench.publisher.on_segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SEGMENTS[0])
     bench.complete(job)
     topics = [message.topic for message in bench.turn()]
     assert topics.index("cesar/segments/a") < topics.index("cesar/status/a")
@@ -1533,7 +1536,7 @@ def test_a_status_is_not_skipped_for_the_limit_of_a_new_connection(bench: Bench)
     bench.complete(bench.claim())
     bench.complete(bench.claim(), "word " * 4000)
 
-    def reconnect(message: Message) -> None:  # in the middle of a turn, to a broker that takes less
+    def reconnect(message: Message) -> None:  # during `run_once`, to a broker with a lower limit
         if message.topic == "cesar/status/a" and bench.connection.limit_bytes is None:
             bench.connection.limit_bytes = 8000
             bench.publisher.on_disconnected()

@@ -39,9 +39,9 @@ def test_no_retained_message_is_a_loss_at_first() -> None:
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
     assert check.compare(None, (b"ours",)) is Loss.ALL
-    assert check.compare(None, (b"ours",)) is None, "our own messages come back all the time"
+    assert check.compare(None, (b"ours",)) is None, "our own messages are delivered to us, too"
     check.on_connected((b"ours",), session_present=True)
-    assert check.compare(None, (b"ours",)) is None, "this broker may never show anything"
+    assert check.compare(None, (b"ours",)) is None, "this broker may never send it"
 
 
 def test_in_a_new_session_there_is_nothing_to_compare() -> None:
@@ -62,7 +62,7 @@ def test_a_message_published_before_the_comparison_hides_the_older_one() -> None
     check = RetainedCheck(STANDING)
     check.on_connected((), session_present=True)
     assert check.on_connected((b"published",), session_present=True)
-    assert not check.on_connected((b"more",), session_present=True), "of a broker that may never show it, only once"
+    assert not check.on_connected((b"more",), session_present=True), "only once if the broker may never send it"
     check.compare(b"more", ())
     check.on_connected((b"more",), session_present=True)
     assert not check.on_connected((b"more",), session_present=True), "nothing was published meanwhile"

@@ -19,13 +19,14 @@ from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.progress import ProgressMeter
 from cesar_mqtt.consumer.worker import Worker
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+from tests import factories
 
 if TYPE_CHECKING:
     from cesar_mqtt.consumer.prefetch import Prefetcher
@@ -37,14 +38,14 @@ HELLO = Transcript(
     language_probability=0.97,
     no_speech=False,
     audio_duration_s=2.5,
-    windows=(Window(0, 2.5, " Hello there.", "en", 0.97, (Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01),)),),
+    windows=(factories.window(0, factories.segment(text="Hello there."), until_s=2.5, language_probability=0.97),),
     warnings=("audio_truncated",),
 )
 
 
 @dataclass
 class Call:
-    """What a transcription was asked to do."""
+    """The arguments of one transcription."""
 
     path: Path
     options: TranscriptionOptions
@@ -69,7 +70,7 @@ def say_hello(call: Call) -> Transcript:
 
 
 class FakeTranscriber:
-    """Answers with `script`, and notes the calls. Nothing is transcribed."""
+    """Returns what `script` returns, and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -98,7 +99,7 @@ class FakeTranscriber:
 
 
 class FakePrefetcher:
-    """Hands out the path of a job's audio for its recording, and notes what is given back."""
+    """Hands out the path of a job's audio as its recording, and records the releases."""
 
     def __init__(self, spool: Spool, directory: Path) -> None:
         self._spool = spool
@@ -130,7 +131,7 @@ class FakePrefetcher:
 
 
 class FakeObserver(JobObserver):
-    """Notes what it is told; `until` waits for something to be among it."""
+    """Records the events; `until` waits for one."""
 
     def __init__(self) -> None:
         self.received: list[Any] = []
@@ -179,7 +180,7 @@ class RefusingDisk(Disk):
 
 
 class RacingLedger(Ledger):
-    """A real ledger that lets something else happen at the worst moment, once."""
+    """A real ledger that runs a competing call at the worst moment, once."""
 
     before_claim: Callable[[], object] | None = None
     after_processing: Callable[[], object] | None = None
@@ -227,11 +228,11 @@ class Bench:
 
     def add(self, *job_ids: str, path: str = "porch.wav", **fields: Any) -> None:
         for job_id in job_ids:
-            self.ledger.append([NewJob(job_id, "f", AudioSource("path", path), "base", **fields)])
+            self.ledger.append([factories.new_job(job_id, path, **fields)])
 
     def add_upload(self, job_id: str) -> Path:
         [name] = self.spool.store([b"RIFF"])
-        self.ledger.append([NewJob(job_id, "f", AudioSource("spool", name), "base")])
+        self.ledger.append([factories.new_job(job_id, name, kind="spool")])
         return self.spool.path(name)
 
     def job(self, job_id: str) -> Job:
@@ -246,7 +247,7 @@ class Bench:
         self.transcriber.script = script
 
     def blocks(self) -> "Gate":
-        """Let each transcription wait until it is let through."""
+        """Let each transcription wait until the gate is opened."""
         gate = Gate()
 
         def script(_call: Call) -> Transcript:
@@ -295,12 +296,12 @@ def _endless_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- one job -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_job_there_is_nothing_to_do(bench: Bench) -> None:
+def test_run_once_without_a_ready_job_returns_false(bench: Bench) -> None:
     assert bench.worker.run_once() is False
     assert bench.observer.received == []
 
 
-def test_a_job_is_worked_to_its_end_without_a_thread(bench: Bench) -> None:
+def test_run_once_processes_a_job_to_its_end(bench: Bench) -> None:
     bench.add(
         "a", options={"language": "de", "task": "translate", "initial_prompt": "x", "beam_size": 2, "vad_filter": False}
     )
@@ -319,7 +320,7 @@ def test_a_job_is_worked_to_its_end_without_a_thread(bench: Bench) -> None:
     assert call.options == TranscriptionOptions("base", "de", "translate", "x", 2, vad_filter=False)
 
 
-def test_the_claim_is_on_disk_before_the_work_and_the_end_before_the_report(bench: Bench) -> None:
+def test_the_claim_is_on_disk_before_the_transcription_and_the_end_before_the_report(bench: Bench) -> None:
     bench.add("a")
     seen: list[tuple[JobState, int]] = []
 
@@ -334,7 +335,7 @@ def test_the_claim_is_on_disk_before_the_work_and_the_end_before_the_report(benc
     assert bench.observer.ended[0].state is JobState.COMPLETED
 
 
-def test_jobs_run_in_the_order_of_their_acceptance(bench: Bench) -> None:
+def test_jobs_run_oldest_first(bench: Bench) -> None:
     bench.add("c", "a", "b")
     while bench.worker.run_once():
         pass
@@ -350,7 +351,7 @@ def test_silence_is_recorded_as_no_speech(bench: Bench) -> None:
     assert (job.state, job.result_text, job.no_speech, job.detected_language) == (JobState.COMPLETED, "", True, None)
 
 
-def test_what_the_worker_is_doing_is_told_around_each_job_even_when_it_fails(bench: Bench) -> None:
+def test_the_activity_is_reported_around_each_job_even_when_it_fails(bench: Bench) -> None:
     bench.add("a")
     bench.worker.run_once()
     bench.fails_with(RuntimeError("x"))
@@ -372,7 +373,7 @@ def test_no_transcript_reaches_the_log(bench: Bench, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("code", ErrorCode)
-def test_a_job_that_cannot_be_completed_ends_with_its_code_and_sentence(bench: Bench, code: ErrorCode) -> None:
+def test_a_failed_job_has_the_error_code_and_message_of_the_failure(bench: Bench, code: ErrorCode) -> None:
     bench.fails_with(JobFailedError(code, "Do something about it."))
     bench.add("a")
     bench.worker.run_once()
@@ -410,7 +411,7 @@ def test_a_path_that_cannot_be_used_never_reaches_the_transcriber(bench: Bench, 
         LookupError(),
     ],
 )
-def test_an_unexpected_error_ends_the_job_without_giving_anything_away_and_the_next_job_completes(
+def test_an_unexpected_error_ends_the_job_without_its_details_and_the_next_job_completes(
     bench: Bench, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.add("a", "b")
@@ -425,8 +426,8 @@ def test_an_unexpected_error_ends_the_job_without_giving_anything_away_and_the_n
     assert bench.job("b").state is JobState.COMPLETED
 
 
-def test_a_job_without_audio_or_with_options_of_a_later_version_fails_alone(bench: Bench) -> None:
-    bench.ledger.append([NewJob("a", "f", None, "base")])
+def test_a_job_without_audio_or_with_options_of_a_later_version_fails_by_itself(bench: Bench) -> None:
+    bench.ledger.append([factories.new_job("a", None)])
     bench.add("b", options={"voice": "x"})
     bench.add("c")
     while bench.worker.run_once():
@@ -442,7 +443,7 @@ def test_a_job_without_audio_or_with_options_of_a_later_version_fails_alone(benc
         None,
     ],
 )
-def test_a_result_that_cannot_be_written_down_ends_the_job_and_not_the_worker(
+def test_a_result_that_the_ledger_cannot_store_ends_the_job_and_not_the_worker(
     bench: Bench, unwritable: Transcript
 ) -> None:
     bench.transcriber.script = lambda _call: unwritable
@@ -454,7 +455,7 @@ def test_a_result_that_cannot_be_written_down_ends_the_job_and_not_the_worker(
     assert bench.job("b").state is JobState.COMPLETED
 
 
-def test_what_utf_8_cannot_say_is_replaced_before_it_is_written_down(bench: Bench) -> None:
+def test_surrogates_are_replaced_before_they_are_stored(bench: Bench) -> None:
     bench.fails_with(JobFailedError(ErrorCode.AUDIO_UNREADABLE, "caf\udce9.wav cannot be read."))
     bench.add("a", "b")
     bench.worker.run_once()
@@ -491,13 +492,13 @@ def test_an_upload_is_kept_exactly_as_long_as_a_retry_may_help(bench: Bench, cod
     assert bench.ledger.needed_spool_files() == ({path.name} if code.retryable else set())
 
 
-def test_a_file_that_was_named_by_path_is_never_removed(bench: Bench) -> None:
+def test_a_file_given_by_path_is_never_removed(bench: Bench) -> None:
     bench.add("a")
     bench.worker.run_once()
     assert (bench.audio / "porch.wav").exists()
 
 
-def test_an_upload_stays_when_the_job_is_put_back(bench: Bench) -> None:
+def test_an_upload_is_kept_when_the_job_is_requeued(bench: Bench) -> None:
     path = bench.add_upload("a")
 
     def script(_call: Call) -> Transcript:
@@ -513,7 +514,7 @@ def test_an_upload_stays_when_the_job_is_put_back(bench: Bench) -> None:
 # -- a disk that refuses -------------------------------------------------------------------------------------------
 
 
-def test_a_claim_that_the_disk_refuses_starts_nothing_and_the_job_still_waits(bench: Bench) -> None:
+def test_a_claim_that_the_disk_refuses_starts_nothing_and_the_job_stays_queued(bench: Bench) -> None:
     bench.add("a")
     bench.disk.refusals = 1
     with pytest.raises(LedgerError):
@@ -525,7 +526,7 @@ def test_a_claim_that_the_disk_refuses_starts_nothing_and_the_job_still_waits(be
 
 
 @pytest.mark.usefixtures("_quick_retries")
-def test_the_thread_tries_a_refused_claim_again_until_the_disk_takes_it(bench: Bench) -> None:
+def test_the_thread_repeats_a_refused_claim_until_the_disk_takes_it(bench: Bench) -> None:
     bench.add("a")
     bench.disk.refusals = 3
     bench.worker.start()
@@ -538,7 +539,7 @@ def test_the_thread_tries_a_refused_claim_again_until_the_disk_takes_it(bench: B
 
 @pytest.mark.usefixtures("_quick_retries")
 @pytest.mark.parametrize("error", [None, JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty.")])
-def test_an_end_that_the_disk_refuses_is_recorded_later_and_the_work_is_not_done_twice(
+def test_an_end_that_the_disk_refuses_is_persisted_later_and_the_audio_is_transcribed_once(
     bench: Bench, error: Exception | None
 ) -> None:
     bench.add("a", "b")
@@ -571,7 +572,7 @@ def test_a_stop_while_a_claim_is_refused_ends_at_once(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("_endless_retries")
-def test_a_forced_stop_while_an_end_is_refused_puts_the_job_back(bench: Bench) -> None:
+def test_a_forced_stop_while_an_end_is_refused_requeues_the_job(bench: Bench) -> None:
     bench.add("a")
 
     def script(_call: Call) -> Transcript:
@@ -588,7 +589,7 @@ def test_a_forced_stop_while_an_end_is_refused_puts_the_job_back(bench: Bench) -
 
 
 @pytest.mark.usefixtures("_endless_retries")
-def test_a_forced_stop_ends_the_worker_although_the_disk_takes_nothing_at_all(bench: Bench) -> None:
+def test_a_forced_stop_ends_the_worker_although_the_disk_refuses_every_write(bench: Bench) -> None:
     bench.add("a")
 
     def script(_call: Call) -> Transcript:
@@ -639,7 +640,7 @@ def stops_when_asked(call: Call) -> Transcript:
     raise Cancelled
 
 
-def test_a_forced_stop_puts_the_job_back_at_the_front_and_ends_the_work(
+def test_a_forced_stop_requeues_the_job_at_the_front_and_ends_the_attempt(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.transcriber.script = stops_when_asked
@@ -657,7 +658,7 @@ def test_a_forced_stop_puts_the_job_back_at_the_front_and_ends_the_work(
 
 
 @pytest.mark.parametrize("late", [None, RuntimeError("late"), JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty.")])
-def test_what_an_abandoned_job_still_yields_is_thrown_away(bench: Bench, late: Exception | None) -> None:
+def test_the_outcome_of_an_abandoned_job_is_dropped(bench: Bench, late: Exception | None) -> None:
     gate = Gate()
 
     def script(_call: Call) -> Transcript:
@@ -679,17 +680,16 @@ def test_what_an_abandoned_job_still_yields_is_thrown_away(bench: Bench, late: E
     assert bench.observer.ended == []
 
 
-def test_a_job_that_ends_in_the_very_moment_of_a_forced_stop_stays_ended(bench: Bench) -> None:
+def test_a_job_that_ends_during_a_forced_stop_stays_final(bench: Bench) -> None:
     bench.add("a")
     job = bench.ledger.claim()
     assert job is not None
-    result = Result("Hello.", 1.0, "en", 0.9, no_speech=False)
-    bench.ledger.after_processing = lambda: bench.ledger.complete(job.seq, result)
+    bench.ledger.after_processing = lambda: bench.ledger.complete(job.seq, factories.result())
     bench.worker.abandon()
     assert bench.job("a").state is JobState.COMPLETED
 
 
-def test_a_result_that_comes_just_after_the_job_was_put_back_is_thrown_away(bench: Bench) -> None:
+def test_a_result_that_comes_just_after_the_requeue_is_dropped(bench: Bench) -> None:
     bench.add("a")
 
     def script(_call: Call) -> Transcript:
@@ -702,7 +702,7 @@ def test_a_result_that_comes_just_after_the_job_was_put_back_is_thrown_away(benc
     assert bench.observer.ended == []
 
 
-def test_a_job_that_is_claimed_in_the_very_moment_of_a_forced_stop_is_put_back_unworked(bench: Bench) -> None:
+def test_a_job_that_is_claimed_during_a_forced_stop_is_requeued_at_once(bench: Bench) -> None:
     bench.add("a")
     bench.ledger.before_claim = bench.worker.abandon
     bench.worker.start()
@@ -711,7 +711,7 @@ def test_a_job_that_is_claimed_in_the_very_moment_of_a_forced_stop_is_put_back_u
     assert bench.transcriber.calls == []
 
 
-def test_a_forced_stop_that_the_disk_refuses_leaves_the_job_to_the_next_start(bench: Bench) -> None:
+def test_the_next_start_requeues_a_job_whose_requeue_the_disk_refused(bench: Bench) -> None:
     bench.add("a")
     bench.ledger.claim()
     bench.disk.refusals = 1
@@ -728,7 +728,7 @@ def test_a_forced_stop_that_the_disk_refuses_leaves_the_job_to_the_next_start(be
 # -- the thread ----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_picked_up_as_soon_as_it_is_there_without_anybody_calling(bench: Bench) -> None:
+def test_a_job_starts_as_soon_as_it_is_queued(bench: Bench) -> None:
     gate = bench.blocks()
     gate.opened.set()
     bench.worker.start()
@@ -741,10 +741,10 @@ def test_a_job_is_picked_up_as_soon_as_it_is_there_without_anybody_calling(bench
         assert gate.entered.wait(DEADLINE_S)
         latencies_s.append(time.monotonic() - started)
         bench.observer.until(lambda: len(bench.observer.ended) == number + 1)  # noqa: B023 - called before the next number
-    assert min(latencies_s) < 0.25  # whoever polls is never that quick
+    assert min(latencies_s) < 0.25  # polling would take longer
 
 
-def test_the_thread_works_off_everything_that_waits_one_job_at_a_time(bench: Bench) -> None:
+def test_the_thread_processes_all_queued_jobs_one_at_a_time(bench: Bench) -> None:
     at_work = []
 
     def script(_call: Call) -> Transcript:
@@ -777,7 +777,7 @@ def test_the_model_is_loaded_before_the_first_job(tmp_path: Path) -> None:
         ImportError("libcublas"),
     ],
 )
-def test_a_model_that_cannot_be_loaded_ahead_does_not_end_the_worker(tmp_path: Path, error: Exception) -> None:
+def test_a_model_that_cannot_be_warmed_up_does_not_end_the_worker(tmp_path: Path, error: Exception) -> None:
     with opened(tmp_path, warm_up="base") as bench:
         bench.transcriber.warm_up_error = error
         bench.add("a")
@@ -790,7 +790,7 @@ def test_a_model_that_cannot_be_loaded_ahead_does_not_end_the_worker(tmp_path: P
 # -- progress ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
+def test_progress_is_reported_for_the_running_job(bench: Bench) -> None:
     def script(call: Call) -> Transcript:
         call.on_progress(Progress(0.0, 2.5))
         call.on_progress(Progress(1.0, 2.5))
@@ -806,7 +806,7 @@ def test_progress_is_told_for_the_job_that_is_at_work(bench: Bench) -> None:
     assert (second.progress, second.processed_duration) == (0.4, 1.0)
 
 
-def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
+def test_speed_and_eta_follow_from_what_is_processed_and_how_long_it_took() -> None:
     lives: list[JobProgress] = []
     clock = iter([100.0, 100.5, 105.0, 110.0])
     meter = ProgressMeter(lives.append, lambda: next(clock))
@@ -815,7 +815,7 @@ def test_speed_and_eta_follow_from_what_is_done_and_how_long_it_took() -> None:
     assert [(live.speed, live.eta) for live in lives] == [(None, None), (4.0, 10.0), (6.0, 0.0)]
 
 
-def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
+def test_what_an_earlier_attempt_processed_does_not_count_as_speed() -> None:
     lives: list[JobProgress] = []
     clock = iter([100.0, 100.5, 110.0])
     meter = ProgressMeter(lives.append, lambda: next(clock))
@@ -824,7 +824,7 @@ def test_what_an_earlier_attempt_has_done_does_not_count_as_speed() -> None:
     assert [(live.progress, live.speed, live.eta) for live in lives] == [(0.857, None, None), (0.929, 5.0, 10.0)]
 
 
-def test_as_long_as_nobody_knows_how_long_a_file_is_its_progress_stays_at_the_beginning() -> None:
+def test_while_the_duration_is_unknown_progress_is_0() -> None:
     lives: list[JobProgress] = []
     meter = ProgressMeter(lives.append)
     for duration_s in (None, 60.0):
@@ -859,7 +859,7 @@ def test_progress_never_goes_back_never_reaches_one_and_always_has_a_finite_eta(
     assert all(live.speed is None or (math.isfinite(live.speed) and live.speed >= 0) for live in lives)
 
 
-# -- failures that may pass ----------------------------------------------------------------------------------------
+# -- transient failures --------------------------------------------------------------------------------------------
 
 
 def patient(bench: Bench, retries: int) -> Worker:
@@ -868,7 +868,7 @@ def patient(bench: Bench, retries: int) -> Worker:
 
 
 @pytest.mark.parametrize("code", [ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL])
-def test_a_failure_that_may_pass_is_tried_again_as_often_as_allowed(bench: Bench, code: ErrorCode) -> None:
+def test_a_transient_failure_is_retried_as_often_as_allowed(bench: Bench, code: ErrorCode) -> None:
     worker = patient(bench, retries=2)
     bench.add("a")
     bench.fails_with(JobFailedError(code, "Not now."))
@@ -880,7 +880,7 @@ def test_a_failure_that_may_pass_is_tried_again_as_often_as_allowed(bench: Bench
     assert len(bench.transcriber.calls) == 3
 
 
-def test_a_failure_that_cannot_pass_is_not_tried_again(bench: Bench) -> None:
+def test_a_permanent_failure_is_not_retried(bench: Bench) -> None:
     worker = patient(bench, retries=2)
     bench.add("a")
     bench.fails_with(JobFailedError(ErrorCode.AUDIO_EMPTY, "It is empty."))
@@ -888,7 +888,7 @@ def test_a_failure_that_cannot_pass_is_not_tried_again(bench: Bench) -> None:
     assert bench.job("a").state is JobState.ERROR
 
 
-def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) -> None:
+def test_a_deferred_job_does_not_hold_up_the_next(bench: Bench) -> None:
     worker = bench.make_worker(retries=1, retry_delay_s=3600.0)
     bench.add("a", "b")
     bench.fails_with(JobFailedError(ErrorCode.MODEL_UNAVAILABLE, "Not now."))
@@ -899,20 +899,20 @@ def test_a_job_that_waits_for_its_retry_does_not_hold_up_the_next(bench: Bench) 
     assert (bench.job("a").state, bench.job("b").state) == (JobState.QUEUED, JobState.COMPLETED)
 
 
-# -- ends that somebody asks for -----------------------------------------------------------------------------------
+# -- cancel and timeout --------------------------------------------------------------------------------------------
 
 
-def stops_when_told(call: Call) -> Transcript:
+def stops_when_cancelled(call: Call) -> Transcript:
     if call.should_stop():
         raise Cancelled
     return HELLO
 
 
-def test_a_job_that_is_cancelled_in_work_ends_cancelled_and_the_next_goes_on(bench: Bench) -> None:
+def test_a_running_job_that_is_cancelled_ends_cancelled_and_the_next_one_starts(bench: Bench) -> None:
     def script(call: Call) -> Transcript:
         if len(bench.transcriber.calls) == 1:
             bench.ledger.cancel("a")
-        return stops_when_told(call)
+        return stops_when_cancelled(call)
 
     bench.transcriber.script = script
     bench.add("a", "b")
@@ -952,14 +952,14 @@ def test_a_job_that_completes_although_it_was_cancelled_is_completed(bench: Benc
     assert not bench.ledger.is_cancelling(bench.job("a").seq)
 
 
-def test_a_job_over_its_time_ends_as_a_timeout_that_says_how_long_it_had(bench: Bench) -> None:
+def test_a_job_over_its_timeout_ends_with_an_error_that_names_the_limit(bench: Bench) -> None:
     now_s = 100.0
 
     def script(call: Call) -> Transcript:
         nonlocal now_s
         assert not call.should_stop()
         now_s += 61.0
-        return stops_when_told(call)
+        return stops_when_cancelled(call)
 
     bench.transcriber.script = script
     bench.add("a", "b")
@@ -970,7 +970,7 @@ def test_a_job_over_its_time_ends_as_a_timeout_that_says_how_long_it_had(bench: 
     assert "worker.job_timeout, 60.0 s" in (job.error_message or "")
 
 
-def test_a_cancel_that_comes_while_the_audio_is_fetched_ends_the_job(bench: Bench) -> None:
+def test_a_cancel_while_the_audio_is_fetched_ends_the_job(bench: Bench) -> None:
     bench.add("a")
     claim = bench.ledger.claim
 
@@ -988,17 +988,13 @@ def test_a_cancel_that_comes_while_the_audio_is_fetched_ends_the_job(bench: Benc
 # -- windows and segments ------------------------------------------------------------------------------------------
 
 
-def window(number: int) -> Window:
-    return Window(number, 600.0 * (number + 1), f" part {number}", "en", 0.9, ())
-
-
 @pytest.mark.parametrize("audio", [None, "the same"])
-def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench, audio: str | None) -> None:
+def test_the_next_attempt_resumes_behind_the_finished_windows(bench: Bench, audio: str | None) -> None:
     def script(call: Call) -> Transcript:
         if len(call.done) < 2:
-            call.on_window(window(len(call.done)))
+            call.on_window(factories.window(len(call.done)))
             raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
-        return dataclasses.replace(HELLO, windows=(*call.done, window(2)))
+        return dataclasses.replace(HELLO, windows=(*call.done, factories.window(2)))
 
     bench.transcriber.script = script
     bench.prefetcher.audio = audio
@@ -1006,7 +1002,11 @@ def test_what_is_finished_of_a_job_is_handed_to_its_next_attempt(bench: Bench, a
     worker = patient(bench, retries=2)
     for _ in range(3):
         worker.run_once()
-    assert [call.done for call in bench.transcriber.calls] == [(), (window(0),), (window(0), window(1))]
+    assert [call.done for call in bench.transcriber.calls] == [
+        (),
+        (factories.window(0),),
+        (factories.window(0), factories.window(1)),
+    ]
     assert bench.job("a").state is JobState.COMPLETED
 
 
@@ -1015,11 +1015,11 @@ def broken_off(bench: Bench, before: str | None) -> Worker:
 
     def script(call: Call) -> Transcript:
         if len(bench.transcriber.calls) == 1:
-            call.on_window(window(0))
-            call.on_window(window(1))
+            call.on_window(factories.window(0))
+            call.on_window(factories.window(1))
             raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
         if len(bench.transcriber.calls) == 2:
-            call.on_window(dataclasses.replace(window(0), text=" something else"))
+            call.on_window(dataclasses.replace(factories.window(0), text=" something else"))
             raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
         return dataclasses.replace(HELLO, windows=tuple(call.done))
 
@@ -1034,7 +1034,7 @@ def broken_off(bench: Bench, before: str | None) -> Worker:
 
 
 @pytest.mark.parametrize("before", ["one", None], ids=["another", "unknown"])
-def test_what_is_finished_of_another_audio_is_dropped_and_the_work_begins_anew(
+def test_finished_windows_of_other_audio_are_dropped_and_the_job_starts_from_the_beginning(
     bench: Bench, before: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = broken_off(bench, before)
@@ -1042,16 +1042,16 @@ def test_what_is_finished_of_another_audio_is_dropped_and_the_work_begins_anew(
     worker.run_once()
     assert bench.prefetcher.released == [("a", False)] * 2, "opened behind what was finished, and then anew"
     worker.run_once()
-    new = dataclasses.replace(window(0), text=" something else")
+    new = dataclasses.replace(factories.window(0), text=" something else")
     assert [call.done for call in bench.transcriber.calls] == [(), (), (new,)]
     assert bench.job("a").state is JobState.COMPLETED
     assert bench.ledger.windows(bench.job("a").seq) == (new,)
-    [said] = [record for record in caplog.records if "starting from the beginning" in record.message]
-    assert (said.levelno, said.__dict__["job_id"]) == (logging.WARNING, "a")
+    [warning] = [record for record in caplog.records if "starting from the beginning" in record.message]
+    assert (warning.levelno, warning.__dict__["job_id"]) == (logging.WARNING, "a")
 
 
 @pytest.mark.usefixtures("_quick_retries")
-def test_windows_of_another_audio_that_the_disk_does_not_let_go_are_waited_for(bench: Bench) -> None:
+def test_dropping_windows_of_other_audio_is_repeated_until_the_disk_takes_it(bench: Bench) -> None:
     worker = broken_off(bench, "one")
     looks = iter([3, 0])
     bench.prefetcher.looking = lambda: setattr(bench.disk, "refusals", next(looks))
@@ -1062,7 +1062,7 @@ def test_windows_of_another_audio_that_the_disk_does_not_let_go_are_waited_for(b
 
 
 @pytest.mark.usefixtures("_endless_retries")
-def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_let_go(bench: Bench) -> None:
+def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_drop(bench: Bench) -> None:
     broken_off(bench, "one")
     bench.prefetcher.looking = lambda: setattr(bench.disk, "refusals", 1)
     bench.worker.start()
@@ -1074,13 +1074,13 @@ def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_let_go(b
     assert bench.prefetcher.released[-1] == ("a", False)
 
 
-def test_a_disk_that_refuses_a_window_does_not_hold_up_the_work_and_gets_it_with_the_next(bench: Bench) -> None:
+def test_a_window_that_the_disk_refuses_is_written_with_the_next_and_holds_nothing_up(bench: Bench) -> None:
     def script(call: Call) -> Transcript:
         bench.disk.refusals = 1
-        call.on_window(window(0))
+        call.on_window(factories.window(0))
         assert bench.ledger.windows(bench.job("a").seq) == ()
-        call.on_window(window(1))
-        assert bench.ledger.windows(bench.job("a").seq) == (window(0), window(1))
+        call.on_window(factories.window(1))
+        assert bench.ledger.windows(bench.job("a").seq) == (factories.window(0), factories.window(1))
         return HELLO
 
     bench.transcriber.script = script
@@ -1089,8 +1089,8 @@ def test_a_disk_that_refuses_a_window_does_not_hold_up_the_work_and_gets_it_with
     assert bench.job("a").state is JobState.COMPLETED
 
 
-def test_segments_are_told_as_soon_as_they_are_known_to_those_who_asked(bench: Bench) -> None:
-    segment = Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01)
+def test_segments_are_reported_at_once_for_jobs_that_asked_for_stream(bench: Bench) -> None:
+    segment = factories.segment()
 
     def script(call: Call) -> Transcript:
         call.on_segment(segment)
@@ -1107,7 +1107,7 @@ def test_segments_are_told_as_soon_as_they_are_known_to_those_who_asked(bench: B
 # -- idleness ------------------------------------------------------------------------------------------------------
 
 
-def test_after_a_time_without_a_job_what_was_held_for_the_next_is_given_back(bench: Bench) -> None:
+def test_on_idle_is_called_after_a_time_without_a_job(bench: Bench) -> None:
     idle = threading.Semaphore(0)
     worker = bench.make_worker(idle_s=0.01, on_idle=idle.release)
     worker.start()

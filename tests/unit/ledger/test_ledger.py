@@ -560,6 +560,19 @@ def test_a_failure_keeps_the_windows_if_a_retry_may_help(folder: LedgerFolder, c
         folder.crash()
 
 
+def test_deleting_a_job_deletes_its_windows_and_no_others(folder: LedgerFolder) -> None:
+    folder.ledger.append([request(name, "spool", formats=("srt",)) for name in "abc"])
+    for _ in range(3):
+        folder.ledger.complete(claim(folder.ledger).seq, result(2))
+    folder.ledger.delete("b")
+    assert [len(folder.ledger.windows(seq)) for seq in (1, 2, 3)] == [2, 0, 2]
+    folder.ledger.delete_finished(before=0.0, keep=1)
+    for _ in range(2):
+        assert [len(folder.ledger.windows(seq)) for seq in (1, 2, 3)] == [0, 0, 2]
+        assert stored_windows(folder.ledger) == 2
+        folder.crash()
+
+
 def test_orphaned_windows_are_deleted_at_the_next_start(folder: LedgerFolder) -> None:
     """A repaired ledger may have them; the next window with that number would be mixed up with an old one."""
     append(folder.ledger, "a", "b")

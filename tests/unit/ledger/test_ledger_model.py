@@ -1,4 +1,4 @@
-"""The ledger against a plain model of it, through any order of calls, crashes, stops and refusals of the disk."""
+"""The ledger compared with a simple model, through any order of calls, crashes, stops and disk failures."""
 
 import contextlib
 import copy
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cesar_mqtt.errors import ErrorCode, LedgerError
 from cesar_mqtt.jobs import Admission, AudioSource, DeletedJob, IllegalTransitionError, Job, JobState, NewJob, Result
@@ -34,7 +34,7 @@ def window(seq: int, number: int) -> Window:
 
 @dataclass
 class Entry:
-    """What the model knows of a job."""
+    """A job in the model."""
 
     seq: int
     fingerprint: str
@@ -47,30 +47,30 @@ class Entry:
     crashes: int = 0
     not_before: float = 0.0
     cancelling: bool = False
-    hopeless: bool = False
-    """Whether it failed in a way that no retry can mend."""
+    not_retryable: bool = False
+    """Whether it failed with an error that a retry cannot fix."""
     windows: int = 0
 
 
 @dataclass
 class Model:
-    """The ledger as one would explain it on a blackboard."""
+    """The ledger in its simplest form."""
 
     jobs: dict[str, Entry] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
-    gone: dict[int, DeletedJob] = field(default_factory=dict)
-    """What the broker has yet to forget."""
-    buried: dict[int, DeletedJob] = field(default_factory=dict)
-    """That, and what it has forgotten."""
+    pending_clears: dict[int, DeletedJob] = field(default_factory=dict)
+    """Deleted jobs whose retained messages have to be cleared."""
+    tombstones: dict[int, DeletedJob] = field(default_factory=dict)
+    """Those, and the cleared ones."""
     paused: bool = False
     ended: dict[JobState, int] = field(default_factory=lambda: dict.fromkeys(JobState, 0))
     rejected: int = 0
     rejected_on_disk: int = 0
-    marks: dict[int | None, int] = field(default_factory=dict)
-    """Who bore a packet id last, of those whose requests may come again."""
-    settled: int = 0
-    settled_on_disk: int = 0
-    """The jobs up to this number bear none."""
+    packet_ids: dict[int | None, int] = field(default_factory=dict)
+    """The newest job of each packet id that is not released."""
+    released_until: int = 0
+    released_on_disk: int = 0
+    """The packet ids of all jobs up to this number are released."""
     last_seq: int = 0
 
     @property
@@ -82,11 +82,11 @@ class Model:
         return [entry for entry in self.jobs.values() if entry.state is JobState.PROCESSING]
 
     def admit(self, request: NewJob) -> tuple[Admission, str]:
-        """Decide on one request, and take it in if it is accepted."""
-        if request.retained and request.has_generated_id and (twin := self.twin(request.fingerprint)):
-            return Admission.DUPLICATE, twin
-        if request.redelivered and request.packet_id in self.marks:
-            name = self.name_of(self.marks[request.packet_id])
+        """Decide on one request, and add it if it is accepted."""
+        if request.retained and request.has_generated_id and (newest_with := self.newest_with(request.fingerprint)):
+            return Admission.DUPLICATE, newest_with
+        if request.redelivered and request.packet_id in self.packet_ids:
+            name = self.name_of(self.packet_ids[request.packet_id])
             if self.jobs[name].fingerprint == request.fingerprint:
                 return Admission.DUPLICATE, name
         known = self.jobs.get(request.job_id)
@@ -101,39 +101,43 @@ class Model:
             self.last_seq, request.fingerprint, request.packet_id, request.has_generated_id, audio, request.formats
         )
         self.jobs[request.job_id] = entry
-        self.bear(entry)
-        for gone in [gone for gone in self.buried.values() if gone.job_id == request.job_id and gone.owns_status]:
-            for graves in (self.buried, self.gone):
-                if graves.pop(gone.seq, None) and gone.formats:
-                    graves[gone.seq] = replace(gone, owns_status=False)
+        self.take_packet_id(entry)
+        for old in [old for old in self.tombstones.values() if old.job_id == request.job_id and old.owns_status]:
+            for group in (self.tombstones, self.pending_clears):
+                if group.pop(old.seq, None) and old.formats:
+                    group[old.seq] = replace(old, owns_status=False)
         if request.failure is not None:
             self.end(entry, JobState.ERROR)
         return Admission.ACCEPTED, request.job_id
 
-    def twin(self, fingerprint: str) -> str | None:
-        """Return the newest job that such a request without an id became: one that there is, or one that was."""
-        alive = [(e.seq, name) for name, e in self.jobs.items() if e.has_generated_id and e.fingerprint == fingerprint]
-        dead = [(gone.seq, gone.job_id) for gone in self.buried.values() if gone.fingerprint == fingerprint]
-        return max(alive or dead, default=(0, None))[1]
+    def newest_with(self, fingerprint: str) -> str | None:
+        """Return the newest job, else the newest deleted job, whose request had no id and this fingerprint."""
+        existing = [
+            (e.seq, name) for name, e in self.jobs.items() if e.has_generated_id and e.fingerprint == fingerprint
+        ]
+        deleted = [(job.seq, job.job_id) for job in self.tombstones.values() if job.fingerprint == fingerprint]
+        return max(existing or deleted, default=(0, None))[1]
 
     def name_of(self, seq: int) -> str:
         return next(name for name, entry in self.jobs.items() if entry.seq == seq)
 
-    def bear(self, entry: Entry) -> None:
+    def take_packet_id(self, entry: Entry) -> None:
         if entry.packet_id is not None:
-            self.settle(self.marks.get(entry.packet_id))
-            self.marks[entry.packet_id] = entry.seq
+            self.release(self.packet_ids.get(entry.packet_id))
+            self.packet_ids[entry.packet_id] = entry.seq
 
-    def settle(self, seq: int | None) -> None:
-        """Whatever comes with the packet id of this job is another request."""
-        for packet_id in [packet_id for packet_id, bearer in self.marks.items() if bearer == seq]:
-            del self.marks[packet_id]
-            self.settled = min(self.marks.values()) - 1 if self.marks else max(self.settled, seq or 0)
+    def release(self, seq: int | None) -> None:
+        """A later message with the packet id of this job is a new request."""
+        for packet_id in [packet_id for packet_id, owner in self.packet_ids.items() if owner == seq]:
+            del self.packet_ids[packet_id]
+            self.released_until = (
+                min(self.packet_ids.values()) - 1 if self.packet_ids else max(self.released_until, seq or 0)
+            )
 
-    def forget(self, but: Sequence[str]) -> None:
-        for seq in sorted(self.marks.values()):
-            if self.name_of(seq) not in but:
-                self.settle(seq)
+    def release_all(self, keep: Sequence[str]) -> None:
+        for seq in sorted(self.packet_ids.values()):
+            if self.name_of(seq) not in keep:
+                self.release(seq)
 
     def claim(self, uptime: float) -> tuple[int, int] | None:
         ready = [entry for entry in self.jobs.values() if entry.seq in self.queue and entry.not_before <= uptime]
@@ -154,11 +158,11 @@ class Model:
         self.end(entry, JobState.COMPLETED)
 
     def fail(self, entry: Entry, code: ErrorCode) -> None:
-        entry.hopeless = not FAILURES[code]
-        entry.windows = 0 if entry.hopeless else entry.windows
+        entry.not_retryable = not FAILURES[code]
+        entry.windows = 0 if entry.not_retryable else entry.windows
         self.end(entry, JobState.ERROR)
 
-    def put_back(self, entry: Entry, not_before: float) -> None:
+    def requeue(self, entry: Entry, not_before: float) -> None:
         if entry.cancelling:
             self.end(entry, JobState.CANCELLED)
         else:
@@ -169,7 +173,7 @@ class Model:
         if entry is None:
             return None
         if entry.state.final:
-            return "refused"
+            return "illegal"
         if entry.state is JobState.PROCESSING:
             entry.cancelling = True
         else:
@@ -180,10 +184,10 @@ class Model:
         entry = self.jobs.get(name)
         if entry is None:
             return None
-        can_be = entry.audio == "path" or (entry.audio == "spool" and not entry.hopeless)
+        can_be = entry.audio == "path" or (entry.audio == "spool" and not entry.not_retryable)
         if entry.state not in (JobState.ERROR, JobState.CANCELLED) or not can_be:
-            return "refused"
-        entry.state, entry.crashes, entry.not_before, entry.hopeless = JobState.QUEUED, 0, 0.0, False
+            return "illegal"
+        entry.state, entry.crashes, entry.not_before, entry.not_retryable = JobState.QUEUED, 0, 0.0, False
         entry.windows = entry.windows if entry.audio == "spool" else 0
         self.finished.remove(name)
         return entry.state
@@ -193,34 +197,34 @@ class Model:
         if entry is None:
             return None
         if entry.state is JobState.PROCESSING:
-            return "refused"
-        self.bury(name)
+            return "illegal"
+        self.add_tombstone(name)
         return entry.seq, ["file"] if entry.audio == "spool" else []
 
-    def retire(self, keep: int) -> int:
-        retired = self.finished[: max(0, len(self.finished) - keep)]
-        for name in retired:
-            self.bury(name)
-        return len(retired)
+    def delete_finished(self, keep: int) -> int:
+        deleted = self.finished[: max(0, len(self.finished) - keep)]
+        for name in deleted:
+            self.add_tombstone(name)
+        return len(deleted)
 
-    def bury(self, name: str) -> None:
+    def add_tombstone(self, name: str) -> None:
         entry = self.jobs.pop(name)
-        self.settle(entry.seq)
+        self.release(entry.seq)
         if entry.state.final:
             self.finished.remove(name)
         fingerprint = entry.fingerprint if entry.has_generated_id else None
-        self.buried[entry.seq] = self.gone[entry.seq] = DeletedJob(
+        self.tombstones[entry.seq] = self.pending_clears[entry.seq] = DeletedJob(
             entry.seq, name, entry.formats, fingerprint=fingerprint
         )
 
     def crash(self) -> None:
         self.rejected = self.rejected_on_disk
-        self.settled = self.settled_on_disk
-        self.marks.clear()
+        self.released_until = self.released_on_disk
+        self.packet_ids.clear()
         for entry in sorted(self.jobs.values(), key=lambda entry: entry.seq):
             entry.not_before = 0.0
-            if entry.seq > self.settled_on_disk:
-                self.bear(entry)
+            if entry.seq > self.released_on_disk:
+                self.take_packet_id(entry)
         for entry in self.processing:
             if entry.cancelling:
                 self.end(entry, JobState.CANCELLED)
@@ -231,13 +235,13 @@ class Model:
             else:
                 self.end(entry, JobState.ERROR)
 
-    def picture(self) -> object:
+    def state_tuple(self) -> object:
         jobs = {n: (e.seq, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()}
         final = (JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED)
-        return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused, self.marks
+        return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused, self.packet_ids
 
 
-def picture_of(ledger: Ledger) -> object:
+def state_of(ledger: Ledger) -> object:
     """The same of the real ledger."""
     jobs = {}
     for name in ledger._index.deduplication:
@@ -249,20 +253,20 @@ def picture_of(ledger: Ledger) -> object:
         jobs[name] = (job.seq, job.state, job.attempt, job.crashes, cancelling, len(windows))
     totals = ledger.totals()
     ended = [totals.completed_total, totals.error_total, totals.cancelled_total]
-    marks = ledger._index.deduplication._seq_by_packet_id
-    assert [ledger._rows[str(seq)]["packet_id"] for seq in marks.values()] == list(marks)
-    return jobs, list(ledger._index.queue), ended, totals.rejected_total, totals.paused, marks
+    packet_ids = ledger._index.deduplication._seq_by_packet_id
+    assert [ledger._rows[str(seq)]["packet_id"] for seq in packet_ids.values()] == list(packet_ids)
+    return jobs, list(ledger._index.queue), ended, totals.rejected_total, totals.paused, packet_ids
 
 
 Step = tuple[Callable[[Ledger], object], Callable[[Model], object]]
-"""The same thing done to the ledger and to the model."""
+"""The same call on the ledger and on the model."""
 
 
-def or_refused(call: Callable[[], object]) -> object:
+def or_illegal(call: Callable[[], object]) -> object:
     try:
         return call()
     except IllegalTransitionError:
-        return "refused"
+        return "illegal"
 
 
 NAMES = [f"job-{number}" for number in range(16)]
@@ -279,15 +283,15 @@ requests = st.builds(
     failure=st.none() | st.none() | st.none() | st.just("wrong"),
     formats=st.sampled_from([(), ("txt",), ("srt",), ("txt", "json"), ("srt", "json")]),
 ).map(lambda request: request if request.failure is None else replace(request, audio=None))
-faults = st.sampled_from([None, None, None, None, 1, 2, 3, 4])
+faults = st.sampled_from([*[None] * 12, 1, 2, 3, 4])
 chances = st.integers(0, 1 << 32).map(random.Random)
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Does things to the ledger and to the model, and compares the two after each.
+    """Makes each call on the ledger and on the model, and compares the two afterwards.
 
-    A call that the disk refused has not happened. But if the process dies before the next one has gone through, it may
-    turn out to have happened: `maybe` is the model of that.
+    A call that failed on the disk changes nothing. But if the process dies before the next successful call, its change
+    may turn out to be on disk: `maybe` is the model of that.
     """
 
     def __init__(self) -> None:
@@ -323,27 +327,27 @@ class LedgerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             while self.ledger.has_unpublished:
-                self.deliver(3, None)
-            self.the_broker_agrees()
+                self.publish_some(3, None)
+            self.check_that_the_broker_agrees()
         finally:
-            self.drop()
+            self.kill()
             self.folder.cleanup()
 
-    # -- doing ----------------------------------------------------------------------------------------------------
+    # -- calls on both -----------------------------------------------------------------------------------------------
 
-    def do(self, step: Step, refusals: int | None = None) -> None:
-        """Do it to both, unless the disk refuses it."""
+    def do(self, step: Step, failures: int | None = None) -> None:
+        """Make the call on both; if the disk fails, on the ledger only."""
         real, modelled = step
         after = copy.deepcopy(self.model)
         expected = modelled(after)
-        after.settled_on_disk = self.model.settled
+        after.released_on_disk = self.model.released_until
         before = self.ledger._storage.transaction
-        if refusals is not None:
-            self.disk.fault = failing(times=refusals)
+        if failures is not None:
+            self.disk.fault = failing(times=failures)
         try:
             got = real(self.ledger)
         except LedgerError:
-            assert refusals is not None
+            assert failures is not None
             after.rejected_on_disk = after.rejected
             self.maybe = after
         else:
@@ -352,7 +356,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 after.rejected_on_disk = after.rejected
                 self.maybe = None
             else:
-                after.settled_on_disk = self.model.settled_on_disk
+                after.released_on_disk = self.model.released_on_disk
             self.model = after
         finally:
             self.disk.heal()
@@ -380,13 +384,13 @@ class LedgerMachine(RuleBasedStateMachine):
     def fail_step(self, seq: int, code: ErrorCode) -> Step:
         return (lambda ledger: ledger.fail(seq, code, "No.")), (lambda model: model.fail(self.of(model, seq), code))
 
-    def put_back_step(self, seq: int, delay_s: float) -> Step:
+    def requeue_step(self, seq: int, delay_s: float) -> Step:
         def real(ledger: Ledger) -> None:
             ledger.defer(seq, delay_s) if delay_s else ledger.requeue(seq)
 
-        return real, lambda model: model.put_back(self.of(model, seq), self.uptime + delay_s)
+        return real, lambda model: model.requeue(self.of(model, seq), self.uptime + delay_s)
 
-    def cancelled_step(self, seq: int) -> Step:
+    def finish_cancelling_step(self, seq: int) -> Step:
         return (
             lambda ledger: ledger.finish_cancelling(seq),
             lambda model: model.end(self.of(model, seq), JobState.CANCELLED),
@@ -400,7 +404,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
         return (lambda ledger: ledger.add_window(seq, window(seq, number), identity="one")), modelled
 
-    def audio_step(self, seq: int, identity: str) -> Step:
+    def identity_step(self, seq: int, identity: str) -> Step:
         def modelled(model: Model) -> bool:
             entry = self.of(model, seq)
             same = identity == "one" or not entry.windows
@@ -422,7 +426,7 @@ class LedgerMachine(RuleBasedStateMachine):
             job = ledger.cancel(name)
             return job and job.state
 
-        return (lambda ledger: or_refused(lambda: real(ledger))), (lambda model: model.cancel(name))
+        return (lambda ledger: or_illegal(lambda: real(ledger))), (lambda model: model.cancel(name))
 
     @staticmethod
     def retry_step(name: str) -> Step:
@@ -431,7 +435,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert job is None or job.queue_position is not None
             return job and job.state
 
-        return (lambda ledger: or_refused(lambda: real(ledger))), (lambda model: model.retry(name))
+        return (lambda ledger: or_illegal(lambda: real(ledger))), (lambda model: model.retry(name))
 
     @staticmethod
     def delete_step(name: str) -> Step:
@@ -439,15 +443,17 @@ class LedgerMachine(RuleBasedStateMachine):
             deleted = ledger.delete(name)
             return deleted and (deleted[0].seq, deleted[1])
 
-        return (lambda ledger: or_refused(lambda: real(ledger))), (lambda model: model.delete(name))
+        return (lambda ledger: or_illegal(lambda: real(ledger))), (lambda model: model.delete(name))
 
     @staticmethod
     def pause_step(*, on: bool) -> Step:
         return (lambda ledger: ledger.pause(on=on)), (lambda model: setattr(model, "paused", on))
 
     @staticmethod
-    def retire_step(keep: int) -> Step:
-        return (lambda ledger: ledger.delete_finished(before=0.0, keep=keep)[0]), (lambda model: model.retire(keep))
+    def delete_finished_step(keep: int) -> Step:
+        return (lambda ledger: ledger.delete_finished(before=0.0, keep=keep)[0]), (
+            lambda model: model.delete_finished(keep)
+        )
 
     def any_step(self, data: st.DataObject) -> Step:
         name = data.draw(st.sampled_from(NAMES))
@@ -455,54 +461,96 @@ class LedgerMachine(RuleBasedStateMachine):
         for seq in [entry.seq for entry in self.model.processing]:
             steps += [self.complete_step(seq, more) for more in (0, 2)]
             steps += [self.fail_step(seq, code) for code in FAILURES]
-            steps += [self.put_back_step(seq, 0.0), self.cancelled_step(seq), self.window_step(seq)]
-            steps.append(self.audio_step(seq, "another"))
-        steps.append(self.retire_step(data.draw(st.integers(0, 5))))
+            steps += [self.requeue_step(seq, 0.0), self.finish_cancelling_step(seq), self.window_step(seq)]
+            steps.append(self.identity_step(seq, "another"))
+        steps.append(self.delete_finished_step(data.draw(st.integers(0, 5))))
         steps += [self.cancel_step(name), self.retry_step(name), self.delete_step(name)]
         steps.append(self.pause_step(on=not self.model.paused))
         return data.draw(st.sampled_from(steps))
 
     # -- rules ----------------------------------------------------------------------------------------------------
 
-    @rule(batch=st.lists(requests, max_size=6), refusals=faults)
-    def append(self, batch: list[NewJob], refusals: int | None) -> None:
-        self.do(self.append_step(batch), refusals)
+    @initialize(batch=st.lists(requests, min_size=4, max_size=8))
+    def fill(self, batch: list[NewJob]) -> None:
+        self.do(self.append_step(batch))
 
-    @rule(refusals=faults)
-    def claim(self, refusals: int | None) -> None:
-        self.do(self.claim_step(), refusals)
+    @rule(batch=st.lists(requests, min_size=1, max_size=6), failures=faults)
+    def append(self, batch: list[NewJob], failures: int | None) -> None:
+        self.do(self.append_step(batch), failures)
 
-    @precondition(lambda self: self.model.processing)
-    @rule(
-        chance=chances,
-        kind=st.sampled_from(["complete", "fail", "put back", "cancelled", "window", "audio"]),
-        refusals=faults,
-    )
-    def work(self, chance: random.Random, kind: str, refusals: int | None) -> None:
+    @rule(failures=faults)
+    def claim(self, failures: int | None) -> None:
+        self.do(self.claim_step(), failures)
+
+    # One rule for each action of the worker: a single rule for all of them is drawn too rarely to reach every state.
+
+    @rule(chance=chances, end=st.sampled_from(["complete", "fail", "requeue", "cancel", None]))
+    def run_a_job(self, chance: random.Random, end: str | None) -> None:
+        """Claim a job, store some windows, and end it or leave it running."""
+        self.do(self.claim_step())
+        if not self.model.processing:
+            return
         seq = chance.choice(self.model.processing).seq
+        for _ in range(chance.randint(0, 2)):
+            self.do(self.window_step(seq))
         steps = {
             "complete": lambda: self.complete_step(seq, chance.randint(0, 2)),
             "fail": lambda: self.fail_step(seq, chance.choice(list(FAILURES))),
-            "put back": lambda: self.put_back_step(seq, chance.choice((0.0, 5.0))),
-            "cancelled": lambda: self.cancelled_step(seq),
-            "window": lambda: self.window_step(seq),
-            "audio": lambda: self.audio_step(seq, chance.choice(("one", "another"))),
+            "requeue": lambda: self.requeue_step(seq, chance.choice((0.0, 5.0))),
+            "cancel": lambda: self.cancel_step(self.model.name_of(seq)),
         }
-        self.do(steps[kind](), refusals)
+        if end is not None:
+            self.do(steps[end]())
 
-    @rule(chance=chances, kind=st.sampled_from(["cancel", "retry", "delete"]), refusals=faults)
-    def ask(self, chance: random.Random, kind: str, refusals: int | None) -> None:
-        name = chance.choice([*self.model.jobs, NAMES[0]])
-        steps = {"cancel": self.cancel_step, "retry": self.retry_step, "delete": self.delete_step}
-        self.do(steps[kind](name), refusals)
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, failures=faults)
+    def complete(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.complete_step(chance.choice(self.model.processing).seq, chance.randint(0, 2)), failures)
 
-    @rule(on=st.sampled_from([False, False, True]), refusals=faults)
-    def pause(self, on: bool, refusals: int | None) -> None:  # noqa: FBT001
-        self.do(self.pause_step(on=on), refusals)
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, code=st.sampled_from(list(FAILURES)), failures=faults)
+    def fail(self, chance: random.Random, code: ErrorCode, failures: int | None) -> None:
+        self.do(self.fail_step(chance.choice(self.model.processing).seq, code), failures)
 
-    @rule(keep=st.sampled_from([0, 0, 1, 3]), refusals=faults)
-    def retire(self, keep: int, refusals: int | None) -> None:
-        self.do(self.retire_step(keep), refusals)
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, delay_s=st.sampled_from([0.0, 5.0]), failures=faults)
+    def requeue(self, chance: random.Random, delay_s: float, failures: int | None) -> None:
+        self.do(self.requeue_step(chance.choice(self.model.processing).seq, delay_s), failures)
+
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, failures=faults)
+    def finish_cancelling(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.finish_cancelling_step(chance.choice(self.model.processing).seq), failures)
+
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, failures=faults)
+    def add_window(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.window_step(chance.choice(self.model.processing).seq), failures)
+
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, identity=st.sampled_from(["one", "one", "another"]), failures=faults)
+    def keep_windows(self, chance: random.Random, identity: str, failures: int | None) -> None:
+        self.do(self.identity_step(chance.choice(self.model.processing).seq, identity), failures)
+
+    @rule(chance=chances, failures=faults)
+    def cancel(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.cancel_step(chance.choice([*self.model.jobs, NAMES[0]])), failures)
+
+    @rule(chance=chances, failures=faults)
+    def retry(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.retry_step(chance.choice([*self.model.jobs, NAMES[0]])), failures)
+
+    @rule(chance=chances, failures=faults)
+    def delete(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.delete_step(chance.choice([*self.model.jobs, NAMES[0]])), failures)
+
+    @rule(on=st.sampled_from([False, False, True]), failures=faults)
+    def pause(self, on: bool, failures: int | None) -> None:  # noqa: FBT001
+        self.do(self.pause_step(on=on), failures)
+
+    @rule(keep=st.sampled_from([0, 0, 1, 3]), failures=faults)
+    def delete_finished(self, keep: int, failures: int | None) -> None:
+        self.do(self.delete_finished_step(keep), failures)
 
     @rule()
     def time_passes(self) -> None:
@@ -515,70 +563,70 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.maybe is not None:
             self.maybe.rejected = self.maybe.rejected_on_disk
 
-    @rule(refusals=faults, skip=st.integers(0, 8))
-    def maintain(self, refusals: int | None, skip: int) -> None:
-        if refusals is not None:
-            self.disk.fault = failing(times=refusals, skip=skip)
+    @rule(failures=faults, skip=st.integers(0, 8))
+    def checkpoint(self, failures: int | None, skip: int) -> None:
+        if failures is not None:
+            self.disk.fault = failing(times=failures, skip=skip)
         with contextlib.suppress(LedgerError):
             self.ledger.checkpoint_if_due()
         self.disk.heal()
 
     @rule(limit=st.integers(1, 12), chance=chances)
     def publish(self, limit: int, chance: random.Random) -> None:
-        """Some messages get there, some acknowledgements come back."""
-        self.deliver(limit, chance)
+        """Some messages reach the broker, some acknowledgements come back."""
+        self.publish_some(limit, chance)
 
     @rule()
     def reconnect(self) -> None:
         self.ledger.coalesce()
 
     @rule()
-    def lose_the_broker(self) -> None:
+    def broker_loses_retained_messages(self) -> None:
         self.broker.clear()
         self.results.clear()
         self.positions.clear()
         self.ledger.republish_all()
-        self.written()
+        self.on_transaction()
 
     @rule(chance=chances)
-    def settle(self, chance: random.Random) -> None:
+    def release_packet_ids(self, chance: random.Random) -> None:
         names = [name for name in self.model.jobs if chance.random() < 0.5]
         self.ledger.release_packet_ids([*names, "unknown"])
         for name in names:
-            self.model.settle(self.model.jobs[name].seq)
+            self.model.release(self.model.jobs[name].seq)
 
-    @rule(but=st.lists(st.sampled_from(NAMES)))
-    def forget(self, but: list[str]) -> None:
+    @rule(keep=st.lists(st.sampled_from(NAMES)))
+    def release_all_packet_ids(self, keep: list[str]) -> None:
         before = self.ledger._storage.transaction
-        self.ledger.release_all_packet_ids(keep=but)
-        self.model.forget(but)
+        self.ledger.release_all_packet_ids(keep=keep)
+        self.model.release_all(keep)
         if self.ledger._storage.transaction != before:
-            self.written()
+            self.on_transaction()
 
-    def written(self) -> None:
-        """Something else has brought to disk what waited for that."""
+    def on_transaction(self) -> None:
+        """Another transaction has written what was waiting for one."""
         self.model.rejected_on_disk = self.model.rejected
-        self.model.settled_on_disk = self.model.settled
+        self.model.released_on_disk = self.model.released_until
         self.maybe = None
 
     @rule()
-    def save_the_broker(self) -> None:
+    def broker_saves_its_state(self) -> None:
         self.saved = (self.broker.copy(), self.results.copy())
 
     @precondition(lambda self: self.saved is not None)
     @rule()
-    def the_broker_goes_back(self) -> None:
-        """It was killed, and comes back with what it had saved."""
+    def broker_restores_its_state(self) -> None:
+        """It was killed and restores an older state."""
         assert self.saved is not None
         self.broker, self.results = self.saved[0].copy(), self.saved[1].copy()
         self.positions.clear()
         self.ledger.republish_all(restored=True)
-        self.written()
+        self.on_transaction()
 
-    def deliver(self, limit: int, chance: random.Random | None) -> None:
-        """Do as the publisher does: what is gone goes first, in order; a lost connection loses the rest."""
-        gone = self.ledger.pending_clears(limit)
-        messages: list[DeletedJob | tuple[int, Job]] = [*gone, *self.ledger.unpublished(limit - len(gone))]
+    def publish_some(self, limit: int, chance: random.Random | None) -> None:
+        """Publish as the publisher does: clears first, in order; a lost connection loses the rest."""
+        clears = self.ledger.pending_clears(limit)
+        messages: list[DeletedJob | tuple[int, Job]] = [*clears, *self.ledger.unpublished(limit - len(clears))]
         arrived = len(messages) if chance is None else chance.randint(0, len(messages))
         acknowledged = arrived if chance is None else chance.randint(0, arrived)
         for message in messages[:arrived]:
@@ -586,7 +634,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for message in messages[:acknowledged]:
             if isinstance(message, DeletedJob):
                 self.ledger.mark_cleared(message.seq)
-                self.model.gone.pop(message.seq, None)
+                self.model.pending_clears.pop(message.seq, None)
             else:
                 number, job = message
                 self.ledger.mark_published([(job.seq, number)])
@@ -604,34 +652,37 @@ class LedgerMachine(RuleBasedStateMachine):
         if job.state is JobState.COMPLETED:
             self.results |= {(job.job_id, name): job.seq for name in job.formats}
 
-    # -- ends and starts ------------------------------------------------------------------------------------------
+    # -- stops and crashes -------------------------------------------------------------------------------------------
 
-    def drop(self) -> None:
+    def kill(self) -> None:
         self.ledger._storage.abandon()
         self.ledger._file_lock.release()
 
     def reopen(self, *possible: Model) -> None:
-        """Open the ledger after a crash; it is one of what it may be."""
+        """Open the ledger after a crash; it equals one of the `possible` models."""
         self.ledger = self.open()
         for model in possible:
             model.crash()
-        self.model = next((m for m in possible if m.picture() == picture_of(self.ledger)), possible[0])
+        self.model = next((m for m in possible if m.state_tuple() == state_of(self.ledger)), possible[0])
         self.model.rejected_on_disk = self.model.rejected
         self.maybe = None
 
     @rule()
     def stop_and_start(self) -> None:
         self.ledger.close()
-        if (self.model.rejected, self.model.settled) != (self.model.rejected_on_disk, self.model.settled_on_disk):
+        if (self.model.rejected, self.model.released_until) != (
+            self.model.rejected_on_disk,
+            self.model.released_on_disk,
+        ):
             self.maybe = None
-        self.model.rejected_on_disk, self.model.settled_on_disk = self.model.rejected, self.model.settled
+        self.model.rejected_on_disk, self.model.released_on_disk = self.model.rejected, self.model.released_until
         self.reopen(self.model)
 
-    @rule(refusals=faults, skip=st.integers(0, 6))
-    def stop_that_may_be_refused(self, refusals: int | None, skip: int) -> None:
+    @rule(failures=faults, skip=st.integers(0, 6))
+    def stop_that_may_fail(self, failures: int | None, skip: int) -> None:
         before = copy.deepcopy(self.model)
-        self.model.rejected_on_disk, self.model.settled_on_disk = self.model.rejected, self.model.settled
-        self.disk.fault = failing(times=refusals or 0, skip=skip)
+        self.model.rejected_on_disk, self.model.released_on_disk = self.model.rejected, self.model.released_until
+        self.disk.fault = failing(times=failures or 0, skip=skip)
         possible = [self.model]
         try:
             self.ledger.close()
@@ -641,16 +692,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        self.drop()
+        self.kill()
         self.reopen(self.model, *([] if self.maybe is None else [self.maybe]))
 
     @rule(data=st.data(), skip=st.integers(0, 6))
-    def die_in_the_middle(self, data: st.DataObject, skip: int) -> None:
-        """The process dies at some call to the disk; nobody was told that anything had happened."""
+    def die_during_a_call(self, data: st.DataObject, skip: int) -> None:
+        """The process dies in one of its calls to the disk, before the method returns."""
         real, modelled = self.any_step(data)
         after = copy.deepcopy(self.model)
         modelled(after)
-        after.rejected_on_disk, after.settled_on_disk = after.rejected, self.model.settled
+        after.rejected_on_disk, after.released_on_disk = after.rejected, self.model.released_until
         self.disk.fault = killing(skip=skip)
         possible = [self.model, after, *([] if self.maybe is None else [self.maybe])]
         before = self.ledger._storage.transaction
@@ -660,12 +711,12 @@ class LedgerMachine(RuleBasedStateMachine):
             pass
         else:
             possible = possible if self.ledger._storage.transaction == before else [after]
-        self.drop()
+        self.kill()
         self.reopen(*possible)
 
     @rule(data=st.data(), chance=chances)
     def die_with_half_a_line(self, data: st.DataObject, chance: random.Random) -> None:
-        """The last line is cut somewhere: what was being written is not there, or all of it."""
+        """The last line is cut anywhere: its transaction is there completely or not at all."""
         self.do((lambda ledger: ledger.append([]), lambda _model: []))
         journal_path = self.path.with_name("ledger.json.journal")
         start, transaction = self.ledger._storage.journal_bytes, self.ledger._storage.transaction
@@ -673,7 +724,7 @@ class LedgerMachine(RuleBasedStateMachine):
         before_maybe = self.maybe
         self.do(self.any_step(data))
         end = self.ledger._storage.journal_bytes
-        self.drop()
+        self.kill()
         if end < start or self.ledger._storage.transaction == transaction:  # the journal was started anew, or nothing
             self.reopen(self.model, *([] if self.maybe is None else [self.maybe]))
             return
@@ -681,46 +732,46 @@ class LedgerMachine(RuleBasedStateMachine):
             file.truncate(chance.randint(start, end))
         self.reopen(before, self.model, *([] if before_maybe is None else [before_maybe]))
 
-    # -- what always holds ----------------------------------------------------------------------------------------
+    # -- invariants --------------------------------------------------------------------------------------------------
 
     @invariant()
-    def the_ledger_is_what_the_model_says(self) -> None:
-        assert picture_of(self.ledger) == self.model.picture()
-        assert list(self.ledger.processing()) == [entry.seq for entry in self.model.processing]
+    def the_ledger_equals_the_model(self) -> None:
+        assert state_of(self.ledger) == self.model.state_tuple()
+        assert set(self.ledger.processing()) == {entry.seq for entry in self.model.processing}
 
     @invariant()
-    def what_the_broker_lacks_is_in_the_outbox(self) -> None:
+    def statuses_that_the_broker_lacks_are_pending(self) -> None:
         for name, entry in self.model.jobs.items():
             if self.broker.get(name) != (entry.state, entry.attempt):
                 assert entry.seq in self.ledger._outbox._pending, name
 
     @invariant()
-    def what_the_broker_has_too_much_is_known(self) -> None:
-        gone = {gone.seq: gone for gone in self.ledger.pending_clears(1000)}
-        statuses = [gone.job_id for gone in gone.values() if gone.owns_status]
+    def messages_of_deleted_jobs_are_pending_clears(self) -> None:
+        pending = {job.seq: job for job in self.ledger.pending_clears(1000)}
+        statuses = [job.job_id for job in pending.values() if job.owns_status]
         assert self.broker.keys() - self.model.jobs.keys() <= set(statuses)
         assert not set(statuses) & self.model.jobs.keys()
         assert len(statuses) == len(set(statuses))
-        assert self.model.gone.items() <= gone.items()
-        results = {(gone.job_id, name) for gone in gone.values() for name in gone.formats}
-        assert self.results.keys() - self.right_results().keys() <= results
+        assert self.model.pending_clears.items() <= pending.items()
+        results = {(job.job_id, name) for job in pending.values() for name in job.formats}
+        assert self.results.keys() - self.expected_results().keys() <= results
 
     @invariant()
-    def nothing_is_left_of_windows_that_nobody_needs(self) -> None:
+    def no_unneeded_windows_are_stored(self) -> None:
         stored = len(self.ledger._storage.rows("windows"))
         assert stored == sum(entry.windows for entry in self.model.jobs.values())
 
     @invariant()
-    def what_can_be_seen_is_what_there_is(self) -> None:
-        by_number = sorted(self.model.jobs.values(), key=lambda entry: entry.seq)
-        assert [job.seq for job in self.ledger.jobs()] == [entry.seq for entry in by_number]
+    def queries_equal_the_model(self) -> None:
+        by_seq = sorted(self.model.jobs.values(), key=lambda entry: entry.seq)
+        assert [job.seq for job in self.ledger.jobs()] == [entry.seq for entry in by_seq]
         for state in JobState:
-            there = [entry.seq for entry in by_number if entry.state is state]
-            assert [job.seq for job in self.ledger.jobs(states=[state])] == there
-        ready = [entry.seq for entry in by_number if entry.seq in self.model.queue and entry.not_before <= self.uptime]
+            expected = [entry.seq for entry in by_seq if entry.state is state]
+            assert [job.seq for job in self.ledger.jobs(states=[state])] == expected
+        ready = [entry.seq for entry in by_seq if entry.seq in self.model.queue and entry.not_before <= self.uptime]
         assert [job.seq for job in self.ledger.upcoming(3)] == ready[:3]
 
-    def right_results(self) -> dict[tuple[str, str], int]:
+    def expected_results(self) -> dict[tuple[str, str], int]:
         return {
             (name, form): entry.seq
             for name, entry in self.model.jobs.items()
@@ -728,10 +779,10 @@ class LedgerMachine(RuleBasedStateMachine):
             for form in entry.formats
         }
 
-    def the_broker_agrees(self) -> None:
+    def check_that_the_broker_agrees(self) -> None:
         expected = {name: (entry.state, entry.attempt) for name, entry in self.model.jobs.items()}
         assert self.broker == expected
-        assert self.results == self.right_results()
+        assert self.results == self.expected_results()
         names = {entry.seq: name for name, entry in self.model.jobs.items()}
         for rank, seq in enumerate(self.model.queue[:POSITIONS_TRACKED], start=1):
             assert self.positions[names[seq]] == rank

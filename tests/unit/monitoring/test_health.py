@@ -26,9 +26,7 @@ def test_the_files_and_the_process_are_measured(tmp_path: Path) -> None:
     assert found.uptime >= 0
 
 
-def test_a_process_without_descriptors_is_measured_as_far_as_it_can_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_file_descriptors_the_sizes_are_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -36,12 +34,12 @@ def test_a_process_without_descriptors_is_measured_as_far_as_it_can_be(
     assert probe_of(tmp_path).measure().ledger_bytes == 0
 
 
-def test_a_folder_that_is_gone_is_no_reason_to_say_nothing(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_sizes(tmp_path: Path) -> None:
     found = probe_of(tmp_path / "gone").fields()
     assert (found["ledger_bytes"], found["spool_bytes"], found["disk_free_bytes"]) == (0, 0, None)
 
 
-def test_without_proc_the_memory_is_the_most_that_it_ever_was(tmp_path: Path) -> None:
+def test_without_proc_the_memory_is_the_peak(tmp_path: Path) -> None:
     known = health._STATM
     health._STATM = tmp_path / "nothing"
     try:

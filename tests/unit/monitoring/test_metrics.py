@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cesar_mqtt import service
 from cesar_mqtt.config import MetricsSettings, ModelSettings, Settings
 from cesar_mqtt.errors import ConfigError, ErrorCode
-from cesar_mqtt.jobs import AudioSource, Job, NewJob, Result
+from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -24,9 +24,10 @@ from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 from cesar_mqtt.protocol.payloads import Rejection
 from cesar_mqtt.whisper.model_store import ModelStore
 from tests.conftest import find_free_port
+from tests.factories import new_job, result
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
-RESULT = Result("Good morning.", 60.0, "en", 0.98, no_speech=False)
+RESULT = result("Good morning.", audio_duration=60.0)
 HEALTH = HealthMessage(
     uptime=1.0,
     worker_alive=True,
@@ -69,7 +70,7 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
 
 
 def submit(ledger: Ledger, *names: str) -> None:
-    ledger.append([NewJob(name, name, AudioSource("path", "a.wav"), "base") for name in names])
+    ledger.append([new_job(name) for name in names])
 
 
 def claim(ledger: Ledger) -> Job:
@@ -132,7 +133,7 @@ def test_with_a_port_there_are_metrics() -> None:
 # -- the port ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_are_served_in_the_format_of_prometheus(metrics: Metrics, ledger: Ledger, port: int) -> None:
+def test_the_metrics_are_served_in_the_format_of_prometheus(metrics: Metrics, ledger: Ledger, port: int) -> None:
     submit(ledger, "a", "b", "c")
     claim(ledger)
     ledger.complete(1, RESULT)
@@ -191,7 +192,7 @@ def test_an_address_that_is_not_this_machine_is_named_in_the_error(ledger: Ledge
         elsewhere.serve(sources(ledger))
 
 
-def test_closing_gives_the_port_back_and_leaves_no_thread(metrics: Metrics, ledger: Ledger, port: int) -> None:
+def test_close_frees_the_port_and_ends_the_thread(metrics: Metrics, ledger: Ledger, port: int) -> None:
     before = set(threading.enumerate())
     metrics.serve(sources(ledger))
     assert {thread.name for thread in set(threading.enumerate()) - before} == {"metrics"}
@@ -244,7 +245,7 @@ def test_the_speed_of_a_later_attempt_is_not_reported_as_an_earlier_one_may_have
     assert value(metrics.registry, "cesar_audio_seconds_total") == 60.0
 
 
-def test_a_clock_that_was_set_back_stops_nothing(metrics: Metrics, tmp_path: Path) -> None:
+def test_a_clock_that_is_set_back_counts_as_no_time(metrics: Metrics, tmp_path: Path) -> None:
     times = iter(range(10_000, 0, -10))
     with Ledger(tmp_path / "other.json", clock=lambda: float(next(times))) as ledger:
         submit(ledger, "a")

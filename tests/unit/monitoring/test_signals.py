@@ -53,7 +53,7 @@ def test_the_second_signal_forces_the_stop_and_decides_the_exit_code(
         assert stop.exit_code == code
 
 
-def test_a_closed_terminal_stops_nothing_that_was_started_with_nohup() -> None:
+def test_under_nohup_a_closed_terminal_does_not_stop_the_process() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with handle_stop_signals() as stop:
         signal.raise_signal(signal.SIGHUP)
@@ -75,7 +75,7 @@ def test_a_third_signal_changes_nothing() -> None:
     assert stop.exit_code is ExitCode.TERMINATED
 
 
-def test_a_stop_that_ran_out_of_time_exits_with_the_code_of_the_only_signal() -> None:
+def test_a_stop_that_times_out_exits_with_the_code_of_the_only_signal() -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.wait(DEADLINE_S)

@@ -36,12 +36,12 @@ def test_without_systemd_nothing_is_sent() -> None:
     assert not Notifier({}).ready()
 
 
-def test_a_manager_that_is_gone_is_no_error(tmp_path: Path) -> None:
+def test_a_missing_service_manager_is_no_error(tmp_path: Path) -> None:
     assert not Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")}).ready()
     assert not Notifier({"NOTIFY_SOCKET": "/" + "x" * 200}).ready()
 
 
-def test_a_manager_that_does_not_read_holds_nobody_up(
+def test_a_service_manager_that_does_not_read_holds_nothing_up(
     manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.monitoring.systemd._TIMEOUT_S", 0.01)

@@ -26,7 +26,7 @@ def ends() -> Iterator[tuple[BufferedSocket, socket.socket]]:
 
 
 def arrive(buffered: BufferedSocket) -> None:
-    """Let what the broker sent be read."""
+    """Wait for data from the broker, and read it."""
     assert select.select([buffered], [], [], _WAIT_S)[0]
     buffered.fill()
 
@@ -69,7 +69,7 @@ def test_a_disconnect_waits_until_all_else_is_written(ends: tuple[BufferedSocket
     closing = threading.Thread(target=buffered.close)
     closing.start()
     assert broker.recv(100) == b"\xe0\x00"
-    assert broker.recv(100) == b"", "no reset, which would have taken it away"
+    assert broker.recv(100) == b"", "a reset would have discarded it"
     broker.close()
     closing.join(_WAIT_S)
 

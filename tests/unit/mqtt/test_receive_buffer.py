@@ -10,8 +10,9 @@ import pytest
 
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, RedeliveryBounds
+from tests.factories import delivery
 
-SMALL = Delivery("t", b"", 1, retain=False, dup=False, receipt=Receipt(1, 1))
+SMALL = delivery("t", b"")
 LARGE = "x" * 60_000
 WAIT_S = 10.0
 
@@ -62,7 +63,7 @@ def test_messages_fit_to_the_byte_and_taken_ones_make_room() -> None:
 def test_the_buffer_is_bounded_in_messages_and_keeps_their_order() -> None:
     buffer = ReceiveBuffer(3, 1_000_000, on_room=lambda: None)
     assert [buffer.put(message(number)) for number in range(4)] == [True, True, True, False]
-    assert buffer.take(0) == [message(0), message(1), message(2)], "nothing is kept of what found no room"
+    assert buffer.take(0) == [message(0), message(1), message(2)], "a message without room is not kept"
     assert buffer.take(0) == []
 
 
@@ -108,7 +109,7 @@ def test_messages_of_qos_0_without_room_are_dropped_and_logged_at_intervals(
 
 @pytest.mark.parametrize("end", [lambda buffer: buffer.put(message(0)), ReceiveBuffer.close], ids=["message", "end"])
 def test_take_is_woken_by_the_first_message_and_by_close(end: Callable[[ReceiveBuffer], object]) -> None:
-    """Without that it would sleep on, and a consumer with nothing else to do would never take its next job."""
+    """Otherwise an idle consumer would never receive its next job."""
     buffer = ReceiveBuffer(10, 1_000_000, on_room=lambda: None)
     waits = threading.Event()
     taken: list[list[Delivery]] = []
@@ -139,7 +140,7 @@ def test_after_close_nothing_is_added_or_taken_and_on_room_is_called() -> None:
     buffer.put(message(0))
     assert not buffer.put(message(1))
     buffer.close()
-    assert on_room.times == 1, "else the network thread would hold the message back for ever"
+    assert on_room.times == 1, "else the network thread would hold back the message for ever"
     assert buffer.put(message(1)), "it is not held back, and not acknowledged either"
     assert buffer.take(None) == []
 

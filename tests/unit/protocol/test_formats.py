@@ -163,7 +163,7 @@ def test_json_keeps_words_that_were_asked_for_even_if_there_are_none() -> None:
     assert segment_fields(segment(0, 1, "a", words=()))["words"] == []
 
 
-def test_a_job_gives_the_files_what_its_status_says() -> None:
+def test_a_job_gives_the_files_what_its_status_has() -> None:
     job = Job(
         seq=1,
         job_id="a",
@@ -191,7 +191,7 @@ def test_an_unknown_format_is_a_mistake_of_the_caller() -> None:
 # -- traps -----------------------------------------------------------------------------------------------------------
 
 
-def test_when_nobody_spoke_each_file_is_valid_and_none_is_empty() -> None:
+def test_without_speech_each_file_is_valid_and_none_is_empty() -> None:
     # An empty retained payload would clear the topic, and whoever waits for the result would wait for ever.
     payloads = {name: render(name, SILENT)[0] for name in FORMATS}
     assert payloads["txt"] == payloads["srt"] == b"\n"
@@ -284,7 +284,7 @@ def is_break(character: str) -> bool:
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n", "\x00\t"])
-def test_a_segment_that_says_nothing_stands_in_json_alone(nothing: str) -> None:
+def test_a_segment_without_a_text_stands_in_json_alone(nothing: str) -> None:
     of = content(segment(0.0, 1.0, "a"), segment(1.0, 2.0, nothing), segment(2.0, 3.0, "b"))
     assert read_txt(render("txt", of)[0]) == ["a", "b"]
     for read, name in ((read_srt, "srt"), (read_vtt, "vtt"), (read_tsv, "tsv")):
@@ -338,7 +338,7 @@ def begin(segments: int) -> str:
     return " ".join(each.text for each in LONG.segments[:segments])
 
 
-def test_json_that_was_cut_says_so_and_holds_the_text_of_the_segments_that_are_left() -> None:
+def test_json_that_was_cut_is_marked_and_holds_the_text_of_the_segments_that_are_left() -> None:
     document = read_json(render("json", LONG, limit_bytes=2000)[0])
     assert document["truncated"] is True
     assert document["text"] == begin(len(document["segments"]))

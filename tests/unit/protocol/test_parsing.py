@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.ledger.documents import job_document, job_from
+from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES, Command, JobCommand
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.parsing import (
     SHORT_FORM_BYTES,
@@ -19,10 +21,12 @@ from cesar_mqtt.protocol.parsing import (
     Refusal,
     UserProperties,
     parse_audio,
+    parse_command,
 )
 from cesar_mqtt.protocol.parsing import parse_submission as parse
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.protocol.truncate import excerpt, truncate_status
 
 LONG = "x" * 17 + "..." + "x" * 18
@@ -51,18 +55,18 @@ def accepted(parsed: Parsed) -> Accepted:
     return parsed
 
 
-def refused(parsed: Parsed) -> Refusal:
+def rejected(parsed: Parsed) -> Refusal:
     assert isinstance(parsed, Refusal), parsed
     return parsed
 
 
-def told(parsed: Parsed) -> Refusal:
+def bare(parsed: Parsed) -> Refusal:
     """A refusal without what is recorded beside it."""
-    return replace(refused(parsed), metadata={}, audio=None)
+    return replace(rejected(parsed), metadata={}, audio=None)
 
 
 def check(parsed: Parsed, payload: bytes = b"") -> None:
-    """Whatever came in: an accepted request can be written and read back, a refusal can be told to anybody."""
+    """For any input: an accepted request can be written and read back, a refusal can be published."""
     if isinstance(parsed, Accepted):
         check_accepted(parsed)
     else:
@@ -168,8 +172,8 @@ def test_every_field_is_taken_over() -> None:
     }
     request = accepted(parse(as_json(**fields))).request
     assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
-    told_elsewhere = {"job_id", "audio_path", "model_size", "formats", "stream", "expires_in", "metadata"}
-    assert request.options() == {name: value for name, value in fields.items() if name not in told_elsewhere}
+    not_options = {"job_id", "audio_path", "model_size", "formats", "stream", "expires_in", "metadata"}
+    assert request.options() == {name: value for name, value in fields.items() if name not in not_options}
 
 
 def test_audio_in_base64_may_have_line_ends_and_blanks_in_it() -> None:
@@ -236,11 +240,11 @@ def test_a_user_property_sets_what_the_payload_has_as_null() -> None:
     assert (request.language, request.stream, request.metadata) == ("de", True, {"room": "porch"})
 
 
-@pytest.mark.parametrize("said", ["", "  ", "auto", "AUTO", " Auto "])
-def test_a_language_may_be_left_to_be_detected_in_so_many_words(said: str) -> None:
+@pytest.mark.parametrize("text", ["", "  ", "auto", "AUTO", " Auto "])
+def test_a_language_may_be_left_to_be_detected_explicitly(text: str) -> None:
     for parsed in (
-        parse(as_json(audio_path="a", language=said)),
-        parse(b"a", (("language", said),)),
+        parse(as_json(audio_path="a", language=text)),
+        parse(b"a", (("language", text),)),
     ):
         assert accepted(parsed).request.language is None
         assert accepted(parsed).request.options() == {}
@@ -261,7 +265,7 @@ def test_of_a_very_long_prompt_what_can_count_is_kept_with_a_mark_where_it_was_c
     request = accepted(parse(as_json(audio_path="a", initial_prompt=words, hotwords=words))).request
     options = request.options()
     assert options == {"initial_prompt": "…" + words[-10_000:], "hotwords": words[:10_000] + "…"}
-    assert (request.initial_prompt, request.hotwords) == (words, words), "what tells requests apart is all of it"
+    assert (request.initial_prompt, request.hotwords) == (words, words), "the fingerprint covers all of it"
 
 
 @pytest.mark.parametrize(
@@ -272,9 +276,9 @@ def test_a_prompt_of_which_all_can_count_is_not_marked_as_cut(text: str, kept: s
     assert options == {"initial_prompt": kept, "hotwords": kept}
 
 
-@pytest.mark.parametrize(("said", "code"), [("German", "de"), ("de-AT", "de"), ("EN_us", "en"), ("haw", "haw")])
-def test_a_language_may_be_a_name_or_a_bcp_47_tag(said: str, code: str) -> None:
-    assert accepted(parse(as_json(audio_path="a", language=said))).request.language == code
+@pytest.mark.parametrize(("text", "code"), [("German", "de"), ("de-AT", "de"), ("EN_us", "en"), ("haw", "haw")])
+def test_a_language_may_be_a_name_or_a_bcp_47_tag(text: str, code: str) -> None:
+    assert accepted(parse(as_json(audio_path="a", language=text))).request.language == code
 
 
 @pytest.mark.parametrize("blanks", [b" ", b"\n\t\r\n  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
@@ -430,9 +434,9 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
         ),
     ],
 )
-def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, value: object, sentence: str) -> None:
+def test_a_field_over_its_limit_is_rejected_with_what_it_has_to_be(field: str, value: object, sentence: str) -> None:
     parsed = parse(as_json(**{"job_id": "porch-17", "audio_path": "a", field: value}))
-    assert told(parsed) == Refusal("invalid_request", sentence, "porch-17", recordable=True)
+    assert bare(parsed) == Refusal("invalid_request", sentence, "porch-17", recordable=True)
     check(parsed)
 
 
@@ -464,49 +468,49 @@ def test_a_field_over_its_limit_is_refused_with_what_it_has_to_be(field: str, va
         "http://nas.local\uff0fother.example/x",
     ],
 )
-def test_what_is_no_url_with_a_host_is_refused_without_being_shown(url: str) -> None:
+def test_what_is_no_url_with_a_host_is_rejected_without_being_shown(url: str) -> None:
     parsed = parse(as_json(job_id="a", audio_url=url))
     detail = "audio_url is no URL that begins with http:// or https:// and names a host."
-    assert told(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
+    assert bare(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
 
-def test_a_url_that_is_too_long_is_refused_without_being_shown() -> None:
+def test_a_url_that_is_too_long_is_rejected_without_being_shown() -> None:
     detail = "audio_url must be an http or https URL of at most 4096 characters."
-    assert refused(parse(as_json(audio_url="http://a/" + "x" * 4088))).detail == detail
-    assert refused(parse(as_json(audio_url=["secret"]))).detail == detail
+    assert rejected(parse(as_json(audio_url="http://a/" + "x" * 4088))).detail == detail
+    assert rejected(parse(as_json(audio_url=["secret"]))).detail == detail
 
 
 @pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"9" * 400])
 @pytest.mark.parametrize("field", [b'"temperature": %s', b'"temperature": [%s]', b'"clip_timestamps": [[0, %s]]'])
 def test_a_number_that_is_not_finite_is_no_temperature_and_no_time(field: bytes, number: bytes) -> None:
     payload = b'{"audio_path": "a", %s}' % (field % number)
-    check(refused(parse(payload)), payload)
+    check(rejected(parse(payload)), payload)
 
 
 @pytest.mark.parametrize("name", [name for name in JobRequest.model_fields if name != "job_id"])
-def test_no_fields_refusal_speaks_the_validators_language(name: str) -> None:
+def test_no_fields_rejection_quotes_the_validator(name: str) -> None:
     parsed = parse(as_json(**{name: [{"a": 1}]}))
-    assert refused(parsed).detail.startswith(f"{name} must be ")
+    assert rejected(parsed).detail.startswith(f"{name} must be ")
     check(parsed)
 
 
 @pytest.mark.parametrize(
     "job_id", ["", "x" * 65, "a b", "a/b", "#", "a\n", "\0", "é", 17, 1.5, True, ["a"], {"a": "b"}, "y" * 100_000]
 )
-def test_an_unusable_id_is_refused_for_itself_and_nothing_is_recorded(job_id: object) -> None:
+def test_an_unusable_id_is_rejected_for_itself_and_nothing_is_recorded(job_id: object) -> None:
     parsed = parse(as_json(audio_path="a", beam_size=99, job_id=job_id))
-    assert refused(parsed).reason == "invalid_job_id"
-    assert refused(parsed).job_id is None
-    assert not refused(parsed).recordable
-    assert "1 to 64 of A-Z, a-z, 0-9, _ and -" in refused(parsed).detail
+    assert rejected(parsed).reason == "invalid_job_id"
+    assert rejected(parsed).job_id is None
+    assert not rejected(parsed).recordable
+    assert "1 to 64 of A-Z, a-z, 0-9, _ and -" in rejected(parsed).detail
     check(parsed)
 
 
 def test_an_id_that_is_no_text_is_not_shown_as_if_it_were() -> None:
-    assert refused(parse(as_json(audio_path="a", job_id=17))).detail.startswith("17 is no job id: use text")
+    assert rejected(parse(as_json(audio_path="a", job_id=17))).detail.startswith("17 is no job id: use text")
 
 
-def test_the_name_of_the_job_in_work_is_no_id() -> None:
+def test_the_name_of_the_running_job_is_no_id() -> None:
     for parsed in (
         parse(as_json(audio_path="a", job_id="current")),
         parse(b"a", (("job_id", "current"),)),
@@ -523,22 +527,22 @@ def test_the_name_of_the_job_in_work_is_no_id() -> None:
 )
 def test_an_unknown_field_is_named_with_the_one_that_was_meant(typo: str, meant: str) -> None:
     parsed = parse(as_json(**{"job_id": "a", "audio_path": "a", typo: "x"}))
-    assert told(parsed) == Refusal(
+    assert bare(parsed) == Refusal(
         "invalid_request", f"There is no field {typo!r} (did you mean {meant}?).", "a", recordable=True
     )
 
 
 def test_an_unknown_field_that_resembles_none_is_named_without_a_guess() -> None:
-    assert refused(parse(as_json(audio_path="a", colour="red"))).detail == "There is no field 'colour'."
+    assert rejected(parse(as_json(audio_path="a", colour="red"))).detail == "There is no field 'colour'."
 
 
-def test_a_misspelt_audio_field_is_not_blamed_twice() -> None:
-    assert refused(parse(as_json(audiopath="a"))).detail == "There is no field 'audiopath' (did you mean audio_path?)."
+def test_a_misspelt_audio_field_is_named_once() -> None:
+    assert rejected(parse(as_json(audiopath="a"))).detail == "There is no field 'audiopath' (did you mean audio_path?)."
 
 
 def test_every_mistake_is_named_at_once_as_long_as_they_are_few() -> None:
     parsed = parse(as_json(audio_path="a", beam_size=0, task="sing", colour="red"))
-    detail = refused(parsed).detail
+    detail = rejected(parsed).detail
     assert "'colour'" in detail
     assert "task" in detail
     assert "beam_size" in detail
@@ -548,7 +552,7 @@ def test_every_mistake_is_named_at_once_as_long_as_they_are_few() -> None:
 def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
     payload = as_json(**{f"{number} {'x' * 500}": 1 for number in range(20_000)}, beam_size=0)
     parsed = parse(payload)
-    assert "Mistakes beside these: 19998." in refused(parsed).detail
+    assert "Mistakes beside these: 19998." in rejected(parsed).detail
     check(parsed, payload)
 
 
@@ -564,31 +568,31 @@ def test_a_message_of_many_mistakes_is_answered_in_a_short_sentence() -> None:
 def test_exactly_one_audio_field_is_needed(fields: dict[str, Any], found: str) -> None:
     parsed = parse(as_json(job_id="a", **fields))
     detail = f"Exactly one of audio_path, audio_url, audio_base64 is needed, found {found}."
-    assert told(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
+    assert bare(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
 
 @pytest.mark.parametrize(
     "text",
     ["YQ", "Y", "YQ==YQ==", "YQ==\nYQ==", "_-__", "ä", "YQ\u00a0==", "YQ\0==", "=", "\n", "data:audio/wav;base64,YQ=="],
 )
-def test_what_is_not_strict_base64_is_refused_and_recorded(text: str) -> None:
+def test_what_is_not_strict_base64_is_rejected_and_recorded(text: str) -> None:
     parsed = parse(as_json(job_id="a", audio_base64=text))
-    assert refused(parsed).reason == "invalid_request"
-    assert refused(parsed).detail.startswith("audio_base64 is not base64")
-    assert refused(parsed).recordable
+    assert rejected(parsed).reason == "invalid_request"
+    assert rejected(parsed).detail.startswith("audio_base64 is not base64")
+    assert rejected(parsed).recordable
     check(parsed)
 
 
-def test_audio_of_no_bytes_is_refused() -> None:
-    assert refused(parse(as_json(job_id="a", audio_base64=""))).detail == "audio_base64 must be a file in base64."
+def test_audio_of_no_bytes_is_rejected() -> None:
+    assert rejected(parse(as_json(job_id="a", audio_base64=""))).detail == "audio_base64 must be a file in base64."
 
 
 @pytest.mark.parametrize("payload", [b"[]", b'"a.wav"', b'[{"audio_path": "a"}]', b' "x"'])
 def test_json_that_is_no_object_is_an_invalid_request(payload: bytes) -> None:
     for properties in ((), (("job_id", "a"),)):
         parsed = parse(payload, properties)
-        assert refused(parsed).reason == "invalid_request"
-        assert refused(parsed).detail.startswith("The payload must be a JSON object")
+        assert rejected(parsed).reason == "invalid_request"
+        assert rejected(parsed).detail.startswith("The payload must be a JSON object")
         check(parsed, payload)
 
 
@@ -616,15 +620,15 @@ def test_json_that_is_no_object_is_an_invalid_request(payload: bytes) -> None:
 def test_what_is_not_json_is_malformed_with_or_without_user_properties(payload: bytes) -> None:
     for properties in ((), (("room", "porch"),)):
         parsed = parse(payload, properties)
-        assert refused(parsed).reason == "malformed_json"
-        assert not refused(parsed).recordable
+        assert rejected(parsed).reason == "malformed_json"
+        assert not rejected(parsed).recordable
         check(parsed, payload)
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
-def test_a_number_that_becomes_infinite_is_refused(number: str) -> None:
+def test_a_number_that_becomes_infinite_is_rejected(number: str) -> None:
     parsed = parse(b'{"audio_path": "a", "metadata": {"a": %s}}' % number.encode())
-    assert refused(parsed).detail == "metadata holds a number that is too large, or text that is not Unicode."
+    assert rejected(parsed).detail == "metadata holds a number that is too large, or text that is not Unicode."
     check(parsed)
 
 
@@ -632,7 +636,7 @@ def test_a_number_that_becomes_infinite_is_refused(number: str) -> None:
 @pytest.mark.parametrize("depth", [TOO_DEEP, 100_000])
 def test_json_nested_too_deep_is_malformed(opening: bytes, depth: int) -> None:
     parsed = parse(opening * depth)
-    assert refused(parsed).reason == "malformed_json"
+    assert rejected(parsed).reason == "malformed_json"
     check(parsed, opening * depth)
 
 
@@ -681,15 +685,15 @@ def test_json_nested_as_deep_as_the_parser_takes_it_passes_through_to_the_status
         "empty lines",
     ],
 )
-def test_ten_megabytes_are_refused_without_being_echoed(payload: bytes) -> None:
+def test_ten_megabytes_are_rejected_without_being_echoed(payload: bytes) -> None:
     parsed = parse(payload)
-    check(refused(parsed), payload)
+    check(rejected(parsed), payload)
 
 
-def test_a_prompt_or_audio_is_never_quoted_in_a_refusal() -> None:
-    assert "secret" not in refused(parse(as_json(audio_path="a", initial_prompt=["secret"]))).detail
-    assert "secret" not in refused(parse(as_json(audio_path="a", initial_prompt="secret" * 11_000))).detail
-    assert "secret" not in refused(parse(as_json(audio_base64="secret!"))).detail
+def test_a_prompt_or_audio_is_never_quoted_in_a_rejection() -> None:
+    assert "secret" not in rejected(parse(as_json(audio_path="a", initial_prompt=["secret"]))).detail
+    assert "secret" not in rejected(parse(as_json(audio_path="a", initial_prompt="secret" * 11_000))).detail
+    assert "secret" not in rejected(parse(as_json(audio_base64="secret!"))).detail
 
 
 # -- what is kept of a refused request -----------------------------------------------------------------------------
@@ -710,11 +714,11 @@ def test_a_prompt_or_audio_is_never_quoted_in_a_refusal() -> None:
         ({"audio_url": "http://me:secret@nas:port/a"}, None),
     ],
 )
-def test_a_refusal_that_is_recorded_says_where_the_audio_would_have_been(
+def test_a_rejection_that_is_recorded_names_where_the_audio_would_have_been(
     fields: dict[str, Any], audio: AudioSource | None
 ) -> None:
     parsed = parse(as_json(job_id="a", beam_size=99, metadata={"room": "porch"}, **fields))
-    assert (refused(parsed).audio, refused(parsed).metadata) == (audio, {"room": "porch"})
+    assert (rejected(parsed).audio, rejected(parsed).metadata) == (audio, {"room": "porch"})
     check(parsed)
 
 
@@ -725,18 +729,18 @@ def test_a_refusal_that_is_recorded_says_where_the_audio_would_have_been(
 def test_metadata_is_kept_if_it_is_right_in_itself(metadata: object, kept: dict[str, Any]) -> None:
     for wrong in ({"langauge": "de"}, {"audio_url": "http://nas/a"}, {"audio_base64": "?"}):
         parsed = parse(as_json(**{"job_id": "a", "audio_path": "a", "metadata": metadata, "beam_size": 99, **wrong}))
-        assert refused(parsed).metadata == kept
+        assert rejected(parsed).metadata == kept
         check(parsed)
 
 
-def test_what_is_kept_of_a_refused_upload_comes_from_its_user_properties() -> None:
+def test_what_is_kept_of_a_rejected_upload_comes_from_its_user_properties() -> None:
     for wrong in (("task", "sing"), ("audio_path", "a"), ("job_id", "b"), ("beam_size", "99")):
         parsed = parse_audio("a", WAV, (("room", "porch"), wrong))
-        assert (refused(parsed).audio, refused(parsed).metadata) == (UPLOAD, {"room": "porch"})
+        assert (rejected(parsed).audio, rejected(parsed).metadata) == (UPLOAD, {"room": "porch"})
 
 
-def test_nothing_is_kept_of_a_refusal_that_is_not_recorded() -> None:
-    assert refused(parse(as_json(audio_path="a", beam_size=99, metadata={"room": "porch"}))).metadata == {}
+def test_nothing_is_kept_of_a_rejection_that_is_not_recorded() -> None:
+    assert rejected(parse(as_json(audio_path="a", beam_size=99, metadata={"room": "porch"}))).metadata == {}
 
 
 # -- the short form ------------------------------------------------------------------------------------------------
@@ -785,16 +789,16 @@ def test_one_line_of_text_is_a_path(payload: bytes, path: str) -> None:
 )
 def test_what_is_not_one_line_of_text_is_malformed(payload: bytes) -> None:
     parsed = parse(payload)
-    assert refused(parsed).reason == "malformed_json"
-    assert "publish its bytes on the audio topic" in refused(parsed).detail
+    assert rejected(parsed).reason == "malformed_json"
+    assert "publish its bytes on the audio topic" in rejected(parsed).detail
     check(parsed, payload)
 
 
 @pytest.mark.parametrize("payload", [b"\n", b"\r\n", b" \t ", b"\n\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
 def test_a_line_without_anything_is_called_empty(payload: bytes) -> None:
     parsed = parse(payload)
-    assert refused(parsed).reason == "malformed_json"
-    assert refused(parsed).detail.startswith("The payload is an empty line: ")
+    assert rejected(parsed).reason == "malformed_json"
+    assert rejected(parsed).detail.startswith("The payload is an empty line: ")
     check(parsed, payload)
 
 
@@ -813,10 +817,10 @@ def test_a_line_that_begins_like_a_url_is_one(url: str, end: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", [b"https://", b"http:///x", b"http://a:b/"])
-def test_a_line_that_begins_like_a_url_and_is_none_is_refused(line: bytes) -> None:
+def test_a_line_that_begins_like_a_url_and_is_none_is_rejected(line: bytes) -> None:
     parsed = parse(line, (("job_id", "a"),))
-    assert refused(parsed).detail.startswith("audio_url is no URL")
-    assert refused(parsed).recordable
+    assert rejected(parsed).detail.startswith("audio_url is no URL")
+    assert rejected(parsed).recordable
 
 
 # -- user properties -----------------------------------------------------------------------------------------------
@@ -894,18 +898,18 @@ def test_formats_in_a_user_property_may_be_names_with_commas_between_them(text: 
 
 
 @pytest.mark.parametrize("text", ["", ",", "srt;vtt", "srt,doc", '"srt"', "7", "True"])
-def test_what_is_no_list_of_formats_in_a_user_property_is_refused(text: str) -> None:
+def test_what_is_no_list_of_formats_in_a_user_property_is_rejected(text: str) -> None:
     parsed = parse_audio("a", WAV, (("formats", text),))
-    assert refused(parsed).detail.startswith('formats must be a list such as ["txt"], of any of ')
+    assert rejected(parsed).detail.startswith('formats must be a list such as ["txt"], of any of ')
     check(parsed)
 
 
-def test_user_properties_over_four_kib_are_refused() -> None:
+def test_user_properties_over_four_kib_are_rejected() -> None:
     properties = (("job_id", "a"), *((f"k{number}", "x" * 100) for number in range(50)))
     for parsed in (parse(b"a.wav", properties), parse_audio("a", WAV, properties)):
-        assert refused(parsed).reason == "invalid_request"
-        assert refused(parsed).detail.startswith("metadata has ")
-        assert refused(parsed).recordable
+        assert rejected(parsed).reason == "invalid_request"
+        assert rejected(parsed).detail.startswith("metadata has ")
+        assert rejected(parsed).recordable
         check(parsed)
 
 
@@ -932,11 +936,11 @@ def test_user_properties_over_four_kib_are_refused() -> None:
         ("task", ""),
     ],
 )
-def test_a_user_property_that_does_not_fit_its_field_is_refused(name: str, text: str) -> None:
+def test_a_user_property_that_does_not_fit_its_field_is_rejected(name: str, text: str) -> None:
     for parsed in (parse(b"a.wav", ((name, text), ("job_id", "a"))), parse_audio("a", WAV, ((name, text),))):
-        assert refused(parsed).reason == "invalid_request"
-        assert refused(parsed).detail.startswith(name)
-        assert refused(parsed).recordable
+        assert rejected(parsed).reason == "invalid_request"
+        assert rejected(parsed).detail.startswith(name)
+        assert rejected(parsed).recordable
         check(parsed)
 
 
@@ -956,29 +960,129 @@ def test_user_properties_set_the_fields_of_an_audio_message() -> None:
 
 
 @pytest.mark.parametrize("job_id", ["", "a/b", "x" * 65, "a b", "\ufffd", "y" * 60_000])
-def test_an_audio_topic_without_a_usable_id_is_refused(job_id: str) -> None:
+def test_an_audio_topic_without_a_usable_id_is_rejected(job_id: str) -> None:
     parsed = parse_audio(job_id, WAV)
-    assert refused(parsed).reason == "invalid_job_id"
-    assert not refused(parsed).recordable
-    assert refused(parse_audio(job_id, WAV, (("audio_path", "a"),))) == parsed
+    assert rejected(parsed).reason == "invalid_job_id"
+    assert not rejected(parsed).recordable
+    assert rejected(parse_audio(job_id, WAV, (("audio_path", "a"),))) == parsed
     check(parsed)
 
 
 @pytest.mark.parametrize("name", ["audio_path", "audio_url", "audio_base64"])
 def test_an_audio_message_names_no_other_audio(name: str) -> None:
     parsed = parse_audio("a", WAV, ((name, "YQ=="),))
-    assert told(parsed) == Refusal(
+    assert bare(parsed) == Refusal(
         "invalid_request", f"The payload is the audio: leave out {name}.", "a", recordable=True
     )
 
 
-def test_a_second_id_beside_the_topics_is_refused_unless_it_is_the_same() -> None:
+def test_a_second_id_beside_the_topics_is_rejected_unless_it_is_the_same() -> None:
     accepted(parse_audio("a", WAV, (("job_id", "a"),)))
     parsed = parse_audio("a", WAV, (("job_id", "b"), ("room", "porch")))
     detail = "The user property job_id differs from the topic: leave it out."
     metadata = {"room": "porch"}
     assert parsed == Refusal("invalid_request", detail, "a", recordable=True, metadata=metadata, audio=UPLOAD)
     check(parsed)
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+WRONG_COMMANDS: list[tuple[str, Any, str]] = [
+    ("get", {}, "job_id must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current'; it is missing."),
+    ("get", b"", "job_id must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current'; it is missing."),
+    ("get", {"job_id": "a b"}, "must be the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -, or 'current', not 'a b'."),
+    ("get", {"job_id": 7}, "or 'current', not 7."),
+    ("get", {"job_id": None}, "or 'current', not null."),
+    ("get", b"../etc/passwd", "or 'current', not '../etc/passwd'."),
+    ("get", b"a\nb", "The payload is neither a JSON object nor one line of text with a job's id."),
+    ("get", b"\xff\xfe", "The payload is neither a JSON object nor one line of text with a job's id."),
+    ("get", b"a" * 5000, "The payload is neither a JSON object nor one line of text with a job's id."),
+    ("get", b"x" * 70_000, "The request has 70000 bytes: at most 65536 are read."),
+    ("get", b"[1]", "The payload must be a JSON object, or one line of text with a job's id."),
+    ("get", b'"a"', "The payload must be a JSON object, or one line of text with a job's id."),
+    ("get", b"{", "The payload is not JSON: EOF while parsing an object at line 1 column 1."),
+    ("get", b'{"job_id": NaN}', "The payload is not JSON: expected value at line 1 column 12."),
+    ("get", {"job_id": "a", "jobid": 1}, "There is no field 'jobid' (did you mean job_id?)."),
+    ("cancel", {"job_id": "a", "reason": "x"}, "There is no field 'reason'."),
+    ("pause", b"on", "`pause` is not about one job: leave job_id out."),
+    ("list", {"job_id": "a"}, "`list` is not about one job: leave job_id out."),
+    ("pause", {"on": True}, "There is no field 'on'."),
+    ("list", {"limit": 0}, "limit must be a whole number from 1 to 1000, not 0."),
+    ("list", {"limit": 1001}, "limit must be a whole number from 1 to 1000, not 1001."),
+    ("list", {"limit": "5"}, "limit must be a whole number from 1 to 1000, not '5'."),
+    ("list", {"limit": True}, "limit must be a whole number from 1 to 1000, not true."),
+    ("list", {"status": "done"}, "'error', 'cancelled' or null, not 'done'."),
+    ("list", {"after": "a/b"}, "or null, not 'a/b'."),
+    ("result", {"job_id": "a", "format": "doc"}, "format must be one of txt, srt, vtt, tsv, json, not 'doc'."),
+    ("result", {"job_id": "a", "offset": -1}, "or the offset + length of the previous response, not -1."),
+    ("result", {"job_id": "a", "offset": 2**60}, "not 1152921504606846976."),
+    ("result", {"job_id": "a", "length": 3}, f"length must be a whole number from 4 to {MAX_RESULT_BYTES}, not 3."),
+    ("result", {"job_id": "a", "length": MAX_RESULT_BYTES + 1}, f"from 4 to {MAX_RESULT_BYTES}, not 65537."),
+    ("get", {"job_id": "a", "transaction": "ü" * 2048}, "transaction has more than 4096 bytes as JSON."),
+    ("get", {"job_id": "a", "transaction": {"x": [0] * 2048}}, "transaction has more than 4096 bytes as JSON."),
+    ("get", b'{"job_id": "a", "transaction": [1e999]}', "transaction holds a number that is too large."),
+    ("list", {"a": 1, "b": 2, "c": 3, "d": 4}, "There is no field 'c'. Mistakes beside these: 1."),
+    ("pause", {"consumer": "a/b"}, "the name of a consumer, 1 to 64 of A-Z, a-z, 0-9, _ and -, or null, not 'a/b'."),
+]
+
+
+def command_payload(request: Any) -> bytes:
+    return request if isinstance(request, bytes) else json.dumps(request).encode()
+
+
+@pytest.mark.parametrize(("command", "request_", "sentence"), WRONG_COMMANDS)
+def test_an_invalid_command_is_answered_with_what_its_fields_must_be(
+    command: str, request_: Any, sentence: str
+) -> None:
+    parsed = parse_command(command, command_payload(request_))
+    assert parsed.command is None
+    assert parsed.mistakes.endswith(sentence)
+    assert not [jargon for jargon in JARGON if jargon in parsed.mistakes]
+
+
+@pytest.mark.parametrize("payload", [b"a", b" a\n", b"a\r\n", b'{"job_id": "a"}', b'\xef\xbb\xbf{"job_id":"a"}'])
+def test_a_line_is_short_for_the_job(payload: bytes) -> None:
+    assert parse_command("cancel", payload).command == JobCommand(job_id="a")
+
+
+@pytest.mark.parametrize("payload", [b"", b" \n", b"{}", b"\xef\xbb\xbf"])
+def test_an_empty_payload_is_an_empty_object(payload: bytes) -> None:
+    assert parse_command("pause", payload).command == Command()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_null_is_the_same_as_to_leave_a_field_of_a_command_out(command: str) -> None:
+    fields = COMMANDS[command].request.model_fields
+    needed = {"job_id": "a"} if "job_id" in fields else {}
+    parsed = parse_command(command, as_json(**{**dict.fromkeys(fields), **needed}))
+    assert parsed.command is not None
+    assert parsed == parse_command(command, as_json(**needed))
+
+
+@pytest.mark.parametrize(
+    ("schema", "command", "request_"),
+    [
+        ("ListCommand", "list", {"limit": None, "status": None, "after": None, "consumer": None}),
+        ("ListCommand", "list", {"limit": 0}),
+        ("ListCommand", "list", {"limit": 5, "transaction": [{"a": 1}, None]}),
+        ("ResultCommand", "result", {"job_id": "a", "format": None, "offset": None, "length": None}),
+        ("ResultCommand", "result", {"job_id": "a", "length": 3}),
+        ("JobCommand", "get", {"job_id": None}),
+    ],
+)
+def test_a_command_is_valid_if_its_schema_allows_it(schema: str, command: str, request_: dict[str, Any]) -> None:
+    allowed = Draft202012Validator(payload_schemas()[schema]).is_valid(request_)
+    assert allowed == (parse_command(command, command_payload(request_)).command is not None)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "dance"])
+def test_transaction_and_consumer_are_read_of_an_invalid_command_too(command: str) -> None:
+    parsed = parse_command(command, as_json(consumer="attic", transaction=[1, None], nonsense=1))
+    assert (parsed.command, parsed.consumer, parsed.transaction) == (None, "attic", [1, None])
+    long = parse_command(command, as_json(consumer="a/b", transaction="x" * 5000))
+    assert (long.command, long.consumer, long.transaction) == (None, None, None)
+    assert "xxx" not in long.mistakes
 
 
 # -- anything at all -----------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ LIVE = JobProgress(
 NOTHING = dict.fromkeys(STATUS_FIELDS)
 
 
-def told(job: Job, live: JobProgress | None = None) -> dict[str, Any]:
+def published(job: Job, live: JobProgress | None = None) -> dict[str, Any]:
     status: dict[str, Any] = json.loads(truncate_status(status_of(job, "kitchen", live)))
     return status
 
@@ -117,12 +117,12 @@ def told(job: Job, live: JobProgress | None = None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
 def test_a_status_has_exactly_the_fields_of_the_contract_in_every_state(job: Job) -> None:
-    assert list(told(job)) == STATUS_FIELDS
+    assert list(published(job)) == STATUS_FIELDS
 
 
-def test_a_queued_job_is_told_with_its_place_and_what_was_asked_for() -> None:
+def test_a_queued_job_has_its_position_and_its_options() -> None:
     asked = QUEUED._replace(options={"language": "de", "task": "translate"}, metadata={"room": "porch"})
-    assert told(asked) == NOTHING | {
+    assert published(asked) == NOTHING | {
         "job_id": "porch-17",
         "status": "queued",
         "attempt": 0,
@@ -142,8 +142,8 @@ def test_a_queued_job_is_told_with_its_place_and_what_was_asked_for() -> None:
     }
 
 
-def test_a_job_in_work_is_told_with_its_progress() -> None:
-    status = told(PROCESSING, LIVE)
+def test_a_running_job_has_its_progress() -> None:
+    status = published(PROCESSING, LIVE)
     assert status["status"] == "processing"
     assert status["attempt"] == 1
     assert status["started_at"] == "2026-01-23T21:45:01.120Z"
@@ -156,12 +156,12 @@ def test_a_job_in_work_is_told_with_its_progress() -> None:
     assert status["queue_position"] is None
 
 
-def test_a_job_in_work_without_news_is_at_the_beginning() -> None:
-    assert told(PROCESSING)["progress"] == 0.0
+def test_a_running_job_without_news_is_at_the_beginning() -> None:
+    assert published(PROCESSING)["progress"] == 0.0
 
 
-def test_a_completed_job_is_told_with_the_whole_transcript_and_progress_one() -> None:
-    status = told(COMPLETED)
+def test_a_completed_job_has_the_whole_transcript_and_progress_one() -> None:
+    status = published(COMPLETED)
     assert status["status"] == "completed"
     assert status["completed_at"] == "2026-01-23T21:45:11.120Z"
     assert status["progress"] == 1
@@ -177,16 +177,16 @@ def test_a_completed_job_is_told_with_the_whole_transcript_and_progress_one() ->
 
 def test_no_speech_is_an_empty_text_and_not_a_missing_one() -> None:
     silent = COMPLETED._replace(result_text="", detected_language=None, language_probability=None, no_speech=True)
-    status = told(silent)
+    status = published(silent)
     assert status["result_text"] == ""
     assert status["no_speech"] is True
     assert status["detected_language"] is status["language_probability"] is None
 
 
 @pytest.mark.parametrize("code", ErrorCode)
-def test_an_error_is_told_with_its_sentence_and_whether_a_retry_may_help(code: ErrorCode) -> None:
+def test_an_error_has_its_sentence_and_whether_a_retry_may_help(code: ErrorCode) -> None:
     retryable = {"download_failed", "model_unavailable", "timeout", "expired", "crashed", "internal"}
-    status = told(FAILED._replace(error_code=code))
+    status = published(FAILED._replace(error_code=code))
     assert status["error_code"] == code.value
     assert status["error_message"] == "There is no such file."
     assert status["retryable"] is (code.value in retryable)
@@ -194,8 +194,8 @@ def test_an_error_is_told_with_its_sentence_and_whether_a_retry_may_help(code: E
 
 
 def test_audio_that_came_with_the_job_is_called_an_upload_and_never_by_its_file_name() -> None:
-    assert told(QUEUED._replace(audio=AudioSource("spool", "0123abcd")))["audio_source"] == "upload"
-    assert told(QUEUED._replace(audio=None))["audio_source"] is None
+    assert published(QUEUED._replace(audio=AudioSource("spool", "0123abcd")))["audio_source"] == "upload"
+    assert published(QUEUED._replace(audio=None))["audio_source"] is None
 
 
 @pytest.mark.parametrize(
@@ -210,31 +210,31 @@ def test_audio_that_came_with_the_job_is_called_an_upload_and_never_by_its_file_
         ("https://a@s3cret@nas.local/x", "https://nas.local/x"),
     ],
 )
-def test_a_url_is_told_without_what_may_be_a_secret_in_it(url: str, source: str) -> None:
+def test_a_url_is_published_without_what_may_be_a_secret_in_it(url: str, source: str) -> None:
     payload = truncate_status(status_of(QUEUED._replace(audio=AudioSource("url", url)), "kitchen"))
     assert json.loads(payload)["audio_source"] == source
     assert b"s3cret" not in payload
 
 
-def test_the_formats_that_were_asked_for_are_told_and_whether_one_had_to_be_cut() -> None:
+def test_the_formats_that_were_asked_for_are_published_and_whether_one_was_cut() -> None:
     asked = COMPLETED._replace(formats=("srt", "json"))
-    assert told(asked)["formats"] == ["srt", "json"]
-    assert told(asked)["result_truncated"] is False
+    assert published(asked)["formats"] == ["srt", "json"]
+    assert published(asked)["result_truncated"] is False
     assert status_of(asked, "kitchen", result_truncated=True)["result_truncated"] is True
 
 
 @pytest.mark.parametrize("job", [QUEUED, COMPLETED, FAILED], ids=lambda job: job.state)
-def test_progress_that_comes_late_changes_nothing_for_a_job_that_is_not_in_work(job: Job) -> None:
-    assert told(job, LIVE) == told(job)
+def test_progress_that_comes_late_changes_nothing_for_a_job_that_is_not_running(job: Job) -> None:
+    assert published(job, LIVE) == published(job)
 
 
 def test_a_job_whose_clock_went_back_while_it_ran_has_no_speed() -> None:
-    assert told(COMPLETED._replace(completed_at=ACCEPTED_AT))["speed"] is None
+    assert published(COMPLETED._replace(completed_at=ACCEPTED_AT))["speed"] is None
 
 
 @pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)
 def test_every_time_is_rfc_3339_in_utc_with_milliseconds(job: Job) -> None:
-    status = told(job)
+    status = published(job)
     for name in ("created_at", "started_at", "completed_at", "updated_at"):
         assert status[name] is None or TIME.fullmatch(status[name])
 
@@ -265,7 +265,7 @@ def test_a_timestamp_is_in_utc_whatever_the_time_zone(
 SEGMENT = Segment(id=3, start_s=1.5, end_s=2.25, text="Hello.", avg_logprob=-0.25, no_speech_prob=0.01)
 
 
-def test_a_segment_is_told_with_its_job_and_without_words_that_nobody_asked_for() -> None:
+def test_a_segment_has_its_job_and_without_words_that_were_not_requested() -> None:
     assert segment_of("porch-17", SEGMENT) == {
         "job_id": "porch-17",
         "id": 3,

@@ -79,8 +79,8 @@ def models(count: int = 30) -> Models:
 def fitted(payload: bytes, size_bytes: int) -> dict[str, Any]:
     made = truncate_response(payload, size_bytes)
     assert len(made) <= size_bytes
-    said: dict[str, Any] = json.loads(made)
-    return said
+    document: dict[str, Any] = json.loads(made)
+    return document
 
 
 def segment(text: str = "Good morning.", words: int = 20) -> Segment:
@@ -123,36 +123,36 @@ KINDS = {
     "segment": Kind(
         "Segment",
         lambda text, limit: truncate_segment(segment_of("a", segment(text)), limit),
-        lambda told: str(told["text"]),
-        lambda told: "words" not in told,
+        lambda document: str(document["text"]),
+        lambda document: "words" not in document,
         120,
     ),
     "get": Kind(
         "GetResponse",
         lambda text, limit: limited(response(status_of(job(result_text=text), "porch")), limit),
-        lambda told: str(told["data"]["result_text"]),
-        lambda told: bool(told["data"]["result_truncated"]),
+        lambda document: str(document["data"]["result_text"]),
+        lambda document: bool(document["data"]["result_truncated"]),
         900,
     ),
     "result": Kind(
         "ResultResponse",
         lambda text, limit: limited(response(page(text)), limit),
-        lambda told: str(told["data"]["text"]),
-        lambda told: bool(told["data"]["more"]),
+        lambda document: str(document["data"]["text"]),
+        lambda document: bool(document["data"]["more"]),
         450,
     ),
     "list": Kind(
         "ListResponse",
         lambda text, limit: limited(response(listed(text)), limit),
-        lambda told: "".join(each["audio_source"] for each in told["data"]["jobs"]),
-        lambda told: told["data"]["next"] is not None,
+        lambda document: "".join(each["audio_source"] for each in document["data"]["jobs"]),
+        lambda document: document["data"]["next"] is not None,
         900,
     ),
     "json": Kind(
         "TranscriptFile",
         lambda text, limit: render("json", content_of(job(result_text=text), spoken(text)), limit_bytes=limit)[0],
-        lambda told: str(told["text"]),
-        lambda told: bool(told["truncated"]),
+        lambda document: str(document["text"]),
+        lambda document: bool(document["truncated"]),
         200,
     ),
 }
@@ -252,8 +252,8 @@ def test_the_texts_for_home_assistant_fit_into_its_attributes() -> None:
 
 
 def test_an_excerpt_shows_no_password_of_a_url() -> None:
-    told = excerpt(b'{"audio_ulr": "https://user:se:cr@et@cam.example/a.mp3", "by": "me@home"}')
-    assert told == '{"audio_ulr": "https://***@cam.example/a.mp3", "by": "me@home"}'
+    document = excerpt(b'{"audio_ulr": "https://user:se:cr@et@cam.example/a.mp3", "by": "me@home"}')
+    assert document == '{"audio_ulr": "https://***@cam.example/a.mp3", "by": "me@home"}'
 
 
 @given(st.binary(max_size=300))
@@ -342,10 +342,10 @@ def test_what_is_cut_fits_and_wastes_nothing(text: str, times: int, metadata: di
 
 
 @given(text=TRICKY, size_bytes=st.integers(450, 1500))
-def test_a_piece_becomes_the_longest_beginning_that_there_is_room_for_and_says_so(text: str, size_bytes: int) -> None:
-    said = fitted(response(page(text, 7)), size_bytes)
-    data = said["data"]
-    assert (said["status"], said["transaction"], data["offset"]) == ("ok", "t-1", 7)
+def test_a_piece_becomes_the_longest_beginning_that_there_is_room_for_and_is_marked(text: str, size_bytes: int) -> None:
+    document = fitted(response(page(text, 7)), size_bytes)
+    data = document["data"]
+    assert (document["status"], document["transaction"], data["offset"]) == ("ok", "t-1", 7)
     assert text.startswith(data["text"])
     assert data["length"] == len(data["text"].encode()) > 0
     assert data["more"] == (data["text"] != text)
@@ -359,13 +359,13 @@ def test_what_fits_to_the_byte_stays_as_it_is() -> None:
         assert truncate_response(payload, len(payload)) == payload
 
 
-def test_a_page_ends_sooner_and_says_where_to_go_on() -> None:
+def test_a_page_ends_sooner_and_names_the_next() -> None:
     jobs = [summary_of(status_of(job(job_id=f"job-{number}"), "porch")) for number in range(20)]
-    said = fitted(response(JobList(jobs=jobs, next=None, total=20, consumer="porch")), 2000)
-    told = [each["job_id"] for each in said["data"]["jobs"]]
-    assert 3 < len(told) < 8
-    assert told == [f"job-{number}" for number in range(len(told))]
-    assert (said["status"], said["data"]["next"], said["data"]["total"]) == ("ok", told[-1], 20)
+    document = fitted(response(JobList(jobs=jobs, next=None, total=20, consumer="porch")), 2000)
+    listed_ids = [each["job_id"] for each in document["data"]["jobs"]]
+    assert 3 < len(listed_ids) < 8
+    assert listed_ids == [f"job-{number}" for number in range(len(listed_ids))]
+    assert (document["status"], document["data"]["next"], document["data"]["total"]) == ("ok", listed_ids[-1], 20)
 
 
 def test_a_status_is_cut_as_the_retained_one_is() -> None:
@@ -385,30 +385,34 @@ LIST = JobList(jobs=[summary_of(status_of(job(), "porch"))], next=None, total=1,
 def test_metadata_nested_as_deep_as_we_take_them_are_answered_all_the_same(depth: int) -> None:
     nested = json.loads("[" * depth + "]" * depth)
     status = status_of(job(result_text="word " * 1000, metadata={"a": nested}), "porch")
-    told = fitted(response(status), 2000)
-    assert told["transaction"] == "t-1"
-    assert len(json.dumps(told)) < 2500
+    document = fitted(response(status), 2000)
+    assert document["transaction"] == "t-1"
+    assert len(json.dumps(document)) < 2500
 
 
 @pytest.mark.parametrize("data", [models(), status_of(job(), "porch"), LIST], ids=["models", "status", "list"])
 def test_what_cannot_be_cut_to_the_limit_becomes_an_error_that_names_it(data: Payload | Status) -> None:
     payload = response(data, {"id": ["ü"]})
-    said = fitted(payload, 350)
-    assert (said["status"], said["data"], said["transaction"]) == ("error", {"consumer": "porch"}, {"id": ["ü"]})
-    assert f"has {len(payload)} bytes" in said["error"]
-    assert "has room for 350: raise that limit" in said["error"]
+    document = fitted(payload, 350)
+    assert (document["status"], document["data"], document["transaction"]) == (
+        "error",
+        {"consumer": "porch"},
+        {"id": ["ü"]},
+    )
+    assert f"has {len(payload)} bytes" in document["error"]
+    assert "has room for 350: raise that limit" in document["error"]
 
 
 def test_a_transaction_that_leaves_no_room_for_anything_else_is_the_last_to_go() -> None:
     payload = response(Paused(paused=True, consumer="porch"), "x" * 1000)
-    said = fitted(payload, 1010)
-    assert (said["status"], said["transaction"]) == ("error", None)
-    assert said["error"].startswith("The command was executed, but its response has ")
+    document = fitted(payload, 1010)
+    assert (document["status"], document["transaction"]) == ("error", None)
+    assert document["error"].startswith("The command was executed, but its response has ")
     failed = Response(status="error", data={"consumer": "porch"}, error="There is no job.", transaction="x" * 1000)
     assert fitted(failed.encode(), 1010)["error"] == "There is no job."
 
 
-def test_a_refusal_loses_its_excerpt_first() -> None:
+def test_a_rejection_loses_its_excerpt_first() -> None:
     refusal = Rejection(
         reason="malformed_json",
         detail="No.",
@@ -428,11 +432,11 @@ def test_a_segment_loses_its_words_and_then_the_end_of_its_text(text: str, size_
     whole = segment_of("a", segment(text))
     made = truncate_segment(whole, size_bytes)
     assert len(made) <= size_bytes
-    told = json.loads(made)
-    assert text.startswith(told["text"])
+    document = json.loads(made)
+    assert text.startswith(document["text"])
     if len(to_json(whole)) <= size_bytes:
         assert made == to_json(whole)
     else:
-        assert "words" not in told
-        if told["text"] != text:
-            assert len(to_json({**told, "text": text[: len(told["text"]) + 1]})) > size_bytes
+        assert "words" not in document
+        if document["text"] != text:
+            assert len(to_json({**document, "text": text[: len(document["text"]) + 1]})) > size_bytes

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
-from cesar_mqtt.whisper import batched as batches
-from cesar_mqtt.whisper.batched import listen_batched
+from cesar_mqtt.whisper import batched
+from cesar_mqtt.whisper.batched import transcribe_batched
 
 
 def raw(start: float, end: float, text: str, **values: object) -> SimpleNamespace:
@@ -16,38 +16,38 @@ def raw(start: float, end: float, text: str, **values: object) -> SimpleNamespac
 
 
 class FakeModel:
-    """Stands in for WhisperModel: reaches 20 s of each piece, and in the plain pipeline hears one more segment."""
+    """Stands in for WhisperModel: gets to 20 s of each piece, and in the plain pipeline yields one more segment."""
 
     frames_per_second = 100
 
     def __init__(self, *, reached_s: float = 20.0) -> None:
         self.reached_s = reached_s
-        self.asked: list[dict[str, Any]] = []
-        self.heard_s: list[float] = []
+        self.calls: list[dict[str, Any]] = []
+        self.transcribed_s: list[float] = []
 
     def _split_segments_by_timestamps(self, **_: object) -> tuple[list[object], int, bool]:
         return [], int(self.reached_s * self.frames_per_second), False
 
-    def transcribe(self, samples: Samples, **asked: Any) -> tuple[Iterator[SimpleNamespace], None]:
-        self.asked.append(asked)
-        self.heard_s.append(len(samples) / SAMPLE_RATE)
-        word = SimpleNamespace(start=0.5, end=0.75, word=" rest")
-        return iter([raw(0.5, 1.0, " rest", words=[word])]), None
+    def transcribe(self, samples: Samples, **options: Any) -> tuple[Iterator[SimpleNamespace], None]:
+        self.calls.append(options)
+        self.transcribed_s.append(len(samples) / SAMPLE_RATE)
+        word = SimpleNamespace(start=0.5, end=0.75, word=" remainder")
+        return iter([raw(0.5, 1.0, " remainder", words=[word])]), None
 
 
 class FakePipeline:
-    """Stands in for faster-whisper's: hears one segment in each piece, and has the model split it up."""
+    """Stands in for faster-whisper's: yields one segment for each piece, and has the model split it up."""
 
     made: list["FakePipeline"]
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.asked: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
         FakePipeline.made.append(self)
 
-    def transcribe(self, _: Samples, **asked: Any) -> tuple[Iterator[SimpleNamespace], SimpleNamespace]:
-        self.asked = asked
-        return self._segments(asked["clip_timestamps"]), SimpleNamespace(language=asked["language"] or "de")
+    def transcribe(self, _: Samples, **options: Any) -> tuple[Iterator[SimpleNamespace], SimpleNamespace]:
+        self.options = options
+        return self._segments(options["clip_timestamps"]), SimpleNamespace(language=options["language"] or "de")
 
     def _segments(self, pieces: list[dict[str, float]]) -> Iterator[SimpleNamespace]:
         for piece in pieces:  # as the real one: the whole batch first
@@ -61,56 +61,58 @@ class FakePipeline:
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     FakePipeline.made = []
-    monkeypatch.setattr(batches, "BatchedInferencePipeline", FakePipeline)
-    monkeypatch.setattr(batches, "split", lambda samples, most: [(s, s + most) for s in range(0, len(samples), most)])
+    monkeypatch.setattr(batched, "BatchedInferencePipeline", FakePipeline)
+    monkeypatch.setattr(
+        batched, "split", lambda samples, limit: [(s, s + limit) for s in range(0, len(samples), limit)]
+    )
 
 
-def listen(model: FakeModel, *, duration_s: float, at_once: int = 2, language: str | None = None) -> list[Any]:
+def transcribe(model: FakeModel, *, duration_s: float, batch_size: int = 2, language: str | None = None) -> list[Any]:
     samples = np.zeros(int(duration_s * SAMPLE_RATE), np.float32)
     whisper: Any = model
-    segments, _ = listen_batched(
-        whisper, samples, language, vad_filter=False, at_once=at_once, asked={"beam_size": 3, "hotwords": None}
+    segments, _ = transcribe_batched(
+        whisper, samples, language, vad_filter=False, batch_size=batch_size, options={"beam_size": 3, "hotwords": None}
     )
     return list(segments)
 
 
-def test_the_rest_of_a_piece_is_heard_where_the_model_did_not_reach_its_end() -> None:
+def test_the_remainder_of_a_piece_is_transcribed_if_the_model_did_not_get_to_its_end() -> None:
     model = FakeModel()
-    found = listen(model, duration_s=90.0)
+    found = transcribe(model, duration_s=90.0)
     assert [(segment.start, segment.end, segment.text) for segment in found] == [
         (1.0, 2.0, " from 0"),
-        (20.5, 20.75, " rest"),
+        (20.5, 20.75, " remainder"),
         (31.0, 32.0, " from 30"),
-        (50.5, 50.75, " rest"),
+        (50.5, 50.75, " remainder"),
         (61.0, 62.0, " from 60"),
-        (80.5, 80.75, " rest"),
+        (80.5, 80.75, " remainder"),
     ]
-    assert model.heard_s == [10.0, 10.0, 10.0]
+    assert model.transcribed_s == [10.0, 10.0, 10.0]
     assert [(word.start, word.end) for word in found[1].words] == [(20.5, 20.75)]
 
 
-@pytest.mark.parametrize(("reached_s", "rests"), [(29.7, 3), (29.85, 0), (30.0, 0)])
-def test_less_than_a_word_at_the_end_is_not_missed(reached_s: float, rests: int) -> None:
+@pytest.mark.parametrize(("reached_s", "remainders"), [(29.7, 3), (29.85, 0), (30.0, 0)])
+def test_less_than_a_word_at_the_end_is_not_missed(reached_s: float, remainders: int) -> None:
     model = FakeModel(reached_s=reached_s)
-    listen(model, duration_s=90.0)
-    assert len(model.heard_s) == rests
+    transcribe(model, duration_s=90.0)
+    assert len(model.transcribed_s) == remainders
 
 
-def test_pieces_are_heard_in_batches_and_the_language_is_detected_in_the_first() -> None:
+def test_pieces_are_transcribed_in_batches_and_the_language_is_detected_in_the_first() -> None:
     model = FakeModel()
-    listen(model, duration_s=150.0)
-    assert [len(pipeline.asked["clip_timestamps"]) for pipeline in FakePipeline.made] == [2, 2, 1]
-    assert [pipeline.asked["batch_size"] for pipeline in FakePipeline.made] == [2, 2, 1]
-    assert [pipeline.asked["language"] for pipeline in FakePipeline.made] == [None, "de", "de"]
-    assert {pipeline.asked["without_timestamps"] for pipeline in FakePipeline.made} == {False}
-    assert {asked["language"] for asked in model.asked} == {"de"}
-    assert {(asked["beam_size"], asked["vad_filter"]) for asked in model.asked} == {(3, False)}
+    transcribe(model, duration_s=150.0)
+    assert [len(pipeline.options["clip_timestamps"]) for pipeline in FakePipeline.made] == [2, 2, 1]
+    assert [pipeline.options["batch_size"] for pipeline in FakePipeline.made] == [2, 2, 1]
+    assert [pipeline.options["language"] for pipeline in FakePipeline.made] == [None, "de", "de"]
+    assert {pipeline.options["without_timestamps"] for pipeline in FakePipeline.made} == {False}
+    assert {options["language"] for options in model.calls} == {"de"}
+    assert {(options["beam_size"], options["vad_filter"]) for options in model.calls} == {(3, False)}
 
 
-def test_a_batch_is_begun_when_the_one_before_was_taken() -> None:
+def test_a_batch_is_started_once_the_one_before_was_taken() -> None:
     model: Any = FakeModel()
     samples = np.zeros(150 * SAMPLE_RATE, np.float32)
-    segments, info = listen_batched(model, samples, "en", vad_filter=False, at_once=2, asked={})
+    segments, info = transcribe_batched(model, samples, "en", vad_filter=False, batch_size=2, options={})
     assert (info.language, len(FakePipeline.made)) == ("en", 1)
     next(segments)
     assert len(FakePipeline.made) == 1
@@ -118,7 +120,7 @@ def test_a_batch_is_begun_when_the_one_before_was_taken() -> None:
     assert len(FakePipeline.made) == 3
 
 
-def test_what_the_model_makes_of_silence_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_model_makes_up_for_silence_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     heard = [
         raw(0, 1, " Hello."),
         raw(1, 2, "  "),
@@ -129,14 +131,14 @@ def test_what_the_model_makes_of_silence_is_left_out(monkeypatch: pytest.MonkeyP
         raw(6, 7, " la la la la", no_speech_prob=0.1, compression_ratio=5.0),
     ]
     monkeypatch.setattr(FakePipeline, "_segments", lambda _self, _pieces: iter(heard))
-    found = listen(FakeModel(), duration_s=30.0)
+    found = transcribe(FakeModel(), duration_s=30.0)
     assert [segment.text.split()[0] for segment in found] == ["Hello.", "quiet,", "mumbled", "la"]
 
 
-def test_where_the_vad_hears_nobody_the_model_is_not_asked() -> None:
+def test_without_speech_the_model_is_not_called() -> None:
     model: Any = FakeModel()
-    segments, info = listen_batched(
-        model, np.zeros(60 * SAMPLE_RATE, np.float32), None, vad_filter=True, at_once=2, asked={}
+    segments, info = transcribe_batched(
+        model, np.zeros(60 * SAMPLE_RATE, np.float32), None, vad_filter=True, batch_size=2, options={}
     )
     assert (list(segments), info) == ([], None)
     assert FakePipeline.made == []
