@@ -18,15 +18,15 @@ from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.formats import content_of, render
 from cesar_mqtt.protocol.payloads import JobProgress, status_of
-from cesar_mqtt.transcript import Segment, Window
 from cesar_mqtt.whisper.catalogue import ModelEntry
 from cesar_mqtt.whisper.model_store import StoreDescription
+from tests import factories
 from tests.unit.ledger.faults import FaultyDisk, failing
 
 if TYPE_CHECKING:
     from cesar_mqtt.ledger.spool import Spool
 
-RESULT = Result("Good morning. Goodbye.", 60.0, "en", 0.98, no_speech=False)
+RESULT = factories.result("Good morning. Goodbye.", audio_duration=60.0)
 MODELS = StoreDescription(
     allowed=("base", "tiny.en"),
     default="tiny.en",
@@ -121,7 +121,7 @@ class Bench:
         return problem
 
     def submit(self, *names: str, kind: str = "path", **fields: Any) -> None:
-        self.ledger.append([NewJob(name, name, AudioSource(kind, f"{name}.wav"), "base", **fields) for name in names])
+        self.ledger.append([factories.new_job(name, f"{name}.wav", kind=kind, **fields) for name in names])
 
     def claim(self) -> Job:
         job = self.ledger.claim()
@@ -248,8 +248,8 @@ def complete(bench: Bench, name: str, text: str, asked: tuple[str, ...] = ()) ->
     """Complete a job with this text, a problem a segment."""
     bench.submit(name, formats=asked)
     parts = [f"{part}." for part in text.split(".") if part]
-    segments = tuple(Segment(n, n, n + 1.0, part.strip(), -0.1, 0.1) for n, part in enumerate(parts, start=1))
-    window = Window(0, 60.0, text, "en", 0.98, segments)
+    segments = (factories.segment(n, part.strip()) for n, part in enumerate(parts, start=1))
+    window = factories.window(0, *segments, text=text, until_s=60.0)
     bench.ledger.complete(bench.claim().seq, replace(RESULT, text=text, windows=(window,)))
 
 
@@ -356,7 +356,7 @@ def test_a_list_is_oldest_first_and_continues_where_it_ended(bench: Bench) -> No
 
 def test_a_list_has_the_fields_of_the_status_for_each_job(bench: Bench) -> None:
     bench.submit("a")
-    bench.ledger.append([NewJob("b", "b", AudioSource("url", "http://user:key@host/x.wav?token=1"), "base")])
+    bench.ledger.append([factories.new_job("b", "http://user:key@host/x.wav?token=1", kind="url")])
     (a, b) = bench.ok("list")["jobs"]
     status = bench.ok("get", b"a")
     assert a == {name: status[name] for name in a}

@@ -1,6 +1,5 @@
 import base64
 import errno
-import itertools
 import json
 import logging
 import queue
@@ -31,6 +30,7 @@ from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
+from tests import factories
 
 if TYPE_CHECKING:
     from cesar_mqtt.consumer.commands import CommandHandlers
@@ -40,8 +40,6 @@ DEADLINE_S = 10.0
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 MAX_PAYLOAD_BYTES = 4096
 MAX_QUEUED = 20
-
-packet_ids = itertools.count(1)
 
 
 class FakeSource:
@@ -230,14 +228,7 @@ def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def message(payload: bytes, topic: str = "cesar/jobs", **fields: Any) -> Delivery:
-    defaults: dict[str, Any] = {
-        "qos": 1,
-        "retain": False,
-        "dup": False,
-        "receipt": Receipt(1, next(packet_ids) % 65_535 + 1),
-        "received_at": 1_769_204_700.12,
-    }
-    return Delivery(topic, payload, **{**defaults, **fields})
+    return factories.delivery(topic, payload, **fields)
 
 
 def request(**fields: Any) -> Delivery:
@@ -417,7 +408,7 @@ def test_a_bad_message_is_rejected_and_acknowledged_and_the_next_one_is_accepted
 
 
 def test_a_rejection_identifies_its_message(bench: Bench) -> None:
-    bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b"))
+    bench.take(message(b"\xff\xfe" + b"x" * 1000, "cesar/audio/a/b", received_at=factories.AT + 0.12))
     assert bench.publisher.rejections == [
         Rejection(
             reason="invalid_job_id",

@@ -6,11 +6,11 @@ import pytest
 
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.consumer.maintenance import Maintenance
-from cesar_mqtt.jobs import AudioSource, NewJob, Result
 from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.threads import never_stop
+from tests import factories
 from tests.unit.ledger.faults import FaultyDisk, failing
 
 DAY_S = 86_400.0
@@ -43,9 +43,9 @@ def ledger(tmp_path: Path, clock: Clock, disk: FaultyDisk) -> Iterator[Ledger]:
 
 def finish_uploads(ledger: Ledger, spool: Spool, count: int) -> None:
     names = spool.store([b"RIFF"] * count)
-    ledger.append([NewJob(f"job-{n}", "f", AudioSource("spool", name), "base") for n, name in enumerate(names)])
+    ledger.append([factories.new_job(f"job-{n}", name, kind="spool") for n, name in enumerate(names)])
     while (job := ledger.claim()) is not None:
-        ledger.complete(job.seq, Result("Hello.", 1.0, "en", 0.9, no_speech=False))
+        ledger.complete(job.seq, factories.result())
 
 
 def test_old_jobs_are_deleted_with_their_audio_and_recent_ones_kept(

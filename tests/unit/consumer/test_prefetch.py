@@ -11,10 +11,10 @@ from cesar_mqtt.audio.download import DownloadedFile
 from cesar_mqtt.consumer import prefetch
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.jobs import AudioSource, Job
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
-from cesar_mqtt.transcript import Window
+from tests import factories
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.download import Downloader
@@ -194,17 +194,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 
 def a_job(seq: int, kind: str, name: str) -> Job:
-    return Job(
-        seq=seq,
-        job_id=f"job-{seq}",
-        state=JobState.QUEUED,
-        revision=seq,
-        created_at=0.0,
-        updated_at=0.0,
-        fingerprint="f",
-        model_size="tiny.en",
-        audio=AudioSource(kind, name) if kind else None,
-    )
+    return factories.job(f"job-{seq}", seq=seq, audio=AudioSource(kind, name) if kind else None)
 
 
 def remote(seq: int) -> Job:
@@ -301,10 +291,10 @@ def test_a_retry_of_a_queued_job_discards_the_recording_opened_behind_its_window
     """Its windows went with the retry; what was opened behind them would leave out the beginning of the recording."""
     (stage.folder / "a.wav").write_bytes(b"sound")
     with Ledger(stage.folder / "ledger.json") as ledger:
-        ledger.append([NewJob("a", "f", AudioSource("path", "a.wav"), "base")])
+        ledger.append([factories.new_job("a")])
         job = ledger.claim()
         assert job is not None
-        ledger.add_window(job.seq, Window(0, 600.0, " The first ten minutes.", "en", 0.9, ()))
+        ledger.add_window(job.seq, factories.window(0))
         ledger.requeue(job.seq)
         prefetcher = stage.prefetcher_of(
             ledger,

@@ -19,13 +19,14 @@ from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.progress import ProgressMeter
 from cesar_mqtt.consumer.worker import Worker
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+from tests import factories
 
 if TYPE_CHECKING:
     from cesar_mqtt.consumer.prefetch import Prefetcher
@@ -37,7 +38,7 @@ HELLO = Transcript(
     language_probability=0.97,
     no_speech=False,
     audio_duration_s=2.5,
-    windows=(Window(0, 2.5, " Hello there.", "en", 0.97, (Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01),)),),
+    windows=(factories.window(0, factories.segment(text="Hello there."), until_s=2.5, language_probability=0.97),),
     warnings=("audio_truncated",),
 )
 
@@ -227,11 +228,11 @@ class Bench:
 
     def add(self, *job_ids: str, path: str = "porch.wav", **fields: Any) -> None:
         for job_id in job_ids:
-            self.ledger.append([NewJob(job_id, "f", AudioSource("path", path), "base", **fields)])
+            self.ledger.append([factories.new_job(job_id, path, **fields)])
 
     def add_upload(self, job_id: str) -> Path:
         [name] = self.spool.store([b"RIFF"])
-        self.ledger.append([NewJob(job_id, "f", AudioSource("spool", name), "base")])
+        self.ledger.append([factories.new_job(job_id, name, kind="spool")])
         return self.spool.path(name)
 
     def job(self, job_id: str) -> Job:
@@ -426,7 +427,7 @@ def test_an_unexpected_error_ends_the_job_without_its_details_and_the_next_job_c
 
 
 def test_a_job_without_audio_or_with_options_of_a_later_version_fails_by_itself(bench: Bench) -> None:
-    bench.ledger.append([NewJob("a", "f", None, "base")])
+    bench.ledger.append([factories.new_job("a", None)])
     bench.add("b", options={"voice": "x"})
     bench.add("c")
     while bench.worker.run_once():
@@ -683,8 +684,7 @@ def test_a_job_that_ends_during_a_forced_stop_stays_final(bench: Bench) -> None:
     bench.add("a")
     job = bench.ledger.claim()
     assert job is not None
-    result = Result("Hello.", 1.0, "en", 0.9, no_speech=False)
-    bench.ledger.after_processing = lambda: bench.ledger.complete(job.seq, result)
+    bench.ledger.after_processing = lambda: bench.ledger.complete(job.seq, factories.result())
     bench.worker.abandon()
     assert bench.job("a").state is JobState.COMPLETED
 
@@ -988,17 +988,13 @@ def test_a_cancel_while_the_audio_is_fetched_ends_the_job(bench: Bench) -> None:
 # -- windows and segments ------------------------------------------------------------------------------------------
 
 
-def window(number: int) -> Window:
-    return Window(number, 600.0 * (number + 1), f" part {number}", "en", 0.9, ())
-
-
 @pytest.mark.parametrize("audio", [None, "the same"])
 def test_the_next_attempt_resumes_behind_the_finished_windows(bench: Bench, audio: str | None) -> None:
     def script(call: Call) -> Transcript:
         if len(call.done) < 2:
-            call.on_window(window(len(call.done)))
+            call.on_window(factories.window(len(call.done)))
             raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
-        return dataclasses.replace(HELLO, windows=(*call.done, window(2)))
+        return dataclasses.replace(HELLO, windows=(*call.done, factories.window(2)))
 
     bench.transcriber.script = script
     bench.prefetcher.audio = audio
@@ -1006,7 +1002,11 @@ def test_the_next_attempt_resumes_behind_the_finished_windows(bench: Bench, audi
     worker = patient(bench, retries=2)
     for _ in range(3):
         worker.run_once()
-    assert [call.done for call in bench.transcriber.calls] == [(), (window(0),), (window(0), window(1))]
+    assert [call.done for call in bench.transcriber.calls] == [
+        (),
+        (factories.window(0),),
+        (factories.window(0), factories.window(1)),
+    ]
     assert bench.job("a").state is JobState.COMPLETED
 
 
@@ -1015,11 +1015,11 @@ def broken_off(bench: Bench, before: str | None) -> Worker:
 
     def script(call: Call) -> Transcript:
         if len(bench.transcriber.calls) == 1:
-            call.on_window(window(0))
-            call.on_window(window(1))
+            call.on_window(factories.window(0))
+            call.on_window(factories.window(1))
             raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
         if len(bench.transcriber.calls) == 2:
-            call.on_window(dataclasses.replace(window(0), text=" something else"))
+            call.on_window(dataclasses.replace(factories.window(0), text=" something else"))
             raise JobFailedError(ErrorCode.INTERNAL, "Not now.")
         return dataclasses.replace(HELLO, windows=tuple(call.done))
 
@@ -1042,7 +1042,7 @@ def test_finished_windows_of_other_audio_are_dropped_and_the_job_starts_from_the
     worker.run_once()
     assert bench.prefetcher.released == [("a", False)] * 2, "opened behind what was finished, and then anew"
     worker.run_once()
-    new = dataclasses.replace(window(0), text=" something else")
+    new = dataclasses.replace(factories.window(0), text=" something else")
     assert [call.done for call in bench.transcriber.calls] == [(), (), (new,)]
     assert bench.job("a").state is JobState.COMPLETED
     assert bench.ledger.windows(bench.job("a").seq) == (new,)
@@ -1077,10 +1077,10 @@ def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_drop(ben
 def test_a_window_that_the_disk_refuses_is_written_with_the_next_and_holds_nothing_up(bench: Bench) -> None:
     def script(call: Call) -> Transcript:
         bench.disk.refusals = 1
-        call.on_window(window(0))
+        call.on_window(factories.window(0))
         assert bench.ledger.windows(bench.job("a").seq) == ()
-        call.on_window(window(1))
-        assert bench.ledger.windows(bench.job("a").seq) == (window(0), window(1))
+        call.on_window(factories.window(1))
+        assert bench.ledger.windows(bench.job("a").seq) == (factories.window(0), factories.window(1))
         return HELLO
 
     bench.transcriber.script = script
@@ -1090,7 +1090,7 @@ def test_a_window_that_the_disk_refuses_is_written_with_the_next_and_holds_nothi
 
 
 def test_segments_are_reported_at_once_for_jobs_that_asked_for_stream(bench: Bench) -> None:
-    segment = Segment(1, 0.0, 2.5, "Hello there.", -0.2, 0.01)
+    segment = factories.segment()
 
     def script(call: Call) -> Transcript:
         call.on_segment(segment)
