@@ -15,12 +15,9 @@ AT = 1_769_204_700.0
 _numbers = itertools.count(1)
 
 
-def new_job(job_id: str = "a", kind: str | None = "path", audio: str | None = None, **fields: Any) -> NewJob:
-    """A request for a job with the audio `<job_id>.wav`, or with none where `kind` is None.
-
-    The fingerprint is the id: two ids are two requests.
-    """
-    source = None if kind is None else AudioSource(kind, audio or f"{job_id}.wav")
+def new_job(job_id: str = "a", audio: str | None = "a.wav", *, kind: str = "path", **fields: Any) -> NewJob:
+    """A request for a job; the fingerprint is the id, so two ids are two requests. `audio` None: there is none."""
+    source = None if audio is None else AudioSource(kind, audio)
     return NewJob(job_id, **{"fingerprint": job_id, "audio": source, "model_size": "base", **fields})
 
 

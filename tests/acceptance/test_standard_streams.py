@@ -43,7 +43,7 @@ def test_a_consumer_ends_with_its_code_when_its_log_cannot_be_written(
 
 def test_a_reader_that_has_enough_is_no_failure(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.json") as ledger:
-        ledger.append([new_job(f"job-{n}", audio="a" * 500) for n in range(500)])
+        ledger.append([new_job(f"job-{n}", "a" * 500) for n in range(500)])
     for arguments in ("schema json", "schema asyncapi", f"ledger export --data-dir {tmp_path}", "--help"):
         for reader in ("head -c 20", "true"):
             ended = shell(f"{CESAR} {arguments} | {reader}", tmp_path)

@@ -204,7 +204,7 @@ def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
     shutil.copy(LONG, path)
     audio = "note.ogg" if kind == "path" else f"{address}/note.ogg"
     with Ledger(tmp_path / "ledger.json") as ledger:
-        ledger.append([new_job("a", kind, audio, model_size="tiny.en", options={"beam_size": 1}, stream=True)])
+        ledger.append([new_job("a", audio, kind=kind, model_size="tiny.en", options={"beam_size": 1}, stream=True)])
     job, _ = attempt(store, tmp_path, until_s=13.0)
     assert job.state is JobState.QUEUED
     if found == "another":

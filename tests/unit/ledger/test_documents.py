@@ -166,6 +166,6 @@ def test_windows_are_kept_for_every_format(formats: tuple[str, ...], *, kept: bo
 def test_only_uploaded_audio_is_a_spool_file() -> None:
     named = {"spool": ["x"], "path": [], "url": []}
     for kind, names in named.items():
-        document = job_document(new_job("a", kind, "x"), 1.0, 1)
+        document = job_document(new_job("a", "x", kind=kind), 1.0, 1)
         assert list(spool_files(document)) == names
     assert list(spool_files({"job_id": "a"})) == []

@@ -338,7 +338,7 @@ def test_totals_count_since_the_ledger_was_created(folder: LedgerFolder) -> None
 
 def test_needed_spool_files_are_those_of_unfinished_and_retryable_jobs(folder: LedgerFolder) -> None:
     kinds = {"done": "spool", "broken": "spool", "hopeless": "spool", "a": "spool", "b": "path"}
-    folder.ledger.append([new_job(name, kind, f"file of {name}") for name, kind in kinds.items()])
+    folder.ledger.append([new_job(name, f"file of {name}", kind=kind) for name, kind in kinds.items()])
     folder.ledger.complete(claim(folder.ledger).seq, RESULT)
     folder.ledger.fail(claim(folder.ledger).seq, ErrorCode.MODEL_UNAVAILABLE, "Later, perhaps.")
     folder.ledger.fail(claim(folder.ledger).seq, ErrorCode.AUDIO_UNREADABLE, "Never.")
@@ -555,7 +555,7 @@ def test_a_failure_keeps_the_windows_if_a_retry_may_help(folder: LedgerFolder, c
 
 
 def test_deleting_a_job_deletes_its_windows_and_no_others(folder: LedgerFolder) -> None:
-    folder.ledger.append([new_job(name, "spool", formats=("srt",)) for name in "abc"])
+    folder.ledger.append([new_job(name, f"{name}.wav", kind="spool", formats=("srt",)) for name in "abc"])
     for _ in range(3):
         folder.ledger.complete(claim(folder.ledger).seq, result(2))
     folder.ledger.delete("b")
@@ -599,7 +599,7 @@ def test_the_words_of_an_hour_take_little_memory(folder: LedgerFolder) -> None:
 
 
 def test_cancelling_a_queued_job_ends_it_and_moves_the_next_ones_up(folder: LedgerFolder) -> None:
-    folder.ledger.append([new_job("a", "spool"), new_job("b"), new_job("c")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool"), new_job("b"), new_job("c")])
     publish_all(folder.ledger)
     job = folder.ledger.cancel("a")
     assert job is not None
@@ -615,7 +615,7 @@ def test_cancelling_a_queued_job_ends_it_and_moves_the_next_ones_up(folder: Ledg
 
 
 def test_a_processing_job_is_cancelled_only_when_the_worker_has_stopped_it(folder: LedgerFolder) -> None:
-    folder.ledger.append([new_job("a", "spool")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool")])
     job = work_on(folder.ledger, 1)
     assert not folder.ledger.is_cancelling(job.seq)
     asked = folder.ledger.cancel("a")
@@ -647,7 +647,7 @@ def test_cancelling_twice_writes_once(folder: LedgerFolder) -> None:
 
 @pytest.mark.parametrize("leave", ["crash", "crash again", "restart", "requeue", "defer"])
 def test_a_cancelling_job_is_never_started_again(folder: LedgerFolder, leave: str) -> None:
-    folder.ledger.append([new_job("a", "spool"), new_job("b")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool"), new_job("b")])
     job = work_on(folder.ledger, 1)
     publish_all(folder.ledger)
     folder.ledger.cancel("a")
@@ -730,7 +730,7 @@ def test_only_a_failed_or_cancelled_job_with_its_audio_can_be_retried(
     if state == "refused":
         folder.ledger.append([new_job("a", None, failure="No such field.")])
     else:
-        folder.ledger.append([new_job("a", kind)])
+        folder.ledger.append([new_job(kind=kind)])
         end_as(folder.ledger, state)
     if refusal is None:
         retried = folder.ledger.retry("a")
@@ -746,7 +746,7 @@ def test_only_a_failed_or_cancelled_job_with_its_audio_can_be_retried(
 
 def test_a_retried_job_is_like_a_new_one_except_for_its_attempts(folder: LedgerFolder) -> None:
     fields: dict[str, Any] = {"options": {"beam_size": 2}, "metadata": {"x": 1}, "formats": ("srt",), "stream": True}
-    folder.ledger.append([new_job("a", "spool", **fields)])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool", **fields)])
     for _ in range(3):
         work_on(folder.ledger, 2)
         folder.crash()
@@ -792,7 +792,7 @@ def test_a_requeued_job_has_no_start_time(folder: LedgerFolder, way: str) -> Non
 @pytest.mark.parametrize("kind", ["spool", "path", "url"])
 @pytest.mark.parametrize("end", ["timeout", "cancelled"])
 def test_a_retry_keeps_the_windows_of_uploaded_audio_only(folder: LedgerFolder, kind: str, end: str) -> None:
-    folder.ledger.append([new_job("a", kind)])
+    folder.ledger.append([new_job(kind=kind)])
     job = work_on(folder.ledger, 2)
     if end == "cancelled":
         folder.ledger.finish_cancelling(job.seq)
@@ -844,7 +844,7 @@ def test_a_retry_drops_the_delay_of_a_deferred_job(folder: LedgerFolder) -> None
 
 
 def test_deleting_a_queued_job_moves_the_next_ones_up_and_frees_its_id(folder: LedgerFolder) -> None:
-    folder.ledger.append([new_job("a", "spool", packet_id=3, has_generated_id=True), new_job("b")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool", packet_id=3, has_generated_id=True), new_job("b")])
     publish_all(folder.ledger)
     deleted = folder.ledger.delete("a")
     assert deleted is not None
@@ -862,7 +862,7 @@ def test_deleting_a_queued_job_moves_the_next_ones_up_and_frees_its_id(folder: L
 
 @pytest.mark.parametrize("state", ["completed", "timeout", "cancelled"])
 def test_a_finished_job_can_be_deleted(folder: LedgerFolder, state: str) -> None:
-    folder.ledger.append([new_job("a", "spool")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool")])
     end_as(folder.ledger, state)
     totals = folder.ledger.totals()
     deleted = folder.ledger.delete("a")
@@ -1449,7 +1449,7 @@ STEPS: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.add_window(ledger.processing()[0], window(0)),
     lambda ledger: ledger.cancel("d"),
     lambda ledger: ledger.finish_cancelling(ledger.processing()[0]),
-    lambda ledger: ledger.append([new_job("f", formats=("srt",)), new_job("s", "spool"), new_job("g")]),
+    lambda ledger: ledger.append([new_job("f", formats=("srt",)), new_job("s", "s.wav", kind="spool"), new_job("g")]),
     lambda ledger: ledger.claim(),
     lambda ledger: ledger.add_window(ledger.processing()[0], window(0)),
     lambda ledger: ledger.complete(ledger.processing()[0], result(3)),

@@ -35,7 +35,7 @@ def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
 
 
 def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
-    ledger.append([new_job(job_id, kind) for job_id in job_ids])
+    ledger.append([new_job(job_id, f"{job_id}.wav", kind=kind) for job_id in job_ids])
     for _ in job_ids:
         job = ledger.claim()
         assert job is not None
@@ -117,7 +117,13 @@ def test_spool_files_of_deleted_jobs_are_returned(ledger: Ledger) -> None:
 
 
 def test_cancelled_jobs_are_deleted_like_other_finished_jobs(ledger: Ledger, clock: Clock) -> None:
-    ledger.append([new_job("a", "spool"), new_job("b", "spool"), new_job("retried", "spool")])
+    ledger.append(
+        [
+            new_job("a", "a.wav", kind="spool"),
+            new_job("b", "b.wav", kind="spool"),
+            new_job("retried", "retried.wav", kind="spool"),
+        ]
+    )
     for name in ("a", "b", "retried"):
         ledger.cancel(name)
         clock.now += 10

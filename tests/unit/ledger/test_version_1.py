@@ -117,7 +117,8 @@ def test_a_request_that_comes_again_makes_no_second_job(ledger: Ledger, before: 
 
     def again(name: str, **fields: Any) -> NewJob:
         row = rows[name]
-        return new_job(row["job_id"], *row["audio"], fingerprint=row["fingerprint"], **fields)
+        kind, audio = row["audio"]
+        return new_job(row["job_id"], audio, kind=kind, fingerprint=row["fingerprint"], **fields)
 
     verdicts = ledger.append(
         [again("completed"), again("retained", has_generated_id=True, retained=True), again("waiting")]
