@@ -37,9 +37,10 @@ _OFF = "Audio is not fetched from URLs here: name the host in `audio.allowed_hos
 _MALFORMED = "The audio URL cannot be used: write it as http://HOST/FILE or https://HOST/FILE."
 _NOT_LISTED = "The host {host!r} is not in `audio.allowed_hosts`: add {host!r} there, or submit the file itself."
 _NOT_PUBLIC = (
-    "The host {host!r} leads to {address}, which is no public address: add {entry!r} to `audio.allowed_hosts` as well."
+    "The host {host!r} resolves to {address}, which is not a public address: add {entry!r} to `audio.allowed_hosts` as "
+    "well."
 )
-_NO_DOWNGRADE = "The server {host!r} leads from https on to http, which is not followed: submit the URL of the file."
+_NO_DOWNGRADE = "The server {host!r} redirects from https to http, which is not followed: submit the URL of the file."
 
 
 @dataclass(frozen=True, slots=True)

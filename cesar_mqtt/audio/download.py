@@ -208,7 +208,7 @@ class Downloader:
         server = f"The server {target.authority!r}"
         if status == 429 or status >= 500:  # noqa: PLR2004 - too many requests; the server's own failures
             after_s = _retry_after_s(headers.get("retry-after", ""))
-            asks = f" and asks to come back in {after_s:.0f} s" if after_s else ""
+            asks = f" and asks to wait {after_s:.0f} s" if after_s else ""
             raise _TemporaryError(f"{server} answered with HTTP status {status}{asks}: try again later.", after_s)
         if status not in (200, 203):
             code, why = _STATUSES.get(status, (ErrorCode.DOWNLOAD_FAILED, "did not send the file: check the URL"))
@@ -345,12 +345,10 @@ def _translated(exc: Exception, target: Target) -> Exception:
     """Turn an error of httpcore2 into a `_TemporaryError`, or into the JobFailedError of one that will not pass."""
     server = f"The server {target.authority!r}"
     if isinstance(exc, httpcore2.ProtocolError):
-        return _TemporaryError(
-            f"The answer of the server {target.authority!r} was cut short, or is not HTTP: check the URL."
-        )
+        return _TemporaryError(f"{server} sent an incomplete response, or one that is not HTTP: check the URL.")
     if isinstance(exc, httpcore2.TimeoutException):
         limit_s = _CONNECT_S if isinstance(exc, httpcore2.ConnectTimeout) else _READ_S
-        return _TemporaryError(f"{server} was silent for {limit_s:.0f} s: check that it works.")
+        return _TemporaryError(f"{server} sent nothing for {limit_s:.0f} s: check that it works.")
     cause = exc.__cause__
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _failed(
@@ -358,8 +356,8 @@ def _translated(exc: Exception, target: Target) -> Exception:
         )
     why = _reason(exc) or "no reason given"
     if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return _failed(f"{server} cannot be spoken to with TLS ({cause.reason or why}): check the URL.")
-    return _TemporaryError(f"{server} broke the connection off ({why}): check that it works.")
+        return _failed(f"{server} cannot be reached with TLS ({cause.reason or why}): check the URL.")
+    return _TemporaryError(f"{server} closed the connection ({why}): check that it works.")
 
 
 def _reason(exc: Exception) -> str | None:

@@ -60,9 +60,9 @@ def check_directories(directories: Sequence[Path]) -> None:
     """
     for folder in directories:
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"audio.directories names {folder}, which is no folder: name the one that it lies in")
+            raise ConfigError(f"audio.directories names {folder}, which is not a folder: name the folder that holds it")
         if not folder.exists():
-            log.warning("There is no folder %s (audio.directories) so far", folder, action="audio")
+            log.warning("The folder %s (audio.directories) does not exist yet", folder, action="audio")
 
 
 def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:

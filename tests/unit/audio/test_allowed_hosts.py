@@ -302,7 +302,7 @@ def test_the_port_counts_for_the_address_as_well_and_the_refusal_says_so() -> No
     with pytest.raises(JobFailedError) as error:
         hosts.admit_address(ip_address("192.168.1.20"), parse_url("http://cam.local:81/"))
     assert error.value.message == (
-        "The host 'cam.local' leads to 192.168.1.20, which is no public address: add '192.168.1.20:81' to "
+        "The host 'cam.local' resolves to 192.168.1.20, which is not a public address: add '192.168.1.20:81' to "
         "`audio.allowed_hosts` as well."
     )
 
@@ -342,5 +342,5 @@ def test_a_redirect_to_what_is_no_http_url_is_refused(location: str) -> None:
 
 
 def test_a_redirect_from_https_to_http_is_refused() -> None:
-    with pytest.raises(JobFailedError, match=r"'cam\.local' leads from https on to http, which is not followed"):
+    with pytest.raises(JobFailedError, match=r"'cam\.local' redirects from https to http, which is not followed"):
         parse_url("https://cam.local/").redirected("http://cam.local/")

@@ -144,9 +144,9 @@ def test_a_directory_that_is_a_file_is_refused_and_one_that_is_missing_is_logged
     check_directories([tmp_path])
     assert caplog.records == []
     check_directories([tmp_path / "later"])
-    assert f"There is no folder {tmp_path / 'later'}" in caplog.text
+    assert f"The folder {tmp_path / 'later'}" in caplog.text
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="which is no folder"):
+    with pytest.raises(ConfigError, match="which is not a folder"):
         check_directories([tmp_path, tmp_path / "file"])
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cesar_mqtt.audio import vad as silences
+from cesar_mqtt.audio import vad as vad_module
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.vad import find_cut, split
 
@@ -21,26 +21,26 @@ def decode(name: str) -> Samples:
 
 
 class FakeVad:
-    """Hears speech everywhere but where all samples are `PAUSE`, and notes how much it was given."""
+    """Detects speech everywhere but where all samples are `PAUSE`, and notes how many samples it was given."""
 
     def __init__(self) -> None:
-        self.heard: list[int] = []
+        self.given: list[int] = []
 
     def __call__(self, samples: Samples) -> NDArray[np.float32]:
         assert len(samples) % CHUNK == 0
-        self.heard.append(len(samples))
+        self.given.append(len(samples))
         return np.where((samples.reshape(-1, CHUNK) == PAUSE).all(axis=1), 0.0, 1.0).astype(np.float32)
 
 
 @pytest.fixture
 def vad(monkeypatch: pytest.MonkeyPatch) -> FakeVad:
     fake = FakeVad()
-    monkeypatch.setattr(silences, "get_vad_model", lambda: fake)
+    monkeypatch.setattr(vad_module, "get_vad_model", lambda: fake)
     return fake
 
 
 def speech(duration_s: float, *, pauses: Sequence[tuple[float, float]] = ()) -> Samples:
-    """Samples that the fake hears as speech, but for pauses of (start, end) in seconds."""
+    """Samples that the fake takes for speech, but for pauses of (start, end) in seconds."""
     samples = np.full(int(duration_s * SAMPLE_RATE), 0.5, np.float32)
     for start_s, end_s in pauses:
         samples[int(start_s * SAMPLE_RATE) : int(end_s * SAMPLE_RATE)] = PAUSE
@@ -72,38 +72,38 @@ def test_what_is_listened_to_stays_as_it_is() -> None:
 def test_the_longest_pause_of_the_last_minute_is_cut_in_its_middle(vad: FakeVad) -> None:
     samples = speech(300.0, pauses=[(200.0, 220.0), (250.0, 250.5), (260.0, 262.0), (290.0, 291.0)])
     assert cut_s(samples) == pytest.approx(261.0, abs=0.05)
-    assert len(vad.heard) == 1
+    assert len(vad.given) == 1
 
 
 def test_of_pauses_of_the_same_length_the_last_is_taken(vad: FakeVad) -> None:
     chunk_s = CHUNK / SAMPLE_RATE
     pauses = [(start_s, start_s + 20 * chunk_s) for start_s in (1800 * chunk_s, 2800 * chunk_s)]
     assert cut_s(speech(100.0, pauses=pauses)) == pytest.approx(2810 * chunk_s, abs=0.05)
-    assert vad.heard
+    assert vad.given
 
 
 def test_only_the_last_minute_is_listened_to_where_it_holds_a_pause(vad: FakeVad) -> None:
     find_cut(speech(600.0, pauses=[(590.0, 591.0)]))
-    assert sum(vad.heard) <= 62 * SAMPLE_RATE
+    assert sum(vad.given) <= 62 * SAMPLE_RATE
 
 
 def test_the_search_goes_back_minute_by_minute_where_nobody_draws_breath(vad: FakeVad) -> None:
     assert cut_s(speech(600.0, pauses=[(390.0, 391.0), (430.0, 431.0)])) == pytest.approx(430.5, abs=0.05)
-    assert len(vad.heard) == 3
-    assert sum(vad.heard) <= 3 * 62 * SAMPLE_RATE
+    assert len(vad.given) == 3
+    assert sum(vad.given) <= 3 * 62 * SAMPLE_RATE
 
 
 def test_a_pause_in_the_first_half_does_not_count(vad: FakeVad) -> None:
     samples = speech(120.0, pauses=[(50.0, 55.0)])
     assert cut_s(samples) >= 60.0
-    assert vad.heard
+    assert vad.given
 
 
 def test_a_hard_consonant_is_no_pause(vad: FakeVad) -> None:
     samples = speech(60.0, pauses=[(40.0, 40.1), (50.0, 50.2)])
     samples[int(55.0 * SAMPLE_RATE) : int(55.3 * SAMPLE_RATE)] *= 0.1
     assert cut_s(samples) == pytest.approx(55.15, abs=0.15)  # the quietest spot, for there is no pause
-    assert vad.heard
+    assert vad.given
 
 
 def test_where_there_is_no_pause_the_quietest_spot_of_the_last_minute_is_taken(vad: FakeVad) -> None:
@@ -111,7 +111,7 @@ def test_where_there_is_no_pause_the_quietest_spot_of_the_last_minute_is_taken(v
     for start_s, loudness in ((250.0, 0.01), (345.0, 0.1), (370.0, 0.2)):
         samples[int(start_s * SAMPLE_RATE) : int((start_s + 0.4) * SAMPLE_RATE)] *= loudness
     assert cut_s(samples) == pytest.approx(345.2, abs=0.2)
-    assert len(vad.heard) == 4  # the whole second half was searched before
+    assert len(vad.given) == 4  # the whole second half was searched before
 
 
 @pytest.mark.parametrize("make", [speech, lambda s: speech(s, pauses=[(0.0, s)])], ids=["loud", "silent"])
@@ -119,19 +119,19 @@ def test_where_there_is_no_pause_the_quietest_spot_of_the_last_minute_is_taken(v
 def test_a_cut_is_always_in_the_second_half(make: Callable[[float], Samples], duration_s: float, vad: FakeVad) -> None:
     samples = make(duration_s)
     assert len(samples) // 2 <= find_cut(samples) <= len(samples)
-    assert vad.heard
+    assert vad.given
 
 
 def test_a_cut_is_at_a_whole_millisecond(vad: FakeVad) -> None:
     assert find_cut(speech(100.0007, pauses=[(80.0123, 81.0456)])) % 16 == 0
     assert find_cut(speech(100.0007)) % 16 == 0
-    assert vad.heard
+    assert vad.given
 
 
 def test_a_piece_is_as_long_as_its_pauses_allow(vad: FakeVad) -> None:
     samples = speech(58.0, pauses=[(16.0, 19.0), (26.0, 26.5), (45.0, 47.0)])
     assert [round(end / SAMPLE_RATE) for _, end in split(samples, 30 * SAMPLE_RATE)] == [26, 46, 58]
-    assert vad.heard
+    assert vad.given
 
 
 def test_pieces_follow_each_other_and_none_is_too_long() -> None:

@@ -72,7 +72,7 @@ def opened(
         assert not recording._thread.is_alive()
 
 
-def stretches(path: Path, *, window_s: float = 600.0, from_s: float = 0.0) -> list[Chunk]:
+def chunks_of(path: Path, *, window_s: float = 600.0, from_s: float = 0.0) -> list[Chunk]:
     with opened(path, window_s=window_s, from_s=from_s) as recording:
         return list(recording.chunks(never))
 
@@ -89,7 +89,7 @@ def failure(path: Path, *clips: tuple[float, float], limits: AudioLimits = LIMIT
 
 
 def spans(found: list[Chunk]) -> list[tuple[float, float]]:
-    return [(stretch.start_s, stretch.end_s) for stretch in found]
+    return [(chunk.start_s, chunk.end_s) for chunk in found]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -156,24 +156,24 @@ def fake_audio(monkeypatch: pytest.MonkeyPatch) -> FakeAudio:
 # --- windows
 
 
-def test_what_is_no_longer_than_the_window_is_one_stretch() -> None:
-    (stretch,) = stretches(LONG, window_s=47.0)
-    assert np.array_equal(stretch.samples, decode(LONG))
-    assert (stretch.start_s, stretch.last) == (0.0, True)
+def test_what_is_no_longer_than_the_window_is_one_chunk() -> None:
+    (chunk,) = chunks_of(LONG, window_s=47.0)
+    assert np.array_equal(chunk.samples, decode(LONG))
+    assert (chunk.start_s, chunk.last) == (0.0, True)
 
 
 @pytest.mark.parametrize(("more", "count"), [(-1, 1), (0, 1), (1, 2)])
 def test_one_sample_decides_whether_it_is_cut(more: int, count: int, tmp_path: Path) -> None:
     path = write_wav(tmp_path / "edge.wav", np.zeros(30 * SAMPLE_RATE + more))
-    assert len(stretches(path, window_s=30.0)) == count
+    assert len(chunks_of(path, window_s=30.0)) == count
 
 
 @pytest.mark.parametrize("window_s", [4.0, 7.0, 10.0, 20.0, 30.0])
-def test_the_stretches_together_are_the_whole_file(window_s: float) -> None:
-    found = stretches(LONG, window_s=window_s)
-    assert np.array_equal(np.concatenate([stretch.samples for stretch in found]), decode(LONG))
-    assert all(0 < len(stretch.samples) <= window_s * SAMPLE_RATE for stretch in found)
-    assert [stretch.last for stretch in found] == [False] * (len(found) - 1) + [True]
+def test_the_chunks_together_are_the_whole_file(window_s: float) -> None:
+    found = chunks_of(LONG, window_s=window_s)
+    assert np.array_equal(np.concatenate([chunk.samples for chunk in found]), decode(LONG))
+    assert all(0 < len(chunk.samples) <= window_s * SAMPLE_RATE for chunk in found)
+    assert [chunk.last for chunk in found] == [False] * (len(found) - 1) + [True]
     assert [start for start, _ in spans(found)] == [0.0, *[end for _, end in spans(found)[:-1]]]
     assert all(round(end_s, 3) == end_s for _, end_s in spans(found)[:-1])
 
@@ -181,41 +181,41 @@ def test_the_stretches_together_are_the_whole_file(window_s: float) -> None:
 def test_a_file_that_comes_in_one_huge_block_is_cut_like_any_other(fake_audio: FakeAudio) -> None:
     whole = np.arange(100 * SAMPLE_RATE, dtype=np.float32)
     fake_audio.given = [whole]
-    found = stretches(Path("any"), window_s=10.0)
-    assert np.array_equal(np.concatenate([stretch.samples for stretch in found]), whole)
+    found = chunks_of(Path("any"), window_s=10.0)
+    assert np.array_equal(np.concatenate([chunk.samples for chunk in found]), whole)
     assert len(found) > 10
 
 
 @pytest.mark.parametrize("window_s", [7.0, 20.0])
 def test_what_follows_a_window_is_the_same_when_the_work_is_resumed_there(window_s: float) -> None:
-    whole = stretches(LONG, window_s=window_s)
-    for number, stretch in enumerate(whole[:-1], start=1):
-        resumed = stretches(LONG, window_s=window_s, from_s=stretch.end_s)
+    whole = chunks_of(LONG, window_s=window_s)
+    for number, chunk in enumerate(whole[:-1], start=1):
+        resumed = chunks_of(LONG, window_s=window_s, from_s=chunk.end_s)
         assert spans(resumed) == spans(whole[number:])
         for ours, theirs in zip(resumed, whole[number:], strict=True):
             assert np.array_equal(ours.samples, theirs.samples)
 
 
 @pytest.mark.parametrize("from_s", [100.0, 100.01, 5000.0])
-def test_where_nothing_is_left_the_only_stretch_is_empty(from_s: float, numbered: Path) -> None:
+def test_where_nothing_is_left_the_only_chunk_is_empty(from_s: float, numbered: Path) -> None:
     with opened(numbered, from_s=from_s) as recording:
-        (stretch,) = recording.chunks(never)
-        assert (len(stretch.samples), stretch.last) == (0, True)
+        (chunk,) = recording.chunks(never)
+        assert (len(chunk.samples), chunk.last) == (0, True)
         assert recording.duration_s == 100.0
 
 
 # --- clips
 
 
-def test_each_range_is_a_stretch_of_its_own_with_the_times_of_the_file(numbered: Path) -> None:
+def test_each_range_is_a_chunk_of_its_own_with_the_times_of_the_file(numbered: Path) -> None:
     found = clipped(numbered, (3.0, 5.5), (20.25, 21.0), (99.0, 100.0))
     assert spans(found) == [(3.0, 5.5), (20.25, 21.0), (99.0, 100.0)]
-    assert [stretch.last for stretch in found] == [False, False, True]
-    for stretch in found:
-        places = stretch.samples * 128
+    assert [chunk.last for chunk in found] == [False, False, True]
+    for chunk in found:
+        places = chunk.samples * 128
         assert (round(float(places.min())), round(float(places.max()))) == (
-            int(stretch.start_s),
-            int(stretch.end_s - 1 / SAMPLE_RATE),
+            int(chunk.start_s),
+            int(chunk.end_s - 1 / SAMPLE_RATE),
         )
 
 
@@ -228,7 +228,7 @@ def test_a_range_that_is_longer_than_the_window_is_cut(numbered: Path) -> None:
     found = clipped(numbered, (10.0, 60.0), (70.0, 71.0), window_s=20.0)
     assert len(found) > 3
     assert (found[0].start_s, found[-2].end_s, found[-1].start_s) == (10.0, 60.0, 70.0)
-    assert sum(len(stretch.samples) for stretch in found) == 51 * SAMPLE_RATE
+    assert sum(len(chunk.samples) for chunk in found) == 51 * SAMPLE_RATE
 
 
 def test_an_end_behind_the_end_of_the_file_means_its_end(numbered: Path) -> None:
@@ -264,8 +264,8 @@ def test_what_is_no_range_is_refused(clip: tuple[float, float], numbered: Path) 
 def test_ranges_are_resumed_where_the_work_was_left(numbered: Path) -> None:
     clips = ((10.0, 60.0), (70.0, 71.0), (80.5, 90.123456))
     whole = clipped(numbered, *clips, window_s=20.0)
-    for number, stretch in enumerate(whole[:-1], start=1):
-        resumed = clipped(numbered, *clips, window_s=20.0, from_s=stretch.end_s)
+    for number, chunk in enumerate(whole[:-1], start=1):
+        resumed = clipped(numbered, *clips, window_s=20.0, from_s=chunk.end_s)
         assert spans(resumed) == spans(whole[number:])
         assert [one.last for one in resumed] == [one.last for one in whole[number:]]
     (nothing,) = clipped(numbered, *clips, from_s=whole[-1].end_s)
@@ -312,18 +312,18 @@ def test_a_file_that_is_longer_than_it_declares_lasts_as_long_as_it_does(fake_au
     fake_audio.info = AudioInfo(5.0, "wav", 1, (1,))
     fake_audio.seconds = 50.0
     with opened(Path("any"), window_s=10.0) as recording:
-        for stretch in recording.chunks(never):
+        for chunk in recording.chunks(never):
             assert recording.duration_s is not None
-            assert recording.duration_s >= stretch.end_s
+            assert recording.duration_s >= chunk.end_s
         assert recording.duration_s == 50.0
 
 
-def test_a_cut_and_a_damaged_file_is_called_so_when_the_last_stretch_is_given(tmp_path: Path) -> None:
+def test_a_cut_and_a_damaged_file_is_called_so_when_the_last_chunk_is_given(tmp_path: Path) -> None:
     path = tmp_path / "cut.wav"
     path.write_bytes(write_wav(tmp_path / "whole.wav", np.zeros(60 * SAMPLE_RATE)).read_bytes()[:-1_000_000])
     with opened(path, window_s=10.0) as recording:
-        for stretch in recording.chunks(never):
-            assert recording.warnings == (("audio_truncated",) if stretch.last else ())
+        for chunk in recording.chunks(never):
+            assert recording.warnings == (("audio_truncated",) if chunk.last else ())
 
 
 @pytest.mark.parametrize(
@@ -355,11 +355,11 @@ def test_no_more_than_one_window_is_ever_decoded_ahead(fake_audio: FakeAudio) ->
     with opened(Path("any"), window_s=10.0) as recording:
         found = recording.chunks(never)
         for _ in range(4):
-            stretch = next(found)
+            chunk = next(found)
             # A window more than is in use is wanted; that nothing comes after it can only be waited for in vain.
-            wait_until(lambda ahead_s=stretch.end_s: fake_audio.decoded_s > ahead_s + 10.0)  # type: ignore[misc]
+            wait_until(lambda ahead_s=chunk.end_s: fake_audio.decoded_s > ahead_s + 10.0)  # type: ignore[misc]
             assert not threading.Event().wait(0.05)
-            assert fake_audio.decoded_s <= stretch.end_s + 10.0 + 1.0
+            assert fake_audio.decoded_s <= chunk.end_s + 10.0 + 1.0
 
 
 def test_memory_does_not_grow_with_the_length_of_the_file(fake_audio: FakeAudio) -> None:
@@ -368,7 +368,7 @@ def test_memory_does_not_grow_with_the_length_of_the_file(fake_audio: FakeAudio)
     tracemalloc.start()
     try:
         with opened(Path("any"), window_s=window_s) as recording:
-            total = sum(len(stretch.samples) for stretch in recording.chunks(never))
+            total = sum(len(chunk.samples) for chunk in recording.chunks(never))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -395,7 +395,7 @@ def test_closing_ends_the_thread_whatever_it_does(fake_audio: FakeAudio) -> None
         fake_audio.gate.set()
 
 
-def test_a_stretch_that_is_finished_after_the_close_holds_nothing_up(
+def test_a_chunk_that_is_finished_after_the_close_holds_nothing_up(
     fake_audio: FakeAudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cutting, go_on = threading.Event(), threading.Event()
@@ -419,7 +419,7 @@ def test_a_stretch_that_is_finished_after_the_close_holds_nothing_up(
     assert fake_audio.decoded_s >= 3.0
 
 
-def test_whoever_waits_for_a_stretch_is_told_that_the_recording_was_closed(fake_audio: FakeAudio) -> None:
+def test_whoever_waits_for_a_chunk_is_told_that_the_recording_was_closed(fake_audio: FakeAudio) -> None:
     fake_audio.gate.clear()
     recording = Recording(Path("any"), limits=LIMITS, window_s=10.0)
     asked = threading.Event()
@@ -510,7 +510,7 @@ def test_a_file_that_vanishes_is_decoded_to_its_end(tmp_path: Path) -> None:
         found = recording.chunks(never)
         heard = len(next(found).samples)
         path.unlink()
-        assert heard + sum(len(stretch.samples) for stretch in found) == 60 * SAMPLE_RATE
+        assert heard + sum(len(chunk.samples) for chunk in found) == 60 * SAMPLE_RATE
         assert recording.warnings == ()
         assert not recording.is_current
 
@@ -521,7 +521,7 @@ def test_a_file_that_shrinks_while_it_is_decoded_ends_where_it_is_cut(tmp_path: 
         found = recording.chunks(never)
         heard = len(next(found).samples)
         os.truncate(path, 4_000_000)
-        heard += sum(len(stretch.samples) for stretch in found)
+        heard += sum(len(chunk.samples) for chunk in found)
         assert 100 * SAMPLE_RATE < heard < 140 * SAMPLE_RATE
         assert recording.warnings == ("audio_truncated",)
 

@@ -12,8 +12,7 @@ import pytest
 
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
-from cesar_mqtt.whisper import catalogue, hub
-from cesar_mqtt.whisper import model_store as models
+from cesar_mqtt.whisper import catalogue, hub, model_store
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.packages import Package, PackagedModels
 
@@ -77,7 +76,7 @@ class FakeModel:
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> type[FakeModel]:
-    monkeypatch.setattr(models, "WhisperModel", FakeModel)
+    monkeypatch.setattr(model_store, "WhisperModel", FakeModel)
     monkeypatch.setattr(FakeModel, "crowds", [], raising=False)
     return FakeModel
 
@@ -253,7 +252,7 @@ def test_unloading_gives_the_memory_back_after_the_model_has_gone(
     store = ModelStore(ModelSettings(directory=folder))
     gone = weakref.ref(store.load("one"))
     seen: list[object] = []
-    monkeypatch.setattr(models, "release_memory", lambda: seen.append(gone()))
+    monkeypatch.setattr(model_store, "release_memory", lambda: seen.append(gone()))
     store.unload()
     store.unload()
     assert seen == [None]
@@ -304,19 +303,19 @@ def machine(cuda: set[str] | None) -> SimpleNamespace:
 def test_device_and_precision_fit_the_machine(
     cuda: set[str] | None, device: Any, compute_type: str, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "ctranslate2", machine(cuda))
+    monkeypatch.setattr(model_store, "ctranslate2", machine(cuda))
     store = ModelStore(ModelSettings(device=device, compute_type=compute_type))
     assert (store.device, store.compute_type) == chosen
 
 
 def test_a_precision_that_the_device_does_not_have_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "ctranslate2", machine(None))
+    monkeypatch.setattr(model_store, "ctranslate2", machine(None))
     with pytest.raises(ConfigError, match=r"models\.compute_type.*'float16'.*float32, int8, int8_float32"):
         ModelStore(ModelSettings(compute_type="float16"))
 
 
 def test_a_device_that_is_not_there_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "ctranslate2", machine(None))
+    monkeypatch.setattr(model_store, "ctranslate2", machine(None))
     with pytest.raises(ConfigError, match=r"models\.device.*'cuda'"):
         ModelStore(ModelSettings(device="cuda"))
 
