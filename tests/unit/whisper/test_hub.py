@@ -170,7 +170,7 @@ def test_a_refusal_is_told_apart_from_an_unreachable_hub(status: int, fake_hub: 
     assert "HF_TOKEN" in message
 
 
-def test_a_hub_that_is_out_of_order_is_said_to_have_failed(fake_hub: FakeHub) -> None:
+def test_a_server_error_of_the_hub_is_reported_as_a_failure(fake_hub: FakeHub) -> None:
     fake_hub.status = 500
     assert "could not be fetched" in refusal()
 
