@@ -67,7 +67,7 @@ mutants: $(TEST_STAMP)
 
 test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
 	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt PYTHONDONTWRITEBYTECODE= $(HOME_VENV)/bin/python -m pytest \
-	    -c tests/homeassistant/pytest.ini --numprocesses 2 tests/homeassistant $(ARGS)
+	    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
 
 test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 	@NODE_RED=$(NODE_RED)/node_modules/.bin/node-red $(RUN) pytest tests/deploy/flow_in_node_red.py $(ARGS)
