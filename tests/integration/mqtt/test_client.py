@@ -29,12 +29,12 @@ from cesar_mqtt.mqtt.messages import (
     PacketTooLargeError,
     Publication,
     PublishTicket,
-    Receipt,
     Subscription,
     Will,
 )
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.threads import Backoff
+from tests.factories import delivery as delivery_of
 
 if TYPE_CHECKING:
     from tests.conftest import Certificates, Mosquitto, StartMosquitto
@@ -293,7 +293,7 @@ def test_messages_of_qos_0_are_dropped_while_the_buffer_is_full(
     assert caplog.text.count("dropped") == 1
 
 
-IN_MEMORY = Delivery("cesar/jobs", b"00", 1, retain=False, dup=False, receipt=Receipt(1, 1)).size_bytes
+IN_MEMORY = delivery_of("cesar/jobs", b"00").size_bytes
 
 
 @both_versions

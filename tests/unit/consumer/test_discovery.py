@@ -18,10 +18,10 @@ from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics, DiscoverySch
 from cesar_mqtt.consumer.incoming import MessageParser
 from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
+from tests.factories import delivery
 
 KITCHEN = Topics("cesar", "kitchen")
 DEVICE = "homeassistant/device/cesar-mqtt_kitchen/config"
@@ -150,10 +150,6 @@ class AnyModel:
 
     def is_allowed(self, name: str) -> bool:
         return bool(name)
-
-
-def delivery(topic: str, payload: bytes, *, retain: bool = False) -> Delivery:
-    return Delivery(topic, payload, qos=1, retain=retain, dup=False, receipt=Receipt(1, 1))
 
 
 @pytest.fixture

@@ -18,14 +18,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cesar_mqtt.consumer.publisher import MAX_IN_FLIGHT, Publisher
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.outbox import HISTORY_LIMIT
 from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.transcript import Segment, Window
+from cesar_mqtt.transcript import Window
+from tests.factories import new_job, result, segment, window
 
 DEADLINE_S = 10.0
 QUEUE = "cesar/consumer/kitchen/queue"
@@ -123,7 +124,7 @@ class Bench:
     # -- the ledger --
 
     def add(self, *job_ids: str, **fields: Any) -> None:
-        self.ledger.append([NewJob(job_id, "f", AudioSource("path", "a.wav"), "base", **fields) for job_id in job_ids])
+        self.ledger.append([new_job(job_id, **fields) for job_id in job_ids])
 
     def claim(self) -> Job:
         job = self.ledger.claim()
@@ -131,7 +132,7 @@ class Bench:
         return job
 
     def complete(self, job: Job, text: str = "Hello.", windows: tuple[Window, ...] = ()) -> Job:
-        self.ledger.complete(job.seq, Result(text, 2.5, "en", 0.9, no_speech=False, windows=windows))
+        self.ledger.complete(job.seq, result(text, windows=windows))
         return self.job(job.job_id)
 
     def job(self, job_id: str) -> Job:
@@ -997,7 +998,7 @@ class AgreementMachine(RuleBasedStateMachine):
     def end(self, end: str) -> None:
         for seq in self.bench.ledger.processing():
             if end == "completed":
-                self.bench.ledger.complete(seq, Result("Hello.", 2.5, "en", 0.9, no_speech=False))
+                self.bench.ledger.complete(seq, result())
             elif end == "error":
                 self.bench.ledger.fail(seq, ErrorCode.INTERNAL, "It failed.")
             else:
@@ -1295,8 +1296,8 @@ def test_a_connection_lost_before_the_check_republishes_everything_if_the_broker
 
 # -- results, segments, answers ------------------------------------------------------------------------------------
 
-SPOKEN = tuple(Segment(n, n - 1.0, float(n), f"Sentence {n}.", -0.2, 0.01) for n in range(1, 101))
-WINDOW = Window(0, 100.0, " ".join(segment.text for segment in SPOKEN), "en", 0.9, SPOKEN)
+SEGMENTS = [segment(n, f"Sentence {n}.") for n in range(1, 101)]
+WINDOW = window(0, *SEGMENTS, text=" ".join(segment.text for segment in SEGMENTS), until_s=100.0)
 
 
 def completed_with(bench: Bench, *formats: str) -> None:
@@ -1377,9 +1378,9 @@ def test_an_id_that_is_used_again_loses_the_old_results_and_keeps_the_new_status
 def test_segments_are_published_while_connected_and_dropped_while_offline(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
-    bench.publisher.on_segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SEGMENTS[0])
     bench.quiet()
-    bench.publisher.on_segment(job, SPOKEN[1])
+    bench.publisher.on_segment(job, SEGMENTS[1])
     (published,) = bench.turn()
     assert (published.topic, published.retain, published.fields["id"]) == ("cesar/segments/a", False, 2)
     bench.disconnect()
@@ -1390,7 +1391,7 @@ def test_segments_are_published_before_the_final_status(bench: Bench) -> None:
     bench.add("a", stream=True)
     job = bench.claim()
     bench.quiet()
-    bench.publisher.on_segment(job, SPOKEN[0])
+    bench.publisher.on_segment(job, SEGMENTS[0])
     bench.complete(job)
     topics = [message.topic for message in bench.turn()]
     assert topics.index("cesar/segments/a") < topics.index("cesar/status/a")

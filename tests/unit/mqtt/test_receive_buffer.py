@@ -10,8 +10,9 @@ import pytest
 
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, RedeliveryBounds
+from tests.factories import delivery
 
-SMALL = Delivery("t", b"", 1, retain=False, dup=False, receipt=Receipt(1, 1))
+SMALL = delivery("t", b"")
 LARGE = "x" * 60_000
 WAIT_S = 10.0
 
