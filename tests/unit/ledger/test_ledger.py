@@ -28,14 +28,14 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.queue import POSITIONS_TRACKED, JobQueue
 from cesar_mqtt.ledger.storage import Change
 from cesar_mqtt.transcript import Segment, Window, Word
+from tests.factories import new_job
 from tests.unit.ledger.faults import FaultyDisk, Killed, QuickDisk, failing, killing
 
 RESULT = Result("good morning", 2.5, "en", 0.98, no_speech=False, warnings=("half of it was noise",))
 
 
 def request(name: str, kind: str = "path", **fields: Any) -> NewJob:
-    fields.setdefault("fingerprint", f"print of {name}")
-    return NewJob(name, audio=AudioSource(kind, f"{name}.wav"), model_size="base", **fields)
+    return new_job(name, f"{name}.wav", kind=kind, **fields)
 
 
 def window(number: int, text: str = " good morning \U0001f600") -> Window:

@@ -11,17 +11,18 @@ from tinydb.operations import delete
 
 from cesar_mqtt.cli import ledger as ledgercommands
 from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
-from cesar_mqtt.jobs import AudioSource, DeletedJob, JobState, NewJob, Result
+from cesar_mqtt.jobs import DeletedJob, JobState, NewJob, Result
 from cesar_mqtt.ledger.index import window_id
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.repair import examine
 from cesar_mqtt.transcript import Segment, Window
+from tests import factories
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
 
 def new_job(job_id: str) -> NewJob:
-    return NewJob(job_id, job_id * 2, AudioSource("path", f"{job_id}.wav"), "tiny.en", metadata={"n": [1, "é\n"]})
+    return factories.new_job(job_id, metadata={"n": [1, "é\n"]})
 
 
 def kill(ledger: Ledger) -> None:

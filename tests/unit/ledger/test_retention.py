@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cesar_mqtt.jobs import AudioSource, NewJob, Result
+from cesar_mqtt.jobs import NewJob
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.ledger import Ledger
+from tests.factories import new_job, result
 from tests.unit.ledger.faults import QuickDisk
-
-RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
 
 class Clock:
@@ -33,16 +32,12 @@ def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
         yield ledger
 
 
-def new_job(job_id: str, kind: str = "path", formats: tuple[str, ...] = ()) -> NewJob:
-    return NewJob(job_id, job_id * 2, AudioSource(kind, f"{job_id}.wav"), "tiny.en", formats=formats)
-
-
 def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
-    ledger.append([new_job(job_id, kind) for job_id in job_ids])
+    ledger.append([new_job(job_id, f"{job_id}.wav", kind=kind) for job_id in job_ids])
     for _ in job_ids:
         job = ledger.claim()
         assert job is not None
-        ledger.complete(job.seq, RESULT)
+        ledger.complete(job.seq, result())
 
 
 def publish_all(ledger: Ledger) -> None:
@@ -120,7 +115,13 @@ def test_spool_files_of_deleted_jobs_are_returned(ledger: Ledger) -> None:
 
 
 def test_cancelled_jobs_are_deleted_like_other_finished_jobs(ledger: Ledger, clock: Clock) -> None:
-    ledger.append([new_job("a", "spool"), new_job("b", "spool"), new_job("retried", "spool")])
+    ledger.append(
+        [
+            new_job("a", "a.wav", kind="spool"),
+            new_job("b", "b.wav", kind="spool"),
+            new_job("retried", "retried.wav", kind="spool"),
+        ]
+    )
     for name in ("a", "b", "retried"):
         ledger.cancel(name)
         clock.now += 10
