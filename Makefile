@@ -66,7 +66,7 @@ mutants: $(TEST_STAMP)
 	@$(RUN) tests.mutants $(ARGS)
 
 test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
-	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt $(HOME_VENV)/bin/python -m pytest \
+	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt PYTHONDONTWRITEBYTECODE= $(HOME_VENV)/bin/python -m pytest \
 	    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
 
 test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed

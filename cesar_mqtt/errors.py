@@ -1,7 +1,7 @@
 """The errors of the package: one root, few leaves, data as attributes.
 
-A message says what happened, the value, and what happens or can be done next. It is shown to users as it is, so it
-never holds a secret, a traceback or a path outside the allowed directories.
+A message names what happened, the value, and what to do. Users see it as it is, so it never holds a secret, a traceback
+or a path outside the allowed directories.
 """
 
 from enum import IntEnum, StrEnum
@@ -65,7 +65,7 @@ class CesarError(Exception):
 
     Attributes:
         problem: what happened, with the value, as sentences.
-        advice: what to do about it; "" where the problem says it, or where nothing can be done.
+        advice: what to do; "" where the problem includes it, or where there is nothing to do.
     """
 
     exit_code: ExitCode = ExitCode.FAILED
@@ -117,7 +117,7 @@ class JobFailedError(CesarError):
 
     Attributes:
         code: the `error_code` of the job's status.
-        message: one sentence for the producer that says what to do.
+        message: one sentence for the producer, with what to do.
     """
 
     def __init__(self, code: ErrorCode, message: str) -> None:

@@ -31,11 +31,11 @@ def configure(
 ) -> None:
     """Send all loggers to one stream in one format; calling it again replaces what an earlier call set up.
 
-    Other packages' loggers are heard from WARNING on, and with `debug` from DEBUG on.
+    The loggers of other packages log from WARNING on, and with `debug` from DEBUG on.
 
     Args:
         format: `text` for people, `json` for programs (one object a line).
-        level: from which level on this package's own loggers are heard.
+        level: the lowest level that this package's own loggers log.
         stream: where to write; None: standard error.
     """
     handler = _Handler(stream)
@@ -86,7 +86,7 @@ def get_logger(name: str) -> Log:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes lines; where they cannot be written, as nobody reads them or the disk is full, the work goes on."""
+    """Writes lines; a line that cannot be written, to a closed pipe or a full disk, is dropped."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
         """Let a line go that cannot be written; anything else is a mistake that should be seen."""

@@ -44,7 +44,7 @@ def run(arguments: list[str] | None = None) -> int:
         code = _run(arguments)
         console.flush()
     except console.OutputError as exc:
-        console.say(str(exc))
+        console.print_message(str(exc))
         return code or exc.exit_code
     return code
 
@@ -53,7 +53,7 @@ def _run(arguments: list[str] | None) -> int:
     try:
         result = app(arguments, prog_name="cesar-mqtt", standalone_mode=False)
     except CesarError as exc:
-        console.say(str(exc))
+        console.print_message(str(exc))
         return exc.exit_code
     except SystemExit as exc:
         if isinstance(exc.__context__, BrokenPipeError):  # the reader closed the pipe; no failure
@@ -64,7 +64,7 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as exc:
         if exc.errno != errno.ENOSPC:
             raise
-        console.say(f"Nothing more can be written: {exc.strerror}.")
+        console.print_message(f"Nothing more can be written: {exc.strerror}.")
         return ExitCode.FAILED
     except Exception as exc:
         if not hasattr(exc, "show"):  # click's own errors can show themselves
@@ -146,7 +146,7 @@ def serve(settings: "Settings") -> int:
         try:
             code = service.run(stop)
         except CesarError as exc:
-            console.say(str(exc))
+            console.print_message(str(exc))
             code = exc.exit_code
     if code is not ExitCode.OK:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.

@@ -47,12 +47,12 @@ def write(data: bytes) -> None:
         raise _translated(exc) from exc
 
 
-def say(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a message for the person, after the program's name."""
-    write_line(f"cesar-mqtt: {text}")
+    print_line(f"cesar-mqtt: {text}")
 
 
-def write_line(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line on stderr as it is."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal

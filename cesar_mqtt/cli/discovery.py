@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.cli.console import out, print_message
 from cesar_mqtt.cli.session import NoAnswerError, Session
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumer import discovery as homeassistant
@@ -55,7 +55,7 @@ def remove(settings: Settings, *, as_json: bool) -> ExitCode:
         name, prefix = settings.consumer.name, settings.homeassistant.prefix
         out(f"Nothing of the consumer {name!r} is announced below {prefix}/: there is nothing to remove.")
     elif b"online" in found.get(topics.own("state"), b""):
-        say(
+        print_message(
             f"The consumer {settings.consumer.name!r} is running, and announces itself again when it or Home Assistant "
             "connects the next time: set homeassistant.enabled to false, or stop it, and remove again."
         )

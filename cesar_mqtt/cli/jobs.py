@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cesar_mqtt.cli import text
-from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_table, say
+from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_message, print_table
 from cesar_mqtt.cli.control_client import ControlClient, RequestRefusedError
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
@@ -71,7 +71,7 @@ def print_jobs(
         return ExitCode.OK
     _print_jobs(found)
     if len(found) < total:
-        say(f"These are the newest {len(found)} of {total} jobs; --limit 0 shows all.")
+        print_message(f"These are the newest {len(found)} of {total} jobs; --limit 0 shows all.")
     return ExitCode.OK
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.cli.console import out, print_message
 from cesar_mqtt.cli.text import many
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, LedgerError
@@ -62,7 +62,7 @@ def export(path: Path) -> ExitCode:
     for key, row in sorted(found.jobs.items(), key=lambda item: int(item[0])):
         out(json.dumps({"seq": int(key), **row}, ensure_ascii=False))
     for sentence in first_sentences(found.lost):
-        say(sentence)
+        print_message(sentence)
     return ExitCode.LEDGER_FAILED if found.damaged else ExitCode.OK
 
 

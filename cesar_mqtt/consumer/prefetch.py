@@ -246,7 +246,7 @@ class Prefetcher(StoppableThread):
             if entry.kind != "url":
                 continue
             self._entries[job.seq] = entry
-            running = sum(download.running for download in self._downloads)
+            running = sum(not download.future.done() for download in self._downloads)
             if entry.download is None and running < self._ahead:
                 entry.download = self._start_download(job)
 
@@ -279,7 +279,7 @@ class Prefetcher(StoppableThread):
             recording.close()
 
 
-class _Download:
+class _Download(Task[DownloadedFile]):
     """One URL being downloaded into a file of the spool, in a thread of its own. Any thread may call it."""
 
     def __init__(
@@ -291,17 +291,7 @@ class _Download:
         self._on_ended = on_ended
         self._unwanted = threading.Event()
         self._ended_at = 0.0
-        self._task = Task(f"fetch-{job.job_id}", self._run)
-        self.future = self._task.future
-
-    @property
-    def running(self) -> bool:
-        return not self.future.done()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread has not ended: a dropped file may still have to be removed."""
-        return self._task.alive
+        super().__init__(f"fetch-{job.job_id}", self._fetch)
 
     @property
     def fetched(self) -> DownloadedFile | None:
@@ -323,10 +313,7 @@ class _Download:
         self._unwanted.set()
         self.future.add_done_callback(self._remove)
 
-    def join(self, timeout_s: float | None) -> None:
-        self._task.join(timeout_s)
-
-    def _run(self) -> DownloadedFile:
+    def _fetch(self) -> DownloadedFile:
         url = self._job.audio.name if self._job.audio is not None else ""
         started, outcome = time.monotonic(), ErrorCode.INTERNAL.value
         try:

@@ -26,7 +26,8 @@ from tests.document import Fault, Judge, Seen, default_document
 DATA = Path(__file__).parents[1] / "data"
 SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
+"""How long a test waits for what has to happen; only a failure, or a machine with far too much to do, takes it."""
 CONNECTED = "Connected to "
 SMALL = {"CESAR_MODELS__DEFAULT": "tiny.en"}
 """Where more than one model is installed, the larger one would be the default."""

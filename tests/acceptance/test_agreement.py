@@ -15,7 +15,7 @@ from cesar_mqtt.consumer.worker import Worker
 from cesar_mqtt.errors import ThreadDiedError
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.service import Service
-from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, command, words
+from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, words
 from tests.conftest import Mosquitto, StartMosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -173,7 +173,7 @@ def test_a_thread_that_dies_ends_the_consumer_for_its_supervisor(
     thread.start()
     bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
     bus.publish("cesar/jobs", "speech.wav")
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert [str(exc) for exc in ended] == [
         "The worker thread ended unexpectedly. See the log for the reason, and start the consumer again."
     ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.acceptance.harness import Bus, Consumer, command
+from tests.acceptance.harness import PATIENCE_S, Bus, Consumer, command
 from tests.conftest import Mosquitto, need, run
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -32,7 +32,7 @@ class Home(Bus):
     def announced(self, topic: str, times: int = 1) -> None:
         """Wait until a topic was announced so often."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._count(topic) >= times, 60.0), f"{topic} was not announced"
+            assert self._changed.wait_for(lambda: self._count(topic) >= times, PATIENCE_S), f"{topic} was not announced"
 
     def _count(self, topic: str) -> int:
         return sum(message.topic == topic and bool(message.payload) for message in self.messages)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cesar_mqtt import logs
-from cesar_mqtt.cli.console import out, write_line
+from cesar_mqtt.cli.console import out, print_line
 from cesar_mqtt.cli.producer import Producer, submission
 from cesar_mqtt.config import BrokerSettings, ModelSettings, Settings
 from cesar_mqtt.errors import ExitCode
@@ -91,4 +91,4 @@ def _end(status: Mapping[str, Any] | None) -> ExitCode:
 
 
 def _step(name: str, text: str) -> None:
-    write_line(f"{name:>8}  {text}")
+    print_line(f"{name:>8}  {text}")

@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 import socket
+import statistics
 import struct
 import subprocess
 import threading
@@ -238,11 +239,13 @@ def test_a_large_recording_gets_through(embedded_broker: EmbeddedBroker, tmp_pat
 def test_a_message_does_not_wait_for_an_acknowledgement_by_tcp(embedded_broker: EmbeddedBroker) -> None:
     """With Nagle's algorithm on, each of these took 44 ms."""
     with connected(embedded_broker, client_id="us", persistent=True, subscriptions=[Subscription("a")]) as us:
-        started = time.monotonic()
+        took_s: list[float] = []
         for _ in range(50):
+            started = time.monotonic()
             us.publish("a", b"x")
             assert receive(us, 1) == ["x"]
-        assert time.monotonic() - started < 50 * 0.03
+            took_s.append(time.monotonic() - started)
+        assert statistics.median(took_s) < 0.03, "most of them: a few wait for a busy machine"
 
 
 # -- where it listens -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Left(io.StringIO):
 
 def test_what_the_person_cannot_be_told_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full())
-    terminal.say("hello")
+    terminal.print_message("hello")
     terminal.flush()
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cesar_mqtt.jobs import NewJob
+from cesar_mqtt.jobs import Result
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.ledger import Ledger
-from tests.factories import new_job, result
+from tests.factories import new_job
 from tests.unit.ledger.faults import QuickDisk
+
+RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
 
 
 class Clock:
@@ -37,7 +39,7 @@ def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
     for _ in job_ids:
         job = ledger.claim()
         assert job is not None
-        ledger.complete(job.seq, result())
+        ledger.complete(job.seq, RESULT)
 
 
 def publish_all(ledger: Ledger) -> None:
@@ -170,14 +172,14 @@ def test_a_hundred_thousand_finished_jobs_are_deleted_in_steps_and_jobs_accepted
             assert deleted <= 200, "no thread waits for more than one small transaction"
             if accepted < 20:
                 accepted += 1
-                ledger.append([NewJob(f"new-{accepted}", f"{accepted}", None, "base")])
+                ledger.append([new_job(f"new-{accepted}", None)])
         assert ledger.totals().queued == accepted
     with Ledger(path, disk=disk) as ledger:
         assert [job.seq for job in ledger.jobs()] == list(range(count + 1, count + accepted + 1))
         while pending := ledger.pending_clears(1000):
             for job in pending:
                 ledger.mark_cleared(job.seq)
-        ledger.append([NewJob("after", "after", None, "base")])
+        ledger.append([new_job("after", None)])
     with Ledger(path, disk=disk) as ledger:
         assert ledger.pending_clears(1) == []
         assert ledger.claim() is not None
