@@ -191,6 +191,15 @@ def test_a_payload_of_any_kind_keeps_its_limit_its_schema_and_the_longest_beginn
     assert len(payload) > limit - spare or len(left) == len(text)
 
 
+@pytest.mark.parametrize("text", ["ab", "abc", "Good morning."])
+def test_one_byte_too_many_costs_one_character(text: str) -> None:
+    whole = segment_of("a", Segment(1, 0.0, 1.0, text, -0.1, 0.1))
+    assert json.loads(truncate_segment(whole, len(to_json(whole)) - 1))["text"] == text[:-1]
+    full = response(page(text))
+    data = json.loads(truncate_response(full, len(full) - 1))["data"]
+    assert (data["text"], data["length"], data["more"]) == (text[:-1], len(text) - 1, True)
+
+
 @given(st.text(max_size=50), st.integers(-5, 250))
 def test_a_truncated_text_is_the_longest_beginning_that_fits(text: str, size_bytes: int) -> None:
     beginning = truncate_text(text, size_bytes)
