@@ -39,40 +39,40 @@ def _words(text: str) -> list[str]:
 
 
 def _make_speech(target: Path, duration_s: float) -> list[str]:
-    """Speak the tests' recordings again and again, with pauses of 0.3 to 6 s between, and give the words."""
-    chance = random.Random(1)  # noqa: S311 - the same file in every run
-    spoken = [(_decode(DATA / name), _words((DATA / name).with_suffix(".txt").read_text())) for name in RECORDINGS]
+    """Write the tests' recordings in random order, with pauses of 0.3 to 6 s between them, and return the words."""
+    rng = random.Random(1)  # noqa: S311 - the same file in every run
+    recordings = [(_decode(DATA / name), _words((DATA / name).with_suffix(".txt").read_text())) for name in RECORDINGS]
     words: list[str] = []
     with av.open(target, "w", format="flac") as file:
         stream = file.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
         written = 0
         while written < duration_s * SAMPLE_RATE:
-            samples, said = chance.choice(spoken)
-            pause = np.zeros(int(chance.uniform(0.3, 6.0) * SAMPLE_RATE), np.float32)
+            samples, reference = rng.choice(recordings)
+            pause = np.zeros(int(rng.uniform(0.3, 6.0) * SAMPLE_RATE), np.float32)
             part = np.concatenate((samples, pause))
             if written + len(part) > duration_s * SAMPLE_RATE:
                 part = np.zeros(int(duration_s * SAMPLE_RATE) - written, np.float32)
-                said = []
+                reference = []
             frame = av.AudioFrame.from_ndarray((part * 32767).astype(np.int16)[np.newaxis, :], "s16", "mono")
             frame.sample_rate, frame.pts = SAMPLE_RATE, written
             file.mux(stream.encode(frame))
             written += len(part)
-            words += said
+            words += reference
         file.mux(stream.encode(None))
     return words
 
 
-def _word_errors(heard: list[str], said: list[str]) -> float:
-    """The word error rate: the fewest words to change, add and drop, over the words that were said."""
-    codes = {word: number for number, word in enumerate(set(heard) | set(said))}
-    theirs = np.array([codes[word] for word in said])
-    steps = np.arange(len(said) + 1)
+def _word_error_rate(words: list[str], reference: list[str]) -> float:
+    """The fewest substitutions, insertions and deletions, over the words of the reference."""
+    codes = {word: number for number, word in enumerate(set(words) | set(reference))}
+    expected = np.array([codes[word] for word in reference])
+    steps = np.arange(len(reference) + 1)
     costs = steps.copy()
-    for number, word in enumerate(heard, start=1):
-        changed = costs[:-1] + (theirs != codes[word])
+    for number, word in enumerate(words, start=1):
+        changed = costs[:-1] + (expected != codes[word])
         best = np.minimum(np.concatenate(([number], changed)), costs + 1)
         costs = np.minimum.accumulate(best - steps) + steps
-    return float(costs[-1]) / len(said)
+    return float(costs[-1]) / len(reference)
 
 
 def _ours(transcriber: Transcriber, path: Path, options: TranscriptionOptions) -> str:
@@ -97,14 +97,14 @@ def _bare(model: WhisperModel, path: Path) -> str:
     return "".join(segment.text for segment in segments)
 
 
-def _timed(hear: Callable[[], str]) -> tuple[float, list[str]]:
+def _timed(transcribe: Callable[[], str]) -> tuple[float, list[str]]:
     started = time.perf_counter()
-    text = hear()
+    text = transcribe()
     return time.perf_counter() - started, _words(text)
 
 
 def peak_kib(path: str) -> int:
-    """Transcribe a file and give this process's peak memory; to be called in a process of its own."""
+    """Transcribe a file and return the peak memory of this process; run it in a process of its own."""
     store = ModelStore(ModelSettings(download=False))
     _ours(Transcriber(store, AudioSettings()), Path(path), TranscriptionOptions(MODEL, beam_size=1))
     # Not `getrusage`: its peak is inherited from the process that started this one.
@@ -119,7 +119,7 @@ def _memory_mib(path: Path) -> float:
 
 def _speeds(folder: Path) -> list[Row]:
     path = folder / "ten-minutes.flac"
-    said = _make_speech(path, TEN_MINUTES_S)
+    reference = _make_speech(path, TEN_MINUTES_S)
     store = ModelStore(ModelSettings(download=False))
     model, transcriber = store.load(MODEL), Transcriber(store, AudioSettings())
     contenders: dict[str, Callable[[], str]] = {
@@ -130,10 +130,10 @@ def _speeds(folder: Path) -> list[Row]:
     took: dict[str, list[float]] = {name: [] for name in contenders}
     errors: dict[str, float] = {}
     for _ in range(ROUNDS):
-        for name, hear in contenders.items():
-            seconds, heard = _timed(hear)
+        for name, transcribe in contenders.items():
+            seconds, words = _timed(transcribe)
             took[name].append(seconds)
-            errors[name] = 100 * _word_errors(heard, said)
+            errors[name] = 100 * _word_error_rate(words, reference)
     ratios = {name: median([a / b for a, b in zip(took[name], took["bare"], strict=True)]) for name in took}
     beside = {name: f"{median(took[name]):.1f} against {median(took['bare']):.1f} s" for name in took}
     worse = {name: f"{errors[name]:.2f} % against {errors['bare']:.2f} %" for name in errors}
@@ -165,7 +165,7 @@ def _speeds(folder: Path) -> list[Row]:
 
 
 def _memory(folder: Path) -> Row:
-    """Peak memory with the length of the file; all of it speech, beam_size 1 because three hours take their time."""
+    """Peak memory by the length of the file; all of it speech, with beam_size 1 because three hours take long."""
     measured = []
     for name, duration_s in (("short", TEN_MINUTES_S), ("long", THREE_HOURS_S)):
         path = folder / f"{name}.flac"

@@ -157,7 +157,7 @@ class Service:
             max_payload_bytes=settings.queue.max_payload_bytes,
             events=self._events,
             publisher=self._publisher,
-            on_born=self._publisher.on_home_assistant_started,
+            on_birth=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
         if self._metrics is not None:

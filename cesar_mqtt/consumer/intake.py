@@ -79,7 +79,7 @@ class Intake(StoppableThread):
         max_payload_bytes: int,
         events: JobEvents,
         publisher: "Publisher",
-        on_born: Callable[[], None] = lambda: None,
+        on_birth: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing runs before `start`.
 
@@ -93,7 +93,7 @@ class Intake(StoppableThread):
             max_payload_bytes: a larger message is rejected.
             events: receives rejections, and whether the disk refuses.
             publisher: publishes the responses.
-            on_born: called when Home Assistant announces its start.
+            on_birth: called when Home Assistant announces its start.
         """
         super().__init__("intake")
         self._source = source
@@ -104,7 +104,7 @@ class Intake(StoppableThread):
         self._commands = commands
         self._events = events
         self._publisher = publisher
-        self._on_born = on_born
+        self._on_birth = on_birth
         self._redelivery = RedeliveryTracker(ledger)
 
     def _run(self) -> None:
@@ -227,7 +227,7 @@ class Intake(StoppableThread):
                 log.debug("Request %s", admission, action="taken_in", job_id=job_id)
                 refusal = refusal or _refusal(None if message.job.has_generated_id else job_id, admission)
             if message.is_birth:
-                self._on_born()
+                self._on_birth()
             audio_id = self._topics.audio_job_id(message.delivery.topic)
             if audio_id is not None and not message.delivery.payload:
                 log.info("Empty upload ignored: no job is created", action="empty_ignored", job_id=shorten(audio_id))

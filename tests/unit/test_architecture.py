@@ -40,7 +40,7 @@ _WALLS = {
     "tinydb": {"ledger"},
     "av": {"audio"},
     "httpcore2": {"audio"},
-    "httpx2": {"audio", "whisper"},  # whisper/hub.py asks the hub for a sign of life
+    "httpx2": {"audio", "whisper"},  # whisper/hub.py catches its errors
     "faster_whisper": {"whisper"},
     "ctranslate2": {"whisper"},
     "huggingface_hub": {"whisper"},

@@ -127,7 +127,7 @@ def failure_of(work: Callable[[], object], folder: Path) -> JobFailedError:
 # What goes well
 
 
-def test_a_file_arrives_whole_and_for_our_eyes_only(tmp_path: Path, serve: StartServer) -> None:
+def test_a_file_arrives_complete_and_readable_by_its_owner_only(tmp_path: Path, serve: StartServer) -> None:
     server = serve(gives(BODY))
     before = os.umask(0)
     try:
@@ -193,7 +193,7 @@ def test_a_wrong_entry_is_named_when_the_downloader_is_made(tmp_path: Path) -> N
         downloader(tmp_path, "http://cam")
 
 
-def test_a_host_that_is_not_listed_is_neither_resolved_nor_asked(tmp_path: Path, serve: StartServer) -> None:
+def test_a_host_that_is_not_listed_is_neither_resolved_nor_connected_to(tmp_path: Path, serve: StartServer) -> None:
     server = serve(gives(BODY))
     resolver = Resolver(["127.0.0.1"])
     fetcher = downloader(tmp_path, "cam.test", "127.0.0.1:1", getaddrinfo=resolver)
@@ -202,7 +202,9 @@ def test_a_host_that_is_not_listed_is_neither_resolved_nor_asked(tmp_path: Path,
     assert (server.asked, resolver.calls) == ([], [])
 
 
-def test_a_name_that_leads_home_is_refused_unless_the_address_is_listed(tmp_path: Path, serve: StartServer) -> None:
+def test_a_name_in_the_home_network_is_rejected_unless_its_address_is_listed(
+    tmp_path: Path, serve: StartServer
+) -> None:
     server = serve(gives(BODY))
     named = f"cam.test:{server.port}"
     failure = failure_of(lambda: downloader(tmp_path, named).fetch(server.url(host="cam.test"), never), tmp_path)
@@ -218,7 +220,7 @@ def test_a_name_that_leads_home_is_refused_unless_the_address_is_listed(tmp_path
     "address",
     ["::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "169.254.169.254", "fe80::1", "0.0.0.0"],  # noqa: S104
 )
-def test_no_private_address_gets_in_by_way_of_a_name(tmp_path: Path, address: str) -> None:
+def test_no_private_address_is_reached_through_a_name(tmp_path: Path, address: str) -> None:
     fetcher = downloader(tmp_path, "cam.test", getaddrinfo=Resolver([address]))
     failure = failure_of(lambda: fetcher.fetch("http://cam.test/", never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_NOT_ALLOWED
@@ -305,9 +307,7 @@ def test_a_redirect_to_elsewhere_is_not_followed(tmp_path: Path, serve: StartSer
     assert len(server.asked) == 1
 
 
-def test_a_listed_name_that_a_redirect_leads_to_is_checked_by_address_as_well(
-    tmp_path: Path, serve: StartServer
-) -> None:
+def test_the_listed_name_in_a_redirect_is_checked_by_address_as_well(tmp_path: Path, serve: StartServer) -> None:
     server = serve(gives(BODY))
     first = serve(redirects(f"http://nas.test:{server.port}/"))
     resolver = Resolver(["127.0.0.1"], ["127.0.0.2"])
@@ -465,14 +465,14 @@ def resets(exchange: Exchange) -> None:
 
 
 @pytest.mark.parametrize("answer", [*BROKEN.values(), resets], ids=[*BROKEN, "reset"])
-def test_a_failure_that_may_pass_is_met_with_another_try(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
+def test_a_temporary_failure_is_retried(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
     server = serve(answer, gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("answer", [*BROKEN.values(), resets], ids=[*BROKEN, "reset"])
-def test_a_failure_that_does_not_pass_is_told_after_the_retries(
+def test_a_lasting_failure_is_reported_after_the_retries(
     tmp_path: Path, serve: StartServer, answer: Answer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve(answer)
@@ -495,7 +495,7 @@ def test_nothing_of_a_failed_try_is_left_in_the_file(tmp_path: Path, serve: Star
     assert fetched.digest == hashlib.sha256(b"short").hexdigest(), "nor in what tells it apart"
 
 
-def test_what_a_redirect_says_is_not_logged(
+def test_the_location_of_a_redirect_is_not_logged(
     tmp_path: Path, serve: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -505,7 +505,7 @@ def test_what_a_redirect_says_is_not_logged(
     assert "secret" not in caplog.text
 
 
-def test_nobody_listening_is_said_after_the_retries(tmp_path: Path) -> None:
+def test_a_refused_connection_is_reported_after_the_retries(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{find_free_port()}/"
     failure = failure_of(lambda: downloader(tmp_path).fetch(url, never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
@@ -538,9 +538,7 @@ def test_a_name_that_does_not_resolve_is_tried_again_and_named(tmp_path: Path, a
         ("302 Nowhere", ErrorCode.DOWNLOAD_FAILED),
     ],
 )
-def test_an_answer_that_will_not_change_is_not_asked_for_again(
-    tmp_path: Path, serve: StartServer, status: str, code: ErrorCode
-) -> None:
+def test_a_permanent_failure_is_not_retried(tmp_path: Path, serve: StartServer, status: str, code: ErrorCode) -> None:
     server = serve(says(head(status)))
     url = server.url("/clip.wav?token=hidden", userinfo="user:secret@")
     failure = failure_of(lambda: downloader(tmp_path).fetch(url, never), tmp_path)
@@ -580,12 +578,12 @@ def test_a_retry_after_beyond_the_time_that_is_left_ends_it(tmp_path: Path, serv
 @pytest.mark.parametrize(
     "value", ["soon", "-5", "", "²", "Thu, 01 Jan 1970 00:00:00 GMT", "Mon, 01 Jan 0001 00:00:00 -0000"]
 )
-def test_a_retry_after_without_sense_is_no_reason_to_wait(tmp_path: Path, serve: StartServer, value: str) -> None:
+def test_an_invalid_retry_after_is_ignored(tmp_path: Path, serve: StartServer, value: str) -> None:
     server = serve(fails("503 Busy", Retry_After=value), gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
 
 
-def test_a_full_disk_is_said_and_not_tried_again(
+def test_a_full_disk_is_reported_and_not_retried(
     tmp_path: Path, serve: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(gives(BODY))
@@ -640,7 +638,7 @@ def test_a_download_that_takes_too_long_ends(tmp_path: Path, serve: StartServer,
 
 
 @pytest.mark.parametrize("answer", SLOW.values(), ids=SLOW)
-def test_a_stop_ends_a_download_whatever_the_server_does(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
+def test_a_cancel_ends_a_download_whatever_the_server_does(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
     server = serve(answer)
     looked = itertools.count()
 
@@ -652,7 +650,7 @@ def test_a_stop_ends_a_download_whatever_the_server_does(tmp_path: Path, serve: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_silent_server_is_asked_again(tmp_path: Path, serve: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_retried(tmp_path: Path, serve: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_READ_S", 0.3)
     server = serve(lambda exchange: exchange.hang(), gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY

@@ -121,7 +121,7 @@ def in_windows(store: ModelStore) -> Transcript:
     return run(store, LONG, window_s=12.0)
 
 
-def test_what_is_heard_in_windows_is_what_was_said(in_windows: Transcript) -> None:
+def test_a_recording_in_windows_is_transcribed_word_for_word(in_windows: Transcript) -> None:
     assert len(in_windows.windows) >= 4
     assert words(in_windows.text) == said(LONG)
     assert all(window.until_s <= in_windows.audio_duration_s for window in in_windows.windows)
@@ -196,7 +196,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["path", "url"])
 @pytest.mark.parametrize("found", ["another", "the same"])
-def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
+def test_the_job_resumes_in_the_same_recording_and_starts_over_in_another(
     kind: str, found: str, store: ModelStore, address: str, tmp_path: Path
 ) -> None:
     """Half a transcript of the one and half of the other would be worse than work that is done twice."""
@@ -221,7 +221,7 @@ def test_the_work_goes_on_in_the_same_recording_and_begins_anew_in_another(
         assert observed.segments[0] > 1
 
 
-def test_ranges_are_heard_where_they_are(store: ModelStore, tmp_path: Path) -> None:
+def test_clip_ranges_are_transcribed_at_their_times(store: ModelStore, tmp_path: Path) -> None:
     sentence = decode(SPEECH)
     length_s = len(sentence) / SAMPLE_RATE
     path = write_wav(tmp_path / "five.wav", np.concatenate([sentence, silence(10.0)] * 5))
@@ -250,12 +250,12 @@ def test_every_word_has_its_time(options: TranscriptionOptions, store: ModelStor
     assert plumber == [pytest.approx(20.8, abs=0.7), pytest.approx(59.8, abs=0.7)]
 
 
-def test_without_being_asked_for_there_are_no_words(in_windows: Transcript) -> None:
+def test_without_word_timestamps_there_are_no_words(in_windows: Transcript) -> None:
     assert {segment.words for segment in in_windows.segments} == {None}
 
 
 @pytest.mark.parametrize("options", [QUICK, BATCHED], ids=["plain", "batched"])
-def test_a_prompt_and_hotwords_of_any_length_leave_room_for_what_is_heard(
+def test_a_prompt_and_hotwords_of_any_length_leave_room_for_the_transcript(
     options: TranscriptionOptions, store: ModelStore
 ) -> None:
     led = replace(options, initial_prompt="The plumber comes. " * 500, hotwords="Überprüfung 電気 lamp plumber " * 500)
@@ -304,7 +304,7 @@ def test_a_batched_job_that_was_broken_off_leaves_nothing_to_the_next(store: Mod
 
 
 @pytest.mark.parametrize("end_s", [27.5, 29.0])
-def test_batched_a_piece_is_heard_to_its_end_although_it_ends_inside_of_a_sentence(
+def test_batched_a_piece_is_transcribed_to_its_end_although_it_ends_inside_of_a_sentence(
     end_s: float, store: ModelStore, tmp_path: Path
 ) -> None:
     path = write_wav(tmp_path / "cut.wav", decode(LONG)[: int(end_s * SAMPLE_RATE)])
@@ -328,7 +328,7 @@ QUIET: dict[str, NDArray[np.float64]] = {
 
 
 @pytest.mark.parametrize("sound", QUIET)
-def test_a_minute_in_which_nobody_speaks_holds_no_speech(sound: str, store: ModelStore, tmp_path: Path) -> None:
+def test_a_minute_without_speech_has_no_speech(sound: str, store: ModelStore, tmp_path: Path) -> None:
     path = write_wav(tmp_path / "quiet.wav", QUIET[sound])
     for options, window_s in ((QUICK, 600.0), (QUICK, 20.0), (BATCHED, 20.0)):
         transcript = run(store, path, options, window_s=window_s)
@@ -364,7 +364,9 @@ class Patience:
 @pytest.mark.parametrize(
     "options", [QUICK, BATCHED, replace(QUICK, vad_filter=False)], ids=["plain", "batched", "unfiltered"]
 )
-def test_a_stop_is_heeded_wherever_it_is_asked(options: TranscriptionOptions, store: ModelStore) -> None:
+def test_a_cancel_works_at_every_point_where_should_stop_is_asked(
+    options: TranscriptionOptions, store: ModelStore
+) -> None:
     for stops in count(1):
         patience = Patience(stops)
         try:

@@ -50,7 +50,7 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "code"), [("german", "de"), ("spanish", "es")])
-def test_a_language_is_recognised_and_its_words_are_heard(name: str, code: str, transcriber: Transcriber) -> None:
+def test_a_language_is_detected_and_its_words_are_transcribed(name: str, code: str, transcriber: Transcriber) -> None:
     transcript = heard(transcriber, name)
     expected = words((DATA / f"{name}.txt").read_text())
     missed = [word for word in expected if word not in words(transcript.text)]

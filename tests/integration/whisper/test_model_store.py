@@ -162,7 +162,7 @@ for _ in range(int(sys.argv[3])):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("name", "cycles", "frees_mb"), [("tiny.en", 4, 40), ("base", 3, 100)])
-def test_memory_goes_back_when_a_model_is_unloaded_however_often(
+def test_memory_is_released_when_a_model_is_unloaded_however_often(
     name: str, cycles: int, frees_mb: int, joined: Path
 ) -> None:
     command = [sys.executable, "-c", CYCLES, name, str(joined), str(cycles)]

@@ -164,7 +164,7 @@ def test_every_number_is_a_plain_one_of_three_decimals(transcriber: Transcriber)
 
 @pytest.mark.model
 @pytest.mark.parametrize("language", [None, "en"])
-def test_an_english_only_model_says_english(language: str | None, transcriber: Transcriber) -> None:
+def test_an_english_only_model_reports_english(language: str | None, transcriber: Transcriber) -> None:
     transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language=language))
     assert (transcript.language, transcript.language_probability) == ("en", 1.0)
 
@@ -230,7 +230,7 @@ def test_a_prompt_leads_the_model(transcriber: Transcriber) -> None:
 
 
 @pytest.mark.model
-def test_a_prompt_that_is_too_long_is_cut_and_said_to_be(transcriber: Transcriber) -> None:
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(transcriber: Transcriber) -> None:
     prompt = "The plumber comes on Monday. " * 400
     transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
     assert transcript.warnings == ("initial_prompt_truncated",)
@@ -401,7 +401,7 @@ def test_a_stop_closes_the_generator_whoever_holds_on_to_the_exception() -> None
     assert store.unloaded == 0
 
 
-def test_a_stop_is_heeded_while_nothing_is_heard() -> None:
+def test_a_cancel_works_while_there_is_no_segment() -> None:
     transcriber, store = with_model(raw(0, 1), 1000, raw(2, 3))
     with pytest.raises(Cancelled):
         run(transcriber, SPEECH, should_stop=lambda: store.model.model.encoded == 20)
@@ -454,7 +454,7 @@ def test_numbers_that_are_none_do_not_come_out() -> None:
     ]
 
 
-def test_what_is_heard_behind_the_end_of_the_audio_is_dropped_and_times_stay_inside() -> None:
+def test_segments_behind_the_end_of_the_audio_are_dropped_and_times_stay_inside() -> None:
     transcriber, _ = with_model(
         raw(-0.5, 2.00049, " One"), raw(2.0, 30.0, " two"), raw(np.float64(3.9), 3.5, "-three"), raw(4.1, 6.0, " four.")
     )
@@ -469,12 +469,12 @@ def test_what_is_heard_behind_the_end_of_the_audio_is_dropped_and_times_stay_ins
     assert [progress.processed_s for progress in seen][-2:] == [2.0, 4.025]
 
 
-def test_only_what_is_heard_behind_the_end_is_no_speech() -> None:
+def test_segments_only_behind_the_end_are_no_speech() -> None:
     transcript = run(with_model(raw(5.0, 6.0))[0], SPEECH)
     assert (transcript.no_speech, transcript.language, transcript.language_probability) == (True, None, None)
 
 
-def test_a_multilingual_model_detects_translates_and_is_asked_with_care() -> None:
+def test_a_multilingual_model_detects_and_translates_with_the_options_for_unattended_audio() -> None:
     transcriber, store = with_model(raw(0, 1), multilingual=True)
     transcript = run(transcriber, SPEECH, TranscriptionOptions("base", task="translate", beam_size=3, vad_filter=False))
     assert (transcript.language, transcript.language_probability) == ("de", 0.988)
@@ -542,7 +542,7 @@ def cut_before(field: str, text: str) -> tuple[list[str], tuple[str, ...]]:
     return store.model.asked[0][field].split(), transcript.warnings
 
 
-def test_of_a_prompt_that_is_cut_before_it_is_kept_the_model_is_told_the_same() -> None:
+def test_a_prompt_that_was_cut_when_the_job_was_accepted_reaches_the_model_the_same() -> None:
     said = [f"w{number}" for number in range(9_000)]
     assert cut_before("initial_prompt", " ".join(said)) == (said[-100:], ("initial_prompt_truncated",))
     assert cut_before("hotwords", " ".join(said)) == (said[:100], ("hotwords_truncated",))
@@ -618,7 +618,7 @@ def minute(tmp_path: Path) -> Path:
     return write_wav(tmp_path / "minute.wav", loud)
 
 
-def test_every_window_but_the_last_is_told_and_all_are_in_the_transcript(minute: Path) -> None:
+def test_every_window_but_the_last_is_reported_and_all_are_in_the_transcript(minute: Path) -> None:
     transcriber, store = with_model(raw(0.5, 1.0, " Hello"), raw(2, 3, " there."), window_s=25.0)
     told: list[Window] = []
     segments: list[Segment] = []
@@ -645,7 +645,7 @@ def test_the_language_is_detected_once(minute: Path) -> None:
     assert {(window.language, window.language_probability) for window in transcript.windows} == {("de", 0.988)}
 
 
-def test_where_nobody_speaks_no_language_is_taken_for_known(minute: Path) -> None:
+def test_without_speech_no_language_is_taken_for_detected(minute: Path) -> None:
     transcriber, store = with_model(multilingual=True, window_s=25.0)
     transcript = run(transcriber, minute, TranscriptionOptions("base"))
     assert [asked["language"] for asked in store.model.asked] == [None, None, None]
@@ -660,7 +660,7 @@ def test_a_language_that_is_given_is_not_detected(minute: Path) -> None:
     assert (transcript.language, transcript.language_probability) == ("en", 1.0)
 
 
-def test_what_an_earlier_attempt_has_done_is_counted_and_not_told_again(minute: Path) -> None:
+def test_the_windows_of_an_earlier_attempt_are_counted_and_not_reported_again(minute: Path) -> None:
     whole = run(with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)[0], minute)
     for number in range(1, len(whole.windows)):
         transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)
@@ -691,7 +691,7 @@ def test_with_nothing_left_to_do_the_transcript_is_what_was_done(minute: Path) -
     assert store.loaded == 0
 
 
-def test_a_stop_between_two_windows_keeps_those_that_were_told(minute: Path) -> None:
+def test_a_cancel_between_two_windows_keeps_those_that_were_reported(minute: Path) -> None:
     transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
     told: list[Window] = []
     with pytest.raises(Cancelled):

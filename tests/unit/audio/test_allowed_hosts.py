@@ -154,7 +154,7 @@ def test_without_an_entry_urls_are_off() -> None:
         ("0.0.0.0/0", ["http://127.0.0.1/"], ["http://[::1]/", "http://localhost/"]),
     ],
 )
-def test_an_entry_opens_what_it_says_and_no_more(entry: str, admitted: list[str], refused: list[str]) -> None:
+def test_an_entry_allows_what_it_names_and_no_more(entry: str, admitted: list[str], refused: list[str]) -> None:
     assert [url for url in admitted if not is_admitted(url, entry)] == []
     assert [url for url in refused if is_admitted(url, entry)] == []
 
@@ -174,7 +174,7 @@ def test_several_entries_add_up() -> None:
         ("http://[fd00::5]:81/", "[fd00::5]:81"),
     ],
 )
-def test_a_refusal_says_the_entry_that_would_open_it(url: str, entry: str) -> None:
+def test_a_rejection_names_the_entry_that_would_allow_it(url: str, entry: str) -> None:
     with pytest.raises(JobFailedError) as error:
         AllowedHosts(("other.local",)).admit(parse_url(url))
     assert f"add '{entry}' there" in error.value.message
@@ -225,7 +225,7 @@ def test_a_wrong_entry_is_named_with_its_setting(entry: str) -> None:
     assert str(error.value).startswith(f"audio.allowed_hosts: {entry!r} cannot be used: ")
 
 
-def test_a_network_with_an_address_inside_is_told_how_to_be_written() -> None:
+def test_a_network_with_host_bits_is_answered_with_the_right_notation() -> None:
     with pytest.raises(ConfigError, match=r"as a network it is 192\.168\.1\.0/24, and as an address it is without"):
         AllowedHosts(("192.168.1.20/24",))
 
@@ -267,13 +267,13 @@ NOT_PUBLIC = [
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_a_name_may_lead_to_a_public_address(address: str) -> None:
+def test_a_name_may_resolve_to_a_public_address(address: str) -> None:
     assert is_public(ip_address(address))
     assert leads(address, "cam.local")
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
-def test_a_name_may_not_lead_to_an_address_that_is_not_public(address: str) -> None:
+def test_a_name_may_not_resolve_to_an_address_that_is_not_public(address: str) -> None:
     assert not is_public(ip_address(address))
     assert not leads(address, "cam.local", "*.local:*", "10.99.0.0/16", "[fd99::/16]:*")
 
@@ -289,7 +289,7 @@ def test_a_name_may_not_lead_to_an_address_that_is_not_public(address: str) -> N
         ("2002:c0a8:114::1", "2002::/16"),
     ],
 )
-def test_an_entry_for_the_address_lets_a_name_lead_there(address: str, entry: str) -> None:
+def test_an_entry_for_the_address_lets_a_name_resolve_to_it(address: str, entry: str) -> None:
     assert leads(address, "cam.local", entry)
 
 
@@ -297,7 +297,7 @@ def test_what_wraps_a_private_address_is_not_opened_by_the_entry_of_that_address
     assert not leads("64:ff9b::c0a8:114", "cam.local", "192.168.1.20")
 
 
-def test_the_port_counts_for_the_address_as_well_and_the_refusal_says_so() -> None:
+def test_the_port_counts_for_the_address_as_well_and_the_rejection_names_it() -> None:
     hosts = AllowedHosts(("cam.local:81", "192.168.1.0/24"))
     with pytest.raises(JobFailedError) as error:
         hosts.admit_address(ip_address("192.168.1.20"), parse_url("http://cam.local:81/"))

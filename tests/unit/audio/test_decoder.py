@@ -252,14 +252,14 @@ def test_a_file_inside_is_named_without_the_way_there_from_outside(
     assert str(outside) not in message
 
 
-def test_a_file_that_is_not_there_is_to_be_retried_for_the_same_id_would_only_tell_the_old_error(inside: Path) -> None:
+def test_a_missing_file_is_to_be_retried_because_the_same_id_would_only_repeat_the_error(inside: Path) -> None:
     assert refusal_of("missing.wav", inside).message == (
         "There is no audio file 'missing.wav': put it there and retry the job (command `retry`), "
         "or name another under a new id."
     )
 
 
-def test_a_refusal_does_not_tell_where_a_link_leads(inside: Path, outside: Path) -> None:
+def test_a_rejection_does_not_reveal_the_target_of_a_link(inside: Path, outside: Path) -> None:
     (inside / "link.wav").symlink_to(outside / "secret.wav")
     assert refusal_of("link.wav", inside).message == OUTSIDE
 
@@ -278,7 +278,7 @@ def test_a_refusal_does_not_tell_where_a_link_leads(inside: Path, outside: Path)
         "links/maybe/../maybe.wav",
     ],
 )
-def test_the_answer_does_not_tell_whether_something_exists_outside(name: str, inside: Path, outside: Path) -> None:
+def test_the_answer_does_not_reveal_whether_something_exists_outside(name: str, inside: Path, outside: Path) -> None:
     (inside / "link.wav").symlink_to(outside / "maybe.wav")
     (inside / "links").symlink_to(outside)
     name = name.format(inside=inside, outside=outside)
@@ -377,7 +377,7 @@ def test_a_fifo_that_has_taken_the_files_place_does_not_block(inside: Path) -> N
     assert error_of(path).code is ErrorCode.AUDIO_NOT_ALLOWED
 
 
-def test_a_file_that_has_gone_is_not_found(inside: Path) -> None:
+def test_a_file_that_was_deleted_is_not_found(inside: Path) -> None:
     path = resolve_audio_path("note.wav", [inside])
     path.unlink()
     assert error_of(path).code is ErrorCode.AUDIO_NOT_FOUND
@@ -497,7 +497,7 @@ def test_an_m4a_cut_before_its_index_is_unreadable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("codec", "channels"), [(0x1234, 1), (1, 63), (1, 200)])
-def test_a_codec_or_layout_that_nobody_knows_is_unreadable(codec: int, channels: int, tmp_path: Path) -> None:
+def test_an_unknown_codec_or_layout_is_unreadable(codec: int, channels: int, tmp_path: Path) -> None:
     path = tmp_path / "odd.wav"
     path.write_bytes(wav_bytes(bytes(50_400), codec=codec, channels=channels))
     assert error_of(path).code is ErrorCode.AUDIO_UNREADABLE
@@ -624,7 +624,7 @@ def test_a_wav_written_to_a_pipe_is_not_called_truncated(size: int, tmp_path: Pa
     assert audio.warnings == ()
 
 
-def test_a_damaged_stretch_costs_no_more_than_itself(tmp_path: Path) -> None:
+def test_a_damaged_part_costs_no_more_than_itself(tmp_path: Path) -> None:
     path = encode(tmp_path / "damaged.m4a", "ipod", "aac", tone(10, 44_100), rate=44_100)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -702,7 +702,7 @@ def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch
     assert audio.info.size_bytes == 3_900_000_000
 
 
-def test_the_patience_with_ffmpeg_does_not_count_what_others_take(
+def test_the_timeout_of_ffmpeg_does_not_count_the_time_of_the_consumer_of_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.audio.decoder._FFMPEG_TIMEOUT_S", 0.2)
@@ -717,7 +717,7 @@ def test_the_patience_with_ffmpeg_does_not_count_what_others_take(
     assert heard == 30 * SAMPLE_RATE
 
 
-def test_a_file_is_told_apart_from_what_takes_its_place(tmp_path: Path) -> None:
+def test_a_file_is_distinguished_from_one_that_replaces_it(tmp_path: Path) -> None:
     path = encode(tmp_path / "note.wav", "wav", "pcm_s16le", tone(1, 16_000), rate=16_000)
     with open_audio(path, LIMITS) as audio:
         assert audio.info.identity == file_identity(path.stat())

@@ -87,7 +87,7 @@ def test_only_the_last_minute_is_listened_to_where_it_holds_a_pause(vad: FakeVad
     assert sum(vad.given) <= 62 * SAMPLE_RATE
 
 
-def test_the_search_goes_back_minute_by_minute_where_nobody_draws_breath(vad: FakeVad) -> None:
+def test_the_search_goes_back_minute_by_minute_where_there_is_no_pause(vad: FakeVad) -> None:
     assert cut_s(speech(600.0, pauses=[(390.0, 391.0), (430.0, 431.0)])) == pytest.approx(430.5, abs=0.05)
     assert len(vad.given) == 3
     assert sum(vad.given) <= 3 * 62 * SAMPLE_RATE

@@ -284,7 +284,7 @@ def test_the_declared_duration_is_known_early_and_the_exact_one_in_the_end() -> 
         assert recording.duration_s == len(decode(LONG)) / SAMPLE_RATE
 
 
-def test_a_duration_that_nobody_declares_is_known_in_the_end(tmp_path: Path) -> None:
+def test_an_undeclared_duration_is_known_in_the_end(tmp_path: Path) -> None:
     path = write_aac(tmp_path / "stream.aac", 40.0)
     with opened(path, window_s=15.0) as recording:
         found = recording.chunks(never)
@@ -330,7 +330,7 @@ def test_a_cut_and_a_damaged_file_is_called_so_when_the_last_chunk_is_given(tmp_
     ("content", "code"),
     [(b"", ErrorCode.AUDIO_EMPTY), (b"no audio at all\n" * 99, ErrorCode.AUDIO_UNREADABLE)],
 )
-def test_what_is_wrong_with_the_file_is_told_when_it_is_asked_for(
+def test_what_is_wrong_with_the_file_is_raised_when_its_chunks_are_taken(
     content: bytes, code: ErrorCode, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(content)
@@ -419,7 +419,7 @@ def test_a_chunk_that_is_finished_after_the_close_holds_nothing_up(
     assert fake_audio.decoded_s >= 3.0
 
 
-def test_whoever_waits_for_a_chunk_is_told_that_the_recording_was_closed(fake_audio: FakeAudio) -> None:
+def test_a_wait_for_a_chunk_is_cancelled_when_the_recording_is_closed(fake_audio: FakeAudio) -> None:
     fake_audio.gate.clear()
     recording = Recording(Path("any"), limits=LIMITS, window_s=10.0)
     asked = threading.Event()
@@ -476,7 +476,7 @@ def test_a_close_does_not_wait_for_a_disk_that_does_not_answer(
     assert not recording._thread.is_alive()
 
 
-def test_an_unforeseen_failure_in_the_thread_leaves_nobody_waiting(
+def test_an_unforeseen_failure_in_the_thread_ends_the_wait_for_a_chunk(
     fake_audio: FakeAudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[object] = []

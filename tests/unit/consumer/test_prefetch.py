@@ -131,7 +131,7 @@ class Stage:
         self.open_error: Exception | None = None
         self.opening: Callable[[], object] = lambda: None
         self.downloaded: list[str] = []
-        self.prefetcher = self.prefetcher_of(cast("Ledger", self.queue), self._open, ahead)
+        self.prefetcher = self.prefetcher_of(cast("Ledger", self.queue), self.open, ahead)
 
     def prefetcher_of(
         self, ledger: Ledger, open_recording: Callable[[Path, Job], "FakeRecording"], ahead: int
@@ -147,7 +147,7 @@ class Stage:
         prefetcher.on_downloaded = lambda outcome, _seconds: self.downloaded.append(outcome)
         return prefetcher
 
-    def _open(self, path: Path, job: Job) -> FakeRecording:
+    def open(self, path: Path, job: Job) -> FakeRecording:
         self.opening()
         if self.open_error is not None:
             raise self.open_error
@@ -629,6 +629,27 @@ def test_a_job_that_is_claimed_during_a_look_is_kept(stage: Stage) -> None:
     stage.look()
     assert stage.take(second) is stage.recordings[1]
     assert stage.downloader.fetched == ["http://cam.test/2"]
+
+
+def test_with_a_real_ledger_a_claimed_job_keeps_its_audio_and_a_cancelled_or_deferred_one_lets_go(stage: Stage) -> None:
+    (stage.folder / "a.wav").write_bytes(b"sound")
+    with Ledger(stage.folder / "ledger.json") as ledger:
+        ledger.append([factories.new_job("a"), factories.new_job("b")])
+        prefetcher = stage.prefetcher_of(ledger, stage.open, ahead=2)
+        prefetcher.run_once()
+        assert stage.open_now == ["a"]
+        job = ledger.claim()
+        assert job is not None
+        prefetcher.run_once()
+        assert stage.open_now == ["a", "b"]
+        assert cast("FakeRecording", prefetcher.take(job, never)) is stage.recordings[0]
+        ledger.cancel("b")
+        prefetcher.run_once()
+        assert stage.open_now == ["a"]
+        ledger.defer(job.seq, 3600.0)
+        prefetcher.release(job, final=False)
+        prefetcher.run_once()
+        assert stage.open_now == []
 
 
 def test_a_recording_that_is_opened_too_late_is_closed(stage: Stage) -> None:

@@ -4,12 +4,13 @@ from typing import Any
 
 from cesar_mqtt.jobs import Admission, NewJob
 from cesar_mqtt.ledger.deduplication import DeduplicationIndex
+from tests.factories import new_job
 
 ACCEPTED, DUPLICATE = Admission.ACCEPTED, Admission.DUPLICATE
 
 
 def request(job_id: str, fingerprint: str = "same", **fields: Any) -> NewJob:
-    return NewJob(job_id, fingerprint, None, "base", **fields)
+    return new_job(job_id, None, fingerprint=fingerprint, **fields)
 
 
 def delivered(job_id: str, packet_id: int, **fields: Any) -> NewJob:

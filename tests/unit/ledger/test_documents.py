@@ -23,6 +23,7 @@ from cesar_mqtt.ledger.documents import (
     window_from,
 )
 from cesar_mqtt.transcript import Segment, Window, Word
+from tests.factories import new_job
 
 LONE = st.text(st.characters(exclude_categories=())).filter(lambda text: not _has_pair(text))
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -114,7 +115,7 @@ def test_a_new_job_is_unchanged_after_the_disk() -> None:
 
 
 def test_a_result_is_unchanged_after_the_disk() -> None:
-    asked = job_document(NewJob("a", "print", None, "base"), 1.0, 1)
+    asked = job_document(new_job("a", None), 1.0, 1)
     spoken = Result("text", 2.5, "en", 0.0, no_speech=False, warnings=("audio_damaged",))
     job = job_from(1, after_the_disk({**asked, **result_fields(spoken, 9.0)}), None, None)
     assert (job.result_text, job.audio_duration, job.detected_language) == ("text", 2.5, "en")
@@ -127,14 +128,14 @@ def test_a_result_is_unchanged_after_the_disk() -> None:
 
 
 def test_empty_fields_are_not_written() -> None:
-    document = job_document(NewJob("a", "print", None, "base"), 1.0, 1)
+    document = job_document(new_job("a", None), 1.0, 1)
     needed = {"job_id", "state", "revision", "created_at", "updated_at", "fingerprint", "model_size"}
     assert document.keys() == needed
 
 
 def test_documents_share_nothing_mutable() -> None:
     metadata = {"tags": ["a"]}
-    document = job_document(NewJob("a", "print", None, "base", metadata=metadata), 1.0, 1)
+    document = job_document(new_job("a", None, metadata=metadata), 1.0, 1)
     metadata["tags"].append("b")
     job = job_from(1, document, None, None)
     job.metadata["tags"].append("c")
@@ -158,13 +159,13 @@ def test_audio_is_kept_while_the_job_or_a_retry_may_need_it(state: str, code: st
 
 @pytest.mark.parametrize(("formats", "kept"), [((), False), (("txt",), True), (("json",), True)])
 def test_windows_are_kept_for_every_format(formats: tuple[str, ...], *, kept: bool) -> None:
-    document = job_document(NewJob("a", "print", None, "base", formats=formats), 1.0, 1)
+    document = job_document(new_job("a", None, formats=formats), 1.0, 1)
     assert needs_windows(document) is kept
 
 
 def test_only_uploaded_audio_is_a_spool_file() -> None:
     named = {"spool": ["x"], "path": [], "url": []}
     for kind, names in named.items():
-        document = job_document(NewJob("a", "print", AudioSource(kind, "x"), "base"), 1.0, 1)
+        document = job_document(new_job("a", "x", kind=kind), 1.0, 1)
         assert list(spool_files(document)) == names
     assert list(spool_files({"job_id": "a"})) == []

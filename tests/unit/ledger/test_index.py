@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
+from cesar_mqtt.jobs import DeletedJob, JobState
 from cesar_mqtt.ledger import tombstones as tombstones_module
 from cesar_mqtt.ledger.index import WINDOWS_PER_JOB, Index, window_id
 from cesar_mqtt.ledger.tombstones import Tombstones
+from tests.factories import new_job
 
 
 def row(job_id: str, state: str, revision: int = 1, **fields: Any) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def test_jobs_move_between_states() -> None:
     assert (made.processing, dict(made.finished), made.ended_total[JobState.CANCELLED]) == ([], {1: 7.5}, 1)
     made.move(1, JobState.CANCELLED, JobState.QUEUED, {})
     assert (list(made.finished), list(made.queue), made.ended_total[JobState.CANCELLED]) == ([], [1, 2], 1)
-    made.add(3, NewJob("c", "c", None, "base"), 8.0)
-    made.add(4, NewJob("d", "d", None, "base", failure="wrong"), 9.0)
+    made.add(3, new_job("c", None), 8.0)
+    made.add(4, new_job("d", None, failure="wrong"), 9.0)
     assert (list(made.queue), dict(made.finished), made.last_seq) == ([1, 2, 3], {4: 9.0}, 4)
     assert made.ended_total[JobState.ERROR] == 1

@@ -28,14 +28,10 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.queue import POSITIONS_TRACKED, JobQueue
 from cesar_mqtt.ledger.storage import Change
 from cesar_mqtt.transcript import Segment, Window, Word
+from tests.factories import new_job
 from tests.unit.ledger.faults import FaultyDisk, Killed, QuickDisk, failing, killing
 
 RESULT = Result("good morning", 2.5, "en", 0.98, no_speech=False, warnings=("half of it was noise",))
-
-
-def request(name: str, kind: str = "path", **fields: Any) -> NewJob:
-    fields.setdefault("fingerprint", f"print of {name}")
-    return NewJob(name, audio=AudioSource(kind, f"{name}.wav"), model_size="base", **fields)
 
 
 def window(number: int, text: str = " good morning \U0001f600") -> Window:
@@ -121,7 +117,7 @@ def admissions(ledger: Ledger, *requests: NewJob) -> list[Admission]:
 
 
 def append(ledger: Ledger, *ids: str) -> list[Job]:
-    return [get_job(ledger, job_id) for _, job_id in ledger.append([request(name) for name in ids])]
+    return [get_job(ledger, job_id) for _, job_id in ledger.append([new_job(name) for name in ids])]
 
 
 def get_job(ledger: Ledger, job_id: str) -> Job:
@@ -177,7 +173,7 @@ def test_what_changes_nothing_does_not_touch_the_disk(folder: LedgerFolder) -> N
     folder.crash(disk)
     append(folder.ledger, "a")
     disk.calls.clear()
-    folder.ledger.append([request("a"), request("a", fingerprint="other")])
+    folder.ledger.append([new_job("a"), new_job("a", fingerprint="other")])
     publish_all(folder.ledger)
     folder.ledger.count_rejected()
     folder.ledger.totals()
@@ -190,7 +186,7 @@ def test_what_changes_nothing_does_not_touch_the_disk(folder: LedgerFolder) -> N
 def test_the_same_id_is_the_same_job_or_a_conflict(folder: LedgerFolder) -> None:
     (first,) = append(folder.ledger, "a")
     publish_all(folder.ledger)
-    (same, job), (conflict, other) = folder.ledger.append([request("a"), request("a", fingerprint="other")])
+    (same, job), (conflict, other) = folder.ledger.append([new_job("a"), new_job("a", fingerprint="other")])
     assert (same, conflict) == (Admission.DUPLICATE, Admission.CONFLICT)
     assert job == other == "a"
     assert get_job(folder.ledger, "a") == first
@@ -198,7 +194,7 @@ def test_the_same_id_is_the_same_job_or_a_conflict(folder: LedgerFolder) -> None
 
 
 def test_an_invalid_request_is_recorded_as_an_error_and_never_claimed(folder: LedgerFolder) -> None:
-    assert admissions(folder.ledger, request("bad", failure="beam_size: at most 10.")) == [Admission.ACCEPTED]
+    assert admissions(folder.ledger, new_job("bad", failure="beam_size: at most 10.")) == [Admission.ACCEPTED]
     job = get_job(folder.ledger, "bad")
     assert (job.state, job.error_code, job.error_message) == (
         JobState.ERROR,
@@ -214,33 +210,33 @@ def test_an_invalid_request_is_recorded_as_an_error_and_never_claimed(folder: Le
 
 
 def redelivered(name: str, packet_id: int, fingerprint: str = "same") -> NewJob:
-    return request(name, packet_id=packet_id, redelivered=True, fingerprint=fingerprint)
+    return new_job(name, packet_id=packet_id, redelivered=True, fingerprint=fingerprint)
 
 
 def delivered(name: str, packet_id: int, fingerprint: str = "same") -> NewJob:
-    return request(name, packet_id=packet_id, fingerprint=fingerprint)
+    return new_job(name, packet_id=packet_id, fingerprint=fingerprint)
 
 
 def test_a_full_queue_rejects_new_jobs_and_nothing_else(folder: LedgerFolder) -> None:
     ledger = folder.restart(max_queued=3)
     accepted, full = Admission.ACCEPTED, Admission.FULL
-    wrong = request("wrong", failure="no")
-    requests = [request("a"), wrong, request("b"), request("c"), request("d"), request("a"), request("d")]
+    wrong = new_job("wrong", failure="no")
+    requests = [new_job("a"), wrong, new_job("b"), new_job("c"), new_job("d"), new_job("a"), new_job("d")]
     assert admissions(ledger, *requests) == [accepted, accepted, accepted, accepted, full, Admission.DUPLICATE, full]
-    assert ledger.append([request("d")]) == [(full, "d")]
-    assert admissions(ledger, request("b", fingerprint="x"), request("wrong too", failure="no")) == [
+    assert ledger.append([new_job("d")]) == [(full, "d")]
+    assert admissions(ledger, new_job("b", fingerprint="x"), new_job("wrong too", failure="no")) == [
         "conflict",
         accepted,
     ]
     claim(ledger)
-    assert admissions(ledger, request("d"), request("e")) == [accepted, full]
+    assert admissions(ledger, new_job("d"), new_job("e")) == [accepted, full]
     assert ledger.get("e") is None
 
 
 def test_queued_jobs_beyond_a_lowered_limit_are_kept(folder: LedgerFolder) -> None:
     append(folder.ledger, "a", "b", "c")
     ledger = folder.restart(max_queued=1)
-    assert admissions(ledger, request("d"), request("a")) == ["full", "duplicate"]
+    assert admissions(ledger, new_job("d"), new_job("a")) == ["full", "duplicate"]
     assert [claim(ledger).job_id for _ in range(3)] == ["a", "b", "c"]
 
 
@@ -262,7 +258,7 @@ def test_an_illegal_transition_raises_and_changes_nothing(folder: LedgerFolder, 
     if state == "unknown":
         seq = 99
     elif state == "refused":
-        ledger.append([request("b", failure="no")])
+        ledger.append([new_job("b", failure="no")])
         seq = 2
     elif state != "queued":
         claim(ledger)
@@ -278,7 +274,7 @@ def test_an_illegal_transition_raises_and_changes_nothing(folder: LedgerFolder, 
 
 def test_every_field_of_a_job_is_read_as_it_was_recorded(folder: LedgerFolder) -> None:
     folder.ledger.append(
-        [request("a", options={"beam_size": 2}, metadata={"room": ["hall"]}), request("b"), request("c")]
+        [new_job("a", options={"beam_size": 2}, metadata={"room": ["hall"]}), new_job("b"), new_job("c")]
     )
     start = folder.clock.now
     folder.clock.now += 5
@@ -308,7 +304,7 @@ def test_every_field_of_a_job_is_read_as_it_was_recorded(folder: LedgerFolder) -
 
 def test_jobs_share_nothing_mutable_with_the_ledger(folder: LedgerFolder) -> None:
     metadata = {"tags": ["a"]}
-    folder.ledger.append([request("a", metadata=metadata)])
+    folder.ledger.append([new_job("a", metadata=metadata)])
     metadata["tags"].append("from the producer")
     for job in (folder.ledger.get("a"), folder.ledger.unpublished(1)[0][1], folder.ledger.claim()):
         assert job is not None
@@ -342,9 +338,7 @@ def test_totals_count_since_the_ledger_was_created(folder: LedgerFolder) -> None
 
 def test_needed_spool_files_are_those_of_unfinished_and_retryable_jobs(folder: LedgerFolder) -> None:
     kinds = {"done": "spool", "broken": "spool", "hopeless": "spool", "a": "spool", "b": "path"}
-    folder.ledger.append(
-        [NewJob(name, name, AudioSource(kind, f"file of {name}"), "base") for name, kind in kinds.items()]
-    )
+    folder.ledger.append([new_job(name, f"file of {name}", kind=kind) for name, kind in kinds.items()])
     folder.ledger.complete(claim(folder.ledger).seq, RESULT)
     folder.ledger.fail(claim(folder.ledger).seq, ErrorCode.MODEL_UNAVAILABLE, "Later, perhaps.")
     folder.ledger.fail(claim(folder.ledger).seq, ErrorCode.AUDIO_UNREADABLE, "Never.")
@@ -453,7 +447,7 @@ def test_a_window_out_of_order_or_of_a_job_that_is_not_processing_raises(folder:
 
 
 def test_windows_of_changed_audio_are_deleted_and_the_job_starts_again(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a", formats=("srt",)), request("b")])
+    folder.ledger.append([new_job("a", formats=("srt",)), new_job("b")])
     job = claim(folder.ledger)
     assert folder.ledger.keep_windows_of(job.seq, "one"), "there are none"
     for number in range(2):
@@ -475,7 +469,7 @@ def test_windows_of_changed_audio_are_deleted_and_the_job_starts_again(folder: L
 
 
 def test_a_single_window_of_changed_audio_is_deleted_too(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a", formats=("srt",))])
+    folder.ledger.append([new_job("a", formats=("srt",))])
     job = claim(folder.ledger)
     folder.ledger.add_window(job.seq, window(0), identity="one")
     assert not folder.ledger.keep_windows_of(job.seq, "another")
@@ -520,7 +514,7 @@ def test_a_window_is_one_transaction_and_publishes_nothing(folder: LedgerFolder)
 def test_a_completed_job_keeps_all_its_windows_when_its_formats_need_them(
     folder: LedgerFolder, formats: tuple[str, ...], written: int
 ) -> None:
-    folder.ledger.append([request("a", formats=formats)])
+    folder.ledger.append([new_job("a", formats=formats)])
     job = work_on(folder.ledger, written)
     folder.ledger.complete(job.seq, result(3))
     for _ in range(2):
@@ -530,7 +524,7 @@ def test_a_completed_job_keeps_all_its_windows_when_its_formats_need_them(
 
 
 def test_a_completed_job_without_formats_keeps_no_windows(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a")])
+    folder.ledger.append([new_job("a")])
     job = work_on(folder.ledger, 2)
     folder.ledger.complete(job.seq, result(3))
     for _ in range(2):
@@ -541,7 +535,7 @@ def test_a_completed_job_without_formats_keeps_no_windows(folder: LedgerFolder) 
 
 
 def test_a_result_with_fewer_windows_than_stored_deletes_the_others(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a", formats=("srt",))])
+    folder.ledger.append([new_job("a", formats=("srt",))])
     job = work_on(folder.ledger, 3)
     folder.ledger.complete(job.seq, result(1))
     for _ in range(2):
@@ -561,7 +555,7 @@ def test_a_failure_keeps_the_windows_if_a_retry_may_help(folder: LedgerFolder, c
 
 
 def test_deleting_a_job_deletes_its_windows_and_no_others(folder: LedgerFolder) -> None:
-    folder.ledger.append([request(name, "spool", formats=("srt",)) for name in "abc"])
+    folder.ledger.append([new_job(name, f"{name}.wav", kind="spool", formats=("srt",)) for name in "abc"])
     for _ in range(3):
         folder.ledger.complete(claim(folder.ledger).seq, result(2))
     folder.ledger.delete("b")
@@ -605,7 +599,7 @@ def test_the_words_of_an_hour_take_little_memory(folder: LedgerFolder) -> None:
 
 
 def test_cancelling_a_queued_job_ends_it_and_moves_the_next_ones_up(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a", "spool"), request("b"), request("c")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool"), new_job("b"), new_job("c")])
     publish_all(folder.ledger)
     job = folder.ledger.cancel("a")
     assert job is not None
@@ -621,7 +615,7 @@ def test_cancelling_a_queued_job_ends_it_and_moves_the_next_ones_up(folder: Ledg
 
 
 def test_a_processing_job_is_cancelled_only_when_the_worker_has_stopped_it(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a", "spool")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool")])
     job = work_on(folder.ledger, 1)
     assert not folder.ledger.is_cancelling(job.seq)
     asked = folder.ledger.cancel("a")
@@ -653,7 +647,7 @@ def test_cancelling_twice_writes_once(folder: LedgerFolder) -> None:
 
 @pytest.mark.parametrize("leave", ["crash", "crash again", "restart", "requeue", "defer"])
 def test_a_cancelling_job_is_never_started_again(folder: LedgerFolder, leave: str) -> None:
-    folder.ledger.append([request("a", "spool"), request("b")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool"), new_job("b")])
     job = work_on(folder.ledger, 1)
     publish_all(folder.ledger)
     folder.ledger.cancel("a")
@@ -734,9 +728,9 @@ def test_only_a_failed_or_cancelled_job_with_its_audio_can_be_retried(
     folder: LedgerFolder, kind: str, state: str, refusal: str | None
 ) -> None:
     if state == "refused":
-        folder.ledger.append([NewJob("a", "x", None, "base", failure="No such field.")])
+        folder.ledger.append([new_job("a", None, failure="No such field.")])
     else:
-        folder.ledger.append([request("a", kind)])
+        folder.ledger.append([new_job(kind=kind)])
         end_as(folder.ledger, state)
     if refusal is None:
         retried = folder.ledger.retry("a")
@@ -752,7 +746,7 @@ def test_only_a_failed_or_cancelled_job_with_its_audio_can_be_retried(
 
 def test_a_retried_job_is_like_a_new_one_except_for_its_attempts(folder: LedgerFolder) -> None:
     fields: dict[str, Any] = {"options": {"beam_size": 2}, "metadata": {"x": 1}, "formats": ("srt",), "stream": True}
-    folder.ledger.append([request("a", "spool", **fields)])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool", **fields)])
     for _ in range(3):
         work_on(folder.ledger, 2)
         folder.crash()
@@ -798,7 +792,7 @@ def test_a_requeued_job_has_no_start_time(folder: LedgerFolder, way: str) -> Non
 @pytest.mark.parametrize("kind", ["spool", "path", "url"])
 @pytest.mark.parametrize("end", ["timeout", "cancelled"])
 def test_a_retry_keeps_the_windows_of_uploaded_audio_only(folder: LedgerFolder, kind: str, end: str) -> None:
-    folder.ledger.append([request("a", kind)])
+    folder.ledger.append([new_job(kind=kind)])
     job = work_on(folder.ledger, 2)
     if end == "cancelled":
         folder.ledger.finish_cancelling(job.seq)
@@ -850,7 +844,7 @@ def test_a_retry_drops_the_delay_of_a_deferred_job(folder: LedgerFolder) -> None
 
 
 def test_deleting_a_queued_job_moves_the_next_ones_up_and_frees_its_id(folder: LedgerFolder) -> None:
-    folder.ledger.append([request("a", "spool", packet_id=3, has_generated_id=True), request("b")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool", packet_id=3, has_generated_id=True), new_job("b")])
     publish_all(folder.ledger)
     deleted = folder.ledger.delete("a")
     assert deleted is not None
@@ -862,13 +856,13 @@ def test_deleting_a_queued_job_moves_the_next_ones_up_and_frees_its_id(folder: L
         assert [deleted.job_id for deleted in folder.ledger.pending_clears(10)] == ["a"]
         assert (folder.ledger.needed_spool_files(), folder.ledger.count()) == (set(), 1)
         folder.crash()
-    assert admissions(folder.ledger, request("a", fingerprint="other")) == ["accepted"]
+    assert admissions(folder.ledger, new_job("a", fingerprint="other")) == ["accepted"]
     assert [claim(folder.ledger).job_id for _ in range(2)] == ["b", "a"]
 
 
 @pytest.mark.parametrize("state", ["completed", "timeout", "cancelled"])
 def test_a_finished_job_can_be_deleted(folder: LedgerFolder, state: str) -> None:
-    folder.ledger.append([request("a", "spool")])
+    folder.ledger.append([new_job("a", "a.wav", kind="spool")])
     end_as(folder.ledger, state)
     totals = folder.ledger.totals()
     deleted = folder.ledger.delete("a")
@@ -895,11 +889,11 @@ def pending_clears(ledger: Ledger) -> list[tuple[int, tuple[str, ...], bool]]:
 
 def test_results_of_a_deleted_job_are_cleared_even_if_a_new_job_has_its_id(folder: LedgerFolder) -> None:
     ledger = folder.ledger
-    ledger.append([request("a", formats=("txt", "srt"))])
+    ledger.append([new_job("a", formats=("txt", "srt"))])
     complete_jobs(ledger, 1)
     ledger.delete("a")
     assert pending_clears(ledger) == [(1, ("txt", "srt"), True)]
-    ledger.append([request("a", formats=("json",))])
+    ledger.append([new_job("a", formats=("json",))])
     for _ in range(2):
         assert pending_clears(folder.ledger) == [(1, ("txt", "srt"), False)], "the status is the new job's"
         folder.crash()
@@ -907,7 +901,7 @@ def test_results_of_a_deleted_job_are_cleared_even_if_a_new_job_has_its_id(folde
     ledger.delete("a")
     assert pending_clears(ledger) == [(1, ("txt", "srt"), False), (2, ("json",), True)]
     ledger.mark_cleared(1)
-    ledger.append([request("a")])
+    ledger.append([new_job("a")])
     for _ in range(2):
         assert pending_clears(folder.ledger) == [(2, ("json",), False)]
         folder.crash()
@@ -915,10 +909,10 @@ def test_results_of_a_deleted_job_are_cleared_even_if_a_new_job_has_its_id(folde
     folder.ledger.mark_cleared(2)
     folder.ledger.mark_cleared(2)
     assert pending_clears(folder.ledger) == [(3, (), True)]
-    folder.ledger.append([request("a")])
+    folder.ledger.append([new_job("a")])
     assert pending_clears(folder.ledger) == [(3, (), False)], "its event is pending"
     folder.ledger.mark_cleared(3)
-    folder.ledger.append([request("b")])
+    folder.ledger.append([new_job("b")])
     for _ in range(2):
         assert pending_clears(folder.ledger) == []
         kept = folder.ledger._storage.rows("gone").values()
@@ -962,16 +956,16 @@ def test_a_new_job_with_the_id_of_a_cleared_one_is_not_cleared(folder: LedgerFol
 
 def test_a_retained_request_whose_job_was_deleted_does_not_run_again(folder: LedgerFolder) -> None:
     """MQTT 3.1.1 sends retained messages at every connect, and retention had deleted the job in between."""
-    live = request("uuid", has_generated_id=True, fingerprint="f")
-    again = request("retained-f", has_generated_id=True, retained=True, fingerprint="f")
+    live = new_job("uuid", has_generated_id=True, fingerprint="f")
+    again = new_job("retained-f", has_generated_id=True, retained=True, fingerprint="f")
     folder.ledger.append([live])
     folder.ledger.delete("uuid")
     for _ in range(2):
         assert folder.ledger.append([again]) == [(Admission.DUPLICATE, "uuid")]
         folder.ledger.mark_cleared(1)
-        folder.ledger.append([request("other")])
+        folder.ledger.append([new_job("other")])
         folder.crash()
-    assert folder.ledger.append([request("uuid-2", has_generated_id=True, fingerprint="f")])[0][0] is Admission.ACCEPTED
+    assert folder.ledger.append([new_job("uuid-2", has_generated_id=True, fingerprint="f")])[0][0] is Admission.ACCEPTED
     assert folder.ledger.append([again]) == [(Admission.DUPLICATE, "uuid-2")]
 
 
@@ -1337,7 +1331,7 @@ def test_a_job_that_moved_up_before_it_was_published_is_published_after_a_crash(
     for number, job in folder.ledger.unpublished(100):
         if job.job_id in ("job-0", "job-1"):
             folder.ledger.mark_published([(job.seq, number)])
-    folder.ledger.append([request("last"), request("job-5")])
+    folder.ledger.append([new_job("last"), new_job("job-5")])
     folder.crash()
     expected = {f"job-{number}" for number in range(2, POSITIONS_TRACKED + 5)} | {"last"}
     assert set(names(folder.ledger.unpublished(100))) >= expected
@@ -1384,7 +1378,7 @@ def test_a_restart_continues_an_unfinished_republication(folder: LedgerFolder, l
 
 CHANGES: list[tuple[Callable[[Ledger], object], dict[str, str]]] = [
     (lambda ledger: append(ledger, *"abc"), {"a": "queued", "b": "queued", "c": "queued"}),
-    (lambda ledger: ledger.append([request("a")]), {}),
+    (lambda ledger: ledger.append([new_job("a")]), {}),
     (lambda ledger: ledger.count_rejected(), {}),
     (lambda ledger: ledger.claim(), {"a": "processing"}),
     (lambda ledger: ledger.complete(1, RESULT), {"a": "completed"}),
@@ -1440,7 +1434,7 @@ def visible_state(ledger: Ledger) -> tuple[object, ...]:
 
 
 STEPS: list[Callable[[Ledger], object]] = [
-    lambda ledger: ledger.append([request("a"), request("b", failure="no"), request("c"), request("a")]),
+    lambda ledger: ledger.append([new_job("a"), new_job("b", failure="no"), new_job("c"), new_job("a")]),
     lambda ledger: ledger.claim(),
     lambda ledger: ledger.complete(ledger.processing()[0], RESULT),
     lambda ledger: ledger.count_rejected(),
@@ -1455,7 +1449,7 @@ STEPS: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.add_window(ledger.processing()[0], window(0)),
     lambda ledger: ledger.cancel("d"),
     lambda ledger: ledger.finish_cancelling(ledger.processing()[0]),
-    lambda ledger: ledger.append([request("f", formats=("srt",)), request("s", "spool"), request("g")]),
+    lambda ledger: ledger.append([new_job("f", formats=("srt",)), new_job("s", "s.wav", kind="spool"), new_job("g")]),
     lambda ledger: ledger.claim(),
     lambda ledger: ledger.add_window(ledger.processing()[0], window(0)),
     lambda ledger: ledger.complete(ledger.processing()[0], result(3)),
@@ -1468,7 +1462,7 @@ STEPS: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.pause(on=True),
     lambda ledger: ledger.delete("f"),
     lambda ledger: ledger.pause(on=False),
-    lambda ledger: ledger.append([request("f", formats=("vtt", "txt"))]),
+    lambda ledger: ledger.append([new_job("f", formats=("vtt", "txt"))]),
     lambda ledger: ledger.delete("d"),
     lambda ledger: ledger.mark_cleared(4),
     lambda ledger: ledger.claim(),
@@ -1659,7 +1653,7 @@ class Load:
     def produce(self) -> None:
         name = threading.current_thread().name
         for number in range(40):
-            batch = [request(f"{name}-{number}-{n}") for n in range(3)]
+            batch = [new_job(f"{name}-{number}-{n}") for n in range(3)]
             assert admissions(self.ledger, *batch, batch[0]) == ["accepted"] * 3 + ["duplicate"]
 
     def work(self) -> None:
@@ -1953,12 +1947,12 @@ def test_a_ledger_with_unreadable_documents_releases_the_lock(folder: LedgerFold
 
 
 def expiring(name: str, folder: LedgerFolder, seconds: float) -> NewJob:
-    return request(name, expires_at=folder.clock.now + seconds)
+    return new_job(name, expires_at=folder.clock.now + seconds)
 
 
 @pytest.mark.parametrize("leave", ["stay", "crash", "restart"])
 def test_an_expired_job_is_never_started_and_ends_cancelled(folder: LedgerFolder, leave: str) -> None:
-    folder.ledger.append([expiring("late", folder, 60.0), request("other"), expiring("early", folder, 3600.0)])
+    folder.ledger.append([expiring("late", folder, 60.0), new_job("other"), expiring("early", folder, 3600.0)])
     assert folder.ledger.expire() == []
     if leave != "stay":
         getattr(folder, leave)()

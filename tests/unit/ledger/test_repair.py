@@ -11,17 +11,18 @@ from tinydb.operations import delete
 
 from cesar_mqtt.cli import ledger as ledgercommands
 from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
-from cesar_mqtt.jobs import AudioSource, DeletedJob, JobState, NewJob, Result
+from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger.index import window_id
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.repair import examine
-from cesar_mqtt.transcript import Segment, Window
+from cesar_mqtt.transcript import Window
+from tests import factories
 
-RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
+RESULT = factories.result("spoken")
 
 
 def new_job(job_id: str) -> NewJob:
-    return NewJob(job_id, job_id * 2, AudioSource("path", f"{job_id}.wav"), "tiny.en", metadata={"n": [1, "é\n"]})
+    return factories.new_job(job_id, metadata={"n": [1, "é\n"]})
 
 
 def kill(ledger: Ledger) -> None:
@@ -142,7 +143,9 @@ def rich(tmp_path: Path) -> Path:
 
 
 def window(number: int) -> Window:
-    return Window(number, number + 1.0, f" part-{number}", "en", 0.9, (Segment(number, 0.0, 1.0, "part", -0.1, 0.1),))
+    return factories.window(
+        number, factories.segment(number, "part", start_s=0.0, end_s=1.0), text=f" part-{number}", until_s=number + 1.0
+    )
 
 
 def windows(ledger: Ledger) -> list[int]:

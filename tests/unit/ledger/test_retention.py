@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cesar_mqtt.jobs import AudioSource, NewJob, Result
+from cesar_mqtt.jobs import Result
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.ledger import Ledger
+from tests.factories import new_job
 from tests.unit.ledger.faults import QuickDisk
 
 RESULT = Result("spoken", 1.0, "en", 0.9, no_speech=False)
@@ -33,12 +34,8 @@ def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
         yield ledger
 
 
-def new_job(job_id: str, kind: str = "path", formats: tuple[str, ...] = ()) -> NewJob:
-    return NewJob(job_id, job_id * 2, AudioSource(kind, f"{job_id}.wav"), "tiny.en", formats=formats)
-
-
 def finish(ledger: Ledger, *job_ids: str, kind: str = "path") -> None:
-    ledger.append([new_job(job_id, kind) for job_id in job_ids])
+    ledger.append([new_job(job_id, f"{job_id}.wav", kind=kind) for job_id in job_ids])
     for _ in job_ids:
         job = ledger.claim()
         assert job is not None
@@ -120,7 +117,13 @@ def test_spool_files_of_deleted_jobs_are_returned(ledger: Ledger) -> None:
 
 
 def test_cancelled_jobs_are_deleted_like_other_finished_jobs(ledger: Ledger, clock: Clock) -> None:
-    ledger.append([new_job("a", "spool"), new_job("b", "spool"), new_job("retried", "spool")])
+    ledger.append(
+        [
+            new_job("a", "a.wav", kind="spool"),
+            new_job("b", "b.wav", kind="spool"),
+            new_job("retried", "retried.wav", kind="spool"),
+        ]
+    )
     for name in ("a", "b", "retried"):
         ledger.cancel(name)
         clock.now += 10
@@ -169,14 +172,14 @@ def test_a_hundred_thousand_finished_jobs_are_deleted_in_steps_and_jobs_accepted
             assert deleted <= 200, "no thread waits for more than one small transaction"
             if accepted < 20:
                 accepted += 1
-                ledger.append([NewJob(f"new-{accepted}", f"{accepted}", None, "base")])
+                ledger.append([new_job(f"new-{accepted}", None)])
         assert ledger.totals().queued == accepted
     with Ledger(path, disk=disk) as ledger:
         assert [job.seq for job in ledger.jobs()] == list(range(count + 1, count + accepted + 1))
         while pending := ledger.pending_clears(1000):
             for job in pending:
                 ledger.mark_cleared(job.seq)
-        ledger.append([NewJob("after", "after", None, "base")])
+        ledger.append([new_job("after", None)])
     with Ledger(path, disk=disk) as ledger:
         assert ledger.pending_clears(1) == []
         assert ledger.claim() is not None

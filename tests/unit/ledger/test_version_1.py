@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import Admission, AudioSource, NewJob
+from cesar_mqtt.jobs import Admission, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
+from tests.factories import new_job
 from tests.golden import stored
 
 
@@ -116,8 +117,8 @@ def test_a_request_that_comes_again_makes_no_second_job(ledger: Ledger, before: 
 
     def again(name: str, **fields: Any) -> NewJob:
         row = rows[name]
-        audio = AudioSource(*row["audio"])
-        return NewJob(row["job_id"], row["fingerprint"], audio, model_size=row["model_size"], **fields)
+        kind, audio = row["audio"]
+        return new_job(row["job_id"], audio, kind=kind, fingerprint=row["fingerprint"], **fields)
 
     verdicts = ledger.append(
         [again("completed"), again("retained", has_generated_id=True, retained=True), again("waiting")]
@@ -131,7 +132,7 @@ def test_a_request_that_comes_again_makes_no_second_job(ledger: Ledger, before: 
 
 
 def test_a_new_job_gets_a_number_that_no_job_ever_had(ledger: Ledger) -> None:
-    request = NewJob("new", "f", AudioSource("path", "a.wav"), model_size="tiny.en")
+    request = new_job("new")
 
     assert ledger.append([request]) == [(Admission.ACCEPTED, "new")]
 

@@ -12,11 +12,11 @@ import webvtt
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.formats import Content, content_of, render
 from cesar_mqtt.protocol.payloads import segment_fields
 from cesar_mqtt.transcript import Segment, Word
+from tests import factories
 
 Cue = tuple[int, int, str]
 """Start and end in milliseconds, and the text."""
@@ -164,15 +164,8 @@ def test_json_keeps_words_that_were_asked_for_even_if_there_are_none() -> None:
 
 
 def test_a_job_gives_the_files_what_its_status_has() -> None:
-    job = Job(
-        seq=1,
-        job_id="a",
-        state=JobState.COMPLETED,
-        revision=1,
-        created_at=0.0,
-        updated_at=0.0,
-        fingerprint="",
-        model_size="base",
+    job = factories.job(
+        state="completed",
         options={"task": "translate"},
         result_text="Hello there. This is a test.",
         detected_language="en",

@@ -52,6 +52,7 @@ def test_english_names_are_understood(text: str, code: str) -> None:
         ("jv", "jw"),
         ("fil-PH", "tl"),
         ("iw", "he"),
+        ("in", "id"),
         ("cmn-Hant-TW", "zh"),
         ("es-419", "es"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob
+from cesar_mqtt.jobs import AudioSource, NewJob
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.ledger.documents import job_document, job_from
 from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES, Command, JobCommand
@@ -28,6 +28,7 @@ from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.protocol.truncate import excerpt, truncate_status
+from tests import factories
 
 LONG = "x" * 17 + "..." + "x" * 18
 PROMPTS = {"initial_prompt", "hotwords"}
@@ -83,15 +84,8 @@ def check_accepted(parsed: Accepted) -> None:
         assert json.loads(canonical(value)) == json.loads(on_disk) == value
     path, url = request.audio_path, request.audio_url
     source = AudioSource("url", url) if url is not None else None
-    job = Job(
-        seq=1,
-        job_id=request.job_id or "made",
-        state=JobState.QUEUED,
-        revision=1,
-        created_at=0.0,
-        updated_at=0.0,
-        fingerprint="",
-        model_size=request.model_size or "base",
+    job = factories.job(
+        request.job_id or "made",
         audio=source if path is None else AudioSource("path", path),
         options=request.options(),
         metadata=request.metadata,

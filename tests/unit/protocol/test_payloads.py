@@ -27,6 +27,7 @@ from cesar_mqtt.protocol.payloads import (
 from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.protocol.truncate import truncate_segment, truncate_status
 from cesar_mqtt.transcript import Segment, Word
+from tests import factories
 
 # The contract's section 2, typed by hand and in its order.
 STATUS_FIELDS = [
@@ -64,15 +65,12 @@ STATUS_FIELDS = [
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 ACCEPTED_AT = 1_769_204_700.12
 
-QUEUED = Job(
+QUEUED = factories.job(
+    "porch-17",
     seq=7,
-    job_id="porch-17",
-    state=JobState.QUEUED,
     revision=3,
     created_at=ACCEPTED_AT,
     updated_at=ACCEPTED_AT,
-    fingerprint="f",
-    model_size="base",
     audio=AudioSource("path", "porch.wav"),
     queue_position=4,
 )

@@ -28,7 +28,8 @@ from cesar_mqtt.protocol.truncate import (
     truncate_status,
     truncate_text,
 )
-from cesar_mqtt.transcript import Segment, Word
+from cesar_mqtt.transcript import Segment
+from tests import factories
 
 TRICKY = st.text(st.sampled_from('aé€😀"\\\x01'), min_size=1, max_size=200)
 
@@ -45,18 +46,7 @@ def page(text: str, offset: int = 0) -> ResultPage:
     )
 
 
-COMPLETED = Job(
-    seq=1,
-    job_id="a",
-    state=JobState.COMPLETED,
-    revision=1,
-    created_at=0.0,
-    updated_at=0.0,
-    fingerprint="",
-    model_size="base",
-    audio=AudioSource("path", "a.wav"),
-    result_text="Hello.",
-)
+COMPLETED = factories.job("a", "completed", result_text="Hello.")
 
 
 def job(**fields: Any) -> Job:
@@ -84,7 +74,7 @@ def fitted(payload: bytes, size_bytes: int) -> dict[str, Any]:
 
 
 def segment(text: str = "Good morning.", words: int = 20) -> Segment:
-    return Segment(1, 0.0, 1.0, text, -0.1, 0.1, words=tuple(Word(0.0, 0.1, " word", 0.9) for _ in range(words)))
+    return factories.segment(1, text, words=factories.words(words))
 
 
 # -- every kind of payload -----------------------------------------------------------------------------------------
@@ -159,7 +149,7 @@ KINDS = {
 
 
 def spoken(text: str) -> list[Segment]:
-    return [Segment(number, 0.0, 1.0, character, -0.1, 0.1) for number, character in enumerate(text, start=1)]
+    return [factories.segment(number, character) for number, character in enumerate(text, start=1)]
 
 
 def listed(text: str) -> JobList:
@@ -199,6 +189,15 @@ def test_a_payload_of_any_kind_keeps_its_limit_its_schema_and_the_longest_beginn
     # A list page and a transcript hold whole jobs and segments; the others waste at most one character in JSON.
     spare = {"list": 450, "json": 250}.get(name, 12)
     assert len(payload) > limit - spare or len(left) == len(text)
+
+
+@pytest.mark.parametrize("text", ["ab", "abc", "Good morning."])
+def test_one_byte_too_many_costs_one_character(text: str) -> None:
+    whole = segment_of("a", Segment(1, 0.0, 1.0, text, -0.1, 0.1))
+    assert json.loads(truncate_segment(whole, len(to_json(whole)) - 1))["text"] == text[:-1]
+    full = response(page(text))
+    data = json.loads(truncate_response(full, len(full) - 1))["data"]
+    assert (data["text"], data["length"], data["more"]) == (text[:-1], len(text) - 1, True)
 
 
 @given(st.text(max_size=50), st.integers(-5, 250))

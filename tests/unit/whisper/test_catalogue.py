@@ -145,7 +145,7 @@ def test_a_model_that_is_no_longer_allowed_is_not_used(folder: Path) -> None:
         (ModelSettings(directory=Path("/nowhere/at/all")), ["models.directory", "/nowhere/at/all"]),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_by_name_at_the_start(settings: ModelSettings, said: list[str]) -> None:
+def test_an_impossible_setting_is_rejected_by_name_at_the_start(settings: ModelSettings, said: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         look(settings)
     for words in said:
@@ -155,7 +155,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name_at_the_start(settings: Mode
 # --- the default
 
 
-def test_the_default_is_what_the_setting_says(folder: Path) -> None:
+def test_the_default_is_that_of_the_setting(folder: Path) -> None:
     make_model(folder, "base")
     assert look(ModelSettings(directory=folder, default="small")).default_name() == "small"
 
@@ -224,7 +224,7 @@ def test_a_download_that_was_interrupted_is_not_taken_for_a_model(hub_cache: Pat
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_model_that_may_not_be_fetched_is_not_asked_for() -> None:
+def test_a_model_that_may_not_be_downloaded_is_not_requested() -> None:
     message = refusal(look(ModelSettings(download=False)), "base").message
     assert "'base'" in message
     assert "models.directory" in message
@@ -273,11 +273,11 @@ def test_a_folder_that_lacks_a_file_is_called_broken_without_any_network(missing
     ("name", "multilingual"),
     [("tiny.en", False), ("large-v3", True), ("turbo", True), ("distil-large-v3.5", False), ("unheard-of", None)],
 )
-def test_known_names_tell_their_languages(name: str, multilingual: bool | None) -> None:  # noqa: FBT001 - expected
+def test_of_known_models_the_name_decides_about_languages(name: str, multilingual: bool | None) -> None:  # noqa: FBT001 - expected
     assert look(ModelSettings()).is_multilingual(name) is multilingual
 
 
-def test_folders_of_other_names_tell_by_their_vocabulary(folder: Path) -> None:
+def test_of_other_folders_the_vocabulary_decides(folder: Path) -> None:
     make_model(folder, "english", words=51_864)
     make_model(folder, "many", words=51_866)
     make_model(folder, "odd", without="vocabulary.txt")

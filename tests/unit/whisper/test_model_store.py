@@ -120,7 +120,7 @@ def test_a_model_that_fails_its_first_use_is_not_kept(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA failed with error out of memory")])
-def test_too_little_memory_is_told_from_a_broken_model(
+def test_too_little_memory_is_distinguished_from_a_broken_model(
     error: BaseException, folder: Path, fake_model: type[FakeModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model(folder, "one")
@@ -161,7 +161,7 @@ def parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("parted")
-def test_a_model_in_parts_is_joined_where_the_store_is_told_to(folder: Path, fake_model: type[FakeModel]) -> None:
+def test_a_model_in_parts_is_joined_in_the_folder_of_the_store(folder: Path, fake_model: type[FakeModel]) -> None:
     store = ModelStore(ModelSettings(), folder=folder)
     assert list(folder.iterdir()) == [], "only when it is needed"
     assert Path(store.load("base").path).parent == folder
@@ -245,9 +245,7 @@ def test_without_a_timeout_a_model_is_kept(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_model")
-def test_unloading_gives_the_memory_back_after_the_model_has_gone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unloading_releases_memory_after_the_model_is_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(folder, "one")
     store = ModelStore(ModelSettings(directory=folder))
     gone = weakref.ref(store.load("one"))
