@@ -241,10 +241,16 @@ class Reach:
     lines: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests to try, the fastest first; what runs at the import is tried on every test that enters the file."""
+        """The tests to try, the fastest first.
+
+        What runs at the import is tried on every test that enters the file, or else on those of the package.
+        """
         lines = self.lines.get(mutant.file, {})
         wanted = [str(n) for n in range(mutant.line, mutant.end + 1)] if mutant.is_in_function else list(lines)
         numbers = {number for line in wanted for number in lines.get(line, ())}
+        if not numbers and not mutant.is_in_function:
+            package = f"/{Path(mutant.file).parent.name}/"
+            numbers = {number for number, test in enumerate(self.tests) if package in test}
         return [self.tests[n] for n in sorted(numbers, key=lambda n: (self.seconds[n], n))]
 
     def seconds_of(self, test: str) -> float:
