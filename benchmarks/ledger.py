@@ -38,6 +38,9 @@ class _UnsyncedDisk(Disk):
     def sync(self, descriptor: int) -> None:
         pass
 
+    def sync_data(self, descriptor: int) -> None:
+        pass
+
 
 def fill(folder: Path, finished: int) -> Path:
     """Create a ledger with `finished` completed jobs that have empty transcripts."""

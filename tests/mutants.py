@@ -241,10 +241,16 @@ class Reach:
     lines: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests to try, the fastest first; what runs at the import is tried on every test that enters the file."""
+        """The tests to try, the fastest first.
+
+        What runs at the import is tried on every test that enters the file, or else on those of the package.
+        """
         lines = self.lines.get(mutant.file, {})
         wanted = [str(n) for n in range(mutant.line, mutant.end + 1)] if mutant.is_in_function else list(lines)
         numbers = {number for line in wanted for number in lines.get(line, ())}
+        if not numbers and not mutant.is_in_function:
+            package = f"/{Path(mutant.file).parent.name}/"
+            numbers = {number for number, test in enumerate(self.tests) if package in test}
         return [self.tests[n] for n in sorted(numbers, key=lambda n: (self.seconds[n], n))]
 
     def seconds_of(self, test: str) -> float:
@@ -332,7 +338,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class Verdict(NamedTuple):
     """`killed ...`, `survived`, `survived so far` (what there was time for) or `not run`; and the seconds it took."""
 
-    said: str
+    outcome: str
     seconds: float
 
 
@@ -341,7 +347,7 @@ Note = Callable[[Mutant, Verdict], None]
 
 
 def in_child(work: Callable[[Callable[[str], None], Path], None], limit_s: float) -> Verdict:
-    """Fork, and have the child call `work` with how to say what came out, and a folder of its own."""
+    """Fork, and have the child call `work` with a function that reports the outcome, and a folder of its own."""
     began = time.monotonic()
     reading, writing = os.pipe()
     folder = Path(tempfile.mkdtemp(prefix="mutant-"))
@@ -352,7 +358,7 @@ def in_child(work: Callable[[Callable[[str], None], Path], None], limit_s: float
     os.close(writing)
     deadline = began + _SLOWER * limit_s + _GRACE_S
     is_ready, _, _ = select.select([reading], [], [], max(0.0, deadline - time.monotonic()))
-    said = os.read(reading, 65_536).decode() if is_ready else "killed by hanging"
+    outcome = os.read(reading, 65_536).decode() if is_ready else "killed by hanging"
     os.close(reading)
     try:
         os.killpg(child, signal.SIGKILL)  # with the processes that a test has started
@@ -360,7 +366,7 @@ def in_child(work: Callable[[Callable[[str], None], Path], None], limit_s: float
         os.kill(child, signal.SIGKILL)  # it has no group of its own yet
     os.waitpid(child, 0)
     shutil.rmtree(folder, ignore_errors=True)
-    return Verdict(said or "killed by the end of the process", time.monotonic() - began)
+    return Verdict(outcome or "killed by the end of the process", time.monotonic() - began)
 
 
 def _live(work: Callable[[Callable[[str], None], Path], None], folder: Path, out: int) -> None:
@@ -372,29 +378,29 @@ def _live(work: Callable[[Callable[[str], None], Path], None], folder: Path, out
     os.environ.update({"TMPDIR": str(folder), "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis"})
     tempfile.tempdir = str(folder)
 
-    def say(text: str) -> None:
+    def report_outcome(text: str) -> None:
         os.write(out, text.encode())
         os._exit(0)
 
     try:
-        work(say, folder)
+        work(report_outcome, folder)
     except BaseException as exc:  # noqa: BLE001 - the parent reports it
-        say(f"failed: {exc!r}")
+        report_outcome(f"failed: {exc!r}")
     os._exit(0)
 
 
 class Judge:
-    """A plugin that says what came out: `killed TEST`, or that the time is over."""
+    """A plugin that reports `killed TEST`, or that the time is over."""
 
-    def __init__(self, say: Callable[[str], None], limit_s: float) -> None:
-        self._say, self._limit_s = say, limit_s
+    def __init__(self, report_outcome: Callable[[str], None], limit_s: float) -> None:
+        self._report_outcome, self._limit_s = report_outcome, limit_s
         self._began = time.process_time()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._say(f"killed {report.nodeid}")
+            self._report_outcome(f"killed {report.nodeid}")
         if report.when == "teardown" and time.process_time() - self._began > self._limit_s:
-            self._say(_LIMIT)
+            self._report_outcome(_LIMIT)
 
 
 # -- a mutant in a function: the tests are collected, the code is exchanged ------------------------------------------
@@ -433,24 +439,24 @@ class Session:
         tests = [test for test in self._reach.of(mutant) if test in self._items]
         if not tests:
             return Verdict("not run", 0.0)
-        return in_child(lambda say, folder: self._run(mutant, tests, say, folder), self._limit_s)
+        return in_child(lambda report_outcome, folder: self._run(mutant, tests, report_outcome, folder), self._limit_s)
 
-    def _run(self, mutant: Mutant, tests: Sequence[str], say: Callable[[str], None], folder: Path) -> None:
+    def _run(self, mutant: Mutant, tests: Sequence[str], report_outcome: Callable[[str], None], folder: Path) -> None:
         items = [self._items[test] for test in tests]
         config = items[0].config
         factory = config._tmp_path_factory  # type: ignore[attr-defined]
         factory._given_basetemp, factory._basetemp = folder / "pytest", None
         engine.MAX_SHRINKING_SECONDS = engine.MAX_SHRINKS = 0  # that it fails is enough
         exchange(mutant, self._functions)
-        config.pluginmanager.register(Judge(say, self._limit_s))
+        config.pluginmanager.register(Judge(report_outcome, self._limit_s))
         for item, following in zip(items, [*items[1:], None], strict=True):
             seconds = self._reach.seconds_of(item.nodeid)
             item.add_marker(pytest.mark.timeout(10 + 10 * seconds), append=False)
             try:
                 config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             except BaseException as exc:  # noqa: BLE001 - the mutant has broken the runner itself
-                say(f"killed {item.nodeid} ({type(exc).__name__})")
-        say("survived")
+                report_outcome(f"killed {item.nodeid} ({type(exc).__name__})")
+        report_outcome("survived")
 
 
 _sessions: list[Session] = []
@@ -536,26 +542,26 @@ def try_imported(mutant: Mutant, reach: Reach, limit_s: float) -> Verdict:
     """Try the tests of the two files that have the fastest ones first: a start costs more than most of the tests."""
     tests = reach.of(mutant)
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    spent, said = 0.0, "not run"
+    spent, outcome = 0.0, "not run"
     for chosen in (files[:2], files[2:]):
         some = [test for test in tests if test.partition("::")[0] in chosen]
         if some:
-            said, seconds = in_child(functools.partial(_import_and_run, mutant, some, limit_s), limit_s)
+            outcome, seconds = in_child(functools.partial(_import_and_run, mutant, some, limit_s), limit_s)
             spent += seconds
-        if said not in {"survived", _LIMIT}:
+        if outcome not in {"survived", _LIMIT}:
             break
-    return Verdict(said, spent)
+    return Verdict(outcome, spent)
 
 
 def _import_and_run(
-    mutant: Mutant, tests: Sequence[str], limit_s: float, say: Callable[[str], None], folder: Path
+    mutant: Mutant, tests: Sequence[str], limit_s: float, report_outcome: Callable[[str], None], folder: Path
 ) -> None:
     path, tree = _ROOT / _PACKAGE / mutant.file, mutated(mutant)
     sys.meta_path.insert(0, _Mutated(_Loader(path, tree).name, path, tree))
     options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={folder}/pytest"]
     options += ["--timeout=60", *tests]
-    code = pytest.main(options, plugins=[Judge(say, limit_s), _FastestFirst(tests)])
-    say("survived" if code == pytest.ExitCode.OK else f"killed before the tests ({code!r})")
+    code = pytest.main(options, plugins=[Judge(report_outcome, limit_s), _FastestFirst(tests)])
+    report_outcome("survived" if code == pytest.ExitCode.OK else f"killed before the tests ({code!r})")
 
 
 def _try_all_imported(
@@ -601,27 +607,27 @@ def main() -> None:
     with known.open("a", encoding="utf-8") as file:
 
         def note(mutant: Mutant, verdict: Verdict) -> None:
-            _write(f"{verdict.seconds:6.1f} s  {mutant}: {verdict.said}")
-            file.write(f"{mutant}\t{verdict.said}\n")
+            _write(f"{verdict.seconds:6.1f} s  {mutant}: {verdict.outcome}")
+            file.write(f"{mutant}\t{verdict.outcome}\n")
             file.flush()
 
         verdicts |= _try_all_imported([mutant for mutant in rest if not mutant.is_in_function], reach, wanted, note)
         verdicts |= try_collected([mutant for mutant in rest if mutant.is_in_function], reach, wanted, note)
-    survivors = [f"{mutant} ({verdicts[mutant].said})" for mutant in sample if not _is_killed(verdicts[mutant])]
+    survivors = [f"{mutant} ({verdicts[mutant].outcome})" for mutant in sample if not _is_killed(verdicts[mutant])]
     _write("\nSurvivors:\n" + "\n".join(survivors))
-    counts = Counter("killed" if _is_killed(verdict) else verdict.said for verdict in verdicts.values())
+    counts = Counter("killed" if _is_killed(verdict) else verdict.outcome for verdict in verdicts.values())
     score = 100 * counts["killed"] / max(1, len(sample))
     _write(f"\n{' '.join(wanted.parts)}: {counts['killed']} of {len(sample)} killed ({score:.1f} %), {dict(counts)}")
 
 
 def _known(file: Path, sample: Sequence[Mutant]) -> dict[Mutant, Verdict]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    said = dict(line.split("\t", 1) for line in lines)
-    return {mutant: Verdict(said[str(mutant)], 0.0) for mutant in sample if str(mutant) in said}
+    outcomes = dict(line.split("\t", 1) for line in lines)
+    return {mutant: Verdict(outcomes[str(mutant)], 0.0) for mutant in sample if str(mutant) in outcomes}
 
 
 def _is_killed(verdict: Verdict) -> bool:
-    return verdict.said.startswith("killed")
+    return verdict.outcome.startswith("killed")
 
 
 def _write(text: str) -> None:

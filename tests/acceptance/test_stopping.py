@@ -1,4 +1,4 @@
-"""Stopping, being killed and starting again: nothing that was accepted is lost, nobody is left without an answer."""
+"""Stops, kills and restarts: no accepted job is lost, and every producer gets a final status."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
 
 
-def in_mid_job(consumer: Consumer, bus: Bus) -> None:
-    """A long job in work, two short ones behind it."""
+def submit_and_wait_for_start(consumer: Consumer, bus: Bus) -> None:
+    """Submit a long job, and two short ones behind it; return while the long one runs."""
     bus.publish("cesar/audio/long", LONG.read_bytes())
     bus.publish("cesar/jobs", {"job_id": "next", "audio_path": "speech.wav"})
     bus.publish("cesar/jobs", {"job_id": "last", "audio_path": "speech.wav"})
@@ -35,7 +35,7 @@ def test_a_stop_in_mid_job_finishes_it_and_keeps_the_rest_queued(
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    in_mid_job(consumer, bus)
+    submit_and_wait_for_start(consumer, bus)
 
     consumer.signal(number)
     assert consumer.wait() == 0
@@ -53,7 +53,7 @@ def test_a_stop_in_mid_job_finishes_it_and_keeps_the_rest_queued(
     assert states == {"long": "completed", "next": "queued", "last": "queued"}
 
 
-def test_a_stop_in_the_middle_of_a_burst_says_everything_and_then_offline_and_then_goodbye(
+def test_a_stop_during_a_burst_publishes_every_status_then_offline_and_then_disconnects(
     mosquitto: Mosquitto, serve: Serve, join: Join
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
@@ -64,13 +64,13 @@ def test_a_stop_in_the_middle_of_a_burst_says_everything_and_then_offline_and_th
     assert consumer.stop() == 0
 
     assert mosquitto.wait_logged("Received DISCONNECT from cesar")
-    talk = [line for line in mosquitto.log if " from cesar" in line or "Sending PUBACK to cesar (" in line]
-    offline = max(number for number, line in enumerate(talk) if "'cesar/consumer/cesar/state'" in line)
-    said = [line for line in talk[:offline] if "Received PUBLISH from cesar (d0, q1" in line]
-    heard = [line for line in talk[:offline] if "Sending PUBACK to cesar" in line]
-    assert len(said) == len(heard) > 300, "nothing was on its way when it said that it goes"
-    assert "Sending PUBACK" in talk[offline + 1]
-    assert "Received DISCONNECT" in talk[offline + 2], "so the broker does not send the last will"
+    packets = [line for line in mosquitto.log if " from cesar" in line or "Sending PUBACK to cesar (" in line]
+    offline = max(number for number, line in enumerate(packets) if "'cesar/consumer/cesar/state'" in line)
+    published = [line for line in packets[:offline] if "Received PUBLISH from cesar (d0, q1" in line]
+    acknowledged = [line for line in packets[:offline] if "Sending PUBACK to cesar" in line]
+    assert len(published) == len(acknowledged) > 300, "nothing was in flight when it published offline"
+    assert "Sending PUBACK" in packets[offline + 1]
+    assert "Received DISCONNECT" in packets[offline + 2], "so the broker does not send the last will"
     with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
         states = {job["job_id"]: job["state"] for job in stock.table("jobs")}
     late = join(mosquitto.port)
@@ -78,10 +78,10 @@ def test_a_stop_in_the_middle_of_a_burst_says_everything_and_then_offline_and_th
     assert {status["job_id"]: status["status"] for status in late.every_status()} == states
 
 
-def test_a_restart_goes_on_with_what_was_queued(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+def test_a_restart_continues_with_the_queued_jobs(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    in_mid_job(consumer, bus)
+    submit_and_wait_for_start(consumer, bus)
     assert consumer.stop() == 0
 
     consumer.start()
@@ -89,10 +89,10 @@ def test_a_restart_goes_on_with_what_was_queued(mosquitto: Mosquitto, serve: Ser
     assert words(bus.status("next")["result_text"]) == SPOKEN
     assert words(bus.status("last")["result_text"]) == SPOKEN
     assert bus.status("next")["completed_at"] <= bus.status("last")["started_at"]
-    assert bus.states("long") == ["queued", "processing", "completed"], "what was done is not done again"
+    assert bus.states("long") == ["queued", "processing", "completed"], "a completed job does not run again"
 
 
-def test_jobs_sent_while_the_consumer_was_away_are_done_when_it_comes_back(
+def test_jobs_published_while_the_consumer_was_away_run_when_it_is_back(
     mosquitto: Mosquitto, serve: Serve, join: Join
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
@@ -110,12 +110,12 @@ def test_jobs_sent_while_the_consumer_was_away_are_done_when_it_comes_back(
 
 
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_puts_the_job_back_and_ends_at_once(
+def test_a_second_signal_requeues_the_job_and_ends_at_once(
     second: int, code: int, mosquitto: Mosquitto, serve: Serve, join: Join
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    in_mid_job(consumer, bus)
+    submit_and_wait_for_start(consumer, bus)
 
     consumer.signal(signal.SIGTERM)
     consumer.wait_for_log("a second signal stops at once")
@@ -137,15 +137,15 @@ def test_a_second_signal_ends_the_wait_for_a_broker_that_is_away(mosquitto: Mosq
     consumer.wait_for_log("Lost the connection")
     consumer.signal(signal.SIGTERM)
     consumer.signal(signal.SIGINT)
-    assert consumer.wait() in {130, 143}, "which of two signals at once is the later one, nobody can say"
+    assert consumer.wait() in {130, 143}, "two signals at once arrive in either order"
 
 
-def test_a_broker_that_goes_away_during_the_stop_is_told_of_the_end_at_the_next_start(
+def test_a_broker_that_goes_away_during_the_stop_gets_the_final_status_at_the_next_start(
     start_mosquitto: StartMosquitto, serve: Serve, join: Join
 ) -> None:
     mosquitto = start_mosquitto(persistence=True)
     consumer = serve("--broker", mosquitto.url)
-    in_mid_job(consumer, join(mosquitto.port))
+    submit_and_wait_for_start(consumer, join(mosquitto.port))
     consumer.signal(signal.SIGTERM)
     consumer.wait_for_log("Stopping after the current job")
     mosquitto.kill()
@@ -156,7 +156,9 @@ def test_a_broker_that_goes_away_during_the_stop_is_told_of_the_end_at_the_next_
     consumer.start()
 
     ended = join(mosquitto.port).status("long")
-    assert (ended["status"], ended["attempt"]) == ("completed", 1), "it is told, not done again"
+    assert (ended["status"], ended["attempt"]) == ("completed", 1), (
+        "the status is published, the job does not run again"
+    )
     assert join(mosquitto.port).status("last")["status"] == "completed"
 
 
@@ -171,7 +173,7 @@ def test_a_closed_terminal_stops_the_consumer_as_a_signal_does(mosquitto: Mosqui
 def test_the_drain_timeout_bounds_the_wait_for_the_current_job(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     consumer = serve("--broker", mosquitto.url, environ={"CESAR_WORKER__DRAIN_TIMEOUT": "0.2"})
     bus = join(mosquitto.port)
-    in_mid_job(consumer, bus)
+    submit_and_wait_for_start(consumer, bus)
 
     consumer.signal(signal.SIGTERM)
 
@@ -184,12 +186,12 @@ def test_a_consumer_killed_in_mid_job_starts_it_again_and_keeps_the_order(
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    in_mid_job(consumer, bus)
+    submit_and_wait_for_start(consumer, bus)
 
     consumer.kill()
     bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "offline")  # the last will
     spool = consumer.data_dir / "spool"
-    (spool / "orphan").write_bytes(b"RIFF")  # as a crash leaves it that comes before its job is in the ledger
+    (spool / "orphan").write_bytes(b"RIFF")  # a crash between spool and ledger leaves such a file
     consumer.start()
     assert not (spool / "orphan").exists()
 
@@ -205,7 +207,7 @@ def test_a_job_that_kills_the_process_ends_as_crashed_and_the_next_one_completes
 ) -> None:
     consumer = serve("--broker", mosquitto.url, environ={"CESAR_WORKER__MAX_ATTEMPTS": "2"})
     bus = join(mosquitto.port)
-    in_mid_job(consumer, bus)
+    submit_and_wait_for_start(consumer, bus)
 
     consumer.kill()
     consumer.start()
@@ -218,7 +220,7 @@ def test_a_job_that_kills_the_process_ends_as_crashed_and_the_next_one_completes
     assert bus.status("next")["status"] == "completed"
 
 
-def test_a_second_consumer_on_the_same_ledger_is_turned_away(mosquitto: Mosquitto, serve: Serve) -> None:
+def test_a_second_consumer_on_the_same_ledger_ends_with_75(mosquitto: Mosquitto, serve: Serve) -> None:
     first = serve("--broker", mosquitto.url)
 
     second = serve("--broker", mosquitto.url, "--name", "other", "--data-dir", str(first.data_dir), ready=None)
@@ -240,12 +242,12 @@ def test_the_ledger_of_a_running_consumer_opens_in_stock_tinydb(mosquitto: Mosqu
 
     with TinyDB(consumer.data_dir / "ledger.json", access_mode="r") as stock:
         jobs = {job["job_id"] for job in stock.table("jobs")}
-    assert jobs == {"one"}, "the checkpoint; what came since stands in the journal"
+    assert jobs == {"one"}, "the checkpoint; later changes are in the journal"
     journal = (consumer.data_dir / "ledger.json.journal").read_text()
     assert json.dumps("two") in journal
 
 
-def test_systemd_is_told_of_the_start_the_life_and_the_stop(
+def test_systemd_is_notified_of_the_start_of_each_second_and_of_the_stop(
     mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
 ) -> None:
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -256,11 +258,11 @@ def test_systemd_is_told_of_the_start_the_life_and_the_stop(
         consumer = serve("--broker", mosquitto.url, environ=environ)
         assert manager.recv(100) == b"READY=1"
         assert manager.recv(100) == b"WATCHDOG=1"
-        in_mid_job(consumer, join(mosquitto.port))
+        submit_and_wait_for_start(consumer, join(mosquitto.port))
         consumer.signal(signal.SIGTERM)
-        told = [manager.recv(100)]
-        while told[-1] != b"STOPPING=1":
-            told.append(manager.recv(100))
-        assert set(told) <= {b"WATCHDOG=1", b"STOPPING=1"}
+        states = [manager.recv(100)]
+        while states[-1] != b"STOPPING=1":
+            states.append(manager.recv(100))
+        assert set(states) <= {b"WATCHDOG=1", b"STOPPING=1"}
         assert manager.recv(100) == b"WATCHDOG=1", "the current job may take longer than the watchdog waits"
         assert consumer.wait() == 0

@@ -49,7 +49,7 @@ def make(folder: Path, python: str, mosquitto: Mosquitto) -> None:
     try:
         _end_in_order(maker)
         _die_in_mid_job(maker, long.read_bytes())
-        _die_unheard(maker, gate, short.read_bytes())
+        _die_cut_off(maker, gate, short.read_bytes())
     finally:
         maker.close()
         gate.close()
@@ -102,7 +102,7 @@ def _die_in_mid_job(maker: "_Maker", long: bytes) -> None:
     maker.kill()
 
 
-def _die_unheard(maker: "_Maker", gate: "Gate", short: bytes) -> None:
+def _die_cut_off(maker: "_Maker", gate: "Gate", short: bytes) -> None:
     bus = maker.bus
     maker.start()
     bus.wait("cesar/status/interrupted", lambda status: status["status"] == "processing" and status["attempt"] == 2)
@@ -244,8 +244,8 @@ def _encode(sources: Sequence[Path], target: Path, *, seconds: float) -> None:
         resampler = av.AudioResampler(format=stream.format, layout="mono", rate=16_000)
         samples = 0
         for source in sources:
-            with av.open(source) as heard:
-                for frame in heard.decode(audio=0):
+            with av.open(source) as recording:
+                for frame in recording.decode(audio=0):
                     for part in resampler.resample(frame):
                         if samples / 16_000 < seconds:
                             part.pts, samples = samples, samples + part.samples

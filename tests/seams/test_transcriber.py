@@ -26,7 +26,7 @@ _TINY = TranscriptionOptions(model_size="tiny.en")
 
 
 @dataclass
-class Heard:
+class Observed:
     """What one transcription reported."""
 
     progress: list[Progress] = field(default_factory=list)
@@ -45,27 +45,27 @@ class Subject(ABC):
     def recording(self, from_s: float) -> Any:
         """A recording that begins there."""
 
-    def run(self, done: Sequence[Window] = (), *, stop_after: int | None = None) -> Heard:
+    def run(self, done: Sequence[Window] = (), *, stop_after: int | None = None) -> Observed:
         """Transcribe; `should_stop` is True once so many segments were reported."""
-        heard = Heard()
-        heard.transcript = self.transcriber.transcribe(
+        observed = Observed()
+        observed.transcript = self.transcriber.transcribe(
             self.recording(done[-1].until_s if done else 0.0),
             _TINY,
             done=done,
-            on_progress=heard.progress.append,
-            on_segment=heard.segments.append,
-            on_window=heard.windows.append,
-            should_stop=lambda: stop_after is not None and len(heard.segments) >= stop_after,
+            on_progress=observed.progress.append,
+            on_segment=observed.segments.append,
+            on_window=observed.windows.append,
+            should_stop=lambda: stop_after is not None and len(observed.segments) >= stop_after,
         )
-        return heard
+        return observed
 
 
 class TranscriberContract:
     """The contract; a subclass has the fixture `subject`."""
 
     def test_the_transcript_is_made_of_its_windows(self, subject: Subject) -> None:
-        heard = subject.run()
-        made = heard.transcript
+        observed = subject.run()
+        made = observed.transcript
         assert made is not None
         assert made.text
         assert not made.no_speech
@@ -77,37 +77,41 @@ class TranscriberContract:
         assert {window.language for window in made.windows} == {made.language}
 
     def test_every_segment_is_reported_with_ascending_ids_and_times(self, subject: Subject) -> None:
-        heard = subject.run()
-        assert heard.transcript is not None
-        assert tuple(heard.segments) == sum((window.segments for window in heard.transcript.windows), ())
-        assert [segment.id for segment in heard.segments] == list(range(1, len(heard.segments) + 1))
-        starts = [segment.start_s for segment in heard.segments]
+        observed = subject.run()
+        assert observed.transcript is not None
+        assert tuple(observed.segments) == sum((window.segments for window in observed.transcript.windows), ())
+        assert [segment.id for segment in observed.segments] == list(range(1, len(observed.segments) + 1))
+        starts = [segment.start_s for segment in observed.segments]
         assert starts == sorted(starts)
-        assert all(segment.start_s <= segment.end_s for segment in heard.segments)
+        assert all(segment.start_s <= segment.end_s for segment in observed.segments)
 
     def test_every_window_but_the_last_is_reported_as_a_checkpoint(self, subject: Subject) -> None:
-        heard = subject.run()
-        assert heard.transcript is not None
-        assert tuple(heard.windows) == heard.transcript.windows[:-1]
+        observed = subject.run()
+        assert observed.transcript is not None
+        assert tuple(observed.windows) == observed.transcript.windows[:-1]
 
     def test_progress_never_decreases_and_ends_at_the_duration(self, subject: Subject) -> None:
-        heard = subject.run()
-        assert heard.transcript is not None
-        done = [progress.processed_s for progress in heard.progress]
+        observed = subject.run()
+        assert observed.transcript is not None
+        done = [progress.processed_s for progress in observed.progress]
         assert done == sorted(done)
-        assert done[-1] == pytest.approx(heard.transcript.audio_duration_s, abs=0.05)
+        assert done[-1] == pytest.approx(observed.transcript.audio_duration_s, abs=0.05)
 
     def test_the_windows_of_an_earlier_attempt_are_kept_and_not_reported_again(self, subject: Subject) -> None:
         first = subject.run().transcript
         assert first is not None
         done = first.windows[:1]
-        heard = subject.run(done)
-        assert heard.transcript is not None
-        assert heard.transcript.windows[:1] == done
-        assert [window.number for window in heard.transcript.windows] == list(range(len(heard.transcript.windows)))
-        assert not set(heard.windows) & set(done)
+        observed = subject.run(done)
+        assert observed.transcript is not None
+        assert observed.transcript.windows[:1] == done
+        assert [window.number for window in observed.transcript.windows] == list(
+            range(len(observed.transcript.windows))
+        )
+        assert not set(observed.windows) & set(done)
         before = done[0].segments[-1].id
-        assert [segment.id for segment in heard.segments] == list(range(before + 1, before + 1 + len(heard.segments)))
+        assert [segment.id for segment in observed.segments] == list(
+            range(before + 1, before + 1 + len(observed.segments))
+        )
 
     @pytest.mark.parametrize("segments", [0, 1])
     def test_it_stops_when_it_is_to_stop(self, segments: int, subject: Subject) -> None:
@@ -130,21 +134,21 @@ class _Fake(Subject):
 
 
 class _Real(Subject):
-    def __init__(self, store: ModelStore, heard: dict[tuple[object, ...], Heard]) -> None:
+    def __init__(self, store: ModelStore, observed: dict[tuple[object, ...], Observed]) -> None:
         self.transcriber = self._real = Transcriber(store, AudioSettings(), window_s=_WINDOW_S)
         self._opened: list[Any] = []
-        self._heard = heard
-        """What was heard so far: the model gives the same again."""
+        self._observed = observed
+        """The runs so far, by their arguments: the model gives the same again."""
 
     def recording(self, from_s: float) -> Any:
         self._opened.append(self._real.open(_RECORDING, _TINY, from_s=from_s))
         return self._opened[-1]
 
-    def run(self, done: Sequence[Window] = (), *, stop_after: int | None = None) -> Heard:
+    def run(self, done: Sequence[Window] = (), *, stop_after: int | None = None) -> Observed:
         key = (*done, stop_after)
-        if key not in self._heard:
-            self._heard[key] = super().run(done, stop_after=stop_after)
-        return self._heard[key]
+        if key not in self._observed:
+            self._observed[key] = super().run(done, stop_after=stop_after)
+        return self._observed[key]
 
     def close(self) -> None:
         for recording in self._opened:
@@ -167,15 +171,15 @@ def store() -> ModelStore:
 
 
 @pytest.fixture(scope="module")
-def heard() -> dict[tuple[object, ...], Heard]:
+def observed() -> dict[tuple[object, ...], Observed]:
     return {}
 
 
 @pytest.mark.model
 class TestTinyEn(TranscriberContract):
     @pytest.fixture
-    def subject(self, store: ModelStore, heard: dict[tuple[object, ...], Heard]) -> Iterator[Subject]:
-        real = _Real(store, heard)
+    def subject(self, store: ModelStore, observed: dict[tuple[object, ...], Observed]) -> Iterator[Subject]:
+        real = _Real(store, observed)
         yield real
         real.close()
 

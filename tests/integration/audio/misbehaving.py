@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that does exactly what a test tells it to, right or wrong, byte by byte."""
+"""An HTTP server on loopback that sends exactly what a test specifies, right or wrong, byte by byte."""
 
 import contextlib
 import queue
@@ -15,20 +15,20 @@ class ClientLeft(Exception):  # noqa: N818 - no error
 
 
 class Exchange:
-    """One connection: what was asked, and the means to answer it."""
+    """One connection: the head of its request, and the means to respond."""
 
     def __init__(self, connection: socket.socket, closing: threading.Event) -> None:
-        self.asked = b""
+        self.requests = b""
         self._connection = connection
         self._closing = closing
 
     def read(self) -> None:
         """Read the head of the request."""
-        while b"\r\n\r\n" not in self.asked:
+        while b"\r\n\r\n" not in self.requests:
             data = self._connection.recv(65536)
             if not data:
                 raise ClientLeft
-            self.asked += data
+            self.requests += data
 
     def send(self, data: bytes) -> None:
         try:
@@ -59,23 +59,23 @@ Answer = Callable[[Exchange], None]
 
 
 class MisbehavingServer:
-    """Gives the answers in order, one to each connection; the last one again and again.
+    """Sends the answers in order, one to each connection; the last one again and again.
 
     Attributes:
-        asked: the heads of the requests.
+        requests: their heads.
         names: the server names of the TLS handshakes.
-        reached: a request has come in.
-        left: gets an item when a client has left in the middle of an answer.
+        reached: a request was received.
+        left: gets an item when a client has left in the middle of a response.
     """
 
     def __init__(self, answers: Sequence[Answer], tls: ssl.SSLContext | None = None, *, hasty: bool = False) -> None:
-        self.asked: list[bytes] = []
+        self.requests: list[bytes] = []
         self.names: list[str | None] = []
         self.left: queue.Queue[None] = queue.Queue()
         self.reached = threading.Event()
         self._answers = list(answers)
         self._tls = tls
-        self._hasty = hasty  # answers before it was asked
+        self._hasty = hasty  # responds before there is a request
         self._closing = threading.Event()
         self._connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -116,7 +116,7 @@ class MisbehavingServer:
                 exchange = Exchange(connection, self._closing)
                 if not self._hasty:
                     exchange.read()
-                self.asked.append(exchange.asked)
+                self.requests.append(exchange.requests)
                 self.reached.set()
                 answer(exchange)
             except (ClientLeft, OSError):

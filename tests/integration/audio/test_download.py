@@ -138,7 +138,7 @@ def test_a_file_arrives_complete_and_readable_by_its_owner_only(tmp_path: Path, 
     assert path.parent == tmp_path
     assert path.name.isalnum()
     assert path.stat().st_mode & 0o777 == 0o600
-    asked = server.asked[0].decode().splitlines()
+    asked = server.requests[0].decode().splitlines()
     assert asked[0] == "GET /a%20b?token=x HTTP/1.1"
     assert f"Host: 127.0.0.1:{server.port}" in asked
     assert "Accept-Encoding: identity" in asked
@@ -199,7 +199,7 @@ def test_a_host_that_is_not_listed_is_neither_resolved_nor_connected_to(tmp_path
     fetcher = downloader(tmp_path, "cam.test", "127.0.0.1:1", getaddrinfo=resolver)
     for url in (server.url(), server.url(host="cam.test"), server.url(host="other.test"), "http://2130706433/"):
         assert failure_of(lambda url=url: fetcher.fetch(url, never), tmp_path).code is ErrorCode.AUDIO_NOT_ALLOWED  # type: ignore[misc]
-    assert (server.asked, resolver.calls) == ([], [])
+    assert (server.requests, resolver.calls) == ([], [])
 
 
 def test_a_name_in_the_home_network_is_rejected_unless_its_address_is_listed(
@@ -210,10 +210,10 @@ def test_a_name_in_the_home_network_is_rejected_unless_its_address_is_listed(
     failure = failure_of(lambda: downloader(tmp_path, named).fetch(server.url(host="cam.test"), never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_NOT_ALLOWED
     assert f"resolves to 127.0.0.1, which is not a public address: add '127.0.0.1:{server.port}'" in failure.message
-    assert server.asked == []
+    assert server.requests == []
     fetcher = downloader(tmp_path, named, "127.0.0.0/8:*")
     assert fetcher.fetch(server.url(host="CAM.test."), never).path.read_bytes() == BODY
-    assert f"Host: cam.test:{server.port}".encode() in server.asked[0]
+    assert f"Host: cam.test:{server.port}".encode() in server.requests[0]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_each_try_checks_the_address_anew(tmp_path: Path, serve: StartServer) ->
     fetcher = downloader(tmp_path, "cam.test:*", "127.0.0.1:*", getaddrinfo=resolver)
     failure = failure_of(lambda: fetcher.fetch(server.url(host="cam.test"), never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_NOT_ALLOWED
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_proxies_and_netrc_of_the_environment_are_left_alone(
@@ -262,7 +262,7 @@ def test_proxies_and_netrc_of_the_environment_are_left_alone(
         monkeypatch.setenv(name, f"http://127.0.0.1:{find_free_port()}")
     server = serve(gives(BODY))
     assert downloader(folder).fetch(server.url(), never).path.read_bytes() == BODY
-    assert b"authorization" not in server.asked[0].lower()
+    assert b"authorization" not in server.requests[0].lower()
 
 
 # Redirects
@@ -272,7 +272,7 @@ def test_five_redirects_are_followed_and_a_sixth_is_not(tmp_path: Path, serve: S
     statuses = ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"]
     server = serve(*(redirects(f"/{i}", status) for i, status in enumerate(statuses)), gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
-    assert [asked.split()[1] for asked in server.asked] == [b"/clip.wav", b"/0", b"/1", b"/2", b"/3", b"/4"]
+    assert [asked.split()[1] for asked in server.requests] == [b"/clip.wav", b"/0", b"/1", b"/2", b"/3", b"/4"]
 
 
 def test_a_redirect_loop_ends_without_another_try(tmp_path: Path, serve: StartServer) -> None:
@@ -280,7 +280,7 @@ def test_a_redirect_loop_ends_without_another_try(tmp_path: Path, serve: StartSe
     failure = failure_of(lambda: downloader(tmp_path).fetch(server.url(), never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
     assert "more than 5 redirects" in failure.message
-    assert len(server.asked) == 6
+    assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_redirect_to_elsewhere_is_not_followed(tmp_path: Path, serve: StartSer
     failure = failure_of(lambda: downloader(tmp_path, *hosts).fetch(server.url(host="cam.test"), never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_NOT_ALLOWED
     assert failure.message.startswith("The server of the audio URL redirects, and that is not followed. ")
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_the_listed_name_in_a_redirect_is_checked_by_address_as_well(tmp_path: Path, serve: StartServer) -> None:
@@ -314,7 +314,7 @@ def test_the_listed_name_in_a_redirect_is_checked_by_address_as_well(tmp_path: P
     fetcher = downloader(tmp_path, "*.test:*", "127.0.0.1:*", getaddrinfo=resolver)
     failure = failure_of(lambda: fetcher.fetch(first.url(host="cam.test"), never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_NOT_ALLOWED
-    assert (len(first.asked), server.asked) == (1, [])
+    assert (len(first.requests), server.requests) == (1, [])
 
 
 def test_a_redirect_to_another_listed_server_goes_without_password_and_cookie(
@@ -326,8 +326,8 @@ def test_a_redirect_to_another_listed_server_goes_without_password_and_cookie(
     path = downloader(tmp_path).fetch(first.url(userinfo="us%40er:p%3Aw@"), never).path
     assert path.read_bytes() == BODY
     basic = b"Authorization: Basic " + base64.b64encode(b"us@er:p:w")
-    assert [basic in asked for asked in (*first.asked, *other.asked)] == [True, True, False]
-    assert not any(b"cookie" in asked.lower() for asked in (*first.asked, *other.asked))
+    assert [basic in asked for asked in (*first.requests, *other.requests)] == [True, True, False]
+    assert not any(b"cookie" in asked.lower() for asked in (*first.requests, *other.requests))
 
 
 # TLS
@@ -354,7 +354,7 @@ def test_the_certificate_is_checked_by_name_while_the_address_is_what_was_checke
     fetcher = downloader(tmp_path, *hosts, getaddrinfo=resolver, tls=trusting(certificates.ca))
     assert fetcher.fetch(server.url(host="LOCALHOST"), never).path.read_bytes() == BODY
     assert server.names == ["localhost"]
-    assert f"Host: localhost:{server.port}".encode() in server.asked[0]
+    assert f"Host: localhost:{server.port}".encode() in server.requests[0]
     assert fetcher.fetch(server.url(), never).path.read_bytes() == BODY
     assert resolver.calls == [("localhost", server.port)]
 
@@ -368,7 +368,7 @@ def test_a_wrong_certificate_ends_it_at_once(
     failure = failure_of(lambda: fetcher.fetch(server.url(host=host), never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
     assert "cannot be trusted" in failure.message
-    assert (server.asked, len(server.names)) == ([], 1)
+    assert (server.requests, len(server.names)) == ([], 1)
 
 
 def test_a_server_that_speaks_no_tls_is_named(tmp_path: Path, serve: StartServer) -> None:
@@ -390,7 +390,7 @@ def test_http_may_lead_on_to_https_but_not_back(tmp_path: Path, serve: StartServ
     failure = failure_of(lambda: fetcher.fetch(bad.url(), never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_NOT_ALLOWED
     assert "from https to http" in failure.message
-    assert plain.asked == []
+    assert plain.requests == []
 
 
 # Sizes
@@ -409,7 +409,7 @@ def test_a_file_that_is_announced_as_too_large_is_not_begun(tmp_path: Path, serv
     failure = failure_of(lambda: downloader(tmp_path, max_bytes=1000).fetch(server.url(), never), tmp_path)
     assert failure.code is ErrorCode.AUDIO_TOO_LARGE
     assert "larger than `audio.max_bytes`, 1000" in failure.message
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("begin", [head(), head(Transfer_Encoding="chunked") + b"fffffffff\r\n"])
@@ -468,7 +468,7 @@ def resets(exchange: Exchange) -> None:
 def test_a_temporary_failure_is_retried(tmp_path: Path, serve: StartServer, answer: Answer) -> None:
     server = serve(answer, gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("answer", [*BROKEN.values(), resets], ids=[*BROKEN, "reset"])
@@ -481,7 +481,7 @@ def test_a_lasting_failure_is_reported_after_the_retries(
     failure = failure_of(lambda: downloader(tmp_path, download_retries=1).fetch(url, never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
     assert f"127.0.0.1:{server.port}" in failure.message
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
     for secret in ("hidden", "secret", "user:"):
         assert secret not in failure.message
         assert secret not in caplog.text
@@ -546,7 +546,7 @@ def test_a_permanent_failure_is_not_retried(tmp_path: Path, serve: StartServer, 
     assert f"(HTTP status {status[:3]}, http://127.0.0.1:{server.port}/clip.wav)" in failure.message
     assert "hidden" not in failure.message
     assert "secret" not in failure.message
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_retry_after_is_waited_for(tmp_path: Path, serve: StartServer) -> None:
@@ -566,7 +566,7 @@ def test_a_retry_after_that_is_too_far_off_ends_it(tmp_path: Path, serve: StartS
     failure = failure_of(lambda: downloader(tmp_path).fetch(server.url(), never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
     assert "asks to wait" in failure.message
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_a_retry_after_beyond_the_time_that_is_left_ends_it(tmp_path: Path, serve: StartServer) -> None:
@@ -606,7 +606,7 @@ def test_a_full_disk_is_reported_and_not_retried(
     failure = failure_of(lambda: downloader(tmp_path).fetch(server.url(), never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
     assert "No space left on device): make room" in failure.message
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 # Time
@@ -634,7 +634,7 @@ def test_a_download_that_takes_too_long_ends(tmp_path: Path, serve: StartServer,
     server = serve(answer)
     failure = failure_of(lambda: downloader(tmp_path, download_timeout=0.4).fetch(server.url(), never), tmp_path)
     assert failure.code is ErrorCode.DOWNLOAD_FAILED
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("answer", SLOW.values(), ids=SLOW)
@@ -724,4 +724,4 @@ def test_a_download_that_is_not_wanted_any_more_is_not_begun(tmp_path: Path, ser
     server = serve(gives(BODY))
     with pytest.raises(Cancelled):
         downloader(tmp_path).fetch(server.url(), lambda: True)
-    assert server.asked == []
+    assert server.requests == []

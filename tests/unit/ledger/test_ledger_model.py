@@ -102,13 +102,19 @@ class Model:
         )
         self.jobs[request.job_id] = entry
         self.take_packet_id(entry)
-        for old in [old for old in self.tombstones.values() if old.job_id == request.job_id and old.owns_status]:
-            for group in (self.tombstones, self.pending_clears):
-                if group.pop(old.seq, None) and old.formats:
-                    group[old.seq] = replace(old, owns_status=False)
         if request.failure is not None:
             self.end(entry, JobState.ERROR)
         return Admission.ACCEPTED, request.job_id
+
+    def release_statuses(self) -> None:
+        """Leave the status of each deleted job whose id is used again to the new job.
+
+        After the whole batch, as in the ledger: until then the tombstone still identifies a retained request.
+        """
+        for old in [old for old in self.tombstones.values() if old.job_id in self.jobs and old.owns_status]:
+            for group in (self.tombstones, self.pending_clears):
+                if group.pop(old.seq, None) and old.formats:
+                    group[old.seq] = replace(old, owns_status=False)
 
     def newest_with(self, fingerprint: str) -> str | None:
         """Return the newest job, else the newest deleted job, whose request had no id and this fingerprint."""
@@ -366,7 +372,9 @@ class LedgerMachine(RuleBasedStateMachine):
             return ledger.append(batch)
 
         def modelled(model: Model) -> object:
-            return [model.admit(request) for request in batch]
+            admissions = [model.admit(request) for request in batch]
+            model.release_statuses()
+            return admissions
 
         return real, modelled
 

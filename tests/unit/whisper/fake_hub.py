@@ -1,4 +1,4 @@
-"""A hub for tests: as much of the Hugging Face hub's endpoints as fetching a model needs, on loopback."""
+"""A hub for tests: the endpoints of the Hugging Face hub that a model download needs, on loopback."""
 
 import http.server
 import json
@@ -16,17 +16,17 @@ MODEL = bytes(range(256)) * (3 << 12)
 
 
 class FakeHub:
-    """One repository, whatever it is asked for by; the ways in which it misbehaves are attributes."""
+    """One repository under every name; the ways in which it misbehaves are attributes."""
 
     def __init__(self) -> None:
         self.files = SMALL | {"model.bin": MODEL, "README.md": b"not needed"}
-        self.sizes: dict[str, int] = {}  # what it claims instead
-        self.status = 200  # of every question about the repository
+        self.sizes: dict[str, int] = {}  # what it declares instead
+        self.status = 200  # of every response about the repository
         self.cuts: list[int] = []  # after so many bytes of model.bin the connection breaks, once each
-        self.stall_after: int | None = None  # after so many bytes of model.bin nothing more comes
-        self.asked: list[tuple[str, str]] = []  # path, range
+        self.stall_after: int | None = None  # after so many bytes of model.bin it sends nothing more
+        self.requests: list[tuple[str, str]] = []  # path, range
         self.stalled = threading.Event()
-        self.left = threading.Event()  # the client has gone while nothing came
+        self.left = threading.Event()  # the client has closed a stalled connection
         hub = self
 
         class Handler(_Handler):
@@ -39,8 +39,8 @@ class FakeHub:
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
     def bodies(self, name: str) -> list[str]:
-        """The ranges that were asked for of a file's content, in order."""
-        return [part for path, part in self.asked if path.startswith("GET ") and path.endswith("/" + name)]
+        """The requested ranges of the content of a file, in order."""
+        return [part for path, part in self.requests if path.startswith("GET ") and path.endswith("/" + name)]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -52,7 +52,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.hub
         path = self.path.partition("?")[0]
-        hub.asked.append((f"{self.command} {path}", self.headers.get("Range", "")))
+        hub.requests.append((f"{self.command} {path}", self.headers.get("Range", "")))
         if path == "/":
             self._answer(b"")
         elif hub.status != 200:
@@ -106,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[: self.hub.stall_after])
             self.hub.stalled.set()
             with suppress(ConnectionError):
-                self.connection.recv(1)  # nothing comes: it returns when the client has gone
+                self.connection.recv(1)  # returns when the client has closed the connection
             self.hub.left.set()
         else:
             self.wfile.write(body)
@@ -116,7 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def point_to(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hub be there, with this cache, for this process and those that it starts."""
+    """Point this process and its children to a hub and a cache."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

@@ -240,9 +240,9 @@ def test_a_model_is_fetched_from_the_hub_once(fake_hub: FakeHub, hub_cache: Path
     catalogue = look(ModelSettings())
     path = catalogue.obtain("base")
     assert path.is_relative_to(hub_cache)
-    fake_hub.asked.clear()
+    fake_hub.requests.clear()
     assert catalogue.obtain("base") == path
-    assert fake_hub.asked == []
+    assert fake_hub.requests == []
 
 
 def test_a_model_of_the_hub_that_lacks_a_file_is_called_broken(fake_hub: FakeHub) -> None:

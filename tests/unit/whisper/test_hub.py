@@ -76,9 +76,9 @@ def test_a_model_is_downloaded_into_the_cache_and_then_found_there(
     assert "Fetching model base from the hub" in caplog.text
     assert not unfinished(cache)
 
-    fake_hub.asked.clear()
+    fake_hub.requests.clear()
     assert hub.cached("base") == path
-    assert fake_hub.asked == []
+    assert fake_hub.requests == []
 
 
 def test_a_broken_connection_is_resumed_where_it_was(fake_hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,7 +98,7 @@ def test_what_an_interrupted_download_had_completed_is_not_fetched_again(fake_hu
     assert not unfinished(cache), "half a model would lie there for good"
     join_abandoned()
 
-    fake_hub.asked.clear()
+    fake_hub.requests.clear()
     fake_hub.stall_after = None
     assert (download() / "model.bin").read_bytes() == MODEL
     assert [len(fake_hub.bodies(name)) for name in ("model.bin", *SMALL)] == [1, 0, 0, 0]
@@ -159,7 +159,7 @@ def test_what_a_killed_download_has_left_is_removed_by_the_next(fake_hub: FakeHu
     os.utime(old, (time.time() - 3600,) * 2)
     download()
     assert unfinished(cache) == [young], "another process may be writing it"
-    assert fake_hub.asked
+    assert fake_hub.requests
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -199,7 +199,7 @@ def test_a_model_that_the_disk_has_no_room_for_is_not_begun(fake_hub: FakeHub, c
 def test_the_hubs_own_offline_mode_is_heeded(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refusal()
-    assert fake_hub.asked == []
+    assert fake_hub.requests == []
 
 
 def test_two_fetches_at_once_both_have_the_model(fake_hub: FakeHub) -> None:
