@@ -880,6 +880,23 @@ def test_a_transient_failure_is_retried_as_often_as_allowed(bench: Bench, code: 
     assert len(bench.transcriber.calls) == 3
 
 
+def test_each_retry_waits_four_times_as_long_within_a_fifth(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[float] = []
+    defer = bench.ledger.defer
+
+    def noted(seq: int, delay_s: float) -> None:
+        delays.append(delay_s)
+        defer(seq, 0.0)
+
+    monkeypatch.setattr(bench.ledger, "defer", noted)
+    worker = bench.make_worker(retries=3, retry_delay_s=2.0)
+    bench.add("a")
+    bench.fails_with(JobFailedError(ErrorCode.INTERNAL, "Not now."))
+    while worker.run_once():
+        pass
+    assert delays == [pytest.approx(seconds, rel=0.2) for seconds in (2.0, 8.0, 32.0)]
+
+
 def test_a_permanent_failure_is_not_retried(bench: Bench) -> None:
     worker = patient(bench, retries=2)
     bench.add("a")
@@ -955,9 +972,11 @@ def test_a_job_that_completes_although_it_was_cancelled_is_completed(bench: Benc
 def test_a_job_over_its_timeout_ends_with_an_error_that_names_the_limit(bench: Bench) -> None:
     now_s = 100.0
 
+    stops = []
+
     def script(call: Call) -> Transcript:
         nonlocal now_s
-        assert not call.should_stop()
+        stops.append(call.should_stop())
         now_s += 61.0
         return stops_when_cancelled(call)
 
@@ -966,6 +985,7 @@ def test_a_job_over_its_timeout_ends_with_an_error_that_names_the_limit(bench: B
     worker = bench.make_worker(timeout_s=60.0, monotonic=lambda: now_s, retries=2)
     worker.run_once()
     job = bench.job("a")
+    assert stops == [False], "the limit counts from the start of the attempt"
     assert (job.state, job.error_code) == (JobState.ERROR, ErrorCode.TIMEOUT)
     assert "worker.job_timeout, 60.0 s" in (job.error_message or "")
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -309,6 +310,26 @@ def test_a_newer_format_is_rejected_and_not_repaired(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"format":1', b'"format":9'))
     with pytest.raises(LedgerError, match="format 9"):
         ledgercommands.repair(path, yes=True)
+
+
+def test_a_journal_of_a_newer_format_is_rejected_and_not_repaired(path: Path) -> None:
+    header = b'{"cesar_journal":2,"after":4}'
+    journal(path).write_bytes(b"%08x %b\n" % (zlib.crc32(header), header))
+    with pytest.raises(LedgerError, match="Install the newer version"):
+        examine(path)
+
+
+def test_transactions_between_checkpoint_and_journal_that_are_missing_are_named(path: Path) -> None:
+    path.unlink()
+    found = examine(path)
+    assert found.damaged
+    assert "the transactions between them are missing" in found.lost[0]
+
+
+def test_a_transaction_that_is_missing_in_the_journal_is_damage(path: Path) -> None:
+    lines = journal(path).read_bytes().splitlines(keepends=True)
+    journal(path).write_bytes(b"".join(lines[:2] + lines[3:]))
+    assert examine(path).damaged
 
 
 def test_a_folder_without_a_ledger_is_named_in_the_error(tmp_path: Path) -> None:
