@@ -4,9 +4,7 @@ import itertools
 from typing import Any
 
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
-from cesar_mqtt.json_codec import encode
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
-from cesar_mqtt.protocol.payloads import status_of
 from cesar_mqtt.transcript import Segment, Window, Word
 
 AT = 1_769_204_700.0
@@ -66,8 +64,3 @@ def result(text: str = "Hello.", **fields: Any) -> Result:
     """What the worker records of a job that it has completed."""
     defaults: dict[str, Any] = {"audio_duration": 2.5, "detected_language": "en", "language_probability": 0.9}
     return Result(text, **{**defaults, "no_speech": False, **fields})
-
-
-def status(job_id: str = "a", state: str = "queued", *, consumer: str = "cesar", **fields: Any) -> bytes:
-    """The payload of a job's status; `fields` are those of the job."""
-    return encode(status_of(job(job_id, state, **fields), consumer))
