@@ -49,7 +49,7 @@ _DEFAULT_PORT = 1883  # mosquitto_pub's
 _TICK_S = 1.0
 """How often the main thread checks the threads and does maintenance; a systemd watchdog is notified as often."""
 _HEALTH_S = 60.0
-"""How often `health` is published (CONTRACT.md, section 6)."""
+"""How often `health` is published (docs/topics.md)."""
 _POLL_S = 0.05
 """How often a stop looks for a second signal while it waits: a forced stop feels immediate."""
 _DRAIN_S = 10.0

@@ -32,7 +32,7 @@ class Chunk:
 
     Attributes:
         start_s: where it begins in the file.
-        samples: may be empty, if nothing of the file is left behind `from_s`.
+        samples: may be empty, if nothing remains after `from_s`.
         last: whether no other follows.
     """
 
@@ -71,7 +71,7 @@ class Recording:
             limits: on the size and duration of the file.
             window_s: the maximum length of a chunk; a shorter file is one chunk.
             clips: only these ranges, as (start, end) in seconds, each in chunks of its own. They are processed in order
-                of time, overlapping ones as one. An end behind that of the file means the end of the file.
+                of time, overlapping ones as one. An end past the end of the file means the end of the file.
             from_s: what lies before is skipped; if a chunk ended there, the following ones are the same as without it.
         """
         self._path = path
@@ -126,7 +126,7 @@ class Recording:
         """Seconds of the whole file: as declared, and exact once it was decoded to its end; None: not known yet.
 
         A file that is longer than it declares lasts at least as long as what was decoded. With clips, a file that
-        declares its duration is not decoded behind the last of them. Any thread may ask.
+        declares its duration is not decoded past the last of them. Any thread may ask.
         """
         with self._changed:
             if self._complete:
@@ -146,8 +146,8 @@ class Recording:
             should_stop: asked before each chunk and, ten times a second, while waiting for it.
 
         Raises:
-            JobFailedError: `audio_*` for the file, `invalid_request` for a clip range that begins behind the end of the
-                file or is none, `internal` if decoding ended for a reason of our own.
+            JobFailedError: `audio_*` for the file, `invalid_request` for a clip range that begins after the end of
+                the file or is not valid, `internal` if decoding ended for an internal reason.
             Cancelled: `should_stop` returned True, or the recording was closed.
         """
         last = False
@@ -182,10 +182,10 @@ class Recording:
             self._changed.notify_all()
             return chunk
 
-    def _wait_until(self, is_so: Callable[[], bool], should_stop: Callable[[], bool]) -> None:
+    def _wait_until(self, is_true: Callable[[], bool], should_stop: Callable[[], bool]) -> None:
         def ready(timeout_s: float) -> bool:
             with self._changed:
-                return self._changed.wait_for(is_so, timeout_s)
+                return self._changed.wait_for(is_true, timeout_s)
 
         wait(ready, should_stop)
 
@@ -212,7 +212,7 @@ class Recording:
         with open_audio(self._path, self._limits) as audio:
             self._set_opened(audio.info)
             if audio.info.duration_s is not None:
-                # A declared duration may be a little wrong: only a range far behind it is rejected before the work.
+                # A declared duration may be a little wrong: only a range far beyond it is rejected before the work.
                 chunker.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
             reader = _SampleReader(audio.blocks(lambda: self._closed))
             for chunk in chunker.chunks(reader):
@@ -221,9 +221,9 @@ class Recording:
                 with self._changed:
                     self._decoded_s = audio.decoded_s
                     self._complete = reader.ended
-                    # What lies behind the last range was not decoded, so nothing is known to be missing.
-                    unknown = () if reader.ended else ("audio_truncated",)
-                    self._warnings = tuple(warning for warning in audio.warnings if warning not in unknown)
+                    # What comes after the last range was not decoded, so nothing is known to be missing.
+                    unverifiable = () if reader.ended else ("audio_truncated",)
+                    self._warnings = tuple(warning for warning in audio.warnings if warning not in unverifiable)
                     self._hand_over(chunk)
 
     def _set_opened(self, info: AudioInfo) -> None:
@@ -355,7 +355,7 @@ def _to_samples(clip: tuple[float, float]) -> tuple[int, int]:
         return round(start_s * SAMPLE_RATE), round(end_s * SAMPLE_RATE)
     raise JobFailedError(
         ErrorCode.INVALID_REQUEST,
-        f"In `clip_timestamps`, {start_s:g} s to {end_s:g} s is no range: give a start of 0 or more and a later end.",
+        f"In `clip_timestamps`, {start_s:g} s to {end_s:g} s is not a valid range: start at 0 or more, end later.",
     )
 
 
@@ -366,7 +366,7 @@ def _seconds(samples: int) -> float:
 def _behind_the_end(clip: _ClipRange) -> JobFailedError:
     return JobFailedError(
         ErrorCode.INVALID_REQUEST,
-        f"The range of `clip_timestamps` that begins at {_seconds(clip.start):g} s lies behind the end of the audio: "
+        f"The range of `clip_timestamps` that begins at {_seconds(clip.start):g} s starts after the end of the audio: "
         "choose ranges inside it.",
     )
 

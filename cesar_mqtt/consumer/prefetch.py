@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _PAUSE_S = 0.05
-"""Between two looks at the queue: a burst of a thousand new jobs needs no thousand looks."""
+"""Between two looks at the queue: a burst of a thousand new jobs must not cause a thousand looks."""
 _RECENT_S = 60.0
 """How long the failure of a download ahead stands. After that the server may be back, so `take` tries again; before, a
 second round of retries would only hold up the other jobs."""

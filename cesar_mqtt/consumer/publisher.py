@@ -31,10 +31,13 @@ from cesar_mqtt.transcript import Segment
 log = get_logger(__name__)
 
 MAX_IN_FLIGHT = 200
-"""Unacknowledged messages at most; keeps the client's own queue short."""
+"""No further message is taken while so many are unacknowledged, which keeps the client's own queue short.
+
+A batch of jobs with results in several formats may exceed it by the results.
+"""
 
 _WAKE_AFTER_ACKS = 20
-"""In a burst the thread handles so many acknowledgements at once: waking it for each costs more than all the rest."""
+"""In a burst the thread handles this many acknowledgements at once: waking it for each costs more than all the rest."""
 _MIN_INTERVAL_S = 1.0
 """Between two queue messages, and between two progress statuses of a job."""
 
@@ -308,6 +311,10 @@ class Publisher(StoppableThread, JobObserver):
         if not session_present:
             self._own_topics.republish()
         if unknown or self._status_refused or not session_present:
+            reason = (
+                "new session" if not session_present else "a status was refused" if self._status_refused else "unknown"
+            )
+            log.debug("Every status is published again: %s", reason, action="republishing")
             self._ledger.republish_all(restored=self._status_refused)
             self._status_refused = False
 

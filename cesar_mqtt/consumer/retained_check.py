@@ -14,14 +14,14 @@ class Loss(Enum):
     ALL = "all"
     """It retained no queue message."""
     NEWEST = "newest"
-    """It restored an older state: it was killed, and restarted from its last save."""
+    """Those since its last save: it was killed, and restarted from that."""
 
 
 class RetainedCheck:
     """Compares the queue message that the broker retains, received at each connection, with what was published.
 
-    A broker that has lost messages may look as if it had not: it may still know the session. Or the process before this
-    one died right after the broker had begun a new session, so that no process has seen that.
+    A session that the broker kept does not prove that it kept the retained messages. Nor does a session show whether an
+    earlier process died right after the broker had begun it.
     """
 
     def __init__(self, totals: tuple[int, ...]) -> None:
@@ -30,7 +30,7 @@ class RetainedCheck:
         self._published_before: tuple[bytes, ...] = ()
         """What the broker may have retained when the connection was made, of what this process has published."""
         self._compared = False
-        """Whether the retained message was ever compared, or need not be any more."""
+        """True once the message was compared, or once no comparison is needed."""
         self._compared_now = False
         """Whether it was compared on this connection."""
         self._was_readable = False
@@ -40,7 +40,7 @@ class RetainedCheck:
         """Begin a connection; True: it is unknown what the broker retained before, so it may have lost something.
 
         That is so if a queue message was published on a connection that was lost before the comparison. If the broker
-        never sends the message, because it does not let this client read it, this counts only once.
+        never sends the message, because it does not let this client read it, this returns True only once.
         """
         before, self._published_before = self._published_before, published
         unknown = published != before and not self._compared_now and (self._was_readable or not self._compared)
@@ -53,7 +53,7 @@ class RetainedCheck:
 
         Args:
             payload: the retained message; None: the first message was our own, newest one, so there was none retained.
-                The latter counts only at first, and if the broker has sent a retained message before.
+                None counts only in the first comparison, and if the broker has sent a retained message before.
             published: what the broker may retain by now: more may have been published before the comparison.
         """
         expected = not self._compared or (self._was_readable and not self._compared_now)

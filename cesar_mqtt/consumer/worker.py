@@ -1,4 +1,4 @@
-"""The worker: one job at a time, oldest first, and each end on disk before it is reported.
+"""The worker: one job at a time, oldest first, and each outcome on disk before it is reported.
 
 It owns the thread "worker", the only caller of `run_once`; `request_stop`, `abandon` and `join` may be called from any.
 """
@@ -30,12 +30,12 @@ log = get_logger(__name__)
 _DISK_RETRY_S = 5.0
 """Between two attempts while the disk refuses. Constant: the queue waits for it, and one attempt is one small write."""
 _DEFER_FACTOR = 4.0
-"""Each further retry of a job waits so many times as long: 2 s, 8 s, 32 s with the default `worker.retry_delay`."""
+"""Each further retry of a job waits this many times as long: 2 s, then 8 s with the default `worker.retry_delay`."""
 _DEFER_JITTER = 0.2
 """Spreads the retries of consumers that were hit by one failure."""
 _TRANSIENT = frozenset({ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
-"""Failures that may be over in a moment, so that the job is retried by itself. Downloads are not among them: they have
-retries of their own, while other jobs run."""
+"""Failures that may be over in a moment, so that the job is retried automatically. Downloads are not among them: they
+have retries of their own, while other jobs run."""
 
 
 class Transcribes(Protocol):
@@ -274,7 +274,7 @@ class Worker(StoppableThread):
         message = "The job took longer than worker.job_timeout, {} s: raise that, or choose a smaller model, and retry."
         return _Outcome(code=ErrorCode.TIMEOUT, message=message.format(self._timeout_s))
 
-    # -- its end ---------------------------------------------------------------------------------------------------
+    # -- end of a job ----------------------------------------------------------------------------------------------
 
     def _persist(self, job: Job, outcome: _Outcome) -> None:
         """Write the end of the attempt, until the disk takes it or a forced stop requeues the job; then report it."""

@@ -9,15 +9,15 @@ from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.documents import job_from
 
 HISTORY_LIMIT = 1000
-"""How many passed states are kept to be published one by one; beyond that only the newest state of a job counts."""
+"""The most superseded states that are kept to be published one by one; beyond, only the newest state of a job is."""
 
-Item = tuple[int, Job]
+PendingStatus = tuple[int, Job]
 """The number to hand to `acknowledge`, and the job to publish.
 
 The number is the job's revision when that state is published for the first time, and negative for a republication.
 """
 
-State = tuple[int, Mapping[str, Any], int | None, float | None]
+Snapshot = tuple[int, Mapping[str, Any], int | None, float | None]
 """A job at one moment: sequence number, document (never changed afterwards), queue position and since when."""
 
 
@@ -43,12 +43,12 @@ class Outbox:
         self._not_taken = {seq for seq, revision in self._pending.items() if revision > announced_revision}
         """Jobs whose newest change is in `_pending` and not in the history, and was not taken yet: a republication must
         not replace its number, or the change would never be published as new."""
-        self._announced = self._pending.keys() - self._not_taken
+        self._acknowledged_before = self._pending.keys() - self._not_taken
         """Jobs whose newest change was acknowledged, while a republication of it is pending."""
         self._republication = count(-1, -1)
-        self._history: deque[tuple[int, State]] = deque(maxlen=HISTORY_LIMIT)
+        self._history: deque[tuple[int, Snapshot]] = deque(maxlen=HISTORY_LIMIT)
         """Every change that was not taken yet, in order."""
-        for seq in sorted(self._announced, key=self._pending.__getitem__):
+        for seq in sorted(self._acknowledged_before, key=self._pending.__getitem__):
             self.republish(seq)
 
     def __bool__(self) -> bool:
@@ -56,18 +56,18 @@ class Outbox:
 
     # -- enqueue -----------------------------------------------------------------------------------------------------
 
-    def enqueue(self, seq: int, revision: int, state: State) -> None:
+    def enqueue(self, seq: int, revision: int, state: Snapshot) -> None:
         """Enqueue the state that transaction `revision` gave to a job; every such state is taken once, in order."""
         self._pending[seq] = self._unacknowledged[seq] = revision
         self._pending.move_to_end(seq)
         self._unacknowledged.move_to_end(seq)
         self._not_taken.discard(seq)
-        self._announced.discard(seq)
+        self._acknowledged_before.discard(seq)
         if len(self._history) == HISTORY_LIMIT:
             self._before_eviction(*self._history[0])
         self._history.append((revision, state))
 
-    def _before_eviction(self, revision: int, state: State) -> None:
+    def _before_eviction(self, revision: int, state: Snapshot) -> None:
         """Keep a job's newest change in `_pending`, since the history has no room for it."""
         seq, *_ = state
         if self._unacknowledged.get(seq) == revision:
@@ -86,15 +86,15 @@ class Outbox:
         Args:
             revisions: revision and sequence number of every job.
         """
-        not_announced = self._unacknowledged.keys() - self._announced
+        not_announced = self._unacknowledged.keys() - self._acknowledged_before
         self._unacknowledged = OrderedDict((seq, revision) for revision, seq in sorted(revisions))
-        self._announced = self._unacknowledged.keys() - not_announced
+        self._acknowledged_before = self._unacknowledged.keys() - not_announced
         for seq in sorted(self._unacknowledged):
             self.republish(seq)
 
     def coalesce(self) -> None:
-        """Drop passed states and everything in flight; the newest state of each job is published, if need be again."""
-        for seq in self._unacknowledged.keys() - self._announced:
+        """Drop superseded states and everything in flight; the newest state of each job is published (again)."""
+        for seq in self._unacknowledged.keys() - self._acknowledged_before:
             self._pending[seq] = self._unacknowledged[seq]
             self._not_taken.add(seq)
         self._history.clear()
@@ -105,35 +105,35 @@ class Outbox:
             self._pending.pop(seq, None)
             self._unacknowledged.pop(seq, None)
             self._not_taken.discard(seq)
-            self._announced.discard(seq)
+            self._acknowledged_before.discard(seq)
         dropped = frozenset(seqs)
         self._history = deque((item for item in self._history if item[1][0] not in dropped), maxlen=HISTORY_LIMIT)
 
     # -- publish -----------------------------------------------------------------------------------------------------
 
-    def take(self, limit: int, exclude: Collection[int], render: Callable[[int], Job]) -> list[Item]:
+    def take(self, limit: int, exclude: Collection[int], job_of: Callable[[int], Job]) -> list[PendingStatus]:
         """Return at most `limit` states to publish.
 
         A newest state is returned again until it is acknowledged, unless its job is in `exclude`.
         """
-        passed = [self._history.popleft() for _ in range(min(limit, len(self._history)))]
-        taken = [(revision, job_from(*state)) for revision, state in passed]
+        superseded = [self._history.popleft() for _ in range(min(limit, len(self._history)))]
+        taken = [(revision, job_from(*state)) for revision, state in superseded]
         if len(taken) < limit:
-            in_flight = {seq for _, (seq, *_) in passed}.union(exclude)
+            in_flight = {seq for _, (seq, *_) in superseded}.union(exclude)
             waiting = (item for item in self._pending.items() if item[0] not in in_flight)
             newest = list(islice(waiting, limit - len(taken)))
-            taken += [(number, render(seq)) for seq, number in newest]
+            taken += [(number, job_of(seq)) for seq, number in newest]
             self._not_taken.difference_update(seq for seq, _ in newest)
         return taken
 
     def acknowledge(self, seq: int, number: int) -> None:
         """Record a PUBACK; nothing of the job is pending any more if it is for the newest state."""
         if self._unacknowledged.get(seq) == number:
-            self._announced.add(seq)
+            self._acknowledged_before.add(seq)
         if self._pending.get(seq) == number:
             del self._pending[seq]
             self._unacknowledged.pop(seq, None)
-            self._announced.discard(seq)
+            self._acknowledged_before.discard(seq)
 
     def watermark(self, transaction: int) -> int:
         """Return the transaction up to which the broker has acknowledged everything; `transaction` is the newest."""

@@ -9,7 +9,7 @@ from itertools import islice
 from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
 
 POSITIONS_TRACKED = 10
-"""The first jobs of the queue have a new status published whenever their position changes (CONTRACT.md, section 2)."""
+"""So many of the first jobs have their status published when their position changes: more would flood the broker."""
 
 
 class JobQueue:

@@ -258,7 +258,7 @@ def test_a_range_that_begins_behind_the_end_of_a_file_that_declares_none_is_refu
 def test_what_is_no_range_is_refused(clip: tuple[float, float], numbered: Path) -> None:
     error = failure(numbered, clip)
     assert error.code is ErrorCode.INVALID_REQUEST
-    assert "no range" in error.message
+    assert "not a valid range" in error.message
 
 
 def test_ranges_are_resumed_where_the_work_was_left(numbered: Path) -> None:

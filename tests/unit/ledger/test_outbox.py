@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.documents import job_from
-from cesar_mqtt.ledger.outbox import HISTORY_LIMIT, Item, Outbox
+from cesar_mqtt.ledger.outbox import HISTORY_LIMIT, Outbox, PendingStatus
 
 
 def document(seq: int, revision: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Driver:
 
     def take(self, limit: int = 1000) -> list[tuple[int, int]]:
         """Take states: of each the sequence number, and the revision if it is new, else a negative number."""
-        items: list[Item] = self.outbox.take(limit, {seq for seq, *_ in self.in_flight}, self.render)
+        items: list[PendingStatus] = self.outbox.take(limit, {seq for seq, *_ in self.in_flight}, self.render)
         assert len(items) <= limit
         assert all(number < 0 or number == job.revision for number, job in items)
         assert all(job.seq in self.revisions for _, job in items), "no deleted job is published"

@@ -40,6 +40,17 @@ def official() -> Draft7Validator:
     return Draft7Validator(json.loads(OFFICIAL.read_text()))
 
 
+def test_the_page_on_topics_names_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "topics.md").read_text(encoding="utf-8")
+    schemas = payload_schemas()
+    fields = {
+        name for model in ("JobRequest", "Status", "Queue", "Last", "Health") for name in schemas[model]["properties"]
+    }
+    assert len(fields) > 40
+    missing = sorted(name for name in fields if f"`{name}`" not in page and f'"{name}"' not in page)
+    assert not missing
+
+
 # -- the document --------------------------------------------------------------------------------------------------
 
 
