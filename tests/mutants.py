@@ -299,10 +299,20 @@ def _read(data_file: Path, durations: dict[str, float]) -> Reach:
     data.read()
     reach = Reach(list(durations), list(durations.values()))
     number = {test: n for n, test in enumerate(reach.tests)}
+    together: dict[str, list[int]] = {}
+    for test, n in number.items():
+        together.setdefault(test.partition("::")[0], []).append(n)
+
+    def numbers_of(context: str) -> list[int]:
+        test, _, phase = context.partition("|")
+        if phase == "setup":  # a fixture may be for the whole file, and is set up by the first test that needs it
+            return together.get(test.partition("::")[0], [])
+        return [number[test]] if test in number else []
+
     for file in data.measured_files():
         name = Path(file).relative_to(_ROOT / _PACKAGE).as_posix()
         reach.lines[name] = {
-            str(line): sorted({number[c.partition("|")[0]] for c in contexts if c.partition("|")[0] in number})
+            str(line): sorted({n for context in contexts for n in numbers_of(context)})
             for line, contexts in data.contexts_by_lineno(file).items()
         }
     return reach
