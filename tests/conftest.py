@@ -87,6 +87,15 @@ def run(*command: str, timeout_s: float = _WAIT_S, text: str | None = None) -> s
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
+class Process(subprocess.Popen[Any]):
+    """A process that its `with` block ends: a test that fails in the block must not wait for it for ever."""
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self.kill()
+        super().__exit__(*exception)
+
+
 @dataclass(frozen=True)
 class Certificates:
     """PEM files: an authority, a broker's certificate for 127.0.0.1 and localhost, a client's."""

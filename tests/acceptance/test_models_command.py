@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Process
 from tests.unit.whisper.fake_hub import MODEL, FakeHub, running_hub
 
 
@@ -103,7 +104,7 @@ def test_a_pull_that_is_interrupted_leaves_nothing_half(
 ) -> None:
     fake_hub.stall_after = 1 << 20
     command = [sys.executable, "-m", "cesar_mqtt", "models", "pull", "small"]
-    with subprocess.Popen(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with Process(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert fake_hub.stalled.wait(30)
         process.send_signal(2)
         assert process.wait(30) == 130
@@ -118,7 +119,7 @@ def test_a_terminal_gets_a_progress_bar(environ: dict[str, str], tmp_path: Path)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "cesar_mqtt", "models", "pull", "small"]
     environ |= {"TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs) as process:
+    with Process(command, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
         shown = b""
         while True:

@@ -20,7 +20,7 @@ import pytest
 from cesar_mqtt.cli.app import run
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 from tests.acceptance.harness import PATIENCE_S, SPEECH, Bus
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import Mosquitto, Process, StartMosquitto
 
 Join = Callable[..., Bus]
 
@@ -306,7 +306,7 @@ def test_who_waits_is_told_why_and_who_leaves_how_to_go_on(mosquitto: Mosquitto,
     ours, theirs = pty.openpty()
     submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--job-id", "mine"]
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen([*submit, str(SPEECH)], stderr=theirs, stdout=subprocess.PIPE, env=environ) as process:
+    with Process([*submit, str(SPEECH)], stderr=theirs, stdout=subprocess.PIPE, env=environ) as process:
         os.close(theirs)
         shown = _read_until(ours, b"no consumer is online; waiting")
         bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
@@ -333,7 +333,7 @@ def test_a_lost_connection_is_told_without_talk_of_a_name_that_nobody_else_can_h
 ) -> None:
     bus = join(mosquitto.port)
     submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--by-path", "a.wav"]
-    with subprocess.Popen(submit, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    with Process(submit, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
         bus.wait("cesar/jobs")
         bus.close()

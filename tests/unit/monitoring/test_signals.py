@@ -10,6 +10,7 @@ import pytest
 
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
+from tests.conftest import Process
 
 DEADLINE_S = 10.0
 
@@ -154,7 +155,7 @@ def test_a_wait_in_the_main_thread_ends_at_once() -> None:
         raise SystemExit(stop.exit_code)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with Process(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "waiting\n"
