@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -25,6 +26,10 @@ _WAIT_S = 10.0
 # Before the first model is loaded, here or in a process of a test: idle threads of OpenMP otherwise spin, on cores that
 # other tests need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# What a shell starts in the background ignores SIGINT, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
