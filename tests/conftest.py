@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import pytest
@@ -25,6 +27,10 @@ _WAIT_S = 10.0
 # Before the first model is loaded, here or in a process of a test: idle threads of OpenMP otherwise spin, on cores that
 # other tests need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# What a shell starts in the background ignores SIGINT, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -90,10 +96,12 @@ def run(*command: str, timeout_s: float = _WAIT_S, text: str | None = None) -> s
 class Process(subprocess.Popen[Any]):
     """A process that its `with` block ends: a test that fails in the block must not wait for it for ever."""
 
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is not None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
             self.kill()
-        super().__exit__(*exception)
+        super().__exit__(kind, exc, traceback)
 
 
 @dataclass(frozen=True)
