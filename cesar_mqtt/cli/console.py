@@ -1,19 +1,20 @@
 """Output of the commands: results on stdout, messages for the person on stderr; any thread may call these.
 
 A stdout that cannot be written is an error, except where the reader closed the pipe, as `head` does. A stderr that
-cannot be written changes nothing: the message is lost and the exit code stays.
+cannot be written changes nothing: the message is lost and the exit code stays. Every command imports this module: rich,
+which takes 0.1 s to import, is imported only for a table.
 """
 
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import TextIO
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, TextIO
 
 from cesar_mqtt.errors import CesarError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GAP = 2
 """Cells between two columns."""
@@ -58,13 +59,17 @@ def print_line(line: str) -> None:
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
 
 
-def new_table(*, show_header: bool = True) -> Table:
+def new_table(*, show_header: bool = True) -> "Table":
     """Return a table without lines, its columns `GAP` cells apart."""
+    from rich.table import Table  # noqa: PLC0415 - see the docstring of the module
+
     return Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", show_header=show_header)
 
 
-def print_table(table: Table) -> None:
+def print_table(table: "Table") -> None:
     """Print a table on stdout; where that is no terminal, nothing is cut or wrapped. Raises as `out`."""
+    from rich.console import Console  # noqa: PLC0415 - see the docstring of the module
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=_ANY_WIDTH, color_system=None)

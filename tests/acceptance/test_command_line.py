@@ -19,7 +19,7 @@ from tests.conftest import Mosquitto, StartMosquitto, find_free_port
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
 
-HEAVY = ("faster_whisper", "ctranslate2", "av", "numpy", "amqtt", "pydantic", "paho", "tinydb", "rich.progress")
+HEAVY = ("faster_whisper", "ctranslate2", "av", "numpy", "amqtt", "pydantic", "paho", "tinydb", "rich")
 
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
