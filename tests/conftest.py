@@ -24,9 +24,10 @@ from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 _WAIT_S = 10.0
 
-# Before the first model is loaded, here or in a process of a test: idle threads of OpenMP otherwise spin, on cores that
-# other tests need.
+# Before numpy and the first model are loaded, here or in a process of a test: idle threads of OpenMP and OpenBLAS
+# otherwise spin, on cores that other tests need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # What a shell starts in the background ignores SIGINT, and so would every process of a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -29,8 +29,8 @@ LONG = DATA / "long.ogg"
 PATIENCE_S = 120.0
 """How long a test waits for what has to happen; only a failure, or a machine with far too much to do, takes it."""
 CONNECTED = "Connected to "
-SMALL = {"CESAR_MODELS__DEFAULT": "tiny.en"}
-"""Where more than one model is installed, the larger one would be the default."""
+SMALL = {"CESAR_MODELS__DEFAULT": "tiny.en", "CESAR_MODELS__CPU_THREADS": "1"}
+"""Where more than one model is installed, the larger one would be the default; other tests need the other cores."""
 
 
 def repeated_long(path: Path, *, times: int) -> Path:
