@@ -262,16 +262,17 @@ def load_settings(
     given |= read_environment(schema, environ, cwd=cwd, on_unknown=on_warning)
     given |= read_flags(schema, flags, cwd=cwd)
     try:
-        return Settings.model_validate(_tree(given))
+        return Settings.model_validate(nest({name: entry.value for name, entry in given.items()}))
     except ValidationError as exc:
         raise _first_error(exc, given) from exc
 
 
-def _tree(given: Mapping[str, SettingValue]) -> dict[str, Any]:
+def nest(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return values by dotted name as the settings nest them."""
     tree: dict[str, Any] = {}
-    for name, entry in given.items():
-        group, _, inner = name.rpartition(".")
-        (tree.setdefault(group, {}) if group else tree)[inner] = entry.value
+    for name, value in values.items():
+        section, _, leaf = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
     return tree
 
 

@@ -115,11 +115,11 @@ def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = Fals
         ConfigError: a setting is unknown or wrong.
     """
     from cesar_mqtt import logs  # noqa: PLC0415 - see above
-    from cesar_mqtt.config import EMBEDDED_BROKER, LOCAL_BROKER, load_settings  # noqa: PLC0415 - see above
+    from cesar_mqtt.config import EMBEDDED_BROKER, LOCAL_BROKER, load_settings, nest  # noqa: PLC0415 - see above
 
     warnings: list[str] = []
     settings = load_settings(
-        flags=_tree(values),
+        flags=nest(values),
         config_file=config,
         cwd=Path.cwd(),
         default_broker=EMBEDDED_BROKER if serving else LOCAL_BROKER,
@@ -133,14 +133,6 @@ def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = Fals
         else:
             print_message(warning)
     return settings
-
-
-def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        section, _, leaf = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[leaf] = value
-    return tree
 
 
 def _without_hidden(arguments: dict[str, Any], flags: tuple[str, ...]) -> dict[str, Any]:
