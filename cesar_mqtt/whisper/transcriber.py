@@ -51,7 +51,14 @@ class Transcriber:
             options: of the job, with its clip ranges.
             from_s: `until_s` of the last window that an earlier attempt finished.
         """
-        return Recording(path, limits=self._limits, window_s=self._window_s, clips=options.clips, from_s=from_s)
+        return Recording(
+            path,
+            limits=self._limits,
+            window_s=self._window_s,
+            clips=options.clips,
+            from_s=from_s,
+            vad_filter=options.vad_filter,
+        )
 
     def transcribe(
         self,
@@ -88,7 +95,7 @@ class Transcriber:
         pipeline: Pipeline | None = None
         for chunk in recording.chunks(should_stop):
             draft.report_progress(chunk.start_s)
-            if chunk.samples.size:
+            if chunk.speech:
                 pipeline = pipeline or self._make_pipeline(options, should_stop)
                 with closing(self._segments(pipeline, chunk, options.model_size, draft)) as segments:
                     for segment, raw_text in segments:
