@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import cesar_mqtt
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.model_store import ModelStore
@@ -49,6 +49,7 @@ def run(
     on_segment: Callable[[Segment], None] = ignore,
     on_window: Callable[[Window], None] = ignore,
     should_stop: Callable[[], bool] = never,
+    should_yield: Callable[[], bool] = never,
 ) -> Transcript:
     recording = transcriber.open(path, options, from_s=done[-1].until_s if done else 0.0)
     try:
@@ -60,6 +61,7 @@ def run(
             on_segment=on_segment,
             on_window=on_window,
             should_stop=should_stop,
+            should_yield=should_yield,
         )
     finally:
         recording.close()
@@ -698,6 +700,32 @@ def test_a_cancel_between_two_windows_keeps_those_that_were_reported(minute: Pat
     with pytest.raises(Cancelled):
         run(transcriber, minute, UNFILTERED, on_window=told.append, should_stop=lambda: bool(told))
     assert len(told) == len(store.model.asked) == 1
+
+
+def test_it_yields_behind_a_reported_window_and_goes_on_there_to_the_same_transcript(minute: Path) -> None:
+    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute)
+    boundaries = len(whole.windows) - 1
+    for number in range(1, boundaries + 1):
+        transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)
+        told: list[Window] = []
+        with pytest.raises(Preempted):
+            run(transcriber, minute, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
+        assert tuple(told) == whole.windows[:number]
+        assert len(store.model.closed) == number
+        assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, done=told) == whole
+
+
+def test_it_is_not_asked_to_yield_where_nothing_is_left_to_do(minute: Path) -> None:
+    transcriber, _ = with_model(raw(0.5, 1.0), window_s=25.0)
+    told: list[Window] = []
+    asked: list[int] = []
+
+    def should_yield() -> bool:
+        asked.append(len(told))
+        return False
+
+    transcript = run(transcriber, minute, on_window=told.append, should_yield=should_yield)
+    assert asked == list(range(1, len(transcript.windows)))
 
 
 def test_progress_is_that_of_the_file_and_not_of_the_window(minute: Path) -> None:
