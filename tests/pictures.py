@@ -5,7 +5,7 @@ import struct
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
