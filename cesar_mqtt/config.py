@@ -96,7 +96,7 @@ class AudioSettings(Section):
     max_duration: float = Field(default=24 * 3600.0, gt=0)
     """Seconds."""
     decoder_memory: int = Field(default=512 << 20, ge=64 << 20)
-    """Bytes that the process which decodes a recording may use for it; one that needs more ends as `audio_unreadable`."""
+    """Bytes that decoding one recording may use; one that needs more ends as `audio_unreadable`."""
     decoder_timeout: float = Field(default=30.0, gt=0)
     """Seconds that decoding may take without progress."""
     allowed_hosts: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ from cesar_mqtt.audio.decoder import AudioInfo, AudioLimits, Samples
 from cesar_mqtt.audio.decoder_template import REQUEST
 from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind
 from cesar_mqtt.audio.paths import io_failed, open_regular
+from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import never_stop, wait
@@ -87,6 +88,16 @@ class _Failed:
 _OPENED, _STATE, _FAILED = TypeAdapter(_Opened), TypeAdapter(_State), TypeAdapter(_Failed)
 _KINDS = frozenset(FrameKind)
 _MOST_TEXT = 1000
+
+
+def limits_of(settings: AudioSettings) -> AudioLimits:
+    """Return the limits that the settings set."""
+    return AudioLimits(
+        max_bytes=settings.max_bytes,
+        max_duration_s=settings.max_duration,
+        decoder_memory_bytes=settings.decoder_memory,
+        decoder_timeout_s=settings.decoder_timeout,
+    )
 
 
 @contextmanager

@@ -40,7 +40,8 @@ class Prefetcher(StoppableThread):
     """Keeps the audio of the next jobs ready: URLs downloaded, the very next recording being decoded.
 
     The URLs of the next `ahead` jobs are downloaded at once. Only one recording is opened ahead, so memory is bounded
-    by one window more than the running job needs. No job depends on it: `take` does what is not ready or has failed.
+    by one window more than the running job needs, and none while the consumer is paused. No job depends on it: `take`
+    does what is not ready or has failed.
 
     A job keeps what was prefetched while it is among the next jobs, or in `processing`, which it enters when the worker
     claims it, before `take`. A job that is cancelled, deferred or deleted is in neither, so the next look drops its
@@ -231,7 +232,7 @@ class Prefetcher(StoppableThread):
             self._download_ahead(jobs)
             # A requeued job comes first; the recording that was opened before it gives up its memory.
             surplus = [self._entries[job.seq].detach() for job in jobs[1:] if job.seq in self._entries]
-            first = self._next_to_open(jobs[0]) if jobs else None
+            first = self._next_to_open(jobs[0]) if jobs and not self._ledger.is_paused else None
         for entry in unwanted:
             entry.drop()
         for recording in surplus:

@@ -714,6 +714,11 @@ class Ledger:
         with self._changed:
             return [self._job(seq) for seq in islice(self._all_ready(), limit)]
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether no job is claimed until `pause` is called again. Takes no lock."""
+        return self._paused
+
     def processing(self) -> tuple[int, ...]:
         """Return the sequence number of the job in `processing`, if there is one."""
         with self._changed:
