@@ -250,10 +250,12 @@ class _Decoder:
 
     Attributes:
         pid: of the process; it is never signalled by it, for the template may have buried it.
+        channel: to the template that was asked for it.
     """
 
-    def __init__(self, control: socket.socket, frames: int) -> None:
+    def __init__(self, control: socket.socket, frames: int, channel: socket.socket) -> None:
         self.pid = 0
+        self.channel = channel
         self._control = control
         self._frames = frames
         self._buffered = b""
@@ -341,6 +343,8 @@ class _Template:
                 _enlarge(writer)
                 socket.send_fds(channel, [REQUEST.pack(len(request))], [descriptor, writer, theirs.fileno()])
                 channel.sendall(request)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it has ended: `wait_forked` finds no decoder
             except BaseException:
                 ours.close()
                 _close(reader)
@@ -348,14 +352,15 @@ class _Template:
             finally:
                 theirs.close()
                 _close(writer)
-            return _Decoder(ours, reader)
+            return _Decoder(ours, reader, channel)
 
-    def discard(self) -> None:
-        """End it, whatever it is doing; the next request starts another."""
+    def discard(self, channel: socket.socket) -> None:
+        """End the one that the channel leads to, whatever it is doing; the next request starts another."""
         with self._lock:
-            if self._process is not None:
+            if self._channel is channel and self._process is not None:
                 self._process.kill()
-            self._end()
+                log.warning("The process that decoders are forked from has ended; starting it again", action="decoder")
+                self._end()
 
     def stop(self) -> None:
         """End it, and with it every decoder."""
@@ -365,9 +370,7 @@ class _Template:
     def _start(self) -> socket.socket:
         if self._channel is not None and self._process is not None and self._process.poll() is None:
             return self._channel
-        if self._process is not None:
-            log.warning("The process that decoders are forked from has ended; starting it again", action="decoder")
-            self._end()
+        self._end()
         ours, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
         environment |= _OWN_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))}
@@ -409,17 +412,13 @@ def _request(descriptor: int, limits: AudioLimits, should_stop: Callable[[], boo
     for _ in range(_STARTS):
         try:
             decoder = _template.request(descriptor, request)
-        except (BrokenPipeError, ConnectionResetError):
-            continue
         except OSError as exc:  # no descriptor, process or memory is left: nothing is known of the file
             raise io_failed(exc) from exc
         try:
             decoder.wait_forked(should_stop)
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError, TimeoutError):
             decoder.close()
-        except TimeoutError:
-            decoder.close()
-            _template.discard()
+            _template.discard(decoder.channel)
         except OSError as exc:
             decoder.close()
             raise io_failed(exc) from exc
