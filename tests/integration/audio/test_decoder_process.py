@@ -126,7 +126,7 @@ def replaced_decoder(monkeypatch: pytest.MonkeyPatch, code: str) -> Iterator[Non
 
     decoder_process.stop()
     with monkeypatch.context() as patch:
-        patch.setattr(decoder_process.subprocess, "Popen", start)
+        patch.setattr(subprocess, "Popen", start)
         decoder_process.start()
     yield
     decoder_process.stop()
@@ -296,7 +296,10 @@ def test_a_template_that_ends_in_the_middle_blames_no_file(tmp_path: Path) -> No
 
 def test_closing_kills_the_decoder_whatever_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with replaced_decoder(monkeypatch, "while True: pass"):
-        runs = lambda: bool(children_of(template_pid()))  # noqa: E731
+
+        def runs() -> bool:
+            return bool(children_of(template_pid()))
+
         with pytest.raises(Cancelled), decoder_process.open_audio(LONG, LIMITS, should_stop=runs):
             pytest.fail("it was opened")
         wait_until(lambda: not runs())
@@ -348,7 +351,8 @@ def test_a_read_that_fails_in_the_middle_is_no_damage(container: str, code: int,
     noise = np.random.default_rng(1).integers(-8000, 8000, 20 * SAMPLE_RATE, np.int16)
     path = pictures.encode(tmp_path / f"noise.{container}", codec, noise)
     assert path.stat().st_size > 40_000
-    healthy = shutil.copy(path, tmp_path / f"healthy.{container}")
+    healthy = tmp_path / f"healthy.{container}"
+    shutil.copy(path, healthy)
     os.utime(path, (code, code))
     failure = failure_of(path)
     assert failure.code is ErrorCode.AUDIO_IO_ERROR
