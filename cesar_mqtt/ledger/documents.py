@@ -47,6 +47,8 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["formats"] = list(request.formats)
     if request.stream:
         document["stream"] = True
+    if request.priority:
+        document["priority"] = request.priority
     if request.expires_at is not None:
         document["expires_at"] = request.expires_at
     if request.packet_id is not None:
@@ -95,6 +97,7 @@ def job_from(seq: int, document: Mapping[str, Any], position: int | None, since:
         metadata=_copy(metadata) if metadata else {},
         formats=tuple(get("formats", ())),
         stream=get("stream", False),
+        priority=get("priority", 0),
         expires_at=get("expires_at"),
         attempt=get("attempt", 0),
         crashes=get("crashes", 0),
