@@ -60,8 +60,10 @@ class IncomingMessage:
 class MessageParser:
     """Reads messages; holds no state."""
 
-    def __init__(self, topics: Topics, models: ModelNames, *, max_payload_bytes: int, max_priority: int = MAX_PRIORITY) -> None:
-        """Take the topics, the models that requests may name, and the limits of a message's size and a job's priority."""
+    def __init__(
+        self, topics: Topics, models: ModelNames, *, max_payload_bytes: int, max_priority: int = MAX_PRIORITY
+    ) -> None:
+        """Take the topics, the models that requests may name, and the limits of a message and of a priority."""
         self._topics = topics
         self._models = models
         self._max_payload_bytes = max_payload_bytes

@@ -103,9 +103,7 @@ class Intake(StoppableThread):
         self._ledger = ledger
         self._spool = spool
         self._topics = topics
-        self._parser = MessageParser(
-            topics, models, max_payload_bytes=max_payload_bytes, max_priority=max_priority
-        )
+        self._parser = MessageParser(topics, models, max_payload_bytes=max_payload_bytes, max_priority=max_priority)
         self._commands = commands
         self._events = events
         self._publisher = publisher

@@ -44,7 +44,8 @@ class Prefetcher(StoppableThread):
 
     A job keeps what was prefetched while it is among the next jobs, or in `processing`, which it enters when the worker
     claims it, before `take`; a preempted job keeps its download however many jobs come before it. A job that is
-    cancelled, deferred or deleted is in none of these, so the next look drops its audio. Looks and `take` exclude each other: no look acts on a queue that a `take` has changed.
+    cancelled, deferred or deleted is in none of these, so the next look drops its audio. Looks and `take` exclude each
+    other: no look acts on a queue that a `take` has changed.
 
     Attributes:
         on_downloaded: called at the end of each download, in its thread, with `done`, `stopped` or an error code, and

@@ -45,16 +45,15 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["metadata"] = _copy(request.metadata)
     if request.formats:
         document["formats"] = list(request.formats)
-    if request.stream:
-        document["stream"] = True
-    if request.priority:
-        document["priority"] = request.priority
     if request.expires_at is not None:
         document["expires_at"] = request.expires_at
-    if request.packet_id is not None:
-        document["packet_id"] = request.packet_id
-    if request.has_generated_id:
-        document["anonymous"] = True
+    others = (
+        ("stream", request.stream),
+        ("priority", request.priority),
+        ("packet_id", request.packet_id),
+        ("anonymous", request.has_generated_id),
+    )
+    document |= {name: value for name, value in others if value}
     if request.failure is not None:
         failure = {"error_code": ErrorCode.INVALID_REQUEST.value, "error_message": request.failure}
         document |= {"completed_at": now, **failure}

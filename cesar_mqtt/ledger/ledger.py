@@ -89,10 +89,11 @@ def acquire_lock(path: Path) -> FileLock:
 
 
 class Ledger:
-    """Jobs by priority and in the order of their acceptance, their states, and those that the broker has not acknowledged.
+    """Jobs in the order of their acceptance, their states, and the states that the broker has not acknowledged.
 
-    That order is the one of the sequence numbers, which are never used again; none depends on a clock. A change is on
-    disk before it is in the index and in the outbox, so readers never see a state that a crash could take back.
+    The order is that of the sequence numbers, which are never used again; no order depends on a clock. The queue is
+    ordered by priority first: see `JobQueue`. A change is on disk before it is in the index and in the outbox, so
+    readers never see a state that a crash could take back.
     """
 
     # -- open and close -------------------------------------------------------------------------------------------
@@ -519,8 +520,8 @@ class Ledger:
     def retry(self, job_id: str) -> Job | None:
         """Queue a job that ended as `error` or `cancelled` again, with the same options.
 
-        Its position in the queue follows from its priority and its sequence number. With uploaded audio the finished windows are kept;
-        a file or URL may have changed since.
+        Its position in the queue follows from its priority and its sequence number. With uploaded audio the finished
+        windows are kept; a file or URL may have changed since.
 
         Returns:
             The job; None: there is no such job.

@@ -118,9 +118,7 @@ class JobQueue:
     def all_ready(self, now: float, time: float) -> Iterator[int]:
         """Yield the jobs that may be started, in order."""
         return (
-            seq
-            for seq in self
-            if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
+            seq for seq in self if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
         )
 
     def next_ready_in(self, now: float, time: float) -> float | None:

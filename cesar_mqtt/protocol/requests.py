@@ -200,8 +200,8 @@ class JobRequest(Payload):
     )
     priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY), BeforeValidator(_coerce_integral)] = Field(
         default=0,
-        description="Jobs of a higher priority go first, those of the same one in the order of acceptance. A running job "
-        "gives way at the end of its window, and continues there. Limited by `queue.max_priority`.",
+        description="Jobs of a higher priority go first, equal ones in the order of acceptance. A running job of a "
+        "lower priority waits from the end of its window on, and then continues there. At most `queue.max_priority`.",
         json_schema_extra={MUST: f"a whole number from 0 to {MAX_PRIORITY}"},
     )
     expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(

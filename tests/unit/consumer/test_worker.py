@@ -54,6 +54,7 @@ class Call:
     on_segment: Callable[[Segment], None]
     on_window: Callable[[Window], None]
     should_stop: Callable[[], bool]
+    should_yield: Callable[[], bool]
 
 
 def say_hello(call: Call) -> Transcript:
@@ -88,8 +89,9 @@ class FakeTranscriber:
         on_segment: Callable[[Segment], None],
         on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
+        should_yield: Callable[[], bool],
     ) -> Transcript:
-        self.calls.append(Call(recording, options, done, on_progress, on_segment, on_window, should_stop))
+        self.calls.append(Call(recording, options, done, on_progress, on_segment, on_window, should_stop, should_yield))
         return self.script(self.calls[-1])
 
     def warm_up(self, model_size: str) -> None:
