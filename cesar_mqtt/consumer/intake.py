@@ -26,6 +26,7 @@ from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Answer, Rejection
 from cesar_mqtt.protocol.requests import MAX_PRIORITY
+from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.protocol.truncate import excerpt, shorten
 from cesar_mqtt.threads import Backoff, StoppableThread
@@ -77,6 +78,7 @@ class Intake(StoppableThread):
         topics: Topics,
         models: ModelNames,
         commands: "CommandHandlers",
+        response_topics: ResponseTopics,
         max_payload_bytes: int,
         max_priority: int = MAX_PRIORITY,
         events: JobEvents,
@@ -92,6 +94,7 @@ class Intake(StoppableThread):
             topics: tells submissions from commands.
             models: the models that a request may name.
             commands: executes commands.
+            response_topics: where responses may be published.
             max_payload_bytes: a larger message is rejected.
             max_priority: a request with a higher priority gets this one.
             events: receives rejections, and whether the disk refuses.
@@ -105,6 +108,7 @@ class Intake(StoppableThread):
         self._topics = topics
         self._parser = MessageParser(topics, models, max_payload_bytes=max_payload_bytes, max_priority=max_priority)
         self._commands = commands
+        self._response_topics = response_topics
         self._events = events
         self._publisher = publisher
         self._on_birth = on_birth
@@ -159,13 +163,13 @@ class Intake(StoppableThread):
                 self._reject(delivery, response.rejection)
 
     def _respond(self, delivery: Delivery, payload: bytes) -> None:
-        """Publish on the response topic that the message names, unless a consumer would take the response for input."""
+        """Publish on the Response Topic that the message names, if that is allowed."""
         topic = delivery.response_topic
         if topic is None:
             return
-        if self._topics.is_own(topic):
-            message = "No response on %s: a response topic must not be among the consumer's own"
-            log.warning(message, shorten(topic), action="not_answered")
+        problem = self._response_topics.problem(topic)
+        if problem is not None:
+            log.warning("No response on %s: %s", shorten(topic), problem, action="not_answered")
             return
         self._publisher.publish_response(topic, payload, correlation_data=delivery.correlation_data)
 
