@@ -136,6 +136,10 @@ class Cancelled(Exception):  # noqa: N818 - nothing went wrong
     """The work was ended because its result is no longer wanted; what it had is dropped."""
 
 
+class Preempted(Exception):  # noqa: N818 - nothing went wrong
+    """The work was ended at a window boundary for a more urgent job; its finished windows are kept."""
+
+
 def bare_name(name: str) -> str:
     """Return a name without what is written differently by different programs: case and separators."""
     return _SEPARATORS.sub("", name[:_COMPARED_CHARACTERS]).casefold()
