@@ -33,6 +33,9 @@ class ModelNames(Protocol):
     def is_allowed(self, name: str) -> bool:
         """Whether a request may name this model."""
 
+    def explain_unknown(self, name: str) -> str:
+        """Return why a request may not name this model, and which it may, as a part of a sentence."""
+
 
 @dataclass(frozen=True, slots=True)
 class IncomingMessage:
@@ -115,7 +118,7 @@ class MessageParser:
         if name is None or self._models.is_allowed(name):
             detail = request.unsupported_by(name or self._models.default_name())
         else:
-            detail = f"model_size: {name!r} is not among the models that this consumer may use (models.allowed)."
+            detail = f"model_size: {self._models.explain_unknown(name)}."
         if detail is None:
             return parsed
         return Refusal(

@@ -84,6 +84,9 @@ class FakeModels:
     def is_allowed(self, name: str) -> bool:
         return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
 
+    def explain_unknown(self, name: str) -> str:
+        return f"there is no model {name!r} (did you mean 'base'?): use one of base, tiny.en"
+
 
 class FakeCommands:
     """Responds with the command and its payload, and records the jobs that the ledger has then."""
@@ -594,7 +597,8 @@ def test_the_rejection_of_a_request_without_an_id_has_none(bench: Bench) -> None
 
 def test_a_model_that_is_not_allowed_is_named_in_the_rejection(bench: Bench) -> None:
     assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
-    assert "'large-v3'" in bench.publisher.rejections[0].detail
+    detail = "model_size: there is no model 'large-v3' (did you mean 'base'?): use one of base, tiny.en."
+    assert bench.publisher.rejections[0].detail == detail
     assert bench.jobs() == []
 
 
