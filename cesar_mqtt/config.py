@@ -170,6 +170,8 @@ class RetentionSettings(Section):
     """Finished jobs older than this are deleted."""
     max_finished: int = Field(default=1000, ge=0)
     """The most finished jobs kept; the oldest are deleted first."""
+    max_rejected: int = Field(default=100, ge=0)
+    """The most rejected requests kept that are recorded as jobs; they do not count as finished jobs."""
 
 
 class SecuritySettings(Section):
