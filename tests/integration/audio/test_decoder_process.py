@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +22,7 @@ from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
 from cesar_mqtt.audio.decoder_process import RemoteReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from tests import broken_disk, pictures
+from tests.conftest import report_missing
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 LONG = (DATA / "long.ogg").resolve()
@@ -151,6 +153,15 @@ def test_the_process_holds_nothing_but_the_recording_and_its_pipe(monkeypatch: p
         held = {str(link.readlink()) for link in Path(f"/proc/{pid_of(audio)}/fd").iterdir()}
         assert {link for link in held if not link.startswith("pipe:")} == {"/dev/null", str(LONG)}
         assert len(held) == 3
+
+
+def test_all_protections_are_in_force_where_the_system_offers_them() -> None:
+    with decoder_process.open_audio(SPEECH, LIMITS) as audio:
+        if set(audio.protections) != {"memory", "cpu", "files", "landlock", "seccomp"}:
+            report_missing(f"this system offers only {audio.protections}")
+        limits = Path(f"/proc/{pid_of(audio)}/limits").read_text()
+    assert re.search(r"^Max open files +0 +0 ", limits, re.MULTILINE)
+    assert not re.search(r"^Max (address space|cpu time) +unlimited", limits, re.MULTILINE)
 
 
 def test_its_memory_is_small_beside_the_consumers() -> None:

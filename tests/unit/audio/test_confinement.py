@@ -92,7 +92,8 @@ def test_without_a_protection_all_of_it_is_possible(tmp_path: Path) -> None:
 def test_memory_beyond_the_limit_is_refused_and_memory_within_it_is_not() -> None:
     script = (
         "from cesar_mqtt.audio import confinement\n"
-        "print(confinement.confine(memory_bytes=64 << 20, cpu_s=60, most_cpu_s=60))\n"
+        "has_bytes = confinement.address_space_bytes()\n"
+        "print(confinement.confine(has_bytes=has_bytes, memory_bytes=64 << 20, cpu_s=60, most_cpu_s=60))\n"
         "held = bytearray(32 << 20)\n"
         "try:\n    bytearray(64 << 20)\n"
         "except MemoryError:\n    print('refused')\n"
@@ -105,7 +106,7 @@ def test_memory_beyond_the_limit_is_refused_and_memory_within_it_is_not() -> Non
 def test_an_endless_loop_ends_when_its_processor_time_is_used_up() -> None:
     script = (
         "from cesar_mqtt.audio import confinement\n"
-        "confinement.confine(memory_bytes=64 << 20, cpu_s=1, most_cpu_s=3)\n"
+        "confinement.confine(has_bytes=None, memory_bytes=0, cpu_s=1, most_cpu_s=3)\n"
         "while True: pass\n"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
