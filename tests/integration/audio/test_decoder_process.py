@@ -122,11 +122,37 @@ def _nothing_is_left_behind() -> Iterator[None]:
 # --- what it does for every recording
 
 
-@pytest.mark.parametrize("name", ["long.ogg"])
-def test_it_yields_what_the_decoder_yields(name: str) -> None:
-    with decoder.open_audio((DATA / name).resolve(), LIMITS) as expected:
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.wav", "pcm_s16le"),
+        ("a.flac", "flac"),
+        ("a.mp3", "libmp3lame"),
+        ("a.m4a", "aac"),
+        ("b.m4a", "alac"),
+        ("a.opus", "libopus"),
+        ("a.wv", "wavpack"),
+        ("a.tta", "tta"),
+        ("a.mka", "ac3"),
+        ("a.wma", "wmav2"),
+        ("a.amr", "libopencore_amrnb"),
+        ("a.aiff", "pcm_s16be"),
+        ("a.ts", "mp2"),
+    ],
+)
+def test_it_yields_what_the_decoder_yields_of_any_codec(name: str, codec: str, tmp_path: Path) -> None:
+    rate = {"libopencore_amrnb": 8000, "ac3": 32_000, "wmav2": 44_100}.get(codec, 16_000)
+    compare_with_the_decoder(pictures.encode(tmp_path / name, codec, TONE, rate=rate))
+
+
+def test_it_yields_what_the_decoder_yields_in_several_blocks() -> None:
+    compare_with_the_decoder(LONG)
+
+
+def compare_with_the_decoder(path: Path) -> None:
+    with decoder.open_audio(path, LIMITS) as expected:
         blocks = list(expected.blocks())
-    with decoder_process.open_audio((DATA / name).resolve(), LIMITS) as audio:
+    with decoder_process.open_audio(path, LIMITS) as audio:
         found = list(audio.blocks())
     assert [len(block) for block in found] == [len(block) for block in blocks]
     assert np.array_equal(np.concatenate(found), np.concatenate(blocks))
