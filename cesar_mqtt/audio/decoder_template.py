@@ -84,7 +84,8 @@ class Template:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
                 if pid == 0:
                     return
-                _answer(self._children[pid], signal=max(0, -os.waitstatus_to_exitcode(status)), cpu_s=usage.ru_utime)
+                number, cpu_s = max(0, -os.waitstatus_to_exitcode(status)), usage.ru_utime + usage.ru_stime
+                _answer(self._children[pid], signal=number, cpu_s=cpu_s)
                 self._children.pop(pid).close()
 
     def _accept(self) -> bool:

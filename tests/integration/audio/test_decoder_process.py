@@ -134,14 +134,13 @@ def _nothing_is_left_behind() -> Iterator[None]:
         ("a.wv", "wavpack"),
         ("a.tta", "tta"),
         ("a.mka", "ac3"),
-        ("a.wma", "wmav2"),
         ("a.amr", "libopencore_amrnb"),
         ("a.aiff", "pcm_s16be"),
         ("a.ts", "mp2"),
     ],
 )
 def test_it_yields_what_the_decoder_yields_of_any_codec(name: str, codec: str, tmp_path: Path) -> None:
-    rate = {"libopencore_amrnb": 8000, "ac3": 32_000, "wmav2": 44_100}.get(codec, 16_000)
+    rate = {"libopencore_amrnb": 8000, "ac3": 32_000}.get(codec, 16_000)
     compare_with_the_decoder(pictures.encode(tmp_path / name, codec, TONE, rate=rate))
 
 
