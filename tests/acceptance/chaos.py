@@ -94,17 +94,20 @@ def _named(row: Mapping[str, Any]) -> str:
 class Producer:
     """Publishes all jobs, at a steady pace, through every loss of its connection.
 
+    Behind a recording with several windows it waits until that is running, so that the next urgent job preempts it.
+
     At QoS 2, so that there is each of them once: at QoS 1, what it sends again is another message to the broker. The
     consumer gets them at QoS 1.
     """
 
-    def __init__(self, port: int, jobs: int, pause_s: float) -> None:
+    def __init__(self, port: int, jobs: int, pause_s: float, watcher: Bus) -> None:
         self._client = Client(CallbackAPIVersion.VERSION2, client_id="producer", clean_session=False)
         self._client.reconnect_delay_set(1, 1)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._jobs = jobs
         self._pause_s = pause_s
+        self._watcher = watcher
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -122,6 +125,8 @@ class Producer:
                 metadata = {} if name == NAMELESS else {"name": name}
                 payload = json.dumps({"audio_path": "noise.wav", "metadata": metadata})
                 sent = self._client.publish("cesar/jobs", payload, qos=2)
+            if _is_talk(number):
+                self._watcher.wait(f"cesar/status/{name}", lambda status: status["status"] != "queued", PATIENCE_S)
             pause.wait(self._pause_s)
         sent.wait_for_publish(PATIENCE_S)
 
@@ -147,7 +152,7 @@ def run(folder: Path, mosquitto: Mosquitto, *, jobs: int, kills: int, broker_res
         environ={"CESAR_WORKER__MAX_ATTEMPTS": "100000", "CESAR_TRANSCRIBER__WINDOW": "30"},
     )
     watcher = Bus(mosquitto.port, client_id="watcher", protocol=MQTTProtocolVersion.MQTTv311)
-    producer = Producer(mosquitto.port, jobs, pause_s=0.1)
+    producer = Producer(mosquitto.port, jobs, pause_s=0.1, watcher=watcher)
     try:
         _disturb(consumer, mosquitto, dice, kills=kills, broker_restarts=broker_restarts)
         producer.finish()
