@@ -1,25 +1,25 @@
-"""The faster-whisper call of one job: which pipeline, with which options, and the limits on prompts.
+"""The options of one job as Whisper takes them, the limits on prompts, and the ranges of a chunk that are decoded.
 
-The options suit audio that is transcribed unattended. Only the worker thread may call it.
+The options suit audio that is transcribed unattended. A pipeline never changes: any number of threads may transcribe
+with it at once, each one chunk.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from faster_whisper import WhisperModel
+from faster_whisper.vad import get_speech_timestamps
 
 from cesar_mqtt.audio.decoder import Samples
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.transcript import MAX_PROMPT_CHARACTERS, TranscriptionOptions
-from cesar_mqtt.whisper.batched import RawSegments, transcribe_batched
-from cesar_mqtt.whisper.interruptible import interruptible
+from cesar_mqtt.whisper.chunk import ChunkDecoder, Range, RawSegment
+from cesar_mqtt.whisper.decoding import WHISPER_TEMPERATURES, DecodingOptions, Language, PieceDecoder
+from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padding_frames
 
 _MAX_TOKENS = 100
 """Of the prompt, and of the hotwords: together they must leave room in Whisper's 448 tokens for the transcript."""
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
-_LANGUAGE_DETECTION_SEGMENTS = 4
-"""How many 30 s segments are tried until one is certain: the first is often music or silence."""
 _MAX_BATCH_SIZE = {"cpu": 8}
 """On a CPU larger batches are no faster, and a cancel has to wait for the whole batch."""
 
@@ -32,7 +32,13 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: WhisperModel, options: TranscriptionOptions, *, device: str, should_stop: Callable[[], bool]
+        self,
+        model: WhisperModel,
+        options: TranscriptionOptions,
+        *,
+        device: str,
+        should_stop: Callable[[], bool],
+        short_encoder_input: bool = True,
     ) -> None:
         """Check the options against the model; nothing is transcribed yet.
 
@@ -41,6 +47,7 @@ class Pipeline:
             options: of the job.
             device: where the model runs, `cpu` or `cuda`.
             should_stop: asked before each step of the model.
+            short_encoder_input: whether audio shorter than 30 s is encoded at its own length.
 
         Raises:
             JobFailedError: `invalid_request` for what this model cannot do.
@@ -50,57 +57,57 @@ class Pipeline:
         hotwords, hotwords_cut = _cut_to_tokens(model, options.hotwords, kept=slice(_MAX_TOKENS))
         found = {"initial_prompt_truncated": prompt_cut, "hotwords_truncated": hotwords_cut}
         self.warnings = tuple(name for name, is_so in found.items() if is_so)
-        self._model = interruptible(model, should_stop)
+        self._model = model
+        self._should_stop = should_stop
         self._vad_filter = options.vad_filter
-        self._batched = options.batch_size > 1
+        self._prompt = prompt
+        self._multilingual = options.multilingual and model.model.is_multilingual
         self._batch_size = min(options.batch_size, _MAX_BATCH_SIZE.get(device, options.batch_size))
-        self._options: dict[str, Any] = {
-            "task": options.task,
-            "beam_size": options.beam_size,
-            "initial_prompt": prompt,
-            "hotwords": hotwords,
-            "word_timestamps": options.word_timestamps,
-            "language_detection_segments": _LANGUAGE_DETECTION_SEGMENTS,
-        }
-        if options.temperature is not None:
-            self._options["temperature"] = options.temperature
+        decoding = DecodingOptions(
+            task=options.task,
+            beam_size=None if options.beam_size == "auto" else options.beam_size,
+            temperatures=options.temperatures or WHISPER_TEMPERATURES,
+            hotwords=hotwords,
+            word_timestamps=options.word_timestamps,
+            language_given=options.language is not None or not model.model.is_multilingual,
+            padding=padding_frames(model) if short_encoder_input else FULL_FRAMES,
+        )
+        self._decoder = PieceDecoder(model, decoding, should_stop)
 
-    def transcribe(self, samples: Samples, language: str | None) -> tuple[RawSegments, Any]:
-        """Start a chunk: VAD, features and language detection run in this call, decoding as segments are taken.
+    def transcribe(
+        self, samples: Samples, language: str | None, speech: Sequence[Range] | None = None
+    ) -> tuple[Iterator[RawSegment], Language | None]:
+        """Start a chunk: features and language detection run in this call, decoding as segments are taken.
 
         The model gets the prompt at the start of each chunk, the hotwords with each 30 s.
 
         Args:
             samples: at least one.
             language: of the speech; None: detect it.
+            speech: the ranges of the samples that hold speech; None: find them here.
 
         Returns:
-            faster-whisper's segments, with times from the start of the samples, and its `TranscriptionInfo`, or None if
-            there is no speech.
+            The segments, with times from the start of the samples, and the language, or None if there is no speech.
 
         Raises:
             Cancelled: `should_stop` returned True; the segments raise it as well.
         """
-        if self._batched:
-            return transcribe_batched(
-                self._model,
-                samples,
-                language,
-                vad_filter=self._vad_filter,
-                batch_size=self._batch_size,
-                options=self._options,
-            )
-        segments: RawSegments
-        # If the job gives no temperature, faster-whisper's own fallback list stays. Text is not conditioned on previous
-        # text: a single repetition would otherwise go on through the rest of the chunk.
-        segments, info = self._model.transcribe(
+        if not self._vad_filter:
+            speech = [(0, len(samples))]
+        elif speech is None:
+            speech = [(part["start"], part["end"]) for part in get_speech_timestamps(samples)]
+        chunk = ChunkDecoder(
+            self._decoder,
+            self._model.feature_extractor,
             samples,
+            speech,
             language=language,
-            vad_filter=self._vad_filter,
-            condition_on_previous_text=False,
-            **self._options,
+            multilingual=self._multilingual,
+            batch_size=self._batch_size,
+            prompt=self._prompt,
+            should_stop=self._should_stop,
         )
-        return segments, info
+        return chunk.segments(), chunk.language
 
 
 def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:
