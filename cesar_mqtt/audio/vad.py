@@ -85,14 +85,20 @@ def find_cut(samples: Samples, probabilities: Probabilities, *, search_window: i
     return max(half, _round_down_to_ms(start + _quietest(samples[start:])))
 
 
-def split(samples: Samples, limit: int) -> list[Range]:
-    """Cut at pauses into pieces of at most `limit` samples; each as its first sample and the one after its last."""
+def split(samples: Samples, limit: int, *, search_window: int | None = None) -> list[Range]:
+    """Cut at pauses into pieces of at most `limit` samples; each as its first sample and the one after its last.
+
+    Args:
+        samples: as many as there are.
+        limit: of a piece.
+        search_window: as of `find_cut`; None: a fifth of the limit, since a piece that is cut far before it costs time.
+    """
     pieces = []
     start = 0
     while len(samples) - start > limit:
         piece = samples[start : start + limit]
-        # A piece that is cut far before its limit costs time.
-        end = start + max(1, find_cut(piece, speech_probabilities(piece), search_window=limit // 5))
+        cut = find_cut(piece, speech_probabilities(piece), search_window=search_window or limit // 5)
+        end = start + max(1, cut)
         pieces.append((start, end))
         start = end
     return [*pieces, (start, len(samples))]

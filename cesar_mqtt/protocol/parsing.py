@@ -160,6 +160,8 @@ def fingerprint(parsed: Accepted) -> str:
     request = parsed.request
     names = sorted(request.model_fields_set - _NOT_IN_FINGERPRINT)
     values = {name: getattr(request, name) for name in names}
+    if values.get("beam_size") == _FORMER_BEAM_SIZE:
+        del values["beam_size"]
     digest = hashlib.sha256(canonical({name: value for name, value in values.items() if value != _DEFAULTS[name]}))
     if parsed.audio is not None:
         digest.update(hashlib.sha256(parsed.audio).digest())
@@ -168,6 +170,8 @@ def fingerprint(parsed: Accepted) -> str:
 
 _NOT_IN_FINGERPRINT = frozenset({"job_id", "audio_base64"})
 """Fields that name the job, or hold the audio, whose bytes are compared instead."""
+_FORMER_BEAM_SIZE = 5
+"""The default of version 1: a request that is sent again after an upgrade is known, whether it names it or not."""
 
 
 _SEND_AUDIO = " To send the audio itself, publish its bytes on the audio topic."

@@ -6,24 +6,21 @@ A `ChunkDecoder` belongs to the thread that decodes its chunk; several may use o
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from faster_whisper.feature_extractor import FeatureExtractor
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
-from cesar_mqtt.audio.vad import find_cut, split
+from cesar_mqtt.audio.vad import Range, find_cut, speech_probabilities, split
 from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, Language, Piece, PieceDecoder, Result
 from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
 from cesar_mqtt.whisper.features import HOP_SAMPLES, Features, log_mel
 
-Range: TypeAlias = tuple[int, int]
-"""The first sample, and the one after the last."""
-
 _FRAMES_PER_S = SAMPLE_RATE // HOP_SAMPLES
 _DETECTION_PIECES = 4
 """In how many pieces the language is detected until one is certain: the first is often music."""
-_UTTERANCE_S = 8
+_UTTERANCE = 8 * SAMPLE_RATE
 """Where the language may change, it is detected in parts of at most this length."""
 _MIN_REMAINDER_FRAMES = 20
 """A shorter remainder of a range can hold no word."""
@@ -132,7 +129,7 @@ class ChunkDecoder:
             self._speech = self._detect_languages(ranges)
         else:
             if batch_size > 1:
-                ranges = self._cut(ranges, FULL_FRAMES // _FRAMES_PER_S)
+                ranges = self._cut(ranges, FULL_FRAMES * HOP_SAMPLES)
             self._speech = [self._compute(start, end) for start, end in ranges]
             if self.language is None and self._speech:
                 self.language = self._detect_language()
@@ -170,16 +167,17 @@ class ChunkDecoder:
         results = self._decoder.decode(pieces, languages, [speech.prompt for speech in group])
         for speech, result in zip(group, results, strict=True):
             self._add(speech, result)
-            speech.first = speech.prompt = None
+            speech.first = None
 
     def _add(self, speech: _Speech, result: Result) -> None:
         """Add the segments of a piece to its range; if the piece is to be cut, only limit the next one."""
         if result.should_be_cut:
             first = round(speech.start_s * SAMPLE_RATE) + speech.seek * HOP_SAMPLES
-            longest = result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3
-            speech.limit = find_cut(self._samples[first : first + longest]) // HOP_SAMPLES
+            most = self._samples[first : first + result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3]
+            cut = find_cut(most, speech_probabilities(most), search_window=len(most))
+            speech.limit = cut // HOP_SAMPLES
             return
-        speech.limit = FULL_FRAMES
+        speech.limit, speech.prompt = FULL_FRAMES, None
         if result.is_silence:
             speech.seek += result.piece.features.shape[1]
             return
@@ -209,12 +207,12 @@ class ChunkDecoder:
 
     def _detect_languages(self, ranges: Sequence[Range]) -> list[_Speech]:
         """Detect the language of each utterance; those in one language that follow without a pause are one range."""
-        utterances = self._cut(ranges, _UTTERANCE_S)
+        utterances = self._cut(ranges, _UTTERANCE, search_window=_UTTERANCE)
         detected = [
             self._decoder.detect_language(self._decoder.encode(self._compute(*one).features)) for one in utterances
         ]
         certain = [language for language in detected if language.probability > CERTAIN_ABOVE]
-        if utterances:
+        if utterances and self.language is None:
             spoken: dict[str, int] = {}
             for (start, end), language in zip(utterances, detected, strict=True):
                 if not certain or language in certain:
@@ -222,7 +220,7 @@ class ChunkDecoder:
             most = max(spoken, key=lambda code: spoken[code])
             self.language = Language(most, max(one.probability for one in detected if one.code == most))
         joined: list[tuple[int, int, str]] = []
-        current = certain[0].code if certain else ""
+        current = certain[0].code if certain else "" if self.language is None else self.language.code
         for (start, end), language in zip(utterances, detected, strict=True):
             current = language.code if language.probability > CERTAIN_ABOVE or not current else current
             continues = joined and joined[-1][1:] == (start, current)
@@ -233,12 +231,12 @@ class ChunkDecoder:
         features = log_mel(self._extractor, self._samples[start:end], self._should_stop)
         return _Speech(start / SAMPLE_RATE, features, language)
 
-    def _cut(self, ranges: Sequence[Range], limit_s: int) -> list[Range]:
+    def _cut(self, ranges: Sequence[Range], limit: int, *, search_window: int | None = None) -> list[Range]:
         """Cut ranges that are longer than the limit at their pauses."""
         return [
             (start + first, start + after)
             for start, end in ranges
-            for first, after in split(self._samples[start:end], limit_s * SAMPLE_RATE)
+            for first, after in split(self._samples[start:end], limit, search_window=search_window)
         ]
 
 

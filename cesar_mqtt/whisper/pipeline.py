@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from faster_whisper import WhisperModel
-from faster_whisper.vad import get_speech_timestamps
 
 from cesar_mqtt.audio.decoder import Samples
+from cesar_mqtt.audio.vad import Range
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.transcript import MAX_PROMPT_CHARACTERS, TranscriptionOptions
-from cesar_mqtt.whisper.chunk import ChunkDecoder, Range, RawSegment
+from cesar_mqtt.whisper.chunk import ChunkDecoder, RawSegment
 from cesar_mqtt.whisper.decoding import WHISPER_TEMPERATURES, DecodingOptions, Language, PieceDecoder
 from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padding_frames
 
@@ -28,7 +28,7 @@ class Pipeline:
     """Transcribes the chunks of one job.
 
     Attributes:
-        warnings: `initial_prompt_truncated`, `hotwords_truncated`.
+        warnings: `initial_prompt_truncated`, `hotwords_truncated`, `language_assumed`.
     """
 
     def __init__(
@@ -55,11 +55,14 @@ class Pipeline:
         _check_abilities(model, options)
         prompt, prompt_cut = _cut_to_tokens(model, options.initial_prompt, kept=slice(-_MAX_TOKENS, None))
         hotwords, hotwords_cut = _cut_to_tokens(model, options.hotwords, kept=slice(_MAX_TOKENS))
-        found = {"initial_prompt_truncated": prompt_cut, "hotwords_truncated": hotwords_cut}
+        found = {
+            "initial_prompt_truncated": prompt_cut,
+            "hotwords_truncated": hotwords_cut,
+            "language_assumed": options.language is None and not model.model.is_multilingual,
+        }
         self.warnings = tuple(name for name, is_so in found.items() if is_so)
         self._model = model
         self._should_stop = should_stop
-        self._vad_filter = options.vad_filter
         self._prompt = prompt
         self._multilingual = options.multilingual and model.model.is_multilingual
         self._batch_size = min(options.batch_size, _MAX_BATCH_SIZE.get(device, options.batch_size))
@@ -75,7 +78,7 @@ class Pipeline:
         self._decoder = PieceDecoder(model, decoding, should_stop)
 
     def transcribe(
-        self, samples: Samples, language: str | None, speech: Sequence[Range] | None = None
+        self, samples: Samples, speech: Sequence[Range], language: str | None
     ) -> tuple[Iterator[RawSegment], Language | None]:
         """Start a chunk: features and language detection run in this call, decoding as segments are taken.
 
@@ -83,19 +86,16 @@ class Pipeline:
 
         Args:
             samples: at least one.
+            speech: the ranges of the samples that are decoded, each by itself.
             language: of the speech; None: detect it.
-            speech: the ranges of the samples that hold speech; None: find them here.
 
         Returns:
-            The segments, with times from the start of the samples, and the language, or None if there is no speech.
+            The segments, with times from the start of the samples, and the language; None if there is no speech, or if
+            an English-only model was given none.
 
         Raises:
             Cancelled: `should_stop` returned True; the segments raise it as well.
         """
-        if not self._vad_filter:
-            speech = [(0, len(samples))]
-        elif speech is None:
-            speech = [(part["start"], part["end"]) for part in get_speech_timestamps(samples)]
         chunk = ChunkDecoder(
             self._decoder,
             self._model.feature_extractor,
@@ -107,7 +107,7 @@ class Pipeline:
             prompt=self._prompt,
             should_stop=self._should_stop,
         )
-        return chunk.segments(), chunk.language
+        return chunk.segments(), None if "language_assumed" in self.warnings else chunk.language
 
 
 def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:

@@ -31,10 +31,13 @@ _MIN_LOGPROB = -100.0
 class Transcriber:
     """Turns recordings into transcripts, one at a time. Only `open` may be called from any thread."""
 
-    def __init__(self, models: ModelStore, audio: AudioSettings, *, window_s: float = 600.0) -> None:
+    def __init__(
+        self, models: ModelStore, audio: AudioSettings, *, window_s: float = 600.0, short_encoder_input: bool = True
+    ) -> None:
         self._models = models
         self._limits = AudioLimits(max_bytes=audio.max_bytes, max_duration_s=audio.max_duration)
         self._window_s = window_s
+        self._short_encoder_input = short_encoder_input
 
     def warm_up(self, model_size: str) -> None:
         """Load a model ahead of the first job that needs it.
@@ -112,7 +115,13 @@ class Transcriber:
 
     def _make_pipeline(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
         model = self._models.load(options.model_size, should_stop=should_stop)
-        pipeline = Pipeline(model, options, device=self._models.device, should_stop=should_stop)
+        pipeline = Pipeline(
+            model,
+            options,
+            device=self._models.device,
+            should_stop=should_stop,
+            short_encoder_input=self._short_encoder_input,
+        )
         _check_cancelled(should_stop)
         return pipeline
 
@@ -121,7 +130,7 @@ class Transcriber:
     ) -> Generator[tuple[Segment, str], None, None]:
         """Yield each segment with the model's own text, whose leading blank joins it to the one before."""
         with self._model_errors(model_size):
-            raw_segments, language = pipeline.transcribe(chunk.samples, draft.language)
+            raw_segments, language = pipeline.transcribe(chunk.samples, chunk.speech, draft.language)
         draft.set_detected_language(language)
         if len(chunk.samples) > LARGE_SAMPLES:  # VAD and features leave up to 300 MB fragmented, more with each chunk
             release_memory()
