@@ -4,10 +4,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, jobs, ledger, transcription
+from benchmarks import bus, clips, jobs, ledger, transcription
 from benchmarks.table import show
 
-PARTS = {"ledger": ledger.run, "bus": bus.run, "transcription": transcription.run, "jobs": jobs.run}
+PARTS = {"ledger": ledger.run, "bus": bus.run, "transcription": transcription.run, "clips": clips.run, "jobs": jobs.run}
 
 
 def main() -> None:

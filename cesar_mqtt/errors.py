@@ -30,6 +30,7 @@ class ErrorCode(StrEnum):
     INVALID_REQUEST = "invalid_request"
     AUDIO_NOT_FOUND = "audio_not_found"
     AUDIO_NOT_ALLOWED = "audio_not_allowed"
+    AUDIO_IO_ERROR = "audio_io_error"
     AUDIO_UNREADABLE = "audio_unreadable"
     AUDIO_NO_STREAM = "audio_no_stream"
     AUDIO_EMPTY = "audio_empty"
@@ -50,6 +51,7 @@ class ErrorCode(StrEnum):
 
 _RETRYABLE = frozenset(
     {
+        ErrorCode.AUDIO_IO_ERROR,
         ErrorCode.DOWNLOAD_FAILED,
         ErrorCode.MODEL_UNAVAILABLE,
         ErrorCode.TIMEOUT,

@@ -41,6 +41,10 @@ UNREADABLE = (
     ErrorCode.AUDIO_UNREADABLE,
     "The file cannot be decoded as audio: check that it plays, or convert it to WAV, FLAC, MP3, Ogg or M4A.",
 )
+_IO_FAILED = (
+    ErrorCode.AUDIO_IO_ERROR,
+    "The audio file could not be read ({reason}): check its disk or network share, and retry the job.",
+)
 _WHY_NOT_OPEN = {
     errno.ENOENT: _NOT_FOUND,
     errno.ENAMETOOLONG: _NOT_FOUND,
@@ -50,6 +54,7 @@ _WHY_NOT_OPEN = {
     errno.ENOTDIR: _NOT_REGULAR,  # or where a folder was
     errno.ENXIO: _NOT_REGULAR,  # a socket
 }
+_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})
 
 
 def check_directories(directories: Sequence[Path]) -> None:
@@ -134,10 +139,10 @@ def _shown(name: str, directories: Sequence[Path]) -> str:
 def _is_regular(path: Path, name: str) -> bool:
     try:
         mode = path.lstat().st_mode
-    except PermissionError as exc:
-        raise failed(_NOT_PERMITTED, name) from exc
-    except OSError:  # missing, or a name that no file can have
-        return False
+    except OSError as exc:
+        if exc.errno in _NO_SUCH_FILE:
+            return False
+        raise _why_not_open(exc, name) from exc
     if not stat.S_ISREG(mode):
         raise failed(_NOT_REGULAR, name)
     return True
@@ -148,14 +153,14 @@ def open_regular(path: Path) -> Iterator[int]:
     """Open a file part by part from the root, without following symbolic links, and yield its descriptor.
 
     Raises:
-        JobFailedError: `audio_not_found`, `audio_not_allowed` for what is no regular file, `audio_unreadable`.
+        JobFailedError: `audio_not_found`, `audio_not_allowed` for what is no regular file, `audio_io_error`.
     """
     try:
         descriptor = _open_without_links(path)
     except OSError as exc:
-        raise failed(_WHY_NOT_OPEN.get(exc.errno or 0, UNREADABLE), path.name) from exc
+        raise _why_not_open(exc, path.name) from exc
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if not _is_regular_file(descriptor):
             raise failed(_NOT_REGULAR, path.name)
         yield descriptor
     finally:
@@ -172,6 +177,24 @@ def _open_without_links(path: Path) -> int:
         return os.open(path.name, _FILE_FLAGS, dir_fd=folder)
     finally:
         os.close(folder)
+
+
+def io_failed(error: OSError) -> JobFailedError:
+    """Return `audio_io_error`: the operating system could not read, which says nothing about the recording."""
+    code, sentence = _IO_FAILED
+    return JobFailedError(code, sentence.format(reason=error.strerror or type(error).__name__))
+
+
+def _why_not_open(error: OSError, name: str) -> JobFailedError:
+    reason = _WHY_NOT_OPEN.get(error.errno or 0)
+    return io_failed(error) if reason is None else failed(reason, name)
+
+
+def _is_regular_file(descriptor: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as exc:
+        raise io_failed(exc) from exc
 
 
 def failed(reason: tuple[ErrorCode, str], name: str = "", **values: float) -> JobFailedError:

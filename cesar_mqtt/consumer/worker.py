@@ -33,7 +33,7 @@ _DEFER_FACTOR = 4.0
 """Each further retry of a job waits this many times as long: 2 s, then 8 s with the default `worker.retry_delay`."""
 _DEFER_JITTER = 0.2
 """Spreads the retries of consumers that were hit by one failure."""
-_TRANSIENT = frozenset({ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
+_TRANSIENT = frozenset({ErrorCode.AUDIO_IO_ERROR, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
 """Failures that may be over in a moment, so that the job is retried automatically. Downloads are not among them: they
 have retries of their own, while other jobs run."""
 
