@@ -137,7 +137,7 @@ class Transcript:
         no_speech: whether there was no speech at all.
         audio_duration_s: seconds of audio that could be decoded.
         windows: its parts in order, those of earlier attempts included.
-        warnings: `audio_truncated`, `audio_damaged`, `initial_prompt_truncated`, `hotwords_truncated`.
+        warnings: names that the contract lists.
     """
 
     text: str

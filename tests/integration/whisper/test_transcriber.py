@@ -18,6 +18,10 @@ from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+from cesar_mqtt.whisper import pipeline
+from cesar_mqtt.whisper.chunk import ChunkDecoder
+from cesar_mqtt.whisper.decoding import WHISPER_TEMPERATURES, Language
+from cesar_mqtt.whisper.encoder_input import padding_frames
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import Pipeline
 from cesar_mqtt.whisper.transcriber import Transcriber
@@ -27,7 +31,7 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
 DEMO = Path(cesar_mqtt.__file__).resolve().parent / "cli" / "demo" / "recording.ogg"
-TINY = TranscriptionOptions(model_size="tiny.en")
+TINY = TranscriptionOptions(model_size="tiny.en", language="en")
 UNFILTERED = replace(TINY, vad_filter=False)
 
 
@@ -166,9 +170,10 @@ def test_every_number_is_a_plain_one_of_three_decimals(transcriber: Transcriber)
 
 @pytest.mark.model
 @pytest.mark.parametrize("language", [None, "en"])
-def test_an_english_only_model_reports_english(language: str | None, transcriber: Transcriber) -> None:
+def test_an_english_only_model_assumes_english(language: str | None, transcriber: Transcriber) -> None:
     transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language=language))
-    assert (transcript.language, transcript.language_probability) == ("en", 1.0)
+    found = transcript.language, transcript.language_probability, transcript.warnings
+    assert found == ((None, None, ("language_assumed",)) if language is None else ("en", 1.0, ()))
 
 
 @pytest.mark.model
@@ -315,24 +320,51 @@ class FakeModel:
         self.asked: list[dict[str, Any]] = []
         self._script = script
 
-    def transcribe(self, _: object, **asked: object) -> tuple[Generator[SimpleNamespace], SimpleNamespace]:
+    def start(self, asked: dict[str, Any]) -> None:
         self.asked.append(asked)
         if self._script and isinstance(self._script[0], BaseException):
             raise self._script[0]
-        return self._segments(), SimpleNamespace(language="de", language_probability=np.float32(0.98765))
 
-    def _segments(self) -> Generator[SimpleNamespace]:
+    def segments(self, check_stop: Callable[[], None]) -> Generator[SimpleNamespace]:
         try:
             for part in self._script:
                 if isinstance(part, BaseException):
                     raise part
                 if isinstance(part, int):
                     for _ in range(part):
+                        check_stop()
                         self.model.encode()
                 else:
                     yield part
         finally:
             self.closed.append(True)
+
+
+class FakeChunk:
+    """Stands in for ChunkDecoder, with a FakeModel."""
+
+    def __init__(self, decoder: Any, *_: object, language: str | None, **asked: object) -> None:
+        self._decoder = decoder
+        self._model: FakeModel = decoder._model
+        options = {name: getattr(decoder._options, name) for name in decoder._options.__dataclass_fields__}
+        self._model.start({**options, **asked, "language": language})
+        self.language = Language("de", np.float32(0.98765)) if language is None else Language(language, 1.0)
+
+    def segments(self) -> Generator[SimpleNamespace]:
+        return self._model.segments(self._decoder._check_stop)
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(decoder: Any, *args: Any, **options: Any) -> Any:
+        make = FakeChunk if isinstance(decoder._model, FakeModel) else ChunkDecoder
+        return make(decoder, *args, **options)
+
+    def padding(model: Any) -> int:
+        return 300 if isinstance(model, FakeModel) else padding_frames(model)
+
+    monkeypatch.setattr(pipeline, "ChunkDecoder", decode)
+    monkeypatch.setattr(pipeline, "padding_frames", padding)
 
 
 class FakeStore:
@@ -480,30 +512,32 @@ def test_a_multilingual_model_detects_and_translates_with_the_options_for_unatte
     transcriber, store = with_model(raw(0, 1), multilingual=True)
     transcript = run(transcriber, SPEECH, TranscriptionOptions("base", task="translate", beam_size=3, vad_filter=False))
     assert (transcript.language, transcript.language_probability) == ("de", 0.988)
-    assert store.model.asked == [
-        {
-            "language": None,
-            "task": "translate",
-            "beam_size": 3,
-            "initial_prompt": None,
-            "hotwords": None,
-            "word_timestamps": False,
-            "vad_filter": False,
-            "condition_on_previous_text": False,
-            "language_detection_segments": 4,
-        }
-    ]
+    (asked,) = store.model.asked
+    assert (asked["language"], asked["task"], asked["beam_size"]) == (None, "translate", 3)
+    assert (asked["temperatures"], asked["language_given"], asked["multilingual"]) == (
+        WHISPER_TEMPERATURES,
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"), [(0, (0.0,)), (0.5, (0.5,)), ([0, 0.4], (0.0, 0.4)), ((0.2,), (0.2,)), ([], None), (None, None)]
+    ("given", "asked"),
+    [
+        (0, (0.0,)),
+        (0.5, (0.5,)),
+        ([0, 0.4], (0.0, 0.4)),
+        ((0.2,), (0.2,)),
+        ([], WHISPER_TEMPERATURES),
+        (None, WHISPER_TEMPERATURES),
+    ],
 )
 def test_a_temperature_may_be_a_number_or_several(
-    given: float | Sequence[float] | None, asked: tuple[float, ...] | None
+    given: float | Sequence[float] | None, asked: tuple[float, ...]
 ) -> None:
     transcriber, store = with_model(raw(0, 1))
     run(transcriber, SPEECH, TranscriptionOptions("tiny.en", temperature=given))
-    assert store.model.asked[0].get("temperature") == asked
+    assert store.model.asked[0]["temperatures"] == asked
 
 
 def test_options_from_json_are_equal_to_those_with_tuples() -> None:
@@ -529,7 +563,7 @@ def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bo
     said = [f"w{number}" for number in range(count)]
     options = TranscriptionOptions("tiny.en", initial_prompt=" ".join(said), hotwords=" ".join(said))
     transcript = run(transcriber, SPEECH, options)
-    assert store.model.asked[0]["initial_prompt"].split() == said[-100:]
+    assert store.model.asked[0]["prompt"].split() == said[-100:]
     assert store.model.asked[0]["hotwords"].split() == said[:100]
     assert transcript.warnings == (("initial_prompt_truncated", "hotwords_truncated") if cut else ())
 
@@ -541,7 +575,7 @@ def cut_before(field: str, text: str) -> tuple[list[str], tuple[str, ...]]:
     assert len(getattr(options, field)) <= 10_001
     transcriber, store = with_model(raw(0, 1))
     transcript = run(transcriber, SPEECH, options)
-    return store.model.asked[0][field].split(), transcript.warnings
+    return store.model.asked[0][field.removeprefix("initial_")].split(), transcript.warnings
 
 
 def test_a_prompt_that_was_cut_when_the_job_was_accepted_reaches_the_model_the_same() -> None:
@@ -583,7 +617,7 @@ def test_blanks_and_control_tokens_do_not_hide_that_a_prompt_was_cut(text: str) 
 def test_no_control_token_gets_into_a_prompt(given: str, asked: str | None) -> None:
     transcriber, store = with_model(raw(0, 1))
     transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=given, hotwords=given))
-    assert (store.model.asked[0]["initial_prompt"], store.model.asked[0]["hotwords"]) == (asked, asked)
+    assert (store.model.asked[0]["prompt"], store.model.asked[0]["hotwords"]) == (asked, asked)
     assert transcript.warnings == ()
 
 
