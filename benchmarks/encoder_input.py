@@ -18,9 +18,9 @@ from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.vad import speech_probabilities, speech_ranges
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.transcript import TranscriptionOptions
-from cesar_mqtt.whisper import pipeline
-from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
+from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, PADDING_FRAMES
 from cesar_mqtt.whisper.model_store import ModelStore
+from cesar_mqtt.whisper.pipeline import Pipeline
 
 PADDINGS = (50, 100, 200, 300, 500, FULL_FRAMES)
 _TELEPHONE_HZ = (300, 3400)
@@ -68,13 +68,13 @@ def _recordings(folder: Path) -> list[Clip]:
 
 
 def _transcribe(model: WhisperModel, name: str, clips: Sequence[Clip], padding: int) -> tuple[float, list[str]]:
-    pipeline.padding_frames = lambda _: padding
+    PADDING_FRAMES.update(dict.fromkeys(PADDING_FRAMES, padding))
     options = TranscriptionOptions(name, beam_size=5)
     started = time.perf_counter()
     texts = []
     for clip in clips:
         speech = speech_ranges(speech_probabilities(clip.samples), len(clip.samples))
-        transcription = pipeline.Pipeline(model, options, device="cpu", should_stop=lambda: False)
+        transcription = Pipeline(model, options, device="cpu", should_stop=lambda: False)
         segments, _ = transcription.transcribe(clip.samples, speech, None)
         texts.append("".join(segment.text for segment in segments))
     return time.perf_counter() - started, texts

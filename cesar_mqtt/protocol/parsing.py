@@ -40,7 +40,7 @@ _DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field 
 _TEXT_FIELDS = frozenset(
     name
     for name, schema in JobRequest.model_json_schema()["properties"].items()
-    if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
+    if {kind.get("type") for kind in schema.get("anyOf", (schema,))} <= {"string", "null"}
 )
 _WRONG_LENGTH = frozenset({"too_long", "too_short"})
 """Of a list: to name its value as "a list" would not explain the mistake."""

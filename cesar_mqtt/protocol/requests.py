@@ -88,6 +88,8 @@ def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+_Beams = Annotated[int, Field(ge=1, le=_BEAMS)]
+_BeamSize = Annotated[_Beams | Literal["auto"], BeforeValidator(_coerce_integral)]
 _Temperature = Annotated[float, Field(ge=0, le=1)]
 _Temperatures = Annotated[list[_Temperature], Field(min_length=1, max_length=_TEMPERATURES)]
 _Clip = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
@@ -156,7 +158,7 @@ class JobRequest(Payload):
         description="Words that are likely to occur. Limited in tokens: the first are used.",
         json_schema_extra={MUST: f"text of at most {_PROMPT_CHARACTERS} characters"},
     )
-    beam_size: Annotated[int, Field(ge=1, le=_BEAMS), BeforeValidator(_coerce_integral)] | Literal["auto"] = Field(
+    beam_size: _BeamSize = Field(
         default="auto",
         description="How many hypotheses are followed at once: more are slower and a little better. `auto`: one, and "
         "five for what the model is unsure of.",

@@ -4,7 +4,7 @@ A `ChunkDecoder` belongs to the thread that decodes its chunk; several may use o
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,8 @@ class _Speech:
 
     @property
     def is_decoded(self) -> bool:
-        return self.features.shape[1] - self.seek < (_MIN_REMAINDER_FRAMES if self.seek else 1)
+        frames: int = self.features.shape[1]
+        return frames - self.seek < (_MIN_REMAINDER_FRAMES if self.seek else 1)
 
     @property
     def next_features(self) -> Features:
@@ -138,7 +139,7 @@ class ChunkDecoder:
         else:
             self._speech[0].prompt = prompt
 
-    def segments(self) -> Iterator[RawSegment]:
+    def segments(self) -> Generator[RawSegment, None, None]:
         """Decode; yields each segment once all before it are known."""
         waiting, unyielded = deque(self._speech), deque(self._speech)
         while waiting:
@@ -177,7 +178,7 @@ class ChunkDecoder:
             cut = find_cut(most, speech_probabilities(most), search_window=len(most))
             speech.limit = cut // HOP_SAMPLES
             return
-        speech.limit, speech.prompt = FULL_FRAMES, None
+        speech.limit, speech.prompt = min(2 * speech.limit, FULL_FRAMES), None  # what follows may fail as well
         if result.is_silence:
             speech.seek += result.piece.features.shape[1]
             return

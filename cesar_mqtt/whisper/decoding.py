@@ -136,7 +136,8 @@ class PieceDecoder:
 
     def frames_for(self, features: Features) -> int:
         """Return how many frames the encoder needs for a piece."""
-        return min(features.shape[1] + self._options.padding, FULL_FRAMES)
+        frames: int = features.shape[1]
+        return min(frames + self._options.padding, FULL_FRAMES)
 
     def detect_language(self, piece: Piece) -> Language:
         """Detect the language of a piece; an English-only model knows only one."""
@@ -301,7 +302,8 @@ def _without_loop(result: Result) -> Result:
 
 
 def _joined(pieces: Sequence[Piece]) -> Any:
-    return ctranslate2.StorageView.from_array(np.concatenate([np.array(piece.encoded) for piece in pieces]))
+    encoded = [np.array(piece.encoded.to_device(ctranslate2.Device.cpu)) for piece in pieces]
+    return ctranslate2.StorageView.from_array(np.concatenate(encoded))  # the model moves it to its own device
 
 
 def _result(raw: Any, piece: Piece, tokenizer: Tokenizer) -> Result:

@@ -13,7 +13,7 @@ from cesar_mqtt.whisper.features import Features
 FULL_FRAMES = 3000
 """30 s."""
 
-_PADDING_FRAMES = {384: 300, 512: 300, 768: 1000}
+PADDING_FRAMES = {384: 300, 512: 300, 768: 1000}
 """The frames of padding by the width of the model: tiny, base, small. `benchmarks/encoder_input.py` measured tiny.en
 and base; small is given three times as much without a measurement. A larger model gets the full length."""
 
@@ -21,7 +21,8 @@ and base; small is given three times as much without a measurement. A larger mod
 def padding_frames(model: WhisperModel) -> int:
     """Return how many frames must follow the content for this model; `FULL_FRAMES`: it needs the full length."""
     probe = model.encode(np.zeros((model.model.n_mels, 2), np.float32))
-    return _PADDING_FRAMES.get(probe.shape[-1], FULL_FRAMES)
+    width: int = probe.shape[-1]
+    return PADDING_FRAMES.get(width, FULL_FRAMES)
 
 
 def padded(features: Features, frames: int) -> Features:

@@ -5,7 +5,7 @@ with it at once, each one chunk.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from faster_whisper import WhisperModel
 
@@ -20,8 +20,14 @@ from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padding_frames
 _MAX_TOKENS = 100
 """Of the prompt, and of the hotwords: together they must leave room in Whisper's 448 tokens for the transcript."""
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
-_MAX_BATCH_SIZE = {"cpu": 8}
-"""On a CPU larger batches are no faster, and a cancel has to wait for the whole batch."""
+_BATCHING_DEVICES = frozenset({"cuda"})
+"""Where several pieces at once are faster than one after the other. On a CPU they are not (docs/performance.md): there
+its cores transcribe several windows at once."""
+
+
+def uses_batches(device: str) -> bool:
+    """Whether `batch_size` makes a device decode several pieces at once."""
+    return device in _BATCHING_DEVICES
 
 
 class Pipeline:
@@ -29,6 +35,7 @@ class Pipeline:
 
     Attributes:
         warnings: `initial_prompt_truncated`, `hotwords_truncated`, `language_assumed`.
+        detects_language: whether the language of the first chunk with speech is to be given with all others.
     """
 
     def __init__(
@@ -65,7 +72,9 @@ class Pipeline:
         self._should_stop = should_stop
         self._prompt = prompt
         self._multilingual = options.multilingual and model.model.is_multilingual
-        self._batch_size = min(options.batch_size, _MAX_BATCH_SIZE.get(device, options.batch_size))
+        self._language = options.language
+        self.detects_language = options.language is None and model.model.is_multilingual and not self._multilingual
+        self._batch_size = options.batch_size if uses_batches(device) else 1
         decoding = DecodingOptions(
             task=options.task,
             beam_size=None if options.beam_size == "auto" else options.beam_size,
@@ -79,7 +88,7 @@ class Pipeline:
 
     def transcribe(
         self, samples: Samples, speech: Sequence[Range], language: str | None
-    ) -> tuple[Iterator[RawSegment], Language | None]:
+    ) -> tuple[Generator[RawSegment, None, None], Language | None]:
         """Start a chunk: features and language detection run in this call, decoding as segments are taken.
 
         The model gets the prompt at the start of each chunk, the hotwords with each 30 s.
@@ -101,7 +110,7 @@ class Pipeline:
             self._model.feature_extractor,
             samples,
             speech,
-            language=language,
+            language=self._language if self._multilingual else language,
             multilingual=self._multilingual,
             batch_size=self._batch_size,
             prompt=self._prompt,

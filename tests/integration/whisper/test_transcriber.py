@@ -23,7 +23,6 @@ from cesar_mqtt.whisper.chunk import ChunkDecoder
 from cesar_mqtt.whisper.decoding import WHISPER_TEMPERATURES, Language
 from cesar_mqtt.whisper.encoder_input import padding_frames
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.pipeline import Pipeline
 from cesar_mqtt.whisper.transcriber import Transcriber
 from tests.conftest import report_missing
 
@@ -348,7 +347,7 @@ class FakeChunk:
         self._model: FakeModel = decoder._model
         options = {name: getattr(decoder._options, name) for name in decoder._options.__dataclass_fields__}
         self._model.start({**options, **asked, "language": language})
-        self.language = Language("de", np.float32(0.98765)) if language is None else Language(language, 1.0)
+        self.language = Language("de", float(np.float32(0.98765))) if language is None else Language(language, 1.0)
 
     def segments(self) -> Generator[SimpleNamespace]:
         return self._model.segments(self._decoder._check_stop)
@@ -779,13 +778,3 @@ def test_a_range_outside_of_the_file_is_refused() -> None:
     error = failure(transcriber, SPEECH, TranscriptionOptions("tiny.en", clip_timestamps=[[30, 40]]))
     assert error.code is ErrorCode.INVALID_REQUEST
     assert store.loaded == 0
-
-
-# --- batched
-
-
-def test_no_more_are_worked_at_once_than_a_stop_can_wait_for() -> None:
-    model = cast("Any", FakeModel(multilingual=True))
-    for batch_size, device, at_once in ((2, "cpu", 2), (8, "cpu", 8), (32, "cpu", 8), (32, "cuda", 32)):
-        options = TranscriptionOptions("base", batch_size=batch_size)
-        assert Pipeline(model, options, device=device, should_stop=never)._batch_size == at_once

@@ -308,7 +308,7 @@ def test_a_url_is_accepted_whatever_its_host(url: str) -> None:
 def test_a_whole_number_is_a_temperature_or_a_time_like_any_other() -> None:
     whole = accepted(parse(b'{"audio_path": "a", "temperature": 0, "clip_timestamps": [[0, 30]]}')).request
     assert whole.encode() == accepted(parse(whole.encode())).request.encode()
-    assert whole.options() == {"temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}
+    assert whole.options() == {"beam_size": "auto", "temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}
 
 
 def test_formats_are_taken_once_each_and_in_the_contracts_order() -> None:
@@ -875,6 +875,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "beam_size": 3,
         "temperature": [0.2, 1.0],
         "vad_filter": False,
+        "multilingual": True,
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 30.0]],
         "batch_size": 4,
