@@ -40,9 +40,9 @@ CONTESTS = (_Contest("base", _multilingual, 2, 0.30), _Contest("tiny.en", _engli
 
 
 def bare_loop(model_name: str, paths: Sequence[str], pipe: Connection) -> None:
-    """For each `go`: transcribe all files, and send the seconds and the texts; runs in a process of its own.
+    """Transcribe each list of files that comes, and send the seconds and the texts; runs in a process of its own.
 
-    The number of threads is the fastest of the first clips: bare faster-whisper at its best.
+    The number of threads, sent first, is the fastest with the first of `paths`: bare faster-whisper at its best.
     """
     from faster_whisper import WhisperModel  # noqa: PLC0415 - in this process only
 
@@ -72,14 +72,12 @@ def bare_loop(model_name: str, paths: Sequence[str], pipe: Connection) -> None:
     best = min(took, key=lambda threads: took[threads])
     model = tried[best]
     tried.clear()
-    while True:
-        pipe.send(best)
-        if pipe.recv() != "go":
-            return
-        pipe.send(transcribe_all(model, paths))
+    pipe.send(best)
+    while files := pipe.recv():
+        pipe.send(transcribe_all(model, files))
 
 
-def _ours(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tuple[float, list[str]]:
+def consumer_run(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tuple[float, list[str]]:
     """Publish all jobs at once; seconds until the last is completed, and the texts."""
     started = time.perf_counter()
     for number, source in enumerate(sources):
@@ -106,16 +104,15 @@ def _contest(folder: Path, contest: _Contest) -> list[Row]:
     flags = ("--model", contest.model)
     with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port, *flags):
         _idle(bus)
-        _ours(bus, "warm", sources["same"][:3])
+        consumer_run(bus, "warm", sources["same"][:3])
         for number in range(contest.rounds):
-            here.send("go")
+            here.send(paths)
             seconds, texts["bare"] = here.recv()
             took["bare"].append(seconds)
-            here.recv()
             for name, jobs in sources.items():
-                seconds, texts[name] = _ours(bus, f"{name}-{number}", jobs)
+                seconds, texts[name] = consumer_run(bus, f"{name}-{number}", jobs)
                 took[name].append(seconds)
-    here.send("end")
+    here.send([])
     bare.join(PATIENCE_S)
     errors = {name: 100 * character_error_rate(clips, found) for name, found in texts.items()}
     what = f"{len(clips)} clips, {contest.model}"
