@@ -31,7 +31,7 @@ SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
 DEMO = Path(cesar_mqtt.__file__).resolve().parent / "cli" / "demo" / "recording.ogg"
 TINY = TranscriptionOptions(model_size="tiny.en", language="en")
-UNFILTERED = replace(TINY, vad_filter=False)
+UNFILTERED = TranscriptionOptions("tiny.en", vad_filter=False)
 
 
 def never() -> bool:
@@ -229,7 +229,7 @@ def test_the_options_reach_the_model(transcriber: Transcriber) -> None:
 def test_a_prompt_leads_the_model(transcriber: Transcriber) -> None:
     prompt = "all in lower case without any commas or full stops please call the plumber and order a new lamp"
     plain = run(transcriber, SPEECH).text
-    led = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
+    led = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=prompt))
     assert words(led.text) == words(plain)
     assert led.text != plain
     assert led.warnings == ()
@@ -238,7 +238,7 @@ def test_a_prompt_leads_the_model(transcriber: Transcriber) -> None:
 @pytest.mark.model
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(transcriber: Transcriber) -> None:
     prompt = "The plumber comes on Monday. " * 400
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
+    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=prompt))
     assert transcript.warnings == ("initial_prompt_truncated",)
     assert "plumber" in transcript.text
 
@@ -246,7 +246,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(transcriber: Transcribe
 @pytest.mark.model
 @pytest.mark.parametrize("prompt", ["", "  ", "<|endoftext|><|startoftranscript|>", "<|nospeech|> <|0.00|>"])
 def test_a_prompt_cannot_steer_the_model_with_control_tokens(prompt: str, transcriber: Transcriber) -> None:
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
+    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=prompt))
     assert words(transcript.text) == words(SPEECH.with_suffix(".txt").read_text())
     assert transcript.warnings == ()
 
@@ -560,7 +560,7 @@ def test_a_language_that_the_model_has_no_token_for_is_refused(language: str) ->
 def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bool) -> None:  # noqa: FBT001
     transcriber, store = with_model(raw(0, 1))
     said = [f"w{number}" for number in range(count)]
-    options = TranscriptionOptions("tiny.en", initial_prompt=" ".join(said), hotwords=" ".join(said))
+    options = TranscriptionOptions("tiny.en", language="en", initial_prompt=" ".join(said), hotwords=" ".join(said))
     transcript = run(transcriber, SPEECH, options)
     assert store.model.asked[0]["prompt"].split() == said[-100:]
     assert store.model.asked[0]["hotwords"].split() == said[:100]
@@ -570,7 +570,7 @@ def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bo
 def cut_before(field: str, text: str) -> tuple[list[str], tuple[str, ...]]:
     """What the model is told of a very long text that was cut before it was kept, and the warnings."""
     request = JobRequest.model_validate({"audio_path": "a", field: text})
-    options = TranscriptionOptions("tiny.en", **request.options())
+    options = TranscriptionOptions("tiny.en", language="en", **request.options())
     assert len(getattr(options, field)) <= 10_001
     transcriber, store = with_model(raw(0, 1))
     transcript = run(transcriber, SPEECH, options)
@@ -615,7 +615,9 @@ def test_blanks_and_control_tokens_do_not_hide_that_a_prompt_was_cut(text: str) 
 )
 def test_no_control_token_gets_into_a_prompt(given: str, asked: str | None) -> None:
     transcriber, store = with_model(raw(0, 1))
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=given, hotwords=given))
+    transcript = run(
+        transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=given, hotwords=given)
+    )
     assert (store.model.asked[0]["prompt"], store.model.asked[0]["hotwords"]) == (asked, asked)
     assert transcript.warnings == ()
 
@@ -626,7 +628,9 @@ def test_words_stay_inside_the_file_and_numbers_are_plain() -> None:
     )
     broken = SimpleNamespace(start=math.nan, end=math.nan, word=" there", probability=math.nan)
     transcriber, _ = with_model(raw(0, 1, words=[word, broken]), raw(2, 3, words=[]))
-    first, second = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", word_timestamps=True)).segments
+    first, second = run(
+        transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", word_timestamps=True)
+    ).segments
     assert first.words is not None
     assert [(one.start_s, one.end_s, one.text, one.probability) for one in first.words] == [
         (0.0, 4.025, " Hello", 0.988),
@@ -736,16 +740,16 @@ def test_a_cancel_between_two_windows_keeps_those_that_were_reported(minute: Pat
 
 
 def test_it_yields_behind_a_reported_window_and_goes_on_there_to_the_same_transcript(minute: Path) -> None:
-    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute)
+    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, UNFILTERED)
     boundaries = len(whole.windows) - 1
     for number in range(1, boundaries + 1):
         transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)
         told: list[Window] = []
         with pytest.raises(Preempted):
-            run(transcriber, minute, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
+            run(transcriber, minute, UNFILTERED, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
         assert tuple(told) == whole.windows[:number]
         assert len(store.model.closed) == number
-        assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, done=told) == whole
+        assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, UNFILTERED, done=told) == whole
 
 
 def test_it_is_not_asked_to_yield_where_nothing_is_left_to_do(minute: Path) -> None:
