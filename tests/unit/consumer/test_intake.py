@@ -358,7 +358,7 @@ def test_a_priority_reaches_the_job_as_far_as_it_is_allowed(tmp_path: Path, high
             request(job_id="c", priority=9),
         )
         assert [bench.job(name).priority for name in "abc"] == got
-        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {})
+        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {"beam_size": "auto"})
 
 
 def test_the_same_id_with_another_priority_is_another_request(bench: Bench) -> None:
