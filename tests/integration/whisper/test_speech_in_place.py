@@ -90,11 +90,3 @@ def test_a_language_that_was_detected_elsewhere_does_not_turn_a_range_into_nonse
     segments, language = pipeline.transcribe(samples, [(0, len(samples))], "es")  # as in a Spanish recording
     assert "plumber" in text(list(segments))
     assert language == ("es", 1.0)  # what the other windows are given stays
-
-
-@pytest.mark.parametrize("model", ["tiny.en", "base"])
-@pytest.mark.parametrize("loudness", [0.0, 0.01, 0.3])
-def test_without_the_vad_silence_and_noise_yield_no_text(model: str, loudness: float, store: ModelStore) -> None:
-    noise = np.random.default_rng(1).normal(scale=loudness, size=12 * SAMPLE_RATE).astype(np.float32)
-    segments, _ = transcribe(store, noise, TranscriptionOptions(model, language="en", vad_filter=False))
-    assert segments == []
