@@ -23,7 +23,7 @@ WHISPER_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CERTAIN_ABOVE = 0.5
 """The probability from which a detected language counts."""
 
-_NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
+NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
 _BEAMS, _UNSURE_BELOW = 5, -0.5
 """Of `beam_size` `auto`: a greedy result with a lower average log probability is decoded again, with so many beams."""
@@ -106,7 +106,7 @@ class Result:
 
     @property
     def is_silence(self) -> bool:
-        return self.avg_logprob < _IMPROBABLE_BELOW and self.no_speech_prob > _NO_SPEECH_ABOVE
+        return self.avg_logprob < _IMPROBABLE_BELOW and self.no_speech_prob > NO_SPEECH_ABOVE
 
     @property
     def should_be_cut(self) -> bool:

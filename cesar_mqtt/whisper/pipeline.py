@@ -6,15 +6,16 @@ with it at once, each one chunk.
 
 import re
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 from faster_whisper import WhisperModel
 
-from cesar_mqtt.audio.decoder import Samples
-from cesar_mqtt.audio.vad import Range
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
+from cesar_mqtt.audio.vad import SILENT_BELOW, Range, speech_probabilities
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.transcript import MAX_PROMPT_CHARACTERS, TranscriptionOptions
 from cesar_mqtt.whisper.chunk import ChunkDecoder, RawSegment
-from cesar_mqtt.whisper.decoding import WHISPER_TEMPERATURES, DecodingOptions, Language, PieceDecoder
+from cesar_mqtt.whisper.decoding import NO_SPEECH_ABOVE, WHISPER_TEMPERATURES, DecodingOptions, Language, PieceDecoder
 from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padding_frames
 
 _MAX_TOKENS = 100
@@ -70,6 +71,7 @@ class Pipeline:
         self.warnings = tuple(name for name, is_so in found.items() if is_so)
         self._model = model
         self._should_stop = should_stop
+        self._vad_filter = options.vad_filter
         self._prompt = prompt
         self._multilingual = options.multilingual and model.model.is_multilingual
         self._language = options.language
@@ -116,7 +118,19 @@ class Pipeline:
             prompt=self._prompt,
             should_stop=self._should_stop,
         )
-        return chunk.segments(), None if "language_assumed" in self.warnings else chunk.language
+        segments = chunk.segments() if self._vad_filter else _without_inventions(chunk.segments(), samples)
+        return segments, None if "language_assumed" in self.warnings else chunk.language
+
+
+def _without_inventions(
+    segments: Generator[RawSegment, None, None], samples: Samples
+) -> Generator[RawSegment, None, None]:
+    """Drop what the model invented where it heard no speech itself, nor does the VAD: Whisper is often sure of it."""
+    with closing(segments):
+        for segment in segments:
+            heard = samples[int(segment.start * SAMPLE_RATE) : int(segment.end * SAMPLE_RATE)]
+            if segment.no_speech_prob < NO_SPEECH_ABOVE or speech_probabilities(heard).max(initial=0.0) >= SILENT_BELOW:
+                yield segment
 
 
 def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:

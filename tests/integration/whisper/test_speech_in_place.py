@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
-from cesar_mqtt.audio.vad import speech_probabilities, speech_ranges
+from cesar_mqtt.audio.vad import Range, speech_probabilities, speech_ranges
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import JobFailedError
 from cesar_mqtt.transcript import TranscriptionOptions
@@ -43,7 +43,7 @@ def transcribe(
     except JobFailedError:
         report_missing(f"the model {options.model_size} is not on this machine")
     pipeline = Pipeline(model, options, device="cpu", should_stop=lambda: False, short_encoder_input=short)
-    speech = ((0, len(samples)),)
+    speech: tuple[Range, ...] = ((0, len(samples)),)
     if options.vad_filter:
         speech = speech_ranges(speech_probabilities(samples), len(samples))
     segments, language = pipeline.transcribe(samples, speech, options.language)
@@ -90,3 +90,11 @@ def test_a_language_that_was_detected_elsewhere_does_not_turn_a_range_into_nonse
     segments, language = pipeline.transcribe(samples, [(0, len(samples))], "es")  # as in a Spanish recording
     assert "plumber" in text(list(segments))
     assert language == ("es", 1.0)  # what the other windows are given stays
+
+
+@pytest.mark.parametrize("model", ["tiny.en", "base"])
+@pytest.mark.parametrize("loudness", [0.0, 0.01, 0.3])
+def test_without_the_vad_silence_and_noise_yield_no_text(model: str, loudness: float, store: ModelStore) -> None:
+    noise = np.random.default_rng(1).normal(scale=loudness, size=12 * SAMPLE_RATE).astype(np.float32)
+    segments, _ = transcribe(store, noise, TranscriptionOptions(model, language="en", vad_filter=False))
+    assert segments == []

@@ -230,6 +230,16 @@ def test_silence_and_ranges_shorter_than_a_frame_yield_nothing() -> None:
     assert transcribe(model, (0.0, 4.0), (9.0, 9.005)) == []
 
 
+@pytest.mark.parametrize(("no_speech", "vad_filter", "kept"), [(0.9, False, 0), (0.9, True, 1), (0.5, False, 1)])
+def test_without_the_filter_the_vad_is_asked_where_the_model_doubts_that_there_is_speech(
+    no_speech: float,
+    vad_filter: bool,  # noqa: FBT001
+    kept: int,
+) -> None:
+    model = FakeWhisper(said(at(0), 1, at(4), logprob=-0.4, no_speech=no_speech))
+    assert len(transcribe(model, (0.0, 4.0), vad_filter=vad_filter)) == kept
+
+
 def test_the_prompt_is_for_the_first_piece_and_the_hotwords_for_all() -> None:
     model = FakeWhisper(said(at(0), 1, at(4)), said(at(0), 1, at(4)))
     transcribe(model, (0.0, 4.0), (10.0, 14.0), initial_prompt="before", hotwords="hot")
