@@ -209,7 +209,7 @@ class PieceDecoder:
             result = max(result, *self._generate([result.piece], [question], first, beams), key=_rank)
         if result.is_unsure and not self._options.language_given:
             result = self._in_detected_language(result, question, beams)
-        if not result.fails:
+        if not result.fails or (result.is_silence and result.piece.frames == FULL_FRAMES):
             return result
         tried, piece = [result], result.piece
         if piece.frames < FULL_FRAMES:

@@ -230,6 +230,11 @@ def test_silence_and_ranges_shorter_than_a_frame_yield_nothing() -> None:
     assert transcribe(model, (0.0, 4.0), (9.0, 9.005)) == []
 
 
+def test_silence_of_full_length_is_believed_at_once() -> None:
+    model = FakeWhisper(said(1, logprob=-1.5, no_speech=0.9))
+    assert transcribe(model, (0.0, 30.0), beam_size=2) == []
+
+
 @pytest.mark.parametrize(("no_speech", "vad_filter", "kept"), [(0.9, False, 0), (0.9, True, 1), (0.5, False, 1)])
 def test_without_the_filter_the_vad_is_asked_where_the_model_doubts_that_there_is_speech(
     no_speech: float,
