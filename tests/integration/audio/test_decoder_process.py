@@ -12,8 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -122,11 +125,55 @@ def _nothing_is_left_behind() -> Iterator[None]:
 # --- what it does for every recording
 
 
-@pytest.mark.parametrize("name", ["long.ogg"])
-def test_it_yields_what_the_decoder_yields(name: str) -> None:
-    with decoder.open_audio((DATA / name).resolve(), LIMITS) as expected:
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.wav", "pcm_s16le"),
+        ("a.flac", "flac"),
+        ("a.mp3", "libmp3lame"),
+        ("a.m4a", "aac"),
+        ("b.m4a", "alac"),
+        ("a.opus", "libopus"),
+        ("a.wv", "wavpack"),
+        ("a.tta", "tta"),
+        ("a.mka", "ac3"),
+        ("a.amr", "libopencore_amrnb"),
+        ("a.aiff", "pcm_s16be"),
+        ("a.ts", "mp2"),
+    ],
+)
+def test_it_yields_what_the_decoder_yields_of_any_codec(name: str, codec: str, tmp_path: Path) -> None:
+    rate = {"libopencore_amrnb": 8000, "ac3": 32_000}.get(codec, 16_000)
+    compare_with_the_decoder(pictures.encode(tmp_path / name, codec, TONE, rate=rate))
+
+
+def test_it_opens_a_film_with_subtitles(tmp_path: Path) -> None:
+    path = tmp_path / "film.mkv"
+    with av.open(path, "w") as file:
+        picture = file.add_stream("mpeg4", rate=5)
+        picture.width = picture.height = 32
+        sound = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        titles = file.add_mux_stream("subrip")
+        titles.time_base = Fraction(1, 1000)
+        title: av.Packet[Any] = av.Packet(b"Hello")
+        title.stream, title.pts, title.dts, title.duration, title.time_base = titles, 0, 0, 500, titles.time_base
+        frame = av.AudioFrame.from_ndarray(TONE[np.newaxis], "s16", "mono")
+        frame.sample_rate = SAMPLE_RATE
+        black = av.VideoFrame(32, 32, "yuv420p")
+        file.mux([*picture.encode(black), *picture.encode(None), title, *sound.encode(frame), *sound.encode(None)])
+    with av.open(path) as file:
+        assert {stream.type for stream in file.streams} == {"video", "audio", "subtitle"}
+    compare_with_the_decoder(path)
+
+
+def test_it_yields_what_the_decoder_yields_in_several_blocks() -> None:
+    compare_with_the_decoder(LONG)
+
+
+def compare_with_the_decoder(path: Path) -> None:
+    with decoder.open_audio(path, LIMITS) as expected:
         blocks = list(expected.blocks())
-    with decoder_process.open_audio((DATA / name).resolve(), LIMITS) as audio:
+    with decoder_process.open_audio(path, LIMITS) as audio:
         found = list(audio.blocks())
     assert [len(block) for block in found] == [len(block) for block in blocks]
     assert np.array_equal(np.concatenate(found), np.concatenate(blocks))
