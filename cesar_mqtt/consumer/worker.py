@@ -358,9 +358,13 @@ class Worker(StoppableThread):
             log.warning(message, *details, action="failed", job_id=job.job_id)
 
 
+_FORMER_DEFAULTS = {"beam_size": 5}
+"""Of version 1, whose jobs hold no option that has its default; later ones always hold these."""
+
+
 def options_of(job: Job) -> TranscriptionOptions:
     """Return the options of the request, as they were when the job was accepted."""
-    return TranscriptionOptions(model_size=job.model_size, **job.options)
+    return TranscriptionOptions(model_size=job.model_size, **{**_FORMER_DEFAULTS, **job.options})
 
 
 def _replace_surrogates(text: str) -> str:

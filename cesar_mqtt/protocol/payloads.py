@@ -96,8 +96,9 @@ class Status(TypedDict):
     warnings: Annotated[
         list[str],
         Field(
-            description="What may be missing from the transcript: `audio_truncated`, `audio_damaged`, "
-            "`initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has no priorities."
+            description="What may be missing from the transcript, or wrong in it: `audio_truncated`, `audio_damaged`, "
+            "`language_assumed`, `initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has "
+            "no priorities."
         ),
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]

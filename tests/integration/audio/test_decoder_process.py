@@ -24,7 +24,7 @@ from cesar_mqtt.audio import decoder, decoder_process
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
 from cesar_mqtt.audio.decoder_process import RemoteReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from tests import broken_disk, pictures
+from tests import broken_disk, fuzz, pictures
 from tests.conftest import report_missing
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -304,7 +304,23 @@ def test_a_memory_bomb_costs_neither_memory_nor_the_recording(name: str, tmp_pat
     assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 
 
+def test_damaged_recordings_of_every_container_end_as_samples_or_as_errors_of_theirs(tmp_path: Path) -> None:
+    bad: list[str] = []
+    ended = fuzz.decode_damaged(tmp_path, 150, 3, lambda path, outcome: bad.append(f"{path.name}: {outcome}"))
+    assert bad == []
+    assert ended["decoded"] > 20
+
+
 # --- the template, the consumer, and a stop
+
+
+def test_a_template_that_does_not_start_blames_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_process.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        failure = failure_of(SPEECH)
+    assert failure.code is ErrorCode.INTERNAL
+    assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 
 
 def test_a_template_that_has_ended_is_started_again() -> None:

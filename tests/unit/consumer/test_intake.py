@@ -336,6 +336,8 @@ def test_every_transcription_option_reaches_the_job(bench: Bench) -> None:
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 30.0]],
         "batch_size": 8,
+        "beam_size": 3,
+        "multilingual": True,
     }
     bench.take(request(job_id="a", **options))
     assert bench.job("a").options == options
@@ -345,7 +347,7 @@ def test_formats_and_stream_reach_the_job_and_are_no_transcription_options(bench
     bench.take(request(job_id="a", formats=["vtt", "srt", "vtt"], stream=True), request(job_id="b"))
     assert (bench.job("a").formats, bench.job("a").stream) == (("srt", "vtt"), True)
     assert (bench.job("b").formats, bench.job("b").stream) == ((), False)
-    assert bench.job("a").options == {}
+    assert bench.job("a").options == {"beam_size": "auto"}
 
 
 @pytest.mark.parametrize(("highest", "got"), [(9, [0, 4, 9]), (5, [0, 4, 5]), (0, [0, 0, 0])])
@@ -357,7 +359,7 @@ def test_a_priority_reaches_the_job_as_far_as_it_is_allowed(tmp_path: Path, high
             request(job_id="c", priority=9),
         )
         assert [bench.job(name).priority for name in "abc"] == got
-        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {})
+        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {"beam_size": "auto"})
 
 
 def test_the_same_id_with_another_priority_is_another_request(bench: Bench) -> None:
@@ -400,7 +402,7 @@ def test_an_upload_is_in_the_spool_under_a_name_that_does_not_come_from_outside(
 
 def test_user_properties_of_an_upload_reach_the_job(bench: Bench) -> None:
     bench.take(upload("a", user_properties=(("language", "de"), ("room", "porch"), ("formats", "srt,vtt"))))
-    assert bench.job("a").options == {"language": "de"}
+    assert bench.job("a").options == {"language": "de", "beam_size": "auto"}
     assert bench.job("a").formats == ("srt", "vtt")
     assert bench.job("a").metadata == {"room": "porch"}
 
