@@ -8,52 +8,25 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
 
-import av
 import numpy as np
-from av.container import InputContainer
-from numpy.typing import NDArray
 
+from cesar_mqtt.audio.loudness import Loudness
+from cesar_mqtt.audio.parts import Part, open_part
 from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, open_regular
-from cesar_mqtt.errors import Cancelled, ErrorCode
+from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
+from cesar_mqtt.audio.tracks import TrackChoice
+from cesar_mqtt.errors import ErrorCode
 
-SAMPLE_RATE = 16_000
-"""Samples per second of everything decoded here, the rate that Whisper models expect."""
+__all__ = ["SAMPLE_RATE", "AudioInfo", "AudioLimits", "AudioReader", "Samples", "TrackChoice", "open_audio"]
 
-Samples: TypeAlias = NDArray[np.float32]
-"""Mono at `SAMPLE_RATE`, shape (n,), values from -1 to 1."""
-
-# Containers of recorded sound; deliberately no playlists, network sessions or image sequences.
-_CONTAINERS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,rm,tta,voc,w64,"
-    "wav,wv"
-)
-_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "fd"}
-
-# Raw streams declare no duration; FFmpeg then guesses one from the bit rate of the first frames, which was ten times
-# too long for speech after silence. A guess must not reject a file or report it as truncated.
-_RAW_STREAMS = frozenset({"aac", "ac3", "dts", "eac3"})
-_MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
-_RIFF_SIZE_UNKNOWN = 0x7FF0_0000
-"""RIFF sizes from here on are placeholders of programs that wrote to a pipe."""
-
-_FFMPEG_TIMEOUT_S = 30.0
-"""For opening and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
-_HEAD_BYTES = 4096
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE
 
-_NO_STREAM = (ErrorCode.AUDIO_NO_STREAM, "The file holds no audio track: submit one with sound.")
 _EMPTY = (ErrorCode.AUDIO_EMPTY, "The audio file holds no sound: check how it was recorded.")
 _TOO_LARGE = (
     ErrorCode.AUDIO_TOO_LARGE,
     "The audio file has {size} bytes, and `audio.max_bytes` is {most}: submit a smaller one, or raise the limit.",
-)
-_TOO_LONG = (
-    ErrorCode.AUDIO_TOO_LONG,
-    "The audio lasts longer than `audio.max_duration`, {most:g} s: submit it in parts, or raise the limit.",
 )
 
 
@@ -70,7 +43,7 @@ class AudioInfo:
     """What a file declares; nothing of it has been decoded yet.
 
     Attributes:
-        duration_s: None if the file does not declare it.
+        duration_s: where its sound ends on the file's clock; None if the file does not declare it.
         container: FFmpeg's name of the container, such as `ogg` or `mov,mp4,m4a,3gp,3g2,mj2`.
         size_bytes: the size of the whole file.
         identity: the `file_identity` of the file that was opened.
@@ -83,13 +56,14 @@ class AudioInfo:
 
 
 @contextmanager
-def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
-    """Open a file for decoding, within the limits on its size and on the duration that it declares.
+def open_audio(path: Path, limits: AudioLimits, *, track: TrackChoice = None) -> Iterator["AudioReader"]:
+    """Open a file for decoding, within the limits on its size and duration.
 
     Args:
         path: absolute and without symbolic links in any part of it (from `resolve_audio_path`, or a resolved path of
             our own): a link that has replaced a part since then is rejected, not followed.
         limits: on its size and duration.
+        track: which of its audio tracks.
 
     Raises:
         JobFailedError: `audio_not_found`, `audio_not_allowed`, `audio_too_large`, `audio_too_long`, `audio_empty`,
@@ -102,11 +76,9 @@ def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
             raise failed(_EMPTY)
         if size_bytes > limits.max_bytes:
             raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
-        with _open_container(descriptor) as container:
-            duration_s = _declared_s(container, _read_head(descriptor), size_bytes)
-            _check_duration(duration_s, limits.max_duration_s)
-            info = AudioInfo(duration_s, container.format.name, size_bytes, file_identity(status))
-            yield AudioReader(container, info, max_duration_s=limits.max_duration_s)
+        with open_part(descriptor, size_bytes, offset=0, track=track, max_s=limits.max_duration_s) as part:
+            info = AudioInfo(part.duration_s, part.format_name, size_bytes, file_identity(status))
+            yield AudioReader(part, info)
 
 
 def _never() -> bool:
@@ -120,36 +92,38 @@ class AudioReader:
         info: what the file declares.
     """
 
-    def __init__(self, container: InputContainer, info: AudioInfo, *, max_duration_s: float) -> None:
+    def __init__(self, part: Part, info: AudioInfo) -> None:
         self.info = info
-        self._container = container
-        self._stream = container.streams.audio[0]
-        self._max_duration_s = max_duration_s
-        self._resampler = _Resampler()
-        self._input_s = 0.0
+        self._part = part
         self._samples = 0
-        self._skipped = 0
-        self._should_stop: Callable[[], bool] = _never
+        self._loudness = Loudness()
 
     @property
     def decoded_s(self) -> float:
-        """Seconds decoded so far."""
+        """Seconds decoded so far, on the file's clock: with the silence of late starts and gaps."""
         return self._samples / SAMPLE_RATE
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Faults of a file that could be decoded all the same; complete when `blocks` has ended.
 
-        `audio_truncated`: more than a second and more than 5 % of the declared duration are missing.
+        `audio_truncated`: the end is missing: more than a second and more than 5 % of the declared duration.
         `audio_damaged`: parts that could not be decoded were skipped.
+        `audio_tracks_ignored`: another track has sound, or cannot be decoded.
+        `audio_out_of_phase`: channels cancel each other; the quieter one was inverted.
+        `audio_quiet`: very quiet sound was amplified.
         """
-        missing_s = (self.info.duration_s or 0.0) - self.decoded_s
-        truncated = missing_s > max(1.0, 0.05 * (self.info.duration_s or 0.0))
-        found = {"audio_truncated": truncated, "audio_damaged": self._skipped > 0}
+        found = {
+            "audio_truncated": self._part.truncated,
+            "audio_damaged": self._part.damaged,
+            "audio_tracks_ignored": self._part.ignores_tracks,
+            "audio_out_of_phase": self._part.out_of_phase,
+            "audio_quiet": self._loudness.amplified,
+        }
         return tuple(name for name, is_so in found.items() if is_so)
 
     def blocks(self, should_stop: Callable[[], bool] = _never) -> Iterator[Samples]:
-        """Decode, about ten seconds at a time; damaged parts are skipped and counted.
+        """Decode, ten seconds of the file's clock at a time; damaged parts are skipped and counted.
 
         Args:
             should_stop: asked before each packet: a large, wholly damaged file yields no block for a long time.
@@ -159,115 +133,24 @@ class AudioReader:
             JobFailedError: `audio_too_long` as soon as the limit is exceeded, whatever the file declared; at the end
                 `audio_empty` if there was no sample, and `audio_unreadable` if no packet could be decoded.
         """
-        self._should_stop = should_stop
-        pending: list[Samples] = []
-        yielded = 0
-        for samples in self._resampled():
-            pending.append(samples)
-            self._samples += samples.size
-            if self._samples - yielded >= _BLOCK_SAMPLES:
-                yield np.concatenate(pending)
-                pending.clear()
-                yielded = self._samples
-        if pending:
-            yield np.concatenate(pending)
+        for block in _blocks(self._part.samples(should_stop)):
+            self._samples += len(block)
+            yield self._loudness.level(block)
         if not self._samples:
-            raise failed(UNREADABLE if self._skipped else _EMPTY)
-
-    def _resampled(self) -> Iterator[Samples]:
-        for frame in chain(self._frames(), (None,)):
-            try:
-                yield from self._resampler.push(frame)
-            except (av.FFmpegError, ValueError):  # a channel layout or rate without a conversion
-                self._resampler = _Resampler()
-                self._skipped += 1
-
-    def _frames(self) -> Iterator[av.AudioFrame]:
-        for packet in self._packets():
-            if self._should_stop():
-                raise Cancelled
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                self._skipped += 1
-                continue
-            for frame in frames:
-                # Before resampling: a header that declares one sample a second must not fill the memory first.
-                self._input_s += frame.samples / max(1, frame.sample_rate)
-                _check_duration(self._input_s, self._max_duration_s)
-                yield frame
-
-    def _packets(self) -> Iterator["av.Packet[av.AudioStream]"]:
-        try:
-            yield from self._container.demux(self._stream)
-        except av.FFmpegError:  # the container itself is damaged: no further packet can be found
-            self._skipped += 1
+            raise failed(UNREADABLE if self._part.damaged else _EMPTY)
 
 
-class _Resampler:
-    """To mono float32 at `SAMPLE_RATE`, even if the format of the frames changes within the file."""
-
-    def __init__(self) -> None:
-        self._format: tuple[str, str, int] | None = None
-        self._resampler: av.AudioResampler | None = None
-
-    def push(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
-        """Convert the next frame, or None at the end, and yield the samples that are ready."""
-        frame_format = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
-        if frame_format != self._format:
-            yield from self._convert(None)
-            # By way of 16-bit integers, as Whisper's own loader: mixing down to mono then cannot overflow.
-            self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-            self._format = frame_format
-        if frame is not None:
-            yield from self._convert(frame)
-
-    def _convert(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
-        if self._resampler is not None:
-            for converted in self._resampler.resample(frame):
-                yield converted.to_ndarray()[0].astype(np.float32) / 32768.0
-
-
-def _open_container(descriptor: int) -> InputContainer:
-    options = {**_OPEN_OPTIONS, "fd": str(descriptor)}
-    try:
-        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=_FFMPEG_TIMEOUT_S)
-    except av.FFmpegError as exc:
-        raise failed(UNREADABLE) from exc
-    if not container.streams.audio:
-        container.close()
-        raise failed(_NO_STREAM)
-    return container
-
-
-def _declared_s(container: InputContainer, head: bytes, size_bytes: int) -> float | None:
-    """The duration that a file declares; None if it declares none and FFmpeg would only guess."""
-    name, stream = container.format.name, container.streams.audio[0]
-    guessed = name in _RAW_STREAMS or (name == "mp3" and not any(tag in head for tag in _MP3_LENGTH_TAGS))
-    # The audio track's own duration first: the video may last longer.
-    if stream.duration and stream.time_base:
-        declared_s = float(stream.duration * stream.time_base)
-    else:
-        declared_s = (container.duration or 0) / av.time_base
-    if guessed or declared_s <= 0:
-        return None
-    # FFmpeg computes the duration of a truncated WAV from its size; the header still has the whole size.
-    riff_bytes = 8 + int.from_bytes(head[4:8], "little")
-    if name == "wav" and head.startswith(b"RIFF") and size_bytes < riff_bytes < _RIFF_SIZE_UNKNOWN:
-        declared_s *= riff_bytes / size_bytes
-    return declared_s
-
-
-def _read_head(descriptor: int) -> bytes:
-    """The first bytes behind any ID3v2 tag (id3.org, section 3.1: its size is four bytes of seven bits)."""
-    # `pread` does not move the file position of FFmpeg.
-    head = os.pread(descriptor, _HEAD_BYTES, 0)
-    if head.startswith(b"ID3"):
-        tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
-        head = os.pread(descriptor, _HEAD_BYTES, 10 + tag_bytes)
-    return head
-
-
-def _check_duration(duration_s: float | None, max_duration_s: float) -> None:
-    if duration_s is not None and duration_s > max_duration_s:
-        raise failed(_TOO_LONG, most=max_duration_s)
+def _blocks(parts: Iterator[Samples]) -> Iterator[Samples]:
+    """Join and cut samples into blocks of `_BLOCK_SAMPLES`, the last one shorter."""
+    pending: list[Samples] = []
+    missing = _BLOCK_SAMPLES
+    for part in parts:
+        rest = part
+        while len(rest) >= missing:
+            yield np.concatenate([*pending, rest[:missing]])
+            rest = rest[missing:]
+            pending, missing = [], _BLOCK_SAMPLES
+        pending.append(rest)
+        missing -= len(rest)
+    if missing < _BLOCK_SAMPLES:
+        yield np.concatenate(pending)
