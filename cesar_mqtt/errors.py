@@ -128,3 +128,7 @@ class JobFailedError(CesarError):
 
 class Cancelled(Exception):  # noqa: N818 - nothing went wrong
     """The work was ended because its result is no longer wanted; what it had is dropped."""
+
+
+class Preempted(Exception):  # noqa: N818 - nothing went wrong
+    """The work was ended at a window boundary for a more urgent job; its finished windows are kept."""

@@ -1,7 +1,9 @@
-"""Where audio can be cut without cutting a word: in the pauses that faster-whisper's Silero VAD detects.
+"""Where audio has speech, and where it can be cut without cutting a word: by faster-whisper's Silero VAD.
 
 Any thread may call it.
 """
+
+from typing import TypeAlias
 
 import numpy as np
 from faster_whisper.vad import get_vad_model
@@ -9,22 +11,56 @@ from numpy.typing import NDArray
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 
+Probabilities: TypeAlias = NDArray[np.float32]
+"""Of speech, one for each 512 samples, the last of which may be fewer."""
+
+Range: TypeAlias = tuple[int, int]
+"""Its first sample, and the one after its last."""
+
 _FRAME = 512
 """Samples for which the VAD gives one probability."""
+_SPEECH_FROM, _SILENT_BELOW = 0.5, 0.35
+"""Silero's limits for the start and the end of speech; faster-whisper's `vad_filter` has the same."""
+_MIN_SILENCE = 2 * SAMPLE_RATE
+_PADDING = 2 * SAMPLE_RATE // 5
+"""Of `vad_filter`: shorter silence stays in the speech, and so much on each side of it counts as speech (0.4 s)."""
 _MIN_PAUSE_FRAMES = 7
 """Shorter pauses (0.22 s) occur inside words, before a hard consonant."""
-_SILENT_BELOW = 0.35
-"""Silero's own limit for the end of speech, at its default threshold of 0.5."""
-_LEAD = 32 * _FRAME
-"""About a second that the VAD is given before its result counts: it begins without any memory."""
-_SEARCH_WINDOW = 60 * SAMPLE_RATE
-_PIECE_SEARCH_WINDOW = 6 * SAMPLE_RATE
-"""Smaller for short pieces: a piece that is cut far before its limit costs time."""
 _SMOOTHED_FRAMES = 5
 _SAMPLES_PER_MS = SAMPLE_RATE // 1000
 
 
-def find_cut(samples: Samples, *, search_window: int = _SEARCH_WINDOW) -> int:
+def speech_probabilities(samples: Samples) -> Probabilities:
+    """Run the VAD, which begins without any memory; about 2 ms for each second."""
+    # Padded into a copy: the VAD writes zeros into its input.
+    padded = np.pad(samples, (0, -len(samples) % _FRAME or _FRAME))
+    probabilities: Probabilities = get_vad_model()(padded)
+    return probabilities.reshape(-1)[: -(-len(samples) // _FRAME)]
+
+
+def speech_ranges(probabilities: Probabilities, length: int) -> tuple[Range, ...]:
+    """The ranges that hold speech, by the rules of faster-whisper's `get_speech_timestamps`.
+
+    Args:
+        probabilities: of the samples, or of more.
+        length: how many samples there are.
+    """
+    found: list[Range] = []
+    start = silent_from = None
+    for frame, probability in enumerate(probabilities[: -(-length // _FRAME)].tolist()):
+        if probability >= _SPEECH_FROM:
+            start, silent_from = frame if start is None else start, None
+        elif probability < _SILENT_BELOW and start is not None:
+            silent_from = frame if silent_from is None else silent_from
+            if (frame - silent_from) * _FRAME >= _MIN_SILENCE:
+                found.append((start * _FRAME, silent_from * _FRAME))
+                start = silent_from = None
+    if start is not None:
+        found.append((start * _FRAME, length))
+    return tuple((max(0, start - _PADDING), min(length, end + _PADDING)) for start, end in found)
+
+
+def find_cut(samples: Samples, probabilities: Probabilities, *, search_window: int) -> int:
     """Find the best place to cut: as late as possible, always in the second half.
 
     It is the middle of the longest pause in the last `search_window` samples. If those have none, the ones before are
@@ -32,6 +68,7 @@ def find_cut(samples: Samples, *, search_window: int = _SEARCH_WINDOW) -> int:
 
     Args:
         samples: as many as may stay before the cut.
+        probabilities: of the samples, or of more.
         search_window: how many samples are searched at once.
 
     Returns:
@@ -41,43 +78,36 @@ def find_cut(samples: Samples, *, search_window: int = _SEARCH_WINDOW) -> int:
     half = len(samples) // 2
     search_window = min(search_window, len(samples) - half)
     for end in range(len(samples), half, -search_window):
-        start = max(half, end - search_window)
-        pause = _longest_pause(samples, start, end)
+        pause = _longest_pause(probabilities, max(half, end - search_window), end)
         if pause is not None:
             return max(half, _round_down_to_ms(pause))
     start = len(samples) - search_window
     return max(half, _round_down_to_ms(start + _quietest(samples[start:])))
 
 
-def split(samples: Samples, limit: int) -> list[tuple[int, int]]:
+def split(samples: Samples, limit: int) -> list[Range]:
     """Cut at pauses into pieces of at most `limit` samples; each as its first sample and the one after its last."""
     pieces = []
     start = 0
     while len(samples) - start > limit:
-        end = start + max(1, find_cut(samples[start : start + limit], search_window=_PIECE_SEARCH_WINDOW))
+        piece = samples[start : start + limit]
+        # A piece that is cut far before its limit costs time.
+        end = start + max(1, find_cut(piece, speech_probabilities(piece), search_window=limit // 5))
         pieces.append((start, end))
         start = end
     return [*pieces, (start, len(samples))]
 
 
-def _longest_pause(samples: Samples, start: int, end: int) -> int | None:
+def _longest_pause(probabilities: Probabilities, start: int, end: int) -> int | None:
     """The middle of the longest pause between two samples, the last of several; None if there is no pause."""
-    lead = min(start, _LEAD)
-    speech = _speech_probabilities(samples[start - lead : end])[lead // _FRAME :]
-    silent = np.concatenate(([False], speech < _SILENT_BELOW, [False]))
+    first = start // _FRAME
+    silent = np.concatenate(([False], probabilities[first : -(-end // _FRAME)] < _SILENT_BELOW, [False]))
     begins, ends = np.flatnonzero(~silent[:-1] & silent[1:]), np.flatnonzero(silent[:-1] & ~silent[1:])
     lengths = ends - begins
     if not lengths.size or lengths.max() < _MIN_PAUSE_FRAMES:
         return None
     longest = len(lengths) - 1 - int(np.argmax(lengths[::-1]))
-    return min(end, start + int(begins[longest] + ends[longest]) * _FRAME // 2)
-
-
-def _speech_probabilities(samples: Samples) -> NDArray[np.float32]:
-    # Padded into a copy: the VAD writes zeros into its input.
-    padded = np.pad(samples, (0, -len(samples) % _FRAME or _FRAME))
-    probabilities: NDArray[np.float32] = get_vad_model()(padded)
-    return probabilities.reshape(-1)[: -(-len(samples) // _FRAME)]
+    return min(end, (2 * first + int(begins[longest] + ends[longest])) * _FRAME // 2)
 
 
 def _quietest(samples: Samples) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
-from cesar_mqtt.audio.vad import find_cut
+from cesar_mqtt.audio.vad import Probabilities, Range, find_cut, speech_probabilities, speech_ranges
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import wait
@@ -24,6 +24,7 @@ log = get_logger(__name__)
 _CLOSE_S = 1.0
 """How long `close` waits for the thread; it takes so long only if the disk or FFmpeg does not answer."""
 _MAX_CLIP_S = 1e9
+_MAX_SEARCH_WINDOW = 60 * SAMPLE_RATE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +34,14 @@ class Chunk:
     Attributes:
         start_s: where it begins in the file.
         samples: may be empty, if nothing remains after `from_s`.
+        speech: the ranges of samples that hold speech, in order of time, by the rules of faster-whisper's `vad_filter`;
+            all samples, if the recording was opened without it.
         last: whether no other follows.
     """
 
     start_s: float
     samples: Samples
+    speech: tuple[Range, ...]
     last: bool
 
     @property
@@ -63,6 +67,7 @@ class Recording:
         window_s: float,
         clips: Sequence[tuple[float, float]] = (),
         from_s: float = 0.0,
+        vad_filter: bool = True,
     ) -> None:
         """Start decoding; returns at once. What is wrong with the file is raised by `chunks`.
 
@@ -73,12 +78,14 @@ class Recording:
             clips: only these ranges, as (start, end) in seconds, each in chunks of its own. They are processed in order
                 of time, overlapping ones as one. An end past the end of the file means the end of the file.
             from_s: what lies before is skipped; if a chunk ended there, the following ones are the same as without it.
+            vad_filter: whether only what the VAD takes for speech is `speech` of a chunk.
         """
         self._path = path
         self._limits = limits
         self._window = round(window_s * SAMPLE_RATE)
         self._clips = tuple(clips)
         self.from_s = from_s
+        self._vad_filter = vad_filter
         self._begin = round(from_s * SAMPLE_RATE)
         self._changed = threading.Condition()
         self._ready: Chunk | None = None
@@ -208,7 +215,7 @@ class Recording:
                 self._changed.notify_all()
 
     def _decode(self) -> None:
-        chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window)
+        chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window, vad_filter=self._vad_filter)
         with open_audio(self._path, self._limits) as audio:
             self._set_opened(audio.info)
             if audio.info.duration_s is not None:
@@ -296,10 +303,11 @@ class _ClipRange:
 
 @dataclass(frozen=True, slots=True)
 class _Chunker:
-    """Cuts the clip ranges of a file into chunks of at most `window` samples."""
+    """Cuts the clip ranges of a file into chunks of at most `window` samples, with one run of the VAD for each."""
 
     ranges: tuple[_ClipRange, ...]
     window: int
+    vad_filter: bool
 
     def check(self, length: int) -> None:
         """Reject ranges that cannot be in a file of `length` samples. Raises JobFailedError: `invalid_request`."""
@@ -323,13 +331,20 @@ class _Chunker:
             filled = len(remainder) + reader.read(buffer[len(remainder) : room])
             if clip.requested and not filled:
                 raise _behind_the_end(clip)
+            samples = buffer[: min(filled, self.window)]
+            probabilities = speech_probabilities(samples)
             if filled <= self.window:
-                yield Chunk(_seconds(start), buffer[:filled], last=is_last)
+                yield Chunk(_seconds(start), samples, self._speech(probabilities, filled), last=is_last)
                 return
-            cut = find_cut(buffer[: self.window])
+            cut = find_cut(samples, probabilities, search_window=min(_MAX_SEARCH_WINDOW, self.window // 4))
             remainder = buffer[cut:filled].copy()
-            yield Chunk(_seconds(start), buffer[:cut], last=False)
+            yield Chunk(_seconds(start), samples[:cut], self._speech(probabilities, cut), last=False)
             start += cut
+
+    def _speech(self, probabilities: Probabilities, length: int) -> tuple[Range, ...]:
+        if self.vad_filter:
+            return speech_ranges(probabilities, length)
+        return ((0, length),) if length else ()
 
 
 def _clip_ranges(clips: Sequence[tuple[float, float]], begin: int) -> tuple[_ClipRange, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from cesar_mqtt.audio.decoder import AudioLimits
 from cesar_mqtt.audio.windows import Chunk, Recording
 from cesar_mqtt.config import AudioSettings
-from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
 from cesar_mqtt.whisper.hardware import release_memory
@@ -51,7 +51,14 @@ class Transcriber:
             options: of the job, with its clip ranges.
             from_s: `until_s` of the last window that an earlier attempt finished.
         """
-        return Recording(path, limits=self._limits, window_s=self._window_s, clips=options.clips, from_s=from_s)
+        return Recording(
+            path,
+            limits=self._limits,
+            window_s=self._window_s,
+            clips=options.clips,
+            from_s=from_s,
+            vad_filter=options.vad_filter,
+        )
 
     def transcribe(
         self,
@@ -63,6 +70,7 @@ class Transcriber:
         on_segment: Callable[[Segment], None],
         on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
+        should_yield: Callable[[], bool] = lambda: False,
     ) -> Transcript:
         """Transcribe a recording that `open` returned for the same options; does not close it.
 
@@ -74,18 +82,20 @@ class Transcriber:
             on_segment: called with each new segment.
             on_window: called with each new window but the last, whose end is the end of the recording.
             should_stop: asked during decoding, before each step of the model and after each segment.
+            should_yield: asked after each `on_window`.
 
         Raises:
             JobFailedError: `audio_*` for the file, `model_unavailable` for the model, `invalid_request` for what the
                 model cannot do or the file does not have, `internal` if the model fails in the middle.
             Cancelled: `should_stop` returned True.
+            Preempted: `should_yield` returned True.
         """
         draft = _Draft(recording, options, done, on_progress=on_progress, on_segment=on_segment)
         draft.report_progress(done[-1].until_s if done else 0.0)
         pipeline: Pipeline | None = None
         for chunk in recording.chunks(should_stop):
             draft.report_progress(chunk.start_s)
-            if chunk.samples.size:
+            if chunk.speech:
                 pipeline = pipeline or self._make_pipeline(options, should_stop)
                 with closing(self._segments(pipeline, chunk, options.model_size, draft)) as segments:
                     for segment, raw_text in segments:
@@ -95,6 +105,8 @@ class Transcriber:
             window = draft.close_window(chunk.end_s)
             if not chunk.last:
                 on_window(window)
+                if should_yield():
+                    raise Preempted
         return draft.transcript(recording.warnings + (pipeline.warnings if pipeline is not None else ()))
 
     def _make_pipeline(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:

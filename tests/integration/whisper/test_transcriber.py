@@ -4,6 +4,7 @@ import math
 import re
 import wave
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 import cesar_mqtt
 from cesar_mqtt.config import AudioSettings, ModelSettings
-from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.model_store import ModelStore
@@ -27,6 +28,7 @@ SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
 DEMO = Path(cesar_mqtt.__file__).resolve().parent / "cli" / "demo" / "recording.ogg"
 TINY = TranscriptionOptions(model_size="tiny.en")
+UNFILTERED = replace(TINY, vad_filter=False)
 
 
 def never() -> bool:
@@ -47,6 +49,7 @@ def run(
     on_segment: Callable[[Segment], None] = ignore,
     on_window: Callable[[Window], None] = ignore,
     should_stop: Callable[[], bool] = never,
+    should_yield: Callable[[], bool] = never,
 ) -> Transcript:
     recording = transcriber.open(path, options, from_s=done[-1].until_s if done else 0.0)
     try:
@@ -58,6 +61,7 @@ def run(
             on_segment=on_segment,
             on_window=on_window,
             should_stop=should_stop,
+            should_yield=should_yield,
         )
     finally:
         recording.close()
@@ -610,7 +614,7 @@ def test_segments_never_go_back_in_time() -> None:
 
 @pytest.fixture
 def minute(tmp_path: Path) -> Path:
-    """60 s in which a pause begins every ten seconds."""
+    """60 s of noise in which a pause begins every ten seconds."""
     loud = np.random.default_rng(1).normal(scale=0.2, size=60 * 16_000).clip(-1, 1)
     loud[(np.arange(len(loud)) // 8000) % 20 == 0] = 0.0
     return write_wav(tmp_path / "minute.wav", loud)
@@ -620,7 +624,7 @@ def test_every_window_but_the_last_is_reported_and_all_are_in_the_transcript(min
     transcriber, store = with_model(raw(0.5, 1.0, " Hello"), raw(2, 3, " there."), window_s=25.0)
     told: list[Window] = []
     segments: list[Segment] = []
-    transcript = run(transcriber, minute, on_window=told.append, on_segment=segments.append)
+    transcript = run(transcriber, minute, UNFILTERED, on_window=told.append, on_segment=segments.append)
     assert transcript.windows[:-1] == tuple(told)
     assert len(told) >= 2
     assert [window.number for window in transcript.windows] == list(range(len(told) + 1))
@@ -637,7 +641,7 @@ def test_every_window_but_the_last_is_reported_and_all_are_in_the_transcript(min
 
 def test_the_language_is_detected_once(minute: Path) -> None:
     transcriber, store = with_model(raw(0.5, 1.0), multilingual=True, window_s=25.0)
-    transcript = run(transcriber, minute, TranscriptionOptions("base"))
+    transcript = run(transcriber, minute, TranscriptionOptions("base", vad_filter=False))
     assert [asked["language"] for asked in store.model.asked] == [None, "de", "de"]
     assert (transcript.language, transcript.language_probability) == ("de", 0.988)
     assert {(window.language, window.language_probability) for window in transcript.windows} == {("de", 0.988)}
@@ -645,7 +649,7 @@ def test_the_language_is_detected_once(minute: Path) -> None:
 
 def test_without_speech_no_language_is_taken_for_detected(minute: Path) -> None:
     transcriber, store = with_model(multilingual=True, window_s=25.0)
-    transcript = run(transcriber, minute, TranscriptionOptions("base"))
+    transcript = run(transcriber, minute, TranscriptionOptions("base", vad_filter=False))
     assert [asked["language"] for asked in store.model.asked] == [None, None, None]
     assert (transcript.no_speech, transcript.language, transcript.language_probability) == (True, None, None)
     assert {window.language for window in transcript.windows} == {None}
@@ -653,13 +657,13 @@ def test_without_speech_no_language_is_taken_for_detected(minute: Path) -> None:
 
 def test_a_language_that_is_given_is_not_detected(minute: Path) -> None:
     transcriber, store = with_model(raw(0.5, 1.0), multilingual=True, window_s=25.0)
-    transcript = run(transcriber, minute, TranscriptionOptions("base", language="en"))
+    transcript = run(transcriber, minute, TranscriptionOptions("base", language="en", vad_filter=False))
     assert {asked["language"] for asked in store.model.asked} == {"en"}
     assert (transcript.language, transcript.language_probability) == ("en", 1.0)
 
 
 def test_the_windows_of_an_earlier_attempt_are_counted_and_not_reported_again(minute: Path) -> None:
-    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)[0], minute)
+    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)[0], minute, UNFILTERED)
     for number in range(1, len(whole.windows)):
         transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), multilingual=True, window_s=25.0)
         done = whole.windows[:number]
@@ -669,6 +673,7 @@ def test_the_windows_of_an_earlier_attempt_are_counted_and_not_reported_again(mi
         again = run(
             transcriber,
             minute,
+            UNFILTERED,
             done=done,
             on_window=told.append,
             on_segment=segments.append,
@@ -682,9 +687,9 @@ def test_the_windows_of_an_earlier_attempt_are_counted_and_not_reported_again(mi
 
 
 def test_with_nothing_left_to_do_the_transcript_is_what_was_done(minute: Path) -> None:
-    whole = run(with_model(raw(0.5, 1.0), window_s=25.0)[0], minute)
+    whole = run(with_model(raw(0.5, 1.0), window_s=25.0)[0], minute, UNFILTERED)
     transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
-    again = run(transcriber, minute, done=whole.windows)
+    again = run(transcriber, minute, UNFILTERED, done=whole.windows)
     assert (again.text, again.segments, again.language) == (whole.text, whole.segments, whole.language)
     assert store.loaded == 0
 
@@ -693,14 +698,40 @@ def test_a_cancel_between_two_windows_keeps_those_that_were_reported(minute: Pat
     transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
     told: list[Window] = []
     with pytest.raises(Cancelled):
-        run(transcriber, minute, on_window=told.append, should_stop=lambda: bool(told))
+        run(transcriber, minute, UNFILTERED, on_window=told.append, should_stop=lambda: bool(told))
     assert len(told) == len(store.model.asked) == 1
+
+
+def test_it_yields_behind_a_reported_window_and_goes_on_there_to_the_same_transcript(minute: Path) -> None:
+    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute)
+    boundaries = len(whole.windows) - 1
+    for number in range(1, boundaries + 1):
+        transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)
+        told: list[Window] = []
+        with pytest.raises(Preempted):
+            run(transcriber, minute, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
+        assert tuple(told) == whole.windows[:number]
+        assert len(store.model.closed) == number
+        assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, done=told) == whole
+
+
+def test_it_is_not_asked_to_yield_where_nothing_is_left_to_do(minute: Path) -> None:
+    transcriber, _ = with_model(raw(0.5, 1.0), window_s=25.0)
+    told: list[Window] = []
+    asked: list[int] = []
+
+    def should_yield() -> bool:
+        asked.append(len(told))
+        return False
+
+    transcript = run(transcriber, minute, on_window=told.append, should_yield=should_yield)
+    assert asked == list(range(1, len(transcript.windows)))
 
 
 def test_progress_is_that_of_the_file_and_not_of_the_window(minute: Path) -> None:
     transcriber, _ = with_model(raw(0.5, 1.0), window_s=25.0)
     seen: list[Progress] = []
-    transcript = run(transcriber, minute, on_progress=seen.append)
+    transcript = run(transcriber, minute, UNFILTERED, on_progress=seen.append)
     processed = [progress.processed_s for progress in seen]
     assert processed == sorted(processed)
     assert {window.until_s for window in transcript.windows} <= set(processed)

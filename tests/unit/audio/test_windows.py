@@ -63,8 +63,9 @@ def opened(
     limits: AudioLimits = LIMITS,
     clips: tuple[tuple[float, float], ...] = (),
     from_s: float = 0.0,
+    vad_filter: bool = True,
 ) -> Iterator[Recording]:
-    recording = Recording(path, limits=limits, window_s=window_s, clips=clips, from_s=from_s)
+    recording = Recording(path, limits=limits, window_s=window_s, clips=clips, from_s=from_s, vad_filter=vad_filter)
     try:
         yield recording
     finally:
@@ -149,7 +150,8 @@ def fake_audio(monkeypatch: pytest.MonkeyPatch) -> FakeAudio:
         yield audio
 
     monkeypatch.setattr(module, "open_audio", opens)
-    monkeypatch.setattr(module, "find_cut", lambda samples: len(samples) * 3 // 4)
+    monkeypatch.setattr(module, "speech_probabilities", lambda samples: np.ones(len(samples) // 512 + 1, np.float32))
+    monkeypatch.setattr(module, "find_cut", lambda samples, *_, **__: len(samples) * 3 // 4)
     return audio
 
 
@@ -202,6 +204,27 @@ def test_where_nothing_is_left_the_only_chunk_is_empty(from_s: float, numbered: 
         (chunk,) = recording.chunks(never)
         assert (len(chunk.samples), chunk.last) == (0, True)
         assert recording.duration_s == 100.0
+
+
+def test_speech_is_where_the_vad_finds_it_in_each_chunk(tmp_path: Path) -> None:
+    sentence, pause = decode(DATA / "speech.wav"), np.zeros(10 * SAMPLE_RATE, np.float32)
+    path = write_wav(tmp_path / "two.wav", np.concatenate([pause, sentence, pause, sentence, pause]))
+    for window_s in (60.0, 20.0):
+        found = chunks_of(path, window_s=window_s)
+        times_s = [chunk.start_s + place / SAMPLE_RATE for chunk in found for part in chunk.speech for place in part]
+        assert times_s == [pytest.approx(place_s, abs=0.2) for place_s in (10.0, 13.9, 24.0, 27.9)]
+        assert all(0 <= start < end <= len(chunk.samples) for chunk in found for start, end in chunk.speech)
+
+
+def test_without_the_vad_filter_a_whole_chunk_is_speech(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "silent.wav", np.zeros(50 * SAMPLE_RATE))
+    with opened(path, window_s=20.0, vad_filter=False) as recording:
+        found = list(recording.chunks(never))
+    assert len(found) > 1
+    assert [chunk.speech for chunk in found] == [((0, len(chunk.samples)),) for chunk in found]
+    assert {chunk.speech for chunk in chunks_of(path, window_s=20.0)} == {()}
+    with opened(path, from_s=50.0, vad_filter=False) as recording:
+        assert [chunk.speech for chunk in recording.chunks(never)] == [()]
 
 
 # --- clips
@@ -400,7 +423,7 @@ def test_a_chunk_that_is_finished_after_the_close_holds_nothing_up(
 ) -> None:
     cutting, go_on = threading.Event(), threading.Event()
 
-    def slowly(samples: Samples) -> int:
+    def slowly(samples: Samples, *_: object, **__: object) -> int:
         cutting.set()
         go_on.wait(WAIT_S)
         return len(samples)
@@ -482,7 +505,7 @@ def test_an_unforeseen_failure_in_the_thread_ends_the_wait_for_a_chunk(
     said: list[object] = []
     monkeypatch.setattr(threading, "excepthook", said.append)
 
-    def fail(_: Samples) -> int:
+    def fail(*_: object, **__: object) -> int:
         raise RuntimeError("the VAD has no legs")
 
     monkeypatch.setattr(module, "find_cut", fail)
