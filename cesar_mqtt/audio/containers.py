@@ -137,17 +137,19 @@ _AUDIO_DECODERS = ",".join(sorted(name for name in codecs_available if _is_audio
 _FROM_ZERO = frozenset({"asf", "avi", "flv", "matroska", "mov", "mxf", "nut", "rm"})
 
 
-def zero_s(container: InputContainer) -> float:
+def zero_s(container: InputContainer, descriptor: int, offset: int = 0) -> float:
     """The time stamp at which the file's clock begins.
 
     A file whose declared duration includes the time before its first frame counts from 0. Others (a transport stream,
     a piece cut out of a live stream) begin at an arbitrary stamp: that of the first track.
     """
     start_s = (container.start_time or 0) / av.time_base
+    if start_s <= 0 or name_of(container) not in _FROM_ZERO:
+        return max(0.0, start_s)
     declared_s = (container.duration or 0) / av.time_base
-    if start_s <= 0 or (name_of(container) in _FROM_ZERO and start_s <= declared_s):
-        return 0.0
-    return start_s
+    if name_of(container) == "mov":  # FFmpeg subtracts the start, and the edit list that causes it, from the duration
+        declared_s = _movie_s(descriptor, offset)
+    return 0.0 if start_s <= declared_s else start_s
 
 
 def declaration(
@@ -173,7 +175,8 @@ def _end_s(container: InputContainer, stream: AudioStream) -> float | None:
     """The end as FFmpeg reads it from the headers."""
     if name_of(container) in _PER_TRACK and stream.duration and stream.time_base:
         end_s = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    elif name_of(container) not in TIMED and stream.duration and stream.time_base:
+    elif (name_of(container) not in TIMED or name_of(container) == "asf") and stream.duration and stream.time_base:
+        # Of a track of ASF, FFmpeg gives the duration of the file, and adds its start to that of the container.
         end_s = float(stream.duration * stream.time_base)
     else:
         end_s = (container.duration or 0) / av.time_base
@@ -236,6 +239,32 @@ def riff_chunks(descriptor: int, start: int, end: int) -> Iterator[tuple[bytes, 
         size = int.from_bytes(head[4:], "little")
         yield head[:4], start + 8, size
         start += 8 + size + size % 2
+
+
+def boxes(descriptor: int, start: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, first byte and the byte behind the boxes of an MP4 file (ISO/IEC 14496-12, section 4.2)."""
+    for _ in range(_MAX_CHUNKS):
+        head = os.pread(descriptor, 2 * _CHUNK_HEAD_BYTES, start)
+        size, head_bytes = int.from_bytes(head[:4], "big"), _CHUNK_HEAD_BYTES
+        if size == 1:
+            size, head_bytes = int.from_bytes(head[8:], "big"), 2 * _CHUNK_HEAD_BYTES
+        if size < head_bytes:  # the end of the file, damage, or 0: a box that reaches to the end
+            return
+        yield head[4:8], start + head_bytes, start + size
+        start += size
+
+
+def _movie_s(descriptor: int, offset: int) -> float:
+    """The duration in the head of an MP4 file, edit lists included; 0 if it has none."""
+    moov = next((start for name, start, _ in boxes(descriptor, offset) if name == b"moov"), None)
+    if moov is None:
+        return 0.0
+    mvhd = next((start for name, start, _ in boxes(descriptor, moov) if name == b"mvhd"), None)
+    if mvhd is None:
+        return 0.0
+    content = os.pread(descriptor, 32, mvhd)
+    scale, duration = (content[12:16], content[16:20]) if content[:1] == b"\0" else (content[20:24], content[24:32])
+    return int.from_bytes(duration, "big") / max(1, int.from_bytes(scale, "big"))
 
 
 def _has_last_ogg_page(descriptor: int, size_bytes: int) -> bool:

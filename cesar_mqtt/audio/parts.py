@@ -48,7 +48,7 @@ class Part:
         self._declared_s = _latest(declared.end_s for declared in declarations)
         self._is_of_track = all(declared.is_of_track for declared in declarations)
         self._is_cut = any(declared.is_cut for declared in declarations)
-        self._zero_s = zero_s(container)
+        self._zero_s = zero_s(container, descriptor, offset)
         self._witnesses = Witnesses()
         self._tracks = [Track(streams[number], self._clock(), max_s) for number in chosen]
         self._mixer = TrackMixer(len(chosen))
