@@ -1,9 +1,9 @@
 """Containers: which are opened, what FFmpeg may do with them, and how long they say that they last.
 
-FFmpeg gets an open file descriptor and never a name, so no protocol and no playlist can make it read anything else.
+FFmpeg gets the bytes of an open file and never a name, so no protocol and no playlist can make it read anything else.
 """
 
-import os
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from av.codec import codecs_available
 from av.codec.codec import Codec, UnknownCodecError
 from av.container import InputContainer
 
+from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import UNREADABLE, failed
 from cesar_mqtt.errors import ErrorCode
 
@@ -79,19 +80,19 @@ def name_of(container: InputContainer) -> str:
 
 
 @contextmanager
-def open_container(descriptor: int, size_bytes: int, *, offset: int = 0) -> Iterator[InputContainer]:
-    """Open a file, or the one that begins at an offset in it.
+def open_container(file: FileReader) -> Iterator[InputContainer]:
+    """Open the container that begins where the file does.
 
     Raises:
-        JobFailedError: `audio_unreadable`, `audio_not_allowed`.
+        JobFailedError: `audio_unreadable`, `audio_not_allowed`, `audio_io_error`.
     """
-    container = _open(descriptor, offset, {})
+    container = _open(file, {})
     try:
         if name_of(container) in _LATE_STREAMS:
             for search_bytes in _LATE_SEARCH_BYTES:
                 container.close()
-                container = _open(descriptor, offset, _search(search_bytes))
-                if container.streams.audio or search_bytes >= size_bytes:
+                container = _open(file, _search(search_bytes))
+                if container.streams.audio or search_bytes >= file.size():
                     break
         yield container
     finally:
@@ -102,26 +103,28 @@ def _search(most_bytes: int) -> dict[str, str]:
     return {"probesize": str(most_bytes), "analyzeduration": str(24 * 3600 * av.time_base)}
 
 
-def _open(descriptor: int, offset: int, options: dict[str, str]) -> InputContainer:
-    head = os.pread(descriptor, 64, offset).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if head.startswith(_PLAYLIST_MARKS):
+def _open(file: FileReader, options: dict[str, str]) -> InputContainer:
+    file.seek(0)
+    if file.read_at(0, 64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(_PLAYLIST_MARKS):
         raise failed(_REFUSED)
-    options = {
-        "format_whitelist": _CONTAINERS,
-        "protocol_whitelist": "fd",
-        # FFmpeg decodes the first pictures to learn their format: a cover of a few kilobytes can take gigabytes.
-        "codec_whitelist": _AUDIO_DECODERS,
-        "fd": str(descriptor),
-        "skip_initial_bytes": str(offset),
-        **options,
-    }
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    file.allow(FFMPEG_TIMEOUT_S)
     try:
-        return av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=FFMPEG_TIMEOUT_S)
-    except av.ArgumentError as exc:  # no other way to tell: a container that the whitelist lacks
-        raise failed(_REFUSED) from exc
+        container = av.open(file, "r", container_options={**_OPEN_OPTIONS, **options}, metadata_errors="ignore")
     except av.FFmpegError as exc:
-        raise failed(UNREADABLE) from exc
+        file.raise_error()
+        check_memory(exc)
+        # There is no other way to tell a container that the whitelist lacks.
+        raise failed(_REFUSED if isinstance(exc, av.ArgumentError) else UNREADABLE) from exc
+    if file.error is not None:
+        container.close()
+        file.raise_error()
+    return container
+
+
+def check_memory(error: av.FFmpegError) -> None:
+    """Raise MemoryError if FFmpeg had no memory left, which is no damage."""
+    if error.errno == errno.ENOMEM:
+        raise MemoryError from error
 
 
 def _is_audio_decoder(name: str) -> bool:
@@ -131,13 +134,16 @@ def _is_audio_decoder(name: str) -> bool:
         return False
 
 
+# While FFmpeg looks for the parameters of the streams, it would decode cover art: a picture of 2 MB can take 2 GB and
+# 30 s. With this list it has only the decoders of audio there.
 _AUDIO_DECODERS = ",".join(sorted(name for name in codecs_available if _is_audio_decoder(name)))
+_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "", "codec_whitelist": _AUDIO_DECODERS}
 
 
 _FROM_ZERO = frozenset({"asf", "avi", "flv", "matroska", "mov", "mxf", "nut", "rm"})
 
 
-def zero_s(container: InputContainer, descriptor: int, offset: int = 0) -> float:
+def zero_s(container: InputContainer, file: FileReader) -> float:
     """The time stamp at which the file's clock begins.
 
     A file whose declared duration includes the time before its first frame counts from 0. Others (a transport stream,
@@ -148,13 +154,11 @@ def zero_s(container: InputContainer, descriptor: int, offset: int = 0) -> float
         return max(0.0, start_s)
     declared_s = (container.duration or 0) / av.time_base
     if name_of(container) == "mov":  # FFmpeg subtracts the start, and the edit list that causes it, from the duration
-        declared_s = _movie_s(descriptor, offset)
+        declared_s = _movie_s(file)
     return 0.0 if start_s <= declared_s else start_s
 
 
-def declaration(
-    container: InputContainer, stream: AudioStream, descriptor: int, size_bytes: int, offset: int = 0
-) -> Declaration:
+def declaration(container: InputContainer, stream: AudioStream, file: FileReader) -> Declaration:
     """Read what the file says about the end of a track."""
     name = name_of(container)
     if name == "matroska" and (tagged_s := _tagged_s(stream)) is not None:
@@ -162,12 +166,12 @@ def declaration(
     if name in _UNDECLARED:
         return Declaration(None, None)
     if name == "mp3":
-        tagged_s = _mp3_s(_read_head(descriptor, offset))
+        tagged_s = _mp3_s(_read_head(file))
         return Declaration(tagged_s, tagged_s)
     end_s = _end_s(container, stream)
     if name == "wav":
-        return Declaration(_wav_s(descriptor, size_bytes, offset) or end_s, end_s)
-    is_cut = name == "ogg" and not _has_last_ogg_page(descriptor, size_bytes)
+        return Declaration(_wav_s(file) or end_s, end_s)
+    is_cut = name == "ogg" and not _has_last_ogg_page(file)
     return Declaration(end_s, end_s, is_of_track=name in _PER_TRACK or name not in TIMED, is_cut=is_cut)
 
 
@@ -215,36 +219,36 @@ def _mp3_s(head: bytes) -> float | None:
     return frames * _MP3_FRAME_SAMPLES[version] / _MP3_RATES[version][rate] or None
 
 
-def _wav_s(descriptor: int, size_bytes: int, offset: int) -> float | None:
+def _wav_s(file: FileReader) -> float | None:
     """The duration that the header of a WAV declares, if there is less in the file: FFmpeg takes that of the file."""
     byte_rate, long_size = 0, 0
-    for name, start, size in riff_chunks(descriptor, offset + 12, size_bytes):
+    for name, start, size in riff_chunks(file, 12):
         if name == b"ds64":
-            long_size = int.from_bytes(os.pread(descriptor, 8, start + 8), "little")
+            long_size = int.from_bytes(file.read_at(start + 8, 8), "little")
         elif name == b"fmt ":
-            byte_rate = int.from_bytes(os.pread(descriptor, 4, start + 8), "little")
+            byte_rate = int.from_bytes(file.read_at(start + 8, 4), "little")
         elif name == b"data":
             declared = long_size or size
             unknown = not long_size and size >= _RIFF_SIZE_UNKNOWN
-            return None if unknown or not byte_rate or start + declared <= size_bytes else declared / byte_rate
+            return None if unknown or not byte_rate or start + declared <= file.size() else declared / byte_rate
     return None
 
 
-def riff_chunks(descriptor: int, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def riff_chunks(file: FileReader, start: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, first byte and declared size of the chunks of a RIFF file."""
     for _ in range(_MAX_CHUNKS):
-        head = os.pread(descriptor, _CHUNK_HEAD_BYTES, start)
-        if len(head) < _CHUNK_HEAD_BYTES or start >= end:
+        head = file.read_at(start, _CHUNK_HEAD_BYTES)
+        if len(head) < _CHUNK_HEAD_BYTES:
             return
         size = int.from_bytes(head[4:], "little")
         yield head[:4], start + 8, size
         start += 8 + size + size % 2
 
 
-def boxes(descriptor: int, start: int) -> Iterator[tuple[bytes, int, int]]:
+def boxes(file: FileReader, start: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, first byte and the byte behind the boxes of an MP4 file (ISO/IEC 14496-12, section 4.2)."""
     for _ in range(_MAX_CHUNKS):
-        head = os.pread(descriptor, 2 * _CHUNK_HEAD_BYTES, start)
+        head = file.read_at(start, 2 * _CHUNK_HEAD_BYTES)
         size, head_bytes = int.from_bytes(head[:4], "big"), _CHUNK_HEAD_BYTES
         if size == 1:
             size, head_bytes = int.from_bytes(head[8:], "big"), 2 * _CHUNK_HEAD_BYTES
@@ -254,22 +258,22 @@ def boxes(descriptor: int, start: int) -> Iterator[tuple[bytes, int, int]]:
         start += size
 
 
-def _movie_s(descriptor: int, offset: int) -> float:
+def _movie_s(file: FileReader) -> float:
     """The duration in the head of an MP4 file, edit lists included; 0 if it has none."""
-    moov = next((start for name, start, _ in boxes(descriptor, offset) if name == b"moov"), None)
+    moov = next((start for name, start, _ in boxes(file, 0) if name == b"moov"), None)
     if moov is None:
         return 0.0
-    mvhd = next((start for name, start, _ in boxes(descriptor, moov) if name == b"mvhd"), None)
+    mvhd = next((start for name, start, _ in boxes(file, moov) if name == b"mvhd"), None)
     if mvhd is None:
         return 0.0
-    content = os.pread(descriptor, 32, mvhd)
+    content = file.read_at(mvhd, 32)
     scale, duration = (content[12:16], content[16:20]) if content[:1] == b"\0" else (content[20:24], content[24:32])
     return int.from_bytes(duration, "big") / max(1, int.from_bytes(scale, "big"))
 
 
-def _has_last_ogg_page(descriptor: int, size_bytes: int) -> bool:
+def _has_last_ogg_page(file: FileReader) -> bool:
     """Whether an Ogg file ends with a whole page that is marked as the last one (RFC 3533, section 6)."""
-    tail = os.pread(descriptor, 2 * _OGG_PAGE_BYTES, max(0, size_bytes - 2 * _OGG_PAGE_BYTES))
+    tail = file.read_at(max(0, file.size() - 2 * _OGG_PAGE_BYTES), 2 * _OGG_PAGE_BYTES)
     place = tail.rfind(b"OggS")
     if place < 0 or len(tail) < place + _OGG_HEADER_BYTES:
         return False
@@ -278,11 +282,10 @@ def _has_last_ogg_page(descriptor: int, size_bytes: int) -> bool:
     return whole and bool(tail[place + 5] & _OGG_LAST_PAGE)
 
 
-def _read_head(descriptor: int, offset: int) -> bytes:
+def _read_head(file: FileReader) -> bytes:
     """The first bytes behind any ID3v2 tag (id3.org, section 3.1: its size is four bytes of seven bits)."""
-    # `pread` does not move the file position of FFmpeg.
-    head = os.pread(descriptor, _HEAD_BYTES, offset)
+    head = file.read_at(0, _HEAD_BYTES)
     if head.startswith(b"ID3"):
         tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
-        head = os.pread(descriptor, _HEAD_BYTES, offset + 10 + tag_bytes)
+        head = file.read_at(10 + tag_bytes, _HEAD_BYTES)
     return head

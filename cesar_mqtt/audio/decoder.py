@@ -1,6 +1,6 @@
 """Decoding of audio files, in blocks.
 
-Any thread may call it; an `AudioReader` belongs to the thread that opened it. FFmpeg gets an open file descriptor and
+Any thread may call it; an `AudioReader` belongs to the thread that opened it. FFmpeg gets the bytes of an open file and
 never a name, so no protocol and no playlist can make it read anything else.
 """
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.loudness import Loudness
 from cesar_mqtt.audio.parts import Part, open_part
-from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, open_regular
+from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, io_failed, open_regular
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.tracks import TrackChoice
 from cesar_mqtt.errors import ErrorCode
@@ -32,10 +33,17 @@ _TOO_LARGE = (
 
 @dataclass(frozen=True, slots=True)
 class AudioLimits:
-    """The maximum size and duration of a file."""
+    """The maximum size and duration of a file, and what the process that decodes it may use.
+
+    Attributes:
+        decoder_memory_bytes: beyond what the process has before it opens the file.
+        decoder_timeout_s: how long it may take without progress.
+    """
 
     max_bytes: int
     max_duration_s: float
+    decoder_memory_bytes: int = 512 << 20
+    decoder_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +74,33 @@ def open_audio(path: Path, limits: AudioLimits, *, track: TrackChoice = None) ->
         track: which of its audio tracks.
 
     Raises:
-        JobFailedError: `audio_not_found`, `audio_not_allowed`, `audio_too_large`, `audio_too_long`, `audio_empty`,
-            `audio_unreadable`, `audio_no_stream`.
+        JobFailedError: `audio_not_found`, `audio_not_allowed`, and as `open_descriptor`.
     """
-    with open_regular(path) as descriptor:
+    with open_regular(path) as descriptor, open_descriptor(descriptor, limits, track=track) as audio:
+        yield audio
+
+
+@contextmanager
+def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice = None) -> Iterator["AudioReader"]:
+    """Open the file of a descriptor as `open_audio` does; the caller closes the descriptor.
+
+    Raises:
+        JobFailedError: `audio_too_large`, `audio_too_long`, `audio_empty`, `audio_unreadable`, `audio_not_allowed`,
+            `audio_no_stream`, `audio_io_error`.
+    """
+    try:
         status = os.fstat(descriptor)
-        size_bytes = status.st_size
-        if size_bytes == 0:
-            raise failed(_EMPTY)
-        if size_bytes > limits.max_bytes:
-            raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
-        with open_part(descriptor, size_bytes, offset=0, track=track, max_s=limits.max_duration_s) as part:
-            info = AudioInfo(part.duration_s, part.format_name, size_bytes, file_identity(status))
-            yield AudioReader(part, info)
+    except OSError as exc:
+        raise io_failed(exc) from exc
+    size_bytes = status.st_size
+    if size_bytes == 0:
+        raise failed(_EMPTY)
+    if size_bytes > limits.max_bytes:
+        raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
+    file = FileReader(descriptor)
+    with open_part(file, track=track, max_s=limits.max_duration_s) as part:
+        info = AudioInfo(part.duration_s, part.format_name, size_bytes, file_identity(status))
+        yield AudioReader(part, info, file=file)
 
 
 def _never() -> bool:
@@ -92,8 +114,9 @@ class AudioReader:
         info: what the file declares.
     """
 
-    def __init__(self, part: Part, info: AudioInfo) -> None:
+    def __init__(self, part: Part, info: AudioInfo, *, file: FileReader) -> None:
         self.info = info
+        self._file = file
         self._part = part
         self._samples = 0
         self._loudness = Loudness()
@@ -102,6 +125,11 @@ class AudioReader:
     def decoded_s(self) -> float:
         """Seconds decoded so far, on the file's clock: with the silence of late starts and gaps."""
         return self._samples / SAMPLE_RATE
+
+    @property
+    def read_bytes(self) -> int:
+        """How far the file has been read."""
+        return self._file.reached
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -130,8 +158,9 @@ class AudioReader:
 
         Raises:
             Cancelled: `should_stop` returned True.
-            JobFailedError: `audio_too_long` as soon as the limit is exceeded, whatever the file declared; at the end
-                `audio_empty` if there was no sample, and `audio_unreadable` if no packet could be decoded.
+            JobFailedError: `audio_too_long` as soon as the limit is exceeded, whatever the file declared;
+                `audio_io_error` if the disk fails; at the end `audio_empty` if there was no sample, and
+                `audio_unreadable` if no packet could be decoded.
         """
         for block in _blocks(self._part.samples(should_stop)):
             self._samples += len(block)

@@ -10,6 +10,7 @@ from av.container import InputContainer
 
 from cesar_mqtt.audio.clock import Clock, Witnesses
 from cesar_mqtt.audio.containers import TIMED, declaration, name_of, open_container, zero_s
+from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import failed
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.tracks import TOO_LONG, Listener, Packet, Track, TrackChoice, TrackMixer, choose_tracks, packets
@@ -30,25 +31,24 @@ class Part:
         container: InputContainer,
         chosen: list[int],
         *,
-        descriptor: int,
-        size_bytes: int,
-        offset: int,
+        file: FileReader,
         max_s: float,
         heeds_others: bool,
     ) -> None:
         self.format_name = container.format.name
         self.position = 0
         self._container = container
+        self._file = file
         self._max_s = max_s
         self._damaged = False
         self._other_end_s = 0.0
         streams = container.streams.audio
-        declarations = [declaration(container, streams[number], descriptor, size_bytes, offset) for number in chosen]
+        declarations = [declaration(container, streams[number], file) for number in chosen]
         self.duration_s = _latest(declared.expected_s for declared in declarations)
         self._declared_s = _latest(declared.end_s for declared in declarations)
         self._is_of_track = all(declared.is_of_track for declared in declarations)
         self._is_cut = any(declared.is_cut for declared in declarations)
-        self._zero_s = zero_s(container, descriptor, offset)
+        self._zero_s = zero_s(container, file)
         self._witnesses = Witnesses()
         self._tracks = [Track(streams[number], self._clock(), max_s) for number in chosen]
         self._mixer = TrackMixer(len(chosen))
@@ -92,7 +92,7 @@ class Part:
             JobFailedError: `audio_too_long`.
         """
         numbers = {track.decoder.index: number for number, track in enumerate(self._tracks)}
-        for packet in packets(self._container, self._mark_damaged):
+        for packet in packets(self._container, self._file, self._mark_damaged):
             if should_stop():
                 raise Cancelled
             number = numbers.get(packet.stream_index)
@@ -137,45 +137,35 @@ def _latest(ends: Iterable[float | None]) -> float | None:
 
 
 @contextmanager
-def open_part(descriptor: int, size_bytes: int, *, offset: int, track: TrackChoice, max_s: float) -> Iterator[Part]:
-    """Open the container that begins at an offset of a file, and choose what is heard of it.
+def open_part(file: FileReader, *, track: TrackChoice, max_s: float) -> Iterator[Part]:
+    """Open the container that begins where the file does, and choose what is heard of it.
 
     Raises:
-        JobFailedError: `audio_unreadable`, `audio_not_allowed`, `audio_no_stream`, `audio_too_long`.
+        JobFailedError: `audio_unreadable`, `audio_not_allowed`, `audio_no_stream`, `audio_too_long`, `audio_io_error`.
     """
-
-    def part_of(container: InputContainer, chosen: list[int]) -> Part:
-        return Part(
-            container,
-            chosen,
-            descriptor=descriptor,
-            size_bytes=size_bytes,
-            offset=offset,
-            max_s=max_s,
-            heeds_others=not isinstance(track, int),
-        )
-
-    with open_container(descriptor, size_bytes, offset=offset) as container:
-        chosen, was_read = choose_tracks(container, track)
-        part = part_of(container, chosen)
+    heeds_others = not isinstance(track, int)
+    with open_container(file) as container:
+        chosen, was_read = choose_tracks(container, file, track)
+        part = Part(container, chosen, file=file, max_s=max_s, heeds_others=heeds_others)
         if part.duration_s is not None and part.duration_s > max_s:
-            _check_packets(container, chosen, max_s)
+            _check_packets(container, file, chosen, max_s)
             was_read = True
+        file.raise_error()
         if not was_read:
             yield part
             return
-    with open_container(descriptor, size_bytes, offset=offset) as container:
-        yield part_of(container, chosen)
+    with open_container(file) as container:
+        yield Part(container, chosen, file=file, max_s=max_s, heeds_others=heeds_others)
 
 
-def _check_packets(container: InputContainer, chosen: list[int], max_s: float) -> None:
+def _check_packets(container: InputContainer, file: FileReader, chosen: list[int], max_s: float) -> None:
     """Add up the packets of a file that declares too much: the header of a planned recording is no recording.
 
     Raises:
         JobFailedError: `audio_too_long`.
     """
     total_s = dict.fromkeys((container.streams.audio[number].index for number in chosen), 0.0)
-    for packet in packets(container):
+    for packet in packets(container, file):
         if packet.stream_index in total_s and packet.duration and packet.time_base:
             total_s[packet.stream_index] += float(packet.duration * packet.time_base)
             if total_s[packet.stream_index] > max_s:

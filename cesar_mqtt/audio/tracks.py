@@ -16,6 +16,8 @@ from av.stream import Disposition
 
 from cesar_mqtt.audio.channels import ChannelMixer
 from cesar_mqtt.audio.clock import Clock
+from cesar_mqtt.audio.containers import FFMPEG_TIMEOUT_S, check_memory
+from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import UNREADABLE, failed
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.errors import ErrorCode
@@ -44,6 +46,8 @@ _CHECKED = frozenset({"flac", "tta", "wavpack"})
 """Lossless codecs with checksums: a frame that does not match is noise, and is left out only if FFmpeg is asked to."""
 _SILENT_PEAK = 2e-4
 """-74 dB: above the dither of silence, below speech that can still be made audible."""
+_LISTEN_S = 600.0
+"""How much of a track is listened to, to know whether it is silent."""
 _BATCH = SAMPLE_RATE
 _SILENCE = 10 * SAMPLE_RATE
 """The most silence that is handed out at once."""
@@ -70,7 +74,8 @@ class TrackDecoder:
             return self._codec.decode(packet)
         except av.EOFError:
             return ()
-        except av.FFmpegError:
+        except av.FFmpegError as exc:
+            check_memory(exc)
             if packet is None or not _is_tag(packet):
                 self.damaged = True
             return ()
@@ -97,7 +102,7 @@ def open_decoder(stream: AudioStream) -> TrackDecoder | None:
     return TrackDecoder(stream, codec)
 
 
-def choose_tracks(container: InputContainer, choice: TrackChoice) -> tuple[list[int], bool]:
+def choose_tracks(container: InputContainer, file: FileReader, choice: TrackChoice) -> tuple[list[int], bool]:
     """Return the numbers, among the audio tracks, of those to hear, and whether the container has been read from.
 
     Without a choice it is the first that has sound, of the one that is flagged as default and then the others in order.
@@ -117,33 +122,52 @@ def choose_tracks(container: InputContainer, choice: TrackChoice) -> tuple[list[
     if choice is not None or len(usable) == 1:
         return usable, False
     usable.sort(key=lambda number: not streams[number].disposition & Disposition.default)
-    return [_first_with_sound(container, usable)], True
+    return [_first_with_sound(container, file, usable)], True
 
 
-def _first_with_sound(container: InputContainer, numbers: Sequence[int]) -> int:
-    """Decode several tracks until the first has sound; if it has none, the next that has; else one that decodes."""
+def _first_with_sound(container: InputContainer, file: FileReader, numbers: Sequence[int]) -> int:
+    """Decode several tracks until the first has sound; if it has none, the next that has; else one that decodes.
+
+    Not for ever: the rest of what is taken for silent is listened to later, while the other one is decoded.
+    """
     streams = container.streams.audio
     listeners = [Listener(streams[number]) for number in numbers]
     by_index = {streams[number].index: listener for number, listener in zip(numbers, listeners, strict=True)}
-    for packet in packets(container):
+    for packet in packets(container, file):
         if packet.stream_index in by_index:
             by_index[packet.stream_index].listen(packet)
-        if listeners[0].has_sound:
+        if listeners[0].has_sound or listeners[0].heard_s > _LISTEN_S:
             break
     ranked = [(listener.has_sound, listener.decodes) for listener in listeners]
     return numbers[ranked.index(max(ranked))]
 
 
-def packets(container: InputContainer, on_damage: Callable[[], None] = lambda: None) -> Iterator[Packet]:
-    """Yield the packets of all tracks, pictures and texts as well; empty ones, which end a decoder, are left out."""
-    try:
-        for packet in container.demux():
-            if packet.size:
-                yield cast("Packet", packet)
-    except av.FFmpegError:  # the container itself is damaged: no further packet can be found
-        on_damage()
-    except IndexError:  # PyAV, at the end, for a stream that appeared after the container was opened
-        pass
+def packets(
+    container: InputContainer, file: FileReader, on_damage: Callable[[], None] = lambda: None
+) -> Iterator[Packet]:
+    """Yield the packets of all tracks, pictures and texts as well; empty ones, which end a decoder, are left out.
+
+    Raises:
+        JobFailedError: `audio_io_error`.
+    """
+    demuxed = container.demux()
+    while True:
+        file.allow(FFMPEG_TIMEOUT_S)
+        try:
+            packet = next(demuxed, None)
+        except av.FFmpegError as exc:  # the container itself is damaged: no further packet can be found
+            check_memory(exc)
+            on_damage()
+            packet = None
+        except IndexError:  # PyAV, at the end, for a stream that appeared after the container was opened
+            packet = None
+        file.raise_error()
+        if packet is None:
+            if file.timed_out:
+                on_damage()
+            return
+        if packet.size:
+            yield cast("Packet", packet)
 
 
 class Listener:
@@ -154,6 +178,7 @@ class Listener:
         self._has_packets = False
         self.has_sound = False
         self.decodes = False
+        self.heard_s = 0.0
 
     def listen(self, packet: Packet) -> None:
         self._has_packets = True
@@ -161,6 +186,7 @@ class Listener:
             return
         for frame in self._decoder.decode(packet):
             self.decodes = True
+            self.heard_s += frame.samples / max(1, frame.sample_rate)
             self.has_sound = self.has_sound or _peak(frame) > _SILENT_PEAK
 
     @property
@@ -271,7 +297,9 @@ class Track:
             return
         try:
             converted = self._resampler.resample(frame)
-        except (av.FFmpegError, ValueError):  # a layout or a rate without a conversion
+        except (av.FFmpegError, ValueError) as exc:  # a layout or a rate without a conversion
+            if isinstance(exc, av.FFmpegError):
+                check_memory(exc)
             self.damaged = True
             self._resampler = self._format = None
             return
