@@ -5,6 +5,7 @@ Times are seconds from the start of the file, whatever the VAD or `clip_timestam
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 MAX_PROMPT_CHARACTERS = 10_000
 """Prompts and hotwords are cut to this length before tokenising: the 100 tokens that are kept never need more."""
@@ -31,6 +32,7 @@ class TranscriptionOptions:
         clip_timestamps: only these ranges of the file, as (start, end) in seconds; empty: the whole file.
         batch_size: with more than 1, so many chunks of up to 30 s are decoded at once; faster and a little less
             accurate, because nothing is tried again at a higher temperature.
+        audio_track: the number of an audio track of the file, from 0; `mix`: all together; None: the default one.
     """
 
     model_size: str
@@ -44,6 +46,7 @@ class TranscriptionOptions:
     word_timestamps: bool = False
     clip_timestamps: Sequence[Sequence[float]] = ()
     batch_size: int = 1
+    audio_track: int | Literal["mix"] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
@@ -131,7 +134,7 @@ class Transcript:
         no_speech: whether there was no speech at all.
         audio_duration_s: seconds of audio that could be decoded.
         windows: its parts in order, those of earlier attempts included.
-        warnings: `audio_truncated`, `audio_damaged`, `initial_prompt_truncated`, `hotwords_truncated`.
+        warnings: those of `AudioReader`, `initial_prompt_truncated`, `hotwords_truncated`.
     """
 
     text: str

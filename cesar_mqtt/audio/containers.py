@@ -34,9 +34,13 @@ _REFUSED = (
 FFMPEG_TIMEOUT_S = 30.0
 """For opening and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
 
-TIMED = frozenset({"asf", "avi", "dhav", "flv", "gxf", "matroska", "mov", "mpeg", "mpegts", "mxf", "nsv", "nut", "ogg"})
+TIMED = frozenset(
+    {"asf", "avi", "dhav", "flac", "flv", "gxf", "matroska", "mov", "mpeg", "mpegts", "mxf", "nsv", "nut", "ogg"}
+)
 TIMED |= {"rm", "wtv"}
 """Containers whose time stamps tell where sound is; in all others FFmpeg only counts samples."""
+GAPLESS = frozenset({"flac", "ogg"})
+"""Those whose encoders leave no gaps: where there is one, sound is lost."""
 _LATE_STREAMS = frozenset({"flv", "mpeg", "mpegts", "nsv"})
 """Containers without an index of their streams: one that begins late is found only if enough is read for it."""
 _LATE_SEARCH_BYTES = (50_000_000, 250_000_000)
@@ -51,7 +55,9 @@ _HEAD_BYTES = 4096
 _RIFF_SIZE_UNKNOWN = 0x7FF0_0000
 """RIFF sizes from here on are placeholders of programs that wrote to a pipe."""
 _MAX_CHUNKS = 1000
+_LARGEST_FILE = 1 << 50
 _CHUNK_HEAD_BYTES = 8
+_CAF_HEAD_BYTES = 12
 _OGG_PAGE_BYTES = 65_307
 _OGG_HEADER_BYTES = 27
 _OGG_LAST_PAGE = 4
@@ -86,7 +92,7 @@ def open_container(file: FileReader) -> Iterator[InputContainer]:
     Raises:
         JobFailedError: `audio_unreadable`, `audio_not_allowed`, `audio_io_error`.
     """
-    container = _open(file, {})
+    container = _open(file, _WHOLE_FILE if _has_unannounced_sound(file) else {})
     try:
         if name_of(container) in _LATE_STREAMS:
             for search_bytes in _LATE_SEARCH_BYTES:
@@ -97,6 +103,26 @@ def open_container(file: FileReader) -> Iterator[InputContainer]:
         yield container
     finally:
         container.close()
+
+
+_WHOLE_FILE = {"ignore_length": "1"}
+"""Of the WAV demuxer."""
+
+
+def _has_unannounced_sound(file: FileReader) -> bool:
+    """Whether a WAV goes on behind the end of its sound without the head of a chunk: its recorder lost power."""
+    head = file.read_at(0, 12)
+    if not head.startswith(b"RIFF") or head[8:] != b"WAVE":
+        return False
+    byte_rate = 0
+    for name, start, size in riff_chunks(file, 12):
+        if name == b"fmt ":
+            byte_rate = int.from_bytes(file.read_at(start + 8, 4), "little")
+        elif name == b"data":
+            end = start + size + size % 2
+            following = file.read_at(end, 4).strip(b" \0")
+            return 0 < byte_rate < file.size() - end and not following.isalnum()
+    return False
 
 
 def _search(most_bytes: int) -> dict[str, str]:
@@ -171,7 +197,9 @@ def declaration(container: InputContainer, stream: AudioStream, file: FileReader
     end_s = _end_s(container, stream)
     if name == "wav":
         return Declaration(_wav_s(file) or end_s, end_s)
-    is_cut = name == "ogg" and not _has_last_ogg_page(file)
+    if name == "flac":
+        return Declaration(end_s, end_s)
+    is_cut = not _has_last_ogg_page(file) if name == "ogg" else _lacks_bytes(file)
     return Declaration(end_s, end_s, is_of_track=name in _PER_TRACK or name not in TIMED, is_cut=is_cut)
 
 
@@ -179,7 +207,11 @@ def _end_s(container: InputContainer, stream: AudioStream) -> float | None:
     """The end as FFmpeg reads it from the headers."""
     if name_of(container) in _PER_TRACK and stream.duration and stream.time_base:
         end_s = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    elif (name_of(container) not in TIMED or name_of(container) == "asf") and stream.duration and stream.time_base:
+    elif (
+        (name_of(container) not in TIMED or name_of(container) in {"asf", "flac"})
+        and stream.duration
+        and stream.time_base
+    ):
         # Of a track of ASF, FFmpeg gives the duration of the file, and adds its start to that of the container.
         end_s = float(stream.duration * stream.time_base)
     else:
@@ -232,6 +264,27 @@ def _wav_s(file: FileReader) -> float | None:
             unknown = not long_size and size >= _RIFF_SIZE_UNKNOWN
             return None if unknown or not byte_rate or start + declared <= file.size() else declared / byte_rate
     return None
+
+
+def _lacks_bytes(file: FileReader) -> bool:
+    """Whether more than 5 % of the bytes are missing that the head of an AVI, a W64 or a CAF declares."""
+    head = file.read_at(0, 24)
+    declared = 0
+    if head.startswith(b"RIFF"):
+        size = int.from_bytes(head[4:8], "little")
+        declared = 8 + size if size < _RIFF_SIZE_UNKNOWN else 0
+    elif head.startswith(b"riff"):
+        declared = int.from_bytes(head[16:24], "little")
+    elif head.startswith(b"caff"):
+        place = 8
+        for _ in range(_MAX_CHUNKS):
+            chunk = file.read_at(place, _CAF_HEAD_BYTES)
+            declared = place = place + _CAF_HEAD_BYTES + int.from_bytes(chunk[4:], "big", signed=True)
+            if len(chunk) < _CAF_HEAD_BYTES or chunk.startswith(
+                b"data"
+            ):  # whose size may be -1: to the end of the file
+                break
+    return declared < _LARGEST_FILE and 0.95 * declared > file.size()
 
 
 def riff_chunks(file: FileReader, start: int) -> Iterator[tuple[bytes, int, int]]:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from cesar_mqtt.audio.file_reader import FileReader
+from cesar_mqtt.audio.joined import next_start
 from cesar_mqtt.audio.loudness import Loudness
 from cesar_mqtt.audio.parts import Part, open_part
 from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, io_failed, open_regular
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
-from cesar_mqtt.audio.tracks import TrackChoice
-from cesar_mqtt.errors import ErrorCode
+from cesar_mqtt.audio.tracks import TOO_LONG, TrackChoice
+from cesar_mqtt.errors import ErrorCode, JobFailedError
 
 __all__ = ["SAMPLE_RATE", "AudioInfo", "AudioLimits", "AudioReader", "Samples", "TrackChoice", "open_audio"]
 
@@ -97,10 +98,20 @@ def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice 
         raise failed(_EMPTY)
     if size_bytes > limits.max_bytes:
         raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
-    file = FileReader(descriptor)
+    file = _file_at(descriptor, 0)
     with open_part(file, track=track, max_s=limits.max_duration_s) as part:
-        info = AudioInfo(part.duration_s, part.format_name, size_bytes, file_identity(status))
-        yield AudioReader(part, info, file=file)
+        duration_s = part.duration_s if file.end is None else None
+        info = AudioInfo(duration_s, part.format_name, size_bytes, file_identity(status))
+        yield AudioReader(descriptor, file, part, info, track=track, max_s=limits.max_duration_s)
+
+
+def _file_at(descriptor: int, start: int) -> FileReader:
+    """The file that begins there, as far as no other one was joined to it."""
+    length = next_start(FileReader(descriptor, start=start))
+    return FileReader(descriptor, start=start, end=None if length is None else start + length)
+
+
+_NO_PART = frozenset({ErrorCode.AUDIO_UNREADABLE, ErrorCode.AUDIO_NOT_ALLOWED, ErrorCode.AUDIO_NO_STREAM})
 
 
 def _never() -> bool:
@@ -114,10 +125,16 @@ class AudioReader:
         info: what the file declares.
     """
 
-    def __init__(self, part: Part, info: AudioInfo, *, file: FileReader) -> None:
+    def __init__(
+        self, descriptor: int, file: FileReader, part: Part, info: AudioInfo, *, track: TrackChoice, max_s: float
+    ) -> None:
         self.info = info
+        self._descriptor = descriptor
         self._file = file
-        self._part = part
+        self._parts = [part]
+        self._track = track
+        self._max_s = max_s
+        self._lost_part = False
         self._samples = 0
         self._loudness = Loudness()
 
@@ -142,10 +159,10 @@ class AudioReader:
         `audio_quiet`: very quiet sound was amplified.
         """
         found = {
-            "audio_truncated": self._part.truncated,
-            "audio_damaged": self._part.damaged,
-            "audio_tracks_ignored": self._part.ignores_tracks,
-            "audio_out_of_phase": self._part.out_of_phase,
+            "audio_truncated": any(part.truncated for part in self._parts),
+            "audio_damaged": self._lost_part or any(part.damaged for part in self._parts),
+            "audio_tracks_ignored": any(part.ignores_tracks for part in self._parts),
+            "audio_out_of_phase": any(part.out_of_phase for part in self._parts),
             "audio_quiet": self._loudness.amplified,
         }
         return tuple(name for name, is_so in found.items() if is_so)
@@ -162,11 +179,27 @@ class AudioReader:
                 `audio_io_error` if the disk fails; at the end `audio_empty` if there was no sample, and
                 `audio_unreadable` if no packet could be decoded.
         """
-        for block in _blocks(self._part.samples(should_stop)):
+        for block in _blocks(self._joined(should_stop)):
             self._samples += len(block)
+            if self.decoded_s > self._max_s:
+                raise failed(TOO_LONG, most=self._max_s)
             yield self._loudness.level(block)
         if not self._samples:
-            raise failed(UNREADABLE if self._part.damaged else _EMPTY)
+            raise failed(UNREADABLE if any(part.damaged for part in self._parts) else _EMPTY)
+
+    def _joined(self, should_stop: Callable[[], bool]) -> Iterator[Samples]:
+        """Decode the file, and those that were joined to it."""
+        yield from self._parts[0].samples(should_stop)
+        while self._file.end is not None:
+            self._file = _file_at(self._descriptor, self._file.end)
+            try:
+                with open_part(self._file, track=self._track, max_s=self._max_s) as part:
+                    self._parts.append(part)
+                    yield from part.samples(should_stop)
+            except JobFailedError as exc:
+                if exc.code not in _NO_PART:
+                    raise
+                self._lost_part = True
 
 
 def _blocks(parts: Iterator[Samples]) -> Iterator[Samples]:

@@ -16,13 +16,15 @@ class FileReader:
 
     Attributes:
         start: the byte of the file at which it begins: what comes before is not there.
+        end: the byte at which it ends; None: at the end of the file.
         error: the first error of the operating system; None: none so far.
         timed_out: whether FFmpeg read on after the time that `allow` gave it; it then sees the end of the file.
         reached: the end of the farthest read, in bytes.
     """
 
-    def __init__(self, descriptor: int, *, start: int = 0) -> None:
+    def __init__(self, descriptor: int, *, start: int = 0, end: int | None = None) -> None:
         self.start = start
+        self.end = end
         self._descriptor = descriptor
         self._position = 0
         self._deadline = math.inf
@@ -41,7 +43,9 @@ class FileReader:
 
     def read_at(self, position: int, size: int) -> bytes:
         """Read at most `size` bytes; b"" at the end of the file and after an error."""
-        if self.error is not None:
+        if self.end is not None:
+            size = min(size, self.end - self.start - position)
+        if self.error is not None or size <= 0:
             return b""
         try:
             data = os.pread(self._descriptor, size, self.start + position)
@@ -71,7 +75,8 @@ class FileReader:
     def size(self) -> int:
         """How many bytes there are from `start` on."""
         try:
-            return max(0, os.fstat(self._descriptor).st_size - self.start)
+            end = os.fstat(self._descriptor).st_size
+            return max(0, (end if self.end is None else min(end, self.end)) - self.start)
         except OSError as exc:
             self.error = self.error or exc
             return self._position

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from av.container import InputContainer
 
 from cesar_mqtt.audio.clock import Clock, Witnesses
-from cesar_mqtt.audio.containers import TIMED, declaration, name_of, open_container, zero_s
+from cesar_mqtt.audio.containers import GAPLESS, TIMED, declaration, name_of, open_container, zero_s
 from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import failed
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.tracks import TOO_LONG, Listener, Packet, Track, TrackChoice, TrackMixer, choose_tracks, packets
 from cesar_mqtt.errors import Cancelled
+
+_EXACT_S = 0.02
+"""FLAC declares the number of its samples: less is a lost frame."""
 
 
 class Part:
@@ -48,6 +51,8 @@ class Part:
         self._declared_s = _latest(declared.end_s for declared in declarations)
         self._is_of_track = all(declared.is_of_track for declared in declarations)
         self._is_cut = any(declared.is_cut for declared in declarations)
+        self._is_gapless = name_of(container) in GAPLESS
+        self._is_exact = name_of(container) == "flac"
         self._zero_s = zero_s(container, file)
         self._witnesses = Witnesses()
         self._tracks = [Track(streams[number], self._clock(), max_s) for number in chosen]
@@ -62,7 +67,11 @@ class Part:
 
     @property
     def damaged(self) -> bool:
-        return self._damaged or any(track.damaged or track.decoder.damaged for track in self._tracks)
+        if self._damaged or any(track.damaged or track.decoder.damaged for track in self._tracks):
+            return True
+        if self._is_gapless and any(track.has_gaps for track in self._tracks):
+            return True
+        return self._is_exact and (self._declared_s or 0.0) - self.position / SAMPLE_RATE > _EXACT_S
 
     @property
     def out_of_phase(self) -> bool:

@@ -151,14 +151,19 @@ def packets(
         JobFailedError: `audio_io_error`.
     """
     demuxed = container.demux()
+    failed_at = -1
     while True:
         file.allow(FFMPEG_TIMEOUT_S)
         try:
             packet = next(demuxed, None)
-        except av.FFmpegError as exc:  # the container itself is damaged: no further packet can be found
+        except av.FFmpegError as exc:  # the container itself is damaged, here or from here on
             check_memory(exc)
             on_damage()
             packet = None
+            if file.tell() > failed_at and not file.timed_out and file.error is None:
+                failed_at = file.tell()
+                demuxed = container.demux()
+                continue
         except IndexError:  # PyAV, at the end, for a stream that appeared after the container was opened
             packet = None
         file.raise_error()
@@ -207,6 +212,7 @@ class Track:
         decoder: of its packets.
         position: how many samples there were so far, silence included.
             damaged: whether parts could not be converted.
+        has_gaps: whether there is silence between its frames.
     """
 
     def __init__(self, stream: AudioStream, clock: Clock | None, max_s: float) -> None:
@@ -223,6 +229,7 @@ class Track:
         self.decoder = decoder
         self.position = 0
         self.damaged = False
+        self.has_gaps = False
         self._out_of_phase = False
         self._clock = clock
         self._max_s = max_s
@@ -260,6 +267,7 @@ class Track:
         if gap_s or frame_format != self._format:
             yield from self._end_run()
             if gap_s:
+                self.has_gaps = self.has_gaps or self.position > 0
                 yield from self._silence_until(round((self._heard_s + gap_s) * SAMPLE_RATE))
             self._begin_run(frame_format)
         self._since_start_s += duration_s

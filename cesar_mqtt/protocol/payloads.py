@@ -95,8 +95,9 @@ class Status(TypedDict):
     warnings: Annotated[
         list[str],
         Field(
-            description="What may be missing from the transcript: `audio_truncated`, `audio_damaged`, "
-            "`initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has no priorities."
+            description="What may be missing from the transcript: `audio_truncated`, `audio_damaged`, `audio_changed`, "
+            "`audio_tracks_ignored`, `audio_out_of_phase`, `audio_quiet`, `initial_prompt_truncated` or "
+            "`hotwords_truncated`; `priority_ignored`: the queue has no priorities."
         ),
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]
