@@ -120,8 +120,11 @@ def _has_unannounced_sound(file: FileReader) -> bool:
             byte_rate = int.from_bytes(file.read_at(start + 8, 4), "little")
         elif name == b"data":
             end = start + size + size % 2
-            following = file.read_at(end, 4).strip(b" \0")
-            return 0 < byte_rate < file.size() - end and not following.isalnum()
+            left = file.size() - end
+            if file.read_at(end, 4).strip().isalnum() or not 0 < byte_rate < left:
+                return False
+            # Zeros are room that was reserved.
+            return any(file.read_at(end + left * part // 4, _HEAD_BYTES).strip(b"\0") for part in (1, 2, 3))
     return False
 
 

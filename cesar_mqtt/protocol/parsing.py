@@ -37,7 +37,7 @@ _DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field 
 _TEXT_FIELDS = frozenset(
     name
     for name, schema in JobRequest.model_json_schema()["properties"].items()
-    if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
+    if "string" in (kinds := {kind.get("type") for kind in (schema, *schema.get("anyOf", ()))}) and "integer" not in kinds
 )
 _WITHOUT_BLANKS = (_TEXT_FIELDS | {"formats"}) - {"job_id", "audio_path", "initial_prompt", "hotwords"}
 """Not the id, which is also a level of a topic; nor a path, which is looked up as it is first."""

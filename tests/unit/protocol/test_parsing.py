@@ -28,7 +28,7 @@ from cesar_mqtt.protocol.parsing import (
 )
 from cesar_mqtt.protocol.parsing import parse_submission as parse
 from cesar_mqtt.protocol.payloads import Rejection, status_of
-from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.protocol.truncate import excerpt, truncate_status
 from tests import factories
@@ -1050,7 +1050,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "metadata": {"a": 1},
     }
     value = examples[name]
-    payload = b"{}" if name.startswith("audio_") else as_json(audio_path="a")
+    payload = b"{}" if name in AUDIO_FIELDS else as_json(audio_path="a")
     text = value if isinstance(value, str) else json.dumps(value)
     assert getattr(accepted(parse(payload, ((name, text),))).request, name) == value
 
