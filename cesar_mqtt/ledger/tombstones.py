@@ -61,11 +61,13 @@ class Tombstones:
             oldest = self._cleared.pop(next(iter(self._cleared)))
             if oldest.retained:
                 self._kept[oldest.seq] = oldest
-                oldest = self._kept.pop(next(iter(self._kept))) if len(self._kept) > RETAINED_KEPT else None
-            if oldest is not None:
-                self._remove_keys(oldest)
-                evicted.append(oldest.seq)
-        return evicted
+            else:
+                evicted.append(oldest)
+        while len(self._kept) > RETAINED_KEPT:
+            evicted.append(self._kept.pop(next(iter(self._kept))))
+        for other in evicted:
+            self._remove_keys(other)
+        return [other.seq for other in evicted]
 
     def clear_again(self) -> list[int]:
         """Make the cleared jobs pending again, and return their numbers: the broker came back with an older state."""

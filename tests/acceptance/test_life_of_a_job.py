@@ -342,15 +342,16 @@ def test_a_retained_job_with_an_id_does_not_run_again_after_its_deletion(
     for job_id in ("ret1", "ret2", "ret3"):
         bus.status(job_id)
         bus.publish("cesar/request/delete", job_id)
-        bus.wait(
-            "cesar/events", lambda event, job_id=job_id: (event["event_type"], event["job_id"]) == ("deleted", job_id)
-        )
-    for end in (consumer.stop, consumer.kill):
+    bus.wait("cesar/events", lambda _: [e["event_type"] for e in bus.seen("cesar/events")].count("deleted") == 3)
+
+    def jobs_after(end: Callable[[], object]) -> object:
         end()
         consumer.start()
         bus.publish("cesar/request/list", {"transaction": str(end)})
-        listed = bus.wait("cesar/response/list", lambda answer, end=end: answer["transaction"] == str(end))
-        assert listed["data"]["jobs"] == []
+        answer = bus.wait("cesar/response/list", lambda answer: answer["transaction"] == str(end))
+        return answer["data"]["jobs"]
+
+    assert [jobs_after(consumer.stop), jobs_after(consumer.kill)] == [[], []]
     events = [(event["job_id"], event["event_type"]) for event in bus.seen("cesar/events")]
     assert len(events) == len(set(events)), "each job was queued, started and deleted once"
 

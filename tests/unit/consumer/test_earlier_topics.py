@@ -1,5 +1,6 @@
 """What a consumer remembers of the topics that it used under other prefixes and names."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ CESAR, VOICE, KITCHEN = Topics("cesar", "cesar"), Topics("voice", "cesar"), Topi
 
 
 class FullDisk(Disk):
-    def put(self, *_: object, **__: object) -> None:
+    def put(self, path: Path, chunks: Iterable[bytes]) -> int:  # noqa: ARG002 - the real one's
         raise OSError(28, "No space left on device")
 
 

@@ -146,7 +146,7 @@ def test_jobs_whose_requests_the_broker_retains_are_remembered_longer_up_to_a_li
     for seq in (1, 3, 5):
         deleted.mark_retained(seq)
     deleted.add(DeletedJob(7, "g"))
-    assert deleted.mark_cleared(7) == [2, 4, 1, 6], "the newest, and two that are retained"
+    assert deleted.mark_cleared(7) == [2, 4, 6, 1], "the newest, and two that are retained"
     assert [deleted.newest_id(f"{name} f") for name in "abcdef"] == [None, None, "c", None, "e", None]
     assert deleted.clear_again() == [7], "older ones are not restored"
     deleted.mark_cleared(7)
