@@ -20,7 +20,7 @@ from cesar_mqtt.protocol.parsing import (
     reject_upload,
     source_of,
 )
-from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.requests import MAX_PRIORITY, JobRequest
 from cesar_mqtt.protocol.topics import Topics
 
 
@@ -63,11 +63,14 @@ class IncomingMessage:
 class MessageParser:
     """Reads messages; holds no state."""
 
-    def __init__(self, topics: Topics, models: ModelNames, *, max_payload_bytes: int) -> None:
-        """Take the topics, the models that requests may name, and the size of the largest message."""
+    def __init__(
+        self, topics: Topics, models: ModelNames, *, max_payload_bytes: int, max_priority: int = MAX_PRIORITY
+    ) -> None:
+        """Take the topics, the models that requests may name, and the limits of a message and of a priority."""
         self._topics = topics
         self._models = models
         self._max_payload_bytes = max_payload_bytes
+        self._max_priority = max_priority
 
     def parse(self, delivery: Delivery) -> IncomingMessage:
         """Read one message; an invalid one yields a refusal."""
@@ -158,6 +161,7 @@ class MessageParser:
             metadata=request.metadata,
             formats=tuple(request.formats),
             stream=request.stream,
+            priority=min(request.priority, self._max_priority),
             expires_at=_expires_at(delivery, request),
             packet_id=packet_id,
             redelivered=delivery.dup,

@@ -55,12 +55,16 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["metadata"] = _copy(request.metadata)
     if request.formats:
         document["formats"] = list(request.formats)
-    flags = {"stream": request.stream, "anonymous": request.has_generated_id, "retained": request.retained}
-    document |= {name: True for name, is_set in flags.items() if is_set}
     if request.expires_at is not None:
         document["expires_at"] = request.expires_at
-    if request.packet_id is not None:
-        document["packet_id"] = request.packet_id
+    others = (
+        ("stream", request.stream),
+        ("priority", request.priority),
+        ("packet_id", request.packet_id),
+        ("anonymous", request.has_generated_id),
+        ("retained", request.retained),
+    )
+    document |= {name: value for name, value in others if value}
     if request.failure is not None:
         failure = {"error_code": ErrorCode.INVALID_REQUEST.value, "error_message": request.failure}
         document |= {"completed_at": now, **failure}
@@ -103,6 +107,7 @@ def job_from(seq: int, document: Mapping[str, Any], position: int | None, since:
         metadata=_copy(metadata) if metadata else {},
         formats=tuple(get("formats", ())),
         stream=get("stream", False),
+        priority=get("priority", 0),
         expires_at=get("expires_at"),
         attempt=get("attempt", 0),
         crashes=get("crashes", 0),
@@ -139,12 +144,17 @@ def needs_windows(document: Mapping[str, Any]) -> bool:
     return bool(document.get("formats"))
 
 
+def is_rejection(document: Mapping[str, Any]) -> bool:
+    """Whether the job was rejected on arrival, and so never started."""
+    return document["state"] == JobState.ERROR and "attempt" not in document
+
+
 def retry_rejection(document: Mapping[str, Any]) -> str | None:
     """Return why this job cannot be retried, as a sentence for the user; None: it can."""
     job_id, state = document["job_id"], document["state"]
     if state not in {JobState.ERROR, JobState.CANCELLED}:
         return f"Job {job_id} is {state}: only a job that ended as error or cancelled can be retried."
-    if state == JobState.ERROR and "attempt" not in document:  # rejected on arrival, never started
+    if is_rejection(document):
         return f"Job {job_id} was rejected as invalid: correct the request and submit it under a new id."
     if any(spool_files(document)) and not document_may_need_audio(document):
         return f"The audio of job {job_id} was not kept, since a retry cannot fix {document['error_code']}."

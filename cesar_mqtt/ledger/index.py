@@ -7,8 +7,9 @@ from typing import Any
 
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger.deduplication import DeduplicationIndex
+from cesar_mqtt.ledger.documents import is_rejection
 from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
-from cesar_mqtt.ledger.queue import JobQueue
+from cesar_mqtt.ledger.queue import JobQueue, level_of
 from cesar_mqtt.ledger.tombstones import Tombstones
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -37,15 +38,20 @@ class Index:
         self.deduplication = DeduplicationIndex(
             ordered, newest_deleted_id=self.tombstones.newest_id, released_until=counters.get("settled", 0)
         )
-        self.queue = JobQueue(seq for seq, document in ordered if document["state"] == JobState.QUEUED)
+        self.queue = JobQueue(
+            (seq, _level_of(document)) for seq, document in ordered if document["state"] == JobState.QUEUED
+        )
         self.processing = [seq for seq, document in ordered if document["state"] == JobState.PROCESSING]
         """At most one job, unless a test claims more."""
         for seq, document in ordered:
             if "expires_at" in document and not JobState(document["state"]).final:
                 self.queue.set_expiry(seq, document["expires_at"])
         ended = sorted((document["revision"], seq) for seq, document in ordered if JobState(document["state"]).final)
-        self.finished = ExpiryHeap((seq, _end_of(jobs[str(seq)])) for _, seq in ended)
+        ends = [(seq, _end_of(jobs[str(seq)]), is_rejection(jobs[str(seq)])) for _, seq in ended]
+        self.finished = ExpiryHeap((seq, at) for seq, at, rejected in ends if not rejected)
         """When each job ended, in the order of those transactions: a clock that was wrong does not change the order."""
+        self.rejected = ExpiryHeap((seq, at) for seq, at, rejected in ends if rejected)
+        """The same for rejected requests that are recorded as jobs: they have a quota of their own."""
         self.ended_total = {state: counters.get(state.value, 0) for state in JobState if state.final}
         """How many jobs have entered each final state since the ledger was created."""
         self.windows: dict[int, int] = {}
@@ -73,15 +79,15 @@ class Index:
         self.last_seq = seq
         self.deduplication.add(seq, request)
         if request.failure is None:
-            self.queue.add(seq)
+            self.queue.add(seq, level_of(request.priority, preempted=False))
             if request.expires_at is not None:
                 self.queue.set_expiry(seq, request.expires_at)
         else:
-            self.finished[seq] = now
+            self.rejected[seq] = now
             self.ended_total[JobState.ERROR] += 1
 
-    def move(self, seq: int, before: JobState, after: JobState, changes: Mapping[str, Any]) -> None:
-        """Move a job from one state to another; `changes` are the fields of its document that changed."""
+    def move(self, seq: int, before: JobState, after: JobState, document: Mapping[str, Any]) -> None:
+        """Move a job from one state to another; `document` is the one that it has now."""
         if before is JobState.PROCESSING:
             self.processing.remove(seq)
         elif before is JobState.QUEUED:
@@ -91,10 +97,12 @@ class Index:
         if after is JobState.PROCESSING:
             self.processing.append(seq)
         elif after is JobState.QUEUED:
-            self.queue.requeue(seq)
+            if "preempted" in document:
+                self.queue.drop_expiry(seq)
+            self.queue.add(seq, _level_of(document))
         else:
             self.ended_total[after] += 1
-            self.finished[seq] = _end_of(changes)
+            self.finished[seq] = _end_of(document)
             self.queue.drop_expiry(seq)
 
     def delete(self, deleted: DeletedJob, document: Mapping[str, Any]) -> None:
@@ -103,6 +111,8 @@ class Index:
         self.deleted_total += 1
         if deleted.seq in self.finished:
             del self.finished[deleted.seq]
+        elif deleted.seq in self.rejected:
+            del self.rejected[deleted.seq]
         else:
             self.queue.remove(deleted.seq)
             self.queue.drop_expiry(deleted.seq)
@@ -125,9 +135,14 @@ class Index:
     def in_states(self, states: Collection[JobState]) -> list[int]:
         """Return all jobs in these states, ascending; with one final state also the jobs in the other final states."""
         parts: list[Iterable[int]] = [self.finished] if any(state.final for state in states) else []
+        parts += [self.rejected] if JobState.ERROR in states else []
         parts += [self.queue] if JobState.QUEUED in states else []
         parts += [self.processing] if JobState.PROCESSING in states else []
         return sorted(chain.from_iterable(parts))
+
+
+def _level_of(document: Mapping[str, Any]) -> int:
+    return level_of(document.get("priority", 0), preempted="preempted" in document)
 
 
 def _end_of(document: Mapping[str, Any]) -> float:

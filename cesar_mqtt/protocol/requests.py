@@ -29,6 +29,7 @@ _TEMPERATURES = 10
 _CLIPS = 1000
 _BEAMS = 10
 _BATCH = 32
+MAX_PRIORITY = 9
 
 # A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
 # the URL find another host in it.
@@ -222,6 +223,12 @@ class JobRequest(Payload):
         default=False,
         description="Whether segments are published as soon as they are known.",
         json_schema_extra={MUST: "true or false"},
+    )
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY), BeforeValidator(_coerce_integral)] = Field(
+        default=0,
+        description="Jobs of a higher priority go first, equal ones in the order of acceptance. A running job of a "
+        "lower priority waits from the end of its window on, and then continues there. At most `queue.max_priority`.",
+        json_schema_extra={MUST: f"a whole number from 0 to {MAX_PRIORITY}"},
     )
     expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,

@@ -52,6 +52,9 @@ class Entry:
     has_generated_id: bool
     audio: str
     formats: tuple[str, ...]
+    priority: int = 0
+    preempted: bool = False
+    """Whether it waits as the first of its priority, since it was preempted."""
     state: JobState = JobState.QUEUED
     attempt: int = 0
     crashes: int = 0
@@ -60,6 +63,12 @@ class Entry:
     not_retryable: bool = False
     """Whether it failed with an error that a retry cannot fix."""
     windows: int = 0
+    rejected: bool = False
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """Where it stands in the queue."""
+        return -self.priority, not self.preempted, self.seq
 
 
 @dataclass
@@ -85,7 +94,8 @@ class Model:
 
     @property
     def queue(self) -> list[int]:
-        return sorted(entry.seq for entry in self.jobs.values() if entry.state is JobState.QUEUED)
+        queued = [entry for entry in self.jobs.values() if entry.state is JobState.QUEUED]
+        return [entry.seq for entry in sorted(queued, key=lambda entry: entry.order)]
 
     @property
     def processing(self) -> list[Entry]:
@@ -108,11 +118,18 @@ class Model:
         self.last_seq += 1
         audio = "none" if request.audio is None else request.audio.kind
         entry = Entry(
-            self.last_seq, request.fingerprint, request.packet_id, request.has_generated_id, audio, request.formats
+            self.last_seq,
+            request.fingerprint,
+            request.packet_id,
+            request.has_generated_id,
+            audio,
+            request.formats,
+            request.priority,
         )
         self.jobs[request.job_id] = entry
         self.take_packet_id(entry)
         if request.failure is not None:
+            entry.rejected = True
             self.end(entry, JobState.ERROR)
         return Admission.ACCEPTED, request.job_id
 
@@ -157,17 +174,22 @@ class Model:
             if self.name_of(seq) not in keep:
                 self.release(seq)
 
+    def ready(self, uptime: float) -> list[Entry]:
+        """Return the jobs that may be started, in order."""
+        by_seq = {entry.seq: entry for entry in self.jobs.values()}
+        return [by_seq[seq] for seq in self.queue if by_seq[seq].not_before <= uptime]
+
     def claim(self, uptime: float) -> tuple[int, int] | None:
-        ready = [entry for entry in self.jobs.values() if entry.seq in self.queue and entry.not_before <= uptime]
+        ready = self.ready(uptime)
         if self.paused or not ready:
             return None
-        entry = min(ready, key=lambda entry: entry.seq)
-        entry.state = JobState.PROCESSING
+        entry = ready[0]
+        entry.state, entry.preempted = JobState.PROCESSING, False
         entry.attempt += 1
         return entry.seq, entry.attempt
 
     def end(self, entry: Entry, state: JobState) -> None:
-        entry.state, entry.cancelling = state, False
+        entry.state, entry.cancelling, entry.preempted = state, False, False
         self.ended[state] += 1
         self.finished.append(next(name for name, one in self.jobs.items() if one is entry))
 
@@ -185,6 +207,11 @@ class Model:
             self.end(entry, JobState.CANCELLED)
         else:
             entry.state, entry.not_before = JobState.QUEUED, not_before
+
+    def preempt(self, entry: Entry) -> JobState:
+        self.requeue(entry, 0.0)
+        entry.preempted = entry.state is JobState.QUEUED
+        return entry.state
 
     def cancel(self, name: str) -> object:
         entry = self.jobs.get(name)
@@ -219,8 +246,11 @@ class Model:
         self.add_tombstone(name)
         return entry.seq, ["file"] if entry.audio == "spool" else []
 
-    def delete_finished(self, keep: int) -> int:
-        deleted = self.finished[: max(0, len(self.finished) - keep)]
+    def delete_finished(self, keep: int, keep_rejected: int) -> int:
+        ran, rejected = (
+            [name for name in self.finished if self.jobs[name].rejected is wanted] for wanted in (False, True)
+        )
+        deleted = ran[: max(0, len(ran) - keep)] + rejected[: max(0, len(rejected) - keep_rejected)]
         for name in deleted:
             self.add_tombstone(name)
         return len(deleted)
@@ -254,7 +284,9 @@ class Model:
                 self.end(entry, JobState.ERROR)
 
     def state_tuple(self) -> object:
-        jobs = {n: (e.seq, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()}
+        jobs = {
+            n: (e.seq, e.priority, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()
+        }
         final = (JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED)
         return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused, self.packet_ids
 
@@ -268,7 +300,7 @@ def state_of(ledger: Ledger) -> object:
         windows = ledger.windows(job.seq)
         assert windows == tuple(window(job.seq, number) for number in range(len(windows)))
         cancelling = ledger.is_cancelling(job.seq)
-        jobs[name] = (job.seq, job.state, job.attempt, job.crashes, cancelling, len(windows))
+        jobs[name] = (job.seq, job.priority, job.state, job.attempt, job.crashes, cancelling, len(windows))
     totals = ledger.totals()
     ended = [totals.completed_total, totals.error_total, totals.cancelled_total]
     packet_ids = ledger._index.deduplication._seq_by_packet_id
@@ -300,6 +332,7 @@ requests = st.builds(
     retained=st.sampled_from([False, False, True]),
     failure=st.none() | st.none() | st.none() | st.just("wrong"),
     formats=st.sampled_from([(), ("txt",), ("srt",), ("txt", "json"), ("srt", "json")]),
+    priority=st.sampled_from([0, 0, 0, 1, 9]),
 ).map(lambda request: request if request.failure is None else replace(request, audio=None))
 faults = st.sampled_from([*[None] * 12, 1, 2, 3, 4])
 chances = st.integers(0, 1 << 32).map(random.Random)
@@ -410,6 +443,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
         return real, lambda model: model.requeue(self.of(model, seq), self.uptime + delay_s)
 
+    def preempt_step(self, seq: int) -> Step:
+        return (lambda ledger: ledger.preempt(seq).state), (lambda model: model.preempt(self.of(model, seq)))
+
     def finish_cancelling_step(self, seq: int) -> Step:
         return (
             lambda ledger: ledger.finish_cancelling(seq),
@@ -470,10 +506,11 @@ class LedgerMachine(RuleBasedStateMachine):
         return (lambda ledger: ledger.pause(on=on)), (lambda model: setattr(model, "paused", on))
 
     @staticmethod
-    def delete_finished_step(keep: int) -> Step:
-        return (lambda ledger: ledger.delete_finished(before=0.0, keep=keep)[0]), (
-            lambda model: model.delete_finished(keep)
-        )
+    def delete_finished_step(keep: int, keep_rejected: int) -> Step:
+        def real(ledger: Ledger) -> object:
+            return ledger.delete_finished(before=0.0, keep=keep, keep_rejected=keep_rejected)[0]
+
+        return real, (lambda model: model.delete_finished(keep, keep_rejected))
 
     def any_step(self, data: st.DataObject) -> Step:
         name = data.draw(st.sampled_from(NAMES))
@@ -482,8 +519,8 @@ class LedgerMachine(RuleBasedStateMachine):
             steps += [self.complete_step(seq, more) for more in (0, 2)]
             steps += [self.fail_step(seq, code) for code in FAILURES]
             steps += [self.requeue_step(seq, 0.0), self.finish_cancelling_step(seq), self.window_step(seq)]
-            steps.append(self.identity_step(seq, "another"))
-        steps.append(self.delete_finished_step(data.draw(st.integers(0, 5))))
+            steps += [self.identity_step(seq, "another"), self.preempt_step(seq)]
+        steps.append(self.delete_finished_step(data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))))
         steps += [self.cancel_step(name), self.retry_step(name), self.delete_step(name)]
         steps.append(self.pause_step(on=not self.model.paused))
         return data.draw(st.sampled_from(steps))
@@ -504,7 +541,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # One rule for each action of the worker: a single rule for all of them is drawn too rarely to reach every state.
 
-    @rule(chance=chances, end=st.sampled_from(["complete", "fail", "requeue", "cancel", None]))
+    @rule(chance=chances, end=st.sampled_from(["complete", "fail", "requeue", "preempt", "cancel", None]))
     def run_a_job(self, chance: random.Random, end: str | None) -> None:
         """Claim a job, store some windows, and end it or leave it running."""
         self.do(self.claim_step())
@@ -517,6 +554,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "complete": lambda: self.complete_step(seq, chance.randint(0, 2)),
             "fail": lambda: self.fail_step(seq, chance.choice(list(FAILURES))),
             "requeue": lambda: self.requeue_step(seq, chance.choice((0.0, 5.0))),
+            "preempt": lambda: self.preempt_step(seq),
             "cancel": lambda: self.cancel_step(self.model.name_of(seq)),
         }
         if end is not None:
@@ -536,6 +574,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(chance=chances, delay_s=st.sampled_from([0.0, 5.0]), failures=faults)
     def requeue(self, chance: random.Random, delay_s: float, failures: int | None) -> None:
         self.do(self.requeue_step(chance.choice(self.model.processing).seq, delay_s), failures)
+
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, failures=faults)
+    def preempt(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.preempt_step(chance.choice(self.model.processing).seq), failures)
 
     @precondition(lambda self: self.model.processing)
     @rule(chance=chances, failures=faults)
@@ -568,9 +611,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, on: bool, failures: int | None) -> None:  # noqa: FBT001
         self.do(self.pause_step(on=on), failures)
 
-    @rule(keep=st.sampled_from([0, 0, 1, 3]), failures=faults)
-    def delete_finished(self, keep: int, failures: int | None) -> None:
-        self.do(self.delete_finished_step(keep), failures)
+    @rule(keep=st.sampled_from([0, 0, 1, 3]), keep_rejected=st.sampled_from([0, 1, 3]), failures=faults)
+    def delete_finished(self, keep: int, keep_rejected: int, failures: int | None) -> None:
+        self.do(self.delete_finished_step(keep, keep_rejected), failures)
 
     @rule()
     def time_passes(self) -> None:
@@ -788,8 +831,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for state in JobState:
             expected = [entry.seq for entry in by_seq if entry.state is state]
             assert [job.seq for job in self.ledger.jobs(states=[state])] == expected
-        ready = [entry.seq for entry in by_seq if entry.seq in self.model.queue and entry.not_before <= self.uptime]
-        assert [job.seq for job in self.ledger.upcoming(3)] == ready[:3]
+        ready = self.model.ready(self.uptime)
+        assert [job.seq for job in self.ledger.upcoming(3)] == [entry.seq for entry in ready[:3]]
+        assert self.ledger.preempted() == {entry.seq for entry in by_seq if entry.preempted}
+        assert self.ledger._index.queue.oldest() == min(self.model.queue, default=None)
+        highest = ready[0].priority if ready and not self.model.paused else 0
+        for entry in self.model.processing:
+            assert self.ledger.is_outranked(entry.seq) is (highest > entry.priority)
 
     def expected_results(self) -> dict[tuple[str, str], int]:
         return {

@@ -141,6 +141,7 @@ def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
             batch_size=1,
             formats=[],
             stream=False,
+            priority=0,
             metadata={},
         ),
         None,
@@ -164,12 +165,13 @@ def test_every_field_is_taken_over() -> None:
         "batch_size": 8,
         "formats": ["srt", "json"],
         "stream": True,
+        "priority": 3,
         "expires_in": 60.5,
         "metadata": {"room": "porch", "n": [1, 2.5, None, True]},
     }
     request = accepted(parse(as_json(**fields))).request
     assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
-    not_options = {"job_id", "audio_path", "model_size", "formats", "stream", "expires_in", "metadata"}
+    not_options = {"job_id", "audio_path", "model_size", "formats", "stream", "priority", "expires_in", "metadata"}
     assert request.options() == {name: value for name, value in fields.items() if name not in not_options}
 
 
@@ -346,6 +348,8 @@ def test_a_url_may_stand_on_the_one_line_in_any_case_and_with_blanks_around_it(l
         ("formats", []),
         ("formats", ["txt", "srt", "vtt", "tsv", "json"]),
         ("stream", True),
+        ("priority", 0),
+        ("priority", 9),
         ("vad_filter", True),
         ("metadata", {}),
         ("metadata", {"k": "x" * 4088}),  # 4,096 bytes with braces, quotes and colon
@@ -555,6 +559,10 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
             "formats must be a list such as [\"txt\"], of any of txt, srt, vtt, tsv, json, not 'SRT'.",
         ),
         ("stream", "on", "stream must be true or false, not 'on'."),
+        ("priority", -1, "priority must be a whole number from 0 to 9, not -1."),
+        ("priority", 10, "priority must be a whole number from 0 to 9, not 10."),
+        ("priority", True, "priority must be a whole number from 0 to 9, not true."),
+        ("priority", "high", "priority must be a whole number from 0 to 9, not 'high'."),
         ("vad_filter", 1, "vad_filter must be true or false, not 1."),
         ("vad_filter", "yes", "vad_filter must be true or false, not 'yes'."),
         ("metadata", [], "metadata must be a JSON object, not a list."),
@@ -1026,6 +1034,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "batch_size": 4,
         "formats": ["srt", "vtt"],
         "stream": True,
+        "priority": 9,
         "expires_in": 3.5,
         "metadata": {"a": 1},
     }
@@ -1275,6 +1284,7 @@ near_misses = st.fixed_dictionaries(
         "batch_size": st.integers(-1, 33) | json_values,
         "formats": st.lists(st.sampled_from([*FORMATS, "doc"]), max_size=6) | json_values,
         "stream": st.booleans() | json_values,
+        "priority": st.integers(-1, 10) | json_values,
         "metadata": st.dictionaries(st.text(max_size=10), json_values, max_size=3) | json_values,
         "langauge": json_values,
     },
