@@ -116,7 +116,12 @@ class Service:
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
         self._client.on_published = lambda ticket, reason: self._publisher.on_published(ticket, refused=bool(reason))
         self._client.on_refused = self._on_refused
-        self._transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
+        self._transcriber = Transcriber(
+            self._models,
+            settings.audio,
+            window_s=settings.transcriber.window,
+            short_encoder_input=settings.transcriber.short_encoder_input,
+        )
         self._prefetcher = Prefetcher(
             self._ledger,
             open_recording=self._open_recording,

@@ -22,6 +22,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+# PyAV imports these for the first file with subtitles, which a decoder could not: it can open no file.
+import av.subtitles.codeccontext
+import av.subtitles.stream  # noqa: F401
+
 from cesar_mqtt.audio.confinement import address_space_bytes, confine, end_with_parent, extend_cpu, prepare
 from cesar_mqtt.audio.decoder import AudioLimits, AudioReader, Samples, open_descriptor
 from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind, encode

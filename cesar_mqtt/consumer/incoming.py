@@ -22,6 +22,7 @@ from cesar_mqtt.protocol.parsing import (
 )
 from cesar_mqtt.protocol.requests import MAX_PRIORITY, JobRequest
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.redaction import redact_value
 
 
 class ModelNames(Protocol):
@@ -118,7 +119,7 @@ class MessageParser:
         if name is None or self._models.is_allowed(name):
             detail = request.unsupported_by(name or self._models.default_name())
         else:
-            detail = f"model_size: {self._models.explain_unknown(name)}."
+            detail = f"model_size: {self._models.explain_unknown(redact_value(name))}."
         if detail is None:
             return parsed
         return Refusal(

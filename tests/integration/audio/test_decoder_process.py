@@ -12,8 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -21,7 +24,7 @@ from cesar_mqtt.audio import decoder, decoder_process
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
 from cesar_mqtt.audio.decoder_process import RemoteReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from tests import broken_disk, pictures
+from tests import broken_disk, fuzz, pictures
 from tests.conftest import report_missing
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -142,6 +145,25 @@ def _nothing_is_left_behind() -> Iterator[None]:
 def test_it_yields_what_the_decoder_yields_of_any_codec(name: str, codec: str, tmp_path: Path) -> None:
     rate = {"libopencore_amrnb": 8000, "ac3": 32_000}.get(codec, 16_000)
     compare_with_the_decoder(pictures.encode(tmp_path / name, codec, TONE, rate=rate))
+
+
+def test_it_opens_a_film_with_subtitles(tmp_path: Path) -> None:
+    path = tmp_path / "film.mkv"
+    with av.open(path, "w") as file:
+        picture = file.add_stream("mpeg4", rate=5)
+        picture.width = picture.height = 32
+        sound = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        titles = file.add_mux_stream("subrip")
+        titles.time_base = Fraction(1, 1000)
+        title: av.Packet[Any] = av.Packet(b"Hello")
+        title.stream, title.pts, title.dts, title.duration, title.time_base = titles, 0, 0, 500, titles.time_base
+        frame = av.AudioFrame.from_ndarray(TONE[np.newaxis], "s16", "mono")
+        frame.sample_rate = SAMPLE_RATE
+        black = av.VideoFrame(32, 32, "yuv420p")
+        file.mux([*picture.encode(black), *picture.encode(None), title, *sound.encode(frame), *sound.encode(None)])
+    with av.open(path) as file:
+        assert {stream.type for stream in file.streams} == {"video", "audio", "subtitle"}
+    compare_with_the_decoder(path)
 
 
 def test_it_yields_what_the_decoder_yields_in_several_blocks() -> None:
@@ -282,7 +304,23 @@ def test_a_memory_bomb_costs_neither_memory_nor_the_recording(name: str, tmp_pat
     assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 
 
+def test_damaged_recordings_of_every_container_end_as_samples_or_as_errors_of_theirs(tmp_path: Path) -> None:
+    bad: list[str] = []
+    ended = fuzz.decode_damaged(tmp_path, 150, 3, lambda path, outcome: bad.append(f"{path.name}: {outcome}"))
+    assert bad == []
+    assert ended["decoded"] > 20
+
+
 # --- the template, the consumer, and a stop
+
+
+def test_a_template_that_does_not_start_blames_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_process.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        failure = failure_of(SPEECH)
+    assert failure.code is ErrorCode.INTERNAL
+    assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 
 
 def test_a_template_that_has_ended_is_started_again() -> None:
