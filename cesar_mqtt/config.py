@@ -135,6 +135,8 @@ class TranscriberSettings(Section):
 
     window: float = Field(default=600.0, ge=30.0, le=3600.0)
     """The longest window, in seconds of audio: what is held in memory, and what a crash can cost."""
+    short_encoder_input: bool = True
+    """Whether audio shorter than 30 s is encoded at its own length, with models that allow it; False: always 30 s."""
 
 
 class WorkerSettings(Section):

@@ -16,8 +16,9 @@ from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
+from cesar_mqtt.whisper.decoding import Language
+from cesar_mqtt.whisper.features import LARGE_SAMPLES
 from cesar_mqtt.whisper.hardware import release_memory
-from cesar_mqtt.whisper.interruptible import LARGE_SAMPLES
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.pipeline import Pipeline
 
@@ -30,10 +31,13 @@ _MIN_LOGPROB = -100.0
 class Transcriber:
     """Turns recordings into transcripts, one at a time. Only `open` may be called from any thread."""
 
-    def __init__(self, models: ModelStore, audio: AudioSettings, *, window_s: float = 600.0) -> None:
+    def __init__(
+        self, models: ModelStore, audio: AudioSettings, *, window_s: float = 600.0, short_encoder_input: bool = True
+    ) -> None:
         self._models = models
         self._limits = limits_of(audio)
         self._window_s = window_s
+        self._short_encoder_input = short_encoder_input
 
     def warm_up(self, model_size: str) -> None:
         """Load a model ahead of the first job that needs it.
@@ -112,7 +116,13 @@ class Transcriber:
 
     def _make_pipeline(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
         model = self._models.load(options.model_size, should_stop=should_stop)
-        pipeline = Pipeline(model, options, device=self._models.device, should_stop=should_stop)
+        pipeline = Pipeline(
+            model,
+            options,
+            device=self._models.device,
+            should_stop=should_stop,
+            short_encoder_input=self._short_encoder_input,
+        )
         _check_cancelled(should_stop)
         return pipeline
 
@@ -121,8 +131,8 @@ class Transcriber:
     ) -> Generator[tuple[Segment, str], None, None]:
         """Yield each segment with the model's own text, whose leading blank joins it to the one before."""
         with self._model_errors(model_size):
-            raw_segments, info = pipeline.transcribe(chunk.samples, draft.language)
-        draft.set_detected_language(info)
+            raw_segments, language = pipeline.transcribe(chunk.samples, chunk.speech, draft.language)
+        draft.set_detected_language(language)
         if len(chunk.samples) > LARGE_SAMPLES:  # VAD and features leave up to 300 MB fragmented, more with each chunk
             release_memory()
         length_s = chunk.end_s - chunk.start_s
@@ -191,10 +201,10 @@ class _Draft:
             self._reported = progress
             self._on_progress(progress)
 
-    def set_detected_language(self, info: Any) -> None:
+    def set_detected_language(self, language: Language | None) -> None:
         """Keep the language that was detected in a chunk; it counts once the chunk has a segment."""
-        if info is not None:
-            self._detected = info.language, _finite(info.language_probability, otherwise=0.0)
+        if language is not None:
+            self._detected = language.code, _finite(language.probability, otherwise=0.0)
 
     def add(self, segment: Segment, raw_text: str) -> None:
         if self._probability is None and self._detected is not None:
