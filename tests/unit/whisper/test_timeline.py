@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,7 +40,7 @@ def test_groups_have_all_ranges_in_order_and_keep_the_limits(parts: list[tuple[i
     assert [one for group in groups for one in group] == ranges
     for group in groups:
         assert len(group) == 1 or sum(end - start for start, end in group) <= most
-        assert all(after[0] - before[1] <= gap for before, after in zip(group, group[1:], strict=False))
+        assert all(after[0] - before[1] <= gap for before, after in pairwise(group))
 
 
 def test_samples_of_the_ranges_follow_each_other() -> None:
