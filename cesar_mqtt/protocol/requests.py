@@ -16,6 +16,7 @@ from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
+from cesar_mqtt.redaction import redact_value
 from cesar_mqtt.transcript import TranscriptionOptions, cut_hotwords, cut_prompt
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
@@ -75,7 +76,7 @@ def _plain_path(text: str) -> str:
         return text
     host = url["host"]
     if host and host.lower() != "localhost":
-        raise ValueError(f"names a file of the host {host!r}: write 'file:///' before an absolute path")
+        raise ValueError(f"names a file of the host {redact_value(host)!r}: write 'file:///' before an absolute path")
     try:
         path = unquote(url["path"], errors="strict")
     except UnicodeDecodeError as exc:
