@@ -165,8 +165,10 @@ class ChunkDecoder:
 
     def _decode_next(self, group: Sequence[_Speech]) -> None:
         """Decode the next piece of each range, and add its segments."""
-        frames = max(self._decoder.frames_for(speech.next_features) for speech in group)
-        # One by one also for a batch: encoding all at once takes a CPU half as long again.
+        frames = max(
+            self._decoder.frames_for(speech.next_features) if speech.first is None else speech.first.frames
+            for speech in group
+        )
         pieces = [
             speech.first
             if speech.first is not None and speech.first.frames == frames
@@ -198,7 +200,7 @@ class ChunkDecoder:
             one for one in segments if one["text"].strip() and one["start"] < min(one["end"], speech.timeline.length_s)
         ]
         reached = [speech.timeline.ranges_of(one["start"], one["end"]) for one in segments]
-        words = [one.get("words") for one in segments]
+        words: Sequence[Sequence[Mapping[str, Any]] | None] = [one.get("words") for one in segments]
         if not self._decoder.has_words and any(len(numbers) > 1 for numbers in reached):
             words = self._decoder.align(result, segments)
         for segment, numbers, spoken in zip(segments, reached, words, strict=True):
@@ -215,9 +217,12 @@ class ChunkDecoder:
         votes: dict[str, list[float]] = {}
         for start in range(0, min(features.shape[1], _DETECTION_PIECES * FULL_FRAMES), FULL_FRAMES):
             piece = self._decoder.encode(features[:, start : start + FULL_FRAMES])
+            language = self._decoder.detect_language(piece)
+            if language.probability <= CERTAIN_ABOVE and piece.frames < FULL_FRAMES:
+                piece = self._decoder.encode(piece.features, frames=FULL_FRAMES)
+                language = self._decoder.detect_language(piece)
             if start == 0 and piece.features.shape == first.next_features.shape:
                 first.first = piece
-            language = self._decoder.detect_language(piece)
             if language.probability > CERTAIN_ABOVE:
                 return language
             votes.setdefault(language.code, []).append(language.probability)

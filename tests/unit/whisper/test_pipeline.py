@@ -361,8 +361,16 @@ def test_the_language_is_detected_once_and_its_encoding_is_used_again() -> None:
     assert model.asked[0]["prompts"] == [["<es>", "<transcribe>"]]
 
 
+def test_a_language_that_is_uncertain_is_detected_again_at_full_length() -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)), multilingual=True, languages=[("fr", 0.4), ("es", 0.8)])
+    segments, language = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
+    assert list(segments)
+    assert language == ("es", 0.8)
+    assert (model.encoded, model.asked[0]["frames"]) == ([700, 3000], 3000)
+
+
 def test_uncertain_pieces_vote_for_the_language() -> None:
-    languages = [("es", 0.3), ("en", 0.4), ("es", 0.4), ("en", 0.2)]
+    languages = [("es", 0.3), ("en", 0.4), ("es", 0.4), ("en", 0.2)]  # the fifth piece is not asked
     model = FakeWhisper(multilingual=True, languages=languages)
     _, language = pipeline(model).transcribe(sound(125), [(0, 125 * SAMPLE_RATE)], None)
     assert language == ("es", 0.4)
