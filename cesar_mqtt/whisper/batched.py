@@ -1,7 +1,8 @@
 """Decoding of many pieces of a chunk at once, without the losses of faster-whisper's batched pipeline.
 
 That pipeline cuts at every pause of 0.16 s, requires the VAD, and transcribes each piece only as far as the model gets
-in one pass: ten minutes of plain sentences lost one word in forty. Only the worker thread may call it.
+in one pass: ten minutes of plain sentences lost one word in forty. Any thread that may use the model
+may call it.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """A view of a Whisper model that can be cancelled between any two steps, and needs little memory for its features.
 
 faster-whisper can only be cancelled between two segments, and minutes of music may lie between them, or the same half
-minute decoded at six temperatures. Only the thread that may use the model may use its view.
+minute decoded at six temperatures. The threads that may use the model may use its view, several at once.
 """
 
 import copy

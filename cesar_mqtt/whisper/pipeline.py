@@ -1,6 +1,6 @@
 """The faster-whisper call of one job: which pipeline, with which options, and the limits on prompts.
 
-The options suit audio that is transcribed unattended. Only the worker thread may call it.
+The options suit audio that is transcribed unattended.
 """
 
 import re
@@ -25,9 +25,10 @@ _MAX_BATCH_SIZE = {"cpu": 8}
 
 
 class Pipeline:
-    """Transcribes the chunks of one job.
+    """Transcribes the chunks of one job; several threads may transcribe one each at once.
 
     Attributes:
+        detects_language: whether the model knows several languages and the job names none.
         warnings: `initial_prompt_truncated`, `hotwords_truncated`.
     """
 
@@ -50,6 +51,7 @@ class Pipeline:
         hotwords, hotwords_cut = _cut_to_tokens(model, options.hotwords, kept=slice(_MAX_TOKENS))
         found = {"initial_prompt_truncated": prompt_cut, "hotwords_truncated": hotwords_cut}
         self.warnings = tuple(name for name, is_so in found.items() if is_so)
+        self.detects_language: bool = options.language is None and model.model.is_multilingual
         self._model = interruptible(model, should_stop)
         self._vad_filter = options.vad_filter
         self._batched = options.batch_size > 1
