@@ -29,6 +29,7 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.messages import Subscription
+from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def _intake(port: int, folder: Path) -> tuple[MqttClient, Ledger, Publisher, Int
         topics=topics,
         models=_Models(),
         commands=cast("CommandHandlers", _NoCommands()),
+        response_topics=ResponseTopics(topics, discovery_prefix="homeassistant"),
         max_payload_bytes=1 << 20,
         events=JobEvents(publisher),
         publisher=publisher,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,6 +28,15 @@ _PUBLIC_URL = re.compile(
     r"(?P<address>([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w./-]*)?)",
     re.IGNORECASE | re.ASCII,
 )
+
+
+TopicFilter = Annotated[
+    str,
+    Field(
+        pattern=r"^((\+|[^+#\x00/]*)/)*(\+|#|[^+#\x00/]+)$",
+        description="an MQTT topic filter such as `answers/#`",
+    ),
+]
 
 
 class Section(BaseModel):
@@ -157,6 +166,14 @@ class RetentionSettings(Section):
     """The most finished jobs kept; the oldest are deleted first."""
 
 
+class SecuritySettings(Section):
+    """What a request may have the consumer do with its rights at the broker."""
+
+    response_topics: tuple[TopicFilter, ...] | None = None
+    """Topic filters: a Response Topic that matches none gets no response, nor does one below the discovery prefix, one
+    that begins with `$`, or one of the consumer's own topics. None: `response/#` and `replies/#` below the prefix."""
+
+
 class LogSettings(Section):
     """Format and level of the log."""
 
@@ -205,6 +222,7 @@ class Settings(Section):
     worker: WorkerSettings = WorkerSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
+    security: SecuritySettings = SecuritySettings()
     log: LogSettings = LogSettings()
     homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     metrics: MetricsSettings = MetricsSettings()

@@ -34,6 +34,7 @@ from cesar_mqtt.mqtt.broker_url import BrokerUrl, parse_broker_url
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
+from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
@@ -153,6 +154,11 @@ class Service:
                 progress_of=self._publisher.progress_of,
                 health=self._health.fields,
                 grouped=settings.consumer.group is not None,
+            ),
+            response_topics=ResponseTopics(
+                self._topics,
+                allowed=settings.security.response_topics,
+                discovery_prefix=settings.homeassistant.prefix,
             ),
             max_payload_bytes=settings.queue.max_payload_bytes,
             events=self._events,

@@ -25,6 +25,7 @@ from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Answer, Rejection
+from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.protocol.truncate import excerpt, shorten
 from cesar_mqtt.threads import Backoff, StoppableThread
@@ -76,6 +77,7 @@ class Intake(StoppableThread):
         topics: Topics,
         models: ModelNames,
         commands: "CommandHandlers",
+        response_topics: ResponseTopics,
         max_payload_bytes: int,
         events: JobEvents,
         publisher: "Publisher",
@@ -90,6 +92,7 @@ class Intake(StoppableThread):
             topics: tells submissions from commands.
             models: the models that a request may name.
             commands: executes commands.
+            response_topics: where responses may be published.
             max_payload_bytes: a larger message is rejected.
             events: receives rejections, and whether the disk refuses.
             publisher: publishes the responses.
@@ -102,6 +105,7 @@ class Intake(StoppableThread):
         self._topics = topics
         self._parser = MessageParser(topics, models, max_payload_bytes=max_payload_bytes)
         self._commands = commands
+        self._response_topics = response_topics
         self._events = events
         self._publisher = publisher
         self._on_birth = on_birth
@@ -156,13 +160,13 @@ class Intake(StoppableThread):
                 self._reject(delivery, response.rejection)
 
     def _respond(self, delivery: Delivery, payload: bytes) -> None:
-        """Publish on the response topic that the message names, unless a consumer would take the response for input."""
+        """Publish on the Response Topic that the message names, if that is allowed."""
         topic = delivery.response_topic
         if topic is None:
             return
-        if self._topics.is_own(topic):
-            message = "No response on %s: a response topic must not be among the consumer's own"
-            log.warning(message, shorten(topic), action="not_answered")
+        problem = self._response_topics.problem(topic)
+        if problem is not None:
+            log.warning("No response on %s: %s", shorten(topic), problem, action="not_answered")
             return
         self._publisher.publish_response(topic, payload, correlation_data=delivery.correlation_data)
 

@@ -148,7 +148,7 @@ def _operations() -> Document:
         operations[CHANNELS[name].operation]["reply"] = {
             "address": {
                 "location": "$message.header#/responseTopic",
-                "description": "The Response Topic of MQTT 5; without one there is no answer.",
+                "description": "The Response Topic of MQTT 5; without one that is allowed there is no answer.",
             },
             "channel": {"$ref": "#/channels/answers"},
             "messages": _references("answers", ("accepted", "rejection")),

@@ -139,7 +139,8 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "publishResponse",
         "Responses",
-        "One for each command, and the same on its Response Topic; a failure for an unknown command.",
+        "One for each command, and the same on its Response Topic if that is allowed; a failure for an unknown "
+        "command.",
         (*_RESPONSES, "failure"),
     ),
     "statuses": Channel(
@@ -190,7 +191,8 @@ CHANNELS: Mapping[str, Channel] = {
         "send",
         "answer",
         "Answers",
-        "The Response Topic of an MQTT 5 request: none of the consumer's own topics, except those below `response`.",
+        "The Response Topic of an MQTT 5 request, if it matches `security.response_topics` (by default below "
+        "`replies`, or below `response` and no command's). To any other topic the consumer publishes nothing.",
         ("accepted", "rejection", *_RESPONSES, "failure"),
     ),
 }

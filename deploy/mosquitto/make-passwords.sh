@@ -2,6 +2,7 @@
 # Makes a random password for each user of the access list: hashed in FOLDER/passwords for mosquitto, and in plain text in
 # FOLDER/USER.password for that user. Existing passwords are kept.
 #   make-passwords.sh FOLDER [USER...]        (cesar producer homeassistant)
+# The access list also has the users web, inbox and wyoming, for those who run these.
 set -eu
 
 if [ $# -lt 1 ]; then

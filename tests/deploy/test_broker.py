@@ -105,8 +105,58 @@ def test_home_assistant_may_ask_for_anything_but_speaks_for_no_consumer(broker: 
         assert client.pub(allowed, "").stderr == ""
 
 
-def test_the_consumer_may_not_publish_outside_of_its_own_topics(broker: DeployedMosquitto) -> None:
-    assert "Not authorized" in as_user(broker, "cesar").pub("zigbee2mqtt/lock/set", "{}").stderr
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "zigbee2mqtt/lock/set",
+        "homeassistant/tag/evil/config",
+        "homeassistant/device/lock/config",
+        "homeassistant/status",
+        "cesar/jobs",
+        "cesar/request/delete",
+        "cesar/consumer/kitchen/state",
+        "cesar/consumer/cesar/pause/set",
+    ],
+)
+def test_the_consumer_may_not_publish_outside_of_its_own_topics(broker: DeployedMosquitto, topic: str) -> None:
+    assert "Not authorized" in as_user(broker, "cesar").pub(topic, "{}").stderr
+
+
+@pytest.mark.parametrize("acl", ["shipped", "everything"])
+def test_a_producer_publishes_nothing_through_the_consumers_rights(
+    broker: DeployedMosquitto, serve: Serve, acl: str
+) -> None:
+    """A rejection that the consumer published below the discovery prefix registered a tag scanner in Home Assistant."""
+    if acl == "everything":
+        rules = broker.folder / "config" / "acl"
+        rules.write_text(rules.read_text().replace("user cesar\n", "user cesar\ntopic readwrite #\n"))
+        broker.restart()
+    consumer = serve(*flags_of(broker, "cesar"), environ=password_of(broker, "cesar"))
+    producer = as_user(broker, "producer")
+    forbidden = ("homeassistant/tag/evil/config", "zigbee2mqtt/lock/set", "cesar/status/other", "cesar/response/health")
+    for topic in forbidden:
+        assert producer.pub("cesar/audio/no!id", "x", "-D", "publish", "response-topic", topic).stderr == ""
+    producer.pub("cesar/audio/no!id", "x", "-D", "publish", "response-topic", "cesar/replies/producer/1")
+
+    assert broker.wait_logged("'cesar/replies/producer/1'"), "it was the last one"
+    assert not [line for line in broker.log if any(f"'{topic}'" in line for topic in forbidden)]
+    assert all(f"No response on {topic}: " in consumer.logged() for topic in forbidden)
+
+
+@pytest.mark.parametrize(
+    ("user", "commands"), [("web", True), ("inbox", False), ("wyoming", False)], ids=["web", "inbox", "wyoming"]
+)
+def test_each_front_door_has_a_user_of_its_own(broker: DeployedMosquitto, user: str, *, commands: bool) -> None:
+    script("make-passwords.sh", str(broker.folder / "config"), user)
+    broker.restart()
+    client = as_user(broker, user)
+    as_user(broker, "cesar").pub("cesar/status/a", "{}", "-r")
+
+    assert client.pub("cesar/audio/a", "x").stderr == ""
+    assert ("Not authorized" in client.pub("cesar/request/delete", "a").stderr) is not commands
+    for topic in ("cesar/status/a", "cesar/consumer/cesar/state", "cesar/replies/a", "homeassistant/tag/evil/config"):
+        assert "Not authorized" in client.pub(topic, "{}").stderr
+    assert client.sub("cesar/status/#", "-C", "1", "-W", "10").stdout == "{}\n"
 
 
 def test_a_wrong_password_is_refused_and_the_consumer_says_what_to_check(

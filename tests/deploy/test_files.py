@@ -139,9 +139,10 @@ def test_what_compose_tells_the_consumer_are_settings() -> None:
     assert settings.broker.url == "mqtts://cesar@mosquitto:8883"
 
 
-def test_the_acl_knows_the_users_that_get_passwords() -> None:
+def test_the_acl_knows_the_users_that_get_passwords_and_the_front_doors() -> None:
     lines = (DEPLOY / "mosquitto" / "acl").read_text().splitlines()
-    assert tuple(line.removeprefix("user ") for line in lines if line.startswith("user ")) == USERS
+    users = tuple(line.removeprefix("user ") for line in lines if line.startswith("user "))
+    assert users == (*USERS, "web", "inbox", "wyoming")
 
 
 # -- Home Assistant ----------------------------------------------------------------------------------------------------

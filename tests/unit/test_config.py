@@ -137,6 +137,17 @@ def test_a_list_of_names_in_a_variable(load: Load, text: str) -> None:
     assert load(environ={"CESAR_MODELS__ALLOWED": text}).models.allowed == ("tiny.en", "base")
 
 
+@pytest.mark.parametrize("topic_filter", ["answers/#", "+/answers/+", "#", "/a", "a/+/b", "a//b"])
+def test_topic_filters(load: Load, topic_filter: str) -> None:
+    assert load(environ={"CESAR_SECURITY__RESPONSE_TOPICS": topic_filter}).security.response_topics == (topic_filter,)
+
+
+@pytest.mark.parametrize("topic_filter", ["", "a#", "#/a", "a+/b", "a/b+", "a/##"])
+def test_what_is_no_topic_filter_is_refused(load: Load, topic_filter: str) -> None:
+    message = refusal(load, toml=f"[security]\nresponse_topics = ['a', '{topic_filter}']\n")
+    assert message.startswith("security.response_topics in cesar.toml is")
+
+
 def test_numbers_and_booleans_in_variables(load: Load) -> None:
     environ = {"CESAR_MODELS__DOWNLOAD": "false", "CESAR_WORKER__DRAIN_TIMEOUT": "1.5", "CESAR_QUEUE__MAX_QUEUED": "5"}
     settings = load(environ=environ)

@@ -29,6 +29,7 @@ from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Rejection, status_of
+from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from tests import factories
 
@@ -40,6 +41,8 @@ DEADLINE_S = 10.0
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 MAX_PAYLOAD_BYTES = 4096
 MAX_QUEUED = 20
+TOPICS = Topics("cesar", "kitchen")
+RESPONSE_TOPICS = ResponseTopics(TOPICS, discovery_prefix="homeassistant")
 
 
 class FakeSource:
@@ -172,9 +175,10 @@ class Bench:
             self.source,
             self.ledger,
             spool=self.spool,
-            topics=Topics("cesar", "kitchen"),
+            topics=TOPICS,
             models=self.models,
             commands=cast("CommandHandlers", self.commands),
+            response_topics=RESPONSE_TOPICS,
             max_payload_bytes=MAX_PAYLOAD_BYTES,
             events=JobEvents(self.publisher),
             publisher=cast("Publisher", self.publisher),
@@ -1024,24 +1028,33 @@ def test_a_command_sees_the_jobs_before_it_and_none_behind_it(bench: Bench) -> N
 
 
 def test_a_command_to_another_consumer_is_acknowledged_without_a_response(bench: Bench) -> None:
-    assert bench.take(command("cancel", b"elsewhere", response_topic="my/answers"), command("list")) == []
+    assert bench.take(command("cancel", b"elsewhere", response_topic="cesar/replies/me"), command("list")) == []
     assert bench.publisher.responses == [("cesar/response/list", b"list: ", None)]
     assert len(bench.source.acknowledged) == 2
 
 
 def test_a_command_with_a_response_topic_gets_its_response_there_as_well(bench: Bench) -> None:
-    bench.take(command("health", response_topic="my/answers", correlation_data=b"7"))
+    bench.take(command("health", response_topic="cesar/replies/me", correlation_data=b"7"))
     assert bench.publisher.responses == [
         ("cesar/response/health", b"health: ", None),
-        ("my/answers", b"health: ", b"7"),
+        ("cesar/replies/me", b"health: ", b"7"),
     ]
 
 
-@pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/audio/a", "cesar/status/a", "cesar/request/delete"])
-def test_no_response_is_published_on_a_topic_that_a_consumer_reads(bench: Bench, topic: str) -> None:
-    bench.take(command("health", response_topic=topic), request(job_id="a", audio_path="b.wav"))
-    bench.take(message(b'{"audio_path": "a.wav"}', response_topic=topic))
+@pytest.mark.parametrize("topic", ["cesar/status/a", "homeassistant/tag/evil/config", "my/answers"])
+def test_no_response_is_published_on_a_topic_that_is_not_allowed_and_the_log_says_why(
+    bench: Bench, caplog: pytest.LogCaptureFixture, topic: str
+) -> None:
+    bench.take(
+        command("health", response_topic=topic),
+        message(b'{"audio_path": "a.wav"}', response_topic=topic),
+        message(b"x", "cesar/audio/no!id", response_topic=topic),
+    )
     assert [topic for topic, _, _ in bench.publisher.responses] == ["cesar/response/health"]
+    problem = RESPONSE_TOPICS.problem(topic)
+    assert [record.getMessage() for record in caplog.records if record.__dict__.get("action") == "not_answered"] == [
+        f"No response on {topic}: {problem}"
+    ] * 3
 
 
 def test_a_client_may_use_a_topic_among_the_response_topics(bench: Bench) -> None:
@@ -1064,16 +1077,22 @@ def test_a_command_that_the_handlers_reject_is_reported_as_well(bench: Bench) ->
 def test_a_submission_with_a_response_topic_gets_queued_as_its_response(bench: Bench) -> None:
     bench.take(
         message(
-            b'{"job_id": "a", "audio_path": "porch.wav"}', response_topic="my/answers", correlation_data=b"\x00\xff"
+            b'{"job_id": "a", "audio_path": "porch.wav"}',
+            response_topic="cesar/replies/me",
+            correlation_data=b"\x00\xff",
         )
     )
     ((topic, payload, correlation),) = bench.publisher.responses
-    assert (topic, json.loads(payload), correlation) == ("my/answers", {"job_id": "a", "status": "queued"}, b"\x00\xff")
+    assert (topic, json.loads(payload), correlation) == (
+        "cesar/replies/me",
+        {"job_id": "a", "status": "queued"},
+        b"\x00\xff",
+    )
     assert bench.trace.index("ledger synced") < bench.trace.index("answered"), "it is the promise"
 
 
 def test_the_response_has_the_generated_id_and_a_redelivery_the_same(bench: Bench) -> None:
-    first = message(b"porch.wav", response_topic="my/answers")
+    first = message(b"porch.wav", response_topic="cesar/replies/me")
     bench.take(first)
     bench.take(replace(first, dup=True))
     ids = [json.loads(payload)["job_id"] for _, payload, _ in bench.publisher.responses]
@@ -1085,13 +1104,13 @@ def test_the_response_has_the_generated_id_and_a_redelivery_the_same(bench: Benc
 def test_the_response_has_the_present_status_of_a_known_job(bench: Bench) -> None:
     bench.take(request(job_id="a"))
     bench.ledger.cancel("a")
-    bench.take(replace(request(job_id="a"), response_topic="my/answers"))
+    bench.take(replace(request(job_id="a"), response_topic="cesar/replies/me"))
     ((_, payload, _),) = bench.publisher.responses
     assert json.loads(payload) == {"job_id": "a", "status": "cancelled"}
 
 
 def test_the_response_to_a_rejected_submission_is_the_rejection(bench: Bench) -> None:
-    bench.take(message(b"{", response_topic="my/answers", correlation_data=b"1"))
+    bench.take(message(b"{", response_topic="cesar/replies/me", correlation_data=b"1"))
     ((topic, payload, correlation),) = bench.publisher.responses
-    assert (topic, correlation) == ("my/answers", b"1")
+    assert (topic, correlation) == ("cesar/replies/me", b"1")
     assert json.loads(payload) == bench.publisher.rejections[0].model_dump()
