@@ -19,6 +19,7 @@ from cesar_mqtt.protocol.fields import (
     AudioName,
     ComputeType,
     Consumer,
+    CpuThreads,
     CreatedAt,
     DefaultModel,
     Device,
@@ -34,6 +35,7 @@ from cesar_mqtt.protocol.fields import (
     QueuePosition,
     ResultFormat,
     UpdatedAt,
+    Workers,
     one_of,
 )
 from cesar_mqtt.protocol.payloads import Status
@@ -225,7 +227,8 @@ class Models(Payload):
     loaded: str | None = Field(description="The model in memory; null: none.")
     device: Device
     compute_type: ComputeType
-    cpu_threads: int = Field(description="How many threads the models use.")
+    cpu_threads: CpuThreads
+    workers: Workers
     models: list[Model] = Field(description="Those that are on this machine, and the default.")
     consumer: Consumer
 

@@ -37,7 +37,8 @@ class StoreDescription:
         loaded: the model in memory; None: none.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 calls it.
-        cpu_threads: how many threads a model may use on the CPU.
+        cpu_threads: how many threads a model uses on the CPU, all workers together.
+        workers: how many windows of a long recording are transcribed at once.
         models: each allowed model, once.
     """
 
@@ -47,6 +48,7 @@ class StoreDescription:
     device: str
     compute_type: str
     cpu_threads: int
+    workers: int
     models: tuple[ModelEntry, ...]
 
 
@@ -59,7 +61,8 @@ class ModelStore:
         catalogue: the models and where they are.
         device: `cpu` or `cuda`.
         compute_type: the precision of the computation, as CTranslate2 calls it.
-        cpu_threads: how many threads a model may use on the CPU.
+        cpu_threads: how many threads a model uses on the CPU, all workers together.
+        workers: how many threads may use a model at once.
         on_loaded: called with the name of a model that was loaded and the seconds that it took, a download included.
         on_unloaded: called when the model in memory was dropped. Both run in the worker thread.
     """
@@ -78,7 +81,10 @@ class ModelStore:
             ConfigError: a setting names something that this machine does not have; the message names the setting.
         """
         self.device, self.compute_type = _choose_device(settings)
-        self.cpu_threads = settings.cpu_threads or usable_cores()
+        cores = settings.cpu_threads or usable_cores()
+        self.workers = settings.workers or _choose_workers(self.device, cores)
+        self._threads_each = max(1, cores // self.workers)
+        self.cpu_threads = self.workers * self._threads_each
         self.catalogue = Catalogue(settings, folder=folder)
         self._idle_s = settings.idle_timeout
         self._clock = clock
@@ -110,6 +116,7 @@ class ModelStore:
             device=self.device,
             compute_type=self.compute_type,
             cpu_threads=self.cpu_threads,
+            workers=self.workers,
             models=self.catalogue.entries(),
         )
 
@@ -117,7 +124,7 @@ class ModelStore:
         """Return a warmed-up model: the one in memory, or another that is loaded in its place.
 
         One that is not on this machine is downloaded first, if that is allowed. Only for the worker thread; the model
-        belongs to that thread until the next call.
+        belongs to that thread, and to the `workers` threads that it starts, until the next call.
 
         Args:
             name: as a job gives it.
@@ -173,7 +180,11 @@ class ModelStore:
         try:
             model_files.check(path)
             model = WhisperModel(
-                str(path), device=self.device, compute_type=self.compute_type, cpu_threads=self.cpu_threads
+                str(path),
+                device=self.device,
+                compute_type=self.compute_type,
+                num_workers=self.workers,
+                cpu_threads=self._threads_each,
             )
             _warm_up(model)
         except Exception as exc:
@@ -210,6 +221,10 @@ def _choose_device(settings: ModelSettings) -> tuple[str, str]:
             f"{', '.join(sorted(supported))}: choose one of these, or 'auto'."
         )
     return device, settings.compute_type
+
+
+def _choose_workers(device: str, cores: int) -> int:
+    return 1 if device == "cuda" else cores
 
 
 def _warm_up(model: WhisperModel) -> None:

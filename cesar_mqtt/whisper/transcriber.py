@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from cesar_mqtt.audio.decoder import AudioLimits
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits
 from cesar_mqtt.audio.windows import Chunk, Recording
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
@@ -122,7 +122,7 @@ class Transcriber:
                     on_window(window)
                     if should_yield():
                         work.finish()
-        except _ModelFailed as exc:
+        except _ModelError as exc:
             _end(work, stop)  # before the model is unloaded
             raise self._model_failure(options.model_size, exc.error) from exc.error
         finally:
@@ -172,7 +172,7 @@ class _StopFlag:
             self._is_set = True
 
 
-class _ModelFailed(Exception):
+class _ModelError(Exception):
     """An error inside the model, on its way from the thread that it happened in."""
 
     def __init__(self, error: Exception) -> None:
@@ -193,7 +193,7 @@ def _raw_segments(
 
     Raises:
         Cancelled: `should_stop` returned True.
-        _ModelFailed: an error inside the model.
+        _ModelError: an error inside the model.
     """
     if not chunk.speech:
         return
@@ -208,7 +208,7 @@ def _raw_segments(
                     yield raw, info
                 _check_cancelled(should_stop)
     except (MemoryError, RuntimeError, ValueError) as exc:
-        raise _ModelFailed(exc) from exc
+        raise _ModelError(exc) from exc
 
 
 class _Draft:
@@ -298,13 +298,13 @@ class _Draft:
 
 
 def _segment(raw: Any, chunk: Chunk, *, after: Segment | None) -> Segment:
-    start_s = _in_file(raw.start, chunk, otherwise=chunk.start_s)
+    start_s, end_s = _in_speech(raw, chunk)
     if after is not None:  # batched, a time may lie outside of the piece that it belongs to
         start_s = max(start_s, after.start_s)
     return Segment(
         id=1 if after is None else after.id + 1,
         start_s=start_s,
-        end_s=max(start_s, _in_file(raw.end, chunk, otherwise=start_s)),
+        end_s=max(start_s, end_s),
         text=raw.text.strip(),
         avg_logprob=_finite(raw.avg_logprob, otherwise=_MIN_LOGPROB),
         no_speech_prob=_finite(raw.no_speech_prob, otherwise=0.0),
@@ -313,15 +313,21 @@ def _segment(raw: Any, chunk: Chunk, *, after: Segment | None) -> Segment:
 
 
 def _word(raw: Any, chunk: Chunk) -> Word:
-    start_s = _in_file(raw.start, chunk, otherwise=chunk.start_s)
-    end_s = max(start_s, _in_file(raw.end, chunk, otherwise=start_s))
+    start_s, end_s = _in_speech(raw, chunk)
     return Word(start_s=start_s, end_s=end_s, text=raw.word, probability=_finite(raw.probability, otherwise=0.0))
 
 
-def _in_file(time_s: float, chunk: Chunk, *, otherwise: float) -> float:
-    """Convert a time in the chunk to one in the file, rounded to three decimals and limited to the chunk."""
-    in_file_s = _finite(chunk.start_s + float(time_s), otherwise=otherwise)
-    return min(max(round(chunk.start_s, 3), in_file_s), round(chunk.end_s, 3))
+def _in_speech(raw: Any, chunk: Chunk) -> tuple[float, float]:
+    """Convert start and end, in seconds from the start of the chunk, to times in the file, of three decimals.
+
+    They are limited to one range of speech, the one that has most of the time between them, or is the nearest.
+    """
+    start_s = _finite(raw.start, otherwise=0.0)
+    end_s = max(start_s, _finite(raw.end, otherwise=start_s))
+    ranges = [(first / SAMPLE_RATE, behind / SAMPLE_RATE) for first, behind in chunk.speech]
+    first_s, last_s = max(ranges, key=lambda part: min(end_s, part[1]) - max(start_s, part[0]))
+    in_file_s = [chunk.start_s + min(max(time_s, first_s), last_s) for time_s in (start_s, end_s)]
+    return round(in_file_s[0], 3), round(in_file_s[1], 3)
 
 
 def _finite(value: float, *, otherwise: float) -> float:
