@@ -21,7 +21,7 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test coverage check bench soak mutants clean
+.PHONY: help demo install test coverage check bench bench-peers soak mutants clean
 .PHONY: test-homeassistant install-homeassistant test-node-red install-node-red
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
@@ -31,7 +31,8 @@ help:
 	@echo 'make test    the checks, then all tests, in WORKERS=4 processes'
 	@echo 'make check   format, lint and types'
 	@echo 'make coverage   all tests, and which lines and branches they run'
-	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, transcription or jobs for a part)'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, transcription, clips or jobs for a part)'
+	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
@@ -56,8 +57,11 @@ check: $(TEST_STAMP)
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
 
-bench: $(TEST_STAMP)
+bench: $(TEST_STAMP) build/speech
 	@$(RUN) benchmarks $(ARGS)
+
+bench-peers: $(TEST_STAMP) build/speech build/peers
+	@$(RUN) benchmarks peers
 
 soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
@@ -91,6 +95,16 @@ $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 
 install-homeassistant: $(HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed
+
+# Clips of nine languages for the benchmarks. Beside the environment: it is a plugin that pytest would load.
+build/speech: | $(VENV)/pyvenv.cfg
+	@echo 'downloading recorded speech for the benchmarks, 3 MB'
+	@$(call install,$(VENV),--quiet --no-deps --target $@ pytest-audioeval==0.1.3)
+
+build/peers: | $(VENV)/pyvenv.cfg
+	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'
+	@$(VENV)/bin/python -m venv --without-pip $@
+	@$(call install,$@,--quiet whisper-ctranslate2==0.5.8 wyoming-faster-whisper==3.8.1) || { rm -rf $@; exit 1; }
 
 $(HOME_STAMP): tests/homeassistant/requirements.txt | $(VENV)/pyvenv.cfg
 	@$(find_home_python); rm -rf $(HOME_VENV); \

@@ -167,6 +167,9 @@ class _Models:
     def is_allowed(self, _name: str) -> bool:
         return True
 
+    def explain_unknown(self, name: str) -> str:
+        raise NotImplementedError(name)
+
 
 class _NoCommands:
     def handle(self, _command: str, _payload: bytes) -> None:

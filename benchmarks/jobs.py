@@ -8,8 +8,6 @@ import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from benchmarks.bus import _mosquitto
 from benchmarks.table import Row, median
 from tests.acceptance.harness import LONG, SPEECH, Bus, Consumer
 
-CLIPS = 50
 ROUNDS = 3
 CANCELS = 20
 MEMORY_JOBS = 300
@@ -111,58 +108,6 @@ def _take(bus: Bus, prefix: str, sources: list[dict[str, str]]) -> float:
     took_s = time.perf_counter() - started
     assert {end["status"] for end in ends} == {"completed"}, ends
     return took_s
-
-
-# -- short clips beside a bare loop --------------------------------------------------------------------------------
-
-
-def _bare_loop(paths: list[str], pipe: Connection) -> None:
-    from faster_whisper import WhisperModel  # noqa: PLC0415 - in this process only
-
-    from cesar_mqtt.config import ModelSettings  # noqa: PLC0415
-    from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
-
-    store = ModelStore(ModelSettings())
-    model = WhisperModel(
-        str(store.catalogue.obtain("tiny.en")), device="cpu", compute_type="int8", cpu_threads=store.cpu_threads
-    )
-    while True:
-        pipe.send("ready")
-        if pipe.recv() != "go":
-            return
-        started = time.perf_counter()
-        for path in paths:
-            segments, _ = model.transcribe(
-                path, beam_size=5, vad_filter=True, condition_on_previous_text=False, language_detection_segments=4
-            )
-            for _ in segments:
-                pass
-        pipe.send(time.perf_counter() - started)
-
-
-def _short_clips(folder: Path) -> Row:
-    clips = _clips(folder, CLIPS, (2.0, 6.0))
-    here, there = get_context("spawn").Pipe()
-    bare = get_context("spawn").Process(target=_bare_loop, args=([str(clip) for clip in clips], there), daemon=True)
-    bare.start()
-    ours_s, bare_s = [], []
-    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port):
-        _idle(bus)
-        for number in range(-1, ROUNDS):  # the first one only warms up
-            assert here.recv() == "ready"
-            here.send("go")
-            bare_s.append(here.recv())
-            ours_s.append(_take(bus, f"clip-{number + 1}", [{"audio_path": str(clip)} for clip in clips]))
-    here.recv()
-    here.send("end")
-    bare.join(PATIENCE_S)
-    ratios = [ours / theirs for ours, theirs in zip(ours_s[1:], bare_s[1:], strict=True)]
-    return Row(
-        f"{CLIPS} short clips through mosquitto, over a bare loop of transcribe",
-        median(ratios),
-        at_most=1.05,
-        beside=f"{median(ours_s[1:]):.1f} s against {median(bare_s[1:]):.1f} s",
-    )
 
 
 # -- cancel --------------------------------------------------------------------------------------------------------
@@ -306,7 +251,7 @@ def _downloads(folder: Path) -> Row:
 
 def run(folder: Path) -> list[Row]:
     rows = []
-    for measure in (_short_clips, _cancel, _killed, _memory, _downloads):
+    for measure in (_cancel, _killed, _memory, _downloads):
         part = folder / measure.__name__
         part.mkdir()
         rows.append(measure(part))

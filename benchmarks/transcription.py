@@ -12,6 +12,7 @@ import av
 import numpy as np
 from faster_whisper import WhisperModel
 
+from benchmarks.corpus import edits
 from benchmarks.table import Row, median
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.config import AudioSettings, ModelSettings
@@ -63,16 +64,7 @@ def _make_speech(target: Path, duration_s: float) -> list[str]:
 
 
 def _word_error_rate(words: list[str], reference: list[str]) -> float:
-    """The fewest substitutions, insertions and deletions, over the words of the reference."""
-    codes = {word: number for number, word in enumerate(set(words) | set(reference))}
-    expected = np.array([codes[word] for word in reference])
-    steps = np.arange(len(reference) + 1)
-    costs = steps.copy()
-    for number, word in enumerate(words, start=1):
-        changed = costs[:-1] + (expected != codes[word])
-        best = np.minimum(np.concatenate(([number], changed)), costs + 1)
-        costs = np.minimum.accumulate(best - steps) + steps
-    return float(costs[-1]) / len(reference)
+    return edits(words, reference) / len(reference)
 
 
 def _ours(transcriber: Transcriber, path: Path, options: TranscriptionOptions) -> str:

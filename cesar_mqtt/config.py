@@ -156,6 +156,8 @@ class QueueSettings(Section):
 
     max_queued: int = Field(default=100_000, ge=1)
     """The most queued jobs; the next is rejected as `queue_full`."""
+    max_priority: int = Field(default=9, ge=0, le=9)
+    """The highest priority of a job; a request with a higher one gets this. 0: all jobs are equal."""
     max_payload_bytes: int = Field(default=256 << 20, ge=1024)
     """The largest message accepted; a larger one is rejected as `payload_too_large`."""
 

@@ -4,7 +4,6 @@ The settings are known here only as a `SettingsSchema`. An error names a setting
 thread uses this once at start.
 """
 
-import difflib
 import json
 import os
 import reprlib
@@ -16,7 +15,7 @@ from typing import Any
 
 from platformdirs import PlatformDirs
 
-from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.errors import ConfigError, nearest
 
 DIRECTORIES = PlatformDirs("cesar-mqtt", appauthor=False)
 FILE_NAME = "cesar.toml"
@@ -77,9 +76,9 @@ class SettingsSchema:
             example = next(other for other in self._schemas if other.startswith(f"{name}."))
             return ConfigError(f"{origin}: this is a section of settings; set one of them, such as {spell(example)}")
         leaf = name.rpartition(".")[2]
-        nearest = [other for other in self._schemas if other.rpartition(".")[2] == leaf]
-        nearest = nearest or difflib.get_close_matches(name, self._schemas, n=1)
-        hint = f"; did you mean {spell(nearest[0])}?" if nearest else ""
+        same_leaf = (other for other in self._schemas if other.rpartition(".")[2] == leaf)
+        meant = next(same_leaf, None) or nearest(name, self._schemas)
+        hint = f"; did you mean {spell(meant)}?" if meant else ""
         return ConfigError(f"{origin}: there is no such setting{hint}")
 
     def wrong_value(self, name: str, given: SettingValue) -> ConfigError:

@@ -4,7 +4,13 @@ A message names what happened, the value, and what to do. Users see it as it is,
 or a path outside the allowed directories.
 """
 
+import difflib
+import re
+from collections.abc import Iterable
 from enum import IntEnum, StrEnum
+
+_COMPARED_CHARACTERS = 64
+_SEPARATORS = re.compile(r"[\W_]+")
 
 
 class ExitCode(IntEnum):
@@ -30,6 +36,7 @@ class ErrorCode(StrEnum):
     INVALID_REQUEST = "invalid_request"
     AUDIO_NOT_FOUND = "audio_not_found"
     AUDIO_NOT_ALLOWED = "audio_not_allowed"
+    AUDIO_IO_ERROR = "audio_io_error"
     AUDIO_UNREADABLE = "audio_unreadable"
     AUDIO_NO_STREAM = "audio_no_stream"
     AUDIO_EMPTY = "audio_empty"
@@ -50,6 +57,7 @@ class ErrorCode(StrEnum):
 
 _RETRYABLE = frozenset(
     {
+        ErrorCode.AUDIO_IO_ERROR,
         ErrorCode.DOWNLOAD_FAILED,
         ErrorCode.MODEL_UNAVAILABLE,
         ErrorCode.TIMEOUT,
@@ -132,3 +140,15 @@ class Cancelled(Exception):  # noqa: N818 - nothing went wrong
 
 class Preempted(Exception):  # noqa: N818 - nothing went wrong
     """The work was ended at a window boundary for a more urgent job; its finished windows are kept."""
+
+
+def bare_name(name: str) -> str:
+    """Return a name without what is written differently by different programs: case and separators."""
+    return _SEPARATORS.sub("", name[:_COMPARED_CHARACTERS]).casefold()
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of `names` that a mistyped name most probably means; None: none is near."""
+    by_bare_name = {bare_name(each): each for each in reversed(tuple(names))}
+    found = difflib.get_close_matches(bare_name(name), by_bare_name, n=1)
+    return by_bare_name[found[0]] if found else None

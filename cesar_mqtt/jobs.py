@@ -83,6 +83,8 @@ class NewJob:
     """Result files to publish beside the status, without duplicates."""
     stream: bool = False
     """Whether each segment is published as soon as it is transcribed."""
+    priority: int = 0
+    """0 to 9: jobs of a higher priority go first."""
     expires_at: float | None = None
     """The job expires if it has not started by then (seconds since the epoch); None: never."""
     packet_id: int | None = None
@@ -119,6 +121,7 @@ class Job(NamedTuple):
     metadata: Mapping[str, Any] = _EMPTY
     formats: tuple[str, ...] = ()
     stream: bool = False
+    priority: int = 0
     expires_at: float | None = None
     attempt: int = 0
     """How often the job was started, over its whole life."""
@@ -194,7 +197,7 @@ class Totals:
     cancelled_total: int
     rejected_total: int
     oldest_queued_at: float | None
-    """When the first job in the queue was accepted; None: the queue is empty."""
+    """When the oldest job in the queue was accepted; None: the queue is empty."""
     processing: str | None
     """The id of the running job."""
     paused: bool = False

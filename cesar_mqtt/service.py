@@ -161,6 +161,7 @@ class Service:
                 discovery_prefix=settings.homeassistant.prefix,
             ),
             max_payload_bytes=settings.queue.max_payload_bytes,
+            max_priority=settings.queue.max_priority,
             events=self._events,
             publisher=self._publisher,
             on_birth=self._publisher.on_home_assistant_started,

@@ -1,6 +1,6 @@
 """Decoding of audio files, in blocks.
 
-Any thread may call it; an `AudioReader` belongs to the thread that opened it. FFmpeg gets an open file descriptor and
+Any thread may call it; an `AudioReader` belongs to the thread that opened it. FFmpeg gets the bytes of an open file and
 never a name, so no protocol and no playlist can make it read anything else.
 """
 
@@ -17,7 +17,8 @@ import numpy as np
 from av.container import InputContainer
 from numpy.typing import NDArray
 
-from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, open_regular
+from cesar_mqtt.audio.file_reader import FileReader
+from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, io_failed, open_regular
 from cesar_mqtt.errors import Cancelled, ErrorCode
 
 SAMPLE_RATE = 16_000
@@ -31,7 +32,19 @@ _CONTAINERS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,rm,tta,voc,w64,"
     "wav,wv"
 )
-_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "fd"}
+
+
+def _is_audio_decoder(name: str) -> bool:
+    try:
+        return av.codec.Codec(name, "r").type == "audio"
+    except ValueError:  # it only encodes
+        return False
+
+
+# While FFmpeg looks for the parameters of the streams, it would decode cover art: a picture of 2 MB can take 2 GB and
+# 30 s. With this list it has only the decoders of audio there.
+_AUDIO_DECODERS = ",".join(sorted(name for name in av.codecs_available if _is_audio_decoder(name)))
+_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "", "codec_whitelist": _AUDIO_DECODERS}
 
 # Raw streams declare no duration; FFmpeg then guesses one from the bit rate of the first frames, which was ten times
 # too long for speech after silence. A guess must not reject a file or report it as truncated.
@@ -92,21 +105,35 @@ def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
         limits: on its size and duration.
 
     Raises:
-        JobFailedError: `audio_not_found`, `audio_not_allowed`, `audio_too_large`, `audio_too_long`, `audio_empty`,
-            `audio_unreadable`, `audio_no_stream`.
+        JobFailedError: `audio_not_found`, `audio_not_allowed`, and as `open_descriptor`.
     """
-    with open_regular(path) as descriptor:
+    with open_regular(path) as descriptor, open_descriptor(descriptor, limits) as audio:
+        yield audio
+
+
+@contextmanager
+def open_descriptor(descriptor: int, limits: AudioLimits) -> Iterator["AudioReader"]:
+    """Open the file of a descriptor as `open_audio` does; the caller closes the descriptor.
+
+    Raises:
+        JobFailedError: `audio_too_large`, `audio_too_long`, `audio_empty`, `audio_unreadable`, `audio_no_stream`,
+            `audio_io_error`.
+    """
+    try:
         status = os.fstat(descriptor)
-        size_bytes = status.st_size
-        if size_bytes == 0:
-            raise failed(_EMPTY)
-        if size_bytes > limits.max_bytes:
-            raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
-        with _open_container(descriptor) as container:
-            duration_s = _declared_s(container, _read_head(descriptor), size_bytes)
-            _check_duration(duration_s, limits.max_duration_s)
-            info = AudioInfo(duration_s, container.format.name, size_bytes, file_identity(status))
-            yield AudioReader(container, info, max_duration_s=limits.max_duration_s)
+    except OSError as exc:
+        raise io_failed(exc) from exc
+    size_bytes = status.st_size
+    if size_bytes == 0:
+        raise failed(_EMPTY)
+    if size_bytes > limits.max_bytes:
+        raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
+    file = FileReader(descriptor)
+    with _open_container(file) as container:
+        duration_s = _declared_s(container, _read_head(file), size_bytes)
+        _check_duration(duration_s, limits.max_duration_s)
+        info = AudioInfo(duration_s, container.format.name, size_bytes, file_identity(status))
+        yield AudioReader(container, info, file=file, max_duration_s=limits.max_duration_s)
 
 
 def _never() -> bool:
@@ -120,8 +147,9 @@ class AudioReader:
         info: what the file declares.
     """
 
-    def __init__(self, container: InputContainer, info: AudioInfo, *, max_duration_s: float) -> None:
+    def __init__(self, container: InputContainer, info: AudioInfo, *, file: FileReader, max_duration_s: float) -> None:
         self.info = info
+        self._file = file
         self._container = container
         self._stream = container.streams.audio[0]
         self._max_duration_s = max_duration_s
@@ -156,8 +184,9 @@ class AudioReader:
 
         Raises:
             Cancelled: `should_stop` returned True.
-            JobFailedError: `audio_too_long` as soon as the limit is exceeded, whatever the file declared; at the end
-                `audio_empty` if there was no sample, and `audio_unreadable` if no packet could be decoded.
+            JobFailedError: `audio_too_long` as soon as the limit is exceeded, whatever the file declared;
+                `audio_io_error` if the disk fails; at the end `audio_empty` if there was no sample, and
+                `audio_unreadable` if no packet could be decoded.
         """
         self._should_stop = should_stop
         pending: list[Samples] = []
@@ -198,10 +227,19 @@ class AudioReader:
                 yield frame
 
     def _packets(self) -> Iterator["av.Packet[av.AudioStream]"]:
-        try:
-            yield from self._container.demux(self._stream)
-        except av.FFmpegError:  # the container itself is damaged: no further packet can be found
-            self._skipped += 1
+        packets = self._container.demux(self._stream)
+        while True:
+            self._file.allow(_FFMPEG_TIMEOUT_S)
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError:  # the container itself is damaged: no further packet can be found
+                self._skipped += 1
+                packet = None
+            self._file.raise_error()
+            if packet is None:
+                self._skipped += self._file.timed_out
+                return
+            yield packet
 
 
 class _Resampler:
@@ -228,14 +266,16 @@ class _Resampler:
                 yield converted.to_ndarray()[0].astype(np.float32) / 32768.0
 
 
-def _open_container(descriptor: int) -> InputContainer:
-    options = {**_OPEN_OPTIONS, "fd": str(descriptor)}
+def _open_container(file: FileReader) -> InputContainer:
+    file.allow(_FFMPEG_TIMEOUT_S)
     try:
-        container = av.open("fd:", "r", container_options=options, metadata_errors="ignore", timeout=_FFMPEG_TIMEOUT_S)
+        container = av.open(file, "r", container_options=_OPEN_OPTIONS, metadata_errors="ignore")
     except av.FFmpegError as exc:
+        file.raise_error()
         raise failed(UNREADABLE) from exc
-    if not container.streams.audio:
+    if file.error is not None or not container.streams.audio:
         container.close()
+        file.raise_error()
         raise failed(_NO_STREAM)
     return container
 
@@ -258,13 +298,13 @@ def _declared_s(container: InputContainer, head: bytes, size_bytes: int) -> floa
     return declared_s
 
 
-def _read_head(descriptor: int) -> bytes:
+def _read_head(file: FileReader) -> bytes:
     """The first bytes behind any ID3v2 tag (id3.org, section 3.1: its size is four bytes of seven bits)."""
-    # `pread` does not move the file position of FFmpeg.
-    head = os.pread(descriptor, _HEAD_BYTES, 0)
+    head = file.read_at(0, _HEAD_BYTES)
     if head.startswith(b"ID3"):
         tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
-        head = os.pread(descriptor, _HEAD_BYTES, 10 + tag_bytes)
+        head = file.read_at(10 + tag_bytes, _HEAD_BYTES)
+    file.raise_error()
     return head
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,10 @@ UNREADABLE = (
     ErrorCode.AUDIO_UNREADABLE,
     "The file cannot be decoded as audio: check that it plays, or convert it to WAV, FLAC, MP3, Ogg or M4A.",
 )
+_IO_FAILED = (
+    ErrorCode.AUDIO_IO_ERROR,
+    "The audio file could not be read ({reason}): check its disk or network share, and retry the job.",
+)
 _WHY_NOT_OPEN = {
     errno.ENOENT: _NOT_FOUND,
     errno.ENAMETOOLONG: _NOT_FOUND,
@@ -50,6 +55,7 @@ _WHY_NOT_OPEN = {
     errno.ENOTDIR: _NOT_REGULAR,  # or where a folder was
     errno.ENXIO: _NOT_REGULAR,  # a socket
 }
+_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})
 
 
 def check_directories(directories: Sequence[Path]) -> None:
@@ -71,6 +77,9 @@ def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
     The answer does not reveal whether anything exists outside the directories: every name that leads out, with or
     without symbolic links, is rejected with the same code and sentence.
 
+    A name is looked up as it is first, then with each part of it in the Unicode forms NFC and NFD (producers on macOS
+    send the latter), then without the blanks around it.
+
     Args:
         name: relative to the directories, which are tried in order, or absolute and inside one of them.
         directories: the allowed ones; empty: no file is allowed.
@@ -85,20 +94,62 @@ def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
     if not _is_file_name(name):
         raise failed(_OUTSIDE)
     # Normalised lexically, without touching the disk: the answer must not reveal whether a folder outside exists.
-    name = os.path.normpath(name)
-    if Path(name).parts[:1] == ("..",):
+    names = [os.path.normpath(each) for each in dict.fromkeys((name, name.strip())) if each]
+    if Path(names[-1]).parts[:1] == ("..",):
         raise failed(_OUTSIDE)
     roots = [Path(os.path.realpath(directory)) for directory in directories]
-    shown = _shown(name, (*directories, *roots))
+    shown = _shown(names[-1], (*directories, *roots))
     leads_out = not roots
-    for root in roots:
-        # Not strict: a name that leads out is rejected before anything is looked up there.
-        path = Path(os.path.realpath(root / name))
-        if not any(path.is_relative_to(allowed) for allowed in roots):
-            leads_out = True
-        elif _is_regular(path, shown):
-            return path
+    for each in names:
+        for directory in directories:
+            for path in _spellings(each, directory, roots):
+                if not _is_inside(path, roots):
+                    leads_out = True
+                elif _is_regular(path, shown):
+                    return path
     raise failed(_OUTSIDE) if leads_out else failed(_NOT_FOUND, shown)
+
+
+def _spellings(name: str, directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
+    """Yield where a name leads from one of the directories, first as it is spelled, then in other Unicode forms.
+
+    Not strict, so that a name that leads out is rejected before anything is looked up there.
+    """
+    root = Path(os.path.realpath(directory))
+    yield Path(os.path.realpath(root / name))
+    if name.isascii():
+        return
+    for top in dict.fromkeys((directory, root)):
+        parts = _parts_below(top, Path(name))
+        if parts:
+            yield from _other_spellings(root, parts, roots)
+
+
+def _parts_below(top: Path, path: Path) -> tuple[str, ...]:
+    """Return the parts of a path below `top`, in whatever form both are; a relative one is below it."""
+    if not path.is_absolute():
+        return path.parts
+    size = len(top.parts)
+    return path.parts[size:] if _nfc(path.parts[:size]) == _nfc(top.parts) else ()
+
+
+def _nfc(parts: Sequence[str]) -> list[str]:
+    return [unicodedata.normalize("NFC", part) for part in parts]
+
+
+def _other_spellings(folder: Path, parts: Sequence[str], roots: Sequence[Path]) -> Iterator[Path]:
+    """Yield where the parts lead in each form, through the folders that there are inside of `roots`."""
+    first, *rest = parts
+    for form in dict.fromkeys((first, unicodedata.normalize("NFC", first), unicodedata.normalize("NFD", first))):
+        path = Path(os.path.realpath(folder / form))
+        if not rest or not _is_inside(path, roots):
+            yield path
+        elif os.path.isdir(path):  # noqa: PTH112 - False, not an error, for what may not be searched
+            yield from _other_spellings(path, rest, roots)
+
+
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
@@ -134,10 +185,10 @@ def _shown(name: str, directories: Sequence[Path]) -> str:
 def _is_regular(path: Path, name: str) -> bool:
     try:
         mode = path.lstat().st_mode
-    except PermissionError as exc:
-        raise failed(_NOT_PERMITTED, name) from exc
-    except OSError:  # missing, or a name that no file can have
-        return False
+    except OSError as exc:
+        if exc.errno in _NO_SUCH_FILE:
+            return False
+        raise _why_not_open(exc, name) from exc
     if not stat.S_ISREG(mode):
         raise failed(_NOT_REGULAR, name)
     return True
@@ -148,14 +199,14 @@ def open_regular(path: Path) -> Iterator[int]:
     """Open a file part by part from the root, without following symbolic links, and yield its descriptor.
 
     Raises:
-        JobFailedError: `audio_not_found`, `audio_not_allowed` for what is no regular file, `audio_unreadable`.
+        JobFailedError: `audio_not_found`, `audio_not_allowed` for what is no regular file, `audio_io_error`.
     """
     try:
         descriptor = _open_without_links(path)
     except OSError as exc:
-        raise failed(_WHY_NOT_OPEN.get(exc.errno or 0, UNREADABLE), path.name) from exc
+        raise _why_not_open(exc, path.name) from exc
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if not _is_regular_file(descriptor):
             raise failed(_NOT_REGULAR, path.name)
         yield descriptor
     finally:
@@ -172,6 +223,24 @@ def _open_without_links(path: Path) -> int:
         return os.open(path.name, _FILE_FLAGS, dir_fd=folder)
     finally:
         os.close(folder)
+
+
+def io_failed(error: OSError) -> JobFailedError:
+    """Return `audio_io_error`: the operating system could not read, which says nothing about the recording."""
+    code, sentence = _IO_FAILED
+    return JobFailedError(code, sentence.format(reason=error.strerror or type(error).__name__))
+
+
+def _why_not_open(error: OSError, name: str) -> JobFailedError:
+    reason = _WHY_NOT_OPEN.get(error.errno or 0)
+    return io_failed(error) if reason is None else failed(reason, name)
+
+
+def _is_regular_file(descriptor: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as exc:
+        raise io_failed(exc) from exc
 
 
 def failed(reason: tuple[ErrorCode, str], name: str = "", **values: float) -> JobFailedError:

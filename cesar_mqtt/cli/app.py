@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # As the modules of `protocol` have them, which are too heavy to be imported here.
 _FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 _TASKS = ("transcribe", "translate")
+_MAX_PRIORITY = 9
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
 
 
@@ -193,6 +194,12 @@ def submit(
             callback=lambda value: _check_choice(value, _TASKS),
         ),
     ] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=_MAX_PRIORITY, help="0 (default) to 9: jobs of a higher priority go first."
+        ),
+    ] = None,
     result_format: Annotated[
         list[str] | None,
         typer.Option(
@@ -222,7 +229,7 @@ def submit(
 
     if job_id is not None and len(audio) > 1:
         raise typer.BadParameter("it takes one recording only", param_hint="--job-id")
-    fields = {"model_size": model, "language": language, "task": task}
+    fields = {"model_size": model, "language": language, "task": task, "priority": priority}
     return submit_and_wait(
         SubmitOptions(
             recordings=tuple(audio),

@@ -26,6 +26,7 @@ _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
 _DROPPED_FIRST = ("MODEL", "LENGTH", "ACCEPTED", "AUDIO", "STATUS")
 _AUDIO_LEAST = 12
 _TRIES = 3
+_OPEN = frozenset({"queued", "processing"})
 _LATER = {
     "cancel": {
         "processing": "Job {} is running; it ends as cancelled within seconds.",
@@ -224,8 +225,12 @@ def _short_cells(job: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cells(job: Mapping[str, Any]) -> dict[str, str]:
-    state, position, code = str(job["status"]), job["queue_position"], job["error_code"]
-    detail = f" ({position})" if position else f" ({code})" if code else ""
+    state, code = str(job["status"]), job["error_code"]
+    details = [str(job["queue_position"] or "")]
+    if state in _OPEN and job.get("priority"):
+        details.append(f"priority {job['priority']}")
+    shown = ", ".join(detail for detail in details if detail) or code
+    detail = f" ({shown})" if shown else ""
     metadata = job.get("metadata")
     file = metadata.get("file") if isinstance(metadata, Mapping) else None
     cells = (

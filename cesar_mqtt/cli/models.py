@@ -54,7 +54,7 @@ def pull(name: str, settings: Settings) -> ExitCode:
     logs.configure(settings.log.format, "error")  # the command prints sentences of its own
     catalogue = _catalogue(settings)
     if not catalogue.is_allowed(name):
-        print_message(f"{name!r} is not an allowed model. Allowed are: {', '.join(catalogue.allowed_names())}.")
+        print_message(f"{catalogue.explain_unknown(name)}.")
         return ExitCode.USAGE
     place = catalogue.find(name)
     unavailable = place is None and (hub.is_offline() or not catalogue.may_download(name))

@@ -36,7 +36,8 @@ class JobRow:
     created_at: str
     ended_at: str
     note: str
-    """The file's name if the job has one, then the beginning of the transcript or the error."""
+    """The priority of an open job, the file's name if there is one, then the beginning of the transcript or the error.
+    """
 
     @property
     def is_final(self) -> bool:
@@ -165,8 +166,13 @@ def _row(job_id: str, status: Mapping[str, Any]) -> JobRow:
 def _note(status: Mapping[str, Any]) -> str:
     metadata = status.get("metadata")
     file = metadata.get("file") if isinstance(metadata, Mapping) else None
-    parts = (file if isinstance(file, str) else "", _outcome(status))
+    parts = (_priority(status), file if isinstance(file, str) else "", _outcome(status))
     return printable(": ".join(part for part in parts if part)[:_NOTE_CHARACTERS])
+
+
+def _priority(status: Mapping[str, Any]) -> str:
+    priority = number(status.get("priority"))
+    return f"priority {priority:.0f}" if priority and status["status"] in ("processing", "queued") else ""
 
 
 def _outcome(status: Mapping[str, Any]) -> str:

@@ -208,7 +208,8 @@ def _notifiers(topics: Topics) -> Entities:
         "icon": "mdi:file-music-outline",
         "command_topic": topics.jobs,
         "command_template": (
-            "{% set field = 'audio_url' if value.startswith(('http://', 'https://')) else 'audio_path' %}"
+            "{% set is_url = (value | trim | lower).startswith(('http://', 'https://')) %}"
+            "{% set field = 'audio_url' if is_url else 'audio_path' %}"
             "{{ {field: value} | tojson }}"
         ),
     }

@@ -20,7 +20,7 @@ from cesar_mqtt.protocol.parsing import (
     reject_upload,
     source_of,
 )
-from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.requests import MAX_PRIORITY, JobRequest
 from cesar_mqtt.protocol.topics import Topics
 
 
@@ -32,6 +32,9 @@ class ModelNames(Protocol):
 
     def is_allowed(self, name: str) -> bool:
         """Whether a request may name this model."""
+
+    def explain_unknown(self, name: str) -> str:
+        """Return why a request may not name this model, and which it may, as a part of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,14 @@ class IncomingMessage:
 class MessageParser:
     """Reads messages; holds no state."""
 
-    def __init__(self, topics: Topics, models: ModelNames, *, max_payload_bytes: int) -> None:
-        """Take the topics, the models that requests may name, and the size of the largest message."""
+    def __init__(
+        self, topics: Topics, models: ModelNames, *, max_payload_bytes: int, max_priority: int = MAX_PRIORITY
+    ) -> None:
+        """Take the topics, the models that requests may name, and the limits of a message and of a priority."""
         self._topics = topics
         self._models = models
         self._max_payload_bytes = max_payload_bytes
+        self._max_priority = max_priority
 
     def parse(self, delivery: Delivery) -> IncomingMessage:
         """Read one message; an invalid one yields a refusal."""
@@ -112,7 +118,7 @@ class MessageParser:
         if name is None or self._models.is_allowed(name):
             detail = request.unsupported_by(name or self._models.default_name())
         else:
-            detail = f"model_size: {name!r} is not among the models that this consumer may use (models.allowed)."
+            detail = f"model_size: {self._models.explain_unknown(name)}."
         if detail is None:
             return parsed
         return Refusal(
@@ -154,6 +160,7 @@ class MessageParser:
             metadata=request.metadata,
             formats=tuple(request.formats),
             stream=request.stream,
+            priority=min(request.priority, self._max_priority),
             expires_at=_expires_at(delivery, request),
             packet_id=packet_id,
             redelivered=delivery.dup,

@@ -25,6 +25,7 @@ from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.parsing import Refusal
 from cesar_mqtt.protocol.payloads import Answer, Rejection
+from cesar_mqtt.protocol.requests import MAX_PRIORITY
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.protocol.truncate import excerpt, shorten
@@ -79,6 +80,7 @@ class Intake(StoppableThread):
         commands: "CommandHandlers",
         response_topics: ResponseTopics,
         max_payload_bytes: int,
+        max_priority: int = MAX_PRIORITY,
         events: JobEvents,
         publisher: "Publisher",
         on_birth: Callable[[], None] = lambda: None,
@@ -94,6 +96,7 @@ class Intake(StoppableThread):
             commands: executes commands.
             response_topics: where responses may be published.
             max_payload_bytes: a larger message is rejected.
+            max_priority: a request with a higher priority gets this one.
             events: receives rejections, and whether the disk refuses.
             publisher: publishes the responses.
             on_birth: called when Home Assistant announces its start.
@@ -103,7 +106,7 @@ class Intake(StoppableThread):
         self._ledger = ledger
         self._spool = spool
         self._topics = topics
-        self._parser = MessageParser(topics, models, max_payload_bytes=max_payload_bytes)
+        self._parser = MessageParser(topics, models, max_payload_bytes=max_payload_bytes, max_priority=max_priority)
         self._commands = commands
         self._response_topics = response_topics
         self._events = events

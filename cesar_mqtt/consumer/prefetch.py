@@ -43,8 +43,9 @@ class Prefetcher(StoppableThread):
     by one window more than the running job needs. No job depends on it: `take` does what is not ready or has failed.
 
     A job keeps what was prefetched while it is among the next jobs, or in `processing`, which it enters when the worker
-    claims it, before `take`. A job that is cancelled, deferred or deleted is in neither, so the next look drops its
-    audio. Looks and `take` exclude each other: no look acts on a queue that a `take` has changed.
+    claims it, before `take`; a preempted job keeps its download however many jobs come before it. A job that is
+    cancelled, deferred or deleted is in none of these, so the next look drops its audio. Looks and `take` exclude each
+    other: no look acts on a queue that a `take` has changed.
 
     Attributes:
         on_downloaded: called at the end of each download, in its thread, with `done`, `stopped` or an error code, and
@@ -225,12 +226,14 @@ class Prefetcher(StoppableThread):
             held = None if self._current is None else self._current.job.seq
             # A forced stop requeues the running job before the worker lets go of it.
             jobs = [job for job in self._ledger.upcoming(self._ahead) if job.seq != held]
-            # In this order: a job that is claimed between the two calls is in one of the answers.
-            wanted = {job.seq for job in jobs}.union(self._ledger.processing())
+            # In this order: a job that is claimed between two of the calls is in one of the answers.
+            preempted = self._ledger.preempted()
+            wanted = {job.seq for job in jobs}.union(preempted, self._ledger.processing())
             unwanted = [self._entries.pop(seq) for seq in self._entries.keys() - wanted]
             self._download_ahead(jobs)
             # A requeued job comes first; the recording that was opened before it gives up its memory.
-            surplus = [self._entries[job.seq].detach() for job in jobs[1:] if job.seq in self._entries]
+            later = preempted.union(job.seq for job in jobs).difference(job.seq for job in jobs[:1])
+            surplus = [self._entries[seq].detach() for seq in later & self._entries.keys()]
             first = self._next_to_open(jobs[0]) if jobs else None
         for entry in unwanted:
             entry.drop()

@@ -26,6 +26,11 @@ class WindowCheckpoints:
         self._ledger = ledger
         self._unwritten: list[Window] = []
 
+    @property
+    def are_pending(self) -> bool:
+        """Whether a finished window is not on disk yet."""
+        return bool(self._unwritten)
+
     def write(self, window: Window) -> None:
         """Write a finished window; one that the disk refuses is written with the next."""
         self._unwritten.append(window)

@@ -1,4 +1,4 @@
-"""The worker: one job at a time, oldest first, and each outcome on disk before it is reported.
+"""The worker: one job at a time, in the order of the queue, and each outcome on disk before it is reported.
 
 It owns the thread "worker", the only caller of `run_once`; `request_stop`, `abandon` and `join` may be called from any.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.progress import ProgressMeter, WindowCheckpoints
-from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError, Preempted
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, may_need_audio
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -33,7 +33,7 @@ _DEFER_FACTOR = 4.0
 """Each further retry of a job waits this many times as long: 2 s, then 8 s with the default `worker.retry_delay`."""
 _DEFER_JITTER = 0.2
 """Spreads the retries of consumers that were hit by one failure."""
-_TRANSIENT = frozenset({ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
+_TRANSIENT = frozenset({ErrorCode.AUDIO_IO_ERROR, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
 """Failures that may be over in a moment, so that the job is retried automatically. Downloads are not among them: they
 have retries of their own, while other jobs run."""
 
@@ -51,12 +51,14 @@ class Transcribes(Protocol):
         on_segment: Callable[[Segment], None],
         on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
+        should_yield: Callable[[], bool],
     ) -> Transcript:
         """Return the transcript, which includes the windows that earlier attempts have `done`.
 
         Raises:
             JobFailedError: there can be no transcript.
             Cancelled: `should_stop` returned True.
+            Preempted: `should_yield`, which is asked after each `on_window`, returned True.
         """
 
     def warm_up(self, model_size: str) -> None:
@@ -65,10 +67,11 @@ class Transcribes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How an attempt ended: with a result, by a cancel, or with an error code and a message."""
+    """How an attempt ended: with a result, by a cancel, by preemption, or with an error code and a message."""
 
     result: Result | None = None
     cancelled: bool = False
+    preempted: bool = False
     code: ErrorCode = ErrorCode.INTERNAL
     message: str = ""
 
@@ -179,7 +182,7 @@ class Worker(StoppableThread):
             self._wait_for_disk(exc, self._stopping)
 
     def run_once(self) -> bool:
-        """Claim the oldest job and process it to its end; False: no job is ready.
+        """Claim the next job and process it until it ends or is requeued; False: no job is ready.
 
         Raises:
             LedgerError: the disk refused the claim (the job is still queued).
@@ -220,6 +223,8 @@ class Worker(StoppableThread):
             return _Outcome(code=exc.code, message=_replace_surrogates(exc.message))
         except Cancelled:
             return self._outcome_of_cancel(job)
+        except Preempted:
+            return _Outcome(preempted=True)
         except Exception:
             log.exception("Job failed unexpectedly", action="failed", job_id=job.job_id)
             return _UNEXPECTED
@@ -236,6 +241,12 @@ class Worker(StoppableThread):
             self._prefetcher.release(job, final=False)
             recording, identity = self._open_recording(job, should_stop)
         checkpoints = WindowCheckpoints(job, self._ledger, identity)
+
+        def should_yield() -> bool:
+            # After a stop no other job is started, so this one is finished; a window in memory only would be lost.
+            kept_on = self._stopping.is_set() or checkpoints.are_pending
+            return not kept_on and self._ledger.is_outranked(job.seq)
+
         return self._transcriber.transcribe(
             recording,
             options_of(job),
@@ -244,6 +255,7 @@ class Worker(StoppableThread):
             on_segment=lambda segment: self._events.segment(job, segment) if job.stream else None,
             on_window=checkpoints.write,
             should_stop=should_stop,
+            should_yield=should_yield,
         )
 
     def _open_recording(self, job: Job, should_stop: Callable[[], bool]) -> tuple["Recording", str | None]:
@@ -300,10 +312,19 @@ class Worker(StoppableThread):
             self._ledger.complete(job.seq, outcome.result)
         elif outcome.cancelled:
             self._ledger.finish_cancelling(job.seq)
+        elif outcome.preempted:
+            self._preempt(job)
         elif outcome.code in _TRANSIENT and job.retries < self._retries:
             self._defer(job, outcome)
         else:
             self._ledger.fail(job.seq, outcome.code, outcome.message)
+
+    def _preempt(self, job: Job) -> None:
+        requeued = self._ledger.preempt(job.seq)
+        if requeued.state is JobState.QUEUED:
+            message = "Job preempted by one of a higher priority; it continues at %.1f s of the recording"
+            resumes_at_s = self._ledger.resume_position_s(job.seq)
+            log.info(message, resumes_at_s, action="preempted", job_id=job.job_id)
 
     def _defer(self, job: Job, outcome: _Outcome) -> None:
         spread = random.uniform(1.0 - _DEFER_JITTER, 1.0 + _DEFER_JITTER)  # noqa: S311 - no secret

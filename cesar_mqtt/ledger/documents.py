@@ -45,14 +45,15 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["metadata"] = _copy(request.metadata)
     if request.formats:
         document["formats"] = list(request.formats)
-    if request.stream:
-        document["stream"] = True
     if request.expires_at is not None:
         document["expires_at"] = request.expires_at
-    if request.packet_id is not None:
-        document["packet_id"] = request.packet_id
-    if request.has_generated_id:
-        document["anonymous"] = True
+    others = (
+        ("stream", request.stream),
+        ("priority", request.priority),
+        ("packet_id", request.packet_id),
+        ("anonymous", request.has_generated_id),
+    )
+    document |= {name: value for name, value in others if value}
     if request.failure is not None:
         failure = {"error_code": ErrorCode.INVALID_REQUEST.value, "error_message": request.failure}
         document |= {"completed_at": now, **failure}
@@ -95,6 +96,7 @@ def job_from(seq: int, document: Mapping[str, Any], position: int | None, since:
         metadata=_copy(metadata) if metadata else {},
         formats=tuple(get("formats", ())),
         stream=get("stream", False),
+        priority=get("priority", 0),
         expires_at=get("expires_at"),
         attempt=get("attempt", 0),
         crashes=get("crashes", 0),

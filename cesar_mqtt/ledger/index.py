@@ -8,7 +8,7 @@ from typing import Any
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger.deduplication import DeduplicationIndex
 from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
-from cesar_mqtt.ledger.queue import JobQueue
+from cesar_mqtt.ledger.queue import JobQueue, level_of
 from cesar_mqtt.ledger.tombstones import Tombstones
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -37,7 +37,9 @@ class Index:
         self.deduplication = DeduplicationIndex(
             ordered, newest_deleted_id=self.tombstones.newest_id, released_until=counters.get("settled", 0)
         )
-        self.queue = JobQueue(seq for seq, document in ordered if document["state"] == JobState.QUEUED)
+        self.queue = JobQueue(
+            (seq, _level_of(document)) for seq, document in ordered if document["state"] == JobState.QUEUED
+        )
         self.processing = [seq for seq, document in ordered if document["state"] == JobState.PROCESSING]
         """At most one job, unless a test claims more."""
         for seq, document in ordered:
@@ -73,15 +75,15 @@ class Index:
         self.last_seq = seq
         self.deduplication.add(seq, request)
         if request.failure is None:
-            self.queue.add(seq)
+            self.queue.add(seq, level_of(request.priority, preempted=False))
             if request.expires_at is not None:
                 self.queue.set_expiry(seq, request.expires_at)
         else:
             self.finished[seq] = now
             self.ended_total[JobState.ERROR] += 1
 
-    def move(self, seq: int, before: JobState, after: JobState, changes: Mapping[str, Any]) -> None:
-        """Move a job from one state to another; `changes` are the fields of its document that changed."""
+    def move(self, seq: int, before: JobState, after: JobState, document: Mapping[str, Any]) -> None:
+        """Move a job from one state to another; `document` is the one that it has now."""
         if before is JobState.PROCESSING:
             self.processing.remove(seq)
         elif before is JobState.QUEUED:
@@ -91,10 +93,12 @@ class Index:
         if after is JobState.PROCESSING:
             self.processing.append(seq)
         elif after is JobState.QUEUED:
-            self.queue.requeue(seq)
+            if "preempted" in document:
+                self.queue.drop_expiry(seq)
+            self.queue.add(seq, _level_of(document))
         else:
             self.ended_total[after] += 1
-            self.finished[seq] = _end_of(changes)
+            self.finished[seq] = _end_of(document)
             self.queue.drop_expiry(seq)
 
     def delete(self, deleted: DeletedJob, document: Mapping[str, Any]) -> None:
@@ -128,6 +132,10 @@ class Index:
         parts += [self.queue] if JobState.QUEUED in states else []
         parts += [self.processing] if JobState.PROCESSING in states else []
         return sorted(chain.from_iterable(parts))
+
+
+def _level_of(document: Mapping[str, Any]) -> int:
+    return level_of(document.get("priority", 0), preempted="preempted" in document)
 
 
 def _end_of(document: Mapping[str, Any]) -> float:

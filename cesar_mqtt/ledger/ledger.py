@@ -91,8 +91,9 @@ def acquire_lock(path: Path) -> FileLock:
 class Ledger:
     """Jobs in the order of their acceptance, their states, and the states that the broker has not acknowledged.
 
-    The order is that of the sequence numbers, which are never used again; no order depends on a clock. A change is on
-    disk before it is in the index and in the outbox, so readers never see a state that a crash could take back.
+    The order is that of the sequence numbers, which are never used again; no order depends on a clock. The queue is
+    ordered by priority first: see `JobQueue`. A change is on disk before it is in the index and in the outbox, so
+    readers never see a state that a crash could take back.
     """
 
     # -- open and close -------------------------------------------------------------------------------------------
@@ -287,6 +288,7 @@ class Ledger:
             tombstones.release_status(deleted)
         for seq, request in numbered:
             self._index.add(seq, request, now)
+        self._update_positions()
         rows = self._rows
         for seq, _ in numbered:
             self._enqueue_status(seq, rows[str(seq)])
@@ -323,7 +325,7 @@ class Ledger:
     # -- run jobs -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:
-        """Move the oldest ready job to `processing` and count its attempt; None if there is none.
+        """Move the first ready job to `processing` and count its attempt; None if there is none.
 
         Raises:
             LedgerError: the disk failed; the job stays queued.
@@ -341,6 +343,15 @@ class Ledger:
 
     def _all_ready(self) -> Iterator[int]:
         return self._index.queue.all_ready(self._monotonic(), self._clock())
+
+    def is_outranked(self, seq: int) -> bool:
+        """Whether a job that could be started now has a higher priority than this running one."""
+        with self._changed:
+            first = self._next_ready()
+            return first is not None and self._priority(first) > self._priority(seq)
+
+    def _priority(self, seq: int) -> int:
+        return int(self._rows.get(str(seq), {}).get("priority", 0))
 
     def wait_for_work(self, stopped: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Block until a job is ready (True), or until `stopped()` is true or the time is over (False).
@@ -442,6 +453,15 @@ class Ledger:
             self._requeue(seq, {})
             return self._job(seq)
 
+    def preempt(self, seq: int) -> Job:
+        """Requeue a job in `processing` as the first of its priority, and return it; it does not expire any more.
+
+        A job that is being cancelled ends as `cancelled` instead. Raises as `complete`.
+        """
+        with self._changed:
+            self._requeue(seq, {"preempted": True})
+            return self._job(seq)
+
     def defer(self, seq: int, delay_s: float) -> None:
         """Requeue a job in `processing`, not to be claimed for `delay_s`; the jobs behind it go first.
 
@@ -459,7 +479,8 @@ class Ledger:
         if self.is_cancelling(seq):
             self._cancel(seq)
             return False
-        self._transition(seq, JobState.QUEUED, fields, dropped=_CLEARED_BY_REQUEUE)
+        dropped = (*_CLEARED_BY_REQUEUE, "expires_at") if "preempted" in fields else _CLEARED_BY_REQUEUE
+        self._transition(seq, JobState.QUEUED, fields, dropped=dropped)
         return True
 
     def finish_cancelling(self, seq: int) -> None:
@@ -499,8 +520,8 @@ class Ledger:
     def retry(self, job_id: str) -> Job | None:
         """Queue a job that ended as `error` or `cancelled` again, with the same options.
 
-        Its position in the queue follows from its sequence number. With uploaded audio the finished windows are kept;
-        a file or URL may have changed since.
+        Its position in the queue follows from its priority and its sequence number. With uploaded audio the finished
+        windows are kept; a file or URL may have changed since.
 
         Returns:
             The job; None: there is no such job.
@@ -714,6 +735,11 @@ class Ledger:
         with self._changed:
             return [self._job(seq) for seq in islice(self._all_ready(), limit)]
 
+    def preempted(self) -> frozenset[int]:
+        """Return the sequence numbers of the queued jobs that were preempted."""
+        with self._changed:
+            return frozenset(self._index.queue.preempted)
+
     def processing(self) -> tuple[int, ...]:
         """Return the sequence number of the job in `processing`, if there is one."""
         with self._changed:
@@ -753,7 +779,7 @@ class Ledger:
         """Return the counts for the consumer's own topics; the cost does not depend on the number of jobs."""
         with self._changed:
             index = self._index
-            oldest = next(iter(index.queue), None)
+            oldest = index.queue.oldest()
             processing = index.processing[0] if index.processing else None
             return Totals(
                 queued=len(index.queue),
@@ -819,11 +845,14 @@ class Ledger:
             "updated_at": self._clock(),
             **fields,
         }
+        if before is JobState.QUEUED:  # a job is first of its priority only until it leaves the queue
+            dropped = (*dropped, "preempted")
+        dropped = tuple(name for name in dropped if name in row)
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))
         self._commit(changes)
-        self._index.move(seq, before, state, document)
+        self._index.move(seq, before, state, rows[key])
         if before is JobState.QUEUED or state is JobState.QUEUED:
             self._update_positions()
         self._enqueue_status(seq, rows[key])

@@ -1,68 +1,79 @@
 """The queue: the order of waiting jobs, their positions, delays and expiries; the ledger serialises every call."""
 
 import math
-from bisect import bisect
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import islice
+
+from sortedcontainers import SortedList
 
 from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
 
 POSITIONS_TRACKED = 10
 """So many of the first jobs have their status published when their position changes: more would flood the broker."""
 
+_LEVEL = 1 << 52
+"""The distance between two levels in `JobQueue._order`: more than there will ever be jobs."""
+
+
+def level_of(priority: int, *, preempted: bool) -> int:
+    """Return the level of a job in the queue: jobs of a higher level go first, equal ones by their numbers."""
+    return 2 * priority + preempted
+
 
 class JobQueue:
-    """Sequence numbers of queued jobs, first in, first out.
+    """Sequence numbers of queued jobs: by priority, then the one that was preempted, then first in, first out.
 
+    A preempted job was the first of its priority when it was started, so a second one has a greater number.
+    No call takes longer than the logarithm of the number of jobs, except for the jobs that it returns or skips.
     Delays are on the monotonic clock (`now`), expiries on the wall clock (`time`); both in seconds.
     """
 
-    def __init__(self, order: Iterable[int]) -> None:
-        """Start with the jobs that were queued on disk, oldest first."""
-        self._order = OrderedDict.fromkeys(order)
+    def __init__(self, levels: Iterable[tuple[int, int]] = ()) -> None:
+        """Start with the jobs that were queued on disk: the number and the level of each."""
+        self._keys = {seq: seq - level * _LEVEL for seq, level in levels}
+        self._order = SortedList(self._keys.values())
+        """One integer for each job: as keys of a sorted list they take a third of the memory of tuples."""
+        self.preempted = {seq for seq, key in self._keys.items() if _is_preempted(key)}
+        """The preempted jobs among them."""
         self._not_before: dict[int, float] = {}
         self._expires_at: dict[int, float] = {}
         """Of all jobs that have not ended, queued or not."""
         self._expiries = ExpiryHeap()
         """Of queued jobs only."""
+        self._first: tuple[int, ...] = ()
+        """The first `POSITIONS_TRACKED` jobs at the last update of positions."""
+        self._unplaced: dict[int, None] = {}
+        """Jobs that were added since, in that order."""
         self._positions: dict[int, tuple[int, float | None]] = {
             seq: (position, None)
-            for position, seq in enumerate(islice(self._order, POSITIONS_TRACKED, None), start=POSITIONS_TRACKED + 1)
+            for position, seq in enumerate(islice(self, POSITIONS_TRACKED, None), start=POSITIONS_TRACKED + 1)
         }
         """The position that was last given to each queued job, and since when, if later than its last change of state.
-        Jobs beyond the first ten keep the one that they had when they were queued."""
+        Jobs that never were among the first ten keep the one that they had when they were queued."""
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
+        return (key % _LEVEL for key in self._order)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
-    def add(self, seq: int) -> None:
-        """Append a new job."""
-        self._order[seq] = None
-        self._positions[seq] = (len(self._order), None)
-
-    def requeue(self, seq: int) -> None:
-        """Insert a job at the position that its number gives it."""
-        position = 1
-        if seq > next(iter(self._order), seq):  # an older job is queued, too
-            order = list(self._order)
-            position += bisect(order, seq)
-            self._order = OrderedDict.fromkeys([*order[: position - 1], seq, *order[position - 1 :]])
-        else:
-            self._order[seq] = None
-            self._order.move_to_end(seq, last=False)
-        self._positions[seq] = (position, None)
+    def add(self, seq: int, level: int = 0) -> None:
+        """Insert a job at the place that its level and its number give it; `update_positions` gives it a position."""
+        key = self._keys[seq] = seq - level * _LEVEL
+        self._order.add(key)
+        self._unplaced[seq] = None
+        if _is_preempted(key):
+            self.preempted.add(seq)
         if seq in self._expires_at:
             self._expiries[seq] = self._expires_at[seq]
 
     def remove(self, seq: int) -> None:
         """Remove a job that is started, cancelled or deleted."""
-        del self._order[seq]
+        self._order.remove(self._keys.pop(seq))
+        self.preempted.discard(seq)
+        self._unplaced.pop(seq, None)
         self._positions.pop(seq, None)
         self._not_before.pop(seq, None)
         self._expiries.pop(seq, None)
@@ -74,32 +85,40 @@ class JobQueue:
     def set_expiry(self, seq: int, at: float) -> None:
         """Let a job expire if it is still queued at this time; kept while it is processing, for a requeue."""
         self._expires_at[seq] = at
-        if seq in self._order:
+        if seq in self._keys:
             self._expiries[seq] = at
 
     def drop_expiry(self, seq: int) -> None:
-        """Forget when a job that has ended would have expired: after a retry it does not expire."""
+        """Forget when a job would have expired that has ended, or was preempted: it does not expire any more."""
         self._expires_at.pop(seq, None)
 
     def update_positions(self, now: float) -> list[int]:
-        """Give the first `POSITIONS_TRACKED` jobs their current positions; return the jobs whose position changed."""
-        moved = [
-            (position, seq)
-            for position, seq in enumerate(islice(self._order, POSITIONS_TRACKED), start=1)
-            if self._positions.get(seq, (0, None))[0] != position
-        ]
-        for position, seq in moved:
-            self._positions[seq] = (position, now)
-        return [seq for _, seq in moved]
+        """Give each added job its position, and the first `POSITIONS_TRACKED` jobs their current ones.
+
+        Returns:
+            The jobs whose position changed, those included that are no longer among the first.
+        """
+        for seq in self._unplaced:
+            self._positions[seq] = (self._rank(seq), None)
+        self._unplaced.clear()
+        first = tuple(islice(self, POSITIONS_TRACKED))
+        current = {seq: position for position, seq in enumerate(first, start=1)}
+        current |= {seq: self._rank(seq) for seq in self._first if seq in self._keys and seq not in current}
+        self._first = first
+        moved = [seq for seq, position in current.items() if self._positions.get(seq, (0, None))[0] != position]
+        for seq in moved:
+            self._positions[seq] = (current[seq], now)
+        return moved
+
+    def _rank(self, seq: int) -> int:
+        return int(self._order.bisect_right(self._keys[seq]))
 
     # -- queries -----------------------------------------------------------------------------------------------------
 
     def all_ready(self, now: float, time: float) -> Iterator[int]:
-        """Yield the jobs that may be started, oldest first."""
+        """Yield the jobs that may be started, in order."""
         return (
-            seq
-            for seq in self._order
-            if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
+            seq for seq in self if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
         )
 
     def next_ready_in(self, now: float, time: float) -> float | None:
@@ -115,3 +134,17 @@ class JobQueue:
     def position(self, seq: int) -> tuple[int | None, float | None]:
         """Return a job's position from 1, and since when it has it, if that is later than its last change of state."""
         return self._positions.get(seq, (None, None))
+
+    def oldest(self) -> int | None:
+        """Return the job that was accepted first, whatever its priority; None: the queue is empty."""
+        first: list[int] = []
+        index = 0
+        while index < len(self._order):  # once for each level that has a job
+            key = self._order[index]
+            first.append(key % _LEVEL)
+            index = self._order.bisect_left(key - first[-1] + _LEVEL)
+        return min(first, default=None)
+
+
+def _is_preempted(key: int) -> bool:
+    return key // _LEVEL % 2 == 1

@@ -3,6 +3,7 @@
 Pure; any thread may make and read them.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -32,6 +33,7 @@ from cesar_mqtt.protocol.fields import (
     Metadata,
     ModelSize,
     Payload,
+    Priority,
     QueuePosition,
     ResultFormat,
     UpdatedAt,
@@ -178,6 +180,7 @@ class JobSummary(Payload):
     updated_at: UpdatedAt
     completed_at: EndedAt
     queue_position: QueuePosition
+    priority: Priority = Field(default=0, exclude_if=operator.not_)
     audio_source: AudioName
     audio_duration: AudioDuration
     model_size: ModelSize
@@ -268,6 +271,7 @@ def summary_of(status: Status) -> JobSummary:
         updated_at=status["updated_at"],
         completed_at=status["completed_at"],
         queue_position=status["queue_position"],
+        priority=status.get("priority", 0),
         audio_source=None if source is None else shorten(source),
         audio_duration=status["audio_duration"],
         model_size=status["model_size"],

@@ -120,7 +120,7 @@ def _requests() -> Examples:
                 "formats": ["srt", "json"],
                 "metadata": {"room": "porch"},
             },
-            {"audio_url": "http://192.168.1.5/clip.m4a", "language": "de", "expires_in": 3600},
+            {"audio_url": "http://192.168.1.5/clip.m4a", "language": "de", "priority": 5, "expires_in": 3600},
             {
                 "audio_path": "talk.mp3",
                 "clip_timestamps": [[0, 30.5], [60, 90]],
@@ -160,6 +160,7 @@ def _about_jobs() -> Examples:
             status_of(_PROCESSING, _CONSUMER, _PROGRESS),
             status_of(_COMPLETED, _CONSUMER),
             status_of(_FAILED, _CONSUMER),
+            status_of(_QUEUED._replace(job_id="doorbell-3", priority=9), _CONSUMER),
         ],
         "segment": [segment_of(_QUEUED.job_id, _SEGMENT)],
         "event": [event_of(_COMPLETED, _CONSUMER), deletion_of("porch-17", _CONSUMER, _STARTED + 60)],

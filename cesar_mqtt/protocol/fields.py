@@ -53,6 +53,9 @@ QueuePosition = Annotated[
     int | None,
     Field(description="The position in the queue, from 1; null unless queued. Kept up to date for the first ten."),
 ]
+Priority = Annotated[
+    int, Field(description="The priority of the job, as far as `queue.max_priority` allows it; left out where it is 0.")
+]
 AudioDuration = Annotated[
     float | None, Field(description="The length of the recording in seconds; null until it is known.")
 ]

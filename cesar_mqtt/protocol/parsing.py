@@ -4,10 +4,7 @@ A bad message is a result, never an exception. The cost is linear in its size, a
 mistakes. Pure; any thread may call it.
 """
 
-import base64
-import binascii
 import codecs
-import difflib
 import functools
 import hashlib
 import reprlib
@@ -22,6 +19,8 @@ from pydantic_core import ErrorDetails, from_json
 from cesar_mqtt.jobs import AudioSource
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.protocol.commands import COMMANDS, CURRENT, Command, Transaction
+from cesar_mqtt.protocol.encoded_audio import decode_audio
+from cesar_mqtt.protocol.field_names import meant_field
 from cesar_mqtt.protocol.fields import MUST, Payload
 from cesar_mqtt.protocol.payloads import Reason
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
@@ -33,8 +32,6 @@ UPLOAD = AudioSource("upload", "")
 
 _COMMAND_BYTES = 65_536
 _NAMED_MISTAKES = 3
-_COMPARED_CHARACTERS = 64  # of an unknown field, to find the nearest name
-_BLANKS = b" \t\r\n\v\f"
 _FIELDS = frozenset(JobRequest.model_fields)
 _DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in JobRequest.model_fields.items()}
 _TEXT_FIELDS = frozenset(
@@ -42,6 +39,8 @@ _TEXT_FIELDS = frozenset(
     for name, schema in JobRequest.model_json_schema()["properties"].items()
     if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
 )
+_WITHOUT_BLANKS = (_TEXT_FIELDS | {"formats"}) - {"job_id", "audio_path", "initial_prompt", "hotwords"}
+"""Not the id, which is also a level of a topic; nor a path, which is looked up as it is first."""
 _WRONG_LENGTH = frozenset({"too_long", "too_short"})
 """Of a list: to name its value as "a list" would not explain the mistake."""
 _TRANSACTION: TypeAdapter[Any] = TypeAdapter(Transaction)
@@ -174,10 +173,12 @@ _SEND_AUDIO = " To send the audio itself, publish its bytes on the audio topic."
 
 
 def _audio_field(line: str) -> str:
-    return "audio_url" if line[: len("https://")].lower().startswith(("http://", "https://")) else "audio_path"
+    is_url = line.lstrip()[: len("https://")].lower().startswith(("http://", "https://"))
+    return "audio_url" if is_url else "audio_path"
 
 
 def _request(document: Document) -> Parsed:
+    document = {name: _without_blanks(name, value) for name, value in document.items()}
     parsed = _checked_request(document)
     if isinstance(parsed, Refusal) and parsed.recordable:
         return replace(parsed, metadata=_metadata(document), audio=_source(document))
@@ -198,15 +199,19 @@ def _with_audio(request: JobRequest) -> Parsed:
     if request.audio_base64 is None:
         return Accepted(request, None)
     try:
-        encoded = request.audio_base64.encode("ascii")
-        encoded = encoded.translate(None, _BLANKS)  # line ends, as `base64 FILE` writes them
-        audio = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        audio = b""
-    if not audio:
-        detail = "audio_base64 is not base64: use the standard alphabet, with padding."
+        return Accepted(request, decode_audio(request.audio_base64))
+    except ValueError as exc:
+        detail = f"audio_base64 {exc}."
         return Refusal("invalid_request", detail, request.job_id, recordable=request.job_id is not None)
-    return Accepted(request, audio)
+
+
+def _without_blanks(name: str, value: Any) -> Any:
+    """Remove the blanks around a text that is a name, as shells and templates leave them."""
+    if name not in _WITHOUT_BLANKS:
+        return value
+    if isinstance(value, list):
+        return [each.strip() if isinstance(each, str) else each for each in value]
+    return value.strip() if isinstance(value, str) else value
 
 
 def _metadata(document: Document) -> Mapping[str, Any]:
@@ -376,8 +381,8 @@ def _validated(model: type[Model], document: Document) -> Model | str:
 
 def _unknown(model: type[Payload], names: list[str]) -> Iterator[str]:
     for name in islice(names, _NAMED_MISTAKES):
-        close = difflib.get_close_matches(name[:_COMPARED_CHARACTERS], model.model_fields, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        meant = meant_field(name, model.model_fields)
+        hint = f" (did you mean {meant}?)" if meant else ""
         yield f"There is no field {_shown(name)}{hint}"
 
 

@@ -30,6 +30,7 @@ from cesar_mqtt.protocol.fields import (
     Metadata,
     ModelSize,
     Payload,
+    Priority,
     PublishedId,
     QueuePosition,
     State,
@@ -68,6 +69,7 @@ class Status(TypedDict):
     completed_at: EndedAt
     updated_at: UpdatedAt
     queue_position: QueuePosition
+    priority: NotRequired[Priority]
     progress: Annotated[
         float | None, Field(description="0 to 1; 1 only when completed. It never goes back within an attempt.")
     ]
@@ -94,7 +96,7 @@ class Status(TypedDict):
         list[str],
         Field(
             description="What may be missing from the transcript: `audio_truncated`, `audio_damaged`, "
-            "`initial_prompt_truncated` or `hotwords_truncated`."
+            "`initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has no priorities."
         ),
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]
@@ -139,7 +141,7 @@ def status_of(
     duration = now.audio_duration if now else job.audio_duration
     share = 1.0 if completed else (0.0 if running else None)
     code = job.error_code
-    return {
+    status: Status = {
         "job_id": job.job_id,
         "status": job.state,
         "attempt": job.attempt,
@@ -171,6 +173,9 @@ def status_of(
         "consumer": consumer,
         "version": __version__,
     }
+    if job.priority:
+        status["priority"] = job.priority
+    return status
 
 
 def _public_source(audio: AudioSource) -> str:

@@ -8,7 +8,7 @@ import json
 import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -29,6 +29,7 @@ _TEMPERATURES = 10
 _CLIPS = 1000
 _BEAMS = 10
 _BATCH = 32
+MAX_PRIORITY = 9
 
 # A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
 # the URL find another host in it.
@@ -36,6 +37,7 @@ _URL = re.compile(
     r"https?://[^/?#\s\\\x00-\x1f\x7f-\x9f]+([/?#][^\x00-\x1f\x7f-\x9f]*)?",
     re.IGNORECASE,
 )
+_FILE_URL = re.compile(r"file:(//(?P<host>[^/]*))?(?P<path>.*)", re.IGNORECASE | re.DOTALL)
 _DETECT = frozenset({"", "auto"})
 """What other programs send to have the language detected."""
 
@@ -58,6 +60,29 @@ def _valid_url(text: str) -> str:
     if not (names_host and _URL.fullmatch(text)):
         raise ValueError("is no URL that begins with http:// or https:// and names a host")
     return text
+
+
+def _plain_path(text: str) -> str:
+    """Return the path of a `file:` URL (RFC 8089), or the text as it is.
+
+    A `?` or `#` belongs to the name: a real URL escapes it, and what programs put together from a path does not.
+    """
+    stripped = text.strip()
+    if not stripped:
+        raise ValueError("is blank: name a file")
+    url = _FILE_URL.fullmatch(stripped)
+    if url is None:
+        return text
+    host = url["host"]
+    if host and host.lower() != "localhost":
+        raise ValueError(f"names a file of the host {host!r}: write 'file:///' before an absolute path")
+    try:
+        path = unquote(url["path"], errors="strict")
+    except UnicodeDecodeError as exc:
+        raise ValueError("has escapes that are not UTF-8") from exc
+    if not path.startswith("/"):
+        raise ValueError("is a file URL without an absolute path: write 'file:///' before it")
+    return path
 
 
 def _coerce_integral(value: Any) -> Any:
@@ -109,11 +134,13 @@ class JobRequest(Payload):
         "Left out: the consumer makes one.",
         json_schema_extra={MUST: "text of 1 to 64 of A-Z, a-z, 0-9, _ and -"},
     )
-    audio_path: Annotated[str, Field(min_length=1, max_length=_PATH_CHARACTERS)] | None = Field(
-        default=None,
-        description="A file on the consumer's machine, inside one of `audio.directories`. A relative path is looked up "
-        "there.",
-        json_schema_extra={MUST: f"text of 1 to {_PATH_CHARACTERS} characters"},
+    audio_path: Annotated[str, Field(min_length=1, max_length=_PATH_CHARACTERS), AfterValidator(_plain_path)] | None = (
+        Field(
+            default=None,
+            description="A file on the consumer's machine, inside one of `audio.directories`, as a path or a `file://` "
+            "URL. A relative path is looked up there.",
+            json_schema_extra={MUST: f"text of 1 to {_PATH_CHARACTERS} characters"},
+        )
     )
     audio_url: Annotated[str, Field(max_length=_URL_CHARACTERS), AfterValidator(_valid_url)] | None = Field(
         default=None,
@@ -125,8 +152,8 @@ class JobRequest(Payload):
     audio_base64: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         repr=False,
-        description="The recording itself; line ends in it are ignored.",
-        json_schema_extra={MUST: "a file in base64"},
+        description="The recording itself, in base64 or as a `data:` URI; line ends in it are ignored.",
+        json_schema_extra={MUST: "a file in base64 or as a data: URI"},
     )
     model_size: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
         default=None,
@@ -196,6 +223,12 @@ class JobRequest(Payload):
         default=False,
         description="Whether segments are published as soon as they are known.",
         json_schema_extra={MUST: "true or false"},
+    )
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY), BeforeValidator(_coerce_integral)] = Field(
+        default=0,
+        description="Jobs of a higher priority go first, equal ones in the order of acceptance. A running job of a "
+        "lower priority waits from the end of its window on, and then continues there. At most `queue.max_priority`.",
+        json_schema_extra={MUST: f"a whole number from 0 to {MAX_PRIORITY}"},
     )
     expires_in: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,

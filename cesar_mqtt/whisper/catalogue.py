@@ -5,6 +5,7 @@ hub. Nothing is loaded here; any thread may call.
 """
 
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal, TypeAlias
 from cesar_mqtt import logs
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.config_sources import DIRECTORIES
-from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.errors import ConfigError, nearest
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import hub, model_files
 from cesar_mqtt.whisper.model_files import missing_files, unavailable, unusable
@@ -23,6 +24,8 @@ Origin: TypeAlias = Literal["folder", "package", "cache"]
 
 _PREFERRED = "base"
 _ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 # No separator and no leading dot: a name cannot lead out of the folder that it is looked up in.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -101,6 +104,19 @@ class Catalogue:
             return name in self._settings.allowed or _ALIASES.get(name) in self._settings.allowed
         return name in self._known or self._folder(name) is not None
 
+    def explain_unknown(self, name: str) -> str:
+        """Return why jobs may not name this model, and which they may, as a part of a sentence."""
+        # Others publish models as `openai/whisper-small` or `Systran/faster-whisper-small`.
+        bare = name.rpartition("/")[2].removeprefix("faster-").removeprefix("whisper-")
+        names = self.allowed_names()
+        meant = nearest(bare, names)
+        hint = f" (did you mean {meant!r}?)" if meant else ""
+        shown = _SHORT.repr(name)
+        problem = (
+            f"there is no model {shown}" if self._settings.allowed is None else f"{shown} is not in models.allowed"
+        )
+        return f"{problem}{hint}: use one of {', '.join(names)}"
+
     def is_multilingual(self, name: str) -> bool | None:
         """Whether a model knows more than English; None: unknown before it is loaded.
 
@@ -146,7 +162,7 @@ class Catalogue:
             Cancelled: `should_stop` returned True.
         """
         if not self.is_allowed(name):
-            raise unavailable(f"The model {name!r} is not among `models.allowed`: choose one of those.")
+            raise unavailable(f"The job cannot run: {self.explain_unknown(name)}.")
         place = self.find(name)
         if place is None and not self.may_download(name):
             raise unavailable(
@@ -193,15 +209,14 @@ class Catalogue:
             raise ConfigError("`models.allowed` is empty: name at least one model, or leave the setting out.")
         for name in settings.allowed or ():
             if name not in self._known and self._folder(name) is None:
+                meant = nearest(name, self._known)
+                hint = f" (did you mean {meant!r}?)" if meant else ""
                 raise ConfigError(
-                    f"`models.allowed` names {name!r}, which is neither a model that faster-whisper knows nor a "
+                    f"`models.allowed` names {name!r}{hint}, which is neither a model that faster-whisper knows nor a "
                     "folder in `models.directory`."
                 )
         if settings.default is not None and not self.is_allowed(settings.default):
-            raise ConfigError(
-                f"`models.default` is {settings.default!r}, which is not among the allowed models: "
-                f"{', '.join(self.allowed_names())}."
-            )
+            raise ConfigError(f"`models.default`: {self.explain_unknown(settings.default)}.")
 
     def _choose_default(self) -> str:
         names = (_PREFERRED, *self._packages.names, *self._folders(), *(self._settings.allowed or ()))

@@ -103,6 +103,10 @@ class ModelStore:
         """Whether a job may name this model, on this machine or not."""
         return self.catalogue.is_allowed(name)
 
+    def explain_unknown(self, name: str) -> str:
+        """Return why a job may not name this model, as a part of a sentence; see `Catalogue.explain_unknown`."""
+        return self.catalogue.explain_unknown(name)
+
     def is_multilingual(self, name: str) -> bool | None:
         """Whether a model knows more than English; None: unknown before it is loaded."""
         return self.catalogue.is_multilingual(name)

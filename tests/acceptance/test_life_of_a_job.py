@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,6 +165,31 @@ def test_a_failing_job_says_why_and_the_next_one_completes(mosquitto: Mosquitto,
         assert "/etc" not in status["error_message"]
     queue = bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["completed_total"] == 1)
     assert queue["error_total"] == 3
+
+
+@pytest.mark.mosquitto
+def test_the_same_recording_is_found_however_a_program_names_it(
+    mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    folder = tmp_path / "Zoë"
+    folder.mkdir()
+    shutil.copy(SPEECH, folder / "Café one.wav")
+    serve("--broker", mosquitto.url, "--audio-dir", str(tmp_path))
+    bus = join(mosquitto.port)
+    encoded = base64.b64encode(SPEECH.read_bytes()).decode()
+
+    bus.publish("cesar/jobs", {"job_id": "nfd", "audio_path": unicodedata.normalize("NFD", "Zoë/Café one.wav")})
+    bus.publish("cesar/jobs", {"job_id": "uri", "audio_base64": f"data:audio/wav;base64,{encoded}"})
+    bus.publish("cesar/jobs", {"job_id": "file", "audio_path": (folder / "Café one.wav").as_uri(), "language": " en "})
+    bus.publish("cesar/jobs", {"job_id": "typo", "audio_path": "speech.wav", "model_size": "smal"})
+    bus.publish("cesar/jobs", {"job_id": "other", "path": "speech.wav"})
+    bus.publish("cesar/jobs", f" {(folder / 'Café one.wav').as_uri()}\n")
+
+    for job_id in ("nfd", "uri", "file"):
+        assert words(bus.status(job_id)["result_text"]) == SPOKEN
+    assert "(did you mean 'small'?): use one of tiny.en, " in bus.status("typo")["error_message"]
+    assert bus.status("other")["error_message"] == "There is no field 'path' (did you mean audio_path?)."
+    bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["completed_total"] == 4)
 
 
 @pytest.mark.mosquitto

@@ -206,13 +206,13 @@ def test_a_recording_is_fetched_from_an_allowed_host_and_from_no_other(
 ) -> None:
     consumer = serve("--broker", mosquitto.url, environ={"CESAR_AUDIO__ALLOWED_HOSTS": f'["127.0.0.1:{web}"]'})
     bus = join(mosquitto.port)
-    bus.publish("cesar/jobs", {"job_id": "fetched", "audio_url": f"http://127.0.0.1:{web}/speech.wav?token=secret"})
-    bus.publish("cesar/jobs", f"http://localhost:{web}/speech.wav")
+    bus.publish("cesar/jobs", {"job_id": "fetched", "audio_url": f" HTTP://127.0.0.1:{web}/speech.wav?token=secret"})
+    bus.publish("cesar/jobs", f"Http://localhost:{web}/speech.wav")
     bus.publish("cesar/jobs", {"job_id": "missing", "audio_url": f"http://127.0.0.1:{web}/nothing.wav"})
 
     fetched = bus.status("fetched")
     assert words(fetched["result_text"]) == SPOKEN
-    assert fetched["audio_source"] == f"http://127.0.0.1:{web}/speech.wav"
+    assert fetched["audio_source"].lower() == f"http://127.0.0.1:{web}/speech.wav"
     assert bus.status("missing")["error_code"] in {"audio_not_found", "download_failed"}
     refused = next(s for s in bus.every_status() if s["job_id"] not in {"fetched", "missing"} and s["error_code"])
     assert refused["error_code"] == "audio_not_allowed"

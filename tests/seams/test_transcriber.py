@@ -56,6 +56,7 @@ class Subject(ABC):
             on_segment=observed.segments.append,
             on_window=observed.windows.append,
             should_stop=lambda: stop_after is not None and len(observed.segments) >= stop_after,
+            should_yield=lambda: False,
         )
         return observed
 

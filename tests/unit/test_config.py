@@ -176,6 +176,7 @@ def test_a_relative_path_starts_from_its_file_or_else_from_the_current_folder(lo
         ),
         ("[broker]\nkeepalive = 4", "broker.keepalive in cesar.toml is 4: it must be a whole number from 5 to 3600"),
         ("[broker]\nprotocol = '4'", "broker.protocol in cesar.toml is '4': it must be auto, 5 or 3.1.1"),
+        ("[queue]\nmax_priority = 10", "queue.max_priority in cesar.toml is 10: it must be a whole number from 0 to 9"),
         ("[queue]\nmax_queued = true", "queue.max_queued in cesar.toml is true: it must be a whole number, 1 or more"),
         ("[audio]\nmax_duration = inf", "audio.max_duration in cesar.toml is inf: it must be a number above 0"),
         ("[audio]\ndirectories = '/a'", "audio.directories in cesar.toml is '/a': it must be a list of paths"),

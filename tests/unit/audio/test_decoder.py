@@ -4,6 +4,7 @@ import socket
 import struct
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,6 +178,64 @@ def test_a_link_that_stays_inside_is_followed(inside: Path) -> None:
 def test_a_link_may_lead_into_another_allowed_directory(inside: Path, outside: Path) -> None:
     (inside / "shared.wav").symlink_to(outside / "secret.wav")
     assert resolve_audio_path("shared.wav", [inside, outside]) == outside / "secret.wav"
+
+
+NFC, NFD = (unicodedata.normalize(form, "Müller/Café é.wav") for form in ("NFC", "NFD"))
+MIXED = unicodedata.normalize("NFC", "Müller/") + unicodedata.normalize("NFD", "Café é.wav")
+
+
+@pytest.mark.parametrize("folder", ["NFC", "NFD"])
+@pytest.mark.parametrize("file", ["NFC", "NFD"])
+@pytest.mark.parametrize("named", [NFC, NFD, MIXED])
+@pytest.mark.parametrize("top", ["", "{inside}/"])
+def test_a_name_is_looked_up_in_both_unicode_forms_in_files_and_folders(
+    folder: str, file: str, named: str, top: str, inside: Path
+) -> None:
+    forms = {"NFC": NFC.split("/"), "NFD": NFD.split("/")}
+    path = inside / forms[folder][0] / forms[file][1]
+    path.parent.mkdir()
+    path.touch()
+    assert resolve_audio_path(top.format(inside=inside) + named, [inside]) == path
+
+
+def test_a_directory_may_be_named_in_the_other_unicode_form_and_be_a_link(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "Töne") for form in ("NFC", "NFD")]
+    for there, named in (names, reversed(names)):
+        (tmp_path / there).mkdir(exist_ok=True)
+        (tmp_path / there / f"{there}.wav").touch()
+        link = tmp_path / f"{there}-link"
+        link.symlink_to(there)
+        path = tmp_path / there / f"{there}.wav"
+        assert resolve_audio_path(str(tmp_path / named / f"{named}.wav"), [tmp_path / there]) == path
+        assert resolve_audio_path(str(tmp_path / f"{named}-link" / f"{named}.wav"), [link]) == path
+
+
+def test_a_name_as_it_is_spelled_comes_before_its_other_forms(inside: Path) -> None:
+    forms = [unicodedata.normalize(form, "ü.wav") for form in ("NFC", "NFD")]
+    for name in forms:
+        (inside / name).touch()
+    assert [resolve_audio_path(name, [inside]).name for name in forms] == forms
+
+
+def test_another_unicode_form_of_a_link_that_leads_out_does_not_show_what_is_there(inside: Path, outside: Path) -> None:
+    (inside / "ü").symlink_to(outside)
+    for name in ("secret.wav", "missing.wav"):
+        assert refusal_of(unicodedata.normalize("NFD", f"ü/{name}"), inside).message == OUTSIDE
+
+
+def test_another_unicode_form_of_a_link_into_an_allowed_directory_is_followed(inside: Path, outside: Path) -> None:
+    (inside / "ü").symlink_to(outside)
+    name = unicodedata.normalize("NFD", "ü/secret.wav")
+    assert resolve_audio_path(name, [inside, outside]) == outside / "secret.wav"
+
+
+def test_blanks_around_a_name_count_only_if_they_are_the_files(inside: Path) -> None:
+    assert resolve_audio_path(" note.wav\t", [inside]) == inside / "note.wav"
+    assert refusal_of("note .wav", inside).code is ErrorCode.AUDIO_NOT_FOUND
+    (inside / " note.wav").touch()
+    assert resolve_audio_path(" note.wav", [inside]) == inside / " note.wav"
+    assert refusal_of(" ../outside/secret.wav", inside).message == OUTSIDE
+    assert refusal_of(" ", inside).code is ErrorCode.AUDIO_NOT_FOUND
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,23 @@ def test_the_jobs_of_several_consumers_are_merged(
     assert listed(capsys) == ["job-3", "job-2", "job-1"]
 
 
+def test_the_priority_of_an_open_job_is_shown_beside_its_state(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [
+        job(1, priority=9),
+        job(2, status="processing", priority=3),
+        job(3, status="queued", queue_position=2),
+        job(4, status="queued", queue_position=1, priority=5),
+    ]
+    answering(pages(jobs, page=4))
+    shell.print_jobs(settings, status=None, limit=0, consumer=None, as_json=False, timeout_s=1)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    shown = ("queued (1, priority 5)", "queued (2)", "processing (priority 3)", "completed")
+    assert [state in line for state, line in zip(shown, lines, strict=True)] == [True] * 4
+    assert "priority" not in lines[3]
+
+
 def test_without_a_terminal_jobs_are_aligned_lines(
     settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cesar_mqtt.cli.watch import JsonLines, Lines, Screen
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, JobRow
-from cesar_mqtt.cli.watch_view import View
+from cesar_mqtt.cli.watch_view import View, line_of
 from tests.factories import delivery
 
 NOW = datetime(2026, 1, 23, 21, 45, 12, tzinfo=UTC)
@@ -202,6 +202,18 @@ def test_ids_are_shown_whole_and_what_has_no_room_beside_them_goes(width: int) -
     assert long_id in lines[5]
     assert ("42%" in lines[5], "porch" in lines[5], "SPEED" in lines[4]) == (width > 40, width > 60, width > 80)
     assert ("CANCELLED" in lines[1]) == (width > 60)
+
+
+def test_the_priority_of_an_open_job_is_shown() -> None:
+    board = Board("cesar")
+    waits = board.take("cesar/status/a", status("queued", queue_position=1, priority=9, metadata={"file": "porch.wav"}))
+    works = board.take("cesar/status/b", status("processing", priority=1))
+    done = board.take("cesar/status/c", ended(1, result_text="Hello.", priority=9))
+    junk = board.take("cesar/status/d", status("queued", priority="high"))
+    rows = [row for row in (waits, works, done, junk) if isinstance(row, JobRow)]
+    assert [row.note for row in rows] == ["priority 9: porch.wav", "priority 1", "Hello.", ""]
+    assert line_of(rows[0]) == "job a queued priority 9: porch.wav"
+    assert any("priority 9: porch.wav" in line for line in drawn(board, 100, 24))
 
 
 def test_a_file_that_came_with_a_job_is_named() -> None:

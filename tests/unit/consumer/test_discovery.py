@@ -151,6 +151,9 @@ class AnyModel:
     def is_allowed(self, name: str) -> bool:
         return bool(name)
 
+    def explain_unknown(self, name: str) -> str:
+        raise AssertionError(name)
+
 
 @pytest.fixture
 def parser() -> MessageParser:

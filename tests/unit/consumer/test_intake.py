@@ -84,6 +84,9 @@ class FakeModels:
     def is_allowed(self, name: str) -> bool:
         return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
 
+    def explain_unknown(self, name: str) -> str:
+        return f"there is no model {name!r} (did you mean 'base'?): use one of base, tiny.en"
+
 
 class FakeCommands:
     """Responds with the command and its payload, and records the jobs that the ledger has then."""
@@ -159,6 +162,7 @@ class Bench:
 
     folder: Path
     trace: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.source = FakeSource(self.trace)
@@ -182,6 +186,7 @@ class Bench:
             max_payload_bytes=MAX_PAYLOAD_BYTES,
             events=JobEvents(self.publisher),
             publisher=cast("Publisher", self.publisher),
+            **self.settings,
         )
         self.trace.clear()
 
@@ -210,8 +215,8 @@ class Bench:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Bench]:
-    bench = Bench(folder)
+def opened(folder: Path, **settings: Any) -> Iterator[Bench]:
+    bench = Bench(folder, settings=settings)
     try:
         yield bench
     finally:
@@ -340,6 +345,25 @@ def test_formats_and_stream_reach_the_job_and_are_no_transcription_options(bench
     assert (bench.job("a").formats, bench.job("a").stream) == (("srt", "vtt"), True)
     assert (bench.job("b").formats, bench.job("b").stream) == ((), False)
     assert bench.job("a").options == {}
+
+
+@pytest.mark.parametrize(("highest", "got"), [(9, [0, 4, 9]), (5, [0, 4, 5]), (0, [0, 0, 0])])
+def test_a_priority_reaches_the_job_as_far_as_it_is_allowed(tmp_path: Path, highest: int, got: list[int]) -> None:
+    with opened(tmp_path, max_priority=highest) as bench:
+        bench.take(
+            request(job_id="a"),
+            upload("b", user_properties=(("priority", "4"), ("room", "porch"))),
+            request(job_id="c", priority=9),
+        )
+        assert [bench.job(name).priority for name in "abc"] == got
+        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {})
+
+
+def test_the_same_id_with_another_priority_is_another_request(bench: Bench) -> None:
+    assert bench.take(request(job_id="a", priority=0), request(job_id="a"), request(job_id="b", priority=3)) == []
+    assert bench.take(request(job_id="b", priority=3), request(job_id="b", priority=4)) == ["job_id_conflict"]
+    assert bench.take(request(job_id="b")) == ["job_id_conflict"]
+    assert [bench.job(name).priority for name in "ab"] == [0, 3]
 
 
 @pytest.mark.parametrize("payload", [b"https://nas.local/a.wav", b'{"audio_url": "https://nas.local/a.wav"}'])
@@ -573,7 +597,8 @@ def test_the_rejection_of_a_request_without_an_id_has_none(bench: Bench) -> None
 
 def test_a_model_that_is_not_allowed_is_named_in_the_rejection(bench: Bench) -> None:
     assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
-    assert "'large-v3'" in bench.publisher.rejections[0].detail
+    detail = "model_size: there is no model 'large-v3' (did you mean 'base'?): use one of base, tiny.en."
+    assert bench.publisher.rejections[0].detail == detail
     assert bench.jobs() == []
 
 

@@ -46,6 +46,7 @@ class FakeQueue:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.running: tuple[int, ...] = ()
+        self.waiting: set[int] = set()
         self.limits: list[int] = []
         self.error: Exception | None = None
         self.looking: Callable[[], object] = lambda: None
@@ -58,6 +59,9 @@ class FakeQueue:
         if self.error is not None:
             raise self.error
         return jobs
+
+    def preempted(self) -> frozenset[int]:
+        return frozenset(self.waiting)
 
     def processing(self) -> tuple[int, ...]:
         return self.running
@@ -729,6 +733,38 @@ def test_a_deferred_job_lets_go_of_its_download_and_fetches_it_again(stage: Stag
     assert stage.spooled == []
     assert stage.take(job).path.read_bytes() == b"http://cam.test/1"
     assert len(stage.downloader.fetched) == 2
+
+
+def test_a_preempted_job_keeps_its_download_however_many_jobs_come_before_it(stage: Stage) -> None:
+    preempted, urgent = remote(1), [local(stage, seq) for seq in range(2, 8)]
+    taken = stage.take(preempted)
+    stage.queue.jobs, stage.queue.waiting = [*urgent, preempted], {1}
+    stage.look()
+    stage.prefetcher.release(preempted, final=False)
+    assert taken.closed
+    for seq in range(2, 8):
+        stage.look()
+        assert stage.open_now == [f"job-{seq}"]
+        stage.prefetcher.release(stage.take(stage.queue.jobs.pop(0)).job, final=True)
+    stage.look()
+    assert stage.open_now == ["job-1"]
+    stage.queue.jobs = [*urgent, preempted]
+    stage.look()
+    assert stage.open_now == ["job-2"], "it gives up the memory of its recording, and not its download"
+    assert stage.take(preempted).path.read_bytes() == b"http://cam.test/1"
+    assert stage.downloader.fetched == ["http://cam.test/1"]
+
+
+def test_a_preempted_job_that_is_cancelled_loses_its_download(stage: Stage) -> None:
+    job = remote(1)
+    stage.take(job)
+    stage.queue.waiting = {1}
+    stage.prefetcher.release(job, final=False)
+    stage.look()
+    assert len(stage.spooled) == 1
+    stage.queue.waiting = set()
+    stage.look()
+    assert stage.spooled == []
 
 
 def test_a_job_that_is_requeued_before_its_release_is_not_prefetched_a_second_time(stage: Stage) -> None:

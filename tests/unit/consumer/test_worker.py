@@ -18,7 +18,7 @@ from cesar_mqtt.audio.paths import resolve_audio_path
 from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.progress import ProgressMeter
 from cesar_mqtt.consumer.worker import Worker
-from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError, Preempted
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
@@ -54,6 +54,7 @@ class Call:
     on_segment: Callable[[Segment], None]
     on_window: Callable[[Window], None]
     should_stop: Callable[[], bool]
+    should_yield: Callable[[], bool]
 
 
 def say_hello(call: Call) -> Transcript:
@@ -88,8 +89,9 @@ class FakeTranscriber:
         on_segment: Callable[[Segment], None],
         on_window: Callable[[Window], None],
         should_stop: Callable[[], bool],
+        should_yield: Callable[[], bool],
     ) -> Transcript:
-        self.calls.append(Call(recording, options, done, on_progress, on_segment, on_window, should_stop))
+        self.calls.append(Call(recording, options, done, on_progress, on_segment, on_window, should_stop, should_yield))
         return self.script(self.calls[-1])
 
     def warm_up(self, model_size: str) -> None:
@@ -914,6 +916,137 @@ def test_a_deferred_job_does_not_hold_up_the_next(bench: Bench) -> None:
     assert worker.run_once()
     assert not worker.run_once()
     assert (bench.job("a").state, bench.job("b").state) == (JobState.QUEUED, JobState.COMPLETED)
+
+
+# -- preemption ----------------------------------------------------------------------------------------------------
+
+
+def two_windows(call: Call) -> Transcript:
+    """What a transcriber does with a recording of three windows."""
+    for number in range(len(call.done), 2):
+        call.on_window(factories.window(number))
+        if call.should_yield():
+            raise Preempted
+    return dataclasses.replace(HELLO, windows=tuple(factories.window(number) for number in range(3)))
+
+
+def ended_in_order(bench: Bench) -> list[str]:
+    return [job.job_id for job in bench.observer.ended]
+
+
+def test_a_job_of_a_higher_priority_starts_behind_the_window_and_the_running_one_continues_afterwards(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(call: Call) -> Transcript:
+        if len(bench.transcriber.calls) == 1:
+            bench.add("high", "higher", priority=5)
+        return two_windows(call)
+
+    bench.transcriber.script = script
+    bench.add("low", "later")
+    with caplog.at_level(logging.INFO):
+        assert bench.worker.run_once()
+    waits = bench.job("low")
+    assert (waits.state, waits.attempt, waits.crashes, waits.queue_position) == (JobState.QUEUED, 1, 0, 3)
+    assert bench.prefetcher.released == [("low", False)]
+    assert bench.observer.ended == []
+    [line] = [record for record in caplog.records if record.__dict__["action"] == "preempted"]
+    assert (line.levelno, line.__dict__["job_id"]) == (logging.INFO, "low")
+    assert line.message.endswith("continues at 600.0 s of the recording")
+    while bench.worker.run_once():
+        pass
+    assert ended_in_order(bench) == ["high", "higher", "low", "later"]
+    again = bench.transcriber.calls[3]
+    assert (again.done, bench.job("low").attempt) == ((factories.window(0),), 2)
+
+
+def test_an_equal_priority_and_a_stop_let_the_running_job_finish(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        bench.add(f"equal-{len(bench.transcriber.calls)}", priority=2)
+        assert not call.should_yield()
+        bench.add(f"high-{len(bench.transcriber.calls)}", priority=3)
+        assert call.should_yield()
+        bench.worker.request_stop()
+        assert not call.should_yield(), "no other job is started after a stop"
+        return HELLO
+
+    bench.transcriber.script = script
+    bench.add("low", priority=2)
+    bench.worker.run_once()
+    assert bench.job("low").state is JobState.COMPLETED
+
+
+def test_a_window_that_is_not_on_disk_is_not_given_up_for_a_higher_priority(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        bench.add("high", priority=1)
+        bench.disk.refusals = 1
+        call.on_window(factories.window(0))
+        assert not call.should_yield()
+        call.on_window(factories.window(1))
+        assert call.should_yield()
+        raise Preempted
+
+    bench.transcriber.script = script
+    bench.add("low")
+    bench.worker.run_once()
+    assert len(bench.ledger.windows(bench.job("low").seq)) == 2
+
+
+def test_a_job_that_is_cancelled_while_it_yields_ends_cancelled(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        call.on_window(factories.window(0))
+        bench.ledger.cancel("low")
+        raise Preempted
+
+    bench.transcriber.script = script
+    bench.add("low")
+    bench.worker.run_once()
+    assert ended_in_order(bench) == ["low"]
+    assert bench.job("low").state is JobState.CANCELLED
+    assert bench.prefetcher.released == [("low", True)]
+
+
+def test_a_forced_stop_while_a_job_yields_requeues_it_once(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        call.on_window(factories.window(0))
+        bench.worker.abandon()
+        raise Preempted
+
+    bench.transcriber.script = script
+    bench.add("low")
+    bench.worker.run_once()
+    job = bench.job("low")
+    assert (job.state, job.attempt, bench.ledger.preempted()) == (JobState.QUEUED, 1, frozenset())
+
+
+@pytest.mark.usefixtures("_quick_retries")
+def test_a_preemption_that_the_disk_refuses_is_persisted_later(bench: Bench) -> None:
+    def script(call: Call) -> Transcript:
+        call.on_window(factories.window(0))
+        bench.disk.refusals = 3
+        raise Preempted
+
+    bench.transcriber.script = script
+    bench.add("low")
+    bench.worker.run_once()
+    assert bench.job("low").state is JobState.QUEUED
+    assert bench.ledger.preempted() == {bench.job("low").seq}
+
+
+def test_the_upload_of_a_preempted_job_is_kept(bench: Bench) -> None:
+    path = bench.add_upload("low")
+
+    def script(call: Call) -> Transcript:
+        if len(bench.transcriber.calls) == 1:
+            bench.add("high", priority=1)
+        assert path.exists()
+        return two_windows(call)
+
+    bench.transcriber.script = script
+    while bench.worker.run_once():
+        pass
+    assert ended_in_order(bench) == ["high", "low"]
+    assert not path.exists()
 
 
 # -- cancel and timeout --------------------------------------------------------------------------------------------

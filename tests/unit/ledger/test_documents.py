@@ -104,10 +104,13 @@ def test_a_new_job_is_unchanged_after_the_disk() -> None:
         metadata={"tags": ["x", None], "n": 1.5},
         formats=("srt", "json"),
         stream=True,
+        priority=7,
+        expires_at=90.0,
     )
     job = job_from(7, after_the_disk(job_document(asked, 12.5, 3)), 4, None)
     assert (job.seq, job.job_id, job.fingerprint, job.state) == (7, "a", "print", JobState.QUEUED)
     assert (job.audio, job.model_size, job.formats, job.stream) == (asked.audio, "base", ("srt", "json"), True)
+    assert (job.priority, job.expires_at) == (7, 90.0)
     assert (job.options, job.metadata) == (asked.options, asked.metadata)
     assert (job.created_at, job.updated_at, job.revision, job.queue_position) == (12.5, 12.5, 3, 4)
     assert job_from(7, job_document(asked, 12.5, 3), 4, 20.0).updated_at == 20.0

@@ -1756,7 +1756,7 @@ def test_a_thread_that_waits_for_work_is_woken_by_a_job_and_by_a_stop(folder: Le
 
 
 def test_only_pending_delays_determine_when_the_next_job_is_ready() -> None:
-    queue = JobQueue([1, 2])
+    queue = JobQueue([(1, 0), (2, 0)])
     queue.delay(1, 5.0)
     assert queue.next_ready_in(2.0, 0.0) == 3.0
     assert (list(queue.all_ready(4.0, 0.0)), list(queue.all_ready(5.0, 0.0))) == ([2], [1, 2])
@@ -1785,14 +1785,14 @@ def test_delays_do_not_depend_on_the_wall_clock(folder: LedgerFolder, monkeypatc
 
 
 def test_the_first_of_several_delays_ends_the_wait() -> None:
-    queue = JobQueue([1, 2, 3])
+    queue = JobQueue([(1, 0), (2, 0), (3, 0)])
     for seq, until in ((1, 30.0), (2, 20.0), (3, 40.0)):
         queue.delay(seq, until)
     assert queue.next_ready_in(10.0, 0.0) == 10.0
 
 
 def test_an_expired_delayed_job_does_not_end_the_wait() -> None:
-    queue = JobQueue([1])
+    queue = JobQueue([(1, 0)])
     queue.set_expiry(1, 50.0)
     queue.delay(1, 5.0)
     assert queue.next_ready_in(10.0, 49.0) == 0.0
@@ -2052,14 +2052,14 @@ def test_a_crashed_job_does_not_expire(folder: LedgerFolder) -> None:
 
 def test_expiry_times_of_removed_jobs_do_not_pile_up() -> None:
     """They were kept until the jobs would have expired, perhaps for weeks."""
-    queue = JobQueue([])
+    queue = JobQueue()
     queue.add(1)
     queue.set_expiry(1, 5e8)
     for seq in range(2, 2000):
         queue.add(seq)
         queue.set_expiry(seq, 1e9)
         queue.remove(seq)
-        queue.requeue(seq)
+        queue.add(seq)
         queue.remove(seq)
         queue.drop_expiry(seq)
     assert len(queue._expiries._heap) < 100

@@ -42,6 +42,9 @@ class Entry:
     has_generated_id: bool
     audio: str
     formats: tuple[str, ...]
+    priority: int = 0
+    preempted: bool = False
+    """Whether it waits as the first of its priority, since it was preempted."""
     state: JobState = JobState.QUEUED
     attempt: int = 0
     crashes: int = 0
@@ -50,6 +53,11 @@ class Entry:
     not_retryable: bool = False
     """Whether it failed with an error that a retry cannot fix."""
     windows: int = 0
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """Where it stands in the queue."""
+        return -self.priority, not self.preempted, self.seq
 
 
 @dataclass
@@ -75,7 +83,8 @@ class Model:
 
     @property
     def queue(self) -> list[int]:
-        return sorted(entry.seq for entry in self.jobs.values() if entry.state is JobState.QUEUED)
+        queued = [entry for entry in self.jobs.values() if entry.state is JobState.QUEUED]
+        return [entry.seq for entry in sorted(queued, key=lambda entry: entry.order)]
 
     @property
     def processing(self) -> list[Entry]:
@@ -98,7 +107,13 @@ class Model:
         self.last_seq += 1
         audio = "none" if request.audio is None else request.audio.kind
         entry = Entry(
-            self.last_seq, request.fingerprint, request.packet_id, request.has_generated_id, audio, request.formats
+            self.last_seq,
+            request.fingerprint,
+            request.packet_id,
+            request.has_generated_id,
+            audio,
+            request.formats,
+            request.priority,
         )
         self.jobs[request.job_id] = entry
         self.take_packet_id(entry)
@@ -145,17 +160,22 @@ class Model:
             if self.name_of(seq) not in keep:
                 self.release(seq)
 
+    def ready(self, uptime: float) -> list[Entry]:
+        """Return the jobs that may be started, in order."""
+        by_seq = {entry.seq: entry for entry in self.jobs.values()}
+        return [by_seq[seq] for seq in self.queue if by_seq[seq].not_before <= uptime]
+
     def claim(self, uptime: float) -> tuple[int, int] | None:
-        ready = [entry for entry in self.jobs.values() if entry.seq in self.queue and entry.not_before <= uptime]
+        ready = self.ready(uptime)
         if self.paused or not ready:
             return None
-        entry = min(ready, key=lambda entry: entry.seq)
-        entry.state = JobState.PROCESSING
+        entry = ready[0]
+        entry.state, entry.preempted = JobState.PROCESSING, False
         entry.attempt += 1
         return entry.seq, entry.attempt
 
     def end(self, entry: Entry, state: JobState) -> None:
-        entry.state, entry.cancelling = state, False
+        entry.state, entry.cancelling, entry.preempted = state, False, False
         self.ended[state] += 1
         self.finished.append(next(name for name, one in self.jobs.items() if one is entry))
 
@@ -173,6 +193,11 @@ class Model:
             self.end(entry, JobState.CANCELLED)
         else:
             entry.state, entry.not_before = JobState.QUEUED, not_before
+
+    def preempt(self, entry: Entry) -> JobState:
+        self.requeue(entry, 0.0)
+        entry.preempted = entry.state is JobState.QUEUED
+        return entry.state
 
     def cancel(self, name: str) -> object:
         entry = self.jobs.get(name)
@@ -242,7 +267,9 @@ class Model:
                 self.end(entry, JobState.ERROR)
 
     def state_tuple(self) -> object:
-        jobs = {n: (e.seq, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()}
+        jobs = {
+            n: (e.seq, e.priority, e.state, e.attempt, e.crashes, e.cancelling, e.windows) for n, e in self.jobs.items()
+        }
         final = (JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED)
         return jobs, self.queue, [self.ended[state] for state in final], self.rejected, self.paused, self.packet_ids
 
@@ -256,7 +283,7 @@ def state_of(ledger: Ledger) -> object:
         windows = ledger.windows(job.seq)
         assert windows == tuple(window(job.seq, number) for number in range(len(windows)))
         cancelling = ledger.is_cancelling(job.seq)
-        jobs[name] = (job.seq, job.state, job.attempt, job.crashes, cancelling, len(windows))
+        jobs[name] = (job.seq, job.priority, job.state, job.attempt, job.crashes, cancelling, len(windows))
     totals = ledger.totals()
     ended = [totals.completed_total, totals.error_total, totals.cancelled_total]
     packet_ids = ledger._index.deduplication._seq_by_packet_id
@@ -288,6 +315,7 @@ requests = st.builds(
     retained=st.sampled_from([False, False, True]),
     failure=st.none() | st.none() | st.none() | st.just("wrong"),
     formats=st.sampled_from([(), ("txt",), ("srt",), ("txt", "json"), ("srt", "json")]),
+    priority=st.sampled_from([0, 0, 0, 1, 9]),
 ).map(lambda request: request if request.failure is None else replace(request, audio=None))
 faults = st.sampled_from([*[None] * 12, 1, 2, 3, 4])
 chances = st.integers(0, 1 << 32).map(random.Random)
@@ -398,6 +426,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
         return real, lambda model: model.requeue(self.of(model, seq), self.uptime + delay_s)
 
+    def preempt_step(self, seq: int) -> Step:
+        return (lambda ledger: ledger.preempt(seq).state), (lambda model: model.preempt(self.of(model, seq)))
+
     def finish_cancelling_step(self, seq: int) -> Step:
         return (
             lambda ledger: ledger.finish_cancelling(seq),
@@ -470,7 +501,7 @@ class LedgerMachine(RuleBasedStateMachine):
             steps += [self.complete_step(seq, more) for more in (0, 2)]
             steps += [self.fail_step(seq, code) for code in FAILURES]
             steps += [self.requeue_step(seq, 0.0), self.finish_cancelling_step(seq), self.window_step(seq)]
-            steps.append(self.identity_step(seq, "another"))
+            steps += [self.identity_step(seq, "another"), self.preempt_step(seq)]
         steps.append(self.delete_finished_step(data.draw(st.integers(0, 5))))
         steps += [self.cancel_step(name), self.retry_step(name), self.delete_step(name)]
         steps.append(self.pause_step(on=not self.model.paused))
@@ -492,7 +523,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # One rule for each action of the worker: a single rule for all of them is drawn too rarely to reach every state.
 
-    @rule(chance=chances, end=st.sampled_from(["complete", "fail", "requeue", "cancel", None]))
+    @rule(chance=chances, end=st.sampled_from(["complete", "fail", "requeue", "preempt", "cancel", None]))
     def run_a_job(self, chance: random.Random, end: str | None) -> None:
         """Claim a job, store some windows, and end it or leave it running."""
         self.do(self.claim_step())
@@ -505,6 +536,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "complete": lambda: self.complete_step(seq, chance.randint(0, 2)),
             "fail": lambda: self.fail_step(seq, chance.choice(list(FAILURES))),
             "requeue": lambda: self.requeue_step(seq, chance.choice((0.0, 5.0))),
+            "preempt": lambda: self.preempt_step(seq),
             "cancel": lambda: self.cancel_step(self.model.name_of(seq)),
         }
         if end is not None:
@@ -524,6 +556,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(chance=chances, delay_s=st.sampled_from([0.0, 5.0]), failures=faults)
     def requeue(self, chance: random.Random, delay_s: float, failures: int | None) -> None:
         self.do(self.requeue_step(chance.choice(self.model.processing).seq, delay_s), failures)
+
+    @precondition(lambda self: self.model.processing)
+    @rule(chance=chances, failures=faults)
+    def preempt(self, chance: random.Random, failures: int | None) -> None:
+        self.do(self.preempt_step(chance.choice(self.model.processing).seq), failures)
 
     @precondition(lambda self: self.model.processing)
     @rule(chance=chances, failures=faults)
@@ -776,8 +813,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for state in JobState:
             expected = [entry.seq for entry in by_seq if entry.state is state]
             assert [job.seq for job in self.ledger.jobs(states=[state])] == expected
-        ready = [entry.seq for entry in by_seq if entry.seq in self.model.queue and entry.not_before <= self.uptime]
-        assert [job.seq for job in self.ledger.upcoming(3)] == ready[:3]
+        ready = self.model.ready(self.uptime)
+        assert [job.seq for job in self.ledger.upcoming(3)] == [entry.seq for entry in ready[:3]]
+        assert self.ledger.preempted() == {entry.seq for entry in by_seq if entry.preempted}
+        assert self.ledger._index.queue.oldest() == min(self.model.queue, default=None)
+        highest = ready[0].priority if ready and not self.model.paused else 0
+        for entry in self.model.processing:
+            assert self.ledger.is_outranked(entry.seq) is (highest > entry.priority)
 
     def expected_results(self) -> dict[tuple[str, str], int]:
         return {

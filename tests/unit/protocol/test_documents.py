@@ -178,6 +178,8 @@ def test_the_description_of_a_field_of_a_request_ends_with_what_it_must_be(name:
         {"audio_path": "a.wav", "clip_timestamps": [[0, 1, 2]]},
         {"audio_path": "a.wav", "clip_timestamps": [[0, 1]]},
         {"audio_path": "a.wav", "formats": ["pdf"]},
+        {"audio_path": "a.wav", "priority": 10},
+        {"audio_path": "a.wav", "priority": 9},
         {"audio_path": "a.wav", "expires_in": 0},
         {"audio_path": "a.wav", "expires_in": 0.5},
         {"audio_path": "a.wav", "metadata": []},

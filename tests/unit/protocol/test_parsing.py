@@ -2,6 +2,7 @@ import base64
 import json
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote_from_bytes
 
 import pytest
 from hypothesis import example, given, settings
@@ -20,8 +21,10 @@ from cesar_mqtt.protocol.parsing import (
     Parsed,
     Refusal,
     UserProperties,
+    fingerprint,
     parse_audio,
     parse_command,
+    source_of,
 )
 from cesar_mqtt.protocol.parsing import parse_submission as parse
 from cesar_mqtt.protocol.payloads import Rejection, status_of
@@ -138,6 +141,7 @@ def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
             batch_size=1,
             formats=[],
             stream=False,
+            priority=0,
             metadata={},
         ),
         None,
@@ -161,12 +165,13 @@ def test_every_field_is_taken_over() -> None:
         "batch_size": 8,
         "formats": ["srt", "json"],
         "stream": True,
+        "priority": 3,
         "expires_in": 60.5,
         "metadata": {"room": "porch", "n": [1, 2.5, None, True]},
     }
     request = accepted(parse(as_json(**fields))).request
     assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
-    not_options = {"job_id", "audio_path", "model_size", "formats", "stream", "expires_in", "metadata"}
+    not_options = {"job_id", "audio_path", "model_size", "formats", "stream", "priority", "expires_in", "metadata"}
     assert request.options() == {name: value for name, value in fields.items() if name not in not_options}
 
 
@@ -180,6 +185,141 @@ def test_audio_in_base64_may_have_line_ends_and_blanks_in_it() -> None:
 def test_audio_in_base64_comes_out_as_its_bytes() -> None:
     audio = bytes(range(256))
     assert accepted(parse(as_json(audio_base64=base64.b64encode(audio).decode()))).audio == audio
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "data:audio/wav;base64,",
+        "DATA:audio/wav;BASE64,",
+        "data:;base64,",
+        "data:audio/webm;codecs=opus;base64,",
+        'data:audio/webm; codecs="opus, vorbis" ; base64 ,',
+        "data:application/octet-stream;charset=utf-8;base64,",
+        " \ndata:audio/ogg;base64,\n",
+    ],
+)
+@pytest.mark.parametrize("audio", [bytes(range(256)), b"ab", b"a"])
+def test_audio_may_be_a_data_uri_in_base64(head: str, audio: bytes) -> None:
+    encoded = base64.b64encode(audio).decode()
+    escaped = encoded.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+    for data in (encoded, encoded.rstrip("="), escaped, "%0A".join(encoded), base64.encodebytes(audio).decode() + " "):
+        assert accepted(parse(as_json(audio_base64=head + data))).audio == audio
+
+
+@pytest.mark.parametrize("head", ["data:audio/wav,", "data:,", "Data:audio/wav;name=base64,", 'data:a;b=";base64",'])
+def test_audio_may_be_a_data_uri_with_percent_escapes(head: str) -> None:
+    audio = bytes(range(256)) * 700  # more than the block in which escapes are decoded
+    escaped = "".join(f"%{byte:02x}" for byte in audio)
+    assert accepted(parse(as_json(audio_base64=head + escaped))).audio == audio
+    assert accepted(parse(as_json(audio_base64=head + quote_from_bytes(audio)))).audio == audio
+    assert accepted(parse(as_json(audio_base64=head + "RIFF, 100%, #1"))).audio == b"RIFF, 100%, #1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("data:audio/wav;base64", "without a comma"),
+        ("data:" + "x" * 1000, "without a comma"),
+        ("data:audio/wav;base64,not base64!", "whose data is not base64"),
+        ("data:audio/wav;base64,YWJj=YWJj", "whose data is not base64"),
+        ("data:audio/wav;base64,Y", "whose data is not base64"),
+        ("data:audio/wav;base64,_-__", "whose data is not base64"),
+        ("data:audio/wav;base64,", "holds no audio"),
+        ("data:audio/wav,", "holds no audio"),
+    ],
+)
+def test_a_data_uri_without_audio_is_rejected_for_what_is_wrong_with_it(uri: str, problem: str) -> None:
+    parsed = parse(as_json(job_id="a", audio_base64=uri))
+    assert rejected(parsed).recordable
+    assert rejected(parsed).detail.startswith("audio_base64 ")
+    assert problem in rejected(parsed).detail
+    check(parsed)
+
+
+def test_a_data_uri_is_the_same_request_as_its_bytes() -> None:
+    encoded = base64.b64encode(WAV).decode()
+    same = [parse(as_json(audio_base64=text)) for text in (encoded, f"data:audio/wav;base64,{encoded}")]
+    assert len({fingerprint(accepted(parsed)) for parsed in (*same, parse_audio("a", WAV))}) == 1
+
+
+FILE_URLS = [
+    ("file:///media/porch.wav", "/media/porch.wav"),
+    ("FILE:///media/porch.wav", "/media/porch.wav"),
+    ("file:/media/porch.wav", "/media/porch.wav"),
+    ("file://localhost/media/porch.wav", "/media/porch.wav"),
+    ("File://LocalHost/media/porch.wav", "/media/porch.wav"),
+    ("file:///media/front%20door/na%C3%AFve.wav", "/media/front door/naïve.wav"),
+    ("file:///media/%5Bx%5D%23%3F.wav", "/media/[x]#?.wav"),
+    ("file:///media/No #1?.wav", "/media/No #1?.wav"),
+    ("file:///media/100%.wav", "/media/100%.wav"),
+    ("file:///media/blank%20", "/media/blank "),
+    (" file:///media/porch.wav ", "/media/porch.wav"),
+    ("file:///", "/"),
+]
+
+
+@pytest.mark.parametrize(("url", "path"), FILE_URLS)
+def test_a_path_may_be_a_file_url_in_json_in_a_property_and_as_the_one_line(url: str, path: str) -> None:
+    in_json = accepted(parse(as_json(audio_path=url)))
+    assert in_json.request.audio_path == path
+    assert source_of(in_json.request) == AudioSource("path", path)
+    assert accepted(parse(url.encode() + b"\n")).request.audio_path == path
+    assert accepted(parse(b"{}", (("audio_path", url),))).request.audio_path == path
+    assert fingerprint(in_json) == fingerprint(accepted(parse(as_json(audio_path=path))))
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("file://nas/media/porch.wav", "names a file of the host 'nas'"),
+        ("file://porch.wav", "names a file of the host 'porch.wav'"),
+        ("file://localhost", "without an absolute path"),
+        ("file:porch.wav", "without an absolute path"),
+        ("file:", "without an absolute path"),
+        ("file:///media/%ff.wav", "not UTF-8"),
+        ("  ", "is blank"),
+    ],
+)
+def test_a_file_url_that_names_no_file_here_is_rejected(url: str, problem: str) -> None:
+    parsed = parse(as_json(job_id="a", audio_path=url))
+    assert rejected(parsed).recordable
+    assert rejected(parsed).detail.startswith("audio_path ")
+    assert problem in rejected(parsed).detail
+
+
+@pytest.mark.parametrize("text", ["files/porch.wav", "file", "profile:/a.wav", "./file:/a.wav", " porch .wav "])
+def test_another_path_stays_as_it_is(text: str) -> None:
+    assert accepted(parse(as_json(audio_path=text))).request.audio_path == text
+    assert accepted(parse(text.encode())).request.audio_path == text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("model_size", " base\n", "base"),
+        ("language", "\tde ", "de"),
+        ("language", " ", None),
+        ("task", "translate ", "translate"),
+        ("audio_url", " https://nas.local/x.wav\r\n", "https://nas.local/x.wav"),
+        ("formats", [" srt", "txt\n"], ["txt", "srt"]),
+        ("initial_prompt", " Ann ", " Ann "),
+    ],
+)
+def test_blanks_around_a_name_do_not_count(field: str, value: object, kept: object) -> None:
+    source = {} if field == "audio_url" else {"audio_path": "a"}
+    parsed = accepted(parse(as_json(**source, **{field: value})))
+    assert getattr(parsed.request, field) == kept
+    if isinstance(value, str):
+        assert getattr(accepted(parse(as_json(**source), ((field, value),))).request, field) == kept
+
+
+@pytest.mark.parametrize(
+    "line", [b"HTTP://nas.local/x.wav", b" https://nas.local/x.wav ", b"\tHttps://nas.local/x.wav"]
+)
+def test_a_url_may_stand_on_the_one_line_in_any_case_and_with_blanks_around_it(line: bytes) -> None:
+    request = accepted(parse(line)).request
+    assert (request.audio_url, request.audio_path) == (line.decode().strip(), None)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +348,8 @@ def test_audio_in_base64_comes_out_as_its_bytes() -> None:
         ("formats", []),
         ("formats", ["txt", "srt", "vtt", "tsv", "json"]),
         ("stream", True),
+        ("priority", 0),
+        ("priority", 9),
         ("vad_filter", True),
         ("metadata", {}),
         ("metadata", {"k": "x" * 4088}),  # 4,096 bytes with braces, quotes and colon
@@ -417,6 +559,10 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
             "formats must be a list such as [\"txt\"], of any of txt, srt, vtt, tsv, json, not 'SRT'.",
         ),
         ("stream", "on", "stream must be true or false, not 'on'."),
+        ("priority", -1, "priority must be a whole number from 0 to 9, not -1."),
+        ("priority", 10, "priority must be a whole number from 0 to 9, not 10."),
+        ("priority", True, "priority must be a whole number from 0 to 9, not true."),
+        ("priority", "high", "priority must be a whole number from 0 to 9, not 'high'."),
         ("vad_filter", 1, "vad_filter must be true or false, not 1."),
         ("vad_filter", "yes", "vad_filter must be true or false, not 'yes'."),
         ("metadata", [], "metadata must be a JSON object, not a list."),
@@ -451,9 +597,7 @@ def test_a_field_over_its_limit_is_rejected_with_what_it_has_to_be(field: str, v
         "http://nas.local:port/x",
         "http://[::1/x",
         "http://nas local/x",
-        " http://nas.local/x",
         "http://nas.local\\@other.example/x",
-        "http://nas.local/x\n",
         "http://nas.local/\r\nHost: other.example",
         "http://nas.local/\x00",
         "http://nas.local\t/x",
@@ -526,6 +670,36 @@ def test_an_unknown_field_is_named_with_the_one_that_was_meant(typo: str, meant:
     )
 
 
+OTHER_NAMES = {
+    "audio_path": ["path", "file", "filename", "fileName", "file_path", "Audio"],
+    "audio_url": ["url", "URI", "audioUrl"],
+    "audio_base64": ["base64", "data", "audioData"],
+    "job_id": ["id", "jobId", "job"],
+    "model_size": ["model", "model_name", "modelSize"],
+    "language": ["lang", "Language", "source-language"],
+    "initial_prompt": ["prompt", "initialPrompt"],
+    "formats": ["format", "output_format", "response_format"],
+    "word_timestamps": ["words", "wordTimestamps", "word_timestamp"],
+    "expires_in": ["ttl", "timeout", "expires"],
+    "metadata": ["meta", "tags"],
+    "vad_filter": ["vad"],
+    "hotwords": ["keywords", "hot_words"],
+}
+
+
+@pytest.mark.parametrize(("meant", "other"), [(meant, other) for meant in OTHER_NAMES for other in OTHER_NAMES[meant]])
+def test_a_field_under_the_name_that_other_programs_give_it_is_named_with_ours(meant: str, other: str) -> None:
+    assert rejected(parse(as_json(**{other: "x"}))).detail == f"There is no field {other!r} (did you mean {meant}?)."
+
+
+def test_a_command_is_answered_with_its_own_fields_only() -> None:
+    for other, answer in (
+        ("id", "There is no field 'id' (did you mean job_id?)"),
+        ("path", "There is no field 'path'."),
+    ):
+        assert answer in parse_command("get", as_json(**{other: "x"})).mistakes
+
+
 def test_an_unknown_field_that_resembles_none_is_named_without_a_guess() -> None:
     assert rejected(parse(as_json(audio_path="a", colour="red"))).detail == "There is no field 'colour'."
 
@@ -567,7 +741,7 @@ def test_exactly_one_audio_field_is_needed(fields: dict[str, Any], found: str) -
 
 @pytest.mark.parametrize(
     "text",
-    ["YQ", "Y", "YQ==YQ==", "YQ==\nYQ==", "_-__", "ä", "YQ\u00a0==", "YQ\0==", "=", "\n", "data:audio/wav;base64,YQ=="],
+    ["YQ", "Y", "YQ==YQ==", "YQ==\nYQ==", "_-__", "ä", "YQ\u00a0==", "YQ\0==", "="],
 )
 def test_what_is_not_strict_base64_is_rejected_and_recorded(text: str) -> None:
     parsed = parse(as_json(job_id="a", audio_base64=text))
@@ -578,7 +752,9 @@ def test_what_is_not_strict_base64_is_rejected_and_recorded(text: str) -> None:
 
 
 def test_audio_of_no_bytes_is_rejected() -> None:
-    assert rejected(parse(as_json(job_id="a", audio_base64=""))).detail == "audio_base64 must be a file in base64."
+    assert rejected(parse(as_json(job_id="a", audio_base64=""))).detail == (
+        "audio_base64 must be a file in base64 or as a data: URI."
+    )
 
 
 @pytest.mark.parametrize("payload", [b"[]", b'"a.wav"', b'[{"audio_path": "a"}]', b' "x"'])
@@ -858,6 +1034,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "batch_size": 4,
         "formats": ["srt", "vtt"],
         "stream": True,
+        "priority": 9,
         "expires_in": 3.5,
         "metadata": {"a": 1},
     }
@@ -1107,6 +1284,7 @@ near_misses = st.fixed_dictionaries(
         "batch_size": st.integers(-1, 33) | json_values,
         "formats": st.lists(st.sampled_from([*FORMATS, "doc"]), max_size=6) | json_values,
         "stream": st.booleans() | json_values,
+        "priority": st.integers(-1, 10) | json_values,
         "metadata": st.dictionaries(st.text(max_size=10), json_values, max_size=3) | json_values,
         "langauge": json_values,
     },

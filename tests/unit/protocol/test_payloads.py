@@ -12,6 +12,7 @@ from cesar_mqtt import __version__
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.json_codec import canonical
+from cesar_mqtt.protocol.commands import summary_of
 from cesar_mqtt.protocol.consumer_payloads import LAST_TEXT_BYTES, ConsumerState, last_of, queue_of
 from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.payloads import (
@@ -111,6 +112,13 @@ def published(job: Job, live: JobProgress | None = None) -> dict[str, Any]:
 
 
 # -- the status ----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_status_of_a_job_with_a_priority_has_that_field() -> None:
+    urgent = published(QUEUED._replace(priority=9))
+    assert urgent == {**published(QUEUED), "priority": 9}
+    assert summary_of(status_of(QUEUED._replace(priority=9), "kitchen")).model_dump()["priority"] == 9
+    assert "priority" not in summary_of(status_of(QUEUED, "kitchen")).model_dump()
 
 
 @pytest.mark.parametrize("job", [QUEUED, PROCESSING, COMPLETED, FAILED], ids=lambda job: job.state)

@@ -140,7 +140,8 @@ def test_a_model_that_is_no_longer_allowed_is_not_used(folder: Path) -> None:
         (ModelSettings(allowed=("tiny", "bsae")), ["models.allowed", "'bsae'"]),
         (ModelSettings(allowed=("../tiny",)), ["models.allowed", "'../tiny'"]),
         (ModelSettings(allowed=()), ["models.allowed", "empty"]),
-        (ModelSettings(default="medum"), ["models.default", "'medum'"]),
+        (ModelSettings(default="medum"), ["models.default", "'medum'", "did you mean 'medium'?", "tiny.en, tiny, "]),
+        (ModelSettings(allowed=("smal",)), ["models.allowed", "'smal'", "did you mean 'small'?"]),
         (ModelSettings(default="base", allowed=("tiny", "small")), ["models.default", "'base'", "tiny, small"]),
         (ModelSettings(directory=Path("/nowhere/at/all")), ["models.directory", "/nowhere/at/all"]),
     ],
@@ -150,6 +151,31 @@ def test_an_impossible_setting_is_rejected_by_name_at_the_start(settings: ModelS
         look(settings)
     for words in said:
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("smal", "small"),
+        ("Base", "base"),
+        ("large_v3", "large-v3"),
+        ("Large V3 Turbo", "large-v3-turbo"),
+        ("openai/whisper-small", "small"),
+        ("Systran/faster-whisper-base.en", "base.en"),
+        ("our_own", "our-own"),
+    ],
+)
+def test_an_unknown_model_is_answered_with_the_nearest_name_and_the_list(name: str, meant: str, folder: Path) -> None:
+    make_model(folder, "our-own")
+    answer = look(ModelSettings(directory=folder)).explain_unknown(name)
+    names = ", ".join((*available_models(), "our-own"))
+    assert answer == f"there is no model {name!r} (did you mean {meant!r}?): use one of {names}"
+
+
+def test_a_model_that_resembles_none_is_answered_with_the_allowed_ones() -> None:
+    catalogue = look(ModelSettings(allowed=("tiny", "small")))
+    assert catalogue.explain_unknown("parakeet") == "'parakeet' is not in models.allowed: use one of tiny, small"
+    assert len(catalogue.explain_unknown("x" * 200)) < 200
 
 
 # --- the default

@@ -1,0 +1,146 @@
+"""Short clips through the whole consumer, on a real mosquitto, beside a bare loop of `WhisperModel.transcribe`."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.bus import _mosquitto
+from benchmarks.corpus import Clip, character_error_rate, english, nine_languages, noisy, write
+from benchmarks.jobs import PATIENCE_S, _consumer, _finished, _idle, _listening
+from benchmarks.table import Row, median
+from tests.acceptance.harness import Bus
+
+SNR_DB = 10.0
+_TRIED = 6
+
+
+@dataclass(frozen=True)
+class _Contest:
+    model: str
+    clips: Callable[[], list[Clip]]
+    rounds: int
+    at_most: float
+
+
+def _multilingual() -> list[Clip]:
+    languages = nine_languages()
+    return [*languages, *noisy(languages, SNR_DB), *english(6.0)]
+
+
+def _english_only() -> list[Clip]:
+    clips = [*english(4.0), *english(6.0)]
+    return [*clips, *noisy(clips, SNR_DB)]
+
+
+CONTESTS = (_Contest("base", _multilingual, 2, 0.30), _Contest("tiny.en", _english_only, 3, 0.45))
+
+
+def bare_loop(model_name: str, paths: Sequence[str], pipe: Connection) -> None:
+    """Transcribe each list of files that comes, and send the seconds and the texts; runs in a process of its own.
+
+    The number of threads, sent first, is the fastest with the first of `paths`: bare faster-whisper at its best.
+    """
+    from faster_whisper import WhisperModel  # noqa: PLC0415 - in this process only
+
+    from cesar_mqtt.config import ModelSettings  # noqa: PLC0415
+    from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
+
+    folder = str(ModelStore(ModelSettings(download=False)).catalogue.obtain(model_name))
+
+    def load(threads: int) -> WhisperModel:
+        return WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=threads)
+
+    def transcribe_all(model: WhisperModel, files: Sequence[str]) -> tuple[float, list[str]]:
+        started = time.perf_counter()
+        texts = []
+        for file in files:
+            segments, _ = model.transcribe(
+                file, beam_size=5, vad_filter=True, condition_on_previous_text=False, language_detection_segments=4
+            )
+            texts.append("".join(segment.text for segment in segments))
+        return time.perf_counter() - started, texts
+
+    cores = len(os.sched_getaffinity(0))
+    tried = {threads: load(threads) for threads in sorted({max(1, cores // 2), cores})}
+    for model in tried.values():
+        transcribe_all(model, paths[:1])
+    took = {threads: transcribe_all(model, paths[:_TRIED])[0] for threads, model in tried.items()}
+    best = min(took, key=lambda threads: took[threads])
+    model = tried[best]
+    tried.clear()
+    pipe.send(best)
+    while files := pipe.recv():
+        pipe.send(transcribe_all(model, files))
+
+
+def consumer_run(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tuple[float, list[str]]:
+    """Publish all jobs at once; seconds until the last is completed, and the texts."""
+    started = time.perf_counter()
+    for number, source in enumerate(sources):
+        bus.publish("cesar/jobs", {"job_id": f"{prefix}-{number}", **source})
+    ends = [_finished(bus, f"{prefix}-{number}") for number in range(len(sources))]
+    took_s = time.perf_counter() - started
+    assert {end["status"] for end in ends} == {"completed"}, ends
+    return took_s, [end["result_text"] for end in ends]
+
+
+def _contest(folder: Path, contest: _Contest) -> list[Row]:
+    clips = contest.clips()
+    paths = [str(write(folder, clip)) for clip in clips]
+    here, there = get_context("spawn").Pipe()
+    bare = get_context("spawn").Process(target=bare_loop, args=(contest.model, paths, there), daemon=True)
+    bare.start()
+    threads = here.recv()
+    took: dict[str, list[float]] = {"bare": [], "same": [], "defaults": []}
+    texts: dict[str, list[str]] = {}
+    sources: dict[str, list[dict[str, object]]] = {
+        "same": [{"audio_path": path, "beam_size": 5} for path in paths],
+        "defaults": [{"audio_path": path} for path in paths],
+    }
+    flags = ("--model", contest.model)
+    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port, *flags):
+        _idle(bus)
+        consumer_run(bus, "warm", sources["same"][:3])
+        for number in range(contest.rounds):
+            here.send(paths)
+            seconds, texts["bare"] = here.recv()
+            took["bare"].append(seconds)
+            for name, jobs in sources.items():
+                seconds, texts[name] = consumer_run(bus, f"{name}-{number}", jobs)
+                took[name].append(seconds)
+    here.send([])
+    bare.join(PATIENCE_S)
+    errors = {name: 100 * character_error_rate(clips, found) for name, found in texts.items()}
+    what = f"{len(clips)} clips, {contest.model}"
+    rows = []
+    for name, options in (("same", "beam 5"), ("defaults", "our defaults")):
+        ratios = [ours / theirs for ours, theirs in zip(took[name], took["bare"], strict=True)]
+        rows += [
+            Row(
+                f"{what}, {options}: time over a bare loop, beam 5",
+                median(ratios),
+                at_most=contest.at_most,
+                beside=f"{median(took[name]):.1f} s against {median(took['bare']):.1f} s with {threads} threads",
+            ),
+            Row(
+                f"{what}, {options}: character errors, less those of bare",
+                errors[name] - errors["bare"],
+                "points",
+                at_most=0.5,
+                beside=f"{errors[name]:.2f} % against {errors['bare']:.2f} %",
+            ),
+        ]
+    return rows
+
+
+def run(folder: Path) -> list[Row]:
+    rows = []
+    for contest in CONTESTS:
+        part = folder / contest.model
+        part.mkdir()
+        rows += _contest(part, contest)
+    return rows

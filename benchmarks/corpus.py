@@ -1,0 +1,133 @@
+"""Recorded speech and its text: the recordings of tests/data, and nine languages that `make build/speech` fetches."""
+
+import unicodedata
+import wave
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
+from cesar_mqtt.audio.vad import split
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+LANGUAGES = ROOT / "build" / "speech" / "pytest_audioeval" / "samples" / "audio"
+
+_SHORTEST_S = 2.0
+_PAUSE_S = 0.5
+_SEED = 8
+
+Symbol = TypeVar("Symbol")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A short recording.
+
+    Attributes:
+        name: also of its file.
+        samples: at `SAMPLE_RATE`.
+        language: that is spoken.
+        whole: the clips of one recording that was cut have the same; their texts are judged joined, in order.
+        text: of the whole.
+    """
+
+    name: str
+    samples: Samples
+    language: str
+    whole: str
+    text: str
+
+
+def decode(path: Path) -> Samples:
+    with open_audio(path.resolve(), AudioLimits(max_bytes=1 << 30, max_duration_s=86_400.0)) as audio:
+        return np.concatenate(list(audio.blocks()))
+
+
+def english(limit_s: float) -> list[Clip]:
+    """A minute of English, cut at pauses into clips of at most so many seconds."""
+    samples, text = decode(DATA / "long.ogg"), (DATA / "long.txt").read_text()
+    whole = f"en-{limit_s:g}"
+    pieces = split(samples, round(limit_s * SAMPLE_RATE))
+    return [
+        Clip(f"{whole}-{number}", samples[start:end], "en", whole, text) for number, (start, end) in enumerate(pieces)
+    ]
+
+
+def nine_languages() -> list[Clip]:
+    """The clips of pytest-audioeval, which are synthetic voices; those under two seconds joined with the next.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    if not LANGUAGES.is_dir():
+        raise SystemExit("The clips of nine languages are not there: run `make build/speech`.")
+    clips = []
+    for language, paths in groupby(sorted(LANGUAGES.glob("*/*.wav")), lambda path: path.parent.name):
+        parts: list[Samples] = []
+        texts: list[str] = []
+        for path in paths:
+            parts += [decode(path), np.zeros(int(_PAUSE_S * SAMPLE_RATE), np.float32)]
+            texts.append(path.with_suffix(".txt").read_text())
+            if sum(part.size for part in parts) >= _SHORTEST_S * SAMPLE_RATE:
+                name = f"{language}-{path.stem}"
+                clips.append(Clip(name, np.concatenate(parts), language, name, " ".join(texts)))
+                parts, texts = [], []
+    return clips
+
+
+def noisy(clips: Sequence[Clip], snr_db: float) -> list[Clip]:
+    """The same clips with white noise."""
+    rng = np.random.default_rng(_SEED)
+    suffix = f"-{snr_db:g}dB"
+    noised = []
+    for clip in clips:
+        noise = rng.standard_normal(clip.samples.size).astype(np.float32)
+        level = np.sqrt(np.mean(clip.samples**2)) * 10 ** (-snr_db / 20)
+        mixed = (clip.samples + noise * level).astype(np.float32)
+        noised.append(replace(clip, name=clip.name + suffix, whole=clip.whole + suffix, samples=mixed))
+    return noised
+
+
+def write(folder: Path, clip: Clip) -> Path:
+    path = folder / f"{clip.name}.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes((np.clip(clip.samples, -1, 1) * 32767).astype(np.int16).tobytes())
+    return path
+
+
+def character_error_rate(clips: Sequence[Clip], texts: Sequence[str]) -> float:
+    """Substitutions, insertions and deletions over the characters that were spoken, letters and digits only."""
+    wrong = spoken = 0
+    for expected, found in _wholes(clips, texts):
+        wrong += edits(found, expected)
+        spoken += len(expected)
+    return wrong / spoken
+
+
+def _wholes(clips: Sequence[Clip], texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for _, group in groupby(zip(clips, texts, strict=True), lambda pair: pair[0].whole):
+        pairs = list(group)
+        yield _letters(pairs[0][0].text), _letters("".join(text for _, text in pairs))
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in unicodedata.normalize("NFKC", text).casefold() if character.isalnum())
+
+
+def edits(found: Sequence[Symbol], expected: Sequence[Symbol]) -> int:
+    """The fewest substitutions, insertions and deletions that make the one of the other (Levenshtein)."""
+    codes = {symbol: number for number, symbol in enumerate({*found, *expected})}
+    wanted = np.array([codes[symbol] for symbol in expected])
+    steps = np.arange(len(expected) + 1)
+    costs = steps.copy()
+    for number, symbol in enumerate(found, start=1):
+        changed = costs[:-1] + (wanted != codes[symbol])
+        best = np.minimum(np.concatenate(([number], changed)), costs + 1)
+        costs = np.minimum.accumulate(best - steps) + steps
+    return int(costs[-1])
