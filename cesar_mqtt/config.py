@@ -95,6 +95,10 @@ class AudioSettings(Section):
     max_bytes: int = Field(default=1 << 30, ge=1)
     max_duration: float = Field(default=24 * 3600.0, gt=0)
     """Seconds."""
+    decoder_memory: int = Field(default=512 << 20, ge=64 << 20)
+    """Bytes that decoding one recording may use; one that needs more ends as `audio_unreadable`."""
+    decoder_timeout: float = Field(default=30.0, gt=0)
+    """Seconds that decoding may take without progress."""
     allowed_hosts: tuple[str, ...] = ()
     """Hosts that `audio_url` may name: `name`, `*.domain`, an address or a network such as `192.168.1.0/24`; each may
     end in `:port` or `:*`, else only the scheme's default port is allowed. A name allows public addresses only: list a
@@ -169,6 +173,8 @@ class RetentionSettings(Section):
     """Finished jobs older than this are deleted."""
     max_finished: int = Field(default=1000, ge=0)
     """The most finished jobs kept; the oldest are deleted first."""
+    max_rejected: int = Field(default=100, ge=0)
+    """The most rejected requests kept that are recorded as jobs; they do not count as finished jobs."""
 
 
 class SecuritySettings(Section):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cesar_mqtt.audio import decoder_process
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.audio.paths import check_directories
 from cesar_mqtt.config import BrokerSettings, Settings
@@ -85,6 +86,7 @@ class Service:
         self._ledger = _open_ledger(settings, self._disk("ledger"))
         self._broker: EmbeddedBroker | None = None
         try:
+            decoder_process.start()  # it loads its libraries meanwhile
             self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
             self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
@@ -378,6 +380,7 @@ class Service:
         return True
 
     def _close_files(self) -> None:
+        decoder_process.stop()
         if self._metrics is not None:
             self._metrics.close()
         try:

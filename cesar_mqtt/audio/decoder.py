@@ -4,6 +4,7 @@ Any thread may call it; an `AudioReader` belongs to the thread that opened it. F
 never a name, so no protocol and no playlist can make it read anything else.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,10 +73,17 @@ _TOO_LONG = (
 
 @dataclass(frozen=True, slots=True)
 class AudioLimits:
-    """The maximum size and duration of a file."""
+    """The maximum size and duration of a file, and what the process that decodes it may use.
+
+    Attributes:
+        decoder_memory_bytes: beyond what the process has before it opens the file.
+        decoder_timeout_s: how long it may take without progress.
+    """
 
     max_bytes: int
     max_duration_s: float
+    decoder_memory_bytes: int = 512 << 20
+    decoder_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +173,11 @@ class AudioReader:
         return self._samples / SAMPLE_RATE
 
     @property
+    def read_bytes(self) -> int:
+        """How far the file has been read."""
+        return self._file.reached
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Faults of a file that could be decoded all the same; complete when `blocks` has ended.
 
@@ -232,7 +245,8 @@ class AudioReader:
             self._file.allow(_FFMPEG_TIMEOUT_S)
             try:
                 packet = next(packets, None)
-            except av.FFmpegError:  # the container itself is damaged: no further packet can be found
+            except av.FFmpegError as exc:  # the container itself is damaged: no further packet can be found
+                _check_memory(exc)
                 self._skipped += 1
                 packet = None
             self._file.raise_error()
@@ -272,6 +286,7 @@ def _open_container(file: FileReader) -> InputContainer:
         container = av.open(file, "r", container_options=_OPEN_OPTIONS, metadata_errors="ignore")
     except av.FFmpegError as exc:
         file.raise_error()
+        _check_memory(exc)
         raise failed(UNREADABLE) from exc
     if file.error is not None or not container.streams.audio:
         container.close()
@@ -306,6 +321,12 @@ def _read_head(file: FileReader) -> bytes:
         head = file.read_at(10 + tag_bytes, _HEAD_BYTES)
     file.raise_error()
     return head
+
+
+def _check_memory(error: av.FFmpegError) -> None:
+    """Raise MemoryError if FFmpeg had no memory left, which is no damage."""
+    if error.errno == errno.ENOMEM:
+        raise MemoryError from error
 
 
 def _check_duration(duration_s: float | None, max_duration_s: float) -> None:

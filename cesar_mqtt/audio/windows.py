@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, open_audio
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples
+from cesar_mqtt.audio.decoder_process import open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
 from cesar_mqtt.audio.vad import Probabilities, Range, find_cut, speech_probabilities, speech_ranges
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
@@ -225,7 +226,7 @@ class Recording:
 
     def _decode(self) -> None:
         chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window, vad_filter=self._vad_filter)
-        with open_audio(self._path, self._limits) as audio:
+        with open_audio(self._path, self._limits, should_stop=lambda: self._closed) as audio:
             if audio.info.duration_s is not None:
                 # A declared duration may be a little wrong: only a range far beyond it is rejected before the work.
                 chunker.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))

@@ -37,6 +37,16 @@ _DAY_S = 24 * 3600.0
 _REINSTALL = "Install cesar-mqtt with the library versions that it is tested with: pip install -c constraints.txt."
 
 
+_PROTECTIONS = {
+    "memory": "memory",
+    "cpu": "processor time",
+    "files": "no further files and connections",
+    "landlock": "no access to files and network (Landlock)",
+    "seccomp": "few system calls (seccomp)",
+}
+"""Those of `cesar_mqtt.audio.confinement`, in words."""
+
+
 class Severity(StrEnum):
     """The outcome of a check."""
 
@@ -72,6 +82,7 @@ def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     decoder = check_decoder()
     yield decoder
     if decoder.verdict is Severity.OK:  # without a decoder no model can transcribe
+        yield check_decoder_process()
         yield from check_model(settings)
     yield from check_folders(settings)
     yield from check_audio(settings)
@@ -167,6 +178,32 @@ def check_decoder() -> Finding:
         return Finding(
             "decoder", Severity.WRONG, f"The bundled recording cannot be decoded: {_describe(exc)}", _REINSTALL
         )
+
+
+def check_decoder_process() -> Finding:
+    """Decode it as the consumer does, in a process of its own, and report what that process cannot do."""
+    try:
+        # Imported here: the broker's lines do not wait for these.
+        from cesar_mqtt.audio.decoder_process import limits_of, open_audio, stop  # noqa: PLC0415
+        from cesar_mqtt.cli.demo import RECORDING  # noqa: PLC0415
+
+        try:
+            with open_audio(RECORDING.resolve(), limits_of(AudioSettings())) as audio:
+                for _ in audio.blocks():
+                    pass
+                missing = [name for name in _PROTECTIONS if name not in audio.protections]
+        finally:
+            stop()
+    except Exception as exc:  # noqa: BLE001  # as for the decoder
+        return Finding(
+            "decoder process", Severity.WRONG, f"It cannot decode the bundled recording: {_describe(exc)}", _REINSTALL
+        )
+    held = ", ".join(_PROTECTIONS[name] for name in _PROTECTIONS if name not in missing)
+    if missing:
+        lost = ", ".join(_PROTECTIONS[name] for name in missing)
+        advice = "The system does not offer it here; a recording is decoded in a process of its own all the same."
+        return Finding("decoder process", Severity.NOTE, f"In force: {held}. Not in force: {lost}", advice)
+    return Finding("decoder process", Severity.OK, f"Each recording has its own, which is limited: {held}")
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:

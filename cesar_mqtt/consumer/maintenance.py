@@ -76,7 +76,10 @@ class Maintenance:
             while deleted == _BATCH:
                 pause(_GAP_S, should_stop)
                 deleted, spooled = self._ledger.delete_finished(
-                    before=before, keep=self._retention.max_finished, limit=_BATCH
+                    before=before,
+                    keep=self._retention.max_finished,
+                    keep_rejected=self._retention.max_rejected,
+                    limit=_BATCH,
                 )
                 self._spool.remove(spooled)
                 if deleted:

@@ -40,7 +40,8 @@ class Prefetcher(StoppableThread):
     """Keeps the audio of the next jobs ready: URLs downloaded, the very next recording being decoded.
 
     The URLs of the next `ahead` jobs are downloaded at once. Only one recording is opened ahead, so memory is bounded
-    by one window more than the running job needs. No job depends on it: `take` does what is not ready or has failed.
+    by one window more than the running job needs, and none while the consumer is paused. No job depends on it: `take`
+    does what is not ready or has failed.
 
     A job keeps what was prefetched while it is among the next jobs, or in `processing`, which it enters when the worker
     claims it, before `take`; a preempted job keeps its download however many jobs come before it. A job that is
@@ -234,7 +235,7 @@ class Prefetcher(StoppableThread):
             # A requeued job comes first; the recording that was opened before it gives up its memory.
             later = preempted.union(job.seq for job in jobs).difference(job.seq for job in jobs[:1])
             surplus = [self._entries[seq].detach() for seq in later & self._entries.keys()]
-            first = self._next_to_open(jobs[0]) if jobs else None
+            first = self._next_to_open(jobs[0]) if jobs and not self._ledger.is_paused else None
         for entry in unwanted:
             entry.drop()
         for recording in surplus:

@@ -133,12 +133,17 @@ def needs_windows(document: Mapping[str, Any]) -> bool:
     return bool(document.get("formats"))
 
 
+def is_rejection(document: Mapping[str, Any]) -> bool:
+    """Whether the job was rejected on arrival, and so never started."""
+    return document["state"] == JobState.ERROR and "attempt" not in document
+
+
 def retry_rejection(document: Mapping[str, Any]) -> str | None:
     """Return why this job cannot be retried, as a sentence for the user; None: it can."""
     job_id, state = document["job_id"], document["state"]
     if state not in {JobState.ERROR, JobState.CANCELLED}:
         return f"Job {job_id} is {state}: only a job that ended as error or cancelled can be retried."
-    if state == JobState.ERROR and "attempt" not in document:  # rejected on arrival, never started
+    if is_rejection(document):
         return f"Job {job_id} was rejected as invalid: correct the request and submit it under a new id."
     if any(spool_files(document)) and not document_may_need_audio(document):
         return f"The audio of job {job_id} was not kept, since a retry cannot fix {document['error_code']}."

@@ -7,6 +7,7 @@ from typing import Any
 
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger.deduplication import DeduplicationIndex
+from cesar_mqtt.ledger.documents import is_rejection
 from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
 from cesar_mqtt.ledger.queue import JobQueue, level_of
 from cesar_mqtt.ledger.tombstones import Tombstones
@@ -46,8 +47,11 @@ class Index:
             if "expires_at" in document and not JobState(document["state"]).final:
                 self.queue.set_expiry(seq, document["expires_at"])
         ended = sorted((document["revision"], seq) for seq, document in ordered if JobState(document["state"]).final)
-        self.finished = ExpiryHeap((seq, _end_of(jobs[str(seq)])) for _, seq in ended)
+        ends = [(seq, _end_of(jobs[str(seq)]), is_rejection(jobs[str(seq)])) for _, seq in ended]
+        self.finished = ExpiryHeap((seq, at) for seq, at, rejected in ends if not rejected)
         """When each job ended, in the order of those transactions: a clock that was wrong does not change the order."""
+        self.rejected = ExpiryHeap((seq, at) for seq, at, rejected in ends if rejected)
+        """The same for rejected requests that are recorded as jobs: they have a quota of their own."""
         self.ended_total = {state: counters.get(state.value, 0) for state in JobState if state.final}
         """How many jobs have entered each final state since the ledger was created."""
         self.windows: dict[int, int] = {}
@@ -79,7 +83,7 @@ class Index:
             if request.expires_at is not None:
                 self.queue.set_expiry(seq, request.expires_at)
         else:
-            self.finished[seq] = now
+            self.rejected[seq] = now
             self.ended_total[JobState.ERROR] += 1
 
     def move(self, seq: int, before: JobState, after: JobState, document: Mapping[str, Any]) -> None:
@@ -107,6 +111,8 @@ class Index:
         self.deleted_total += 1
         if deleted.seq in self.finished:
             del self.finished[deleted.seq]
+        elif deleted.seq in self.rejected:
+            del self.rejected[deleted.seq]
         else:
             self.queue.remove(deleted.seq)
             self.queue.drop_expiry(deleted.seq)
@@ -129,6 +135,7 @@ class Index:
     def in_states(self, states: Collection[JobState]) -> list[int]:
         """Return all jobs in these states, ascending; with one final state also the jobs in the other final states."""
         parts: list[Iterable[int]] = [self.finished] if any(state.final for state in states) else []
+        parts += [self.rejected] if JobState.ERROR in states else []
         parts += [self.queue] if JobState.QUEUED in states else []
         parts += [self.processing] if JobState.PROCESSING in states else []
         return sorted(chain.from_iterable(parts))

@@ -589,11 +589,19 @@ class Ledger:
                 ended.append(self._job(seq))
         return ended
 
-    def delete_finished(self, *, before: float, keep: int, limit: int = 200) -> tuple[int, list[str]]:
-        """Delete jobs that ended by `before` (seconds since the epoch), and all but the newest `keep` finished jobs.
+    def delete_finished(
+        self, *, before: float, keep: int, keep_rejected: int | None = None, limit: int = 200
+    ) -> tuple[int, list[str]]:
+        """Delete jobs that ended by `before` (seconds since the epoch), and all but the newest of the others.
 
         Oldest first, at most `limit` in one transaction, so that other threads do not wait long. The publisher then
         clears their retained messages.
+
+        Args:
+            before: seconds since the epoch.
+            keep: how many finished jobs are kept at most.
+            keep_rejected: how many recorded rejections are kept at most; they do not count as finished jobs. None: all.
+            limit: how many jobs are deleted at most.
 
         Returns:
             How many jobs were deleted, and their files in the spool folder, for the caller to delete.
@@ -602,9 +610,15 @@ class Ledger:
             LedgerError: the disk failed; no job was deleted.
         """
         with self._changed:
-            finished = self._index.finished
-            surplus = islice(finished, min(limit, max(0, len(finished) - keep)))
-            seqs = list(dict.fromkeys([*surplus, *finished.due(before, limit)]))[:limit]
+            finished, rejected = self._index.finished, self._index.rejected
+            seqs: list[int] = []
+            for ended, kept in (
+                (finished, keep),
+                (rejected, len(rejected) if keep_rejected is None else keep_rejected),
+            ):
+                seqs += islice(ended, min(limit, max(0, len(ended) - kept)))
+                seqs += ended.due(before, limit)
+            seqs = list(dict.fromkeys(seqs))[:limit]
             return len(seqs), self._delete(seqs)
 
     def _delete(self, seqs: Sequence[int]) -> list[str]:
@@ -735,6 +749,11 @@ class Ledger:
         with self._changed:
             return [self._job(seq) for seq in islice(self._all_ready(), limit)]
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether no job is claimed until `pause` is called again. Takes no lock."""
+        return self._paused
+
     def preempted(self) -> frozenset[int]:
         """Return the sequence numbers of the queued jobs that were preempted."""
         with self._changed:
@@ -751,7 +770,7 @@ class Ledger:
         return row is not None and "cancelling" in row
 
     def last_finished(self) -> Job | None:
-        """Return the job that ended last; None: no finished job is left."""
+        """Return the job that ended last, rejections aside; None: no finished job is left."""
         with self._changed:
             newest = next(reversed(self._index.finished), None)
             return None if newest is None else self._job(newest)

@@ -12,7 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits
+from cesar_mqtt.audio.decoder import SAMPLE_RATE
+from cesar_mqtt.audio.decoder_process import limits_of
 from cesar_mqtt.audio.windows import Chunk, Recording
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
@@ -37,7 +38,7 @@ class Transcriber:
 
     def __init__(self, models: ModelStore, audio: AudioSettings, *, window_s: float = 60.0) -> None:
         self._models = models
-        self._limits = AudioLimits(max_bytes=audio.max_bytes, max_duration_s=audio.max_duration)
+        self._limits = limits_of(audio)
         self._window_s = window_s
 
     def warm_up(self, model_size: str) -> None:

@@ -146,7 +146,7 @@ def fake_audio(monkeypatch: pytest.MonkeyPatch) -> FakeAudio:
     audio = FakeAudio()
 
     @contextmanager
-    def opens(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
+    def opens(_path: Path, _limits: AudioLimits, **_: object) -> Iterator[FakeAudio]:
         yield audio
 
     monkeypatch.setattr(module, "open_audio", opens)
@@ -483,7 +483,7 @@ def test_a_close_does_not_wait_for_a_disk_that_does_not_answer(
     opening, answered = threading.Event(), threading.Event()
 
     @contextmanager
-    def opens(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
+    def opens(_path: Path, _limits: AudioLimits, **_: object) -> Iterator[FakeAudio]:
         opening.set()
         answered.wait(WAIT_S)
         yield FakeAudio()
@@ -605,7 +605,7 @@ def test_what_cannot_be_opened_is_nothing_and_the_wait_for_it_can_be_stopped(
     gate = threading.Event()
 
     @contextmanager
-    def hangs(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
+    def hangs(_path: Path, _limits: AudioLimits, **_: object) -> Iterator[FakeAudio]:
         gate.wait(WAIT_S)
         raise Cancelled
         yield FakeAudio()
@@ -630,7 +630,7 @@ def test_a_recording_that_is_not_open_yet_is_fresh(monkeypatch: pytest.MonkeyPat
     gate = threading.Event()
 
     @contextmanager
-    def opens(_path: Path, _limits: AudioLimits) -> Iterator[FakeAudio]:
+    def opens(_path: Path, _limits: AudioLimits, **_: object) -> Iterator[FakeAudio]:
         gate.wait(WAIT_S)
         if gate.is_set():
             raise Cancelled

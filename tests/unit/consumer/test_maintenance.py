@@ -6,6 +6,7 @@ import pytest
 
 from cesar_mqtt.config import RetentionSettings
 from cesar_mqtt.consumer.maintenance import Maintenance
+from cesar_mqtt.jobs import JobState
 from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -46,6 +47,16 @@ def finish_uploads(ledger: Ledger, spool: Spool, count: int) -> None:
     ledger.append([factories.new_job(f"job-{n}", name, kind="spool") for n, name in enumerate(names)])
     while (job := ledger.claim()) is not None:
         ledger.complete(job.seq, factories.result())
+
+
+def test_rejected_requests_leave_the_finished_jobs_alone(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    maintenance = Maintenance(RetentionSettings(max_finished=10), ledger, spool, clock=clock, monotonic=clock)
+    finish_uploads(ledger, spool, 10)
+    ledger.append([factories.new_job(f"wrong-{n}", None, failure="It is wrong.") for n in range(401)])
+    maintenance.run_once(never_stop)
+    assert ledger.count([JobState.COMPLETED]) == 10
+    assert ledger.count([JobState.ERROR]) == RetentionSettings().max_rejected == 100
 
 
 def test_old_jobs_are_deleted_with_their_audio_and_recent_ones_kept(

@@ -46,6 +46,7 @@ class FakeQueue:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.running: tuple[int, ...] = ()
+        self.is_paused = False
         self.waiting: set[int] = set()
         self.limits: list[int] = []
         self.error: Exception | None = None

@@ -27,7 +27,7 @@ JOBS = {
     10: row("d", "queued"),
     2: row("b", "completed", 9),
     1: row("a", "queued"),
-    3: row("c", "error", 5),
+    3: row("c", "error", 5, attempt=1),
     4: row("w", "processing"),
     5: row("x", "cancelled", 7),
 }
@@ -169,5 +169,15 @@ def test_jobs_move_between_states() -> None:
     assert (list(made.finished), list(made.queue), made.ended_total[JobState.CANCELLED]) == ([], [1, 2], 1)
     made.add(3, new_job("c", None), 8.0)
     made.add(4, new_job("d", None, failure="wrong"), 9.0)
-    assert (list(made.queue), dict(made.finished), made.last_seq) == ([1, 2, 3], {4: 9.0}, 4)
-    assert made.ended_total[JobState.ERROR] == 1
+    assert (list(made.queue), dict(made.rejected), made.last_seq) == ([1, 2, 3], {4: 9.0}, 4)
+    assert (dict(made.finished), made.ended_total[JobState.ERROR]) == ({}, 1)
+
+
+def test_rejected_requests_are_not_among_the_finished_jobs() -> None:
+    rejected = row("r", "error", 3, completed_at=9.0)
+    made = index({**JOBS, 6: rejected})
+    assert (list(made.finished), dict(made.rejected)) == ([3, 5, 2], {6: 9.0})
+    assert 6 in made.in_states([JobState.ERROR])
+    assert 6 not in made.in_states([JobState.COMPLETED])
+    made.delete(DeletedJob(6, "r"), rejected)
+    assert (list(made.finished), dict(made.rejected)) == ([3, 5, 2], {})

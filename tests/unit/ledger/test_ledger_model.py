@@ -53,6 +53,7 @@ class Entry:
     not_retryable: bool = False
     """Whether it failed with an error that a retry cannot fix."""
     windows: int = 0
+    rejected: bool = False
 
     @property
     def order(self) -> tuple[int, bool, int]:
@@ -118,6 +119,7 @@ class Model:
         self.jobs[request.job_id] = entry
         self.take_packet_id(entry)
         if request.failure is not None:
+            entry.rejected = True
             self.end(entry, JobState.ERROR)
         return Admission.ACCEPTED, request.job_id
 
@@ -232,8 +234,11 @@ class Model:
         self.add_tombstone(name)
         return entry.seq, ["file"] if entry.audio == "spool" else []
 
-    def delete_finished(self, keep: int) -> int:
-        deleted = self.finished[: max(0, len(self.finished) - keep)]
+    def delete_finished(self, keep: int, keep_rejected: int) -> int:
+        ran, rejected = (
+            [name for name in self.finished if self.jobs[name].rejected is wanted] for wanted in (False, True)
+        )
+        deleted = ran[: max(0, len(ran) - keep)] + rejected[: max(0, len(rejected) - keep_rejected)]
         for name in deleted:
             self.add_tombstone(name)
         return len(deleted)
@@ -489,10 +494,11 @@ class LedgerMachine(RuleBasedStateMachine):
         return (lambda ledger: ledger.pause(on=on)), (lambda model: setattr(model, "paused", on))
 
     @staticmethod
-    def delete_finished_step(keep: int) -> Step:
-        return (lambda ledger: ledger.delete_finished(before=0.0, keep=keep)[0]), (
-            lambda model: model.delete_finished(keep)
-        )
+    def delete_finished_step(keep: int, keep_rejected: int) -> Step:
+        def real(ledger: Ledger) -> object:
+            return ledger.delete_finished(before=0.0, keep=keep, keep_rejected=keep_rejected)[0]
+
+        return real, (lambda model: model.delete_finished(keep, keep_rejected))
 
     def any_step(self, data: st.DataObject) -> Step:
         name = data.draw(st.sampled_from(NAMES))
@@ -502,7 +508,7 @@ class LedgerMachine(RuleBasedStateMachine):
             steps += [self.fail_step(seq, code) for code in FAILURES]
             steps += [self.requeue_step(seq, 0.0), self.finish_cancelling_step(seq), self.window_step(seq)]
             steps += [self.identity_step(seq, "another"), self.preempt_step(seq)]
-        steps.append(self.delete_finished_step(data.draw(st.integers(0, 5))))
+        steps.append(self.delete_finished_step(data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))))
         steps += [self.cancel_step(name), self.retry_step(name), self.delete_step(name)]
         steps.append(self.pause_step(on=not self.model.paused))
         return data.draw(st.sampled_from(steps))
@@ -593,9 +599,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, on: bool, failures: int | None) -> None:  # noqa: FBT001
         self.do(self.pause_step(on=on), failures)
 
-    @rule(keep=st.sampled_from([0, 0, 1, 3]), failures=faults)
-    def delete_finished(self, keep: int, failures: int | None) -> None:
-        self.do(self.delete_finished_step(keep), failures)
+    @rule(keep=st.sampled_from([0, 0, 1, 3]), keep_rejected=st.sampled_from([0, 1, 3]), failures=faults)
+    def delete_finished(self, keep: int, keep_rejected: int, failures: int | None) -> None:
+        self.do(self.delete_finished_step(keep, keep_rejected), failures)
 
     @rule()
     def time_passes(self) -> None:

@@ -75,6 +75,30 @@ def test_only_the_newest_finished_jobs_are_kept_and_queued_jobs_are_not_touched(
     assert ledger.delete_finished(before=0.0, keep=0) == (0, [])
 
 
+def test_rejected_requests_have_a_quota_of_their_own_and_displace_no_finished_job(
+    ledger: Ledger, tmp_path: Path, clock: Clock
+) -> None:
+    """1,001 invalid requests with ids deleted the results of everybody else."""
+    finish(ledger, *"abc")
+    ledger.append([new_job(f"wrong-{n}", None, failure="It is wrong.") for n in range(20)])
+
+    assert ledger.delete_finished(before=0.0, keep=3, keep_rejected=5) == (15, [])
+    assert existing(ledger, *"abc", *(f"wrong-{n}" for n in range(20))) == [
+        *"abc",
+        *(f"wrong-{n}" for n in range(15, 20)),
+    ]
+    assert ledger.totals().error_total == 20
+    last = ledger.last_finished()
+    assert last is not None
+    assert last.job_id == "c", "no rejection"
+
+    ledger.close()
+    with Ledger(tmp_path / "ledger.json", clock=clock, monotonic=clock) as again:
+        assert again.delete_finished(before=0.0, keep=3, keep_rejected=5) == (0, [])
+        assert again.delete_finished(before=0.0, keep=0, keep_rejected=5)[0] == 3
+        assert again.delete_finished(before=clock.now, keep=0, keep_rejected=5)[0] == 5, "they become old as well"
+
+
 def test_jobs_that_ended_while_the_clock_was_ahead_do_not_delay_the_deletion_of_others(
     ledger: Ledger, tmp_path: Path, clock: Clock
 ) -> None:

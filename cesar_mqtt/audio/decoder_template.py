@@ -1,0 +1,234 @@
+"""The process that decoders are forked from: it has loaded FFmpeg and numpy, and holds nothing of the consumer's.
+
+Started by `decoder_process` as `python -m cesar_mqtt.audio.decoder_template FD`. It is single-threaded. On the socket
+FD it gets requests, each with three descriptors: the recording, the pipe for the frames, and a socket of its own for
+that decoder. For each it forks a child, and writes on that socket first the child's process id and, once it has ended,
+how. When the consumer closes the socket, the child is killed. When FD is closed, everything ends.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+import wave
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from cesar_mqtt.audio.confinement import confine, end_with_parent, extend_cpu
+from cesar_mqtt.audio.decoder import AudioLimits, AudioReader, Samples, open_descriptor
+from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind, encode
+from cesar_mqtt.errors import JobFailedError
+
+REQUEST = struct.Struct("=I")
+"""The length of the JSON that follows; the descriptors come with it."""
+DESCRIPTORS = 3
+
+_SIGN_OF_LIFE_S = 0.5
+_BYTES_PER_CPU_S = 1 << 20
+"""How much of a file is read, at least, in a second of processor time."""
+_MOST_TEXT = 4000
+
+
+class Template:
+    """Forks decoders, one for each request, and buries them. Only for the main thread.
+
+    Attributes:
+        channel: the socket for requests.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self._children: dict[int, socket.socket] = {}
+        # What `set_wakeup_fd` writes to, for every signal, so that the end of a child ends the wait.
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        for end in (self._wakeup, self._wakeup_writer):
+            end.settimeout(0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the consumer decides when it ends
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Serve until the consumer closes the channel."""
+        while self._run_once():
+            pass
+        for pid in self._children:
+            os.kill(pid, signal.SIGKILL)
+
+    def _run_once(self) -> bool:
+        poll = select.poll()
+        for readable in (self.channel, self._wakeup, *self._children.values()):
+            poll.register(readable, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        for pid, control in self._children.items():
+            if control.fileno() in ready:  # the consumer never writes there, so it has closed it
+                os.kill(pid, signal.SIGKILL)
+        self._reap()
+        return self.channel.fileno() not in ready or self._accept()
+
+    def _reap(self) -> None:
+        with suppress(BlockingIOError):
+            self._wakeup.recv(4096)
+        with suppress(ChildProcessError):
+            while True:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                _answer(self._children[pid], signal=max(0, -os.waitstatus_to_exitcode(status)), cpu_s=usage.ru_utime)
+                self._children.pop(pid).close()
+
+    def _accept(self) -> bool:
+        """Receive a request and fork a decoder; False: the channel is closed."""
+        head, descriptors, _flags, _address = socket.recv_fds(self.channel, REQUEST.size, DESCRIPTORS)
+        if len(head) < REQUEST.size or len(descriptors) < DESCRIPTORS:
+            return False
+        text = self.channel.recv(REQUEST.unpack(head)[0], socket.MSG_WAITALL)
+        audio, frames, control = descriptors
+        connection = socket.socket(fileno=control)
+        try:
+            pid = os.fork()
+        except OSError as exc:
+            _answer(connection, error=exc.errno)
+            connection.close()
+        else:
+            if pid == 0:
+                self._become_decoder(text, audio, frames)
+            self._children[pid] = connection
+            _answer(connection, pid=pid)
+        os.close(audio)
+        os.close(frames)
+        return True
+
+    def _become_decoder(self, text: bytes, audio: int, frames: int) -> None:
+        try:
+            end_with_parent()
+            signal.set_wakeup_fd(-1)
+            os.dup2(1, 2)  # what a crashing library prints belongs into no log
+            _close_all_but(audio, frames)
+            Decoder(audio, frames).run(json.loads(text))
+        finally:
+            os._exit(0)
+
+
+class Decoder:
+    """Decodes one file in a process of its own."""
+
+    def __init__(self, audio: int, frames: int) -> None:
+        self._audio = audio
+        self._frames = frames
+        self._alive_at = 0.0
+
+    def run(self, request: Mapping[str, Any]) -> None:
+        """Write the frames of the file. Raises OSError when the consumer has closed the pipe."""
+        try:
+            self._decode(request)
+        except JobFailedError as exc:
+            self._send(encode(FrameKind.FAILED, {"code": exc.code, "message": exc.message}))
+        except MemoryError:
+            gc.collect()
+            self._send(encode(FrameKind.FAILED, {"code": "audio_unreadable", "message": request["out_of_memory"]}))
+        except BrokenPipeError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - the consumer logs it
+            text = "".join(traceback.format_exception(exc))[-_MOST_TEXT:]
+            self._send(encode(FrameKind.BROKEN, {"text": text}))
+
+    def _decode(self, request: Mapping[str, Any]) -> None:
+        limits = AudioLimits(**request["limits"])
+        base_s = limits.decoder_timeout_s + os.fstat(self._audio).st_size / _BYTES_PER_CPU_S
+        protections = confine(
+            memory_bytes=limits.decoder_memory_bytes, cpu_s=base_s, most_cpu_s=base_s + limits.max_duration_s
+        )
+        with open_descriptor(self._audio, limits) as audio:
+            opened = {"info": asdict(audio.info), "protections": protections}
+            self._send(encode(FrameKind.OPENED, opened))
+            for block in audio.blocks(self._sign_of_life(audio)):
+                extend_cpu(base_s + audio.decoded_s)
+                self._send_state(audio)
+                self._send_samples(block)
+            self._send_state(audio)
+        self._send(encode(FrameKind.END))
+
+    def _sign_of_life(self, audio: AudioReader) -> Callable[[], bool]:
+        """Return a `should_stop` that reports progress: of the samples, or of the bytes read."""
+        farthest = (0.0, 0)
+
+        def report() -> bool:
+            nonlocal farthest
+            if time.monotonic() >= self._alive_at:
+                reached = (audio.decoded_s, audio.read_bytes)
+                if reached > farthest:  # packets alone are no progress: a broken index may repeat them for ever
+                    farthest = reached
+                    self._send_state(audio)
+            return False
+
+        return report
+
+    def _send_state(self, audio: AudioReader) -> None:
+        self._alive_at = time.monotonic() + _SIGN_OF_LIFE_S
+        self._send(
+            encode(
+                FrameKind.STATE,
+                {"decoded_s": audio.decoded_s, "warnings": audio.warnings, "cpu_s": time.process_time()},
+            )
+        )
+
+    def _send_samples(self, block: Samples) -> None:
+        data = block.data.cast("B")
+        for start in range(0, len(data), MAX_BYTES):
+            part = data[start : start + MAX_BYTES]
+            self._send(HEADER.pack(FrameKind.SAMPLES, len(part)))
+            self._send(part)
+
+    def _send(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._frames, view) :]
+
+
+def _answer(connection: socket.socket, **values: object) -> None:
+    with suppress(OSError):  # the consumer is no longer interested
+        connection.sendall(json.dumps(values).encode() + b"\n")
+
+
+def _close_all_but(*kept: int) -> None:
+    start = 3
+    for descriptor in sorted(kept):
+        os.closerange(start, descriptor)
+        start = descriptor + 1
+    os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+
+
+def _warm_up() -> None:
+    """Decode a little, so that FFmpeg and numpy have loaded and initialised what every child needs."""
+    with suppress(AttributeError, OSError, JobFailedError):
+        descriptor = os.memfd_create("warm-up")
+        try:
+            with wave.open(open(descriptor, "wb", closefd=False)) as file:
+                file.setparams((1, 2, 16_000, 0, "NONE", ""))
+                file.writeframes(bytes(3200))
+            with open_descriptor(descriptor, AudioLimits(max_bytes=1 << 20, max_duration_s=1.0)) as audio:
+                for _ in audio.blocks():
+                    pass
+        finally:
+            os.close(descriptor)
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    _warm_up()
+    gc.collect()
+    gc.freeze()  # what is there now is shared with all children: no collection may touch it
+    Template(channel).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Recordings that end their decoders: the process that opens them is the only one to notice."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cesar_mqtt.audio import decoder, decoder_process
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
+from cesar_mqtt.audio.decoder_process import RemoteReader
+from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
+from tests import pictures
+from tests.conftest import need
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+LONG = (DATA / "long.ogg").resolve()
+LIMITS = AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)
+TONE = (np.sin(np.arange(3 * SAMPLE_RATE) / 5) * 9000).astype(np.int16)
+WAIT_S = 20.0
+
+FAILING_READS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+
+/* Reads of a file that was last changed in second ERRNO of 1970 fail with that error from its 20,000th byte on. */
+static int failure(int fd, off_t offset) {
+    struct stat status;
+    if (offset < 20000 || fstat(fd, &status) != 0 || status.st_mtime > 200) return 0;
+    return (int)status.st_mtime;
+}
+
+ssize_t pread64(int fd, void *buffer, size_t size, off_t offset) {
+    static ssize_t (*real)(int, void *, size_t, off_t);
+    if (real == NULL) real = dlsym(RTLD_NEXT, "pread64");
+    int code = failure(fd, offset);
+    if (code != 0) { errno = code; return -1; }
+    return real(fd, buffer, size, offset);
+}
+
+ssize_t pread(int fd, void *buffer, size_t size, off_t offset) { return pread64(fd, buffer, size, offset); }
+"""
+
+
+def samples_of(path: Path, limits: AudioLimits = LIMITS) -> Samples:
+    with decoder_process.open_audio(path, limits) as audio:
+        return np.concatenate(list(audio.blocks()))
+
+
+def failure_of(path: Path, limits: AudioLimits = LIMITS) -> JobFailedError:
+    with pytest.raises(JobFailedError) as caught:
+        samples_of(path, limits)
+    return caught.value
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline, pause = time.monotonic() + WAIT_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline
+        pause.wait(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process that is not our child exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def descriptors() -> list[int]:
+    return [int(link.name) for link in Path("/proc/self/fd").iterdir()]
+
+
+def template_pid() -> int:
+    process = decoder_process._template._process
+    assert process is not None
+    return process.pid
+
+
+def pid_of(audio: RemoteReader) -> int:
+    return audio._decoder.pid
+
+
+def status_of(pid: int, field: str) -> int:
+    """A number from /proc/PID/status; sizes in KiB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
+@contextmanager
+def replaced_decoder(monkeypatch: pytest.MonkeyPatch, code: str) -> Iterator[None]:
+    """Have the template run other Python code in place of decoding: what a file might make FFmpeg do."""
+    script = (
+        "import os, signal, sys, time; from cesar_mqtt.audio import decoder_template as module\n"
+        f"def run(self, request):\n    {code}\n"
+        "module.Decoder.run = run; module.main()"
+    )
+    real = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> "subprocess.Popen[bytes]":
+        return real([command[0], "-P", "-c", script, command[-1]], **options)  # type: ignore[call-overload, no-any-return]
+
+    decoder_process.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        decoder_process.start()
+    yield
+    decoder_process.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    before = len(descriptors())
+    yield
+    pid = template_pid() if decoder_process._template._process is not None else None
+    decoder_process.stop()
+    assert pid is None or not is_alive(pid)
+    assert len(descriptors()) <= before
+
+
+# --- what it does for every recording
+
+
+@pytest.mark.parametrize("name", ["long.ogg"])
+def test_it_yields_what_the_decoder_yields(name: str) -> None:
+    with decoder.open_audio((DATA / name).resolve(), LIMITS) as expected:
+        blocks = list(expected.blocks())
+    with decoder_process.open_audio((DATA / name).resolve(), LIMITS) as audio:
+        found = list(audio.blocks())
+    assert [len(block) for block in found] == [len(block) for block in blocks]
+    assert np.array_equal(np.concatenate(found), np.concatenate(blocks))
+    assert (audio.info, audio.warnings, audio.decoded_s) == (expected.info, expected.warnings, expected.decoded_s)
+
+
+def test_an_error_of_the_file_is_the_same_as_without_a_process(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(b"no sound at all" * 100)
+    (tmp_path / "empty").touch()
+    for name in ("junk", "empty", "missing"):
+        with pytest.raises(JobFailedError) as expected, decoder.open_audio(tmp_path / name, LIMITS):
+            pytest.fail("it was opened")
+        found = failure_of(tmp_path / name)
+        assert (found.code, found.message) == (expected.value.code, expected.value.message)
+
+
+def test_the_process_holds_nothing_but_the_recording_and_its_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CESAR_BROKER__URL", "mqtt://user:secret@broker")
+    decoder_process.stop()
+    with decoder_process.open_audio(LONG, LIMITS) as audio:
+        for pid in (template_pid(), pid_of(audio)):
+            assert b"secret" not in Path(f"/proc/{pid}/environ").read_bytes()
+            assert status_of(pid, "Threads") == 1
+        held = {str(link.readlink()) for link in Path(f"/proc/{pid_of(audio)}/fd").iterdir()}
+        assert {link for link in held if not link.startswith("pipe:")} == {"/dev/null", str(LONG)}
+        assert len(held) == 3
+
+
+def test_its_memory_is_small_beside_the_consumers() -> None:
+    samples_of(LONG)
+    assert status_of(template_pid(), "VmRSS") < 64 * 1024
+
+
+def test_the_decoder_works_no_more_than_a_block_ahead(tmp_path: Path) -> None:
+    path = pictures.encode(tmp_path / "long.flac", "flac", np.tile(TONE, 400))
+    with decoder_process.open_audio(path, LIMITS) as audio:
+        next(audio.blocks())
+        wait_until(lambda: Path(f"/proc/{pid_of(audio)}/wchan").read_text().startswith(("pipe", "anon_pipe")))
+        assert status_of(pid_of(audio), "VmHWM") < 80 * 1024
+
+
+# --- the end of a decoder
+
+
+def test_twenty_killed_decoders_are_twenty_errors_and_nothing_else(tmp_path: Path) -> None:
+    path = pictures.encode(tmp_path / "note.flac", "flac", np.tile(TONE, 100))
+    samples_of(LONG)
+    template = template_pid()
+    for _ in range(20):
+        with decoder_process.open_audio(path, LIMITS) as audio, decoder_process.open_audio(LONG, LIMITS) as other:
+            blocks = audio.blocks()
+            next(blocks)
+            os.kill(pid_of(audio), signal.SIGKILL)
+            with pytest.raises(JobFailedError) as caught:
+                list(blocks)
+            assert sum(map(len, other.blocks())) == 744_800
+        assert caught.value.code is ErrorCode.AUDIO_UNREADABLE
+        assert "killed" in caught.value.message
+    assert template_pid() == template
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGXCPU)", "processor time"),
+        ("os._exit(3)", "crashed"),
+        ("os.write(self._frames, b'nonsense' * 100); time.sleep(60)", "nonsense"),
+        ("self._send(module.encode(module.FrameKind.OPENED, {'info': 7})); time.sleep(60)", "nonsense"),
+        ("while True: pass", "no progress"),
+    ],
+)
+def test_whatever_ends_a_decoder_is_an_error_of_its_file(
+    code: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = AudioLimits(max_bytes=1 << 30, max_duration_s=60.0, decoder_timeout_s=0.5)
+    with replaced_decoder(monkeypatch, code):
+        failure = failure_of(LONG, limits)
+    assert failure.code is ErrorCode.AUDIO_UNREADABLE
+    assert named in failure.message
+    assert len(samples_of(LONG)) == 744_800
+
+
+def test_a_decoder_that_waits_for_the_disk_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = AudioLimits(max_bytes=1 << 30, max_duration_s=60.0, decoder_timeout_s=0.5)
+    with replaced_decoder(monkeypatch, "time.sleep(60)"):
+        failure = failure_of(LONG, limits)
+    assert failure.code is ErrorCode.AUDIO_IO_ERROR
+
+
+def test_an_unexpected_exception_is_logged_and_the_job_may_be_retried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = "self._send(module.encode(module.FrameKind.BROKEN, {'text': 'ZeroDivisionError'}))"
+    with replaced_decoder(monkeypatch, script):
+        failure = failure_of(LONG)
+    assert failure.code is ErrorCode.INTERNAL
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_file_that_needs_too_much_memory_is_told_so() -> None:
+    limits = AudioLimits(max_bytes=1 << 30, max_duration_s=60.0, decoder_memory_bytes=1 << 20)
+    failure = failure_of(LONG, limits)
+    assert failure.code is ErrorCode.AUDIO_UNREADABLE
+    assert "audio.decoder_memory" in failure.message
+
+
+@pytest.mark.parametrize("name", ["bomb.mp3", "bomb.flac"])
+def test_a_memory_bomb_costs_neither_memory_nor_the_recording(name: str, tmp_path: Path) -> None:
+    codec = {"mp3": "libmp3lame", "flac": "flac"}[name.partition(".")[2]]
+    path = pictures.with_cover(pictures.encode(tmp_path / name, codec, TONE), pictures.png(16_000))
+    assert path.stat().st_size < 2 << 20
+    samples_of(LONG)
+    before = status_of(os.getpid(), "VmRSS")
+    with decoder_process.open_audio(path, LIMITS) as audio:
+        assert sum(map(len, audio.blocks())) >= len(TONE)
+        assert status_of(template_pid(), "VmRSS") < 64 * 1024
+    assert status_of(os.getpid(), "VmHWM") - before < 60 * 1024
+    assert len(samples_of(LONG)) == 744_800
+
+
+# --- the template, the consumer, and a stop
+
+
+def test_a_template_that_has_ended_is_started_again() -> None:
+    samples_of(LONG)
+    for _ in range(3):
+        os.kill(template_pid(), signal.SIGKILL)
+        assert len(samples_of(LONG)) == 744_800
+
+
+def test_a_template_that_ends_in_the_middle_blames_no_file(tmp_path: Path) -> None:
+    path = pictures.encode(tmp_path / "note.flac", "flac", np.tile(TONE, 400))
+    with decoder_process.open_audio(path, LIMITS) as audio:
+        blocks, pid = audio.blocks(), pid_of(audio)
+        next(blocks)
+        os.kill(template_pid(), signal.SIGKILL)
+        with pytest.raises(JobFailedError) as caught:
+            list(blocks)
+        wait_until(lambda: not is_alive(pid))
+    assert caught.value.code is ErrorCode.INTERNAL
+    assert len(samples_of(path)) == 400 * len(TONE)
+
+
+def test_closing_kills_the_decoder_whatever_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with replaced_decoder(monkeypatch, "while True: pass"):
+
+        def runs() -> bool:
+            return bool(children_of(template_pid()))
+
+        with pytest.raises(Cancelled), decoder_process.open_audio(LONG, LIMITS, should_stop=runs):
+            pytest.fail("it was opened")
+        wait_until(lambda: not runs())
+    with decoder_process.open_audio(LONG, LIMITS) as audio:
+        pid = pid_of(audio)
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_nothing_outlives_a_consumer_that_is_killed(tmp_path: Path) -> None:
+    path = pictures.encode(tmp_path / "note.flac", "flac", np.tile(TONE, 400))
+    script = (
+        "import sys; from pathlib import Path; from cesar_mqtt.audio import decoder_process as p\n"
+        "from cesar_mqtt.audio.decoder import AudioLimits\n"
+        "with p.open_audio(Path(sys.argv[1]), AudioLimits(1 << 30, 1e6)) as audio:\n"
+        "    next(audio.blocks())\n"
+        "    print(p._template._process.pid, audio._decoder.pid, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as consumer:
+        assert consumer.stdout is not None
+        pids = [int(pid) for pid in consumer.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(is_alive, pids))
+        consumer.kill()
+        wait_until(lambda: not any(map(is_alive, pids)))
+
+
+# --- the disk
+
+
+@pytest.fixture
+def failing_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    source, library = tmp_path / "failing.c", tmp_path / "failing.so"
+    source.write_text(FAILING_READS)
+    subprocess.run([need("cc"), "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    decoder_process.stop()
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    yield
+    decoder_process.stop()
+
+
+@pytest.mark.usefixtures("failing_reads")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOMEM])
+@pytest.mark.parametrize("container", ["wav", "flac", "mka", "ogg", "mp3"])
+def test_a_read_that_fails_in_the_middle_is_no_damage(container: str, code: int, tmp_path: Path) -> None:
+    codec = {"wav": "pcm_s16le", "flac": "flac", "mka": "aac", "ogg": "libopus", "mp3": "libmp3lame"}[container]
+    noise = np.random.default_rng(1).integers(-8000, 8000, 20 * SAMPLE_RATE, np.int16)
+    path = pictures.encode(tmp_path / f"noise.{container}", codec, noise)
+    assert path.stat().st_size > 40_000
+    healthy = tmp_path / f"healthy.{container}"
+    shutil.copy(path, healthy)
+    os.utime(path, (code, code))
+    failure = failure_of(path)
+    assert failure.code is ErrorCode.AUDIO_IO_ERROR
+    assert os.strerror(code) in failure.message
+    assert len(samples_of(healthy)) >= len(noise) - 1000
+
+
+def test_a_consumer_without_a_free_descriptor_blames_no_file() -> None:
+    samples_of(LONG)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(descriptors())
+    for room in range(6):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, hard))
+        try:
+            failure: JobFailedError | None = failure_of(LONG)
+        except pytest.fail.Exception:
+            failure = None
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert failure is None or failure.code is ErrorCode.AUDIO_IO_ERROR
+    assert len(samples_of(LONG)) == 744_800
