@@ -718,13 +718,13 @@ def test_a_cancel_between_two_windows_keeps_those_that_were_reported(minute: Pat
 
 
 def test_it_yields_behind_a_reported_window_and_goes_on_there_to_the_same_transcript(minute: Path) -> None:
-    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute)
+    whole = run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, UNFILTERED)
     boundaries = len(whole.windows) - 1
     for number in range(1, boundaries + 1):
         transcriber, store = with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)
         told: list[Window] = []
         with pytest.raises(Preempted):
-            run(transcriber, minute, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
+            run(transcriber, minute, UNFILTERED, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
         assert tuple(told) == whole.windows[:number]
         assert len(store.model.closed) == number
         assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, done=told) == whole
@@ -739,7 +739,7 @@ def test_it_is_not_asked_to_yield_where_nothing_is_left_to_do(minute: Path) -> N
         asked.append(len(told))
         return False
 
-    transcript = run(transcriber, minute, on_window=told.append, should_yield=should_yield)
+    transcript = run(transcriber, minute, UNFILTERED, on_window=told.append, should_yield=should_yield)
     assert asked == list(range(1, len(transcript.windows)))
 
 
