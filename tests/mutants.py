@@ -8,8 +8,8 @@ that no test notices ("survived") shows what the tests do not check. The sample 
 One run of the tests under coverage finds which test runs which line, and how long it takes; it is kept in build/. Then
 the tests are collected once, and a process is forked for each mutant. It puts the code of the changed function in place
 and runs the tests of that line, the fastest first, until one fails. What runs at the import (a constant, a default) is
-tried in a process that was forked before this package was imported, so that the changed module is imported. The working
-tree is not changed.
+tried in a process that was forked before this package was imported, so that the changed module is imported; it runs the
+tests that enter that module or one that imports it, those of its package first. The working tree is not changed.
 """
 
 import argparse
@@ -243,18 +243,37 @@ class Reach:
     def of(self, mutant: Mutant) -> list[str]:
         """The tests to try, the fastest first.
 
-        What runs at the import is tried on every test that enters the file, or else on those of the package.
+        What runs at the import is tried on every test that enters its file or one that imports it. Those that stand
+        with the package's tests come first: they are the likeliest to look at a constant.
         """
-        lines = self.lines.get(mutant.file, {})
-        wanted = [str(n) for n in range(mutant.line, mutant.end + 1)] if mutant.is_in_function else list(lines)
-        numbers = {number for line in wanted for number in lines.get(line, ())}
-        if not numbers and not mutant.is_in_function:
-            package = f"/{Path(mutant.file).parent.name}/"
-            numbers = {number for number, test in enumerate(self.tests) if package in test}
-        return [self.tests[n] for n in sorted(numbers, key=lambda n: (self.seconds[n], n))]
+        if mutant.is_in_function:
+            lines = self.lines.get(mutant.file, {})
+            numbers = {n for line in range(mutant.line, mutant.end + 1) for n in lines.get(str(line), ())}
+            return [self.tests[n] for n in sorted(numbers, key=lambda n: (self.seconds[n], n))]
+        files = {mutant.file, *importers()[mutant.file]}
+        numbers = {n for file in files for tests in self.lines.get(file, {}).values() for n in tests}
+        package = f"/{Path(mutant.file).parent.name}/"
+        order = sorted(numbers, key=lambda n: (package not in self.tests[n], self.seconds[n], n))
+        return [self.tests[n] for n in order]
 
     def seconds_of(self, test: str) -> float:
         return self.seconds[self.tests.index(test)]
+
+
+@functools.cache
+def importers() -> dict[str, set[str]]:
+    """Which files import each file, by name: `from package.module import ...` or `from package import module`."""
+    paths = {path.relative_to(_ROOT).with_suffix(""): path for path in (_ROOT / _PACKAGE).rglob("*.py")}
+    files = {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
+    found: dict[str, set[str]] = {path.relative_to(_ROOT / _PACKAGE).as_posix(): set() for path in files.values()}
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                    if name in files:
+                        imported = files[name].relative_to(_ROOT / _PACKAGE).as_posix()
+                        found[imported].add(path.relative_to(_ROOT / _PACKAGE).as_posix())
+    return found
 
 
 def kept_file(tests: Sequence[str]) -> Path:
@@ -540,25 +559,28 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return compile(self._tree, self.path, "exec", dont_inherit=True)
 
 
-class _FastestFirst:
+class _Chosen:
+    """A plugin that runs the chosen tests, in their order, of all that the files have."""
+
     def __init__(self, tests: Sequence[str]) -> None:
         self._order = {test: number for number, test in enumerate(tests)}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: self._order.get(item.nodeid, len(self._order)))
+        items[:] = sorted(
+            (item for item in items if item.nodeid in self._order), key=lambda item: self._order[item.nodeid]
+        )
 
 
 def try_imported(mutant: Mutant, reach: Reach, limit_s: float) -> Verdict:
-    """Try the tests of the two files that have the fastest ones first: a start costs more than most of the tests."""
+    """Try the tests of the package first: to import a file of tests costs more than to run most of them."""
     tests = reach.of(mutant)
-    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+    package = f"/{Path(mutant.file).parent.name}/"
     spent, outcome = 0.0, "not run"
-    for chosen in (files[:2], files[2:]):
-        some = [test for test in tests if test.partition("::")[0] in chosen]
+    for some in ([test for test in tests if package in test], [test for test in tests if package not in test]):
         if some:
             outcome, seconds = in_child(functools.partial(_import_and_run, mutant, some, limit_s), limit_s)
             spent += seconds
-        if outcome not in {"survived", _LIMIT}:
+        if outcome not in {"survived", _LIMIT, "not run"}:
             break
     return Verdict(outcome, spent)
 
@@ -568,9 +590,9 @@ def _import_and_run(
 ) -> None:
     path, tree = _ROOT / _PACKAGE / mutant.file, mutated(mutant)
     sys.meta_path.insert(0, _Mutated(_Loader(path, tree).name, path, tree))
-    options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={folder}/pytest"]
-    options += ["--timeout=60", *tests]
-    code = pytest.main(options, plugins=[Judge(report_outcome, limit_s), _FastestFirst(tests)])
+    options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={folder}/pytest", "--timeout=60"]
+    files = dict.fromkeys(test.partition("::")[0] for test in tests)
+    code = pytest.main([*options, *files], plugins=[Judge(report_outcome, limit_s), _Chosen(tests)])
     report_outcome("survived" if code == pytest.ExitCode.OK else f"killed before the tests ({code!r})")
 
 

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 def png(side: int) -> bytes:
-    """A black picture of `side` by `side` pixels, made row by row: 16,000 by 16,000 are 0.7 MB."""
-    pack = zlib.compressobj(9)
+    """A black picture of `side` by `side` pixels, 1 MB for 16,000: one compressed row, repeated."""
+    pack = zlib.compressobj(9, zlib.DEFLATED, -15)
     row = bytes(1 + 3 * side)
-    pixels = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
+    packed = pack.compress(row) + pack.flush(zlib.Z_FULL_FLUSH)  # refers to nothing before it
+    checksum = 1
+    for _ in range(side):
+        checksum = zlib.adler32(row, checksum)
+    pixels = b"\x78\xda" + packed * side + b"\x03\x00" + struct.pack(">I", checksum)
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 

@@ -3,6 +3,7 @@
 `load`, `unload` and the methods about idling are for the worker thread; any thread may call the others.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ log = get_logger(__name__)
 
 _COMPUTE_TYPES = {"cpu": ("int8", "float32"), "cuda": ("float16", "int8_float16", "int8", "float32")}
 """Best first, for `auto`."""
+_WARM_UP_FRAMES = 100
+"""Of 10 ms each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +235,13 @@ def _choose_workers(device: str, cores: int) -> int:
 
 
 def _warm_up(model: WhisperModel) -> None:
-    """Run the model on a second of quiet noise: some broken ones fail only at the first use."""
+    """Run the model on a second of quiet noise: some broken ones fail only at the first use.
+
+    faster-whisper pads it to half a minute, which takes as long to encode as half a minute of speech.
+    """
     noise = np.random.default_rng(seed=0).normal(scale=1e-3, size=16_000).astype(np.float32)
-    segments, _ = model.transcribe(noise, language="en", beam_size=1, temperature=0.0, max_new_tokens=8)
+    unpadded = copy.copy(model)
+    unpadded.encode = lambda features: model.encode(features[..., :_WARM_UP_FRAMES])
+    segments, _ = unpadded.transcribe(noise, language="en", beam_size=1, temperature=0.0, max_new_tokens=8)
     for _ in segments:
         pass

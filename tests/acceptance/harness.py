@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 import wave
@@ -21,6 +21,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
 from cesar_mqtt.audio.decoder import AudioLimits, open_audio
+from tests import template
 from tests.document import Fault, Judge, Seen, default_document
 
 DATA = Path(__file__).parents[1] / "data"
@@ -181,26 +182,32 @@ class Consumer:
     """`cesar-mqtt serve` as its own process."""
 
     def __init__(
-        self, folder: Path, *flags: str, environ: Mapping[str, str] | None = None, ready: str | None = CONNECTED
+        self,
+        folder: Path,
+        *flags: str,
+        environ: Mapping[str, str] | None = None,
+        ready: str | None = CONNECTED,
+        fresh: bool = False,
     ) -> None:
         self.data_dir = folder / "data"
         self.log = folder / "consumer.log"
         self._flags = ("--data-dir", str(self.data_dir), "--audio-dir", str(DATA), *flags)
         self._environ = {**os.environ, **SMALL, **(environ or {})}
         self._folder = folder
+        self._fresh = fresh
         self.start(ready)
 
     def start(self, ready: str | None = CONNECTED) -> None:
         """Start it, and wait until it has logged `ready`: before its first connection no broker holds its jobs."""
         read = len(self.logged()) if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cesar_mqtt", "serve", *self._flags],
+            self.process = template.start(
+                ["serve", *self._flags],
                 cwd=self._folder,
                 env=self._environ,
-                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                fresh=self._fresh,
             )
         if ready is not None:
             try:
@@ -239,16 +246,21 @@ class Consumer:
 
 
 def command(
-    *arguments: str, cwd: Path | None = None, environ: Mapping[str, str] | None = None, timeout_s: float = 90
+    *arguments: str,
+    cwd: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    timeout_s: float = 90,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run `cesar-mqtt` to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "cesar_mqtt", *arguments],
-        cwd=cwd,
-        env={**os.environ, **SMALL, **(environ or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    env = {**os.environ, **SMALL, **(environ or {})}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = template.start(arguments, cwd=cwd, env=env, stdout=out, stderr=err, fresh=fresh)
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+        out.seek(0)
+        err.seek(0)
+        written = [file.read().decode() for file in (out, err)]
+    return subprocess.CompletedProcess(arguments, code, *written)

@@ -31,7 +31,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    assert command("--version").stdout == f"cesar-mqtt {version('cesar-mqtt')}\n"
+    assert command("--version", fresh=True).stdout == f"cesar-mqtt {version('cesar-mqtt')}\n"
 
 
 def test_every_command_takes_the_flags_that_the_contract_promises() -> None:
@@ -67,7 +67,7 @@ def test_wrong_usage_returns_2() -> None:
 
 @pytest.mark.model
 def test_the_demo_prints_the_transcript_and_nothing_else_on_stdout() -> None:
-    ended = command("demo")
+    ended = command("demo", fresh=True)
     assert ended.returncode == 0, ended.stderr
     spoken = (
         Path(sys.modules["tests.acceptance.harness"].__file__ or "").parents[2] / "cesar_mqtt/cli/demo/recording.txt"

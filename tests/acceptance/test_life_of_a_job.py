@@ -25,7 +25,7 @@ Join = Callable[..., Bus]
 def test_a_file_sent_with_mosquitto_pub_is_a_retained_transcript_for_whoever_comes_later(
     mosquitto: Mosquitto, serve: Serve, join: Join
 ) -> None:
-    serve("--broker", mosquitto.url)
+    serve("--broker", mosquitto.url, fresh=True)
     bus = join(mosquitto.port)
     port = str(mosquitto.port)
 
@@ -45,7 +45,7 @@ def test_a_file_sent_with_mosquitto_pub_is_a_retained_transcript_for_whoever_com
 
 
 def test_the_embedded_broker_carries_a_job_the_whole_way(serve: Serve, join: Join, free_port: int) -> None:
-    consumer = serve("--broker", f"embedded://127.0.0.1:{free_port}")
+    consumer = serve("--broker", f"embedded://127.0.0.1:{free_port}", fresh=True)
     consumer.wait_for_log(f"mosquitto_pub -p {free_port} -q 1")
     bus = join(free_port)
     bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")

@@ -20,40 +20,13 @@ from cesar_mqtt.audio import decoder, decoder_process
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
 from cesar_mqtt.audio.decoder_process import RemoteReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
-from tests import pictures
-from tests.conftest import need
+from tests import broken_disk, pictures
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 LONG = (DATA / "long.ogg").resolve()
 LIMITS = AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)
 TONE = (np.sin(np.arange(3 * SAMPLE_RATE) / 5) * 9000).astype(np.int16)
 WAIT_S = 20.0
-
-FAILING_READS = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdlib.h>
-#include <sys/stat.h>
-#include <sys/types.h>
-
-/* Reads of a file that was last changed in second ERRNO of 1970 fail with that error from its 20,000th byte on. */
-static int failure(int fd, off_t offset) {
-    struct stat status;
-    if (offset < 20000 || fstat(fd, &status) != 0 || status.st_mtime > 200) return 0;
-    return (int)status.st_mtime;
-}
-
-ssize_t pread64(int fd, void *buffer, size_t size, off_t offset) {
-    static ssize_t (*real)(int, void *, size_t, off_t);
-    if (real == NULL) real = dlsym(RTLD_NEXT, "pread64");
-    int code = failure(fd, offset);
-    if (code != 0) { errno = code; return -1; }
-    return real(fd, buffer, size, offset);
-}
-
-ssize_t pread(int fd, void *buffer, size_t size, off_t offset) { return pread64(fd, buffer, size, offset); }
-"""
 
 
 def samples_of(path: Path, limits: AudioLimits = LIMITS) -> Samples:
@@ -333,27 +306,23 @@ def test_nothing_outlives_a_consumer_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def failing_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    source, library = tmp_path / "failing.c", tmp_path / "failing.so"
-    source.write_text(FAILING_READS)
-    subprocess.run([need("cc"), "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+def _failing_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     decoder_process.stop()
-    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("LD_PRELOAD", str(broken_disk.build(tmp_path)))
     yield
     decoder_process.stop()
 
 
-@pytest.mark.usefixtures("failing_reads")
+@pytest.mark.usefixtures("_failing_reads")
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOMEM])
 @pytest.mark.parametrize("container", ["wav", "flac", "mka", "ogg", "mp3"])
 def test_a_read_that_fails_in_the_middle_is_no_damage(container: str, code: int, tmp_path: Path) -> None:
     codec = {"wav": "pcm_s16le", "flac": "flac", "mka": "aac", "ogg": "libopus", "mp3": "libmp3lame"}[container]
     noise = np.random.default_rng(1).integers(-8000, 8000, 20 * SAMPLE_RATE, np.int16)
     path = pictures.encode(tmp_path / f"noise.{container}", codec, noise)
-    assert path.stat().st_size > 40_000
     healthy = tmp_path / f"healthy.{container}"
     shutil.copy(path, healthy)
-    os.utime(path, (code, code))
+    broken_disk.break_reads(path, code)
     failure = failure_of(path)
     assert failure.code is ErrorCode.AUDIO_IO_ERROR
     assert os.strerror(code) in failure.message

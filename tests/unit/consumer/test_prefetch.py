@@ -319,6 +319,34 @@ def test_a_retry_of_a_queued_job_discards_the_recording_opened_behind_its_window
         prefetcher.release(job, final=True)
 
 
+def test_a_paused_consumer_opens_no_recording(stage: Stage) -> None:
+    first = local(stage, 1)
+    stage.queue.jobs, stage.queue.is_paused = [first], True
+    stage.prefetcher.run_once()
+    assert stage.recordings == []
+    stage.queue.is_paused = False
+    stage.prefetcher.run_once()
+    assert stage.open_now == ["job-1"]
+
+
+def test_the_first_recording_is_opened_as_soon_as_the_consumer_resumes(stage: Stage) -> None:
+    (stage.folder / "a.wav").write_bytes(b"sound")
+    with Ledger(stage.folder / "ledger.json") as ledger:
+        ledger.pause(on=True)
+        ledger.append([factories.new_job("a")])
+        opened: list[Path] = []
+
+        def open_recording(path: Path, job: Job) -> FakeRecording:
+            stage.changes.note(lambda: opened.append(path))
+            return FakeRecording(path, job, stage.changes)
+
+        prefetcher = stage.prefetcher_of(ledger, open_recording, ahead=2)
+        prefetcher.start()
+        ledger.pause(on=False)
+        stage.until(lambda: opened)
+        prefetcher.stop()
+
+
 def test_the_job_after_the_running_one_is_prefetched_meanwhile(stage: Stage) -> None:
     first, second, third = local(stage, 1), remote(2), local(stage, 3)
     stage.queue.jobs = [first, second, third]

@@ -869,7 +869,7 @@ def patient(bench: Bench, retries: int) -> Worker:
     return bench.make_worker(retries=retries, retry_delay_s=1e-9)
 
 
-@pytest.mark.parametrize("code", [ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL])
+@pytest.mark.parametrize("code", [ErrorCode.AUDIO_IO_ERROR, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL])
 def test_a_transient_failure_is_retried_as_often_as_allowed(bench: Bench, code: ErrorCode) -> None:
     worker = patient(bench, retries=2)
     bench.add("a")
