@@ -21,7 +21,7 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test coverage check bench bench-peers soak mutants clean
+.PHONY: help demo install test coverage check bench bench-peers soak fuzz mutants clean
 .PHONY: test-homeassistant install-homeassistant test-node-red install-node-red
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
@@ -31,9 +31,10 @@ help:
 	@echo 'make test    the checks, then all tests, in WORKERS=4 processes'
 	@echo 'make check   format, lint and types'
 	@echo 'make coverage   all tests, and which lines and branches they run'
-	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, transcription, clips or jobs for a part)'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips or jobs for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
+	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
@@ -65,6 +66,9 @@ bench-peers: $(TEST_STAMP) build/speech build/peers
 
 soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
+
+fuzz: $(TEST_STAMP)
+	@$(RUN) tests.fuzz $(ARGS)
 
 mutants: $(TEST_STAMP)
 	@$(RUN) tests.mutants $(ARGS)

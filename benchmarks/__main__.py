@@ -4,10 +4,17 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, jobs, ledger, peers, transcription
+from benchmarks import bus, clips, decoding, jobs, ledger, peers, transcription
 from benchmarks.table import show
 
-PARTS = {"ledger": ledger.run, "bus": bus.run, "transcription": transcription.run, "clips": clips.run, "jobs": jobs.run}
+PARTS = {
+    "ledger": ledger.run,
+    "bus": bus.run,
+    "decoding": decoding.run,
+    "transcription": transcription.run,
+    "clips": clips.run,
+    "jobs": jobs.run,
+}
 MORE = {"peers": peers.run}
 """Only when named: it needs an installation of its own."""
 

@@ -33,13 +33,13 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def encode(path: Path, codec: str, tone: NDArray[np.int16]) -> Path:
-    """Write mono samples at 16 kHz; the ending of the name tells the container."""
+def encode(path: Path, codec: str, tone: NDArray[np.int16], *, rate: int = 16_000) -> Path:
+    """Write mono samples; the ending of the name tells the container."""
     with av.open(path, "w") as file:
-        audio = cast("AudioStream", file.add_stream(codec, rate=16_000, layout="mono"))
+        audio = cast("AudioStream", file.add_stream(codec, rate=rate, layout="mono"))
         for start in range(0, len(tone), 1024):
             frame = av.AudioFrame.from_ndarray(tone[np.newaxis, start : start + 1024], "s16", "mono")
-            frame.sample_rate, frame.pts = 16_000, start
+            frame.sample_rate, frame.pts = rate, start
             file.mux(audio.encode(frame))
         file.mux(audio.encode(None))
     return path

@@ -1,7 +1,7 @@
 """What a decoder's process may use: memory, processor time, and nothing but the two files that it was given.
 
-Called in that process only, before it reads the recording. Each protection is best effort: what the kernel, or the
-unit that the consumer runs in, does not allow is left out, and the others still hold.
+Called in that process, before it reads the recording, and in the template that it is forked from. Each protection is
+best effort: what the kernel, or the unit that the consumer runs in, does not allow is left out, and the others hold.
 """
 
 import ctypes
@@ -88,25 +88,36 @@ def address_space_bytes() -> int | None:
         return None
 
 
-def confine(*, memory_bytes: int, cpu_s: float, most_cpu_s: float) -> tuple[str, ...]:
-    """Give up what decoding does not need, for good.
+def prepare() -> tuple[str, ...]:
+    """Give up, in the template, what neither it nor a decoder needs: each decoder inherits that at no cost.
+
+    Returns:
+        The protections that are in force: `landlock`, or none.
+    """
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        with suppress(OSError, ValueError):
+            _limit(kind, 0)
+    return ("landlock",) if _try(_forbid_files_and_network) else ()
+
+
+def confine(*, has_bytes: int | None, memory_bytes: int, cpu_s: float, most_cpu_s: float) -> tuple[str, ...]:
+    """Give up, in a decoder's process, what decoding does not need, for good.
 
     Args:
-        memory_bytes: how much more address space the process may map than it has now.
+        has_bytes: `address_space_bytes` of the process; None: its memory cannot be limited.
+        memory_bytes: how much more it may map.
         cpu_s: seconds of processor time; `extend_cpu` extends them.
         most_cpu_s: the longest that they can be extended to.
 
     Returns:
-        The protections that are in force: any of `memory`, `cpu`, `files`, `landlock`, `seccomp`.
+        The protections that are in force: any of `memory`, `cpu`, `files`, `seccomp`.
     """
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    has_bytes = address_space_bytes()
     steps: dict[str, Callable[[], bool]] = {
         "memory": lambda: has_bytes is not None and _limit(resource.RLIMIT_AS, has_bytes + memory_bytes),
         "cpu": lambda: _limit(resource.RLIMIT_CPU, _whole(cpu_s), _whole(most_cpu_s)),
         # No further descriptor means no further file and no socket; the two that are open stay.
-        "landlock": _forbid_files_and_network,
         "files": _forbid_descriptors,
         "seccomp": _allow_few_system_calls,
     }
@@ -140,9 +151,8 @@ def _limit(kind: int, soft: int, hard: int | None = None) -> bool:
 
 
 def _forbid_descriptors() -> bool:
-    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
-        with suppress(OSError, ValueError):
-            _limit(kind, 0)
+    with suppress(OSError, ValueError):
+        _limit(resource.RLIMIT_NPROC, 0)
     return _limit(resource.RLIMIT_NOFILE, 0)
 
 

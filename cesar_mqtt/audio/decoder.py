@@ -83,7 +83,7 @@ class AudioLimits:
     max_bytes: int
     max_duration_s: float
     decoder_memory_bytes: int = 512 << 20
-    decoder_timeout_s: float = 30.0
+    decoder_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from cesar_mqtt.audio.confinement import confine, end_with_parent, extend_cpu
+# PyAV imports these for the first file with subtitles, which a decoder could not: it can open no file.
+import av.subtitles.codeccontext
+import av.subtitles.stream  # noqa: F401
+
+from cesar_mqtt.audio.confinement import address_space_bytes, confine, end_with_parent, extend_cpu, prepare
 from cesar_mqtt.audio.decoder import AudioLimits, AudioReader, Samples, open_descriptor
 from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind, encode
 from cesar_mqtt.errors import JobFailedError
@@ -46,6 +50,8 @@ class Template:
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
+        self._has_bytes = address_space_bytes()
+        self._protections = prepare()
         self._children: dict[int, socket.socket] = {}
         # What `set_wakeup_fd` writes to, for every signal, so that the end of a child ends the wait.
         self._wakeup, self._wakeup_writer = socket.socketpair()
@@ -82,7 +88,8 @@ class Template:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
                 if pid == 0:
                     return
-                _answer(self._children[pid], signal=max(0, -os.waitstatus_to_exitcode(status)), cpu_s=usage.ru_utime)
+                number, cpu_s = max(0, -os.waitstatus_to_exitcode(status)), usage.ru_utime + usage.ru_stime
+                _answer(self._children[pid], signal=number, cpu_s=cpu_s)
                 self._children.pop(pid).close()
 
     def _accept(self) -> bool:
@@ -113,7 +120,8 @@ class Template:
             signal.set_wakeup_fd(-1)
             os.dup2(1, 2)  # what a crashing library prints belongs into no log
             _close_all_but(audio, frames)
-            Decoder(audio, frames).run(json.loads(text))
+            decoder = Decoder(audio, frames, has_bytes=self._has_bytes, protections=self._protections)
+            decoder.run(json.loads(text))
         finally:
             os._exit(0)
 
@@ -121,9 +129,19 @@ class Template:
 class Decoder:
     """Decodes one file in a process of its own."""
 
-    def __init__(self, audio: int, frames: int) -> None:
+    def __init__(self, audio: int, frames: int, *, has_bytes: int | None, protections: tuple[str, ...]) -> None:
+        """Nothing is read before `run`.
+
+        Args:
+            audio: the descriptor of the recording.
+            frames: that of the pipe.
+            has_bytes: `address_space_bytes` of this process.
+            protections: those that the template has prepared.
+        """
         self._audio = audio
         self._frames = frames
+        self._has_bytes = has_bytes
+        self._protections = protections
         self._alive_at = 0.0
 
     def run(self, request: Mapping[str, Any]) -> None:
@@ -144,8 +162,11 @@ class Decoder:
     def _decode(self, request: Mapping[str, Any]) -> None:
         limits = AudioLimits(**request["limits"])
         base_s = limits.decoder_timeout_s + os.fstat(self._audio).st_size / _BYTES_PER_CPU_S
-        protections = confine(
-            memory_bytes=limits.decoder_memory_bytes, cpu_s=base_s, most_cpu_s=base_s + limits.max_duration_s
+        protections = self._protections + confine(
+            has_bytes=self._has_bytes,
+            memory_bytes=limits.decoder_memory_bytes,
+            cpu_s=base_s,
+            most_cpu_s=base_s + limits.max_duration_s,
         )
         with open_descriptor(self._audio, limits) as audio:
             opened = {"info": asdict(audio.info), "protections": protections}
@@ -225,9 +246,10 @@ def _warm_up() -> None:
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     _warm_up()
+    template = Template(channel)
     gc.collect()
     gc.freeze()  # what is there now is shared with all children: no collection may touch it
-    Template(channel).run()
+    template.run()
 
 
 if __name__ == "__main__":
