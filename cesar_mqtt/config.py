@@ -127,7 +127,7 @@ class ModelSettings(Section):
     cpu_threads: int = Field(default=0, ge=0)
     """How many cores the model may keep busy; 0: all usable ones."""
     workers: int = Field(default=0, ge=0, le=16)
-    """How many windows of a long recording are transcribed at once, on those cores; 0: as many as help."""
+    """How many windows of a long recording are transcribed at once, on these cores; 0: as many as help."""
     idle_timeout: float | None = Field(default=None, gt=0)
     """Seconds without a job after which the model is unloaded; None: it stays loaded."""
 

