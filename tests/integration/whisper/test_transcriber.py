@@ -727,7 +727,7 @@ def test_it_yields_behind_a_reported_window_and_goes_on_there_to_the_same_transc
             run(transcriber, minute, UNFILTERED, on_window=told.append, should_yield=lambda: len(told) == number)  # noqa: B023
         assert tuple(told) == whole.windows[:number]
         assert len(store.model.closed) == number
-        assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, done=told) == whole
+        assert run(with_model(raw(0.5, 1.0), raw(2, 3), window_s=25.0)[0], minute, UNFILTERED, done=told) == whole
 
 
 def test_it_is_not_asked_to_yield_where_nothing_is_left_to_do(minute: Path) -> None:
