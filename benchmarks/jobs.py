@@ -20,6 +20,7 @@ from tests.acceptance.harness import LONG, SPEECH, Bus, Consumer
 
 ROUNDS = 3
 CANCELS = 20
+URGENT = 8
 MEMORY_JOBS = 300
 URLS = 24
 SERVER_S = 2.0
@@ -140,6 +141,33 @@ def _cancel(folder: Path) -> Row:
     )
 
 
+# -- priority ------------------------------------------------------------------------------------------------------
+
+
+def _priority(folder: Path) -> Row:
+    hour, clip = _write(folder / "an-hour.wav", _speech(3600.0)), _write(folder / "clip.wav", _pcm(SPEECH)[: 3 * _RATE])
+    took = []
+    with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port):
+        bus.publish("cesar/jobs", {"job_id": "hour", "audio_path": str(hour)})
+        for number in range(URGENT):
+            at_least = 60.0 + 100.0 * number
+            bus.wait("cesar/status/hour", lambda hour: (hour["processed_duration"] or 0.0) > at_least, PATIENCE_S)  # noqa: B023 - called at once
+            started = time.perf_counter()
+            bus.publish("cesar/jobs", {"job_id": f"clip-{number}", "audio_path": str(clip), "priority": 9})
+            end = _finished(bus, f"clip-{number}")
+            took.append(time.perf_counter() - started)
+            assert end["status"] == "completed", end
+        bus.publish("cesar/request/cancel", "hour")
+        assert _finished(bus, "hour")["status"] == "cancelled"
+    return Row(
+        "a 3 s clip at priority 9 behind a running hour of speech: publish to `completed`, worst",
+        max(took),
+        "s",
+        at_most=8.0,
+        beside=f"of {URGENT}, median {median(took):.2f} s",
+    )
+
+
 # -- recovery ------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +279,7 @@ def _downloads(folder: Path) -> Row:
 
 def run(folder: Path) -> list[Row]:
     rows = []
-    for measure in (_cancel, _killed, _memory, _downloads):
+    for measure in (_cancel, _priority, _killed, _memory, _downloads):
         part = folder / measure.__name__
         part.mkdir()
         rows.append(measure(part))

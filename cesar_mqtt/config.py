@@ -138,6 +138,8 @@ class TranscriberSettings(Section):
     window: float = Field(default=60.0, ge=10.0, le=3600.0)
     """The longest window, in seconds of audio. Those that are transcribed at once, and one more, are held in memory;
     they are what a crash can cost."""
+    short_encoder_input: bool = True
+    """Whether audio shorter than 30 s is encoded at its own length, with models that allow it; False: always 30 s."""
 
 
 class WorkerSettings(Section):

@@ -16,6 +16,8 @@ from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.commands import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
 from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
+from cesar_mqtt.consumer.earlier_topics import FILE_NAME as TOPICS_FILE
+from cesar_mqtt.consumer.earlier_topics import EarlierTopics
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
@@ -114,7 +116,12 @@ class Service:
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
         self._client.on_published = lambda ticket, reason: self._publisher.on_published(ticket, refused=bool(reason))
         self._client.on_refused = self._on_refused
-        self._transcriber = Transcriber(self._models, settings.audio, window_s=settings.transcriber.window)
+        self._transcriber = Transcriber(
+            self._models,
+            settings.audio,
+            window_s=settings.transcriber.window,
+            short_encoder_input=settings.transcriber.short_encoder_input,
+        )
         self._prefetcher = Prefetcher(
             self._ledger,
             open_recording=self._open_recording,
@@ -247,6 +254,7 @@ class Service:
         last = self._ledger.last_finished()
         if last is not None:
             self._publisher.on_finished(last)
+        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
         self._publisher.publish_state("online")
         self._announce()
         self._publisher.publish_own_topic("info", self._info())

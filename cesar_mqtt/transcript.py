@@ -5,6 +5,7 @@ Times are seconds from the start of the file, whatever the VAD or `clip_timestam
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 MAX_PROMPT_CHARACTERS = 10_000
 """Prompts and hotwords are cut to this length before tokenising: the 100 tokens that are kept never need more."""
@@ -22,34 +23,39 @@ class TranscriptionOptions:
         task: `transcribe`, or `translate` into English.
         initial_prompt: text that leads the model to a spelling or style; its last 100 tokens count.
         hotwords: words to expect, given to the model with each 30 s; their first 100 tokens count.
-        beam_size: how many hypotheses the decoder follows, 1 to 10.
+        beam_size: how many hypotheses the decoder follows, 1 to 10; `auto`: one, and five where the result is unsure.
         temperature: 0 decodes greedily or by beam search, up to 1 samples more and more freely. Of several, each
             further one is tried where the result of the one before fails Whisper's checks. None: Whisper's own list.
-            Batched, only the first counts.
         vad_filter: whether the VAD removes what is not speech first, so that silence yields no invented text.
         word_timestamps: whether segments have `words`.
         clip_timestamps: only these ranges of the file, as (start, end) in seconds; empty: the whole file.
-        batch_size: with more than 1, so many chunks of up to 30 s are decoded at once; faster and a little less
-            accurate, because nothing is tried again at a higher temperature.
+        batch_size: how many pieces of up to 30 s are decoded at once.
+        multilingual: whether the language may change within the file: it is detected for each passage.
     """
 
     model_size: str
     language: str | None = None
     task: str = "transcribe"
     initial_prompt: str | None = None
-    beam_size: int = 5
+    beam_size: int | Literal["auto"] = "auto"
     vad_filter: bool = True
     hotwords: str | None = None
     temperature: float | Sequence[float] | None = None
     word_timestamps: bool = False
     clip_timestamps: Sequence[Sequence[float]] = ()
     batch_size: int = 1
+    multilingual: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
-            several = self.temperature if isinstance(self.temperature, Sequence) else (self.temperature,)
-            object.__setattr__(self, "temperature", tuple(float(one) for one in several) or None)
+            object.__setattr__(self, "temperature", self.temperatures or None)
         object.__setattr__(self, "clip_timestamps", self.clips)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """`temperature` as a tuple; empty: Whisper's own list."""
+        several = self.temperature if isinstance(self.temperature, Sequence) else (self.temperature,)
+        return tuple(float(one) for one in several if one is not None)
 
     @property
     def clips(self) -> tuple[tuple[float, float], ...]:
@@ -131,7 +137,7 @@ class Transcript:
         no_speech: whether there was no speech at all.
         audio_duration_s: seconds of audio that could be decoded.
         windows: its parts in order, those of earlier attempts included.
-        warnings: `audio_truncated`, `audio_damaged`, `initial_prompt_truncated`, `hotwords_truncated`.
+        warnings: names that the contract lists.
     """
 
     text: str

@@ -19,7 +19,7 @@ Range: TypeAlias = tuple[int, int]
 
 _FRAME = 512
 """Samples for which the VAD gives one probability."""
-_SPEECH_FROM, _SILENT_BELOW = 0.5, 0.35
+_SPEECH_FROM, SILENT_BELOW = 0.5, 0.35
 """Silero's limits for the start and the end of speech; faster-whisper's `vad_filter` has the same."""
 _MIN_SILENCE = 2 * SAMPLE_RATE
 _PADDING = 2 * SAMPLE_RATE // 5
@@ -50,7 +50,7 @@ def speech_ranges(probabilities: Probabilities, length: int) -> tuple[Range, ...
     for frame, probability in enumerate(probabilities[: -(-length // _FRAME)].tolist()):
         if probability >= _SPEECH_FROM:
             start, silent_from = frame if start is None else start, None
-        elif probability < _SILENT_BELOW and start is not None:
+        elif probability < SILENT_BELOW and start is not None:
             silent_from = frame if silent_from is None else silent_from
             if (frame - silent_from) * _FRAME >= _MIN_SILENCE:
                 found.append((start * _FRAME, silent_from * _FRAME))
@@ -85,14 +85,20 @@ def find_cut(samples: Samples, probabilities: Probabilities, *, search_window: i
     return max(half, _round_down_to_ms(start + _quietest(samples[start:])))
 
 
-def split(samples: Samples, limit: int) -> list[Range]:
-    """Cut at pauses into pieces of at most `limit` samples; each as its first sample and the one after its last."""
+def split(samples: Samples, limit: int, *, search_window: int | None = None) -> list[Range]:
+    """Cut at pauses into pieces of at most `limit` samples; each as its first sample and the one after its last.
+
+    Args:
+        samples: as many as there are.
+        limit: of a piece.
+        search_window: as of `find_cut`; None: a fifth of the limit, since a piece that is cut far before it costs time.
+    """
     pieces = []
     start = 0
     while len(samples) - start > limit:
         piece = samples[start : start + limit]
-        # A piece that is cut far before its limit costs time.
-        end = start + max(1, find_cut(piece, speech_probabilities(piece), search_window=limit // 5))
+        cut = find_cut(piece, speech_probabilities(piece), search_window=search_window or limit // 5)
+        end = start + max(1, cut)
         pieces.append((start, end))
         start = end
     return [*pieces, (start, len(samples))]
@@ -101,7 +107,7 @@ def split(samples: Samples, limit: int) -> list[Range]:
 def _longest_pause(probabilities: Probabilities, start: int, end: int) -> int | None:
     """The middle of the longest pause between two samples, the last of several; None if there is no pause."""
     first = start // _FRAME
-    silent = np.concatenate(([False], probabilities[first : -(-end // _FRAME)] < _SILENT_BELOW, [False]))
+    silent = np.concatenate(([False], probabilities[first : -(-end // _FRAME)] < SILENT_BELOW, [False]))
     begins, ends = np.flatnonzero(~silent[:-1] & silent[1:]), np.flatnonzero(silent[:-1] & ~silent[1:])
     lengths = ends - begins
     if not lengths.size or lengths.max() < _MIN_PAUSE_FRAMES:

@@ -18,6 +18,7 @@ from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, may_n
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.redaction import redact_sentence
 from cesar_mqtt.threads import StoppableThread
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
@@ -317,7 +318,7 @@ class Worker(StoppableThread):
         elif outcome.code in _TRANSIENT and job.retries < self._retries:
             self._defer(job, outcome)
         else:
-            self._ledger.fail(job.seq, outcome.code, outcome.message)
+            self._ledger.fail(job.seq, outcome.code, redact_sentence(outcome.message))
 
     def _preempt(self, job: Job) -> None:
         requeued = self._ledger.preempt(job.seq)
@@ -357,9 +358,13 @@ class Worker(StoppableThread):
             log.warning(message, *details, action="failed", job_id=job.job_id)
 
 
+_FORMER_DEFAULTS = {"beam_size": 5}
+"""Of version 1, whose jobs hold no option that has its default; later ones always hold these."""
+
+
 def options_of(job: Job) -> TranscriptionOptions:
     """Return the options of the request, as they were when the job was accepted."""
-    return TranscriptionOptions(model_size=job.model_size, **job.options)
+    return TranscriptionOptions(model_size=job.model_size, **{**_FORMER_DEFAULTS, **job.options})
 
 
 def _replace_surrogates(text: str) -> str:

@@ -25,6 +25,7 @@ from cesar_mqtt.protocol.fields import MUST, Payload
 from cesar_mqtt.protocol.payloads import Reason
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.topics import is_job_id
+from cesar_mqtt.redaction import redact_value
 
 SHORT_FORM_BYTES = 4096
 UPLOAD = AudioSource("upload", "")
@@ -37,7 +38,7 @@ _DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field 
 _TEXT_FIELDS = frozenset(
     name
     for name, schema in JobRequest.model_json_schema()["properties"].items()
-    if any(kind.get("type") == "string" for kind in (schema, *schema.get("anyOf", ())))
+    if {kind.get("type") for kind in schema.get("anyOf", (schema,))} <= {"string", "null"}
 )
 _WITHOUT_BLANKS = (_TEXT_FIELDS | {"formats"}) - {"job_id", "audio_path", "initial_prompt", "hotwords"}
 """Not the id, which is also a level of a topic; nor a path, which is looked up as it is first."""
@@ -159,6 +160,8 @@ def fingerprint(parsed: Accepted) -> str:
     request = parsed.request
     names = sorted(request.model_fields_set - _NOT_IN_FINGERPRINT)
     values = {name: getattr(request, name) for name in names}
+    if values.get("beam_size") == _FORMER_BEAM_SIZE:
+        del values["beam_size"]
     digest = hashlib.sha256(canonical({name: value for name, value in values.items() if value != _DEFAULTS[name]}))
     if parsed.audio is not None:
         digest.update(hashlib.sha256(parsed.audio).digest())
@@ -167,6 +170,8 @@ def fingerprint(parsed: Accepted) -> str:
 
 _NOT_IN_FINGERPRINT = frozenset({"job_id", "audio_base64"})
 """Fields that name the job, or hold the audio, whose bytes are compared instead."""
+_FORMER_BEAM_SIZE = 5
+"""The default of version 1: a request that is sent again after an upgrade is known, whether it names it or not."""
 
 
 _SEND_AUDIO = " To send the audio itself, publish its bytes on the audio topic."
@@ -416,4 +421,4 @@ def _shown(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    return _SHORT.repr(value)
+    return _SHORT.repr(redact_value(value) if isinstance(value, str) else value)

@@ -16,6 +16,7 @@ from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
+from cesar_mqtt.redaction import redact_value
 from cesar_mqtt.transcript import TranscriptionOptions, cut_hotwords, cut_prompt
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
@@ -75,7 +76,7 @@ def _plain_path(text: str) -> str:
         return text
     host = url["host"]
     if host and host.lower() != "localhost":
-        raise ValueError(f"names a file of the host {host!r}: write 'file:///' before an absolute path")
+        raise ValueError(f"names a file of the host {redact_value(host)!r}: write 'file:///' before an absolute path")
     try:
         path = unquote(url["path"], errors="strict")
     except UnicodeDecodeError as exc:
@@ -113,6 +114,8 @@ def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+_Beams = Annotated[int, Field(ge=1, le=_BEAMS)]
+_BeamSize = Annotated[_Beams | Literal["auto"], BeforeValidator(_coerce_integral)]
 _Temperature = Annotated[float, Field(ge=0, le=1)]
 _Temperatures = Annotated[list[_Temperature], Field(min_length=1, max_length=_TEMPERATURES)]
 _Clip = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
@@ -183,10 +186,11 @@ class JobRequest(Payload):
         description="Words that are likely to occur. Limited in tokens: the first are used.",
         json_schema_extra={MUST: f"text of at most {_PROMPT_CHARACTERS} characters"},
     )
-    beam_size: Annotated[int, Field(ge=1, le=_BEAMS), BeforeValidator(_coerce_integral)] = Field(
-        default=5,
-        description="How many hypotheses are followed at once: more are slower and a little better.",
-        json_schema_extra={MUST: f"a whole number from 1 to {_BEAMS}"},
+    beam_size: _BeamSize = Field(
+        default="auto",
+        description="How many hypotheses are followed at once: more are slower and a little better. `auto`: one, and "
+        "five for what the model is unsure of.",
+        json_schema_extra={MUST: f"a whole number from 1 to {_BEAMS}, or 'auto'"},
     )
     temperature: _Temperature | _Temperatures | None = Field(
         default=None,
@@ -197,6 +201,11 @@ class JobRequest(Payload):
     vad_filter: bool = Field(
         default=True,
         description="Whether silence is removed before the model runs.",
+        json_schema_extra={MUST: "true or false"},
+    )
+    multilingual: bool = Field(
+        default=False,
+        description="Whether the language may change within the recording: it is detected for each passage.",
         json_schema_extra={MUST: "true or false"},
     )
     word_timestamps: bool = Field(
@@ -211,7 +220,7 @@ class JobRequest(Payload):
     )
     batch_size: Annotated[int, Field(ge=1, le=_BATCH), BeforeValidator(_coerce_integral)] = Field(
         default=1,
-        description="How many chunks the model processes at once; above 1 the batched pipeline is used.",
+        description="How many pieces of up to 30 s the model processes at once, where that is faster.",
         json_schema_extra={MUST: f"a whole number from 1 to {_BATCH}"},
     )
     formats: _Formats = Field(
@@ -262,8 +271,11 @@ class JobRequest(Payload):
         return None
 
     def options(self) -> dict[str, Any]:
-        """Return the transcription options that differ from their defaults, very long prompts cut to what can count."""
-        options = self.model_dump(include=_OPTIONS, exclude_defaults=True)
+        """Return the transcription options that differ from their defaults, very long prompts cut to what can count.
+
+        The beam size is always there: jobs of version 1 have none where it was 5, the default then.
+        """
+        options = self.model_dump(include=_OPTIONS, exclude_defaults=True) | {"beam_size": self.beam_size}
         return options | {name: kept(options[name]) for name, kept in _PROMPTS.items() if name in options}
 
 

@@ -146,10 +146,13 @@ def _public(name: str, schema: Schema) -> Schema:
 
 def _or_null(schema: Schema) -> Schema:
     """Return a schema that also accepts null: in an optional field of a request it is the same as to leave it out."""
-    if "anyOf" in schema or "type" not in schema:
+    null: Schema = {"type": "null"}
+    if "anyOf" in schema:
+        return schema if null in schema["anyOf"] else {**schema, "anyOf": [*schema["anyOf"], null]}
+    if "type" not in schema:
         return schema
     beside: Schema = {key: schema.pop(key) for key in ("default", "description") if key in schema}
-    return {"anyOf": [schema, {"type": "null"}], **beside}
+    return {"anyOf": [schema, null], **beside}
 
 
 def _with_references(value: Any, references: Mapping[str, str]) -> Any:

@@ -1,39 +1,52 @@
-"""The faster-whisper call of one job: which pipeline, with which options, and the limits on prompts.
+"""The options of one job as Whisper takes them, the limits on prompts, and the ranges of a chunk that are decoded.
 
-The options suit audio that is transcribed unattended.
+The options suit audio that is transcribed unattended. A pipeline never changes: any number of threads may transcribe
+with it at once, each one chunk.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 from faster_whisper import WhisperModel
 
-from cesar_mqtt.audio.decoder import Samples
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
+from cesar_mqtt.audio.vad import SILENT_BELOW, Range, speech_probabilities
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.transcript import MAX_PROMPT_CHARACTERS, TranscriptionOptions
-from cesar_mqtt.whisper.batched import RawSegments, transcribe_batched
-from cesar_mqtt.whisper.interruptible import interruptible
+from cesar_mqtt.whisper.chunk import ChunkDecoder, RawSegment
+from cesar_mqtt.whisper.decoding import NO_SPEECH_ABOVE, WHISPER_TEMPERATURES, DecodingOptions, Language, PieceDecoder
+from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padding_frames
 
 _MAX_TOKENS = 100
 """Of the prompt, and of the hotwords: together they must leave room in Whisper's 448 tokens for the transcript."""
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
-_LANGUAGE_DETECTION_SEGMENTS = 4
-"""How many 30 s segments are tried until one is certain: the first is often music or silence."""
-_MAX_BATCH_SIZE = {"cpu": 8}
-"""On a CPU larger batches are no faster, and a cancel has to wait for the whole batch."""
+_BATCHING_DEVICES = frozenset({"cuda"})
+"""Where several pieces at once are faster than one after the other. On a CPU they are not (docs/performance.md): there
+its cores transcribe several windows at once."""
+
+
+def uses_batches(device: str) -> bool:
+    """Whether `batch_size` makes a device decode several pieces at once."""
+    return device in _BATCHING_DEVICES
 
 
 class Pipeline:
-    """Transcribes the chunks of one job; several threads may transcribe one each at once.
+    """Transcribes the chunks of one job.
 
     Attributes:
-        detects_language: whether the model knows several languages and the job names none.
-        warnings: `initial_prompt_truncated`, `hotwords_truncated`.
+        warnings: `initial_prompt_truncated`, `hotwords_truncated`, `language_assumed`.
+        detects_language: whether the language of the first chunk with speech is to be given with all others.
     """
 
     def __init__(
-        self, model: WhisperModel, options: TranscriptionOptions, *, device: str, should_stop: Callable[[], bool]
+        self,
+        model: WhisperModel,
+        options: TranscriptionOptions,
+        *,
+        device: str,
+        should_stop: Callable[[], bool],
+        short_encoder_input: bool = True,
     ) -> None:
         """Check the options against the model; nothing is transcribed yet.
 
@@ -42,6 +55,7 @@ class Pipeline:
             options: of the job.
             device: where the model runs, `cpu` or `cuda`.
             should_stop: asked before each step of the model.
+            short_encoder_input: whether audio shorter than 30 s is encoded at its own length.
 
         Raises:
             JobFailedError: `invalid_request` for what this model cannot do.
@@ -49,60 +63,74 @@ class Pipeline:
         _check_abilities(model, options)
         prompt, prompt_cut = _cut_to_tokens(model, options.initial_prompt, kept=slice(-_MAX_TOKENS, None))
         hotwords, hotwords_cut = _cut_to_tokens(model, options.hotwords, kept=slice(_MAX_TOKENS))
-        found = {"initial_prompt_truncated": prompt_cut, "hotwords_truncated": hotwords_cut}
-        self.warnings = tuple(name for name, is_so in found.items() if is_so)
-        self.detects_language: bool = options.language is None and model.model.is_multilingual
-        self._model = interruptible(model, should_stop)
-        self._vad_filter = options.vad_filter
-        self._batched = options.batch_size > 1
-        self._batch_size = min(options.batch_size, _MAX_BATCH_SIZE.get(device, options.batch_size))
-        self._options: dict[str, Any] = {
-            "task": options.task,
-            "beam_size": options.beam_size,
-            "initial_prompt": prompt,
-            "hotwords": hotwords,
-            "word_timestamps": options.word_timestamps,
-            "language_detection_segments": _LANGUAGE_DETECTION_SEGMENTS,
+        found = {
+            "initial_prompt_truncated": prompt_cut,
+            "hotwords_truncated": hotwords_cut,
+            "language_assumed": options.language is None and not model.model.is_multilingual,
         }
-        if options.temperature is not None:
-            self._options["temperature"] = options.temperature
+        self.warnings = tuple(name for name, is_so in found.items() if is_so)
+        self._model = model
+        self._should_stop = should_stop
+        self._vad_filter = options.vad_filter
+        self._prompt = prompt
+        self._multilingual = options.multilingual and model.model.is_multilingual
+        self._language = options.language
+        self.detects_language = options.language is None and model.model.is_multilingual and not self._multilingual
+        self._batch_size = options.batch_size if uses_batches(device) else 1
+        decoding = DecodingOptions(
+            task=options.task,
+            beam_size=None if options.beam_size == "auto" else options.beam_size,
+            temperatures=options.temperatures or WHISPER_TEMPERATURES,
+            hotwords=hotwords,
+            word_timestamps=options.word_timestamps,
+            language_given=options.language is not None or not model.model.is_multilingual,
+            padding=padding_frames(model) if short_encoder_input else FULL_FRAMES,
+        )
+        self._decoder = PieceDecoder(model, decoding, should_stop)
 
-    def transcribe(self, samples: Samples, language: str | None) -> tuple[RawSegments, Any]:
-        """Start a chunk: VAD, features and language detection run in this call, decoding as segments are taken.
+    def transcribe(
+        self, samples: Samples, speech: Sequence[Range], language: str | None
+    ) -> tuple[Generator[RawSegment, None, None], Language | None]:
+        """Start a chunk: features and language detection run in this call, decoding as segments are taken.
 
         The model gets the prompt at the start of each chunk, the hotwords with each 30 s.
 
         Args:
             samples: at least one.
+            speech: the ranges of the samples that are decoded, each by itself.
             language: of the speech; None: detect it.
 
         Returns:
-            faster-whisper's segments, with times from the start of the samples, and its `TranscriptionInfo`, or None if
-            there is no speech.
+            The segments, with times from the start of the samples, and the language; None if there is no speech, or if
+            an English-only model was given none.
 
         Raises:
             Cancelled: `should_stop` returned True; the segments raise it as well.
         """
-        if self._batched:
-            return transcribe_batched(
-                self._model,
-                samples,
-                language,
-                vad_filter=self._vad_filter,
-                batch_size=self._batch_size,
-                options=self._options,
-            )
-        segments: RawSegments
-        # If the job gives no temperature, faster-whisper's own fallback list stays. Text is not conditioned on previous
-        # text: a single repetition would otherwise go on through the rest of the chunk.
-        segments, info = self._model.transcribe(
+        chunk = ChunkDecoder(
+            self._decoder,
+            self._model.feature_extractor,
             samples,
-            language=language,
-            vad_filter=self._vad_filter,
-            condition_on_previous_text=False,
-            **self._options,
+            speech,
+            language=self._language if self._multilingual else language,
+            multilingual=self._multilingual,
+            batch_size=self._batch_size,
+            prompt=self._prompt,
+            should_stop=self._should_stop,
         )
-        return segments, info
+        segments = chunk.segments() if self._vad_filter else _without_inventions(chunk.segments(), samples)
+        return segments, None if "language_assumed" in self.warnings else chunk.language
+
+
+def _without_inventions(
+    segments: Generator[RawSegment, None, None], samples: Samples
+) -> Generator[RawSegment, None, None]:
+    """Drop what the model invented where it heard no speech itself, nor does the VAD: Whisper is often sure of it."""
+    with closing(segments):
+        for segment in segments:
+            heard = samples[int(segment.start * SAMPLE_RATE) : int(segment.end * SAMPLE_RATE)]
+            if segment.no_speech_prob < NO_SPEECH_ABOVE or speech_probabilities(heard).max(initial=0.0) >= SILENT_BELOW:
+                yield segment
 
 
 def _check_abilities(model: WhisperModel, options: TranscriptionOptions) -> None:

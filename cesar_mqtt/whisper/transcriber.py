@@ -19,8 +19,10 @@ from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
+from cesar_mqtt.whisper.chunk import RawSegment
+from cesar_mqtt.whisper.decoding import Language
+from cesar_mqtt.whisper.features import LARGE_SAMPLES
 from cesar_mqtt.whisper.hardware import release_memory
-from cesar_mqtt.whisper.interruptible import LARGE_SAMPLES
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.ordered_work import OrderedWork
 from cesar_mqtt.whisper.pipeline import Pipeline
@@ -36,10 +38,13 @@ _MAX_REPEATED_S = 240.0
 class Transcriber:
     """Turns recordings into transcripts, one at a time. Only `open` may be called from any thread."""
 
-    def __init__(self, models: ModelStore, audio: AudioSettings, *, window_s: float = 60.0) -> None:
+    def __init__(
+        self, models: ModelStore, audio: AudioSettings, *, window_s: float = 60.0, short_encoder_input: bool = True
+    ) -> None:
         self._models = models
         self._limits = limits_of(audio)
         self._window_s = window_s
+        self._short_encoder_input = short_encoder_input
 
     def warm_up(self, model_size: str) -> None:
         """Load a model ahead of the first job that needs it.
@@ -109,12 +114,13 @@ class Transcriber:
             # The language that the first window with speech has is used for all others.
             limit=lambda: 1 if draft.language is None and pipeline.detects_language else self._parallel,
         )
-        is_last = False
+        is_last = has_speech = False
         try:
             for chunk, raw_segments in work:
+                has_speech = has_speech or bool(chunk.speech)
                 draft.report_progress(chunk.start_s)
-                for raw, info in raw_segments:
-                    draft.add(_segment(raw, chunk, after=draft.last_segment), raw.text, info)
+                for raw, language in raw_segments:
+                    draft.add(_segment(raw, chunk, after=draft.last_segment), raw.text, language)
                     _check_cancelled(stop)
                 self._models.mark_used()
                 window = draft.close_window(chunk.end_s)
@@ -130,11 +136,17 @@ class Transcriber:
             _end(work, stop)
         if not is_last:
             raise Preempted
-        return draft.transcript(recording.warnings + pipeline.warnings)
+        return draft.transcript(recording.warnings + (pipeline.warnings if has_speech else ()))
 
     def _make_pipeline(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
         model = self._models.load(options.model_size, should_stop=should_stop)
-        pipeline = Pipeline(model, options, device=self._models.device, should_stop=should_stop)
+        pipeline = Pipeline(
+            model,
+            options,
+            device=self._models.device,
+            should_stop=should_stop,
+            short_encoder_input=self._short_encoder_input,
+        )
         _check_cancelled(should_stop)
         return pipeline
 
@@ -189,8 +201,8 @@ def _end(work: OrderedWork[Any, Any], stop: _StopFlag) -> None:
 
 def _raw_segments(
     pipeline: Pipeline, chunk: Chunk, language: str | None, should_stop: Callable[[], bool]
-) -> Generator[tuple[Any, Any], None, None]:
-    """Yield faster-whisper's segments of a chunk, each with its `TranscriptionInfo`; for any thread.
+) -> Generator[tuple[RawSegment, Language | None], None, None]:
+    """Yield the segments of a chunk, each with the language of the chunk; for any thread.
 
     Raises:
         Cancelled: `should_stop` returned True.
@@ -200,13 +212,13 @@ def _raw_segments(
         return
     length_s = chunk.end_s - chunk.start_s
     try:
-        raw_segments, info = pipeline.transcribe(chunk.samples, language)
+        raw_segments, found = pipeline.transcribe(chunk.samples, chunk.speech, language)
         if len(chunk.samples) > LARGE_SAMPLES:  # VAD and features leave up to 300 MB fragmented, more with each chunk
             release_memory()
         with closing(raw_segments):
             for raw in raw_segments:
                 if raw.start < length_s:  # Whisper pads with silence to 30 s, and may make up text for it
-                    yield raw, info
+                    yield raw, found
                 _check_cancelled(should_stop)
     except (MemoryError, RuntimeError, ValueError) as exc:
         raise _ModelError(exc) from exc
@@ -255,14 +267,14 @@ class _Draft:
             self._reported = progress
             self._on_progress(progress)
 
-    def add(self, segment: Segment, raw_text: str, info: Any) -> None:
+    def add(self, segment: Segment, raw_text: str, language: Language | None) -> None:
         """Add a segment with the model's own text, whose leading blank joins it to the one before.
 
-        `info`: faster-whisper's, with the language of the chunk, which counts if none is known.
+        `language`: of its chunk; it counts if none is known yet.
         """
-        if self._probability is None and info is not None:
-            self.language = info.language
-            self._probability = _finite(info.language_probability, otherwise=0.0)
+        if self._probability is None and language is not None:
+            self.language = language.code
+            self._probability = _finite(language.probability, otherwise=0.0)
         self._segments.append(segment)
         self._text += raw_text
         self.last_segment = segment

@@ -1,5 +1,7 @@
 """Kill the consumer at random moments and restart the broker while jobs come in; afterwards everything must be right.
 
+Some jobs have a higher priority, and preempt those recordings that have several windows.
+
 A short run is part of `make test`; `make soak` is a long one (`python -m tests.acceptance.chaos --help`).
 """
 
@@ -24,13 +26,17 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from tinydb import TinyDB
 
-from tests.acceptance.harness import SPEECH, Bus, Consumer
+from tests.acceptance.harness import SPEECH, Bus, Consumer, repeated_long
 from tests.conftest import Mosquitto
 
 SPEECH_EVERY = 10
 """One job in so many is real speech, which takes half a second; the others are short noise, which takes hardly any."""
 NAMELESS_EVERY = 5
 """Two jobs in so many have no id: one is known by its metadata, one asks for the same as all others of its kind."""
+URGENT_EVERY = 7
+"""One job in so many has a higher priority, if it has an id."""
+TALK_EVERY = 50
+"""One job in so many is a recording with several windows."""
 NAMELESS = "nameless"
 PATIENCE_S = 300.0
 
@@ -46,11 +52,15 @@ class Report:
     duplicated: tuple[str, ...]
     out_of_order: tuple[str, ...]
     disagreeing: tuple[str, ...]
+    garbled: tuple[str, ...]
+    """Recordings with several windows whose transcript is not that of the others."""
     attempts: int
+    preemptions: int
 
     @property
     def wrong(self) -> int:
-        return len(self.lost) + len(self.duplicated) + len(self.out_of_order) + len(self.disagreeing)
+        faults = (self.lost, self.duplicated, self.out_of_order, self.disagreeing, self.garbled)
+        return sum(map(len, faults))
 
 
 def _noise(path: Path) -> None:
@@ -67,6 +77,14 @@ def _name(number: int) -> str:
     return NAMELESS if nameless else f"chaos-{number:05}"
 
 
+def _is_talk(number: int) -> bool:
+    return number % TALK_EVERY == 22  # one that has an id
+
+
+def _priority(number: int) -> int:
+    return 0 if number % URGENT_EVERY or _is_talk(number) else number % 9 + 1
+
+
 def _named(row: Mapping[str, Any]) -> str:
     """Find the name of a job in the ledger."""
     given = str(row["job_id"])
@@ -76,17 +94,20 @@ def _named(row: Mapping[str, Any]) -> str:
 class Producer:
     """Publishes all jobs, at a steady pace, through every loss of its connection.
 
+    Behind a recording with several windows it waits until that is running, so that the next urgent job preempts it.
+
     At QoS 2, so that there is each of them once: at QoS 1, what it sends again is another message to the broker. The
     consumer gets them at QoS 1.
     """
 
-    def __init__(self, port: int, jobs: int, pause_s: float) -> None:
+    def __init__(self, port: int, jobs: int, pause_s: float, watcher: Bus) -> None:
         self._client = Client(CallbackAPIVersion.VERSION2, client_id="producer", clean_session=False)
         self._client.reconnect_delay_set(1, 1)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._jobs = jobs
         self._pause_s = pause_s
+        self._watcher = watcher
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -97,12 +118,15 @@ class Producer:
             if number % SPEECH_EVERY == 0:
                 sent = self._client.publish(f"cesar/audio/{name}", SPEECH.read_bytes(), qos=2)
             elif number % NAMELESS_EVERY > 1:
-                payload = json.dumps({"job_id": name, "audio_path": "noise.wav"})
+                request = {"job_id": name, "audio_path": "talk.wav" if _is_talk(number) else "noise.wav"}
+                payload = json.dumps(request | ({"priority": _priority(number)} if _priority(number) else {}))
                 sent = self._client.publish("cesar/jobs", payload, qos=2)
             else:
                 metadata = {} if name == NAMELESS else {"name": name}
                 payload = json.dumps({"audio_path": "noise.wav", "metadata": metadata})
                 sent = self._client.publish("cesar/jobs", payload, qos=2)
+            if _is_talk(number):
+                self._watcher.wait(f"cesar/status/{name}", lambda status: status["status"] != "queued", PATIENCE_S)
             pause.wait(self._pause_s)
         sent.wait_for_publish(PATIENCE_S)
 
@@ -118,16 +142,17 @@ def run(folder: Path, mosquitto: Mosquitto, *, jobs: int, kills: int, broker_res
     audio = folder / "audio"
     audio.mkdir()
     _noise(audio / "noise.wav")
+    repeated_long(audio / "talk.wav", times=2)
     consumer = Consumer(
         folder,
         "--broker",
         mosquitto.url,
         "--audio-dir",
         str(audio),
-        environ={"CESAR_WORKER__MAX_ATTEMPTS": "100000"},
+        environ={"CESAR_WORKER__MAX_ATTEMPTS": "100000", "CESAR_TRANSCRIBER__WINDOW": "30"},
     )
     watcher = Bus(mosquitto.port, client_id="watcher", protocol=MQTTProtocolVersion.MQTTv311)
-    producer = Producer(mosquitto.port, jobs, pause_s=0.1)
+    producer = Producer(mosquitto.port, jobs, pause_s=0.1, watcher=watcher)
     try:
         _disturb(consumer, mosquitto, dice, kills=kills, broker_restarts=broker_restarts)
         producer.finish()
@@ -191,7 +216,9 @@ def _report(consumer: Consumer, port: int, watcher: Bus, jobs: int, *, kills: in
         out_of_order=tuple(i for i, j in zip(names, expected, strict=False) if i != j) + _overtaken(rows),
         disagreeing=tuple(i for i, row in by_id.items() if not _agrees(row, retained.get(i)))
         + tuple(i for i in retained if i not in by_id),
+        garbled=_garbled(rows),
         attempts=sum(row["attempt"] for row in rows),
+        preemptions=sum(row["attempt"] - 1 - row.get("crashes", 0) for row in rows),
     )
 
 
@@ -225,11 +252,29 @@ def _undone(watcher: Bus) -> tuple[str, ...]:
 
 
 def _overtaken(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Jobs that ended before one that was accepted earlier."""
-    return tuple(
-        later["job_id"]
-        for earlier, later in pairwise(rows)
+    """Jobs that ended before one of their priority that was accepted earlier, or started while a higher one waited."""
+    by_priority: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_priority.setdefault(row.get("priority", 0), []).append(row)
+    overtook = [
+        later
+        for equals in by_priority.values()
+        for earlier, later in pairwise(equals)
         if later.get("started_at", 0.0) < earlier.get("completed_at", 0.0)
+    ]
+    for priority in by_priority.keys() - {0}:
+        lower = [row for row in rows if row.get("priority", 0) < priority]
+        for higher in by_priority[priority]:
+            waited_until = higher.get("started_at", 0.0)
+            overtook += [row for row in lower if higher["created_at"] < row.get("started_at", 0.0) < waited_until]
+    return tuple(row["job_id"] for row in overtook)
+
+
+def _garbled(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    talks = [row for row in rows if row["audio"][1] == "talk.wav"]
+    texts = Counter(row.get("result_text") for row in talks)
+    return tuple(
+        row["job_id"] for row in talks if [row.get("result_text")] != [text for text, _ in texts.most_common(1)]
     )
 
 
@@ -260,8 +305,8 @@ def main() -> int:
         finally:
             mosquitto.stop()
     print(f"seed {arguments.seed}: {report.jobs} jobs, {report.kills} kills, {report.broker_restarts} broker restarts,")
-    print(f"{report.attempts} attempts, {time.monotonic() - started:.0f} s")
-    for name in ("lost", "duplicated", "out_of_order", "disagreeing"):
+    print(f"{report.attempts} attempts, {report.preemptions} preemptions, {time.monotonic() - started:.0f} s")
+    for name in ("lost", "duplicated", "out_of_order", "disagreeing", "garbled"):
         found = getattr(report, name)
         print(f"{name:>14} {len(found):>5} {' '.join(found[:10])}")
     return 1 if report.wrong else 0

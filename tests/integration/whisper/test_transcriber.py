@@ -4,7 +4,6 @@ import math
 import re
 import wave
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,8 +17,11 @@ from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.protocol.requests import JobRequest
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+from cesar_mqtt.whisper import pipeline
+from cesar_mqtt.whisper.chunk import ChunkDecoder
+from cesar_mqtt.whisper.decoding import WHISPER_TEMPERATURES, Language
+from cesar_mqtt.whisper.encoder_input import padding_frames
 from cesar_mqtt.whisper.model_store import ModelStore
-from cesar_mqtt.whisper.pipeline import Pipeline
 from cesar_mqtt.whisper.transcriber import Transcriber
 from tests.conftest import report_missing
 
@@ -27,8 +29,8 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
 DEMO = Path(cesar_mqtt.__file__).resolve().parent / "cli" / "demo" / "recording.ogg"
-TINY = TranscriptionOptions(model_size="tiny.en")
-UNFILTERED = replace(TINY, vad_filter=False)
+TINY = TranscriptionOptions(model_size="tiny.en", language="en")
+UNFILTERED = TranscriptionOptions("tiny.en", vad_filter=False)
 
 
 def never() -> bool:
@@ -166,9 +168,10 @@ def test_every_number_is_a_plain_one_of_three_decimals(transcriber: Transcriber)
 
 @pytest.mark.model
 @pytest.mark.parametrize("language", [None, "en"])
-def test_an_english_only_model_reports_english(language: str | None, transcriber: Transcriber) -> None:
+def test_an_english_only_model_assumes_english(language: str | None, transcriber: Transcriber) -> None:
     transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language=language))
-    assert (transcript.language, transcript.language_probability) == ("en", 1.0)
+    found = transcript.language, transcript.language_probability, transcript.warnings
+    assert found == ((None, None, ("language_assumed",)) if language is None else ("en", 1.0, ()))
 
 
 @pytest.mark.model
@@ -225,7 +228,7 @@ def test_the_options_reach_the_model(transcriber: Transcriber) -> None:
 def test_a_prompt_leads_the_model(transcriber: Transcriber) -> None:
     prompt = "all in lower case without any commas or full stops please call the plumber and order a new lamp"
     plain = run(transcriber, SPEECH).text
-    led = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
+    led = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=prompt))
     assert words(led.text) == words(plain)
     assert led.text != plain
     assert led.warnings == ()
@@ -234,7 +237,7 @@ def test_a_prompt_leads_the_model(transcriber: Transcriber) -> None:
 @pytest.mark.model
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(transcriber: Transcriber) -> None:
     prompt = "The plumber comes on Monday. " * 400
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
+    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=prompt))
     assert transcript.warnings == ("initial_prompt_truncated",)
     assert "plumber" in transcript.text
 
@@ -242,7 +245,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(transcriber: Transcribe
 @pytest.mark.model
 @pytest.mark.parametrize("prompt", ["", "  ", "<|endoftext|><|startoftranscript|>", "<|nospeech|> <|0.00|>"])
 def test_a_prompt_cannot_steer_the_model_with_control_tokens(prompt: str, transcriber: Transcriber) -> None:
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=prompt))
+    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=prompt))
     assert words(transcript.text) == words(SPEECH.with_suffix(".txt").read_text())
     assert transcript.warnings == ()
 
@@ -315,24 +318,51 @@ class FakeModel:
         self.asked: list[dict[str, Any]] = []
         self._script = script
 
-    def transcribe(self, _: object, **asked: object) -> tuple[Generator[SimpleNamespace], SimpleNamespace]:
+    def start(self, asked: dict[str, Any]) -> None:
         self.asked.append(asked)
         if self._script and isinstance(self._script[0], BaseException):
             raise self._script[0]
-        return self._segments(), SimpleNamespace(language="de", language_probability=np.float32(0.98765))
 
-    def _segments(self) -> Generator[SimpleNamespace]:
+    def segments(self, check_stop: Callable[[], None]) -> Generator[SimpleNamespace]:
         try:
             for part in self._script:
                 if isinstance(part, BaseException):
                     raise part
                 if isinstance(part, int):
                     for _ in range(part):
+                        check_stop()
                         self.model.encode()
                 else:
                     yield part
         finally:
             self.closed.append(True)
+
+
+class FakeChunk:
+    """Stands in for ChunkDecoder, with a FakeModel."""
+
+    def __init__(self, decoder: Any, *_: object, language: str | None, **asked: object) -> None:
+        self._decoder = decoder
+        self._model: FakeModel = decoder._model
+        options = {name: getattr(decoder._options, name) for name in decoder._options.__dataclass_fields__}
+        self._model.start({**options, **asked, "language": language})
+        self.language = Language("de", float(np.float32(0.98765))) if language is None else Language(language, 1.0)
+
+    def segments(self) -> Generator[SimpleNamespace]:
+        return self._model.segments(self._decoder._check_stop)
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(decoder: Any, *args: Any, **options: Any) -> Any:
+        make = FakeChunk if isinstance(decoder._model, FakeModel) else ChunkDecoder
+        return make(decoder, *args, **options)
+
+    def padding(model: Any) -> int:
+        return 300 if isinstance(model, FakeModel) else padding_frames(model)
+
+    monkeypatch.setattr(pipeline, "ChunkDecoder", decode)
+    monkeypatch.setattr(pipeline, "padding_frames", padding)
 
 
 class FakeStore:
@@ -481,30 +511,32 @@ def test_a_multilingual_model_detects_and_translates_with_the_options_for_unatte
     transcriber, store = with_model(raw(0, 1), multilingual=True)
     transcript = run(transcriber, SPEECH, TranscriptionOptions("base", task="translate", beam_size=3, vad_filter=False))
     assert (transcript.language, transcript.language_probability) == ("de", 0.988)
-    assert store.model.asked == [
-        {
-            "language": None,
-            "task": "translate",
-            "beam_size": 3,
-            "initial_prompt": None,
-            "hotwords": None,
-            "word_timestamps": False,
-            "vad_filter": False,
-            "condition_on_previous_text": False,
-            "language_detection_segments": 4,
-        }
-    ]
+    (asked,) = store.model.asked
+    assert (asked["language"], asked["task"], asked["beam_size"]) == (None, "translate", 3)
+    assert (asked["temperatures"], asked["language_given"], asked["multilingual"]) == (
+        WHISPER_TEMPERATURES,
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"), [(0, (0.0,)), (0.5, (0.5,)), ([0, 0.4], (0.0, 0.4)), ((0.2,), (0.2,)), ([], None), (None, None)]
+    ("given", "asked"),
+    [
+        (0, (0.0,)),
+        (0.5, (0.5,)),
+        ([0, 0.4], (0.0, 0.4)),
+        ((0.2,), (0.2,)),
+        ([], WHISPER_TEMPERATURES),
+        (None, WHISPER_TEMPERATURES),
+    ],
 )
 def test_a_temperature_may_be_a_number_or_several(
-    given: float | Sequence[float] | None, asked: tuple[float, ...] | None
+    given: float | Sequence[float] | None, asked: tuple[float, ...]
 ) -> None:
     transcriber, store = with_model(raw(0, 1))
     run(transcriber, SPEECH, TranscriptionOptions("tiny.en", temperature=given))
-    assert store.model.asked[0].get("temperature") == asked
+    assert store.model.asked[0]["temperatures"] == asked
 
 
 def test_options_from_json_are_equal_to_those_with_tuples() -> None:
@@ -528,9 +560,9 @@ def test_a_language_that_the_model_has_no_token_for_is_refused(language: str) ->
 def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bool) -> None:  # noqa: FBT001
     transcriber, store = with_model(raw(0, 1))
     said = [f"w{number}" for number in range(count)]
-    options = TranscriptionOptions("tiny.en", initial_prompt=" ".join(said), hotwords=" ".join(said))
+    options = TranscriptionOptions("tiny.en", language="en", initial_prompt=" ".join(said), hotwords=" ".join(said))
     transcript = run(transcriber, SPEECH, options)
-    assert store.model.asked[0]["initial_prompt"].split() == said[-100:]
+    assert store.model.asked[0]["prompt"].split() == said[-100:]
     assert store.model.asked[0]["hotwords"].split() == said[:100]
     assert transcript.warnings == (("initial_prompt_truncated", "hotwords_truncated") if cut else ())
 
@@ -538,11 +570,11 @@ def test_the_end_of_a_prompt_and_the_first_hotwords_are_kept(count: int, cut: bo
 def cut_before(field: str, text: str) -> tuple[list[str], tuple[str, ...]]:
     """What the model is told of a very long text that was cut before it was kept, and the warnings."""
     request = JobRequest.model_validate({"audio_path": "a", field: text})
-    options = TranscriptionOptions("tiny.en", **request.options())
+    options = TranscriptionOptions("tiny.en", language="en", **request.options())
     assert len(getattr(options, field)) <= 10_001
     transcriber, store = with_model(raw(0, 1))
     transcript = run(transcriber, SPEECH, options)
-    return store.model.asked[0][field].split(), transcript.warnings
+    return store.model.asked[0][field.removeprefix("initial_")].split(), transcript.warnings
 
 
 def test_a_prompt_that_was_cut_when_the_job_was_accepted_reaches_the_model_the_same() -> None:
@@ -583,8 +615,10 @@ def test_blanks_and_control_tokens_do_not_hide_that_a_prompt_was_cut(text: str) 
 )
 def test_no_control_token_gets_into_a_prompt(given: str, asked: str | None) -> None:
     transcriber, store = with_model(raw(0, 1))
-    transcript = run(transcriber, SPEECH, TranscriptionOptions("tiny.en", initial_prompt=given, hotwords=given))
-    assert (store.model.asked[0]["initial_prompt"], store.model.asked[0]["hotwords"]) == (asked, asked)
+    transcript = run(
+        transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", initial_prompt=given, hotwords=given)
+    )
+    assert (store.model.asked[0]["prompt"], store.model.asked[0]["hotwords"]) == (asked, asked)
     assert transcript.warnings == ()
 
 
@@ -594,7 +628,8 @@ def test_words_stay_inside_the_file_and_numbers_are_plain() -> None:
     )
     broken = SimpleNamespace(start=math.nan, end=math.nan, word=" there", probability=math.nan)
     transcriber, _ = with_model(raw(0, 1, words=[word, broken]), raw(2, 3, words=[]))
-    first, second = run(transcriber, SPEECH, replace(UNFILTERED, word_timestamps=True)).segments
+    options = TranscriptionOptions("tiny.en", language="en", word_timestamps=True, vad_filter=False)
+    first, second = run(transcriber, SPEECH, options).segments
     assert first.words is not None
     assert [(one.start_s, one.end_s, one.text, one.probability) for one in first.words] == [
         (0.0, 4.025, " Hello", 0.988),
@@ -760,13 +795,3 @@ def test_a_range_outside_of_the_file_is_refused() -> None:
     error = failure(transcriber, SPEECH, TranscriptionOptions("tiny.en", clip_timestamps=[[30, 40]]))
     assert error.code is ErrorCode.INVALID_REQUEST
     assert store.loaded == 0
-
-
-# --- batched
-
-
-def test_no_more_are_worked_at_once_than_a_stop_can_wait_for() -> None:
-    model = cast("Any", FakeModel(multilingual=True))
-    for batch_size, device, at_once in ((2, "cpu", 2), (8, "cpu", 8), (32, "cpu", 8), (32, "cuda", 32)):
-        options = TranscriptionOptions("base", batch_size=batch_size)
-        assert Pipeline(model, options, device=device, should_stop=never)._batch_size == at_once

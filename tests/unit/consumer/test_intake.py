@@ -25,6 +25,7 @@ from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, 
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.logs import TextFormatter
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
@@ -335,6 +336,8 @@ def test_every_transcription_option_reaches_the_job(bench: Bench) -> None:
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 30.0]],
         "batch_size": 8,
+        "beam_size": 3,
+        "multilingual": True,
     }
     bench.take(request(job_id="a", **options))
     assert bench.job("a").options == options
@@ -344,7 +347,7 @@ def test_formats_and_stream_reach_the_job_and_are_no_transcription_options(bench
     bench.take(request(job_id="a", formats=["vtt", "srt", "vtt"], stream=True), request(job_id="b"))
     assert (bench.job("a").formats, bench.job("a").stream) == (("srt", "vtt"), True)
     assert (bench.job("b").formats, bench.job("b").stream) == ((), False)
-    assert bench.job("a").options == {}
+    assert bench.job("a").options == {"beam_size": "auto"}
 
 
 @pytest.mark.parametrize(("highest", "got"), [(9, [0, 4, 9]), (5, [0, 4, 5]), (0, [0, 0, 0])])
@@ -356,7 +359,7 @@ def test_a_priority_reaches_the_job_as_far_as_it_is_allowed(tmp_path: Path, high
             request(job_id="c", priority=9),
         )
         assert [bench.job(name).priority for name in "abc"] == got
-        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {})
+        assert (bench.job("b").metadata, bench.job("b").options) == ({"room": "porch"}, {"beam_size": "auto"})
 
 
 def test_the_same_id_with_another_priority_is_another_request(bench: Bench) -> None:
@@ -399,7 +402,7 @@ def test_an_upload_is_in_the_spool_under_a_name_that_does_not_come_from_outside(
 
 def test_user_properties_of_an_upload_reach_the_job(bench: Bench) -> None:
     bench.take(upload("a", user_properties=(("language", "de"), ("room", "porch"), ("formats", "srt,vtt"))))
-    assert bench.job("a").options == {"language": "de"}
+    assert bench.job("a").options == {"language": "de", "beam_size": "auto"}
     assert bench.job("a").formats == ("srt", "vtt")
     assert bench.job("a").metadata == {"room": "porch"}
 
@@ -443,10 +446,32 @@ def test_a_rejection_identifies_its_message(bench: Bench) -> None:
             detail="'a/b' is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.",
             topic="cesar/audio/a/b",
             job_id=None,
-            payload_excerpt="\ufffd\ufffd" + "x" * 198,
+            payload_excerpt="\ufffd\ufffd" + "x" * 194,
             received_at="2026-01-23T21:45:00.120Z",
         )
     ]
+
+
+def test_no_secret_of_a_rejected_message_is_published_or_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    url = "http://user:hunter2@cam/a.wav?token=hunter2"
+    bench.take(
+        request(job_id="a", audio_url=url, beam_size=11),
+        request(job_id="b", audio_path="a.wav", model_size=url),
+        request(job_id=url, audio_path="a.wav"),
+        request(**{"audio_path": "a.wav", url: 1, "language": url}),
+        request(job_id="c", audio_path="file://user:hunter2@nas/a.wav"),
+        request(job_id="d", audio_path="rtsp://user:hunter2@cam/stream?x=hunter2", beam_size=11),
+        message(b'{"audio_url": "http:\\/\\/user:hunter2@cam"', response_topic=f"cesar/replies/{url}"),
+        message(b"x", f"cesar/audio/{url}", response_topic=url),
+        command(url),
+    )
+    published = [rejection.encode() for rejection in bench.publisher.rejections]
+    published += [payload for _, payload, _ in bench.publisher.responses]
+    published += [json.dumps(status_of(job, "kitchen")).encode() for job in bench.jobs()]
+    assert len(bench.publisher.rejections) == 8
+    assert not [payload for payload in published if b"hunter2" in payload and b"hunter2: " not in payload]
+    formatter = TextFormatter()
+    assert not [line for line in map(formatter.format, caplog.records) if "hunter2" in line]
 
 
 def test_a_payload_of_the_maximum_size_is_accepted(bench: Bench) -> None:

@@ -303,6 +303,15 @@ def test_run_once_without_a_ready_job_returns_false(bench: Bench) -> None:
     assert bench.observer.received == []
 
 
+@pytest.mark.parametrize(("kept", "beam_size"), [({}, 5), ({"beam_size": "auto"}, "auto"), ({"beam_size": 1}, 1)])
+def test_a_job_without_a_beam_size_is_of_version_1_and_has_its_default(
+    bench: Bench, kept: dict[str, object], beam_size: int | str
+) -> None:
+    bench.add("a", options=kept)
+    bench.worker.run_once()
+    assert bench.transcriber.calls[-1].options.beam_size == beam_size
+
+
 def test_run_once_processes_a_job_to_its_end(bench: Bench) -> None:
     bench.add(
         "a", options={"language": "de", "task": "translate", "initial_prompt": "x", "beam_size": 2, "vad_filter": False}

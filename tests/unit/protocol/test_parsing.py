@@ -133,7 +133,7 @@ def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
             task="transcribe",
             initial_prompt=None,
             hotwords=None,
-            beam_size=5,
+            beam_size="auto",
             temperature=None,
             vad_filter=True,
             word_timestamps=False,
@@ -160,6 +160,7 @@ def test_every_field_is_taken_over() -> None:
         "beam_size": 1,
         "temperature": [0.0, 0.5],
         "vad_filter": False,
+        "multilingual": True,
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 2.5], [2.5, 4.0]],
         "batch_size": 8,
@@ -383,7 +384,7 @@ def test_a_language_may_be_left_to_be_detected_explicitly(text: str) -> None:
         parse(b"a", (("language", text),)),
     ):
         assert accepted(parsed).request.language is None
-        assert accepted(parsed).request.options() == {}
+        assert accepted(parsed).request.options() == {"beam_size": "auto"}
 
 
 @pytest.mark.parametrize("name", ["beam_size", "batch_size"])
@@ -400,7 +401,7 @@ def test_of_a_very_long_prompt_what_can_count_is_kept_with_a_mark_where_it_was_c
     words = " ".join(f"w{number}" for number in range(9_000))
     request = accepted(parse(as_json(audio_path="a", initial_prompt=words, hotwords=words))).request
     options = request.options()
-    assert options == {"initial_prompt": "…" + words[-10_000:], "hotwords": words[:10_000] + "…"}
+    assert (options["initial_prompt"], options["hotwords"]) == ("…" + words[-10_000:], words[:10_000] + "…")
     assert (request.initial_prompt, request.hotwords) == (words, words), "the fingerprint covers all of it"
 
 
@@ -409,7 +410,7 @@ def test_of_a_very_long_prompt_what_can_count_is_kept_with_a_mark_where_it_was_c
 )
 def test_a_prompt_of_which_all_can_count_is_not_marked_as_cut(text: str, kept: str) -> None:
     options = accepted(parse(as_json(audio_path="a", initial_prompt=text, hotwords=text))).request.options()
-    assert options == {"initial_prompt": kept, "hotwords": kept}
+    assert (options["initial_prompt"], options["hotwords"]) == (kept, kept)
 
 
 @pytest.mark.parametrize(("text", "code"), [("German", "de"), ("de-AT", "de"), ("EN_us", "en"), ("haw", "haw")])
@@ -448,7 +449,7 @@ def test_a_url_is_accepted_whatever_its_host(url: str) -> None:
 def test_a_whole_number_is_a_temperature_or_a_time_like_any_other() -> None:
     whole = accepted(parse(b'{"audio_path": "a", "temperature": 0, "clip_timestamps": [[0, 30]]}')).request
     assert whole.encode() == accepted(parse(whole.encode())).request.encode()
-    assert whole.options() == {"temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}
+    assert whole.options() == {"beam_size": "auto", "temperature": 0.0, "clip_timestamps": [[0.0, 30.0]]}
 
 
 def test_formats_are_taken_once_each_and_in_the_contracts_order() -> None:
@@ -456,11 +457,31 @@ def test_formats_are_taken_once_each_and_in_the_contracts_order() -> None:
     assert request.formats == ["txt", "srt", "json"]
 
 
-def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
-    defaults = {"beam_size": 5, "vad_filter": True, "task": "transcribe", "batch_size": 1, "word_timestamps": False}
+def test_only_options_that_differ_from_their_defaults_are_kept_and_the_beam_size() -> None:
+    defaults = {
+        "beam_size": "auto",
+        "multilingual": False,
+        "vad_filter": True,
+        "task": "transcribe",
+        "batch_size": 1,
+        "word_timestamps": False,
+    }
     others = {"formats": ["srt"], "stream": True, "hotwords": None, "job_id": "x"}
     payload = as_json(audio_path="a", language="de", **defaults, **others)
-    assert accepted(parse(payload)).request.options() == {"language": "de"}
+    assert accepted(parse(payload)).request.options() == {"language": "de", "beam_size": "auto"}
+
+
+@pytest.mark.parametrize("beam_size", ["auto", 1, 10])
+def test_the_beam_size_may_be_auto(beam_size: int | str) -> None:
+    for parsed in (parse(as_json(audio_path="a", beam_size=beam_size)), parse(b"a", (("beam_size", str(beam_size)),))):
+        assert accepted(parsed).request.options() == {"beam_size": beam_size}
+
+
+def test_the_former_default_of_the_beam_size_is_the_same_request_as_none() -> None:
+    requests: list[dict[str, object]] = [{}, {"beam_size": 5}, {"beam_size": "auto"}]
+    same = {fingerprint(accepted(parse(as_json(audio_path="a", **named)))) for named in requests}
+    assert len(same) == 1
+    assert fingerprint(accepted(parse(as_json(audio_path="a", beam_size=4)))) not in same
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -487,12 +508,12 @@ def test_only_options_that_differ_from_their_defaults_are_kept() -> None:
         ),
         ("task", "summarise", "task must be 'transcribe' or 'translate', not 'summarise'."),
         ("initial_prompt", "x" * 65_537, "initial_prompt must be text of at most 65536 characters."),
-        ("beam_size", 0, "beam_size must be a whole number from 1 to 10, not 0."),
-        ("beam_size", 11, "beam_size must be a whole number from 1 to 10, not 11."),
-        ("beam_size", 5.5, "beam_size must be a whole number from 1 to 10, not 5.5."),
-        ("beam_size", 11.0, "beam_size must be a whole number from 1 to 10, not 11."),
-        ("beam_size", "5", "beam_size must be a whole number from 1 to 10, not '5'."),
-        ("beam_size", True, "beam_size must be a whole number from 1 to 10, not true."),
+        ("beam_size", 0, "beam_size must be a whole number from 1 to 10, or 'auto', not 0."),
+        ("beam_size", 11, "beam_size must be a whole number from 1 to 10, or 'auto', not 11."),
+        ("beam_size", 5.5, "beam_size must be a whole number from 1 to 10, or 'auto', not 5.5."),
+        ("beam_size", 11.0, "beam_size must be a whole number from 1 to 10, or 'auto', not 11."),
+        ("beam_size", "5", "beam_size must be a whole number from 1 to 10, or 'auto', not '5'."),
+        ("beam_size", True, "beam_size must be a whole number from 1 to 10, or 'auto', not true."),
         ("hotwords", "x" * 65_537, "hotwords must be text of at most 65536 characters."),
         ("temperature", -0.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not -0.1."),
         ("temperature", 1.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not 1.1."),
@@ -1029,6 +1050,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "beam_size": 3,
         "temperature": [0.2, 1.0],
         "vad_filter": False,
+        "multilingual": True,
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 30.0]],
         "batch_size": 4,

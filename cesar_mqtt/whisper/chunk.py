@@ -1,0 +1,264 @@
+"""Decoding of the speech in a chunk, every range of it in place: no segment and no word spans what lies between two.
+
+A `ChunkDecoder` belongs to the thread that decodes its chunk; several may use one `PieceDecoder`.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from faster_whisper.feature_extractor import FeatureExtractor
+
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
+from cesar_mqtt.audio.vad import Range, find_cut, speech_probabilities, split
+from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, Language, Piece, PieceDecoder, Result
+from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
+from cesar_mqtt.whisper.features import HOP_SAMPLES, Features, log_mel
+
+_FRAMES_PER_S = SAMPLE_RATE // HOP_SAMPLES
+_DETECTION_PIECES = 4
+"""In how many pieces the language is detected until one is certain: the first is often music."""
+_UTTERANCE = 8 * SAMPLE_RATE
+"""Where the language may change, it is detected in parts of at most this length."""
+_MIN_REMAINDER_FRAMES = 20
+"""A shorter remainder of a range can hold no word."""
+
+
+@dataclass(slots=True)
+class RawWord:
+    """A word with the blank before it, in seconds from the start of the chunk."""
+
+    start: float
+    end: float
+    word: str
+    probability: float
+
+
+@dataclass(slots=True)
+class RawSegment:
+    """What the model gave: seconds from the start of the chunk, the text with its leading blank."""
+
+    start: float
+    end: float
+    text: str
+    avg_logprob: float
+    no_speech_prob: float
+    words: list[RawWord] | None
+
+
+@dataclass(slots=True)
+class _Speech:
+    """A range of speech.
+
+    Attributes:
+        start_s: where it begins in the chunk.
+        features: of the whole range.
+        language: None: not known yet.
+        prompt: for its next piece.
+        first: its first piece, if it was encoded for the detection.
+        seek: how many frames are decoded.
+        limit: the most frames of the next piece.
+        found: segments that were not yielded yet.
+    """
+
+    start_s: float
+    features: Features
+    language: str | None = None
+    prompt: str | None = None
+    first: Piece | None = None
+    seek: int = 0
+    limit: int = FULL_FRAMES
+    found: list[RawSegment] = field(default_factory=list)
+
+    @property
+    def is_decoded(self) -> bool:
+        frames: int = self.features.shape[1]
+        return frames - self.seek < (_MIN_REMAINDER_FRAMES if self.seek else 1)
+
+    @property
+    def next_features(self) -> Features:
+        """Of the next piece."""
+        return self.features[:, self.seek : self.seek + self.limit]
+
+
+class ChunkDecoder:
+    """Decodes one chunk.
+
+    Attributes:
+        language: of the speech, as given or detected; None: there is no speech.
+    """
+
+    def __init__(
+        self,
+        decoder: PieceDecoder,
+        extractor: FeatureExtractor,
+        samples: Samples,
+        speech: Sequence[Range],
+        *,
+        language: str | None,
+        multilingual: bool,
+        batch_size: int,
+        prompt: str | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Compute the features, and detect the language if it is not given or may change.
+
+        Args:
+            decoder: for the pieces.
+            extractor: of the model.
+            samples: of the chunk.
+            speech: ranges of the samples, in order; what lies between them is left out.
+            language: None: detect it.
+            multilingual: whether the language may change within the chunk.
+            batch_size: how many pieces are decoded at once.
+            prompt: for the first piece.
+            should_stop: asked before each step.
+
+        Raises:
+            Cancelled: `should_stop` returned True; the segments raise it as well.
+        """
+        self._decoder = decoder
+        self._extractor = extractor
+        self._samples = samples
+        self._should_stop = should_stop
+        self._batch_size = batch_size
+        self.language: Language | None = None if language is None else Language(language, 1.0)
+        ranges = [(start, end) for start, end in speech if end - start >= HOP_SAMPLES]
+        if multilingual:
+            self._speech = self._detect_languages(ranges)
+        else:
+            if batch_size > 1:
+                ranges = self._cut(ranges, FULL_FRAMES * HOP_SAMPLES)
+            self._speech = [self._compute(start, end) for start, end in ranges]
+            if self.language is None and self._speech:
+                self.language = self._detect_language()
+        if not self._speech:
+            self.language = None
+        else:
+            self._speech[0].prompt = prompt
+
+    def segments(self) -> Generator[RawSegment, None, None]:
+        """Decode; yields each segment once all before it are known."""
+        waiting, unyielded = deque(self._speech), deque(self._speech)
+        while waiting:
+            group = [waiting.popleft() for _ in range(min(self._batch_size, len(waiting)))]
+            self._decode_next(group)
+            waiting.extendleft(speech for speech in reversed(group) if not speech.is_decoded)
+            while unyielded:
+                found, unyielded[0].found = unyielded[0].found, []
+                yield from found
+                if not unyielded[0].is_decoded:
+                    break
+                unyielded.popleft()
+
+    def _decode_next(self, group: Sequence[_Speech]) -> None:
+        """Decode the next piece of each range, and add its segments."""
+        frames = max(self._decoder.frames_for(speech.next_features) for speech in group)
+        # One by one also for a batch: encoding all at once takes a CPU half as long again.
+        pieces = [
+            speech.first
+            if speech.first is not None and speech.first.frames == frames
+            else self._decoder.encode(speech.next_features, frames=frames)
+            for speech in group
+        ]
+        default = "en" if self.language is None else self.language.code
+        languages = [speech.language or default for speech in group]
+        results = self._decoder.decode(pieces, languages, [speech.prompt for speech in group])
+        for speech, result in zip(group, results, strict=True):
+            self._add(speech, result)
+            speech.first = None
+
+    def _add(self, speech: _Speech, result: Result) -> None:
+        """Add the segments of a piece to its range; if the piece is to be cut, only limit the next one."""
+        if result.should_be_cut:
+            first = round(speech.start_s * SAMPLE_RATE) + speech.seek * HOP_SAMPLES
+            most = self._samples[first : first + result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3]
+            cut = find_cut(most, speech_probabilities(most), search_window=len(most))
+            speech.limit = cut // HOP_SAMPLES
+            return
+        speech.limit, speech.prompt = min(2 * speech.limit, FULL_FRAMES), None  # what follows may fail as well
+        if result.is_silence:
+            speech.seek += result.piece.features.shape[1]
+            return
+        segments, frames = self._decoder.split(result, speech.seek / _FRAMES_PER_S)
+        speech.seek += frames
+        length_s = speech.features.shape[1] / _FRAMES_PER_S
+        for segment in segments:
+            # The model hears silence after the range, and may make up text for it.
+            if segment["text"].strip() and segment["start"] < min(segment["end"], length_s):
+                speech.found.append(_segment(segment, result, speech.start_s, length_s))
+
+    def _detect_language(self) -> Language:
+        """Detect it in the first 30 s of speech, and in further ones until one is certain."""
+        first = self._speech[0]
+        features = np.concatenate([speech.features for speech in self._speech], axis=1)
+        votes: dict[str, list[float]] = {}
+        for start in range(0, min(features.shape[1], _DETECTION_PIECES * FULL_FRAMES), FULL_FRAMES):
+            piece = self._decoder.encode(features[:, start : start + FULL_FRAMES])
+            if start == 0 and piece.features.shape == first.next_features.shape:
+                first.first = piece
+            language = self._decoder.detect_language(piece)
+            if language.probability > CERTAIN_ABOVE:
+                return language
+            votes.setdefault(language.code, []).append(language.probability)
+        code = max(votes, key=lambda code: len(votes[code]))
+        return Language(code, max(votes[code]))
+
+    def _detect_languages(self, ranges: Sequence[Range]) -> list[_Speech]:
+        """Detect the language of each utterance; those in one language that follow without a pause are one range."""
+        utterances = self._cut(ranges, _UTTERANCE, search_window=_UTTERANCE)
+        detected = [
+            self._decoder.detect_language(self._decoder.encode(self._compute(*one).features)) for one in utterances
+        ]
+        certain = [language for language in detected if language.probability > CERTAIN_ABOVE]
+        if utterances and self.language is None:
+            spoken: dict[str, int] = {}
+            for (start, end), language in zip(utterances, detected, strict=True):
+                if not certain or language in certain:
+                    spoken[language.code] = spoken.get(language.code, 0) + end - start
+            most = max(spoken, key=lambda code: spoken[code])
+            self.language = Language(most, max(one.probability for one in detected if one.code == most))
+        joined: list[tuple[int, int, str]] = []
+        current = certain[0].code if certain else "" if self.language is None else self.language.code
+        for (start, end), language in zip(utterances, detected, strict=True):
+            current = language.code if language.probability > CERTAIN_ABOVE or not current else current
+            continues = joined and joined[-1][1:] == (start, current)
+            joined.append((joined.pop()[0] if continues else start, end, current))
+        return [self._compute(start, end, language) for start, end, language in joined]
+
+    def _compute(self, start: int, end: int, language: str | None = None) -> _Speech:
+        features = log_mel(self._extractor, self._samples[start:end], self._should_stop)
+        return _Speech(start / SAMPLE_RATE, features, language)
+
+    def _cut(self, ranges: Sequence[Range], limit: int, *, search_window: int | None = None) -> list[Range]:
+        """Cut ranges that are longer than the limit at their pauses."""
+        return [
+            (start + first, start + after)
+            for start, end in ranges
+            for first, after in split(self._samples[start:end], limit, search_window=search_window)
+        ]
+
+
+def _segment(segment: dict[str, Any], result: Result, offset_s: float, length_s: float) -> RawSegment:
+    """Convert a segment of a range that begins at `offset_s` in the chunk."""
+    words = None
+    if "words" in segment:
+        words = [
+            RawWord(
+                start=offset_s + min(word["start"], length_s),
+                end=offset_s + min(word["end"], length_s),
+                word=word["word"],
+                probability=word["probability"],
+            )
+            for word in segment["words"]
+        ]
+    return RawSegment(
+        start=offset_s + segment["start"],
+        end=offset_s + min(segment["end"], length_s),
+        text=segment["text"],
+        avg_logprob=result.avg_logprob,
+        no_speech_prob=result.no_speech_prob,
+        words=words,
+    )

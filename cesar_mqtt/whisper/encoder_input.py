@@ -1,0 +1,30 @@
+"""How many frames the encoder is given for a piece of audio: all 30 s, or only its own length and some padding.
+
+Whisper is trained on 30 s, and faster-whisper always encodes as much; a clip of 4 s then costs as much as one of 30 s.
+With too little padding the decoder repeats itself or invents text, so the padding is measured for each size of model
+(docs/performance.md). No state; any thread may call it.
+"""
+
+import numpy as np
+from faster_whisper import WhisperModel
+
+from cesar_mqtt.whisper.features import Features
+
+FULL_FRAMES = 3000
+"""30 s."""
+
+PADDING_FRAMES = {384: 300, 512: 300, 768: 1000}
+"""The frames of padding by the width of the model: tiny, base, small. `benchmarks/encoder_input.py` measured tiny.en
+and base; small is given three times as much without a measurement. A larger model gets the full length."""
+
+
+def padding_frames(model: WhisperModel) -> int:
+    """Return how many frames must follow the content for this model; `FULL_FRAMES`: it needs the full length."""
+    probe = model.encode(np.zeros((model.model.n_mels, 2), np.float32))
+    width: int = probe.shape[-1]
+    return PADDING_FRAMES.get(width, FULL_FRAMES)
+
+
+def padded(features: Features, frames: int) -> Features:
+    """Pad to so many frames, with the value that faster-whisper pads with."""
+    return np.pad(features, ((0, 0), (0, max(0, frames - features.shape[1]))))
