@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,10 +200,10 @@ def test_a_window_that_fails_ends_the_job_after_those_before_it_are_checkpointed
 ) -> None:
     transcribe = Pipeline.transcribe
 
-    def fail_in_the_third(self: Pipeline, samples: Samples, language: str | None) -> Any:
+    def fail_in_the_third(self: Pipeline, samples: Samples, *others: Any) -> Any:
         if len(samples) == third:
             raise RuntimeError("out of memory")
-        return transcribe(self, samples, language)
+        return transcribe(self, samples, *others)
 
     third = round((in_windows.windows[2].until_s - in_windows.windows[1].until_s) * SAMPLE_RATE)
     monkeypatch.setattr(Pipeline, "transcribe", fail_in_the_third)
