@@ -341,8 +341,9 @@ class _Template:
             try:
                 reader, writer = os.pipe()
                 _enlarge(writer)
-                socket.send_fds(channel, [REQUEST.pack(len(request))], [descriptor, writer, theirs.fileno()])
-                channel.sendall(request)
+                message = REQUEST.pack(len(request)) + request
+                sent = socket.send_fds(channel, [message], [descriptor, writer, theirs.fileno()])
+                channel.sendall(message[sent:])
             except (BrokenPipeError, ConnectionResetError):
                 pass  # it has ended: `wait_forked` finds no decoder
             except BaseException:

@@ -23,7 +23,7 @@ from cesar_mqtt.threads import wait
 log = get_logger(__name__)
 
 _CLOSE_S = 1.0
-"""How long `close` waits for the thread; it takes so long only if the disk or FFmpeg does not answer."""
+"""How long `close` waits for the thread; it takes so long only if the disk does not answer."""
 _MAX_CLIP_S = 1e9
 _MAX_SEARCH_WINDOW = 60 * SAMPLE_RATE
 
@@ -177,7 +177,7 @@ class Recording:
     def close(self) -> None:
         """End the thread and release the samples. Any thread may call it, and more than once.
 
-        On return the file is closed, unless the disk, or FFmpeg inside of a broken file, delays the thread: it then
+        On return the decoder is killed, whatever it was doing, unless opening the file delays the thread: it then
         ends by itself as soon as it can.
         """
         with self._changed:
