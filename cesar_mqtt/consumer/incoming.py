@@ -94,7 +94,7 @@ class MessageParser:
         if isinstance(parsed, Accepted):
             parsed = self._check_model(parsed)
         if isinstance(parsed, Refusal):
-            return IncomingMessage(delivery, self._failed_job(parsed), refusal=parsed)
+            return IncomingMessage(delivery, self._failed_job(parsed, retained=delivery.retain), refusal=parsed)
         return IncomingMessage(delivery, self._job(delivery, parsed), parsed.audio)
 
     def _parse_request(self, delivery: Delivery) -> Parsed:
@@ -131,7 +131,7 @@ class MessageParser:
             audio=source_of(request) or UPLOAD,
         )
 
-    def _failed_job(self, refusal: Refusal) -> NewJob | None:
+    def _failed_job(self, refusal: Refusal, *, retained: bool) -> NewJob | None:
         """Return the job that is recorded as failed, so that subscribers of its status learn of the rejection."""
         if not refusal.recordable or refusal.job_id is None:
             return None
@@ -142,6 +142,7 @@ class MessageParser:
             model_size=self._models.default_name(),
             metadata=refusal.metadata,
             failure=refusal.detail,
+            retained=retained,
         )
 
     def _job(self, delivery: Delivery, parsed: Accepted) -> NewJob:
