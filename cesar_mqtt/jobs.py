@@ -67,6 +67,11 @@ class AudioSource:
     """The path, the URL, or the file's name in the spool folder."""
 
 
+def request_key(job_id: str | None, fingerprint: str) -> str:
+    """Return what identifies a retained request: its id, if it has one, and its content."""
+    return fingerprint if job_id is None else f"{job_id} {fingerprint}"
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A validated request, ready to be appended to the ledger."""
@@ -97,6 +102,11 @@ class NewJob:
     """Whether the request came from the broker's retained messages."""
     failure: str | None = None
     """Why the job is recorded as `error` `invalid_request` without being run; None for a valid request."""
+
+    @property
+    def request_key(self) -> str:
+        """Equal for requests that become the same job when the broker sends them again; see `request_key`."""
+        return request_key(None if self.has_generated_id else self.job_id, self.fingerprint)
 
 
 class Job(NamedTuple):
@@ -146,7 +156,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeletedJob:
-    """A deleted job of which the broker may still retain messages."""
+    """A deleted job of which the broker may still retain messages, or the request."""
 
     seq: int
     job_id: str
@@ -154,8 +164,10 @@ class DeletedJob:
     """The result files that the broker may retain."""
     owns_status: bool = True
     """Whether the retained status is this job's and has to be cleared; False once a newer job has the same id."""
-    fingerprint: str | None = None
-    """Of the request, if it had no id."""
+    request_key: str | None = None
+    """That of the request; None: unknown, for the job was deleted by version 1 and had an id."""
+    retained: bool = False
+    """Whether the broker was seen to retain the request."""
     event_pending: bool = True
     """Whether the `deleted` event has not been published yet."""
 

@@ -1,7 +1,7 @@
 """The log: the format of a line, the levels of the loggers, and the logger that every module uses.
 
-The main thread calls `configure` before other threads start; any thread may log. Nothing is filtered here: the caller
-keeps secrets out of what it logs.
+The main thread calls `configure` before other threads start; any thread may log. The caller keeps secrets out of what
+it logs. What looks like one in a URL is taken out here all the same: exceptions of other packages quote URLs.
 """
 
 import json
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
+
+from cesar_mqtt.redaction import redact_sentence
 
 _OURS = "cesar_mqtt"
 _LEVELS = {
@@ -102,10 +104,11 @@ class TextFormatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created).astimezone().strftime("%Y-%m-%d %H:%M:%S")
         job_id = getattr(record, "job_id", None)
         job = f" (job {job_id})" if job_id else ""
-        line = _printable(f"{time} {record.levelname.lower():<7} {record.getMessage().rstrip()}{job}")
+        message = redact_sentence(record.getMessage()).rstrip()
+        line = _printable(f"{time} {record.levelname.lower():<7} {message}{job}")
         if not record.exc_info:
             return line
-        traceback = self.formatException(record.exc_info).splitlines()
+        traceback = redact_sentence(self.formatException(record.exc_info)).splitlines()
         return "\n".join([line, *(f"    {_printable(part)}" for part in traceback)])
 
 
@@ -119,13 +122,13 @@ class JsonFormatter(logging.Formatter):
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redact_sentence(record.getMessage()),
         }
         for name in ("action", "job_id"):
             if (value := getattr(record, name, None)) is not None:
                 line[name] = str(value)
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = redact_sentence(self.formatException(record.exc_info))
         fields = getattr(record, "fields", None)
         if isinstance(fields, Mapping):
             line |= {str(name): _plain(value) for name, value in fields.items() if name not in line}
@@ -141,4 +144,4 @@ def _plain(value: object) -> object:
     """Make any value one that JSON takes."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+    return value if value is None or isinstance(value, int) else redact_sentence(str(value))

@@ -16,6 +16,8 @@ from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.commands import CommandHandlers
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
 from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
+from cesar_mqtt.consumer.earlier_topics import FILE_NAME as TOPICS_FILE
+from cesar_mqtt.consumer.earlier_topics import EarlierTopics
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
@@ -252,6 +254,7 @@ class Service:
         last = self._ledger.last_finished()
         if last is not None:
             self._publisher.on_finished(last)
+        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
         self._publisher.publish_state("online")
         self._announce()
         self._publisher.publish_own_topic("info", self._info())
@@ -280,6 +283,8 @@ class Service:
             default_model=models.default,
             device=models.device,
             compute_type=models.compute_type,
+            cpu_threads=models.cpu_threads,
+            workers=models.workers,
             started=time.time(),
         )
 

@@ -8,10 +8,12 @@ otherwise, such as an exception that nothing expected.
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from tests import pictures
 
 KEPT = Path("build") / "fuzz"
 LIMITS = AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0, decoder_memory_bytes=256 << 20, decoder_timeout_s=40.0)
+NEVER = frozenset({"internal", "audio_io_error", "samples that are no numbers"})
+BAD = NEVER | {"crashed", "killed", "memory", "no progress", "processor time"}
 RECORDINGS = {
     "a.wav": "pcm_s16le",
     "b.wav": "adpcm_ima_wav",
@@ -88,39 +92,46 @@ def outcome_of(path: Path) -> str:
         return exc.code.value
 
 
+def decode_damaged(folder: Path, count: int, seed: int, on_bad: Callable[[Path, str], object]) -> Counter[str]:
+    """Decode `count` damaged recordings; return how many ended how. `on_bad` gets those that ended their decoder."""
+    chance = random.Random(seed)  # noqa: S311 - the same damage in every run with a seed
+    noise = np.random.default_rng(1).integers(-8000, 8000, 2 * SAMPLE_RATE, np.int16)
+    whole = {
+        name: pictures.encode(folder / name, codec, noise, rate=48_000).read_bytes()
+        for name, codec in RECORDINGS.items()
+    }
+    ended: Counter[str] = Counter()
+    for number in range(count):
+        name = chance.choice(list(whole))
+        path = folder / f"{seed}-{number}-{name}"
+        path.write_bytes(mutate(whole[name], chance))
+        outcome = outcome_of(path)
+        ended[outcome] += 1
+        if outcome in BAD:
+            on_bad(path, outcome)
+        path.unlink()
+    return ended
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description="Decode damaged recordings, and count how they end.")
     parser.add_argument("count", nargs="?", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)  # noqa: S311 - the same damage in every run with a seed
-    noise = np.random.default_rng(1).integers(-8000, 8000, 2 * SAMPLE_RATE, np.int16)
-    ended: Counter[str] = Counter()
-    slowest = (0.0, "")
+
+    def keep(path: Path, outcome: str) -> None:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, KEPT)
+        print(f"{outcome}: {KEPT / path.name}", flush=True)
+
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cesar-mqtt-fuzz-") as folder:
-        whole = {
-            name: pictures.encode(Path(folder).resolve() / name, codec, noise, rate=48_000).read_bytes()
-            for name, codec in RECORDINGS.items()
-        }
-        for number in range(arguments.count):
-            name = chance.choice(list(whole))
-            content = mutate(whole[name], chance)
-            path = Path(folder).resolve() / f"{arguments.seed}-{number}-{name}"
-            path.write_bytes(content)
-            started = time.monotonic()
-            outcome = outcome_of(path)
-            slowest = max(slowest, (time.monotonic() - started, path.name))
-            ended[outcome] += 1
-            if outcome in ("crashed", "killed", "memory", "no progress", "processor time", "internal"):
-                KEPT.mkdir(parents=True, exist_ok=True)
-                (KEPT / path.name).write_bytes(content)
-                print(f"{path.name}: {outcome}", flush=True)
-            path.unlink()
+        ended = decode_damaged(Path(folder).resolve(), arguments.count, arguments.seed, keep)
     decoder_process.stop()
     for outcome, times in ended.most_common():
         print(f"{times:>6}  {outcome}")
-    print(f"the slowest took {slowest[0]:.1f} s: {slowest[1]}")
-    return 1 if ended["internal"] or ended["audio_io_error"] or ended["samples that are no numbers"] else 0
+    print(f"{arguments.count} recordings in {time.monotonic() - started:.0f} s, seed {arguments.seed}")
+    return 1 if ended.keys() & NEVER else 0
 
 
 if __name__ == "__main__":

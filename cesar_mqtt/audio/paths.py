@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cesar_mqtt.errors import ConfigError, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.redaction import redact_name
 
 log = get_logger(__name__)
 
@@ -246,5 +247,6 @@ def _is_regular_file(descriptor: int) -> bool:
 def failed(reason: tuple[ErrorCode, str], name: str = "", **values: float) -> JobFailedError:
     """Fill in the sentence; the name is quoted, without control characters and cut to a bounded length."""
     code, sentence = reason
+    name = redact_name(name)
     shown = repr(name if len(name) <= _MAX_SHOWN_CHARACTERS else name[:_MAX_SHOWN_CHARACTERS] + "…")
     return JobFailedError(code, sentence.format(name=shown, **values))

@@ -33,7 +33,7 @@ def _group(text: str) -> typer.Typer:
 app = _group("A durable, offline transcription worker on MQTT: publish audio, subscribe to the transcript.")
 ledger = _group("Check, repair, compact or export a ledger that no consumer has open.")
 models = _group("List the models that can be used, and download one.")
-discovery = _group("Show or remove what a consumer announces to Home Assistant.")
+discovery = _group("Show or remove what a consumer announces to Home Assistant, and what it left at the broker.")
 schema = _group("Print the contract for programs.")
 
 
@@ -466,12 +466,24 @@ def discovery_show(settings: "Settings") -> int:
 
 
 @discovery.command("remove")
-@takes_settings("name", "broker", "topic_prefix", "discovery_prefix")
-def discovery_remove(settings: "Settings", *, as_json: Json = False) -> int:
+@takes_settings("name", "broker", "data_dir", "topic_prefix", "discovery_prefix")
+def discovery_remove(
+    settings: "Settings",
+    *,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Remove also its own topics, statuses and results, and those of an earlier prefix or name in the data "
+            "directory; a consumer that is online stays as it is.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> int:
     """Remove a consumer's discovery messages from the broker, so that it disappears from Home Assistant."""
     from cesar_mqtt.cli.discovery import remove
 
-    return remove(settings, as_json=as_json)
+    return remove(settings, everything=everything, as_json=as_json)
 
 
 @schema.command("asyncapi")

@@ -22,6 +22,7 @@ from cesar_mqtt.protocol.parsing import (
 )
 from cesar_mqtt.protocol.requests import MAX_PRIORITY, JobRequest
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.redaction import redact_value
 
 
 class ModelNames(Protocol):
@@ -93,7 +94,7 @@ class MessageParser:
         if isinstance(parsed, Accepted):
             parsed = self._check_model(parsed)
         if isinstance(parsed, Refusal):
-            return IncomingMessage(delivery, self._failed_job(parsed), refusal=parsed)
+            return IncomingMessage(delivery, self._failed_job(parsed, retained=delivery.retain), refusal=parsed)
         return IncomingMessage(delivery, self._job(delivery, parsed), parsed.audio)
 
     def _parse_request(self, delivery: Delivery) -> Parsed:
@@ -118,7 +119,7 @@ class MessageParser:
         if name is None or self._models.is_allowed(name):
             detail = request.unsupported_by(name or self._models.default_name())
         else:
-            detail = f"model_size: {self._models.explain_unknown(name)}."
+            detail = f"model_size: {self._models.explain_unknown(redact_value(name))}."
         if detail is None:
             return parsed
         return Refusal(
@@ -130,7 +131,7 @@ class MessageParser:
             audio=source_of(request) or UPLOAD,
         )
 
-    def _failed_job(self, refusal: Refusal) -> NewJob | None:
+    def _failed_job(self, refusal: Refusal, *, retained: bool) -> NewJob | None:
         """Return the job that is recorded as failed, so that subscribers of its status learn of the rejection."""
         if not refusal.recordable or refusal.job_id is None:
             return None
@@ -141,6 +142,7 @@ class MessageParser:
             model_size=self._models.default_name(),
             metadata=refusal.metadata,
             failure=refusal.detail,
+            retained=retained,
         )
 
     def _job(self, delivery: Delivery, parsed: Accepted) -> NewJob:

@@ -29,6 +29,7 @@ from cesar_mqtt.protocol.requests import MAX_PRIORITY
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.protocol.truncate import excerpt, shorten
+from cesar_mqtt.redaction import redact_value
 from cesar_mqtt.threads import Backoff, StoppableThread
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Intake(StoppableThread):
             return
         problem = self._response_topics.problem(topic)
         if problem is not None:
-            log.warning("No response on %s: %s", shorten(topic), problem, action="not_answered")
+            log.warning("No response on %s: %s", shorten(redact_value(topic)), problem, action="not_answered")
             return
         self._publisher.publish_response(topic, payload, correlation_data=delivery.correlation_data)
 
@@ -252,7 +253,7 @@ class Intake(StoppableThread):
         rejection = Rejection(
             reason=refusal.reason,
             detail=refusal.detail,
-            topic=shorten(delivery.topic),
+            topic=shorten(redact_value(delivery.topic)),
             job_id=refusal.job_id,
             payload_excerpt=excerpt(delivery.payload),
             received_at=timestamp(delivery.received_at),

@@ -18,6 +18,7 @@ from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, may_n
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
+from cesar_mqtt.redaction import redact_sentence
 from cesar_mqtt.threads import StoppableThread
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 
@@ -317,7 +318,7 @@ class Worker(StoppableThread):
         elif outcome.code in _TRANSIENT and job.retries < self._retries:
             self._defer(job, outcome)
         else:
-            self._ledger.fail(job.seq, outcome.code, outcome.message)
+            self._ledger.fail(job.seq, outcome.code, redact_sentence(outcome.message))
 
     def _preempt(self, job: Job) -> None:
         requeued = self._ledger.preempt(job.seq)

@@ -24,7 +24,7 @@ class DeduplicationIndex:
 
         Args:
             documents: the documents of all jobs, in ascending order of their sequence numbers.
-            newest_deleted_id: returns, for a fingerprint, the id of the newest deleted job whose request had no id.
+            newest_deleted_id: returns, for a `request_key`, the id of the newest deleted job with that request.
             released_until: as the attribute.
         """
         self.released_until = released_until
@@ -139,12 +139,8 @@ class DeduplicationIndex:
         with equal content are two jobs. A retained message has neither: it is the job of its first, live delivery, even
         if that job was deleted since.
         """
-        if request.retained and request.has_generated_id:
-            for job_id, other in reversed(accepted.items()):
-                if other.has_generated_id and other.fingerprint == request.fingerprint:
-                    return job_id
-            seq = self._fingerprints.newest(request.fingerprint)
-            known_id = self._newest_deleted_id(request.fingerprint) if seq is None else self._ids[seq]
+        if request.retained:
+            known_id = self._job_of_retained(request, accepted)
             if known_id is not None:
                 return known_id
         if not request.redelivered or request.packet_id is None:
@@ -156,9 +152,19 @@ class DeduplicationIndex:
         known_id = None if seq is None else self._ids[seq]
         return known_id if known_id is not None and self._jobs[known_id][1] == request.fingerprint else None
 
+    def _job_of_retained(self, request: NewJob, accepted: dict[str, NewJob]) -> str | None:
+        if request.has_generated_id:
+            for job_id, other in reversed(accepted.items()):
+                if other.has_generated_id and other.fingerprint == request.fingerprint:
+                    return job_id
+            seq = self._fingerprints.newest(request.fingerprint)
+            if seq is not None:
+                return self._ids[seq]
+        return self._newest_deleted_id(request.request_key)
+
 
 class FingerprintIndex:
-    """Sequence numbers by fingerprint; several jobs may have the same one."""
+    """Sequence numbers by fingerprint, or by another key of requests; several jobs may have the same one."""
 
     def __init__(self) -> None:
         self._seqs: dict[str, list[int]] = {}

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cesar_mqtt.errors import ErrorCode
-from cesar_mqtt.jobs import STATES, AudioSource, DeletedJob, Job, JobState, NewJob, Result, may_need_audio
+from cesar_mqtt.jobs import (
+    STATES,
+    AudioSource,
+    DeletedJob,
+    Job,
+    JobState,
+    NewJob,
+    Result,
+    may_need_audio,
+    request_key,
+)
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.transcript import Segment, Window, Word
 
@@ -52,6 +62,7 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         ("priority", request.priority),
         ("packet_id", request.packet_id),
         ("anonymous", request.has_generated_id),
+        ("retained", request.retained),
     )
     document |= {name: value for name, value in others if value}
     if request.failure is not None:
@@ -209,32 +220,46 @@ def _segment_from(segment_id: int, *values: Any) -> Segment:
 
 def deleted_job(seq: int, document: Mapping[str, Any]) -> DeletedJob:
     """Return what is remembered of a job when it is deleted, from the job's document."""
-    fingerprint = document["fingerprint"] if "anonymous" in document else None
-    return DeletedJob(seq, document["job_id"], tuple(document.get("formats", ())), fingerprint=fingerprint)
+    job_id = document["job_id"]
+    return DeletedJob(
+        seq,
+        job_id,
+        tuple(document.get("formats", ())),
+        request_key=request_key(None if "anonymous" in document else job_id, document["fingerprint"]),
+        retained="retained" in document,
+    )
 
 
 def tombstone_document(deleted: DeletedJob) -> dict[str, Any]:
     """Return the document of a job that was just deleted.
 
     Later changes: `status` is false once a newer job owns the status; `cleared` is true when the broker has cleared its
-    messages, and false when they have to be cleared again.
+    messages, and false when they have to be cleared again; `retained` is true once the broker was seen to retain the
+    request. The fingerprint of the request is `fingerprint` if it had no id, and `request` if it had one.
     """
     document: dict[str, Any] = {"job_id": deleted.job_id}
     if deleted.formats:
         document["formats"] = list(deleted.formats)
-    if deleted.fingerprint is not None:
-        document["fingerprint"] = deleted.fingerprint
+    if deleted.request_key is not None:
+        named = request_key(deleted.job_id, "")
+        name = "request" if deleted.request_key.startswith(named) else "fingerprint"
+        document[name] = deleted.request_key.removeprefix(named)
+    if deleted.retained:
+        document["retained"] = True
     return document
 
 
 def tombstone_from(seq: int, document: Mapping[str, Any]) -> DeletedJob:
     """Return the deleted job of a tombstone's document."""
+    job_id, fingerprint = document["job_id"], document.get("request")
+    key = document.get("fingerprint") if fingerprint is None else request_key(job_id, fingerprint)
     return DeletedJob(
         seq,
-        document["job_id"],
+        job_id,
         tuple(document.get("formats", ())),
         owns_status=document.get("status", True),
-        fingerprint=document.get("fingerprint"),
+        request_key=key,
+        retained="retained" in document,
         event_pending="cleared" not in document,
     )
 

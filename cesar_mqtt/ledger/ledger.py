@@ -258,8 +258,9 @@ class Ledger:
         with self._changed:
             room = self._max_queued - len(self._index.queue)
             admissions, accepted = self._index.deduplication.admit(requests, room=room)
-            if accepted:
-                self._insert(accepted)
+            seen = self._seen_retained(requests, admissions)
+            if accepted or seen:
+                self._insert(accepted, seen)
             for admission, job_id in admissions:
                 seq = self._index.deduplication.seq(job_id)
                 if admission is Admission.DUPLICATE and seq is not None:
@@ -268,7 +269,27 @@ class Ledger:
                 self._notify()
             return admissions
 
-    def _insert(self, accepted: Mapping[str, NewJob]) -> None:
+    def _seen_retained(
+        self, requests: Sequence[NewJob], admissions: Sequence[tuple[Admission, str]]
+    ) -> dict[tuple[str, int], Change]:
+        """Return the changes that record, once for each job, that the broker retains the job's request."""
+        changes = {}
+        for request, (admission, job_id) in zip(requests, admissions, strict=True):
+            if not request.retained or admission is not Admission.DUPLICATE:
+                continue
+            seq = self._index.deduplication.seq(job_id)
+            deleted = self._index.tombstones.with_request(request.request_key)
+            if seq is not None and self._rows[str(seq)]["fingerprint"] == request.fingerprint:
+                table, known = JOBS, "retained" in self._rows[str(seq)]
+            elif deleted is not None:
+                table, seq, known = GONE, deleted.seq, deleted.retained
+            else:
+                continue
+            if not known:
+                changes[table, seq] = Change(table, seq, {"retained": True})
+        return changes
+
+    def _insert(self, accepted: Mapping[str, NewJob], seen: Mapping[tuple[str, int], Change]) -> None:
         now, revision = self._clock(), self._storage.transaction + 1
         first = self._index.last_seq + 1
         numbered = list(enumerate(accepted.values(), start=first))
@@ -280,12 +301,17 @@ class Ledger:
         tombstones = self._index.tombstones
         replaced = [deleted for deleted in map(tombstones.status_owner, accepted) if deleted is not None]
         changes += [
-            Change(GONE, deleted.seq, {"status": False} if tombstones.outlives_status(deleted) else None)
+            Change(
+                GONE, deleted.seq, {"status": False} | ({} if tombstones.has_messages(deleted) else {"cleared": True})
+            )
             for deleted in replaced
         ]
-        self._commit(changes)
+        self._commit([*changes, *seen.values()])
         for deleted in replaced:
             tombstones.release_status(deleted)
+        for table, seq in seen:
+            if table == GONE:
+                tombstones.mark_retained(seq)
         for seq, request in numbered:
             self._index.add(seq, request, now)
         self._update_positions()

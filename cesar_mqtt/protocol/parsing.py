@@ -25,6 +25,7 @@ from cesar_mqtt.protocol.fields import MUST, Payload
 from cesar_mqtt.protocol.payloads import Reason
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.topics import is_job_id
+from cesar_mqtt.redaction import redact_value
 
 SHORT_FORM_BYTES = 4096
 UPLOAD = AudioSource("upload", "")
@@ -420,4 +421,4 @@ def _shown(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    return _SHORT.repr(value)
+    return _SHORT.repr(redact_value(value) if isinstance(value, str) else value)

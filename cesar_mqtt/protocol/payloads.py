@@ -43,6 +43,7 @@ from cesar_mqtt.protocol.fields import (
     timestamp,
 )
 from cesar_mqtt.protocol.truncate import truncate_text
+from cesar_mqtt.redaction import redact_name
 from cesar_mqtt.transcript import Segment
 
 EVENT_TEXT_BYTES = 8_000
@@ -96,8 +97,8 @@ class Status(TypedDict):
         list[str],
         Field(
             description="What may be missing from the transcript, or wrong in it: `audio_truncated`, `audio_damaged`, "
-            "`language_assumed`, `initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has "
-            "no priorities."
+            "`audio_changed`, `audio_tracks_ignored`, `audio_out_of_phase`, `audio_quiet`, `language_assumed`, "
+            "`initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has no priorities."
         ),
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]
@@ -184,7 +185,7 @@ def _public_source(audio: AudioSource) -> str:
     if audio.kind == "url":
         parts = urlsplit(audio.name)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return audio.name if audio.kind == "path" else "upload"
+    return redact_name(audio.name) if audio.kind == "path" else "upload"
 
 
 def _speed(job: Job) -> float | None:
@@ -340,5 +341,8 @@ class Rejection(Payload):
     detail: str = Field(description="Why, as a sentence.")
     topic: str = Field(description="The topic of the message; of a very long one the beginning.")
     job_id: PublishedId | None = Field(description="The id in the message; null if it has no valid one.")
-    payload_excerpt: str = Field(description="The first 200 bytes of the message, to recognise it.")
+    payload_excerpt: str = Field(
+        description="The first 200 bytes of the message, to recognise it, without what looks like a credential, a "
+        "query or a token."
+    )
     received_at: Timestamp = Field(description="When the message was received.")

@@ -16,6 +16,7 @@ from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
 from cesar_mqtt.protocol.languages import language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
+from cesar_mqtt.redaction import redact_value
 from cesar_mqtt.transcript import TranscriptionOptions, cut_hotwords, cut_prompt
 
 AUDIO_FIELDS = ("audio_path", "audio_url", "audio_base64")
@@ -29,6 +30,7 @@ _TEMPERATURES = 10
 _CLIPS = 1000
 _BEAMS = 10
 _BATCH = 32
+_TRACKS = 100
 MAX_PRIORITY = 9
 
 # A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
@@ -75,7 +77,7 @@ def _plain_path(text: str) -> str:
         return text
     host = url["host"]
     if host and host.lower() != "localhost":
-        raise ValueError(f"names a file of the host {host!r}: write 'file:///' before an absolute path")
+        raise ValueError(f"names a file of the host {redact_value(host)!r}: write 'file:///' before an absolute path")
     try:
         path = unquote(url["path"], errors="strict")
     except UnicodeDecodeError as exc:
@@ -113,6 +115,7 @@ def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+_Track = Annotated[int, Field(ge=0, lt=_TRACKS), BeforeValidator(_coerce_integral)]
 _Beams = Annotated[int, Field(ge=1, le=_BEAMS)]
 _BeamSize = Annotated[_Beams | Literal["auto"], BeforeValidator(_coerce_integral)]
 _Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -243,6 +246,12 @@ class JobRequest(Payload):
         description="Seconds after which the job is no longer worth starting. Left out: never. An MQTT 5 Message "
         "Expiry means the same.",
         json_schema_extra={MUST: "a number of seconds above 0"},
+    )
+    audio_track: _Track | Literal["mix"] | None = Field(
+        default=None,
+        description="Which audio track of the recording, from 0; `mix`: all of them together. Left out: the one that "
+        "is flagged as default, else the first, that can be decoded and is not silent.",
+        json_schema_extra={MUST: f"a whole number from 0 to {_TRACKS - 1}, or 'mix'"},
     )
     metadata: Annotated[dict[str, Any], AfterValidator(_small_metadata)] = Field(
         default_factory=dict,

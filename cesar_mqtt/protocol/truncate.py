@@ -4,15 +4,15 @@ Pure; any thread may call it. A payload that was cut is marked in its own fields
 """
 
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from cesar_mqtt.json_codec import encode
+from cesar_mqtt.redaction import redact_document, redact_value
 
 if TYPE_CHECKING:
     from cesar_mqtt.protocol.commands import JobSummary
@@ -22,8 +22,8 @@ Data = dict[str, Any]
 
 _SHORT_CHARACTERS = 200
 _EXCERPT_BYTES = 200
-_SEARCHED_BYTES = 4096  # where an excerpt may show a password: the rest of a large payload is not searched
-_CREDENTIALS = re.compile(rb"(?<=://)[^/\s\"]*@")
+_PARSED_BYTES = 65_536
+_READ_BYTES = 4096  # of a larger payload, or of one that is no JSON
 _CONTINUATION, _CONTINUATION_MASK = 0x80, 0xC0
 
 
@@ -46,8 +46,21 @@ def shorten(text: str, characters: int = _SHORT_CHARACTERS) -> str:
 
 
 def excerpt(payload: bytes) -> str:
-    """Return the beginning of a payload as text that JSON can hold, to recognise it; without a URL's password."""
-    return _CREDENTIALS.sub(b"***@", payload[:_SEARCHED_BYTES])[:_EXCERPT_BYTES].decode(errors="replace")
+    """Return the beginning of a payload as text that JSON can hold, without credentials and queries."""
+    document, looks_like_json = None, payload.lstrip()[:1] in (b"{", b"[", b'"')
+    if looks_like_json and len(payload) <= _PARSED_BYTES:
+        with suppress(ValueError):
+            document = from_json(payload)
+    if document is None:  # JSON that cannot be read may be cut off within a secret
+        text = payload[:_READ_BYTES].decode(errors="replace")
+        is_cut = looks_like_json or len(payload) > _READ_BYTES
+        return truncate_text(redact_value(text, is_cut=is_cut), _EXCERPT_BYTES)
+    text = ""
+    for piece in redact_document(document):
+        text += piece
+        if len(text) >= _EXCERPT_BYTES:
+            break
+    return truncate_text(text, _EXCERPT_BYTES)
 
 
 def _truncate_as_json(text: str, limit_bytes: int) -> str:

@@ -16,7 +16,7 @@ from cesar_mqtt.errors import ThreadDiedError
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.service import Service
 from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, words
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import Mosquitto, StartMosquitto, need, run
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 
@@ -185,3 +185,69 @@ def test_two_consumers_of_one_name_are_told_from_a_bad_network(mosquitto: Mosqui
     second = serve("--broker", mosquitto.url, name="second")
     for consumer in (first, second):
         consumer.wait_for_log("other client")
+
+
+def all_retained(broker: Mosquitto) -> list[str]:
+    """Every topic on which the broker retains something."""
+    said = run(need("mosquitto_sub"), "-p", str(broker.port), "-t", "#", "--retained-only", "-F", "%t", "-W", "1")
+    return sorted(said.stdout.split())
+
+
+def test_what_an_earlier_prefix_and_an_earlier_name_left_is_removed_on_request(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    bus = join(mosquitto.port)
+    consumer = serve("--broker", mosquitto.url)
+    bus.publish("cesar/jobs", {"job_id": "done", "audio_path": "speech.wav", "formats": ["txt", "srt"]})
+    bus.status("done")
+    bus.publish("cesar/request/pause", "")
+    bus.publish("cesar/jobs", {"job_id": "waits", "audio_path": "speech.wav"})
+    bus.status("waits", "queued")
+    consumer.stop()
+    assert "discovery remove" not in consumer.logged()
+    bus.leave()
+    other = join(mosquitto.port)
+    foreign = {"job_id": "foreign", "status": "queued", "consumer": "other"}
+    other.publish("cesar/status/foreign", foreign, retain=True)
+    other.publish("cesar/result/foreign/txt", "theirs", retain=True)
+    other.publish("cesar/consumer/other/state", {"state": "offline"}, retain=True)
+    other.leave()
+    theirs = ["cesar/consumer/other/state", "cesar/result/foreign/txt", "cesar/status/foreign"]
+
+    flags = ("--broker", mosquitto.url, "--data-dir", str(consumer.data_dir))
+    kitchen = ("--topic-prefix", "voice", "--name", "kitchen")
+    for more in (("--topic-prefix", "voice"), kitchen):
+        renamed = serve("--broker", mosquitto.url, *more)
+        voice = join(mosquitto.port, topic_filter="voice/#")
+        voice.wait("voice/status/waits")
+        voice.leave()
+        assert "the consumer 'cesar' below cesar/" in renamed.logged()
+        if more != kitchen:
+            renamed.stop()
+
+    assert {"cesar/status/waits", "cesar/status/done", "cesar/result/done/srt"} <= set(all_retained(mosquitto))
+    plain = command("discovery", "remove", "--name", "cesar", *flags)
+    assert plain.returncode == 0
+    assert "cesar/status/waits" in all_retained(mosquitto), "only the announcements"
+    done = command("discovery", "remove", "--all", *flags, *kitchen)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "cesar-mqtt: The consumer 'kitchen' below voice/ is running: its topics stay.\n",
+    )
+    assert "removed cesar/result/done/srt" in done.stdout
+    rest = all_retained(mosquitto)
+    assert [topic for topic in rest if topic.startswith("cesar/")] == theirs
+    assert [topic for topic in rest if "/consumer/cesar/" in topic] == []
+    assert {"voice/status/waits", "voice/status/done", "voice/consumer/kitchen/state"} <= set(rest)
+    assert [topic for topic in rest if topic.startswith("homeassistant/")] == [
+        "homeassistant/device/cesar-mqtt_kitchen/config"
+    ]
+
+    renamed.stop()
+    read = len(renamed.logged())
+    renamed.start()
+    assert "discovery remove" not in renamed.logged()[read:]
+    renamed.stop()
+    assert command("discovery", "remove", "--all", *flags, *kitchen).returncode == 0
+    assert all_retained(mosquitto) == theirs
+    assert "there is nothing to remove" in command("discovery", "remove", "--all", *flags, *kitchen).stdout

@@ -331,6 +331,36 @@ def test_a_job_retained_by_mistake_runs_once_for_all_consumers_to_come(
 
 
 @pytest.mark.mosquitto
+def test_a_retained_job_with_an_id_does_not_run_again_after_its_deletion(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    consumer = serve("--broker", mosquitto.url, environ={"CESAR_BROKER__PROTOCOL": "3.1.1"})
+    bus = join(mosquitto.port)
+    bus.publish("cesar/audio/ret1", SPEECH.read_bytes(), retain=True)
+    bus.publish("cesar/jobs", {"job_id": "ret2", "audio_path": "speech.wav"}, retain=True)
+    bus.publish("cesar/audio/ret3", b"no audio", retain=True)
+    for job_id in ("ret1", "ret2", "ret3"):
+        bus.status(job_id)
+        bus.publish("cesar/request/delete", job_id)
+    bus.wait("cesar/events", lambda _: [e["event_type"] for e in bus.seen("cesar/events")].count("deleted") == 3)
+
+    def jobs_after(end: Callable[[], object]) -> object:
+        end()
+        consumer.start()
+        bus.publish("cesar/request/list", {"transaction": str(end)})
+        answer = bus.wait("cesar/response/list", lambda answer: answer["transaction"] == str(end))
+        return answer["data"]["jobs"]
+
+    assert [jobs_after(consumer.stop), jobs_after(consumer.kill)] == [[], []]
+    events = [(event["job_id"], event["event_type"]) for event in bus.seen("cesar/events")]
+    assert len(events) == len(set(events)), "each job was queued, started and deleted once"
+
+    bus.publish("cesar/jobs", {"job_id": "ret2", "audio_path": "speech.wav"}, retain=True)  # on purpose
+    bus.wait("cesar/events", lambda _: [e["event_type"] for e in bus.seen("cesar/events")].count("completed") == 3)
+    consumer.stop()
+
+
+@pytest.mark.mosquitto
 def test_a_consumer_that_starts_before_its_broker_finds_it(
     serve: Serve, join: Join, start_mosquitto: Callable[..., Mosquitto]
 ) -> None:

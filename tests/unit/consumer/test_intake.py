@@ -25,6 +25,7 @@ from cesar_mqtt.jobs import AudioSource, IllegalTransitionError, Job, JobState, 
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.logs import TextFormatter
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.mqtt.receive_buffer import RedeliveryBounds
 from cesar_mqtt.protocol.parsing import Refusal
@@ -445,10 +446,32 @@ def test_a_rejection_identifies_its_message(bench: Bench) -> None:
             detail="'a/b' is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.",
             topic="cesar/audio/a/b",
             job_id=None,
-            payload_excerpt="\ufffd\ufffd" + "x" * 198,
+            payload_excerpt="\ufffd\ufffd" + "x" * 194,
             received_at="2026-01-23T21:45:00.120Z",
         )
     ]
+
+
+def test_no_secret_of_a_rejected_message_is_published_or_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    url = "http://user:hunter2@cam/a.wav?token=hunter2"
+    bench.take(
+        request(job_id="a", audio_url=url, beam_size=11),
+        request(job_id="b", audio_path="a.wav", model_size=url),
+        request(job_id=url, audio_path="a.wav"),
+        request(**{"audio_path": "a.wav", url: 1, "language": url}),
+        request(job_id="c", audio_path="file://user:hunter2@nas/a.wav"),
+        request(job_id="d", audio_path="rtsp://user:hunter2@cam/stream?x=hunter2", beam_size=11),
+        message(b'{"audio_url": "http:\\/\\/user:hunter2@cam"', response_topic=f"cesar/replies/{url}"),
+        message(b"x", f"cesar/audio/{url}", response_topic=url),
+        command(url),
+    )
+    published = [rejection.encode() for rejection in bench.publisher.rejections]
+    published += [payload for _, payload, _ in bench.publisher.responses]
+    published += [json.dumps(status_of(job, "kitchen")).encode() for job in bench.jobs()]
+    assert len(bench.publisher.rejections) == 8
+    assert not [payload for payload in published if b"hunter2" in payload and b"hunter2: " not in payload]
+    formatter = TextFormatter()
+    assert not [line for line in map(formatter.format, caplog.records) if "hunter2" in line]
 
 
 def test_a_payload_of_the_maximum_size_is_accepted(bench: Bench) -> None:

@@ -121,7 +121,7 @@ def test_cleared_tombstones_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tombstones_module, "CLEARED_KEPT", 2)
     deleted = Tombstones([])
     for seq, job_id in enumerate("abcd", start=1):
-        deleted.add(DeletedJob(seq, job_id, fingerprint="same" if seq < 3 else None))
+        deleted.add(DeletedJob(seq, job_id, request_key="same" if seq < 3 else None))
     assert [deleted.mark_cleared(seq) for seq in (2, 1)] == [[], []]
     assert deleted.newest_id("same") == "b"
     assert deleted.mark_cleared(3) == [2]
@@ -136,7 +136,29 @@ def test_cleared_tombstones_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPat
     assert deleted.clear_again() == []
 
 
-def test_a_tombstone_whose_id_is_used_again_keeps_only_its_results() -> None:
+def test_jobs_whose_requests_the_broker_retains_are_remembered_longer_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tombstones_module, "CLEARED_KEPT", 1)
+    monkeypatch.setattr(tombstones_module, "RETAINED_KEPT", 2)
+    documents = {seq: {"job_id": name, "request": "f", "cleared": True} for seq, name in enumerate("abcdef", start=1)}
+    deleted = Tombstones(documents.items())
+    for seq in (1, 3, 5):
+        deleted.mark_retained(seq)
+    deleted.add(DeletedJob(7, "g"))
+    assert deleted.mark_cleared(7) == [2, 4, 6, 1], "the newest, and two that are retained"
+    assert [deleted.newest_id(f"{name} f") for name in "abcdef"] == [None, None, "c", None, "e", None]
+    assert deleted.clear_again() == [7], "older ones are not restored"
+    deleted.mark_cleared(7)
+    restarted = Tombstones([(3, documents[3] | {"retained": True}), (5, documents[5] | {"retained": True})])
+    assert restarted.newest_id("c f") == "c"
+    for seq in (8, 9, 10):
+        restarted.add(DeletedJob(seq, "new"))
+        restarted.mark_cleared(seq)
+    assert (restarted.newest_id("c f"), restarted.newest_id("e f")) == ("c", "e")
+
+
+def test_a_tombstone_whose_id_is_used_again_keeps_its_results_and_its_request() -> None:
     deleted = Tombstones(
         [(1, {"job_id": "a", "fingerprint": "f", "cleared": True}), (2, {"job_id": "b", "formats": ["srt"]})]
     )
@@ -145,7 +167,7 @@ def test_a_tombstone_whose_id_is_used_again_keeps_only_its_results() -> None:
         assert owner is not None
         deleted.release_status(owner)
         assert deleted.status_owner(job_id) is None
-    assert deleted.newest_id("f") is None
+    assert deleted.newest_id("f") == "a"
     assert (deleted.clear_again(), [*deleted.pending.values()]) == (
         [],
         [DeletedJob(2, "b", ("srt",), owns_status=False)],

@@ -916,7 +916,7 @@ def test_results_of_a_deleted_job_are_cleared_even_if_a_new_job_has_its_id(folde
     for _ in range(2):
         assert pending_clears(folder.ledger) == []
         kept = folder.ledger._storage.rows("gone").values()
-        assert [row["cleared"] for row in kept] == [True, True], "the results, for a broker that restores them"
+        assert [row["cleared"] for row in kept] == [True] * 3, "for a broker that restores results or retains requests"
         folder.crash()
 
 
@@ -967,6 +967,59 @@ def test_a_retained_request_whose_job_was_deleted_does_not_run_again(folder: Led
         folder.crash()
     assert folder.ledger.append([new_job("uuid-2", has_generated_id=True, fingerprint="f")])[0][0] is Admission.ACCEPTED
     assert folder.ledger.append([again]) == [(Admission.DUPLICATE, "uuid-2")]
+
+
+def test_a_retained_request_with_an_id_does_not_run_again_after_its_job_was_deleted(folder: LedgerFolder) -> None:
+    again = new_job("a", retained=True, fingerprint="f")
+    folder.ledger.append([new_job("a", fingerprint="f")])
+    folder.ledger.delete("a")
+    for _ in range(2):
+        assert folder.ledger.append([again]) == [(Admission.DUPLICATE, "a")]
+        assert folder.ledger.get("a") is None
+        folder.ledger.mark_cleared(1)
+        folder.crash()
+    other = new_job("a", retained=True, fingerprint="other")
+    assert admissions(folder.ledger, new_job("b", retained=True, fingerprint="f"), other) == [Admission.ACCEPTED] * 2
+    assert admissions(folder.ledger, again) == [Admission.DUPLICATE], "not a conflict with the newer job"
+    folder.ledger.delete("a")
+    assert admissions(folder.ledger, again, other) == [Admission.DUPLICATE] * 2
+    assert folder.ledger.append([new_job("a", fingerprint="f")]) == [(Admission.ACCEPTED, "a")], "published on purpose"
+    assert admissions(folder.ledger, again) == [Admission.DUPLICATE]
+
+
+def test_a_rejected_request_that_is_retained_is_not_recorded_again(folder: LedgerFolder) -> None:
+    folder.ledger.append([new_job("a", None, failure="wrong", retained=True)])
+    folder.ledger.delete("a")
+    assert admissions(folder.ledger, new_job("a", None, failure="wrong", retained=True)) == [Admission.DUPLICATE]
+    assert folder.ledger.get("a") is None
+
+
+@pytest.mark.parametrize("when", ["accepted", "known", "deleted"])
+@pytest.mark.parametrize("has_id", [True, False])
+def test_a_deleted_job_whose_request_was_seen_retained_is_remembered_longer(
+    when: str, folder: LedgerFolder, monkeypatch: pytest.MonkeyPatch, *, has_id: bool
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.ledger.tombstones.CLEARED_KEPT", 2)
+    live = new_job("a", fingerprint="f", has_generated_id=not has_id)
+    retained = replace(live, retained=True)
+    folder.ledger.append([retained if when == "accepted" else live])
+    if when == "known":
+        folder.ledger.append([retained])
+        folder.crash()
+    folder.ledger.delete("a")
+    folder.ledger.mark_cleared(1)
+    if when == "deleted":
+        folder.ledger.append([retained])
+        before = folder.ledger._storage.transaction
+        folder.ledger.append([retained])
+        assert folder.ledger._storage.transaction == before, "once is enough"
+        folder.crash()
+    for number, job in enumerate(append(folder.ledger, *"bcdefg"), start=2):
+        folder.ledger.delete(job.job_id)
+        folder.ledger.mark_cleared(number)
+    folder.crash()
+    assert admissions(folder.ledger, retained) == [Admission.DUPLICATE]
+    assert admissions(folder.ledger, new_job("b", fingerprint="b", retained=True)) == [Admission.ACCEPTED], "forgotten"
 
 
 def test_cleared_tombstones_on_disk_are_limited(folder: LedgerFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1813,7 +1866,7 @@ def test_the_status_of_a_job_with_a_reused_id_is_not_cleared(folder: LedgerFolde
     folder.ledger.republish_all(restored=True)
     for _ in range(2):
         assert pending_clears(folder.ledger) == []
-        assert row_count(folder.ledger, "gone") == 0
+        assert row_count(folder.ledger, "gone") == 1, "the request, which the broker may retain"
         folder.crash()
 
 

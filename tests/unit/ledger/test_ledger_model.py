@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cesar_mqtt.errors import ErrorCode, LedgerError
-from cesar_mqtt.jobs import Admission, AudioSource, DeletedJob, IllegalTransitionError, Job, JobState, NewJob, Result
+from cesar_mqtt.jobs import (
+    Admission,
+    AudioSource,
+    DeletedJob,
+    IllegalTransitionError,
+    Job,
+    JobState,
+    NewJob,
+    Result,
+    request_key,
+)
 from cesar_mqtt.ledger import journal
 from cesar_mqtt.ledger import ledger as ledger_module
 from cesar_mqtt.ledger.ledger import Ledger
@@ -93,7 +103,7 @@ class Model:
 
     def admit(self, request: NewJob) -> tuple[Admission, str]:
         """Decide on one request, and add it if it is accepted."""
-        if request.retained and request.has_generated_id and (newest_with := self.newest_with(request.fingerprint)):
+        if request.retained and (newest_with := self.newest_with(request)):
             return Admission.DUPLICATE, newest_with
         if request.redelivered and request.packet_id in self.packet_ids:
             name = self.name_of(self.packet_ids[request.packet_id])
@@ -129,16 +139,18 @@ class Model:
         After the whole batch, as in the ledger: until then the tombstone still identifies a retained request.
         """
         for old in [old for old in self.tombstones.values() if old.job_id in self.jobs and old.owns_status]:
-            for group in (self.tombstones, self.pending_clears):
-                if group.pop(old.seq, None) and old.formats:
-                    group[old.seq] = replace(old, owns_status=False)
+            self.tombstones[old.seq] = replace(old, owns_status=False)
+            if self.pending_clears.pop(old.seq, None) and old.formats:
+                self.pending_clears[old.seq] = self.tombstones[old.seq]
 
-    def newest_with(self, fingerprint: str) -> str | None:
-        """Return the newest job, else the newest deleted job, whose request had no id and this fingerprint."""
+    def newest_with(self, request: NewJob) -> str | None:
+        """Return the newest job without an id and with this fingerprint, else the newest deleted job of the request."""
         existing = [
-            (e.seq, name) for name, e in self.jobs.items() if e.has_generated_id and e.fingerprint == fingerprint
+            (entry.seq, name)
+            for name, entry in self.jobs.items()
+            if request.has_generated_id and entry.has_generated_id and entry.fingerprint == request.fingerprint
         ]
-        deleted = [(job.seq, job.job_id) for job in self.tombstones.values() if job.fingerprint == fingerprint]
+        deleted = [(job.seq, job.job_id) for job in self.tombstones.values() if job.request_key == request.request_key]
         return max(existing or deleted, default=(0, None))[1]
 
     def name_of(self, seq: int) -> str:
@@ -248,9 +260,9 @@ class Model:
         self.release(entry.seq)
         if entry.state.final:
             self.finished.remove(name)
-        fingerprint = entry.fingerprint if entry.has_generated_id else None
+        key = request_key(None if entry.has_generated_id else name, entry.fingerprint)
         self.tombstones[entry.seq] = self.pending_clears[entry.seq] = DeletedJob(
-            entry.seq, name, entry.formats, fingerprint=fingerprint
+            entry.seq, name, entry.formats, request_key=key
         )
 
     def crash(self) -> None:
@@ -798,7 +810,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def messages_of_deleted_jobs_are_pending_clears(self) -> None:
-        pending = {job.seq: job for job in self.ledger.pending_clears(1000)}
+        pending = {job.seq: replace(job, retained=False) for job in self.ledger.pending_clears(1000)}
         statuses = [job.job_id for job in pending.values() if job.owns_status]
         assert self.broker.keys() - self.model.jobs.keys() <= set(statuses)
         assert not set(statuses) & self.model.jobs.keys()

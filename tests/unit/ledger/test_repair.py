@@ -165,7 +165,7 @@ def test_windows_tombstones_and_a_pause_are_neither_damage_nor_jobs(
     with Ledger(rich) as ledger:
         assert windows(ledger)[:3] == [2, 3, 0]
         assert ledger.totals().paused
-        assert ledger.pending_clears(9) == [DeletedJob(3, "c", ("srt",), owns_status=False)]
+        assert ledger.pending_clears(9) == [DeletedJob(3, "c", ("srt",), owns_status=False, request_key="c c")]
 
 
 def test_windows_after_a_lost_one_are_transcribed_again(rich: Path) -> None:
