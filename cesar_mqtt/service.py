@@ -283,6 +283,8 @@ class Service:
             default_model=models.default,
             device=models.device,
             compute_type=models.compute_type,
+            cpu_threads=models.cpu_threads,
+            workers=models.workers,
             started=time.time(),
         )
 

@@ -31,6 +31,7 @@ class TranscriptionOptions:
         clip_timestamps: only these ranges of the file, as (start, end) in seconds; empty: the whole file.
         batch_size: how many pieces of up to 30 s are decoded at once.
         multilingual: whether the language may change within the file: it is detected for each passage.
+        audio_track: the number of an audio track of the file, from 0; `mix`: all together; None: the default one.
     """
 
     model_size: str
@@ -44,6 +45,7 @@ class TranscriptionOptions:
     word_timestamps: bool = False
     clip_timestamps: Sequence[Sequence[float]] = ()
     batch_size: int = 1
+    audio_track: int | Literal["mix"] | None = None
     multilingual: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, TrackChoice
 from cesar_mqtt.audio.decoder_process import open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
 from cesar_mqtt.audio.vad import Probabilities, Range, find_cut, speech_probabilities, speech_ranges
@@ -69,6 +69,7 @@ class Recording:
         clips: Sequence[tuple[float, float]] = (),
         from_s: float = 0.0,
         vad_filter: bool = True,
+        track: TrackChoice = None,
     ) -> None:
         """Start decoding; returns at once. What is wrong with the file is raised by `chunks`.
 
@@ -80,6 +81,7 @@ class Recording:
                 of time, overlapping ones as one. An end past the end of the file means the end of the file.
             from_s: what lies before is skipped; if a chunk ended there, the following ones are the same as without it.
             vad_filter: whether only what the VAD takes for speech is `speech` of a chunk.
+            track: which of the file's audio tracks.
         """
         self._path = path
         self._limits = limits
@@ -87,6 +89,7 @@ class Recording:
         self._clips = tuple(clips)
         self.from_s = from_s
         self._vad_filter = vad_filter
+        self._track = track
         self._begin = round(from_s * SAMPLE_RATE)
         self._changed = threading.Condition()
         self._ready: Chunk | None = None
@@ -128,6 +131,15 @@ class Recording:
         self._wait_until(lambda: self._identity is not None or self._ended, should_stop)
         with self._changed:
             return None if self._identity is None else lasting_identity(self._identity)
+
+    def wait_until_open(self, should_stop: Callable[[], bool]) -> None:
+        """Wait until the file is open and its first samples are being decoded.
+
+        Raises:
+            JobFailedError, Cancelled: as `chunks`.
+        """
+        if self.identity(should_stop) is None:
+            raise self._failure or (Cancelled() if self._closed else _incomplete())
 
     @property
     def duration_s(self) -> float | None:
@@ -217,11 +229,11 @@ class Recording:
 
     def _decode(self) -> None:
         chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window, vad_filter=self._vad_filter)
-        with open_audio(self._path, self._limits, should_stop=lambda: self._closed) as audio:
-            self._set_opened(audio.info)
+        with open_audio(self._path, self._limits, track=self._track, should_stop=lambda: self._closed) as audio:
             if audio.info.duration_s is not None:
                 # A declared duration may be a little wrong: only a range far beyond it is rejected before the work.
                 chunker.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
+            self._set_opened(audio.info)
             reader = _SampleReader(audio.blocks(lambda: self._closed))
             for chunk in chunker.chunks(reader):
                 if chunk.last and audio.info.duration_s is None:

@@ -30,6 +30,7 @@ _TEMPERATURES = 10
 _CLIPS = 1000
 _BEAMS = 10
 _BATCH = 32
+_TRACKS = 100
 MAX_PRIORITY = 9
 
 # A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
@@ -48,7 +49,7 @@ def _known_language(text: str) -> str | None:
         return None
     code = language_code(text)
     if code is None:
-        raise ValueError("is no language that Whisper knows: use a code such as 'de', or leave it out")
+        raise ValueError("is not a language that Whisper knows: use a code such as 'de', or leave it out")
     return code
 
 
@@ -59,7 +60,7 @@ def _valid_url(text: str) -> str:
     except ValueError:  # a port that is no number, a bracket that is not closed
         names_host = False
     if not (names_host and _URL.fullmatch(text)):
-        raise ValueError("is no URL that begins with http:// or https:// and names a host")
+        raise ValueError("is not a URL that begins with http:// or https:// and names a host")
     return text
 
 
@@ -114,6 +115,7 @@ def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+_Track = Annotated[int, Field(ge=0, lt=_TRACKS), BeforeValidator(_coerce_integral)]
 _Beams = Annotated[int, Field(ge=1, le=_BEAMS)]
 _BeamSize = Annotated[_Beams | Literal["auto"], BeforeValidator(_coerce_integral)]
 _Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -244,6 +246,12 @@ class JobRequest(Payload):
         description="Seconds after which the job is no longer worth starting. Left out: never. An MQTT 5 Message "
         "Expiry means the same.",
         json_schema_extra={MUST: "a number of seconds above 0"},
+    )
+    audio_track: _Track | Literal["mix"] | None = Field(
+        default=None,
+        description="Which audio track of the recording, from 0; `mix`: all of them together. Left out: the one that "
+        "is flagged as default, else the first, that can be decoded and is not silent.",
+        json_schema_extra={MUST: f"a whole number from 0 to {_TRACKS - 1}, or 'mix'"},
     )
     metadata: Annotated[dict[str, Any], AfterValidator(_small_metadata)] = Field(
         default_factory=dict,

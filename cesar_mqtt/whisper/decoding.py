@@ -119,12 +119,17 @@ class Result:
 
 
 class PieceDecoder:
-    """Encodes and decodes pieces with one model and the options of one job."""
+    """Encodes and decodes pieces with one model and the options of one job.
+
+    Attributes:
+        has_words: whether `split` returns the words of segments.
+    """
 
     def __init__(self, model: WhisperModel, options: DecodingOptions, should_stop: Callable[[], bool]) -> None:
         """Keep what is given; `should_stop` is asked before each step of the model, which then raises Cancelled."""
         self._model = model
         self._options = options
+        self.has_words = options.word_timestamps
         self._should_stop = should_stop
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -184,22 +189,26 @@ class PieceDecoder:
             seek=seek,
         )
         if self._options.word_timestamps:
-            self._check_stop()
-            self._model.add_word_timestamps(
-                [segments],
-                result.tokenizer,
-                result.piece.encoded,
-                size,
-                _PREPENDED,
-                _APPENDED,
-                last_speech_timestamp=0.0,
-            )
+            self._add_words(result, segments)
             ends_s = [segment["words"][-1]["end"] for segment in segments if segment["words"]]
             if ends_s and not ends_alone and ends_s[-1] > offset_s:
                 end = round(ends_s[-1] * rate)
         for segment in segments:
             segment["text"] = result.tokenizer.decode(segment["tokens"])
         return segments, end - seek if seek < end else size
+
+    def align(self, result: Result, segments: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return the words of each segment of a result, as faster-whisper's dictionaries."""
+        copies = [dict(segment) for segment in segments]  # their times would be changed, too
+        self._add_words(result, copies)
+        return [copy["words"] for copy in copies]
+
+    def _add_words(self, result: Result, segments: list[dict[str, Any]]) -> None:
+        self._check_stop()
+        frames = result.piece.features.shape[1]
+        self._model.add_word_timestamps(
+            [segments], result.tokenizer, result.piece.encoded, frames, _PREPENDED, _APPENDED, last_speech_timestamp=0.0
+        )
 
     def _settle(self, result: Result, question: "_Question") -> Result:
         """Return the first result that passes Whisper's checks, or the most probable one."""
