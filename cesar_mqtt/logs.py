@@ -9,9 +9,11 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+from cesar_mqtt.log_writer import LogWriter
 from cesar_mqtt.redaction import redact_sentence
 
 _OURS = "cesar_mqtt"
@@ -30,6 +32,8 @@ def configure(
     format: Literal["text", "json"],  # noqa: A002 - it is called as the setting is
     level: Literal["debug", "info", "warning", "error"],
     stream: TextIO | None = None,
+    *,
+    queued: bool = False,
 ) -> None:
     """Send all loggers to one stream in one format; calling it again replaces what an earlier call set up.
 
@@ -39,8 +43,10 @@ def configure(
         format: `text` for people, `json` for programs (one object a line).
         level: the lowest level that this package's own loggers log.
         stream: where to write; None: standard error.
+        queued: whether a thread writes, so that a stream that blocks does not block the thread that logs; `close` ends
+            it.
     """
-    handler = _Handler(stream)
+    handler = _QueuedHandler(stream or sys.stderr) if queued else _Handler(stream)
     handler.set_name(_OURS)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     # A library may give its own logger a level, which then no longer asks the root: the handler has the last word.
@@ -48,12 +54,24 @@ def configure(
     root = logging.getLogger()
     for former in [former for former in root.handlers if former.name == _OURS]:
         root.removeHandler(former)
+        former.close()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if level == "debug" else max(_LEVELS[level], logging.WARNING))
     logging.getLogger(_OURS).setLevel(_LEVELS[level])
     # At DEBUG amqtt writes out every packet: passwords, and whole recordings.
     logging.getLogger("amqtt").setLevel(logging.INFO if level == "debug" else logging.NOTSET)
     logging.captureWarnings(capture=True)
+
+
+def close(last_line: str = "", timeout_s: float = 2.0) -> None:
+    """Write a last line, as it is, and what is queued; a stream that blocks is given so many seconds."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _QueuedHandler):
+            handler.finish(last_line, timeout_s)
+            return
+    if last_line:
+        with suppress(OSError):
+            print(last_line, file=sys.stderr, flush=True)  # noqa: T201 - no log is set up
 
 
 def adopt(name: str) -> None:
@@ -94,6 +112,39 @@ class _Handler(logging.StreamHandler[TextIO]):
         """Let a line go that cannot be written; anything else is a mistake that should be seen."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class _QueuedHandler(logging.Handler):
+    """Hands lines to a thread that writes them, and logs how many were dropped meanwhile."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._writer = LogWriter(stream.fileno())
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Format a line in the calling thread, and enqueue it."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - as in every handler of `logging`
+            self.handleError(record)
+            return
+        if self._dropped and self._writer.has_room:
+            dropped, self._dropped = self._dropped, 0
+            message = "The log could not be written in time: dropped %d lines"
+            get_logger(__name__).warning(message, dropped, action="log_dropped")  # comes back here
+        self._dropped += not self._writer.add(line)
+
+    def finish(self, last_line: str, timeout_s: float) -> None:
+        """Write a last line and what is queued, for at most so long."""
+        if last_line:
+            self._writer.add(last_line)
+        self._writer.close(timeout_s)
+
+    def close(self) -> None:
+        """End the thread once everything is written."""
+        self._writer.close(0.0)
+        super().close()
 
 
 class TextFormatter(logging.Formatter):
