@@ -21,7 +21,7 @@ _FILES = sorted(_PACKAGE.rglob("*.py"))
 
 _LAYERS = [
     [
-        *("__init__", "errors", "logs", "threads", "json_codec", "redaction", "log_writer"),
+        *("__init__", "errors", "logs", "threads", "json_codec", "redaction"),
         *("jobs", "transcript", "config_sources", "config"),
     ],
     ["protocol"],

@@ -11,7 +11,6 @@ from typing import TextIO
 import pytest
 
 from cesar_mqtt import logs
-from cesar_mqtt.log_writer import LogWriter
 
 OURS = logs.get_logger("cesar_mqtt.consumer.worker")
 DEADLINE_S = 10.0
@@ -71,7 +70,7 @@ def test_what_is_logged_is_written_until_the_log_is_closed(pipe: Pipe) -> None:
 def test_a_pipe_that_is_not_read_blocks_no_thread_and_what_is_dropped_is_counted(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "LogWriter", functools.partial(LogWriter, max_waiting=10))
+    monkeypatch.setattr(logs, "_LogWriter", functools.partial(logs._LogWriter, max_waiting=10))
     logs.configure("text", "info", pipe.stream, queued=True)
     for number in range(100):
         OURS.info("%d %s", number, "x" * 1000)
