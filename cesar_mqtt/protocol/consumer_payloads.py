@@ -147,7 +147,7 @@ class Info(Payload):
     cpu_threads: CpuThreads
     workers: Workers
     batching: bool = Field(
-        description="Whether the model decodes as many pieces at once as `batch_size` says. On a CPU it does not, because "
+        description="Whether the model decodes as many pieces at once as `batch_size` says. On a CPU it does not, for "
         "that is slower: `workers` transcribe windows at once."
     )
     limits: Limits = Field(description="The most that a request may hold.")
