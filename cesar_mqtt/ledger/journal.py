@@ -67,7 +67,7 @@ class Journal:
             LedgerError: a line is damaged; nothing was changed.
             OSError: the disk failed.
         """
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         raw = self.path.read_bytes()
         last, end = self._replay(raw.rstrip(b"\0"), replay)
         if end:
@@ -143,7 +143,7 @@ class Journal:
         tail = self._lines_from(keep_from)
         temporary = self.path.with_name(self.path.name + ".tmp")
         size = self._disk.create(temporary, (_line(header), tail))
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._disk.replace(temporary, self.path)
         except BaseException:
