@@ -56,6 +56,15 @@ class Journal:
         self._reserved = 0
         self._descriptor: int | None = None
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether the file is there with something in it. Raises OSError."""
+        try:
+            with self.path.open("rb") as file:
+                return file.read(1) not in (b"", b"\0")
+        except FileNotFoundError:
+            return False
+
     def open(self, replay: Callable[[int, Any], None]) -> None:
         """Open or create the file, and pass the entry of each complete line to `replay`, with its number from 1.
 
