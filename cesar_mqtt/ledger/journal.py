@@ -57,13 +57,13 @@ class Journal:
         self._descriptor: int | None = None
 
     @property
-    def has_lines(self) -> bool:
-        """Whether the file is there with something in it. Raises OSError."""
+    def has_begun(self) -> bool:
+        """Whether the file is there with a first line, whole or damaged; a header is never torn. Raises OSError."""
         try:
-            with self.path.open("rb") as file:
-                return file.read(1) not in (b"", b"\0")
+            first = next(lines_of(self.path.read_bytes().rstrip(b"\0")), b"")
         except FileNotFoundError:
             return False
+        return body_of(first) is not None or not is_torn(first, 0)
 
     def open(self, replay: Callable[[int, Any], None]) -> None:
         """Open or create the file, and pass the entry of each complete line to `replay`, with its number from 1.

@@ -17,7 +17,7 @@ from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
 from cesar_mqtt.ledger.documents import COUNTERS, GONE, JOBS, WINDOWS, job_from, tombstone_from, window_from
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.journal import body_of, check_format, is_torn, lines_of
-from cesar_mqtt.ledger.storage import apply, change_from
+from cesar_mqtt.ledger.storage import apply, change_from, is_transaction
 
 _TABLE_LINE = re.compile(rb'^(?:\{)?"([^"]+)": \{$')
 _DOCUMENT_LINE = re.compile(rb'^"(\d+)": (\{.*\}),?\}?,?$')
@@ -177,17 +177,17 @@ def _read_journal(path: Path, found: RecoveredLedger) -> None:
         used = path.read_bytes().rstrip(b"\0")
     except FileNotFoundError:
         used = b""
-    if not used:
+    if not used or (body_of(first := next(lines_of(used))) is None and is_torn(first, 0)):  # a header is never torn
         if found.needs_journal:
             found.damaged = True
             found.lost.append(f"{path.name} is missing or empty: every change after transaction {found.transaction}.")
         return
     expected: int | None = None
     for number, entry in _read_entries(used, path, found):
-        if isinstance(entry, dict) and number == 1:
-            check_format(path, entry.get("cesar_journal", 0))
+        if number == 1 and isinstance(entry, dict) and "cesar_journal" in entry:
+            check_format(path, entry["cesar_journal"])
             expected = _read_header(entry, path, found)
-        elif isinstance(entry, list):
+        elif is_transaction(entry):
             if number == 1:
                 found.damaged = True
                 found.notes.append(f"{path.name} has no header; it is written again.")
@@ -196,7 +196,7 @@ def _read_journal(path: Path, found: RecoveredLedger) -> None:
             expected = None if expected is None else expected + (number > 1)
         else:
             found.damaged = True
-            found.notes.append(f"Line {number} of {path.name} is a second header; it is left out.")
+            found.notes.append(f"Line {number} of {path.name} is no transaction; it is left out.")
 
 
 def _read_entries(used: bytes, path: Path, found: RecoveredLedger) -> Iterator[tuple[int, Any]]:

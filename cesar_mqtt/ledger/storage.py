@@ -46,6 +46,11 @@ def change_from(operation: Sequence[Any]) -> Change:
     return Change(table, doc_id, interned, tuple(dropped[0]) if dropped else ())
 
 
+def is_transaction(entry: Any) -> bool:
+    """Whether a journal entry is a transaction: its number, the watermark, and the changes."""
+    return isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], int) and isinstance(entry[2], list)  # noqa: PLR2004
+
+
 def apply(image: Image, change: Change) -> None:
     """Apply a change to tables in memory; a changed document is replaced by a new one."""
     if change.doc_id is None:
@@ -101,7 +106,7 @@ class JournalStorage(Storage):
         start, self.checkpoint_bytes = loaded or (Snapshot({}, is_complete=True), 0)
         self._image, self.transaction, self.watermark = start.image, start.transaction, start.watermark
         self._expected: int | None = None
-        if not start.is_complete and not self._journal.has_lines:
+        if not start.is_complete and not self._journal.has_begun:
             raise LedgerError(
                 f"{self._journal.path} is missing or empty, and {self.path.name} was not closed in order: every change "
                 f"after transaction {start.transaction} would be lost. Put the journal back. {REPAIR_ADVICE}"
@@ -184,8 +189,8 @@ class JournalStorage(Storage):
         if self._expected is None:
             self._expected = self._read_header(entry) + 1
             return
-        if not isinstance(entry, list):
-            raise LedgerError(f"{self._journal.path} has a second header in line {line}. {REPAIR_ADVICE}")
+        if not is_transaction(entry):
+            raise LedgerError(f"{self._journal.path} has no transaction in line {line}. {REPAIR_ADVICE}")
         number, watermark, operations = entry
         if number < self._expected:
             raise LedgerError(f"{self._journal.path} repeats transaction {number} in line {line}. {REPAIR_ADVICE}")

@@ -15,6 +15,7 @@ from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.index import window_id
+from cesar_mqtt.ledger.journal import _line
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.repair import examine
 from cesar_mqtt.transcript import Window
@@ -100,13 +101,30 @@ def repeat(number: int) -> Callable[[list[bytes]], list[bytes]]:
         (None, "abc"),
         (lambda _: [], "abc"),
         (lambda lines: lines[1:], "abcde"),
+        (lambda lines: [lines[0][:20]], "abc"),
+        (lambda lines: [_line(["cesar_journal"]), *lines[1:]], "abcde"),
+        (lambda lines: [_line({"of": "another program"}), *lines[1:]], "abcde"),
+        (lambda lines: [*lines, _line(["x"])], "abcde"),
         (repeat(0), "abcde"),
         (repeat(1), "abcde"),
         (lambda lines: [*lines, lines[0]], "abcde"),
         (lambda lines: [*lines, lines[1]], "abcde"),
         (lambda lines: [lines[0], *lines[2:]], "abce"),
     ],
-    ids=["no journal", "empty", "no header", "two headers", "a line twice", "header last", "old line last", "no line"],
+    ids=[
+        "no journal",
+        "empty",
+        "no header",
+        "torn",
+        "a list first",
+        "a foreign header",
+        "a list last",
+        "two headers",
+        "a line twice",
+        "header last",
+        "old line last",
+        "no line",
+    ],
 )
 def test_start_check_and_repair_agree_on_what_is_damaged(
     path: Path,
