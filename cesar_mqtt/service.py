@@ -27,7 +27,7 @@ from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.monitoring.health import HealthProbe
@@ -435,6 +435,9 @@ def _open_ledger(settings: Settings, disk: Disk) -> Ledger:
         raise LedgerError(
             f"The data directory {folder} cannot be created: {exc.strerror}. Choose one with --data-dir."
         ) from exc
+    problem = data_dir_problem(folder)
+    if problem is not None:
+        log.warning("%s %s", *problem, action="data_dir_open")
     return Ledger(
         folder / "ledger.json",
         max_attempts=settings.worker.max_attempts,

@@ -26,7 +26,7 @@ from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
-from cesar_mqtt.ledger.ledger import acquire_lock
+from cesar_mqtt.ledger.ledger import acquire_lock, data_dir_problem
 from cesar_mqtt.protocol.topics import Topics
 
 if TYPE_CHECKING:
@@ -307,6 +307,9 @@ def check_folders(settings: Settings) -> Iterator[Finding]:
     """Check that the data directory and the spool are writable and have free space."""
     for name, folder in (("data directory", settings.data_dir), ("spool", settings.data_dir / "spool")):
         yield _writable(name, folder)
+    problem = data_dir_problem(settings.data_dir)
+    if problem is not None:
+        yield Finding("data directory", Severity.WRONG, *problem)
     yield _room(settings)
 
 

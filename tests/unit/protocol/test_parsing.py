@@ -1,6 +1,8 @@
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote_from_bytes
 
@@ -119,6 +121,28 @@ def check_refusal(refusal: Refusal, payload: bytes) -> None:
 
 
 # -- what is accepted ----------------------------------------------------------------------------------------------
+
+
+def test_more_values_than_any_request_has_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500,000 unknown fields in one message held up the intake for seconds."""
+    monkeypatch.setattr("cesar_mqtt.protocol.parsing.from_json", lambda *_, **__: pytest.fail("it was parsed"))
+    fields = b",".join(b'"f%d":1' % number for number in range(150_002))
+    parsed = parse(b"{" + fields + b"}")
+    assert parsed == Refusal("invalid_request", "The payload has more than 150,000 values: leave out most of them.")
+
+
+@pytest.mark.parametrize("parse_any", [parse, partial(parse_audio, "a")])
+def test_more_user_properties_than_anybody_sends_are_rejected(parse_any: Callable[..., Any]) -> None:
+    properties = tuple((f"name-{number}", "x") for number in range(1001))
+    assert isinstance(parse_any(b'{"audio_path": "a.wav"}', properties[:10]), Accepted)
+    assert parse_any(b'{"audio_path": "a.wav"}', properties) == Refusal(
+        "invalid_request", "The message has 1,001 user properties: at most 1,000 are read."
+    )
+
+
+def test_prompts_of_the_largest_size_may_be_all_commas() -> None:
+    document = {"audio_path": "a.wav", "initial_prompt": "," * 65_536, "hotwords": "," * 65_536}
+    assert isinstance(parse(json.dumps(document).encode()), Accepted)
 
 
 def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
