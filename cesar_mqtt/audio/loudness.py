@@ -27,7 +27,7 @@ _NOTABLE = 0.25
 
 
 class Loudness:
-    """Sets the level of each block, or of the pieces of it, so that a quiet speaker is heard before and after a loud one.
+    """Sets the level of each block, or of its pieces, so that a quiet speaker is heard before and after a loud one.
 
     A block's gain depends on that block alone, and so is the same whenever it is decoded again.
     """
@@ -54,8 +54,11 @@ class Loudness:
             self._amplified_s += duration_s if gain > 1.0 else 0.0
         if self._gain in {None, 1.0} and all(gain == 1.0 for gain in gains):
             self._gain = 1.0
-            return np.clip(block, -1.0, 1.0)
-        return np.clip(np.concatenate([self._amplify(*pair) for pair in zip(gains, pieces, strict=True)]), -1.0, 1.0)
+            return block.clip(-1.0, 1.0)
+        amplified: Samples = np.concatenate(
+            [self._amplify(gain, piece) for gain, piece in zip(gains, pieces, strict=True)]
+        )
+        return amplified.clip(-1.0, 1.0)
 
     def _gains(self, block: Samples, pieces: list[Samples]) -> list[float]:
         whole = _gain_for(block)
