@@ -119,7 +119,7 @@ class Intake(StoppableThread):
         self._publisher = publisher
         self._on_birth = on_birth
         self._redelivery = RedeliveryTracker(ledger)
-        self._behind: list[IncomingMessage] = []
+        self._behind: Sequence[IncomingMessage] = []
         """The messages of the batch that are not processed yet."""
         self._arrived: list[Delivery] = []
         """What arrived while the disk refused; the next batch."""
@@ -147,7 +147,7 @@ class Intake(StoppableThread):
 
     def _process(self, deliveries: Sequence[Delivery]) -> None:
         """Process and acknowledge a batch, in order. Raises Cancelled when the intake is stopped first."""
-        parsed = [self._parser.parse(delivery) for delivery in deliveries]
+        parsed = self._reject_what_never_fits([self._parser.parse(delivery) for delivery in deliveries])
         done = 0
         for are_commands, group in groupby(parsed, key=lambda message: message.command is not None):
             messages, job_ids = list(group), []
@@ -240,6 +240,16 @@ class Intake(StoppableThread):
         self._report(messages, iter(admissions))
         return [job_id for _, job_id in admissions]
 
+    def _reject_what_never_fits(self, messages: Sequence[IncomingMessage]) -> Sequence[IncomingMessage]:
+        """Return the messages, audio that is larger than the file system as a refusal: else all others would wait."""
+        largest = max((len(message.audio) for message in messages if message.audio is not None), default=0)
+        capacity = self._spool.capacity_bytes if largest else 0
+        if largest <= capacity:
+            return messages
+        return [
+            _never_fits(message, capacity) if len(message.audio or b"") > capacity else message for message in messages
+        ]
+
     def _store_audio(self, messages: Sequence[IncomingMessage]) -> list[NewJob]:
         """Write uploaded audio into the spool; return the jobs with the names of their files."""
         names = iter(self._spool.store([message.audio for message in messages if message.audio is not None]))
@@ -304,6 +314,13 @@ class Intake(StoppableThread):
         log.warning("Rejected on %s: %s: %s", *details, action="rejected", job_id=refusal.job_id)
         self._events.rejected(rejection)
         return rejection
+
+
+def _never_fits(message: IncomingMessage, capacity_bytes: int) -> IncomingMessage:
+    job = message.job
+    job_id = None if job is None or job.has_generated_id else job.job_id
+    detail = f"The recording is larger than the consumer's disk, {capacity_bytes} bytes: submit its path or URL."
+    return replace(message, job=None, audio=None, refusal=Refusal("storage_full", detail, job_id))
 
 
 def _refusal(job_id: str | None, admission: Admission) -> Refusal | None:

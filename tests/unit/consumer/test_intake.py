@@ -3,6 +3,7 @@ import errno
 import json
 import logging
 import queue
+import resource
 import shutil
 import tempfile
 import threading
@@ -944,6 +945,19 @@ def test_a_batch_that_the_disk_refuses_is_repeated_and_acknowledged_once_it_is_s
     assert bench.publisher.degradations[0] == ("intake", True)
     assert bench.publisher.degradations[-1] == ("intake", False)
     assert bench.publisher.degradations.count(("intake", False)) == 1
+
+
+def test_a_recording_that_never_fits_is_rejected_and_holds_up_nothing(bench: Bench) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        bench.intake._parser._max_payload_bytes = 4 << 20
+        assert bench.take(upload("big", b"x" * (2 << 20)), upload("small")) == ["storage_full"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [job.job_id for job in bench.jobs()] == ["small"]
+    assert bench.publisher.rejections[0].job_id == "big"
+    assert bench.publisher.degradations == [("intake", False)]
 
 
 def test_commands_are_answered_once_while_the_disk_refuses_and_one_of_them_may_free_it(
