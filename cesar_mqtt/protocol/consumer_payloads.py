@@ -146,6 +146,10 @@ class Info(Payload):
     compute_type: ComputeType
     cpu_threads: CpuThreads
     workers: Workers
+    batching: bool = Field(
+        description="Whether the model decodes as many pieces at once as `batch_size` says. On a CPU it does not, for "
+        "that is slower: `workers` transcribe windows at once."
+    )
     limits: Limits = Field(description="The most that a request may hold.")
     broker: str = Field(description="The address of the broker.")
     started_at: Timestamp = Field(description="When the consumer was started.")
@@ -161,6 +165,7 @@ def info_of(
     compute_type: str,
     cpu_threads: int,
     workers: int,
+    batching: bool,
     started: float,
 ) -> Info:
     """Return what the consumer publishes at its start.
@@ -173,6 +178,7 @@ def info_of(
         compute_type: the precision, as CTranslate2 names it.
         workers: how many windows are transcribed at once.
         cpu_threads: how many threads each of them uses.
+        batching: whether `batch_size` makes the model decode several pieces at once.
         started: seconds since the epoch.
     """
     return Info(
@@ -183,6 +189,7 @@ def info_of(
         compute_type=compute_type,
         cpu_threads=cpu_threads,
         workers=workers,
+        batching=batching,
         limits=Limits(
             max_payload_bytes=settings["queue"]["max_payload_bytes"],
             max_queued=settings["queue"]["max_queued"],

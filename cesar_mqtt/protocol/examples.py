@@ -189,6 +189,7 @@ def _about_the_consumer() -> Examples:
         compute_type="int8",
         cpu_threads=4,
         workers=4,
+        batching=False,
         started=_STARTED - 86_400,
     )
     return {

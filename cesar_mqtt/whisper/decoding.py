@@ -33,6 +33,9 @@ _REPEATED = 4
 """How often a text at the end of a repetitive result must stand there for it to be a loop of the model."""
 _SAMPLES_OF_TEMPERATURE = 5
 """How many results are drawn at a temperature above 0; the most probable one counts (Whisper's `best_of`)."""
+_TOKENS_AT_LEAST, _TOKENS_PER_S = 40, 40
+"""More tokens than anyone can speak, also in a language with three of them for a letter: a loop of the model in a short
+clip need not go on to Whisper's own limit."""
 _LATEST_START = 50
 """In steps of 20 ms: where the first segment of a piece begins at the latest."""
 _PREPENDED, _APPENDED = "\"'“¿([{-", "\"'.。,\uff0c!\uff01?\uff1f:\uff1a”)]}、"
@@ -214,14 +217,16 @@ class PieceDecoder:
         """Return the first result that passes Whisper's checks, or the most probable one."""
         first, *further = self._options.temperatures
         beams = self._options.beam_size or _BEAMS
-        if result.is_unsure and self._options.beam_size is None and first == 0:
+        is_short = result.piece.frames < FULL_FRAMES
+        # What fails at its own length is decoded with a beam at full length below.
+        if self._options.beam_size is None and first == 0 and result.is_unsure and not (result.fails and is_short):
             result = max(result, *self._generate([result.piece], [question], first, beams), key=_rank)
         if result.is_unsure and not self._options.language_given:
             result = self._in_detected_language(result, question, beams)
-        if not result.fails or (result.is_silence and result.piece.frames == FULL_FRAMES):
+        if not result.fails or (result.is_silence and not is_short):
             return result
         tried, piece = [result], result.piece
-        if piece.frames < FULL_FRAMES:
+        if is_short:
             piece = self.encode(piece.features, frames=FULL_FRAMES)
             further.insert(0, first)
         question = _Question(result.tokenizer, question.prompt)
@@ -254,10 +259,13 @@ class PieceDecoder:
                 "sampling_temperature": temperature,
             }
         self._check_stop()
+        prompts = [self._prompt(question) for question in asked]
+        seconds = max(piece.features.shape[1] for piece in pieces) / self._model.frames_per_second
+        longest = max(map(len, prompts)) + _TOKENS_AT_LEAST + round(_TOKENS_PER_S * seconds)
         results = self._model.model.generate(
             pieces[0].encoded if len(pieces) == 1 else _joined(pieces),
-            [self._prompt(question) for question in asked],
-            max_length=self._model.max_length,
+            prompts,
+            max_length=min(longest, self._model.max_length),
             return_scores=True,
             return_no_speech_prob=True,
             suppress_tokens=get_suppressed_tokens(asked[0].tokenizer, [-1]),

@@ -25,7 +25,7 @@ from cesar_mqtt.whisper.features import LARGE_SAMPLES
 from cesar_mqtt.whisper.hardware import release_memory
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.ordered_work import OrderedWork
-from cesar_mqtt.whisper.pipeline import Pipeline
+from cesar_mqtt.whisper.pipeline import PIECE_S, Pipeline, uses_batches
 
 log = get_logger(__name__)
 
@@ -65,12 +65,18 @@ class Transcriber:
         return Recording(
             path,
             limits=self._limits,
-            window_s=self._window_s,
+            window_s=self._window_of(options),
             clips=options.clips,
             from_s=from_s,
             vad_filter=options.vad_filter,
             track=options.audio_track,
         )
+
+    def _window_of(self, options: TranscriptionOptions) -> float:
+        """The seconds of a window: enough pieces for a batch, where these are used."""
+        if not uses_batches(self._models.device):
+            return self._window_s
+        return max(self._window_s, min(options.batch_size * PIECE_S, _MAX_REPEATED_S))
 
     def transcribe(
         self,

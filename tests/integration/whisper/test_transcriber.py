@@ -795,3 +795,16 @@ def test_a_range_outside_of_the_file_is_refused() -> None:
     error = failure(transcriber, SPEECH, TranscriptionOptions("tiny.en", clip_timestamps=[[30, 40]]))
     assert error.code is ErrorCode.INVALID_REQUEST
     assert store.loaded == 0
+
+
+# --- batches
+
+
+@pytest.mark.parametrize(("device", "batch_size", "windows"), [("cuda", 2, 1), ("cuda", 1, 3), ("cpu", 8, 3)])
+def test_a_window_has_room_for_a_batch_where_batches_are_used(
+    device: str, batch_size: int, windows: int, minute: Path
+) -> None:
+    transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
+    store.device = device
+    options = TranscriptionOptions("tiny.en", language="en", vad_filter=False, batch_size=batch_size)
+    assert len(run(transcriber, minute, options).windows) == windows

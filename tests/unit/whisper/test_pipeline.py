@@ -317,6 +317,13 @@ def test_a_long_piece_that_fails_is_cut_rather_than_decoded_at_higher_temperatur
     assert {asked.get("sampling_temperature") for asked in model.asked} == {None}
 
 
+def test_a_short_clip_has_room_for_no_more_tokens_than_can_be_spoken() -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)), said(at(0), 1, at(28)))
+    transcribe(model, (0.0, 4.0))
+    transcribe(model, (0.0, 28.0))
+    assert [asked["max_length"] for asked in model.asked] == [2 + 40 + 160, 448]
+
+
 def test_a_loop_that_stays_is_cut_to_its_first_time() -> None:
     model = FakeWhisper(*[said(at(0), 9, *LOOP)] * 7)
     assert [one.text for one in transcribe(model, (0.0, 4.0), beam_size=1)] == [" w9 w1 w2 w3"]
