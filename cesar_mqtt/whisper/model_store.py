@@ -20,7 +20,7 @@ from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
-from cesar_mqtt.whisper.hardware import divide_cores, limit_arenas, release_memory, usable_cores
+from cesar_mqtt.whisper.hardware import divide_cores, limit_heap, release_memory, usable_cores
 from cesar_mqtt.whisper.large_steps import LargeSteps
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 
@@ -86,7 +86,7 @@ class ModelStore:
             ConfigError: a setting names something that this machine does not have; the message names the setting.
         """
         self.device, self.compute_type = _choose_device(settings)
-        limit_arenas()
+        limit_heap()
         workers = settings.workers or (1 if self.device == "cuda" else None)
         self.workers, self.cpu_threads = divide_cores(settings.cpu_threads or usable_cores(), workers)
         self.catalogue = Catalogue(settings, folder=folder)
