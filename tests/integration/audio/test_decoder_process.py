@@ -22,7 +22,7 @@ import pytest
 
 from cesar_mqtt.audio import decoder, decoder_process
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
-from cesar_mqtt.audio.decoder_process import RemoteReader
+from cesar_mqtt.audio.decoder_process import GrowingReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from tests import broken_disk, fuzz, pictures
 from tests.conftest import report_missing
@@ -83,7 +83,8 @@ def template_pid() -> int:
     return process.pid
 
 
-def pid_of(audio: RemoteReader) -> int:
+def pid_of(audio: GrowingReader) -> int:
+    assert audio._decoder is not None
     return audio._decoder.pid
 
 
