@@ -31,6 +31,7 @@ class TranscriptionOptions:
         clip_timestamps: only these ranges of the file, as (start, end) in seconds; empty: the whole file.
         batch_size: how many pieces of up to 30 s are decoded at once.
         multilingual: whether the language may change within the file: it is detected for each passage.
+        audio_track: the number of an audio track of the file, from 0; `mix`: all together; None: the default one.
         max_line_width: of the lines of subtitles, in columns, 10 to 1000.
         max_line_count: how many lines a cue of subtitles has at most, 1 to 10.
     """
@@ -46,6 +47,7 @@ class TranscriptionOptions:
     word_timestamps: bool = False
     clip_timestamps: Sequence[Sequence[float]] = ()
     batch_size: int = 1
+    audio_track: int | Literal["mix"] | None = None
     multilingual: bool = False
     max_line_width: int = 42
     max_line_count: int = 2

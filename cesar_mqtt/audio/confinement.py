@@ -75,9 +75,11 @@ _ALLOWED_CALLS = {
 }
 
 
-def end_with_parent() -> None:
+def end_with(parent: int) -> None:
     """Have the kernel kill this process when the one that forked it ends. Linux; elsewhere the pipe ends it."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before that
+        os._exit(0)
 
 
 def address_space_bytes() -> int | None:
@@ -192,13 +194,9 @@ def _landlock(number: int, *arguments: object) -> int:
 
 def _allow_few_system_calls() -> bool:
     """Have the kernel answer every system call but those that decoding needs with EPERM."""
-    known = sys.platform == "linux" and platform.machine() in _ARCHITECTURES and sys.maxsize > 1 << 32
-    if not known or not _prctl(_PR_SET_NO_NEW_PRIVS, 1):
+    if _FILTER is None or not _prctl(_PR_SET_NO_NEW_PRIVS, 1):
         return False
-    program = _filter(list(_ARCHITECTURES).index(platform.machine()))
-    buffer = ctypes.create_string_buffer(program, len(program))
-    described = _Program(len(program) // 8, ctypes.addressof(buffer))
-    return _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(described))
+    return _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_FILTER))
 
 
 def _filter(column: int) -> bytes:
@@ -222,7 +220,22 @@ def _filter(column: int) -> bytes:
 
 
 class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+    """The filter as the kernel reads it, with the memory that its instructions are in."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("address", ctypes.c_void_p))
+
+    def __init__(self, instructions: bytes) -> None:
+        self._instructions = ctypes.create_string_buffer(instructions, len(instructions))
+        super().__init__(len(instructions) // 8, ctypes.addressof(self._instructions))
+
+
+def _program() -> _Program | None:
+    """Return the filter; None where the numbers of the system calls are not known."""
+    if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES or sys.maxsize <= 1 << 32:
+        return None
+    return _Program(_filter(list(_ARCHITECTURES).index(platform.machine())))
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_FILTER = _program()
+"""Made before any decoder is forked: what a child need not touch, it need not copy."""

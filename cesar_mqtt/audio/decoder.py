@@ -4,70 +4,31 @@ Any thread may call it; an `AudioReader` belongs to the thread that opened it. F
 never a name, so no protocol and no playlist can make it read anything else.
 """
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
 
-import av
 import numpy as np
-from av.container import InputContainer
-from numpy.typing import NDArray
 
 from cesar_mqtt.audio.file_reader import FileReader
+from cesar_mqtt.audio.joined import next_start
+from cesar_mqtt.audio.loudness import Loudness
+from cesar_mqtt.audio.parts import Part, open_part
 from cesar_mqtt.audio.paths import UNREADABLE, failed, file_identity, io_failed, open_regular
-from cesar_mqtt.errors import Cancelled, ErrorCode
+from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
+from cesar_mqtt.audio.tracks import TOO_LONG, TrackChoice
+from cesar_mqtt.errors import ErrorCode, JobFailedError
 
-SAMPLE_RATE = 16_000
-"""Samples per second of everything decoded here, the rate that Whisper models expect."""
+__all__ = ["SAMPLE_RATE", "AudioInfo", "AudioLimits", "AudioReader", "Samples", "TrackChoice", "open_audio"]
 
-Samples: TypeAlias = NDArray[np.float32]
-"""Mono at `SAMPLE_RATE`, shape (n,), values from -1 to 1."""
-
-# Containers of recorded sound; deliberately no playlists, network sessions or image sequences.
-_CONTAINERS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,rm,tta,voc,w64,"
-    "wav,wv"
-)
-
-
-def _is_audio_decoder(name: str) -> bool:
-    try:
-        return av.codec.Codec(name, "r").type == "audio"
-    except ValueError:  # it only encodes
-        return False
-
-
-# While FFmpeg looks for the parameters of the streams, it would decode cover art: a picture of 2 MB can take 2 GB and
-# 30 s. With this list it has only the decoders of audio there.
-_AUDIO_DECODERS = ",".join(sorted(name for name in av.codecs_available if _is_audio_decoder(name)))
-_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "", "codec_whitelist": _AUDIO_DECODERS}
-
-# Raw streams declare no duration; FFmpeg then guesses one from the bit rate of the first frames, which was ten times
-# too long for speech after silence. A guess must not reject a file or report it as truncated.
-_RAW_STREAMS = frozenset({"aac", "ac3", "dts", "eac3"})
-_MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
-_RIFF_SIZE_UNKNOWN = 0x7FF0_0000
-"""RIFF sizes from here on are placeholders of programs that wrote to a pipe."""
-
-_FFMPEG_TIMEOUT_S = 30.0
-"""For opening and for each packet: in a file of the wrong kind FFmpeg may search for hours, 16 bytes at a time."""
-_HEAD_BYTES = 4096
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE
 
-_NO_STREAM = (ErrorCode.AUDIO_NO_STREAM, "The file holds no audio track: submit one with sound.")
 _EMPTY = (ErrorCode.AUDIO_EMPTY, "The audio file holds no sound: check how it was recorded.")
 _TOO_LARGE = (
     ErrorCode.AUDIO_TOO_LARGE,
     "The audio file has {size} bytes, and `audio.max_bytes` is {most}: submit a smaller one, or raise the limit.",
-)
-_TOO_LONG = (
-    ErrorCode.AUDIO_TOO_LONG,
-    "The audio lasts longer than `audio.max_duration`, {most:g} s: submit it in parts, or raise the limit.",
 )
 
 
@@ -91,7 +52,7 @@ class AudioInfo:
     """What a file declares; nothing of it has been decoded yet.
 
     Attributes:
-        duration_s: None if the file does not declare it.
+        duration_s: where its sound ends on the file's clock; None if the file does not declare it.
         container: FFmpeg's name of the container, such as `ogg` or `mov,mp4,m4a,3gp,3g2,mj2`.
         size_bytes: the size of the whole file.
         identity: the `file_identity` of the file that was opened.
@@ -104,28 +65,29 @@ class AudioInfo:
 
 
 @contextmanager
-def open_audio(path: Path, limits: AudioLimits) -> Iterator["AudioReader"]:
-    """Open a file for decoding, within the limits on its size and on the duration that it declares.
+def open_audio(path: Path, limits: AudioLimits, *, track: TrackChoice = None) -> Iterator["AudioReader"]:
+    """Open a file for decoding, within the limits on its size and duration.
 
     Args:
         path: absolute and without symbolic links in any part of it (from `resolve_audio_path`, or a resolved path of
             our own): a link that has replaced a part since then is rejected, not followed.
         limits: on its size and duration.
+        track: which of its audio tracks.
 
     Raises:
         JobFailedError: `audio_not_found`, `audio_not_allowed`, and as `open_descriptor`.
     """
-    with open_regular(path) as descriptor, open_descriptor(descriptor, limits) as audio:
+    with open_regular(path) as descriptor, open_descriptor(descriptor, limits, track=track) as audio:
         yield audio
 
 
 @contextmanager
-def open_descriptor(descriptor: int, limits: AudioLimits) -> Iterator["AudioReader"]:
+def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice = None) -> Iterator["AudioReader"]:
     """Open the file of a descriptor as `open_audio` does; the caller closes the descriptor.
 
     Raises:
-        JobFailedError: `audio_too_large`, `audio_too_long`, `audio_empty`, `audio_unreadable`, `audio_no_stream`,
-            `audio_io_error`.
+        JobFailedError: `audio_too_large`, `audio_too_long`, `audio_empty`, `audio_unreadable`, `audio_not_allowed`,
+            `audio_no_stream`, `audio_io_error`.
     """
     try:
         status = os.fstat(descriptor)
@@ -136,12 +98,20 @@ def open_descriptor(descriptor: int, limits: AudioLimits) -> Iterator["AudioRead
         raise failed(_EMPTY)
     if size_bytes > limits.max_bytes:
         raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
-    file = FileReader(descriptor)
-    with _open_container(file) as container:
-        duration_s = _declared_s(container, _read_head(file), size_bytes)
-        _check_duration(duration_s, limits.max_duration_s)
-        info = AudioInfo(duration_s, container.format.name, size_bytes, file_identity(status))
-        yield AudioReader(container, info, file=file, max_duration_s=limits.max_duration_s)
+    file = _file_at(descriptor, 0)
+    with open_part(file, track=track, max_s=limits.max_duration_s) as part:
+        duration_s = part.duration_s if file.end is None else None
+        info = AudioInfo(duration_s, part.format_name, size_bytes, file_identity(status))
+        yield AudioReader(descriptor, file, part, info, track=track, max_s=limits.max_duration_s)
+
+
+def _file_at(descriptor: int, start: int) -> FileReader:
+    """The file that begins there, as far as no other one was joined to it."""
+    length = next_start(FileReader(descriptor, start=start))
+    return FileReader(descriptor, start=start, end=None if length is None else start + length)
+
+
+_NO_PART = frozenset({ErrorCode.AUDIO_UNREADABLE, ErrorCode.AUDIO_NOT_ALLOWED, ErrorCode.AUDIO_NO_STREAM})
 
 
 def _never() -> bool:
@@ -155,21 +125,22 @@ class AudioReader:
         info: what the file declares.
     """
 
-    def __init__(self, container: InputContainer, info: AudioInfo, *, file: FileReader, max_duration_s: float) -> None:
+    def __init__(
+        self, descriptor: int, file: FileReader, part: Part, info: AudioInfo, *, track: TrackChoice, max_s: float
+    ) -> None:
         self.info = info
+        self._descriptor = descriptor
         self._file = file
-        self._container = container
-        self._stream = container.streams.audio[0]
-        self._max_duration_s = max_duration_s
-        self._resampler = _Resampler()
-        self._input_s = 0.0
+        self._parts = [part]
+        self._track = track
+        self._max_s = max_s
+        self._lost_part = False
         self._samples = 0
-        self._skipped = 0
-        self._should_stop: Callable[[], bool] = _never
+        self._loudness = Loudness()
 
     @property
     def decoded_s(self) -> float:
-        """Seconds decoded so far."""
+        """Seconds decoded so far, on the file's clock: with the silence of late starts and gaps."""
         return self._samples / SAMPLE_RATE
 
     @property
@@ -181,16 +152,23 @@ class AudioReader:
     def warnings(self) -> tuple[str, ...]:
         """Faults of a file that could be decoded all the same; complete when `blocks` has ended.
 
-        `audio_truncated`: more than a second and more than 5 % of the declared duration are missing.
+        `audio_truncated`: the end is missing: more than a second and more than 5 % of the declared duration.
         `audio_damaged`: parts that could not be decoded were skipped.
+        `audio_tracks_ignored`: another track has sound, or cannot be decoded.
+        `audio_out_of_phase`: channels cancel each other; the quieter one was inverted.
+        `audio_quiet`: very quiet sound was amplified.
         """
-        missing_s = (self.info.duration_s or 0.0) - self.decoded_s
-        truncated = missing_s > max(1.0, 0.05 * (self.info.duration_s or 0.0))
-        found = {"audio_truncated": truncated, "audio_damaged": self._skipped > 0}
+        found = {
+            "audio_truncated": any(part.truncated for part in self._parts),
+            "audio_damaged": self._lost_part or any(part.damaged for part in self._parts),
+            "audio_tracks_ignored": any(part.ignores_tracks for part in self._parts),
+            "audio_out_of_phase": any(part.out_of_phase for part in self._parts),
+            "audio_quiet": self._loudness.amplified,
+        }
         return tuple(name for name, is_so in found.items() if is_so)
 
     def blocks(self, should_stop: Callable[[], bool] = _never) -> Iterator[Samples]:
-        """Decode, about ten seconds at a time; damaged parts are skipped and counted.
+        """Decode, ten seconds of the file's clock at a time; damaged parts are skipped and counted.
 
         Args:
             should_stop: asked before each packet: a large, wholly damaged file yields no block for a long time.
@@ -201,134 +179,40 @@ class AudioReader:
                 `audio_io_error` if the disk fails; at the end `audio_empty` if there was no sample, and
                 `audio_unreadable` if no packet could be decoded.
         """
-        self._should_stop = should_stop
-        pending: list[Samples] = []
-        yielded = 0
-        for samples in self._resampled():
-            pending.append(samples)
-            self._samples += samples.size
-            if self._samples - yielded >= _BLOCK_SAMPLES:
-                yield np.concatenate(pending)
-                pending.clear()
-                yielded = self._samples
-        if pending:
-            yield np.concatenate(pending)
+        for block in _blocks(self._joined(should_stop)):
+            self._samples += len(block)
+            if self.decoded_s > self._max_s:
+                raise failed(TOO_LONG, most=self._max_s)
+            yield self._loudness.level(block)
         if not self._samples:
-            raise failed(UNREADABLE if self._skipped else _EMPTY)
+            raise failed(UNREADABLE if any(part.damaged for part in self._parts) else _EMPTY)
 
-    def _resampled(self) -> Iterator[Samples]:
-        for frame in chain(self._frames(), (None,)):
+    def _joined(self, should_stop: Callable[[], bool]) -> Iterator[Samples]:
+        """Decode the file, and those that were joined to it."""
+        yield from self._parts[0].samples(should_stop)
+        while self._file.end is not None:
+            self._file = _file_at(self._descriptor, self._file.end)
             try:
-                yield from self._resampler.push(frame)
-            except (av.FFmpegError, ValueError):  # a channel layout or rate without a conversion
-                self._resampler = _Resampler()
-                self._skipped += 1
-
-    def _frames(self) -> Iterator[av.AudioFrame]:
-        for packet in self._packets():
-            if self._should_stop():
-                raise Cancelled
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                self._skipped += 1
-                continue
-            for frame in frames:
-                # Before resampling: a header that declares one sample a second must not fill the memory first.
-                self._input_s += frame.samples / max(1, frame.sample_rate)
-                _check_duration(self._input_s, self._max_duration_s)
-                yield frame
-
-    def _packets(self) -> Iterator["av.Packet[av.AudioStream]"]:
-        packets = self._container.demux(self._stream)
-        while True:
-            self._file.allow(_FFMPEG_TIMEOUT_S)
-            try:
-                packet = next(packets, None)
-            except av.FFmpegError as exc:  # the container itself is damaged: no further packet can be found
-                _check_memory(exc)
-                self._skipped += 1
-                packet = None
-            self._file.raise_error()
-            if packet is None:
-                self._skipped += self._file.timed_out
-                return
-            yield packet
+                with open_part(self._file, track=self._track, max_s=self._max_s) as part:
+                    self._parts.append(part)
+                    yield from part.samples(should_stop)
+            except JobFailedError as exc:
+                if exc.code not in _NO_PART:
+                    raise
+                self._lost_part = True
 
 
-class _Resampler:
-    """To mono float32 at `SAMPLE_RATE`, even if the format of the frames changes within the file."""
-
-    def __init__(self) -> None:
-        self._format: tuple[str, str, int] | None = None
-        self._resampler: av.AudioResampler | None = None
-
-    def push(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
-        """Convert the next frame, or None at the end, and yield the samples that are ready."""
-        frame_format = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
-        if frame_format != self._format:
-            yield from self._convert(None)
-            # By way of 16-bit integers, as Whisper's own loader: mixing down to mono then cannot overflow.
-            self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-            self._format = frame_format
-        if frame is not None:
-            yield from self._convert(frame)
-
-    def _convert(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
-        if self._resampler is not None:
-            for converted in self._resampler.resample(frame):
-                yield converted.to_ndarray()[0].astype(np.float32) / 32768.0
-
-
-def _open_container(file: FileReader) -> InputContainer:
-    file.allow(_FFMPEG_TIMEOUT_S)
-    try:
-        container = av.open(file, "r", container_options=_OPEN_OPTIONS, metadata_errors="ignore")
-    except av.FFmpegError as exc:
-        file.raise_error()
-        _check_memory(exc)
-        raise failed(UNREADABLE) from exc
-    if file.error is not None or not container.streams.audio:
-        container.close()
-        file.raise_error()
-        raise failed(_NO_STREAM)
-    return container
-
-
-def _declared_s(container: InputContainer, head: bytes, size_bytes: int) -> float | None:
-    """The duration that a file declares; None if it declares none and FFmpeg would only guess."""
-    name, stream = container.format.name, container.streams.audio[0]
-    guessed = name in _RAW_STREAMS or (name == "mp3" and not any(tag in head for tag in _MP3_LENGTH_TAGS))
-    # The audio track's own duration first: the video may last longer.
-    if stream.duration and stream.time_base:
-        declared_s = float(stream.duration * stream.time_base)
-    else:
-        declared_s = (container.duration or 0) / av.time_base
-    if guessed or declared_s <= 0:
-        return None
-    # FFmpeg computes the duration of a truncated WAV from its size; the header still has the whole size.
-    riff_bytes = 8 + int.from_bytes(head[4:8], "little")
-    if name == "wav" and head.startswith(b"RIFF") and size_bytes < riff_bytes < _RIFF_SIZE_UNKNOWN:
-        declared_s *= riff_bytes / size_bytes
-    return declared_s
-
-
-def _read_head(file: FileReader) -> bytes:
-    """The first bytes behind any ID3v2 tag (id3.org, section 3.1: its size is four bytes of seven bits)."""
-    head = file.read_at(0, _HEAD_BYTES)
-    if head.startswith(b"ID3"):
-        tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
-        head = file.read_at(10 + tag_bytes, _HEAD_BYTES)
-    file.raise_error()
-    return head
-
-
-def _check_memory(error: av.FFmpegError) -> None:
-    """Raise MemoryError if FFmpeg had no memory left, which is no damage."""
-    if error.errno == errno.ENOMEM:
-        raise MemoryError from error
-
-
-def _check_duration(duration_s: float | None, max_duration_s: float) -> None:
-    if duration_s is not None and duration_s > max_duration_s:
-        raise failed(_TOO_LONG, most=max_duration_s)
+def _blocks(parts: Iterator[Samples]) -> Iterator[Samples]:
+    """Join and cut samples into blocks of `_BLOCK_SAMPLES`, the last one shorter."""
+    pending: list[Samples] = []
+    missing = _BLOCK_SAMPLES
+    for part in parts:
+        rest = part
+        while len(rest) >= missing:
+            yield np.concatenate([*pending, rest[:missing]])
+            rest = rest[missing:]
+            pending, missing = [], _BLOCK_SAMPLES
+        pending.append(rest)
+        missing -= len(rest)
+    if missing < _BLOCK_SAMPLES:
+        yield np.concatenate(pending)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from cesar_mqtt.audio.decoder import AudioInfo, AudioLimits, Samples
+from cesar_mqtt.audio.decoder import AudioInfo, AudioLimits, Samples, TrackChoice
 from cesar_mqtt.audio.decoder_template import REQUEST
 from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind
 from cesar_mqtt.audio.paths import io_failed, open_regular
@@ -102,13 +102,14 @@ def limits_of(settings: AudioSettings) -> AudioLimits:
 
 @contextmanager
 def open_audio(
-    path: Path, limits: AudioLimits, *, should_stop: Callable[[], bool] = never_stop
+    path: Path, limits: AudioLimits, *, track: TrackChoice = None, should_stop: Callable[[], bool] = never_stop
 ) -> Iterator["RemoteReader"]:
     """Open a file as `decoder.open_audio` does, in a process of its own.
 
     Args:
         path: absolute and without symbolic links in any part of it.
         limits: on its size and duration, and on the memory and the time of its decoder.
+        track: which of its audio tracks.
         should_stop: asked while the file is being opened.
 
     Raises:
@@ -116,7 +117,7 @@ def open_audio(
         Cancelled: `should_stop` returned True.
     """
     with open_regular(path) as descriptor:
-        decoder = _request(descriptor, limits, should_stop)
+        decoder = _request(descriptor, limits, track, should_stop)
     try:
         yield RemoteReader(decoder, limits, should_stop)
     finally:
@@ -341,8 +342,9 @@ class _Template:
             try:
                 reader, writer = os.pipe()
                 _enlarge(writer)
-                socket.send_fds(channel, [REQUEST.pack(len(request))], [descriptor, writer, theirs.fileno()])
-                channel.sendall(request)
+                message = REQUEST.pack(len(request)) + request
+                sent = socket.send_fds(channel, [message], [descriptor, writer, theirs.fileno()])
+                channel.sendall(message[sent:])
             except (BrokenPipeError, ConnectionResetError):
                 pass  # it has ended: `wait_forked` finds no decoder
             except BaseException:
@@ -405,10 +407,10 @@ class _Template:
             self._process = None
 
 
-def _request(descriptor: int, limits: AudioLimits, should_stop: Callable[[], bool]) -> _Decoder:
+def _request(descriptor: int, limits: AudioLimits, track: TrackChoice, should_stop: Callable[[], bool]) -> _Decoder:
     """Have a decoder forked. Raises JobFailedError and Cancelled."""
     out_of_memory = _OUT_OF_MEMORY.format(bytes=limits.decoder_memory_bytes)
-    request = json.dumps({"limits": asdict(limits), "out_of_memory": out_of_memory}).encode()
+    request = json.dumps({"limits": asdict(limits), "track": track, "out_of_memory": out_of_memory}).encode()
     for _ in range(_STARTS):
         try:
             decoder = _template.request(descriptor, request)

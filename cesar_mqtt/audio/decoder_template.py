@@ -26,7 +26,7 @@ from typing import Any
 import av.subtitles.codeccontext
 import av.subtitles.stream  # noqa: F401
 
-from cesar_mqtt.audio.confinement import address_space_bytes, confine, end_with_parent, extend_cpu, prepare
+from cesar_mqtt.audio.confinement import address_space_bytes, confine, end_with, extend_cpu, prepare
 from cesar_mqtt.audio.decoder import AudioLimits, AudioReader, Samples, open_descriptor
 from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind, encode
 from cesar_mqtt.errors import JobFailedError
@@ -50,6 +50,7 @@ class Template:
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
+        self._pid = os.getpid()
         self._has_bytes = address_space_bytes()
         self._protections = prepare()
         self._children: dict[int, socket.socket] = {}
@@ -116,7 +117,7 @@ class Template:
 
     def _become_decoder(self, text: bytes, audio: int, frames: int) -> None:
         try:
-            end_with_parent()
+            end_with(self._pid)
             signal.set_wakeup_fd(-1)
             os.dup2(1, 2)  # what a crashing library prints belongs into no log
             _close_all_but(audio, frames)
@@ -168,7 +169,7 @@ class Decoder:
             cpu_s=base_s,
             most_cpu_s=base_s + limits.max_duration_s,
         )
-        with open_descriptor(self._audio, limits) as audio:
+        with open_descriptor(self._audio, limits, track=request["track"]) as audio:
             opened = {"info": asdict(audio.info), "protections": protections}
             self._send(encode(FrameKind.OPENED, opened))
             for block in audio.blocks(self._sign_of_life(audio)):

@@ -15,12 +15,16 @@ class FileReader:
     """A binary file for `av.open`. It never moves the position of the descriptor, and raises nothing while FFmpeg runs.
 
     Attributes:
+        start: the byte of the file at which it begins: what comes before is not there.
+        end: the byte at which it ends; None: at the end of the file.
         error: the first error of the operating system; None: none so far.
         timed_out: whether FFmpeg read on after the time that `allow` gave it; it then sees the end of the file.
         reached: the end of the farthest read, in bytes.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, start: int = 0, end: int | None = None) -> None:
+        self.start = start
+        self.end = end
         self._descriptor = descriptor
         self._position = 0
         self._deadline = math.inf
@@ -39,15 +43,17 @@ class FileReader:
 
     def read_at(self, position: int, size: int) -> bytes:
         """Read at most `size` bytes; b"" at the end of the file and after an error."""
-        if self.error is not None:
+        if self.end is not None:
+            size = min(size, self.end - self.start - position)
+        if self.error is not None or size <= 0:
             return b""
         try:
-            data = os.pread(self._descriptor, size, position)
+            data = os.pread(self._descriptor, size, self.start + position)
         except OSError as exc:
             self.error = exc
             return b""
         if data:
-            self.reached = max(self.reached, position + len(data))
+            self.reached = max(self.reached, self.start + position + len(data))
         return data
 
     def read(self, size: int) -> bytes:
@@ -60,15 +66,17 @@ class FileReader:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
-        self._position = max(0, offset + (self._size() if base is None else base))
+        self._position = max(0, offset + (self.size() if base is None else base))
         return self._position
 
     def tell(self) -> int:
         return self._position
 
-    def _size(self) -> int:
+    def size(self) -> int:
+        """How many bytes there are from `start` on."""
         try:
-            return os.fstat(self._descriptor).st_size
+            end = os.fstat(self._descriptor).st_size
+            return max(0, (end if self.end is None else min(end, self.end)) - self.start)
         except OSError as exc:
             self.error = self.error or exc
             return self._position

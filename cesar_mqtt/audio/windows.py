@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, TrackChoice
 from cesar_mqtt.audio.decoder_process import open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
 from cesar_mqtt.audio.vad import Probabilities, Range, find_cut, speech_probabilities, speech_ranges
@@ -23,7 +23,7 @@ from cesar_mqtt.threads import wait
 log = get_logger(__name__)
 
 _CLOSE_S = 1.0
-"""How long `close` waits for the thread; it takes so long only if the disk or FFmpeg does not answer."""
+"""How long `close` waits for the thread; it takes so long only if the disk does not answer."""
 _MAX_CLIP_S = 1e9
 _MAX_SEARCH_WINDOW = 60 * SAMPLE_RATE
 
@@ -69,6 +69,7 @@ class Recording:
         clips: Sequence[tuple[float, float]] = (),
         from_s: float = 0.0,
         vad_filter: bool = True,
+        track: TrackChoice = None,
     ) -> None:
         """Start decoding; returns at once. What is wrong with the file is raised by `chunks`.
 
@@ -80,6 +81,7 @@ class Recording:
                 of time, overlapping ones as one. An end past the end of the file means the end of the file.
             from_s: what lies before is skipped; if a chunk ended there, the following ones are the same as without it.
             vad_filter: whether only what the VAD takes for speech is `speech` of a chunk.
+            track: which of the file's audio tracks.
         """
         self._path = path
         self._limits = limits
@@ -87,6 +89,7 @@ class Recording:
         self._clips = tuple(clips)
         self.from_s = from_s
         self._vad_filter = vad_filter
+        self._track = track
         self._begin = round(from_s * SAMPLE_RATE)
         self._changed = threading.Condition()
         self._ready: Chunk | None = None
@@ -168,7 +171,7 @@ class Recording:
     def close(self) -> None:
         """End the thread and release the samples. Any thread may call it, and more than once.
 
-        On return the file is closed, unless the disk, or FFmpeg inside of a broken file, delays the thread: it then
+        On return the decoder is killed, whatever it was doing, unless opening the file delays the thread: it then
         ends by itself as soon as it can.
         """
         with self._changed:
@@ -217,7 +220,7 @@ class Recording:
 
     def _decode(self) -> None:
         chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window, vad_filter=self._vad_filter)
-        with open_audio(self._path, self._limits, should_stop=lambda: self._closed) as audio:
+        with open_audio(self._path, self._limits, track=self._track, should_stop=lambda: self._closed) as audio:
             self._set_opened(audio.info)
             if audio.info.duration_s is not None:
                 # A declared duration may be a little wrong: only a range far beyond it is rejected before the work.

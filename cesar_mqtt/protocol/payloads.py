@@ -97,8 +97,8 @@ class Status(TypedDict):
         list[str],
         Field(
             description="What may be missing from the transcript, or wrong in it: `audio_truncated`, `audio_damaged`, "
-            "`language_assumed`, `initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has "
-            "no priorities."
+            "`audio_changed`, `audio_tracks_ignored`, `audio_out_of_phase`, `audio_quiet`, `language_assumed`, "
+            "`initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has no priorities."
         ),
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]

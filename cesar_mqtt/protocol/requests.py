@@ -30,6 +30,7 @@ _TEMPERATURES = 10
 _CLIPS = 1000
 _BEAMS = 10
 _BATCH = 32
+_TRACKS = 100
 _LINE_WIDTH = (10, 1000)
 _LINE_COUNT = 10
 MAX_PRIORITY = 9
@@ -116,6 +117,7 @@ def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+_Track = Annotated[int, Field(ge=0, lt=_TRACKS), BeforeValidator(_coerce_integral)]
 _Beams = Annotated[int, Field(ge=1, le=_BEAMS)]
 _BeamSize = Annotated[_Beams | Literal["auto"], BeforeValidator(_coerce_integral)]
 _Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -258,6 +260,12 @@ class JobRequest(Payload):
         description="Seconds after which the job is no longer worth starting. Left out: never. An MQTT 5 Message "
         "Expiry means the same.",
         json_schema_extra={MUST: "a number of seconds above 0"},
+    )
+    audio_track: _Track | Literal["mix"] | None = Field(
+        default=None,
+        description="Which audio track of the recording, from 0; `mix`: all of them together. Left out: the one that "
+        "is flagged as default, else the first, that can be decoded and is not silent.",
+        json_schema_extra={MUST: f"a whole number from 0 to {_TRACKS - 1}, or 'mix'"},
     )
     metadata: Annotated[dict[str, Any], AfterValidator(_small_metadata)] = Field(
         default_factory=dict,

@@ -62,6 +62,7 @@ class Transcriber:
             clips=options.clips,
             from_s=from_s,
             vad_filter=options.vad_filter,
+            track=options.audio_track,
         )
 
     def transcribe(

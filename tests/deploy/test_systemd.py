@@ -49,6 +49,36 @@ def test_the_unit_exposes_little(unit: Path) -> None:
     assert rated.returncode == 0, rated.stdout[-400:] + rated.stderr
 
 
+def test_the_unit_allows_what_the_decoders_of_recordings_need() -> None:
+    """Among it the system calls by which they are limited: setrlimit(3) of glibc and Python is prlimit64(2)."""
+    sets = _system_call_sets(run(need("systemd-analyze"), "syscall-filter", timeout_s=60).stdout)
+    allowed: set[str] = set()
+    for line in UNIT.read_text().splitlines():
+        name, _, value = line.partition("=")
+        if name == "SystemCallFilter":
+            named = set().union(*(sets.get(call, {call}) for call in value.removeprefix("~").split()))
+            allowed = allowed - named if value.startswith("~") else allowed | named
+    needed = {"clone", "wait4", "kill", "socketpair", "sendmsg", "recvmsg", "pipe2", "poll", "memfd_create"}
+    limiting = {"prctl", "prlimit64", "landlock_create_ruleset", "landlock_restrict_self"}
+    assert needed | limiting <= allowed
+    assert "setrlimit" not in allowed
+
+
+def _system_call_sets(printed: str) -> dict[str, set[str]]:
+    """The sets that systemd knows, each with the calls of the sets in it."""
+    sets: dict[str, set[str]] = {}
+    for block in printed.split("\n\n"):
+        lines = [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
+        if lines and lines[0].startswith("@"):
+            sets[lines[0]] = set(lines[1:])
+    while any(call.startswith("@") for calls in sets.values() for call in calls):
+        sets = {
+            name: set().union(*(sets[call] if call.startswith("@") else {call} for call in calls))
+            for name, calls in sets.items()
+        }
+    return sets
+
+
 def test_what_a_restart_cannot_mend_is_not_restarted() -> None:
     service = _read()["Service"]
     final = {int(code) for code in service["RestartPreventExitStatus"].split()}

@@ -34,6 +34,8 @@ SPEECH_SAMPLES = (SPEECH.stat().st_size - 44) // 2
 LIMITS = AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)
 TONE = (np.sin(np.arange(3 * SAMPLE_RATE) / 5) * 9000).astype(np.int16)
 WAIT_S = 20.0
+TEMPLATE_KIB = 72 * 1024
+"""53 MB with Python 3.11, 63 MB with 3.13."""
 
 
 def samples_of(path: Path, limits: AudioLimits = LIMITS) -> Samples:
@@ -213,7 +215,7 @@ def test_all_protections_are_in_force_where_the_system_offers_them() -> None:
 
 def test_its_memory_is_small_beside_the_consumers() -> None:
     samples_of(SPEECH)
-    assert status_of(template_pid(), "VmRSS") < 64 * 1024
+    assert status_of(template_pid(), "VmRSS") < TEMPLATE_KIB
 
 
 def test_the_decoder_works_no_more_than_a_block_ahead(tmp_path: Path) -> None:
@@ -297,9 +299,10 @@ def test_a_memory_bomb_costs_neither_memory_nor_the_recording(name: str, tmp_pat
     assert path.stat().st_size < 2 << 20
     samples_of(SPEECH)
     before = status_of(os.getpid(), "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
     with decoder_process.open_audio(path, LIMITS) as audio:
         assert sum(map(len, audio.blocks())) >= len(TONE)
-        assert status_of(template_pid(), "VmRSS") < 64 * 1024
+        assert status_of(template_pid(), "VmRSS") < TEMPLATE_KIB
     assert status_of(os.getpid(), "VmHWM") - before < 60 * 1024
     assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 

@@ -555,7 +555,7 @@ def test_an_m4a_cut_before_its_index_is_unreadable(tmp_path: Path) -> None:
     assert error_of(path).code is ErrorCode.AUDIO_UNREADABLE
 
 
-@pytest.mark.parametrize(("codec", "channels"), [(0x1234, 1), (1, 63), (1, 200)])
+@pytest.mark.parametrize(("codec", "channels"), [(0x1234, 1), (1, 200)])
 def test_an_unknown_codec_or_layout_is_unreadable(codec: int, channels: int, tmp_path: Path) -> None:
     path = tmp_path / "odd.wav"
     path.write_bytes(wav_bytes(bytes(50_400), codec=codec, channels=channels))
@@ -576,7 +576,7 @@ def test_a_file_without_samples_is_empty(content: bytes, tmp_path: Path) -> None
 
 def test_a_kind_of_file_that_holds_no_sound_is_not_even_tried(tmp_path: Path) -> None:
     (tmp_path / "subtitles.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello\n\n" * 20)
-    assert error_of(tmp_path / "subtitles.srt").code is ErrorCode.AUDIO_UNREADABLE
+    assert error_of(tmp_path / "subtitles.srt").code is ErrorCode.AUDIO_NOT_ALLOWED
 
 
 PLAYLISTS = {
@@ -595,7 +595,7 @@ PLAYLISTS = {
 def test_a_playlist_pulls_in_no_other_file(name: str, tmp_path: Path) -> None:
     encode(tmp_path / "real.ts", "mpegts", "mp2", tone(2, 48_000), rate=48_000)
     (tmp_path / name).write_text(PLAYLISTS[name].replace("{folder}", str(tmp_path)))
-    assert error_of(tmp_path / name).code is ErrorCode.AUDIO_UNREADABLE
+    assert error_of(tmp_path / name).code is ErrorCode.AUDIO_NOT_ALLOWED
 
 
 @pytest.mark.parametrize("name", ["concat:a.wav|b.wav", "http:", "fd:", "pipe:0", "-", "%d.wav"])
@@ -752,7 +752,7 @@ def test_a_stop_is_heeded_between_two_packets(tmp_path: Path) -> None:
 
 def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In a WAV it looks for a further chunk behind the sound, here in millions of empty ones.
-    monkeypatch.setattr("cesar_mqtt.audio.decoder._FFMPEG_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cesar_mqtt.audio.containers.FFMPEG_TIMEOUT_S", 0.2)
     path = tmp_path / "lost.wav"
     path.write_bytes(wav_bytes(tone(1, 16_000).tobytes()))
     os.truncate(path, 3_900_000_000)
@@ -764,7 +764,7 @@ def test_a_file_that_ffmpeg_gets_lost_in_is_given_up(tmp_path: Path, monkeypatch
 def test_the_timeout_of_ffmpeg_does_not_count_the_time_of_the_consumer_of_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cesar_mqtt.audio.decoder._FFMPEG_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cesar_mqtt.audio.containers.FFMPEG_TIMEOUT_S", 0.2)
     pcm = np.random.default_rng(1).integers(-8000, 8000, 30 * 16_000, np.int16)
     path = encode(tmp_path / "note.flac", "flac", "flac", pcm, rate=16_000)
     heard = 0

@@ -28,7 +28,7 @@ from cesar_mqtt.protocol.parsing import (
 )
 from cesar_mqtt.protocol.parsing import parse_submission as parse
 from cesar_mqtt.protocol.payloads import Rejection, status_of
-from cesar_mqtt.protocol.requests import JobRequest
+from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.schema import payload_schemas
 from cesar_mqtt.protocol.truncate import excerpt, truncate_status
 from tests import factories
@@ -139,6 +139,7 @@ def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
             word_timestamps=False,
             clip_timestamps=None,
             batch_size=1,
+            audio_track=None,
             formats=[],
             stream=False,
             priority=0,
@@ -164,6 +165,7 @@ def test_every_field_is_taken_over() -> None:
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 2.5], [2.5, 4.0]],
         "batch_size": 8,
+        "audio_track": 1,
         "formats": ["srt", "json"],
         "max_line_width": 60,
         "max_line_count": 3,
@@ -352,6 +354,9 @@ def test_a_url_may_stand_on_the_one_line_in_any_case_and_with_blanks_around_it(l
         ("clip_timestamps", [[n * 1.0, n + 1.0] for n in range(1000)]),
         ("batch_size", 1),
         ("batch_size", 32),
+        ("audio_track", 0),
+        ("audio_track", 99),
+        ("audio_track", "mix"),
         ("formats", []),
         ("formats", ["txt", "srt", "vtt", "tsv", "json"]),
         ("stream", True),
@@ -526,6 +531,11 @@ def test_the_former_default_of_the_beam_size_is_the_same_request_as_none() -> No
         ("beam_size", 11.0, "beam_size must be a whole number from 1 to 10, or 'auto', not 11."),
         ("beam_size", "5", "beam_size must be a whole number from 1 to 10, or 'auto', not '5'."),
         ("beam_size", True, "beam_size must be a whole number from 1 to 10, or 'auto', not true."),
+        ("audio_track", -1, "audio_track must be a whole number from 0 to 99, or 'mix', not -1."),
+        ("audio_track", 100, "audio_track must be a whole number from 0 to 99, or 'mix', not 100."),
+        ("audio_track", 0.5, "audio_track must be a whole number from 0 to 99, or 'mix', not 0.5."),
+        ("audio_track", "all", "audio_track must be a whole number from 0 to 99, or 'mix', not 'all'."),
+        ("audio_track", True, "audio_track must be a whole number from 0 to 99, or 'mix', not true."),
         ("hotwords", "x" * 65_537, "hotwords must be text of at most 65536 characters."),
         ("temperature", -0.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not -0.1."),
         ("temperature", 1.1, "temperature must be a number from 0 to 1, or a list of 1 to 10 such numbers, not 1.1."),
@@ -1066,6 +1076,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "word_timestamps": True,
         "clip_timestamps": [[0.0, 30.0]],
         "batch_size": 4,
+        "audio_track": 2,
         "formats": ["srt", "vtt"],
         "max_line_width": 50,
         "max_line_count": 1,
@@ -1075,7 +1086,7 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "metadata": {"a": 1},
     }
     value = examples[name]
-    payload = b"{}" if name.startswith("audio_") else as_json(audio_path="a")
+    payload = b"{}" if name in AUDIO_FIELDS else as_json(audio_path="a")
     text = value if isinstance(value, str) else json.dumps(value)
     assert getattr(accepted(parse(payload, ((name, text),))).request, name) == value
 
@@ -1140,6 +1151,7 @@ def test_user_properties_over_four_kib_are_rejected() -> None:
         ("metadata", '{"a": NaN}'),
         ("metadata", '{"a": 1e999}'),
         ("metadata", r'{"a": "\ud800"}'),
+        ("audio_track", "mixed"),
         ("task", ""),
     ],
 )
@@ -1313,6 +1325,7 @@ near_misses = st.fixed_dictionaries(
         "audio_url": st.text(max_size=20).map(lambda rest: f"http://{rest}") | json_values,
         "hotwords": st.text(max_size=20) | json_values,
         "beam_size": st.integers(-1, 12) | json_values,
+        "audio_track": st.integers(-1, 101) | st.just("mix") | json_values,
         "temperature": numbers | st.lists(numbers, max_size=11) | json_values,
         "vad_filter": st.booleans() | json_values,
         "word_timestamps": st.booleans() | json_values,

@@ -1,0 +1,84 @@
+"""From any number of channels to one, so that none is lost: neither by cancelling another nor by being one of many.
+
+Pure; a `ChannelMixer` belongs to the thread that decodes.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
+
+_FADE = 0.5
+"""How much of what was measured before counts in the next block."""
+_OPPOSITE = -0.5
+"""Channels whose correlation is below this cancel each other."""
+_RELEVANT = 0.01
+"""A channel of less than this share of the loudest one's power (-20 dB) cancels nothing."""
+_SILENT_POWER = 1e-9
+_RAMP = SAMPLE_RATE // 50
+"""Samples over which the gain changes, so that a change is not heard as a click."""
+_MIN_OPPOSITE_S = 0.5
+
+
+class ChannelMixer:
+    """Mixes the channels of one track, block by block.
+
+    What a channel means (left, centre, bass) is not asked: files with many channels rarely say, and often say it
+    wrongly. All count alike; a channel that is the inverse of a louder one is inverted first; and the sum is as loud as
+    the loudest channel, not its nth part.
+
+    Attributes:
+        channels: how many each block has.
+    """
+
+    def __init__(self, channels: int = 1) -> None:
+        self.channels = channels
+        self._covariance: NDArray[np.float64] | None = None
+        self._gain = 1.0
+        self._opposite_s = 0.0
+
+    @property
+    def out_of_phase(self) -> bool:
+        """Whether channels would have cancelled each other."""
+        return self._opposite_s >= _MIN_OPPOSITE_S
+
+    def mix(self, block: NDArray[np.float32]) -> Samples:
+        """Mix samples of shape (n, channels) down to shape (n,)."""
+        if self.channels == 1 or not len(block):
+            return block[:, 0]
+        # What float samples may hold, and no sound: it would spoil all that is computed from it.
+        block = np.nan_to_num(block, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        covariance = self._measure(block)
+        weights, gain = self._weights(covariance, len(block) / SAMPLE_RATE)
+        mixed: Samples = block @ (weights / self.channels).astype(np.float32)
+        ramp = np.linspace(self._gain, gain, min(_RAMP, len(block)), dtype=np.float32)
+        mixed[: len(ramp)] *= ramp
+        mixed[len(ramp) :] *= np.float32(gain)
+        self._gain = gain
+        return mixed
+
+    def _measure(self, block: NDArray[np.float32]) -> NDArray[np.float64]:
+        centred = block - block.mean(axis=0)
+        covariance = (centred.T @ centred).astype(np.float64) / len(block)
+        before = covariance if self._covariance is None else self._covariance
+        self._covariance = _FADE * before + (1 - _FADE) * covariance
+        return self._covariance
+
+    def _weights(self, covariance: NDArray[np.float64], duration_s: float) -> tuple[NDArray[np.float64], float]:
+        """The sign of each channel, and the gain of their mean."""
+        power = np.diag(covariance)
+        signs = np.ones(len(power))
+        loudest = power.max()
+        if loudest < _SILENT_POWER:
+            return signs, self._gain
+        order = [index for index in np.argsort(-power, kind="stable") if power[index] >= _RELEVANT * loudest]
+        for place, index in enumerate(order[1:], start=1):
+            louder = order[:place]
+            correlation = covariance[index, louder] / np.sqrt(power[index] * power[louder]) * signs[louder]
+            if correlation[np.argmax(np.abs(correlation))] < _OPPOSITE:
+                signs[index] = -1.0
+        if (signs < 0).any():
+            self._opposite_s += duration_s
+        mean_power = float(signs @ covariance @ signs) / len(power) ** 2
+        gain = float(np.sqrt(loudest / max(mean_power, _SILENT_POWER / len(power) ** 2)))
+        return signs, min(max(gain, 1.0), float(len(power)))
