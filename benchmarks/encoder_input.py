@@ -86,9 +86,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--paddings", nargs="*", type=int, default=list(PADDINGS))
+    parser.add_argument("--languages-only", action="store_true", help="leave out the recordings of tests/data")
     asked = parser.parse_args()
     model = ModelStore(ModelSettings(download=False)).load(asked.model)
-    clips = english(4.0) + english(6.0) + (nine_languages() if model.model.is_multilingual else [])
+    clips = [] if asked.languages_only else english(4.0) + english(6.0)
+    clips += nine_languages() if model.model.is_multilingual else []
     clips += _recordings(asked.folder) if asked.folder else []
     print(f"{asked.model}, {len(clips)} clips, {sum(clip.samples.size for clip in clips) / SAMPLE_RATE:.0f} s")
     for condition in asked.conditions:

@@ -20,6 +20,13 @@ Packages import downward only: `cli`, `service`, `consumer` and `monitoring`, `w
 stops them in order.
 """
 
-from importlib.metadata import version
+__version__: str
 
-__version__ = version("cesar-mqtt")
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(name)
+    from importlib.metadata import version  # noqa: PLC0415 - takes hundredths of a second, which few commands need
+
+    globals()[name] = found = version("cesar-mqtt")
+    return found

@@ -125,7 +125,9 @@ class ModelSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_type: str = "auto"
     cpu_threads: int = Field(default=0, ge=0)
-    """0: all usable cores."""
+    """How many cores the model may keep busy; 0: all usable ones."""
+    workers: int = Field(default=0, ge=0, le=16)
+    """How many windows of a long recording are transcribed at once, on these cores; 0: as many as help."""
     idle_timeout: float | None = Field(default=None, gt=0)
     """Seconds without a job after which the model is unloaded; None: it stays loaded."""
 
@@ -133,8 +135,9 @@ class ModelSettings(Section):
 class TranscriberSettings(Section):
     """How a recording is transcribed."""
 
-    window: float = Field(default=600.0, ge=30.0, le=3600.0)
-    """The longest window, in seconds of audio: what is held in memory, and what a crash can cost."""
+    window: float = Field(default=60.0, ge=10.0, le=3600.0)
+    """The longest window, in seconds of audio. Those that are transcribed at once, and one more, are held in memory;
+    they are what a crash can cost."""
     short_encoder_input: bool = True
     """Whether audio shorter than 30 s is encoded at its own length, with models that allow it; False: always 30 s."""
 

@@ -40,6 +40,7 @@ from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.model_store import ModelStore
+from cesar_mqtt.whisper.pipeline import uses_batches
 from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -283,6 +284,9 @@ class Service:
             default_model=models.default,
             device=models.device,
             compute_type=models.compute_type,
+            cpu_threads=models.cpu_threads,
+            workers=models.workers,
+            batching=uses_batches(models.device),
             started=time.time(),
         )
 

@@ -132,6 +132,15 @@ class Recording:
         with self._changed:
             return None if self._identity is None else lasting_identity(self._identity)
 
+    def wait_until_open(self, should_stop: Callable[[], bool]) -> None:
+        """Wait until the file is open and its first samples are being decoded.
+
+        Raises:
+            JobFailedError, Cancelled: as `chunks`.
+        """
+        if self.identity(should_stop) is None:
+            raise self._failure or (Cancelled() if self._closed else _incomplete())
+
     @property
     def duration_s(self) -> float | None:
         """Seconds of the whole file: as declared, and exact once it was decoded to its end; None: not known yet.
@@ -221,10 +230,10 @@ class Recording:
     def _decode(self) -> None:
         chunker = _Chunker(_clip_ranges(self._clips, self._begin), self._window, vad_filter=self._vad_filter)
         with open_audio(self._path, self._limits, track=self._track, should_stop=lambda: self._closed) as audio:
-            self._set_opened(audio.info)
             if audio.info.duration_s is not None:
                 # A declared duration may be a little wrong: only a range far beyond it is rejected before the work.
                 chunker.check(round((1.05 * audio.info.duration_s + 1.0) * SAMPLE_RATE))
+            self._set_opened(audio.info)
             reader = _SampleReader(audio.blocks(lambda: self._closed))
             for chunk in chunker.chunks(reader):
                 if chunk.last and audio.info.duration_s is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cesar_mqtt import __file__ as package_file
+from cesar_mqtt.cli import interrupt
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.cli.jobs import quiet
@@ -175,6 +176,7 @@ def check_decoder() -> Finding:
                 pass
             return Finding("decoder", Severity.OK, f"{audio.decoded_s:.1f} s of a bundled recording were decoded")
     except Exception as exc:  # noqa: BLE001  # an unsuitable version fails with TypeError, AttributeError and others
+        _raise_if_interrupted()
         return Finding(
             "decoder", Severity.WRONG, f"The bundled recording cannot be decoded: {_describe(exc)}", _REINSTALL
         )
@@ -195,6 +197,7 @@ def check_decoder_process() -> Finding:
         finally:
             stop()
     except Exception as exc:  # noqa: BLE001  # as for the decoder
+        _raise_if_interrupted()
         return Finding(
             "decoder process", Severity.WRONG, f"It cannot decode the bundled recording: {_describe(exc)}", _REINSTALL
         )
@@ -273,6 +276,12 @@ def _transcribe(store: "ModelStore", name: str) -> str:
         f"runs on {store.device} in {store.compute_type} (loaded in {loaded - started:.1f} s, "
         f"a bundled recording transcribed in {took:.1f} s)"
     )
+
+
+def _raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt: a library that is interrupted while it is imported raises something else."""
+    if interrupt.is_requested():
+        raise KeyboardInterrupt
 
 
 def _ignore(_: object) -> None:

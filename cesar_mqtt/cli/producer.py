@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from cesar_mqtt.cli.session import Session
+from cesar_mqtt.cli.session import NoAnswerError, Session
 from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
@@ -126,6 +126,7 @@ class Producer:
         )
         self._results_due: float | None = None
         self._first_connection = 0
+        self._is_unrouted = False
         self._consumers: dict[str, bool] = {}
         watched = [*(topics.status(job_id) for job_id in self._submissions), *self._result_topics]
         states = f"{topics.prefix}/consumer/+/state"
@@ -181,7 +182,25 @@ class Producer:
                 raise BrokerRefusedError(
                     f"{self._session.address} does not let this client publish on {topic}: {reason}."
                 )
+            self._is_unrouted |= self._session.is_unrouted(ticket)
         return True
+
+    def check_taken(self, deadline: float) -> None:
+        """Wait until a consumer is known that takes the published jobs, online or not.
+
+        A consumer that is offline has a session, for which the broker keeps the jobs.
+
+        Raises:
+            NoAnswerError: there is none: the broker has dropped a job (MQTT 5), or nothing is known of any consumer.
+        """
+        while not (self._is_unrouted or self._consumers or self._statuses) and not _is_past(deadline):
+            self._receive(_SHORT_S)
+        if self._is_unrouted or not (self._consumers or self._statuses):
+            dropped = " The broker has dropped what was sent." if self._is_unrouted else ""
+            raise NoAnswerError(
+                f"No consumer takes jobs at {self._session.address} under '{self._topics.prefix}'.{dropped}",
+                "Start one with `cesar-mqtt serve`, or name its --topic-prefix, and submit again.",
+            )
 
     def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
         topic, payload, properties = self._message(item)

@@ -65,12 +65,14 @@ class Session:
         """
         self.address = parse_broker_url(settings.url).redacted
         self._published: dict[PublishTicket, str | None] = {}
+        self._unrouted: set[PublishTicket] = set()
         self._client = MqttClient(
             settings,
             client_id=f"cesar-{role}-{uuid.uuid4().hex[:12]}",
             persistent=False,
             subscriptions=subscriptions,
             on_published=self._published.__setitem__,
+            on_unrouted=self._unrouted.update,
             on_disconnected=on_disconnected,
         )
 
@@ -150,6 +152,10 @@ class Session:
         The acknowledgement arrives behind incoming messages: call `receive` while waiting for it.
         """
         return ticket in self._published
+
+    def is_unrouted(self, ticket: PublishTicket | None) -> bool:
+        """Whether the broker has dropped a message since nothing subscribes to its topic; only MQTT 5 tells."""
+        return ticket in self._unrouted
 
     def refusal(self, ticket: PublishTicket | None) -> str | None:
         """Why the broker refused the message (MQTT 5); None: it did not, or not yet."""

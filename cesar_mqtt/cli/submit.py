@@ -80,6 +80,9 @@ def submit_and_wait(options: SubmitOptions, settings: Settings) -> ExitCode:
         acknowledged = producer.publish(deadline)
         if not options.wait:
             _print_ids(submissions, as_json=options.as_json)
+        if acknowledged:
+            producer.check_taken(time.monotonic() + _LOOK_S)
+        if not options.wait:
             if not producer.wait_for_consumer(time.monotonic() + _LOOK_S):
                 print_message("no consumer is online; the jobs wait at the broker if that keeps them for a consumer.")
             return ExitCode.OK if acknowledged else ExitCode.TIMEOUT

@@ -294,6 +294,7 @@ class CommandHandlers:
             device=store.device,
             compute_type=store.compute_type,
             cpu_threads=store.cpu_threads,
+            workers=store.workers,
             models=[Model(**{name: getattr(entry, name) for name in Model.model_fields}) for entry in store.models],
             consumer=self._consumer,
         )

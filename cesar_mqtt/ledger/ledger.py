@@ -471,7 +471,7 @@ class Ledger:
             self._index.set_window_count(seq, 0)
 
     def requeue(self, seq: int) -> Job:
-        """Move a job in `processing` back to the front of the queue, as a forced stop does, and return it.
+        """Move a job in `processing` back to its place in the queue, as a forced stop does, and return it.
 
         A job that is being cancelled ends as `cancelled` instead. Raises as `complete`.
         """
@@ -890,9 +890,9 @@ class Ledger:
             "updated_at": self._clock(),
             **fields,
         }
-        if before is JobState.QUEUED:  # a job is first of its priority only until it leaves the queue
+        if "preempted" in row:  # a job is first of its priority only until it leaves the queue
             dropped = (*dropped, "preempted")
-        dropped = tuple(name for name in dropped if name in row)
+        dropped = tuple([name for name in dropped if name in row])
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))

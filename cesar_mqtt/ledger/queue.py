@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 
 from sortedcontainers import SortedList
 
@@ -40,7 +40,7 @@ class JobQueue:
         """Of all jobs that have not ended, queued or not."""
         self._expiries = ExpiryHeap()
         """Of queued jobs only."""
-        self._first: tuple[int, ...] = ()
+        self._first: list[int] = []
         """The first `POSITIONS_TRACKED` jobs at the last update of positions."""
         self._unplaced: dict[int, None] = {}
         """Jobs that were added since, in that order."""
@@ -98,12 +98,16 @@ class JobQueue:
         Returns:
             The jobs whose position changed, those included that are no longer among the first.
         """
+        first = [key % _LEVEL for key in islice(self._order, POSITIONS_TRACKED)]
+        current = dict(zip(first, count(1)))
         for seq in self._unplaced:
-            self._positions[seq] = (self._rank(seq), None)
+            self._positions[seq] = (current.get(seq) or self._rank(seq), None)
         self._unplaced.clear()
-        first = tuple(islice(self, POSITIONS_TRACKED))
-        current = {seq: position for position, seq in enumerate(first, start=1)}
-        current |= {seq: self._rank(seq) for seq in self._first if seq in self._keys and seq not in current}
+        if first == self._first:
+            return []
+        for seq in self._first:
+            if seq not in current and seq in self._keys:
+                current[seq] = self._rank(seq)
         self._first = first
         moved = [seq for seq, position in current.items() if self._positions.get(seq, (0, None))[0] != position]
         for seq in moved:
@@ -117,9 +121,10 @@ class JobQueue:
 
     def all_ready(self, now: float, time: float) -> Iterator[int]:
         """Yield the jobs that may be started, in order."""
-        return (
-            seq for seq in self if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time
-        )
+        for key in self._order:
+            seq = key % _LEVEL
+            if self._not_before.get(seq, now) <= now and self._expires_at.get(seq, math.inf) > time:
+                yield seq
 
     def next_ready_in(self, now: float, time: float) -> float | None:
         """Return in how many seconds a delayed job will be ready; None: no job is delayed, or all of them expired."""

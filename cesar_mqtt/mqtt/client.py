@@ -64,6 +64,8 @@ class MqttClient(StoppableThread):
         on_disconnected: the connection is lost; its tickets are void. Not called for `close`.
         on_published: the broker has the message (QoS 1: PUBACK received; QoS 0: written). With a reason: the broker
             refused it, and would do so again.
+        on_unrouted: no subscription matched these messages, so that the broker has dropped them (MQTT 5); called before
+            `on_published`.
         on_refused: the broker refused the first attempt in a way that another attempt does not change; the client
             ends.
     """
@@ -82,6 +84,7 @@ class MqttClient(StoppableThread):
         on_connected: Callable[[ConnectionInfo], None] | None = None,
         on_disconnected: Callable[[ConnectionFailure], None] | None = None,
         on_published: Callable[[PublishTicket, str | None], None] | None = None,
+        on_unrouted: Callable[[Sequence[PublishTicket]], None] | None = None,
         on_refused: Callable[[BrokerRefusedError], None] | None = None,
     ) -> None:
         """Read the files that the settings name; `start` connects.
@@ -99,6 +102,7 @@ class MqttClient(StoppableThread):
             on_connected: see the attributes.
             on_disconnected: see the attributes.
             on_published: see the attributes.
+            on_unrouted: see the attributes.
             on_refused: see the attributes.
 
         Raises:
@@ -125,6 +129,7 @@ class MqttClient(StoppableThread):
         self.on_connected = on_connected
         self.on_disconnected = on_disconnected
         self.on_published = on_published
+        self.on_unrouted = on_unrouted
         self.on_refused = on_refused
         self._buffer = ReceiveBuffer(buffer_max_messages, buffer_max_bytes, on_room=self._wake_connection)
         self._version = VersionChoice(settings.protocol)
@@ -282,6 +287,9 @@ class MqttClient(StoppableThread):
             # The connection at which the session began may have ended before it was ready: the session is still new.
             self._report_connected(replace(info, session_present=not self._session_is_new))
             self._session_is_new = False
+        unrouted = connection.take_unrouted()
+        if unrouted and self.on_unrouted is not None:
+            log_exceptions(self.on_unrouted)(unrouted)
         published = connection.take_published()
         if published:
             self._buffer.set_acks_received(info.number, connection.acks_received)

@@ -16,6 +16,7 @@ from cesar_mqtt.mqtt.messages import Delivery, Publication, Receipt
 TYPE_MASK = 0xF0
 """The bits of a packet's first byte that give its type."""
 PUBLISH, PUBACK = 0x30, 0x40
+_NO_MATCHING_SUBSCRIBERS = b"\x10"
 QOS_MASK = 0x06
 """The bits of a PUBLISH's first byte that give its QoS."""
 QOS_2 = 0x04
@@ -207,6 +208,11 @@ def _decode_property(into: _Properties, property_id: int, body: bytes, at: int) 
 def _decode_length_prefixed(body: bytes, at: int) -> tuple[bytes, int]:
     end = at + 2 + int.from_bytes(body[at : at + 2], "big")
     return body[at + 2 : end], end
+
+
+def is_unrouted(puback: bytes) -> bool:
+    """Whether a PUBACK says that no subscription matched, so that the broker has dropped the message (MQTT 5)."""
+    return puback[2:3] == _NO_MATCHING_SUBSCRIBERS
 
 
 def decode_puback(body: bytes) -> tuple[int, str | None]:

@@ -228,6 +228,10 @@ class Connection:
         """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""
         return self._send_queue.take_published()
 
+    def take_unrouted(self) -> list[PublishTicket]:
+        """Return those of the accepted messages that no subscription matched (MQTT 5), since the last call."""
+        return self._send_queue.take_unrouted()
+
     @property
     def acks_received(self) -> int:
         """How many of our acknowledgements at QoS 1 the broker has received for certain."""
@@ -304,7 +308,7 @@ class Connection:
             if packet_type == codec.PUBLISH and first & codec.QOS_MASK != codec.QOS_2:
                 self._deliver(codec.decode_publish(first, body, five=self._five, connection=self._number))
             elif packet_type == codec.PUBACK:
-                self._send_queue.on_acknowledged(*codec.decode_puback(body))
+                self._send_queue.on_acknowledged(*codec.decode_puback(body), unrouted=codec.is_unrouted(body))
             else:
                 self._socket.forward_to_paho(first, body)
                 self._paho.loop_read()

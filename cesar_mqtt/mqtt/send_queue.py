@@ -53,6 +53,7 @@ class SendQueue:
         self._in_flight: dict[int, tuple[PublishTicket, str, int]] = {}
         self._unwritten: list[PublishTicket] = []
         self._published: list[tuple[PublishTicket, str | None]] = []
+        self._unrouted: list[PublishTicket] = []
 
     @property
     def has_waiting(self) -> bool:
@@ -92,15 +93,22 @@ class SendQueue:
             self._published += [(ticket, None) for ticket in self._unwritten]
             self._unwritten.clear()
 
-    def on_acknowledged(self, mid: int, reason: str | None) -> None:
-        """Handle a PUBACK; with a reason, the broker refused the message."""
+    def on_acknowledged(self, mid: int, reason: str | None, *, unrouted: bool = False) -> None:
+        """Handle a PUBACK; with a reason, the broker refused the message. `unrouted`: no subscription matched it."""
         ticket, topic, acks_sent = self._in_flight.pop(mid, (None, "", 0))
         if ticket is None:
             return
         self.acks_received = max(self.acks_received, acks_sent)
         if reason is not None:
             log.warning("The broker refused a message on %s: %s", topic, reason, action="publish_refused")
+        if unrouted:
+            self._unrouted.append(ticket)
         self._published.append((ticket, reason))
+
+    def take_unrouted(self) -> list[PublishTicket]:
+        """Return those of the accepted messages that no subscription matched (MQTT 5), since the last call."""
+        unrouted, self._unrouted = self._unrouted, []
+        return unrouted
 
     def take_published(self) -> list[tuple[PublishTicket, str | None]]:
         """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""

@@ -20,6 +20,7 @@ from cesar_mqtt.protocol.fields import (
     AudioName,
     ComputeType,
     Consumer,
+    CpuThreads,
     CreatedAt,
     DefaultModel,
     Device,
@@ -36,6 +37,7 @@ from cesar_mqtt.protocol.fields import (
     QueuePosition,
     ResultFormat,
     UpdatedAt,
+    Workers,
     one_of,
 )
 from cesar_mqtt.protocol.payloads import Status
@@ -228,7 +230,8 @@ class Models(Payload):
     loaded: str | None = Field(description="The model in memory; null: none.")
     device: Device
     compute_type: ComputeType
-    cpu_threads: int = Field(description="How many threads the models use.")
+    cpu_threads: CpuThreads
+    workers: Workers
     models: list[Model] = Field(description="Those that are on this machine, and the default.")
     consumer: Consumer
 

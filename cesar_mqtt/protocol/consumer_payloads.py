@@ -10,6 +10,7 @@ from cesar_mqtt.jobs import Job, Totals
 from cesar_mqtt.protocol.fields import (
     AudioDuration,
     ComputeType,
+    CpuThreads,
     DefaultModel,
     DetectedLanguage,
     Device,
@@ -21,6 +22,7 @@ from cesar_mqtt.protocol.fields import (
     TextTruncated,
     Timestamp,
     Version,
+    Workers,
     timestamp,
 )
 from cesar_mqtt.protocol.truncate import truncate_text
@@ -142,6 +144,12 @@ class Info(Payload):
     default_model: DefaultModel
     device: Device
     compute_type: ComputeType
+    cpu_threads: CpuThreads
+    workers: Workers
+    batching: bool = Field(
+        description="Whether the model decodes as many pieces at once as `batch_size` says. On a CPU it does not, for "
+        "that is slower: `workers` transcribe windows at once."
+    )
     limits: Limits = Field(description="The most that a request may hold.")
     broker: str = Field(description="The address of the broker.")
     started_at: Timestamp = Field(description="When the consumer was started.")
@@ -149,7 +157,16 @@ class Info(Payload):
 
 
 def info_of(
-    settings: dict[str, Any], *, models: list[str], default_model: str, device: str, compute_type: str, started: float
+    settings: dict[str, Any],
+    *,
+    models: list[str],
+    default_model: str,
+    device: str,
+    compute_type: str,
+    cpu_threads: int,
+    workers: int,
+    batching: bool,
+    started: float,
 ) -> Info:
     """Return what the consumer publishes at its start.
 
@@ -159,6 +176,9 @@ def info_of(
         default_model: that of jobs which name none.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 names it.
+        workers: how many windows are transcribed at once.
+        cpu_threads: how many threads each of them uses.
+        batching: whether `batch_size` makes the model decode several pieces at once.
         started: seconds since the epoch.
     """
     return Info(
@@ -167,6 +187,9 @@ def info_of(
         default_model=default_model,
         device=device,
         compute_type=compute_type,
+        cpu_threads=cpu_threads,
+        workers=workers,
+        batching=batching,
         limits=Limits(
             max_payload_bytes=settings["queue"]["max_payload_bytes"],
             max_queued=settings["queue"]["max_queued"],

@@ -187,6 +187,9 @@ def _about_the_consumer() -> Examples:
         default_model="base",
         device="cpu",
         compute_type="int8",
+        cpu_threads=4,
+        workers=4,
+        batching=False,
         started=_STARTED - 86_400,
     )
     return {
@@ -227,6 +230,7 @@ def _responses() -> Examples:
             device="cpu",
             compute_type="int8",
             cpu_threads=4,
+            workers=4,
             models=[base],
             consumer=_CONSUMER,
         ),

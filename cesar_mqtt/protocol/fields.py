@@ -86,6 +86,8 @@ Version = Annotated[str, Field(description="The version of cesar-mqtt.")]
 DefaultModel = Annotated[str, Field(description="The model of jobs that name none.")]
 Device = Annotated[str, one_of("cpu", "cuda"), Field(description="The device that runs the models.")]
 ComputeType = Annotated[str, Field(description="The precision, as CTranslate2 names it.")]
+CpuThreads = Annotated[int, Field(description="How many threads each worker uses on the CPU.")]
+Workers = Annotated[int, Field(description="How many windows of a long recording are transcribed at once.")]
 ResultFormat = Annotated[str, one_of(*FORMATS), Field(description="The format of the file.")]
 IsPaused = Annotated[bool, Field(description="Whether the consumer starts no job.")]
 

@@ -51,7 +51,7 @@ def _known_language(text: str) -> str | None:
         return None
     code = language_code(text)
     if code is None:
-        raise ValueError("is no language that Whisper knows: use a code such as 'de', or leave it out")
+        raise ValueError("is not a language that Whisper knows: use a code such as 'de', or leave it out")
     return code
 
 
@@ -62,7 +62,7 @@ def _valid_url(text: str) -> str:
     except ValueError:  # a port that is no number, a bracket that is not closed
         names_host = False
     if not (names_host and _URL.fullmatch(text)):
-        raise ValueError("is no URL that begins with http:// or https:// and names a host")
+        raise ValueError("is not a URL that begins with http:// or https:// and names a host")
     return text
 
 

@@ -1,11 +1,16 @@
-"""Decoding of the speech in a chunk, every range of it in place: no segment and no word spans what lies between two.
+"""Decoding of the speech in a chunk: no segment and no word spans the silence between two ranges of it.
+
+Ranges that are near to each other are decoded together, without the silence: the model understands a sentence with a
+pause in it better as a whole (docs/performance.md). What it takes for one segment is cut where the silence was.
 
 A `ChunkDecoder` belongs to the thread that decodes its chunk; several may use one `PieceDecoder`.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,14 +21,17 @@ from cesar_mqtt.audio.vad import Range, find_cut, speech_probabilities, split
 from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, Language, Piece, PieceDecoder, Result
 from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
 from cesar_mqtt.whisper.features import HOP_SAMPLES, Features, log_mel
+from cesar_mqtt.whisper.timeline import Timeline, join_near
 
 _FRAMES_PER_S = SAMPLE_RATE // HOP_SAMPLES
 _DETECTION_PIECES = 4
 """In how many pieces the language is detected until one is certain: the first is often music."""
 _UTTERANCE = 8 * SAMPLE_RATE
 """Where the language may change, it is detected in parts of at most this length."""
+_JOINED_GAP = 8 * SAMPLE_RATE
+"""Ranges with a longer gap between them are decoded apart."""
 _MIN_REMAINDER_FRAMES = 20
-"""A shorter remainder of a range can hold no word."""
+"""A shorter remainder can hold no word."""
 
 
 @dataclass(slots=True)
@@ -50,20 +58,22 @@ class RawSegment:
 
 @dataclass(slots=True)
 class _Speech:
-    """A range of speech.
+    """Ranges of speech that are decoded together.
 
     Attributes:
-        start_s: where it begins in the chunk.
-        features: of the whole range.
+        samples: of the ranges.
+        timeline: where they lie in the chunk.
+        features: of the samples.
         language: None: not known yet.
         prompt: for its next piece.
-        first: its first piece, if it was encoded for the detection.
+        first: the first piece, if it was encoded for the detection.
         seek: how many frames are decoded.
         limit: the most frames of the next piece.
         found: segments that were not yielded yet.
     """
 
-    start_s: float
+    samples: Samples
+    timeline: Timeline
     features: Features
     language: str | None = None
     prompt: str | None = None
@@ -131,7 +141,7 @@ class ChunkDecoder:
         else:
             if batch_size > 1:
                 ranges = self._cut(ranges, FULL_FRAMES * HOP_SAMPLES)
-            self._speech = [self._compute(start, end) for start, end in ranges]
+            self._speech = [self._compute(group) for group in self._join(ranges)]
             if self.language is None and self._speech:
                 self.language = self._detect_language()
         if not self._speech:
@@ -155,8 +165,10 @@ class ChunkDecoder:
 
     def _decode_next(self, group: Sequence[_Speech]) -> None:
         """Decode the next piece of each range, and add its segments."""
-        frames = max(self._decoder.frames_for(speech.next_features) for speech in group)
-        # One by one also for a batch: encoding all at once takes a CPU half as long again.
+        frames = max(
+            self._decoder.frames_for(speech.next_features) if speech.first is None else speech.first.frames
+            for speech in group
+        )
         pieces = [
             speech.first
             if speech.first is not None and speech.first.frames == frames
@@ -173,8 +185,8 @@ class ChunkDecoder:
     def _add(self, speech: _Speech, result: Result) -> None:
         """Add the segments of a piece to its range; if the piece is to be cut, only limit the next one."""
         if result.should_be_cut:
-            first = round(speech.start_s * SAMPLE_RATE) + speech.seek * HOP_SAMPLES
-            most = self._samples[first : first + result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3]
+            first = speech.seek * HOP_SAMPLES
+            most = speech.samples[first : first + result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3]
             cut = find_cut(most, speech_probabilities(most), search_window=len(most))
             speech.limit = cut // HOP_SAMPLES
             return
@@ -183,12 +195,20 @@ class ChunkDecoder:
             speech.seek += result.piece.features.shape[1]
             return
         segments, frames = self._decoder.split(result, speech.seek / _FRAMES_PER_S)
+        # The model hears silence after the speech, and may make up text for it.
+        segments = [
+            one for one in segments if one["text"].strip() and one["start"] < min(one["end"], speech.timeline.length_s)
+        ]
+        reached = [speech.timeline.ranges_of(one["start"], one["end"]) for one in segments]
+        words: Sequence[Sequence[Mapping[str, Any]] | None] = [one.get("words") for one in segments]
+        if not self._decoder.has_words and any(len(numbers) > 1 for numbers in reached):
+            words = self._decoder.align(result, segments)
+        for segment, numbers, spoken in zip(segments, reached, words, strict=True):
+            if len(numbers) > 1 and spoken:
+                speech.found += _cut_apart(segment, spoken, result, speech.timeline, keep_words="words" in segment)
+            else:
+                speech.found.append(_segment(segment, segment.get("words"), result, speech.timeline, numbers[0]))
         speech.seek += frames
-        length_s = speech.features.shape[1] / _FRAMES_PER_S
-        for segment in segments:
-            # The model hears silence after the range, and may make up text for it.
-            if segment["text"].strip() and segment["start"] < min(segment["end"], length_s):
-                speech.found.append(_segment(segment, result, speech.start_s, length_s))
 
     def _detect_language(self) -> Language:
         """Detect it in the first 30 s of speech, and in further ones until one is certain."""
@@ -197,9 +217,12 @@ class ChunkDecoder:
         votes: dict[str, list[float]] = {}
         for start in range(0, min(features.shape[1], _DETECTION_PIECES * FULL_FRAMES), FULL_FRAMES):
             piece = self._decoder.encode(features[:, start : start + FULL_FRAMES])
+            language = self._decoder.detect_language(piece)
+            if language.probability <= CERTAIN_ABOVE and piece.frames < FULL_FRAMES:
+                piece = self._decoder.encode(piece.features, frames=FULL_FRAMES)
+                language = self._decoder.detect_language(piece)
             if start == 0 and piece.features.shape == first.next_features.shape:
                 first.first = piece
-            language = self._decoder.detect_language(piece)
             if language.probability > CERTAIN_ABOVE:
                 return language
             votes.setdefault(language.code, []).append(language.probability)
@@ -210,7 +233,7 @@ class ChunkDecoder:
         """Detect the language of each utterance; those in one language that follow without a pause are one range."""
         utterances = self._cut(ranges, _UTTERANCE, search_window=_UTTERANCE)
         detected = [
-            self._decoder.detect_language(self._decoder.encode(self._compute(*one).features)) for one in utterances
+            self._decoder.detect_language(self._decoder.encode(self._compute([one]).features)) for one in utterances
         ]
         certain = [language for language in detected if language.probability > CERTAIN_ABOVE]
         if utterances and self.language is None:
@@ -220,17 +243,26 @@ class ChunkDecoder:
                     spoken[language.code] = spoken.get(language.code, 0) + end - start
             most = max(spoken, key=lambda code: spoken[code])
             self.language = Language(most, max(one.probability for one in detected if one.code == most))
-        joined: list[tuple[int, int, str]] = []
         current = certain[0].code if certain else "" if self.language is None else self.language.code
-        for (start, end), language in zip(utterances, detected, strict=True):
+        codes: list[str] = []
+        for language in detected:
             current = language.code if language.probability > CERTAIN_ABOVE or not current else current
-            continues = joined and joined[-1][1:] == (start, current)
-            joined.append((joined.pop()[0] if continues else start, end, current))
-        return [self._compute(start, end, language) for start, end, language in joined]
+            codes.append(current)
+        return [
+            self._compute(group, code)
+            for code, same in groupby(zip(codes, utterances, strict=True), key=lambda pair: pair[0])
+            for group in self._join([utterance for _, utterance in same])
+        ]
 
-    def _compute(self, start: int, end: int, language: str | None = None) -> _Speech:
-        features = log_mel(self._extractor, self._samples[start:end], self._should_stop)
-        return _Speech(start / SAMPLE_RATE, features, language)
+    def _compute(self, ranges: Sequence[Range], language: str | None = None) -> _Speech:
+        timeline = Timeline(ranges)
+        samples = timeline.join(self._samples)
+        return _Speech(samples, timeline, log_mel(self._extractor, samples, self._should_stop), language)
+
+    def _join(self, ranges: Sequence[Range]) -> list[list[Range]]:
+        # What is decoded in batches is cut to pieces before; otherwise each piece goes on where the one before ended.
+        most = FULL_FRAMES * HOP_SAMPLES if self._batch_size > 1 else math.inf
+        return join_near(ranges, gap=_JOINED_GAP, most=most)
 
     def _cut(self, ranges: Sequence[Range], limit: int, *, search_window: int | None = None) -> list[Range]:
         """Cut ranges that are longer than the limit at their pauses."""
@@ -241,24 +273,49 @@ class ChunkDecoder:
         ]
 
 
-def _segment(segment: dict[str, Any], result: Result, offset_s: float, length_s: float) -> RawSegment:
-    """Convert a segment of a range that begins at `offset_s` in the chunk."""
-    words = None
-    if "words" in segment:
-        words = [
-            RawWord(
-                start=offset_s + min(word["start"], length_s),
-                end=offset_s + min(word["end"], length_s),
-                word=word["word"],
-                probability=word["probability"],
-            )
-            for word in segment["words"]
-        ]
+def _segment(
+    segment: Mapping[str, Any],
+    words: Sequence[Mapping[str, Any]] | None,
+    result: Result,
+    timeline: Timeline,
+    number: int,
+) -> RawSegment:
+    """Convert a segment that lies in one range."""
     return RawSegment(
-        start=offset_s + segment["start"],
-        end=offset_s + min(segment["end"], length_s),
+        start=timeline.in_chunk(segment["start"], number),
+        end=timeline.in_chunk(segment["end"], number),
         text=segment["text"],
         avg_logprob=result.avg_logprob,
         no_speech_prob=result.no_speech_prob,
-        words=words,
+        words=None if words is None else [_word(word, timeline, number) for word in words],
+    )
+
+
+def _cut_apart(
+    segment: Mapping[str, Any],
+    words: Sequence[Mapping[str, Any]],
+    result: Result,
+    timeline: Timeline,
+    *,
+    keep_words: bool,
+) -> list[RawSegment]:
+    """Cut a segment that reaches into several ranges, at its words."""
+    found = []
+    for number, group in groupby(words, key=lambda word: timeline.range_at((word["start"] + word["end"]) / 2)):
+        spoken = list(group)
+        part = {
+            "start": spoken[0]["start"],
+            "end": spoken[-1]["end"],
+            "text": "".join(word["word"] for word in spoken),
+        }
+        found.append(_segment({**segment, **part}, spoken if keep_words else None, result, timeline, number))
+    return found
+
+
+def _word(word: Mapping[str, Any], timeline: Timeline, number: int) -> RawWord:
+    return RawWord(
+        start=timeline.in_chunk(word["start"], number),
+        end=timeline.in_chunk(word["end"], number),
+        word=word["word"],
+        probability=word["probability"],
     )

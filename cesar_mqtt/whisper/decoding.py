@@ -33,6 +33,9 @@ _REPEATED = 4
 """How often a text at the end of a repetitive result must stand there for it to be a loop of the model."""
 _SAMPLES_OF_TEMPERATURE = 5
 """How many results are drawn at a temperature above 0; the most probable one counts (Whisper's `best_of`)."""
+_TOKENS_AT_LEAST, _TOKENS_PER_S = 40, 40
+"""More tokens than anyone can speak, also in a language with three of them for a letter: a loop of the model in a short
+clip need not go on to Whisper's own limit."""
 _LATEST_START = 50
 """In steps of 20 ms: where the first segment of a piece begins at the latest."""
 _PREPENDED, _APPENDED = "\"'“¿([{-", "\"'.。,\uff0c!\uff01?\uff1f:\uff1a”)]}、"
@@ -119,12 +122,17 @@ class Result:
 
 
 class PieceDecoder:
-    """Encodes and decodes pieces with one model and the options of one job."""
+    """Encodes and decodes pieces with one model and the options of one job.
+
+    Attributes:
+        has_words: whether `split` returns the words of segments.
+    """
 
     def __init__(self, model: WhisperModel, options: DecodingOptions, should_stop: Callable[[], bool]) -> None:
         """Keep what is given; `should_stop` is asked before each step of the model, which then raises Cancelled."""
         self._model = model
         self._options = options
+        self.has_words = options.word_timestamps
         self._should_stop = should_stop
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -184,16 +192,7 @@ class PieceDecoder:
             seek=seek,
         )
         if self._options.word_timestamps:
-            self._check_stop()
-            self._model.add_word_timestamps(
-                [segments],
-                result.tokenizer,
-                result.piece.encoded,
-                size,
-                _PREPENDED,
-                _APPENDED,
-                last_speech_timestamp=0.0,
-            )
+            self._add_words(result, segments)
             ends_s = [segment["words"][-1]["end"] for segment in segments if segment["words"]]
             if ends_s and not ends_alone and ends_s[-1] > offset_s:
                 end = round(ends_s[-1] * rate)
@@ -201,18 +200,33 @@ class PieceDecoder:
             segment["text"] = result.tokenizer.decode(segment["tokens"])
         return segments, end - seek if seek < end else size
 
+    def align(self, result: Result, segments: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return the words of each segment of a result, as faster-whisper's dictionaries."""
+        copies = [dict(segment) for segment in segments]  # their times would be changed, too
+        self._add_words(result, copies)
+        return [copy["words"] for copy in copies]
+
+    def _add_words(self, result: Result, segments: list[dict[str, Any]]) -> None:
+        self._check_stop()
+        frames = result.piece.features.shape[1]
+        self._model.add_word_timestamps(
+            [segments], result.tokenizer, result.piece.encoded, frames, _PREPENDED, _APPENDED, last_speech_timestamp=0.0
+        )
+
     def _settle(self, result: Result, question: "_Question") -> Result:
         """Return the first result that passes Whisper's checks, or the most probable one."""
         first, *further = self._options.temperatures
         beams = self._options.beam_size or _BEAMS
-        if result.is_unsure and self._options.beam_size is None and first == 0:
+        is_short = result.piece.frames < FULL_FRAMES
+        # What fails at its own length is decoded with a beam at full length below.
+        if self._options.beam_size is None and first == 0 and result.is_unsure and not (result.fails and is_short):
             result = max(result, *self._generate([result.piece], [question], first, beams), key=_rank)
         if result.is_unsure and not self._options.language_given:
             result = self._in_detected_language(result, question, beams)
-        if not result.fails or (result.is_silence and result.piece.frames == FULL_FRAMES):
+        if not result.fails or (result.is_silence and not is_short):
             return result
         tried, piece = [result], result.piece
-        if piece.frames < FULL_FRAMES:
+        if is_short:
             piece = self.encode(piece.features, frames=FULL_FRAMES)
             further.insert(0, first)
         question = _Question(result.tokenizer, question.prompt)
@@ -245,10 +259,13 @@ class PieceDecoder:
                 "sampling_temperature": temperature,
             }
         self._check_stop()
+        prompts = [self._prompt(question) for question in asked]
+        seconds = max(piece.features.shape[1] for piece in pieces) / self._model.frames_per_second
+        longest = max(map(len, prompts)) + _TOKENS_AT_LEAST + round(_TOKENS_PER_S * seconds)
         results = self._model.model.generate(
             pieces[0].encoded if len(pieces) == 1 else _joined(pieces),
-            [self._prompt(question) for question in asked],
-            max_length=self._model.max_length,
+            prompts,
+            max_length=min(longest, self._model.max_length),
             return_scores=True,
             return_no_speech_prob=True,
             suppress_tokens=get_suppressed_tokens(asked[0].tokenizer, [-1]),

@@ -19,7 +19,7 @@ from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
-from cesar_mqtt.whisper.hardware import release_memory, usable_cores
+from cesar_mqtt.whisper.hardware import divide_cores, release_memory, usable_cores
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 
 log = get_logger(__name__)
@@ -40,7 +40,8 @@ class StoreDescription:
         loaded: the model in memory; None: none.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 calls it.
-        cpu_threads: how many threads a model may use on the CPU.
+        workers: how many windows of a long recording are transcribed at once.
+        cpu_threads: how many threads each of them uses on the CPU.
         models: each allowed model, once.
     """
 
@@ -49,6 +50,7 @@ class StoreDescription:
     loaded: str | None
     device: str
     compute_type: str
+    workers: int
     cpu_threads: int
     models: tuple[ModelEntry, ...]
 
@@ -62,7 +64,8 @@ class ModelStore:
         catalogue: the models and where they are.
         device: `cpu` or `cuda`.
         compute_type: the precision of the computation, as CTranslate2 calls it.
-        cpu_threads: how many threads a model may use on the CPU.
+        workers: how many threads may use a model at once.
+        cpu_threads: how many threads a model uses on the CPU for each of them.
         on_loaded: called with the name of a model that was loaded and the seconds that it took, a download included.
         on_unloaded: called when the model in memory was dropped. Both run in the worker thread.
     """
@@ -81,7 +84,8 @@ class ModelStore:
             ConfigError: a setting names something that this machine does not have; the message names the setting.
         """
         self.device, self.compute_type = _choose_device(settings)
-        self.cpu_threads = settings.cpu_threads or usable_cores()
+        workers = settings.workers or (1 if self.device == "cuda" else None)
+        self.workers, self.cpu_threads = divide_cores(settings.cpu_threads or usable_cores(), workers)
         self.catalogue = Catalogue(settings, folder=folder)
         self._idle_s = settings.idle_timeout
         self._clock = clock
@@ -117,6 +121,7 @@ class ModelStore:
             device=self.device,
             compute_type=self.compute_type,
             cpu_threads=self.cpu_threads,
+            workers=self.workers,
             models=self.catalogue.entries(),
         )
 
@@ -124,7 +129,7 @@ class ModelStore:
         """Return a warmed-up model: the one in memory, or another that is loaded in its place.
 
         One that is not on this machine is downloaded first, if that is allowed. Only for the worker thread; the model
-        belongs to that thread until the next call.
+        belongs to that thread, and to the `workers` threads that it starts, until the next call.
 
         Args:
             name: as a job gives it.
@@ -180,7 +185,11 @@ class ModelStore:
         try:
             model_files.check(path)
             model = WhisperModel(
-                str(path), device=self.device, compute_type=self.compute_type, cpu_threads=self.cpu_threads
+                str(path),
+                device=self.device,
+                compute_type=self.compute_type,
+                num_workers=self.workers,
+                cpu_threads=self.cpu_threads,
             )
             _warm_up(model)
         except Exception as exc:

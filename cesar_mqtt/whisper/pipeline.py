@@ -21,6 +21,8 @@ from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padding_frames
 _MAX_TOKENS = 100
 """Of the prompt, and of the hotwords: together they must leave room in Whisper's 448 tokens for the transcript."""
 _CONTROL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
+PIECE_S = 30.0
+"""What the model decodes at once, at most."""
 _BATCHING_DEVICES = frozenset({"cuda"})
 """Where several pieces at once are faster than one after the other. On a CPU they are not (docs/performance.md): there
 its cores transcribe several windows at once."""

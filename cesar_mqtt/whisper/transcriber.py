@@ -1,38 +1,45 @@
 """From a recording to a transcript, window by window: any length needs the same memory, and can be resumed.
 
-Knows nothing of jobs or MQTT. Progress, segments, windows and cancellation go through callbacks, which run in the
-thread that transcribes, the worker's.
+Knows nothing of jobs or MQTT. Several windows are transcribed at once, by threads that live as long as the call. All
+callbacks run in the thread that calls, the worker's, and in the order of the recording; only `should_stop` is asked by
+the other threads, too, by one at a time.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from cesar_mqtt.audio.decoder import SAMPLE_RATE
 from cesar_mqtt.audio.decoder_process import limits_of
 from cesar_mqtt.audio.windows import Chunk, Recording
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, Preempted
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
+from cesar_mqtt.whisper.chunk import RawSegment
 from cesar_mqtt.whisper.decoding import Language
 from cesar_mqtt.whisper.features import LARGE_SAMPLES
 from cesar_mqtt.whisper.hardware import release_memory
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
-from cesar_mqtt.whisper.pipeline import Pipeline
+from cesar_mqtt.whisper.ordered_work import OrderedWork
+from cesar_mqtt.whisper.pipeline import PIECE_S, Pipeline, uses_batches
 
 log = get_logger(__name__)
 
 _MIN_LOGPROB = -100.0
 """In place of an average log probability that is not finite."""
+_MAX_REPEATED_S = 240.0
+"""The most audio that a crash may repeat, unless one window is longer."""
 
 
 class Transcriber:
     """Turns recordings into transcripts, one at a time. Only `open` may be called from any thread."""
 
     def __init__(
-        self, models: ModelStore, audio: AudioSettings, *, window_s: float = 600.0, short_encoder_input: bool = True
+        self, models: ModelStore, audio: AudioSettings, *, window_s: float = 60.0, short_encoder_input: bool = True
     ) -> None:
         self._models = models
         self._limits = limits_of(audio)
@@ -58,12 +65,18 @@ class Transcriber:
         return Recording(
             path,
             limits=self._limits,
-            window_s=self._window_s,
+            window_s=self._window_of(options),
             clips=options.clips,
             from_s=from_s,
             vad_filter=options.vad_filter,
             track=options.audio_track,
         )
+
+    def _window_of(self, options: TranscriptionOptions) -> float:
+        """The seconds of a window: enough pieces for a batch, where these are used."""
+        if not uses_batches(self._models.device):
+            return self._window_s
+        return max(self._window_s, min(options.batch_size * PIECE_S, _MAX_REPEATED_S))
 
     def transcribe(
         self,
@@ -87,32 +100,50 @@ class Transcriber:
             on_segment: called with each new segment.
             on_window: called with each new window but the last, whose end is the end of the recording.
             should_stop: asked during decoding, before each step of the model and after each segment.
-            should_yield: asked after each `on_window`.
+            should_yield: asked after each `on_window`. If it returns True, no further window is started, and those that
+                were are finished.
 
         Raises:
             JobFailedError: `audio_*` for the file, `model_unavailable` for the model, `invalid_request` for what the
                 model cannot do or the file does not have, `internal` if the model fails in the middle.
             Cancelled: `should_stop` returned True.
-            Preempted: `should_yield` returned True.
+            Preempted: `should_yield` returned True, and windows are left.
         """
+        stop = _StopFlag(should_stop)
         draft = _Draft(recording, options, done, on_progress=on_progress, on_segment=on_segment)
         draft.report_progress(done[-1].until_s if done else 0.0)
-        pipeline: Pipeline | None = None
-        for chunk in recording.chunks(should_stop):
-            draft.report_progress(chunk.start_s)
-            if chunk.speech:
-                pipeline = pipeline or self._make_pipeline(options, should_stop)
-                with closing(self._segments(pipeline, chunk, options.model_size, draft)) as segments:
-                    for segment, raw_text in segments:
-                        draft.add(segment, raw_text)
-                        _check_cancelled(should_stop)
+        recording.wait_until_open(stop)
+        pipeline = self._make_pipeline(options, stop)  # the recording is decoded meanwhile
+        work = OrderedWork(
+            recording.chunks(stop),
+            lambda chunk: _raw_segments(pipeline, chunk, draft.language, stop),
+            threads=self._parallel,
+            # The language that the first window with speech has is used for all others.
+            limit=lambda: 1 if draft.language is None and pipeline.detects_language else self._parallel,
+        )
+        is_last = has_speech = False
+        try:
+            for chunk, raw_segments in work:
+                has_speech = has_speech or bool(chunk.speech)
+                draft.report_progress(chunk.start_s)
+                for raw, language in raw_segments:
+                    draft.add(_segment(raw, chunk, after=draft.last_segment), raw.text, language)
+                    _check_cancelled(stop)
                 self._models.mark_used()
-            window = draft.close_window(chunk.end_s)
-            if not chunk.last:
-                on_window(window)
-                if should_yield():
-                    raise Preempted
-        return draft.transcript(recording.warnings + (pipeline.warnings if pipeline is not None else ()))
+                window = draft.close_window(chunk.end_s)
+                is_last = chunk.last
+                if not is_last:
+                    on_window(window)
+                    if should_yield():
+                        work.finish()
+        except _ModelError as exc:
+            _end(work, stop)  # before the model is unloaded
+            raise self._model_failure(options.model_size, exc.error) from exc.error
+        finally:
+            _end(work, stop)
+        if not is_last:
+            raise Preempted
+        return draft.transcript(recording.warnings + (pipeline.warnings if has_speech else ()))
 
     def _make_pipeline(self, options: TranscriptionOptions, should_stop: Callable[[], bool]) -> Pipeline:
         model = self._models.load(options.model_size, should_stop=should_stop)
@@ -126,35 +157,78 @@ class Transcriber:
         _check_cancelled(should_stop)
         return pipeline
 
-    def _segments(
-        self, pipeline: Pipeline, chunk: Chunk, model_size: str, draft: "_Draft"
-    ) -> Generator[tuple[Segment, str], None, None]:
-        """Yield each segment with the model's own text, whose leading blank joins it to the one before."""
-        with self._model_errors(model_size):
-            raw_segments, language = pipeline.transcribe(chunk.samples, chunk.speech, draft.language)
-        draft.set_detected_language(language)
+    @property
+    def _parallel(self) -> int:
+        """How many windows may be in work at once; a crash repeats all of them."""
+        return min(self._models.workers, max(1, int(_MAX_REPEATED_S / self._window_s)))
+
+    def _model_failure(self, model_size: str, error: Exception) -> JobFailedError:
+        """Unload the model, and translate its error, which is no fault of the audio."""
+        self._models.unload()
+        reason = "ran out of memory" if is_out_of_memory(error) else "failed"
+        log.warning("Model %s %s: %s", model_size, reason, error, action="model_failed")
+        return JobFailedError(
+            ErrorCode.INTERNAL,
+            f"The model {model_size!r} {reason} while it transcribed; the audio itself could be read: retry, or "
+            "choose a smaller model.",
+        )
+
+
+class _StopFlag:
+    """A `should_stop` for several threads: they ask one at a time, and once it was True it stays True."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+        self._lock = threading.Lock()
+        self._is_set = False
+
+    def __call__(self) -> bool:
+        with self._lock:
+            self._is_set = self._is_set or self._should_stop()
+            return self._is_set
+
+    def set(self) -> None:
+        with self._lock:
+            self._is_set = True
+
+
+class _ModelError(Exception):
+    """An error inside the model, on its way from the thread that it happened in."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _end(work: OrderedWork[Any, Any], stop: _StopFlag) -> None:
+    """End the threads; one that is inside the model finishes that step."""
+    stop.set()
+    work.close()
+
+
+def _raw_segments(
+    pipeline: Pipeline, chunk: Chunk, language: str | None, should_stop: Callable[[], bool]
+) -> Generator[tuple[RawSegment, Language | None], None, None]:
+    """Yield the segments of a chunk, each with the language of the chunk; for any thread.
+
+    Raises:
+        Cancelled: `should_stop` returned True.
+        _ModelError: an error inside the model.
+    """
+    if not chunk.speech:
+        return
+    length_s = chunk.end_s - chunk.start_s
+    try:
+        raw_segments, found = pipeline.transcribe(chunk.samples, chunk.speech, language)
         if len(chunk.samples) > LARGE_SAMPLES:  # VAD and features leave up to 300 MB fragmented, more with each chunk
             release_memory()
-        length_s = chunk.end_s - chunk.start_s
-        with closing(raw_segments), self._model_errors(model_size):
+        with closing(raw_segments):
             for raw in raw_segments:
                 if raw.start < length_s:  # Whisper pads with silence to 30 s, and may make up text for it
-                    yield _segment(raw, chunk, after=draft.last_segment), raw.text
-
-    @contextmanager
-    def _model_errors(self, model_size: str) -> Iterator[None]:
-        """Translate an error inside the model, which is no fault of the audio, and unload the model."""
-        try:
-            yield
-        except (MemoryError, RuntimeError, ValueError) as exc:
-            self._models.unload()
-            reason = "ran out of memory" if is_out_of_memory(exc) else "failed"
-            log.warning("Model %s %s: %s", model_size, reason, exc, action="model_failed")
-            raise JobFailedError(
-                ErrorCode.INTERNAL,
-                f"The model {model_size!r} {reason} while it transcribed; the audio itself could be read: retry, or "
-                "choose a smaller model.",
-            ) from exc
+                    yield raw, found
+                _check_cancelled(should_stop)
+    except (MemoryError, RuntimeError, ValueError) as exc:
+        raise _ModelError(exc) from exc
 
 
 class _Draft:
@@ -186,7 +260,6 @@ class _Draft:
         spoken = next((window for window in done if window.language is not None), None)
         self.language = options.language
         self._probability: float | None = None if options.language is None else 1.0
-        self._detected: tuple[str, float] | None = None
         if spoken is not None:
             self.language, self._probability = spoken.language, spoken.language_probability
 
@@ -201,14 +274,14 @@ class _Draft:
             self._reported = progress
             self._on_progress(progress)
 
-    def set_detected_language(self, language: Language | None) -> None:
-        """Keep the language that was detected in a chunk; it counts once the chunk has a segment."""
-        if language is not None:
-            self._detected = language.code, _finite(language.probability, otherwise=0.0)
+    def add(self, segment: Segment, raw_text: str, language: Language | None) -> None:
+        """Add a segment with the model's own text, whose leading blank joins it to the one before.
 
-    def add(self, segment: Segment, raw_text: str) -> None:
-        if self._probability is None and self._detected is not None:
-            self.language, self._probability = self._detected
+        `language`: of its chunk; it counts if none is known yet.
+        """
+        if self._probability is None and language is not None:
+            self.language = language.code
+            self._probability = _finite(language.probability, otherwise=0.0)
         self._segments.append(segment)
         self._text += raw_text
         self.last_segment = segment
@@ -245,13 +318,13 @@ class _Draft:
 
 
 def _segment(raw: Any, chunk: Chunk, *, after: Segment | None) -> Segment:
-    start_s = _in_file(raw.start, chunk, otherwise=chunk.start_s)
+    start_s, end_s = _in_speech(raw, chunk)
     if after is not None:  # batched, a time may lie outside of the piece that it belongs to
         start_s = max(start_s, after.start_s)
     return Segment(
         id=1 if after is None else after.id + 1,
         start_s=start_s,
-        end_s=max(start_s, _in_file(raw.end, chunk, otherwise=start_s)),
+        end_s=max(start_s, end_s),
         text=raw.text.strip(),
         avg_logprob=_finite(raw.avg_logprob, otherwise=_MIN_LOGPROB),
         no_speech_prob=_finite(raw.no_speech_prob, otherwise=0.0),
@@ -260,15 +333,21 @@ def _segment(raw: Any, chunk: Chunk, *, after: Segment | None) -> Segment:
 
 
 def _word(raw: Any, chunk: Chunk) -> Word:
-    start_s = _in_file(raw.start, chunk, otherwise=chunk.start_s)
-    end_s = max(start_s, _in_file(raw.end, chunk, otherwise=start_s))
+    start_s, end_s = _in_speech(raw, chunk)
     return Word(start_s=start_s, end_s=end_s, text=raw.word, probability=_finite(raw.probability, otherwise=0.0))
 
 
-def _in_file(time_s: float, chunk: Chunk, *, otherwise: float) -> float:
-    """Convert a time in the chunk to one in the file, rounded to three decimals and limited to the chunk."""
-    in_file_s = _finite(chunk.start_s + float(time_s), otherwise=otherwise)
-    return min(max(round(chunk.start_s, 3), in_file_s), round(chunk.end_s, 3))
+def _in_speech(raw: Any, chunk: Chunk) -> tuple[float, float]:
+    """Convert start and end, in seconds from the start of the chunk, to times in the file, of three decimals.
+
+    They are limited to one range of speech, the one that has most of the time between them, or is the nearest.
+    """
+    start_s = _finite(raw.start, otherwise=0.0)
+    end_s = max(start_s, _finite(raw.end, otherwise=start_s))
+    ranges = [(first / SAMPLE_RATE, behind / SAMPLE_RATE) for first, behind in chunk.speech]
+    first_s, last_s = max(ranges, key=lambda part: min(end_s, part[1]) - max(start_s, part[0]))
+    in_file_s = [chunk.start_s + min(max(time_s, first_s), last_s) for time_s in (start_s, end_s)]
+    return round(in_file_s[0], 3), round(in_file_s[1], 3)
 
 
 def _finite(value: float, *, otherwise: float) -> float:

@@ -12,7 +12,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, repeated_long, words
+from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, words
 from tests.conftest import Mosquitto, need, run
 
 pytestmark = [pytest.mark.model]
@@ -103,7 +103,7 @@ def test_jobs_wait_in_order_while_one_is_in_work_and_are_picked_up_by_themselves
 ) -> None:
     serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    bus.publish("cesar/audio/long", LONG.read_bytes())
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": LONG.name, "beam_size": 1})
     bus.status("long", "processing")
 
     for number in range(1, 5):
@@ -118,28 +118,6 @@ def test_jobs_wait_in_order_while_one_is_in_work_and_are_picked_up_by_themselves
     assert all(end <= start for end, start in zip(ends, starts[1:], strict=False)), "one at a time, in order"
     positions = [status["queue_position"] for status in bus.seen("cesar/status/job-4") if status["status"] == "queued"]
     assert positions == [4, 3, 2, 1], "the position is told again whenever it changes"
-
-
-@pytest.mark.mosquitto
-def test_progress_is_told_while_a_long_recording_is_in_work(
-    mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
-) -> None:
-    """It is told once a second at most, so the work has to take some."""
-    serve("--broker", mosquitto.url)
-    bus = join(mosquitto.port)
-
-    bus.publish("cesar/audio/long", repeated_long(tmp_path / "long.wav", times=3).read_bytes())
-    ended = bus.status("long")
-
-    told = [status for status in bus.seen("cesar/status/long") if status["status"] == "processing"]
-    progress = [status["progress"] for status in told]
-    assert any(0 < value < 1 for value in progress)
-    assert progress == sorted(progress)
-    assert ended["progress"] == 1
-    measured = [status for status in told if status["eta"] is not None]
-    assert all(status["speed"] > 0 and status["eta"] >= 0 for status in measured)
-    assert words(ended["result_text"])[:6] == ["this", "recording", "lasts", "a", "little", "less"]
-    assert words(ended["result_text"])[-6:] == ["is", "the", "end", "of", "this", "recording"]
 
 
 @pytest.mark.mosquitto
@@ -275,7 +253,7 @@ def test_what_home_assistant_node_red_and_a_shell_write_is_taken_as_it_is_meant(
 def test_one_job_more_than_may_wait_is_refused(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     serve("--broker", mosquitto.url, environ={"CESAR_QUEUE__MAX_QUEUED": "1"})
     bus = join(mosquitto.port)
-    bus.publish("cesar/audio/long", LONG.read_bytes())
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": LONG.name, "beam_size": 1})
     bus.status("long", "processing")
 
     bus.publish("cesar/jobs", {"job_id": "waits", "audio_path": "speech.wav"})

@@ -19,9 +19,12 @@ Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
 
 
-def submit_and_wait_for_start(consumer: Consumer, bus: Bus) -> None:
+def submit_and_wait_for_start(consumer: Consumer, bus: Bus, *, upload: bool = False) -> None:
     """Submit a long job, and two short ones behind it; return while the long one runs."""
-    bus.publish("cesar/audio/long", LONG.read_bytes())
+    if upload:
+        bus.publish("cesar/audio/long", LONG.read_bytes())
+    else:
+        bus.publish("cesar/jobs", {"job_id": "long", "audio_path": LONG.name, "beam_size": 1})
     bus.publish("cesar/jobs", {"job_id": "next", "audio_path": "speech.wav"})
     bus.publish("cesar/jobs", {"job_id": "last", "audio_path": "speech.wav"})
     bus.status("last", "queued")
@@ -115,7 +118,7 @@ def test_a_second_signal_requeues_the_job_and_ends_at_once(
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    submit_and_wait_for_start(consumer, bus)
+    submit_and_wait_for_start(consumer, bus, upload=True)
 
     consumer.signal(signal.SIGTERM)
     consumer.wait_for_log("a second signal stops at once")
@@ -186,7 +189,7 @@ def test_a_consumer_killed_in_mid_job_starts_it_again_and_keeps_the_order(
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
-    submit_and_wait_for_start(consumer, bus)
+    submit_and_wait_for_start(consumer, bus, upload=True)
 
     consumer.kill()
     bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "offline")  # the last will

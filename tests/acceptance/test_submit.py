@@ -56,7 +56,9 @@ class Answers:
 
 @pytest.fixture
 def answers(mosquitto: Mosquitto, join: Join) -> Iterator[Answers]:
-    answers = Answers(join(mosquitto.port))
+    bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
+    answers = Answers(bus)
     yield answers
     answers.close()
 
@@ -293,7 +295,39 @@ def test_a_path_that_only_this_machine_has_is_told_in_full(
 
 
 @pytest.mark.mosquitto
-def test_without_a_consumer_that_is_said_once(mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flags", [[], ["--no-wait"]])
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_where_nobody_takes_jobs_that_is_said_at_once(
+    mosquitto: Mosquitto,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    flags: list[str],
+) -> None:
+    """It waited for ever, or with --no-wait exited 0, while the broker had dropped the recording."""
+    monkeypatch.setenv("CESAR_BROKER__PROTOCOL", protocol)
+    assert run(["submit", "--broker", mosquitto.url, *flags, str(SPEECH)]) == 3
+    told = capsys.readouterr().err
+    assert told.startswith(f"cesar-mqtt: No consumer takes jobs at {mosquitto.url} under 'cesar'.")
+    assert ("The broker has dropped what was sent." in told) is (protocol == "5")
+
+
+@pytest.mark.mosquitto
+def test_a_retained_state_does_not_hide_that_the_broker_dropped_the_recording(
+    mosquitto: Mosquitto, join: Join, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
+    bus.leave()
+    assert run(["submit", "--broker", mosquitto.url, str(SPEECH)]) == 3
+    assert "The broker has dropped what was sent." in capsys.readouterr().err
+
+
+@pytest.mark.mosquitto
+def test_a_consumer_that_is_offline_is_told_once_and_gets_the_jobs_later(
+    mosquitto: Mosquitto, join: Join, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join(mosquitto.port).publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
     assert run(["submit", "--broker", mosquitto.url, "--no-wait", str(SPEECH), str(SPEECH)]) == 0
     told = capsys.readouterr()
     assert len(told.out.splitlines()) == 2
@@ -303,6 +337,7 @@ def test_without_a_consumer_that_is_said_once(mosquitto: Mosquitto, capsys: pyte
 @pytest.mark.mosquitto
 def test_who_waits_is_told_why_and_who_leaves_how_to_go_on(mosquitto: Mosquitto, join: Join) -> None:
     bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
     ours, theirs = pty.openpty()
     submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--job-id", "mine"]
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -332,6 +367,7 @@ def test_a_lost_connection_is_told_without_talk_of_a_name_that_nobody_else_can_h
     mosquitto: Mosquitto, join: Join
 ) -> None:
     bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
     submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--by-path", "a.wav"]
     with Process(submit, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None

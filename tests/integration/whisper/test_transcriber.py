@@ -375,6 +375,7 @@ class FakeStore:
         self.loaded = 0
         self.unloaded = 0
         self.used = 0
+        self.workers = 1
 
     def load(self, _: str, *, should_stop: Callable[[], bool]) -> FakeModel:
         self.loaded += 1
@@ -491,7 +492,7 @@ def test_segments_behind_the_end_of_the_audio_are_dropped_and_times_stay_inside(
         raw(-0.5, 2.00049, " One"), raw(2.0, 30.0, " two"), raw(np.float64(3.9), 3.5, "-three"), raw(4.1, 6.0, " four.")
     )
     seen: list[Progress] = []
-    transcript = run(transcriber, SPEECH, on_progress=seen.append)
+    transcript = run(transcriber, SPEECH, UNFILTERED, on_progress=seen.append)
     assert transcript.text == "One two-three"
     assert [(segment.start_s, segment.end_s) for segment in transcript.segments] == [
         (0.0, 2.0),
@@ -502,7 +503,7 @@ def test_segments_behind_the_end_of_the_audio_are_dropped_and_times_stay_inside(
 
 
 def test_segments_only_behind_the_end_are_no_speech() -> None:
-    transcript = run(with_model(raw(5.0, 6.0))[0], SPEECH)
+    transcript = run(with_model(raw(5.0, 6.0))[0], SPEECH, UNFILTERED)
     assert (transcript.no_speech, transcript.language, transcript.language_probability) == (True, None, None)
 
 
@@ -627,9 +628,8 @@ def test_words_stay_inside_the_file_and_numbers_are_plain() -> None:
     )
     broken = SimpleNamespace(start=math.nan, end=math.nan, word=" there", probability=math.nan)
     transcriber, _ = with_model(raw(0, 1, words=[word, broken]), raw(2, 3, words=[]))
-    first, second = run(
-        transcriber, SPEECH, TranscriptionOptions("tiny.en", language="en", word_timestamps=True)
-    ).segments
+    options = TranscriptionOptions("tiny.en", language="en", word_timestamps=True, vad_filter=False)
+    first, second = run(transcriber, SPEECH, options).segments
     assert first.words is not None
     assert [(one.start_s, one.end_s, one.text, one.probability) for one in first.words] == [
         (0.0, 4.025, " Hello", 0.988),
@@ -637,6 +637,20 @@ def test_words_stay_inside_the_file_and_numbers_are_plain() -> None:
     ]
     assert {type(one.start_s) for one in first.words} == {float}
     assert second.words == ()
+
+
+def test_times_are_kept_inside_of_the_speech_that_they_belong_to(tmp_path: Path) -> None:
+    with wave.open(str(SPEECH)) as file:
+        speech = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32_767
+    silence = np.zeros(10 * 16_000)
+    path = write_wav(tmp_path / "two.wav", np.concatenate([silence, speech, silence, speech, silence]))
+    word = SimpleNamespace(start=8.0, end=10.5, word=" Hello", probability=0.5)
+    script = (raw(9.0, 12.0, words=[word]), raw(12.0, 22.0), raw(25.0, 40.0))
+    first, second, third = run(with_model(*script)[0], path).segments
+    times = [time for segment in (first, second, third) for time in (segment.start_s, segment.end_s)]
+    assert times == [pytest.approx(time, abs=0.1) for time in (10.0, 12.0, 12.0, 13.9, 25.0, 27.9)]
+    assert first.words is not None
+    assert (first.words[0].start_s, first.words[0].end_s) == (first.start_s, 10.5)
 
 
 def test_segments_never_go_back_in_time() -> None:
@@ -727,7 +741,7 @@ def test_with_nothing_left_to_do_the_transcript_is_what_was_done(minute: Path) -
     transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
     again = run(transcriber, minute, UNFILTERED, done=whole.windows)
     assert (again.text, again.segments, again.language) == (whole.text, whole.segments, whole.language)
-    assert store.loaded == 0
+    assert store.model.asked == []
 
 
 def test_a_cancel_between_two_windows_keeps_those_that_were_reported(minute: Path) -> None:
@@ -760,7 +774,7 @@ def test_it_is_not_asked_to_yield_where_nothing_is_left_to_do(minute: Path) -> N
         asked.append(len(told))
         return False
 
-    transcript = run(transcriber, minute, on_window=told.append, should_yield=should_yield)
+    transcript = run(transcriber, minute, UNFILTERED, on_window=told.append, should_yield=should_yield)
     assert asked == list(range(1, len(transcript.windows)))
 
 
@@ -781,3 +795,16 @@ def test_a_range_outside_of_the_file_is_refused() -> None:
     error = failure(transcriber, SPEECH, TranscriptionOptions("tiny.en", clip_timestamps=[[30, 40]]))
     assert error.code is ErrorCode.INVALID_REQUEST
     assert store.loaded == 0
+
+
+# --- batches
+
+
+@pytest.mark.parametrize(("device", "batch_size", "windows"), [("cuda", 2, 1), ("cuda", 1, 3), ("cpu", 8, 3)])
+def test_a_window_has_room_for_a_batch_where_batches_are_used(
+    device: str, batch_size: int, windows: int, minute: Path
+) -> None:
+    transcriber, store = with_model(raw(0.5, 1.0), window_s=25.0)
+    store.device = device
+    options = TranscriptionOptions("tiny.en", language="en", vad_filter=False, batch_size=batch_size)
+    assert len(run(transcriber, minute, options).windows) == windows

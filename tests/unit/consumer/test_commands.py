@@ -34,6 +34,7 @@ MODELS = StoreDescription(
     device="cpu",
     compute_type="int8",
     cpu_threads=2,
+    workers=2,
     models=(
         ModelEntry("base", None, None, None, multilingual=True, default=False, problem=None),
         ModelEntry("tiny.en", "package", Path("/secret/model"), 75_000_000, False, default=True, problem="damaged"),  # noqa: FBT003

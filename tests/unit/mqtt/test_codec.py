@@ -20,6 +20,7 @@ from cesar_mqtt.mqtt.codec import (
     encode_puback,
     encode_publish,
     frame,
+    is_unrouted,
 )
 from cesar_mqtt.mqtt.messages import Publication, Receipt
 
@@ -201,6 +202,7 @@ def test_a_puback_has_a_packet_id_and_a_reason() -> None:
     assert body_of(encode_puback(513)) == (0x40, b"\x02\x01")
     assert decode_puback(b"\x02\x01") == (513, None)
     assert decode_puback(b"\x02\x01\x10") == (513, None)
+    assert [is_unrouted(body) for body in (b"\x02\x01", b"\x02\x01\x00", b"\x02\x01\x10")] == [False, False, True]
     assert decode_puback(b"\x02\x01\x87\x00") == (513, "Not authorized")
     assert decode_puback(b"\x02\x01\xfa") == (513, "reason code 250")
     with pytest.raises(MalformedPacketError):

@@ -512,12 +512,12 @@ def test_the_former_default_of_the_beam_size_is_the_same_request_as_none() -> No
         (
             "language",
             "klingon",
-            "language 'klingon' is no language that Whisper knows: use a code such as 'de', or leave it out.",
+            "language 'klingon' is not a language that Whisper knows: use a code such as 'de', or leave it out.",
         ),
         (
             "language",
             "x" * 5_000,
-            f"language '{LONG}' is no language that Whisper knows: use a code such as 'de', or leave it out.",
+            f"language '{LONG}' is not a language that Whisper knows: use a code such as 'de', or leave it out.",
         ),
         ("task", "summarise", "task must be 'transcribe' or 'translate', not 'summarise'."),
         ("initial_prompt", "x" * 65_537, "initial_prompt must be text of at most 65536 characters."),
@@ -651,7 +651,7 @@ def test_a_field_over_its_limit_is_rejected_with_what_it_has_to_be(field: str, v
 )
 def test_what_is_no_url_with_a_host_is_rejected_without_being_shown(url: str) -> None:
     parsed = parse(as_json(job_id="a", audio_url=url))
-    detail = "audio_url is no URL that begins with http:// or https:// and names a host."
+    detail = "audio_url is not a URL that begins with http:// or https:// and names a host."
     assert bare(parsed) == Refusal("invalid_request", detail, "a", recordable=True)
 
 
@@ -1032,7 +1032,7 @@ def test_a_line_that_begins_like_a_url_is_one(url: str, end: bytes) -> None:
 @pytest.mark.parametrize("line", [b"https://", b"http:///x", b"http://a:b/"])
 def test_a_line_that_begins_like_a_url_and_is_none_is_rejected(line: bytes) -> None:
     parsed = parse(line, (("job_id", "a"),))
-    assert rejected(parsed).detail.startswith("audio_url is no URL")
+    assert rejected(parsed).detail.startswith("audio_url is not a URL")
     assert rejected(parsed).recordable
 
 

@@ -191,7 +191,7 @@ def test_no_speech_is_an_empty_text_and_not_a_missing_one() -> None:
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_an_error_has_its_sentence_and_whether_a_retry_may_help(code: ErrorCode) -> None:
-    retryable = {"download_failed", "model_unavailable", "timeout", "expired", "crashed", "internal"}
+    retryable = {"audio_io_error", "download_failed", "model_unavailable", "timeout", "expired", "crashed", "internal"}
     status = published(FAILED._replace(error_code=code))
     assert status["error_code"] == code.value
     assert status["error_message"] == "There is no such file."

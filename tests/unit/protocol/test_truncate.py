@@ -61,6 +61,7 @@ def models(count: int = 30) -> Models:
         device="cpu",
         compute_type="int8",
         cpu_threads=1,
+        workers=1,
         models=[entry] * count,
         consumer="porch",
     )

@@ -5,7 +5,27 @@ from types import SimpleNamespace
 
 import pytest
 
-from cesar_mqtt.whisper.hardware import release_memory, usable_cores
+from cesar_mqtt.whisper.hardware import divide_cores, release_memory, usable_cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "chosen"),
+    [
+        (1, None, (1, 1)),
+        (2, None, (2, 2)),
+        (3, None, (2, 3)),
+        (4, None, (2, 4)),
+        (8, None, (4, 4)),
+        (64, None, (4, 4)),
+        (1, 2, (2, 1)),
+        (2, 1, (1, 2)),
+        (16, 1, (1, 16)),
+        (8, 8, (8, 2)),
+        (2, 16, (16, 1)),
+    ],
+)
+def test_each_worker_has_the_threads_that_help_it(cores: int, workers: int | None, chosen: tuple[int, int]) -> None:
+    assert divide_cores(cores, workers) == chosen
 
 
 @pytest.mark.parametrize(

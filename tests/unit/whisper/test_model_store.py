@@ -135,9 +135,9 @@ def test_too_little_memory_is_distinguished_from_a_broken_model(
 @pytest.mark.usefixtures("fake_model")
 def test_the_settings_reach_the_model(folder: Path) -> None:
     make_model(folder, "one")
-    settings = ModelSettings(directory=folder, device="cpu", compute_type="float32", cpu_threads=3)
+    settings = ModelSettings(directory=folder, device="cpu", compute_type="float32", cpu_threads=6, workers=2)
     arguments = ModelStore(settings).load("one").arguments
-    assert arguments == {"device": "cpu", "compute_type": "float32", "cpu_threads": 3}
+    assert arguments == {"device": "cpu", "compute_type": "float32", "num_workers": 2, "cpu_threads": 4}
 
 
 @pytest.fixture

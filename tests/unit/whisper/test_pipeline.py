@@ -78,6 +78,17 @@ class FakeWhisper(WhisperModel):  # type: ignore[misc]
             self.encoded.append(features.shape[1])
         return ctranslate2.StorageView.from_array(np.zeros((1, features.shape[1] // 2, self._width), np.float32))
 
+    def add_word_timestamps(self, segments: Any, *_: object, **__: object) -> None:
+        """Give each word of a segment as much time as the others."""
+        for segment in segments[0]:
+            tokens = [token for token in segment["tokens"] if token < END]
+            step = (segment["end"] - segment["start"]) / len(tokens)
+            starts = [segment["start"] + step * number for number in range(len(tokens))]
+            segment["words"] = [
+                {"word": f" w{token}", "start": start, "end": start + step, "probability": 1.0}
+                for token, start in zip(tokens, starts, strict=True)
+            ]
+
     def _generate(self, encoded: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
         self.asked.append({"frames": 2 * encoded.shape[1], "prompts": prompts, **options})
         return [self._script.pop(0) for _ in prompts]
@@ -210,6 +221,44 @@ def test_each_range_is_decoded_in_place_and_no_segment_or_word_leaves_it() -> No
     assert model.encoded == [700, 600]
 
 
+@pytest.mark.parametrize("word_timestamps", [False, True])
+def test_ranges_with_a_short_pause_are_decoded_together_and_what_spans_the_pause_is_cut(
+    word_timestamps: bool,  # noqa: FBT001
+) -> None:
+    model = FakeWhisper(
+        said(at(0), 1, at(2.2), at(2.2), 2, 3, 4, 5, 6, at(7), at(7), 7, at(7.8))  # a pause after 4 s
+    )
+    found = transcribe(model, (10.0, 14.0), (18.0, 22.0), word_timestamps=word_timestamps)
+    assert spans(found) == [
+        (10.0, 12.2, " w1"),
+        (12.2, 14.0, " w2 w3"),  # most of w3 is before the pause
+        (18.12, 21.0, " w4 w5 w6"),
+        (21.0, 21.8, " w7"),
+    ]
+    assert model.encoded == [1100]
+    assert all(one.words is not None for one in found) == word_timestamps
+    for one in found:
+        assert all(one.start <= word.start <= word.end <= one.end for word in one.words or ())
+
+
+def test_a_segment_that_reaches_into_the_padding_of_the_next_range_ends_with_its_own() -> None:
+    model = FakeWhisper(said(at(0), 1, at(4.3), at(4.3), 2, at(8)))
+    assert spans(transcribe(model, (10.0, 14.0), (18.0, 22.0))) == [(10.0, 14.0, " w1"), (18.3, 22.0, " w2")]
+
+
+def test_ranges_with_a_long_pause_are_decoded_apart() -> None:
+    model = FakeWhisper(*[said(at(0), number, at(4)) for number in range(2)])
+    transcribe(model, (0.0, 4.0), (12.1, 16.1))
+    assert model.encoded == [700, 700]
+
+
+def test_a_piece_of_thirty_seconds_may_begin_in_any_range() -> None:
+    model = FakeWhisper(said(at(0), 1, at(20), at(20), 2, at(28), at(28), 3), said(at(0), 3, at(4)))
+    found = transcribe(model, (0.0, 20.0), (22.0, 34.0))
+    assert spans(found) == [(0.0, 20.0, " w1"), (22.0, 30.0, " w2"), (30.0, 34.0, " w3")]
+    assert model.encoded == [3000, 700]
+
+
 def test_a_long_range_goes_on_where_the_last_whole_segment_ended() -> None:
     model = FakeWhisper(
         said(at(0), 1, at(20), at(20), 2, at(26), at(26), 3),
@@ -247,7 +296,7 @@ def test_without_the_filter_the_vad_is_asked_where_the_model_doubts_that_there_i
 
 def test_the_prompt_is_for_the_first_piece_and_the_hotwords_for_all() -> None:
     model = FakeWhisper(said(at(0), 1, at(4)), said(at(0), 1, at(4)))
-    transcribe(model, (0.0, 4.0), (10.0, 14.0), initial_prompt="before", hotwords="hot")
+    transcribe(model, (0.0, 4.0), (15.0, 19.0), initial_prompt="before", hotwords="hot")
     first, second = (asked["prompts"][0] for asked in model.asked)
     assert first == [END + 1, "hot", "before", "<en>", "<transcribe>"]
     assert second == [END + 1, "hot", "<en>", "<transcribe>"]
@@ -268,6 +317,13 @@ def test_a_long_piece_that_fails_is_cut_rather_than_decoded_at_higher_temperatur
     assert {asked.get("sampling_temperature") for asked in model.asked} == {None}
 
 
+def test_a_short_clip_has_room_for_no_more_tokens_than_can_be_spoken() -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)), said(at(0), 1, at(28)))
+    transcribe(model, (0.0, 4.0))
+    transcribe(model, (0.0, 28.0))
+    assert [asked["max_length"] for asked in model.asked] == [2 + 40 + 160, 448]
+
+
 def test_a_loop_that_stays_is_cut_to_its_first_time() -> None:
     model = FakeWhisper(*[said(at(0), 9, *LOOP)] * 7)
     assert [one.text for one in transcribe(model, (0.0, 4.0), beam_size=1)] == [" w9 w1 w2 w3"]
@@ -283,8 +339,8 @@ def test_a_batch_is_encoded_one_by_one_and_decoded_together_in_order_of_time() -
         said(at(0), 4, at(4)),
         said(at(0), 5, at(2)),
     )
-    found = transcribe(model, (0.0, 4.0), (10.0, 15.0), (20.0, 24.0), batch_size=2, device="cuda")
-    assert spans(found) == [(0.0, 2.0, " w1"), (2.0, 4.0, " w4"), (10.0, 14.0, " w3"), (20.0, 22.0, " w5")]
+    found = transcribe(model, (0.0, 4.0), (15.0, 20.0), (30.0, 34.0), batch_size=2, device="cuda")
+    assert spans(found) == [(0.0, 2.0, " w1"), (2.0, 4.0, " w4"), (15.0, 19.0, " w3"), (30.0, 32.0, " w5")]
     assert [len(asked["prompts"]) for asked in model.asked] == [2, 2]
     assert model.encoded == [800, 800, 700, 700]  # each group at the length of its longest
 
@@ -297,7 +353,7 @@ def test_a_batch_cuts_long_speech_at_thirty_seconds() -> None:
 
 def test_on_a_cpu_a_batch_is_decoded_piece_by_piece() -> None:
     model = FakeWhisper(*[said(at(0), number, at(4)) for number in range(2)])
-    transcribe(model, (0.0, 4.0), (10.0, 14.0), batch_size=8)
+    transcribe(model, (0.0, 4.0), (15.0, 19.0), batch_size=8)
     assert [len(asked["prompts"]) for asked in model.asked] == [1, 1]
 
 
@@ -312,8 +368,16 @@ def test_the_language_is_detected_once_and_its_encoding_is_used_again() -> None:
     assert model.asked[0]["prompts"] == [["<es>", "<transcribe>"]]
 
 
+def test_a_language_that_is_uncertain_is_detected_again_at_full_length() -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)), multilingual=True, languages=[("fr", 0.4), ("es", 0.8)])
+    segments, language = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
+    assert list(segments)
+    assert language == ("es", 0.8)
+    assert (model.encoded, model.asked[0]["frames"]) == ([700, 3000], 3000)
+
+
 def test_uncertain_pieces_vote_for_the_language() -> None:
-    languages = [("es", 0.3), ("en", 0.4), ("es", 0.4), ("en", 0.2)]
+    languages = [("es", 0.3), ("en", 0.4), ("es", 0.4), ("en", 0.2)]  # the fifth piece is not asked
     model = FakeWhisper(multilingual=True, languages=languages)
     _, language = pipeline(model).transcribe(sound(125), [(0, 125 * SAMPLE_RATE)], None)
     assert language == ("es", 0.4)
@@ -336,7 +400,7 @@ def test_the_language_may_change_between_two_pauses_if_it_is_asked_for() -> None
     script = [said(at(0), 1, at(4)), said(at(0), 2, at(4)), said(at(0), 3, at(4))]
     languages = [("es", 0.9), ("en", 0.9), ("fr", 0.3)]  # the last is uncertain: as the one before
     model = FakeWhisper(*script, multilingual=True, languages=languages)
-    speech = [(0, 4 * SAMPLE_RATE), (10 * SAMPLE_RATE, 15 * SAMPLE_RATE), (20 * SAMPLE_RATE, 24 * SAMPLE_RATE)]
+    speech = [(0, 4 * SAMPLE_RATE), (15 * SAMPLE_RATE, 20 * SAMPLE_RATE), (30 * SAMPLE_RATE, 34 * SAMPLE_RATE)]
     segments, language = pipeline(model, multilingual=True).transcribe(sound(60), speech, None)
     assert len(list(segments)) == 3
     assert [asked["prompts"][0][0] for asked in model.asked] == ["<es>", "<en>", "<en>"]
