@@ -99,6 +99,8 @@ class AudioSettings(Section):
     """Bytes that decoding one recording may use; one that needs more ends as `audio_unreadable`."""
     decoder_timeout: float = Field(default=60.0, gt=0)
     """Seconds that decoding may take without progress; what can be decoded of a damaged file needs up to 30."""
+    growing_timeout: float = Field(default=60.0, ge=0)
+    """Seconds that a file is waited for while it is still being written; 0: it is taken as it is."""
     allowed_hosts: tuple[str, ...] = ()
     """Hosts that `audio_url` may name: `name`, `*.domain`, an address or a network such as `192.168.1.0/24`; each may
     end in `:port` or `:*`, else only the scheme's default port is allowed. A name allows public addresses only: list a

@@ -22,6 +22,8 @@ class ExitCode(IntEnum):
     USAGE = 2
     TIMEOUT = 3
     """`submit`: the time ran out before every job was final; the commands that ask a consumer: no answer in time."""
+    UNACKNOWLEDGED = 69
+    """`serve` stopped in order, but the broker did not acknowledge every status in time; the next start goes on."""
     LEDGER_FAILED = 74
     LEDGER_IN_USE = 75
     CONFIG = 78

@@ -235,7 +235,8 @@ class Service:
         """Serve until a signal requests a stop, then stop in order.
 
         Returns:
-            OK after a graceful stop; INTERRUPTED or TERMINATED after a forced one. The worker's thread may then still
+            OK after a graceful stop, UNACKNOWLEDGED if the broker has not acknowledged every status; INTERRUPTED or
+            TERMINATED after a forced one. The worker's thread may then still
             be inside the model, so the process has to end without waiting for it.
 
         Raises:
@@ -342,8 +343,10 @@ class Service:
         forced = not self._wait_for_job(stop)
         if forced:
             self._abandon_job()
-        self._shut_down(stop, _FORCED_DRAIN_S if forced else _DRAIN_S)
-        return stop.exit_code if forced or stop.is_forced() else ExitCode.OK
+        acknowledged = self._shut_down(stop, _FORCED_DRAIN_S if forced else _DRAIN_S)
+        if forced or stop.is_forced():
+            return stop.exit_code
+        return ExitCode.OK if acknowledged else ExitCode.UNACKNOWLEDGED
 
     def _wait_for_job(self, stop: StopSignals) -> bool:
         """Wait for the worker to end; False: a second signal or `worker.drain_timeout` came first."""
@@ -366,8 +369,8 @@ class Service:
         except LedgerError as exc:
             log.error("%s The next start requeues the running job.", exc, action="requeued")
 
-    def _shut_down(self, stop: StopSignals, drain_s: float) -> None:
-        """Do steps 2 to 7 of `_stop`."""
+    def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
+        """Do steps 2 to 7 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
         self._prefetcher.stop()
         self._client.stop_receiving()
@@ -379,8 +382,10 @@ class Service:
             self._announced_topics.remove_stale()
         self._publisher.stop()
         self._client.close()
+        acknowledged = not self._ledger.has_unpublished
         self._close_files()
         log.info("Stopped, %d jobs queued", self._ledger.totals().queued, action="stopped")
+        return acknowledged
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:
         """Wait for the broker's acknowledgements, after a second signal or without a connection for a shorter time."""

@@ -48,7 +48,7 @@ _LATE_SEARCH_BYTES = (50_000_000, 250_000_000)
 # Raw streams declare no duration; FFmpeg then guesses one from the bit rate of the first frames, which was ten times
 # too long for speech after silence. In MPEG-TS and PS it is computed from time stamps, which may start again.
 _UNDECLARED = frozenset({"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "gsm", "loas", "mpeg", "mpegts"})
-_PER_TRACK = frozenset({"avi", "mov", "mxf"})
+_PER_TRACK = frozenset({"mov", "mxf"})
 """Containers that declare the duration of each track, and not only of the longest."""
 
 _HEAD_BYTES = 4096
@@ -60,7 +60,7 @@ _CHUNK_HEAD_BYTES = 8
 _CAF_HEAD_BYTES = 12
 _OGG_PAGE_BYTES = 65_307
 _OGG_HEADER_BYTES = 27
-_OGG_LAST_PAGE = 4
+_OGG_FIRST_PAGE, _OGG_LAST_PAGE = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,8 @@ def declaration(container: InputContainer, stream: AudioStream, file: FileReader
         return Declaration(_wav_s(file) or end_s, end_s)
     if name == "flac":
         return Declaration(end_s, end_s)
-    is_cut = not _has_last_ogg_page(file) if name == "ogg" else _lacks_bytes(file)
+    # Of a stream that goes on with another one, some programs do not mark the last page.
+    is_cut = file.end is None and not _has_last_ogg_page(file) if name == "ogg" else _lacks_bytes(file)
     return Declaration(end_s, end_s, is_of_track=name in _PER_TRACK or name not in TIMED, is_cut=is_cut)
 
 
@@ -325,6 +326,18 @@ def _movie_s(file: FileReader) -> float:
     content = file.read_at(mvhd, 32)
     scale, duration = (content[12:16], content[16:20]) if content[:1] == b"\0" else (content[20:24], content[24:32])
     return int.from_bytes(duration, "big") / max(1, int.from_bytes(scale, "big"))
+
+
+def ogg_heads_end(file: FileReader) -> int:
+    """The byte behind the first pages of all streams that begin together (RFC 3533, section 6)."""
+    place = 0
+    for _ in range(_MAX_CHUNKS):
+        head = file.read_at(place, _OGG_HEADER_BYTES + 255)
+        if not head.startswith(b"OggS") or len(head) < _OGG_HEADER_BYTES or not head[5] & _OGG_FIRST_PAGE:
+            break
+        segments = head[_OGG_HEADER_BYTES : _OGG_HEADER_BYTES + head[_OGG_HEADER_BYTES - 1]]
+        place += _OGG_HEADER_BYTES + len(segments) + sum(segments)
+    return place
 
 
 def _has_last_ogg_page(file: FileReader) -> bool:

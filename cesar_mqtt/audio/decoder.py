@@ -39,12 +39,14 @@ class AudioLimits:
     Attributes:
         decoder_memory_bytes: beyond what the process has before it opens the file.
         decoder_timeout_s: how long it may take without progress.
+        growing_timeout_s: how long a file is waited for that is still being written.
     """
 
     max_bytes: int
     max_duration_s: float
     decoder_memory_bytes: int = 512 << 20
     decoder_timeout_s: float = 60.0
+    growing_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

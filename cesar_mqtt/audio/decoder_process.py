@@ -2,7 +2,7 @@
 
 The decoder's process is forked from a template (`decoder_template`), which starts once, ahead of the first file, and
 again should it end. The consumer opens the recording, and the decoder gets the open file. Any thread may call
-`open_audio`, `start` and `stop`; a `RemoteReader` belongs to the thread that opened it.
+`open_audio`, `start` and `stop`; the readers belong to the thread that opened them.
 """
 
 import atexit
@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from cesar_mqtt.audio.decoder import AudioInfo, AudioLimits, Samples, TrackChoice
+from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, TrackChoice
 from cesar_mqtt.audio.decoder_template import REQUEST
 from cesar_mqtt.audio.frames import HEADER, MAX_BYTES, FrameKind
+from cesar_mqtt.audio.growth import GrowthWatch
 from cesar_mqtt.audio.paths import io_failed, open_regular
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError
@@ -85,6 +86,8 @@ class _Failed:
     message: str
 
 
+_UNFINISHED = frozenset({ErrorCode.AUDIO_UNREADABLE, ErrorCode.AUDIO_EMPTY, ErrorCode.AUDIO_NO_STREAM})
+"""What a file may be while its index, or its first sample, has yet to be written."""
 _OPENED, _STATE, _FAILED = TypeAdapter(_Opened), TypeAdapter(_State), TypeAdapter(_Failed)
 _KINDS = frozenset(FrameKind)
 _MOST_TEXT = 1000
@@ -97,14 +100,15 @@ def limits_of(settings: AudioSettings) -> AudioLimits:
         max_duration_s=settings.max_duration,
         decoder_memory_bytes=settings.decoder_memory,
         decoder_timeout_s=settings.decoder_timeout,
+        growing_timeout_s=settings.growing_timeout,
     )
 
 
 @contextmanager
 def open_audio(
     path: Path, limits: AudioLimits, *, track: TrackChoice = None, should_stop: Callable[[], bool] = never_stop
-) -> Iterator["RemoteReader"]:
-    """Open a file as `decoder.open_audio` does, in a process of its own.
+) -> Iterator["GrowingReader"]:
+    """Open a file as `decoder.open_audio` does, in a process of its own. One that is still being written is waited for.
 
     Args:
         path: absolute and without symbolic links in any part of it.
@@ -117,11 +121,12 @@ def open_audio(
         Cancelled: `should_stop` returned True.
     """
     with open_regular(path) as descriptor:
-        decoder = _request(descriptor, limits, track, should_stop)
-    try:
-        yield RemoteReader(decoder, limits, should_stop)
-    finally:
-        decoder.close()
+        reader = GrowingReader(descriptor, limits, track)
+        try:
+            reader.open(should_stop)
+            yield reader
+        finally:
+            reader.close()
 
 
 def start() -> None:
@@ -133,6 +138,97 @@ def start() -> None:
 def stop() -> None:
     """End the template, and with it every decoder; may be called twice. A later `open_audio` starts another."""
     _template.stop()
+
+
+class GrowingReader:
+    """A file that may be written while it is decoded: it then is decoded again, and what is new goes on from there.
+
+    For the thread that opened it; `close` ends its process.
+    """
+
+    def __init__(self, descriptor: int, limits: AudioLimits, track: TrackChoice) -> None:
+        self._descriptor = descriptor
+        self._limits = limits
+        self._track = track
+        try:
+            self._watch = GrowthWatch(descriptor, limits.growing_timeout_s)
+        except OSError as exc:
+            raise io_failed(exc) from exc
+        self._decoder: _Decoder | None = None
+        self._reader: RemoteReader | None = None
+        self._samples = 0
+
+    def open(self, should_stop: Callable[[], bool]) -> None:
+        """Open the file, or the file as it is now. Raises JobFailedError and Cancelled, as `open_audio` does."""
+        while True:
+            self.close()
+            self._decoder = _request(self._descriptor, self._limits, self._track, should_stop)
+            try:
+                self._reader = RemoteReader(self._decoder, self._limits, should_stop)
+            except JobFailedError as exc:
+                if exc.code not in _UNFINISHED or not self._has_grown(should_stop):
+                    raise
+            else:
+                return
+
+    def close(self) -> None:
+        """End the process; may be called twice."""
+        if self._decoder is not None:
+            self._decoder.close()
+
+    @property
+    def info(self) -> AudioInfo:
+        """What the file declared when it was opened."""
+        return self._opened.info
+
+    @property
+    def protections(self) -> tuple[str, ...]:
+        """The protections that are in force in the process (`confinement.confine`)."""
+        return self._opened.protections
+
+    @property
+    def decoded_s(self) -> float:
+        """Seconds decoded so far."""
+        return max(self._opened.decoded_s, self._samples / SAMPLE_RATE)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """As in `decoder.AudioReader`, and `audio_changed`: the file grew for too long, or was changed meanwhile."""
+        return self._opened.warnings + (("audio_changed",) if self._watch.changed else ())
+
+    def blocks(self, should_stop: Callable[[], bool] = never_stop) -> Iterator[Samples]:
+        """Yield the samples, as `RemoteReader.blocks` does, until the file grows no more."""
+        while True:
+            known = self._samples
+            try:
+                for block in self._opened.blocks(should_stop):
+                    new = block[known:]
+                    known -= len(block) - len(new)
+                    self._samples += len(new)
+                    if len(new):
+                        yield new
+            except JobFailedError as exc:
+                if exc.code not in _UNFINISHED or not self._has_grown(should_stop):
+                    raise
+            else:
+                if not self._has_grown(should_stop):
+                    return
+            self.open(should_stop)
+
+    @property
+    def _opened(self) -> "RemoteReader":
+        if self._reader is None:
+            raise JobFailedError(ErrorCode.INTERNAL, _LOST)
+        return self._reader
+
+    def _has_grown(self, should_stop: Callable[[], bool]) -> bool:
+        reader = self._reader
+        is_complete = reader is not None and reader.info.duration_s is not None
+        is_complete = is_complete and reader is not None and "audio_truncated" not in reader.warnings
+        try:
+            return self._watch.has_grown(should_stop, is_complete=is_complete)
+        except OSError as exc:
+            raise io_failed(exc) from exc
 
 
 class RemoteReader:
@@ -155,7 +251,7 @@ class RemoteReader:
         kind, payload = self._next_frame(should_stop)
         if kind is not FrameKind.OPENED:
             raise self._protocol_error()
-        opened = self._parse(_OPENED, payload)
+        opened: _Opened = self._parse(_OPENED, payload)
         self.info, self.protections = opened.info, opened.protections
 
     def blocks(self, should_stop: Callable[[], bool] = never_stop) -> Iterator[Samples]:

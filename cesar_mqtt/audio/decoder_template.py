@@ -2,8 +2,9 @@
 
 Started by `decoder_process` as `python -m cesar_mqtt.audio.decoder_template FD`. It is single-threaded. On the socket
 FD it gets requests, each with three descriptors: the recording, the pipe for the frames, and a socket of its own for
-that decoder. For each it forks a child, and writes on that socket first the child's process id and, once it has ended,
-how. When the consumer closes the socket, the child is killed. When FD is closed, everything ends.
+that decoder. Each goes to a child, which was forked ahead. The template writes on that socket first the child's process
+id and, once it has ended, how. When the consumer closes the socket, the child is killed. When FD is closed, everything
+ends.
 """
 
 import gc
@@ -54,6 +55,8 @@ class Template:
         self._has_bytes = address_space_bytes()
         self._protections = prepare()
         self._children: dict[int, socket.socket] = {}
+        self._spare: tuple[int, socket.socket] | None = None
+        """A decoder that is ready for the next file: forking one takes as long as decoding a short clip."""
         # What `set_wakeup_fd` writes to, for every signal, so that the end of a child ends the wait.
         self._wakeup, self._wakeup_writer = socket.socketpair()
         for end in (self._wakeup, self._wakeup_writer):
@@ -65,10 +68,14 @@ class Template:
 
     def run(self) -> None:
         """Serve until the consumer closes the channel."""
+        self._fork_spare()
         while self._run_once():
             pass
-        for pid in self._children:
+        for pid in (*self._children, *([self._spare[0]] if self._spare else [])):
             os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):  # a stop leaves no process behind
+            while True:
+                os.wait()
 
     def _run_once(self) -> bool:
         poll = select.poll()
@@ -90,39 +97,78 @@ class Template:
                 if pid == 0:
                     return
                 number, cpu_s = max(0, -os.waitstatus_to_exitcode(status)), usage.ru_utime + usage.ru_stime
-                _answer(self._children[pid], signal=number, cpu_s=cpu_s)
-                self._children.pop(pid).close()
+                if self._spare is not None and pid == self._spare[0]:
+                    self._spare[1].close()
+                    self._spare = None
+                elif pid in self._children:  # else it ended just before it was to get its file
+                    _answer(self._children[pid], signal=number, cpu_s=cpu_s)
+                    self._children.pop(pid).close()
+                    self._fork_spare()
 
     def _accept(self) -> bool:
-        """Receive a request and fork a decoder; False: the channel is closed."""
-        head, descriptors, _flags, _address = socket.recv_fds(self.channel, REQUEST.size, DESCRIPTORS)
-        if len(head) < REQUEST.size or len(descriptors) < DESCRIPTORS:
+        """Receive a request and hand it to a decoder; False: the channel is closed."""
+        received = _receive(self.channel, DESCRIPTORS)
+        if received is None:
             return False
-        text = self.channel.recv(REQUEST.unpack(head)[0], socket.MSG_WAITALL)
-        audio, frames, control = descriptors
+        text, (audio, frames, control) = received
         connection = socket.socket(fileno=control)
         try:
-            pid = os.fork()
+            pid = self._hand_over(text, audio, frames)
         except OSError as exc:
             _answer(connection, error=exc.errno)
             connection.close()
         else:
-            if pid == 0:
-                self._become_decoder(text, audio, frames)
             self._children[pid] = connection
             _answer(connection, pid=pid)
         os.close(audio)
         os.close(frames)
         return True
 
-    def _become_decoder(self, text: bytes, audio: int, frames: int) -> None:
+    def _hand_over(self, text: bytes, audio: int, frames: int) -> int:
+        """Give a file to the spare decoder, or to a new one; return its process id. Raises OSError."""
+        spare, self._spare = self._spare, None
+        pid, connection = spare or self._fork()
+        with connection:
+            try:
+                socket.send_fds(connection, [REQUEST.pack(len(text)) + text], [audio, frames])
+            except (BrokenPipeError, ConnectionResetError):
+                if spare is None:
+                    raise
+                return self._hand_over(text, audio, frames)  # the spare one was killed meanwhile
+        return pid
+
+    def _fork_spare(self) -> None:
+        """Fork a decoder for the next file: now, since none of its memory has to be copied while a file waits."""
+        if self._spare is None:
+            with suppress(OSError):
+                self._spare = self._fork()
+
+    def _fork(self) -> tuple[int, socket.socket]:
+        """Fork a decoder that waits for its file; return its process id, and the socket to it. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                self._become_decoder(theirs)
+        return pid, ours
+
+    def _become_decoder(self, connection: socket.socket) -> None:
         try:
             end_with(self._pid)
             signal.set_wakeup_fd(-1)
             os.dup2(1, 2)  # what a crashing library prints belongs into no log
-            _close_all_but(audio, frames)
-            decoder = Decoder(audio, frames, has_bytes=self._has_bytes, protections=self._protections)
-            decoder.run(json.loads(text))
+            _close_all_but(connection.fileno())
+            warm_up()  # the memory that decoding writes to is copied before there is a file to wait for it
+            received = _receive(connection, 2)
+            connection.close()
+            if received is not None:
+                text, (audio, frames) = received
+                decoder = Decoder(audio, frames, has_bytes=self._has_bytes, protections=self._protections)
+                decoder.run(json.loads(text))
         finally:
             os._exit(0)
 
@@ -216,6 +262,14 @@ class Decoder:
             view = view[os.write(self._frames, view) :]
 
 
+def _receive(connection: socket.socket, count: int) -> tuple[bytes, list[int]] | None:
+    """Receive a request with its descriptors; None: the connection is closed."""
+    head, descriptors, _flags, _address = socket.recv_fds(connection, REQUEST.size, count)
+    if len(head) < REQUEST.size or len(descriptors) < count:
+        return None
+    return connection.recv(REQUEST.unpack(head)[0], socket.MSG_WAITALL), descriptors
+
+
 def _answer(connection: socket.socket, **values: object) -> None:
     with suppress(OSError):  # the consumer is no longer interested
         connection.sendall(json.dumps(values).encode() + b"\n")
@@ -229,7 +283,7 @@ def _close_all_but(*kept: int) -> None:
     os.closerange(start, os.sysconf("SC_OPEN_MAX"))
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Decode a little, so that FFmpeg and numpy have loaded and initialised what every child needs."""
     with suppress(AttributeError, OSError, JobFailedError):
         descriptor = os.memfd_create("warm-up")
@@ -246,7 +300,7 @@ def _warm_up() -> None:
 
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
-    _warm_up()
+    warm_up()
     template = Template(channel)
     gc.collect()
     gc.freeze()  # what is there now is shared with all children: no collection may touch it

@@ -34,11 +34,16 @@ class GrowthWatch:
     def has_grown(self, should_stop: Callable[[], bool], *, is_complete: bool = True) -> bool:
         """Whether there is more of the file than at the last call, or at its opening; waits while it is written.
 
+        Once the time has run out, what is new no longer counts.
+
         Args:
             should_stop: asked four times a second; True ends the wait.
             is_complete: whether what there is looks like a whole recording.
         """
         before, now = self._seen, os.fstat(self._descriptor)
+        if self._left_s <= 0:
+            self.changed = self.changed or now.st_size != before.st_size
+            return False
         if now.st_size != before.st_size or _is_being_written(self._descriptor, now, is_complete=is_complete):
             now = self._wait(now, should_stop)
         self._seen = now

@@ -1,10 +1,10 @@
 """Files that were joined to one, as `cat` does: where the next one begins. Pure; for the thread that decodes.
 
-Containers without a head for the whole file (MP3, AAC, Ogg, MPEG-TS) go on by themselves; in others FFmpeg stops at the
+Containers without a head for the whole file (MP3, AAC, MPEG-TS) go on by themselves; in others FFmpeg stops at the
 end that the first head declares.
 """
 
-from cesar_mqtt.audio.containers import boxes
+from cesar_mqtt.audio.containers import boxes, ogg_heads_end
 from cesar_mqtt.audio.file_reader import FileReader
 
 _HEAD_BYTES = 12
@@ -19,6 +19,7 @@ _MARKS = {
     b"riff\x2e\x91": 16,
     b".snd": 8,
 }
+_OGG_FIRST_PAGE = b"OggS\0\x02"
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = b"\x18\x53\x80\x67"
 _SEARCH_BYTES = 1 << 20
@@ -35,6 +36,8 @@ def next_start(file: FileReader) -> int | None:
         return _next_movie(file)
     if head.startswith(_EBML):
         return _next_matroska(file)
+    if head.startswith(b"OggS"):
+        return _find(file, _OGG_FIRST_PAGE, after=ogg_heads_end(file))
     mark = next((mark for mark in _MARKS if head.startswith(mark)), None)
     return None if mark is None else _find(file, file.read_at(0, _MARKS[mark]))
 
@@ -77,8 +80,8 @@ def _variable_int(data: bytes) -> tuple[int | None, int]:
     return (None if value == (1 << 7 * length) - 1 else value), length
 
 
-def _find(file: FileReader, mark: bytes) -> int | None:
-    place = 1
+def _find(file: FileReader, mark: bytes, *, after: int = 1) -> int | None:
+    place = after
     while data := file.read_at(place, _SEARCH_BYTES):
         found = data.find(mark)
         if found >= 0:

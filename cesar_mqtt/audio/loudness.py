@@ -3,58 +3,93 @@
 Pure; a `Loudness` belongs to the thread that decodes.
 """
 
+from itertools import groupby
+
 import numpy as np
 
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 
 _FRAME = SAMPLE_RATE // 50
-_QUIET = 0.003
-"""-50 dB, as the level of the louder frames: what the VAD hears less and less of."""
+_PIECE = 2 * SAMPLE_RATE
+_MIN_PIECES = 2
+"""Fewer of them are a pause between louder words."""
+_QUIET = 0.0015
+"""-56 dB, as the level of the louder frames: from there on the VAD misses more and more."""
 _TARGET = 0.05
 """-26 dB, a usual level of speech."""
 _INAUDIBLE = 5e-6
-"""-106 dB: the dither of 16 bits, or less."""
+"""-106 dB: less than the dither of 16 bits."""
 _MIN_MODULATION = 2.5
 """Speech is at times much louder than at others (by 8 dB and more, from its pauses to its vowels); noise is not."""
 _PEAK_PERCENTILE = 99.9
 _RAMP = SAMPLE_RATE // 20
+_NOTABLE = 0.25
 
 
 class Loudness:
-    """Sets the level of each block by itself, so that a quiet speaker is heard before and after a loud one.
+    """Sets the level of each block, or of its pieces, so that a quiet speaker is heard before and after a loud one.
 
-    Attributes:
-        amplified: whether any block was too quiet.
+    A block's gain depends on that block alone, and so is the same whenever it is decoded again.
     """
 
     def __init__(self) -> None:
-        self.amplified = False
-        self._gain = 1.0
+        self._gain: float | None = None
+        self._sounding_s = 0.0
+        self._amplified_s = 0.0
+
+    @property
+    def amplified(self) -> bool:
+        """Whether a good part of the sound was too quiet."""
+        return self._amplified_s > _NOTABLE * self._sounding_s
 
     def level(self, block: Samples) -> Samples:
         """Return the block at a level that the VAD and the model can use, with values from -1 to 1."""
         if not np.isfinite(block).all():
             block = np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
-        gain = self._gain_for(block)
-        self.amplified = self.amplified or gain > 1.0
-        if gain != 1.0 or self._gain != 1.0:
-            gains = np.full(len(block), gain, np.float32)
-            ramp = min(_RAMP, len(block))
-            gains[:ramp] = np.geomspace(self._gain, gain, ramp)
-            block = block * gains
-            self._gain = gain
-        return np.clip(block, -1.0, 1.0)
+        pieces = [block[start : start + _PIECE] for start in range(0, len(block), _PIECE)]
+        gains = self._gains(block, pieces)
+        for gain, piece in zip(gains, pieces, strict=True):
+            duration_s = len(piece) / SAMPLE_RATE
+            self._sounding_s += duration_s if float(np.abs(piece).max()) > _INAUDIBLE else 0.0
+            self._amplified_s += duration_s if gain > 1.0 else 0.0
+        if self._gain in {None, 1.0} and all(gain == 1.0 for gain in gains):
+            self._gain = 1.0
+            return block.clip(-1.0, 1.0)
+        amplified: Samples = np.concatenate(
+            [self._amplify(gain, piece) for gain, piece in zip(gains, pieces, strict=True)]
+        )
+        return amplified.clip(-1.0, 1.0)
 
-    def _gain_for(self, block: Samples) -> float:
-        # A percentile: a single click, or one wild value in a file of floats, says nothing about the speech.
-        peak = float(np.percentile(np.abs(block), _PEAK_PERCENTILE)) if len(block) else 0.0
-        if peak > 1.0:
-            return 1.0 / peak
-        frames = len(block) // _FRAME
-        if peak > 10 * _QUIET or not frames:
-            return 1.0
-        power = np.square(block[: frames * _FRAME], dtype=np.float64).reshape(frames, _FRAME).mean(axis=1)
-        floor, speech = np.sqrt(np.percentile(power, (20, 95)))
-        if not _INAUDIBLE < speech < _QUIET or speech < _MIN_MODULATION * floor:
-            return 1.0
-        return float(min(_TARGET / speech, 1.0 / max(peak, 1e-9)))
+    def _gains(self, block: Samples, pieces: list[Samples]) -> list[float]:
+        whole = _gain_for(block)
+        if whole != 1.0:
+            return [whole] * len(pieces)
+        own = [_gain_for(piece) for piece in pieces]
+        gains: list[float] = []
+        for quiet, run in groupby(own, key=lambda gain: gain > 1.0):
+            found = list(run)
+            gains += found if quiet and len(found) >= _MIN_PIECES else [1.0] * len(found)
+        return gains
+
+    def _amplify(self, gain: float, piece: Samples) -> Samples:
+        """Multiply; the gain changes smoothly, so that a change is not heard as a click."""
+        gains = np.full(len(piece), gain, np.float32)
+        ramp = min(_RAMP, len(piece))
+        gains[:ramp] = np.geomspace(gain if self._gain is None else self._gain, gain, ramp)
+        self._gain = gain
+        return piece * gains
+
+
+def _gain_for(samples: Samples) -> float:
+    # A percentile: a single click, or one wild value in a file of floats, says nothing about the speech.
+    peak = float(np.percentile(np.abs(samples), _PEAK_PERCENTILE))
+    if peak > 1.0:
+        return 1.0 / peak
+    frames = len(samples) // _FRAME
+    if peak > 20 * _QUIET or not frames:
+        return 1.0
+    power = np.square(samples[: frames * _FRAME], dtype=np.float64).reshape(frames, _FRAME).mean(axis=1)
+    floor, speech = np.sqrt(np.percentile(power, (20, 95)))
+    if not _INAUDIBLE < speech < _QUIET or speech < _MIN_MODULATION * floor:
+        return 1.0
+    return float(min(_TARGET / speech, 1.0 / max(peak, 1e-9)))

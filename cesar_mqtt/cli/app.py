@@ -138,17 +138,21 @@ def _root(
 )
 def serve(settings: "Settings") -> int:
     """Run the consumer: accept jobs from the broker, transcribe them one at a time, publish their statuses."""
+    from cesar_mqtt import logs
     from cesar_mqtt.monitoring.signals import handle_stop_signals
 
-    with handle_stop_signals() as stop:
-        from cesar_mqtt.service import Service
+    problem = ""
+    try:
+        with handle_stop_signals() as stop:
+            from cesar_mqtt.service import Service
 
-        service = Service(settings, directory=Path.cwd())
-        try:
-            code = service.run(stop)
-        except CesarError as exc:
-            console.print_message(str(exc))
-            code = exc.exit_code
+            service = Service(settings, directory=Path.cwd())
+            try:
+                code = service.run(stop)
+            except CesarError as exc:
+                problem, code = f"cesar-mqtt: {exc}", exc.exit_code
+    finally:
+        logs.close(problem)
     if code is not ExitCode.OK:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
         os._exit(code)

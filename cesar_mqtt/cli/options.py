@@ -126,7 +126,7 @@ def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = Fals
         on_warning=warnings.append,
     )
     if serving:
-        logs.configure(settings.log.format, settings.log.level)
+        logs.configure(settings.log.format, settings.log.level, queued=True)
     for warning in warnings:
         if serving:
             logs.get_logger(__name__).warning("%s", warning, action="setting_ignored")

@@ -3,6 +3,7 @@
 The main thread enters `handle_stop_signals`; any thread may call the methods of what it yields.
 """
 
+import os
 import queue
 import signal
 import threading
@@ -21,6 +22,10 @@ _EXIT_CODES = {
 }
 
 
+_FORCED_STOP_S = 15.0
+"""How long after the second signal the process ends, whatever blocks it."""
+
+
 class StopSignals:
     """The signals that have arrived. A stop that was requested or forced stays so."""
 
@@ -29,6 +34,9 @@ class StopSignals:
         self._lock = threading.Lock()
         """Keeps the order of the signals when several threads read them; the signal handler never takes it."""
         self._numbers: list[int] = []
+        self._count = 0
+        self.on_forced: Callable[[int], object] = lambda _number: None
+        """Called with the second signal, in its handler."""
 
     def is_requested(self) -> bool:
         """Whether a first signal asks to finish the running job and stop."""
@@ -69,12 +77,24 @@ class StopSignals:
         where `Event.set` would wait for ever. `SimpleQueue.put` is reentrant (documentation of `queue`).
         """
         self._arrived.put(number)
+        self._count += 1
+        if self._count == 2:  # noqa: PLR2004 - the second signal
+            self.on_forced(number)
 
     def _read(self) -> list[int]:
         with self._lock, suppress(queue.Empty):
             while True:
                 self._numbers.append(self._arrived.get_nowait())
         return self._numbers
+
+
+def _end_soon(number: int) -> None:
+    """End the process after a while, whatever blocks it: a forced stop takes a few seconds.
+
+    A timer of the kernel, since a handler may not take the locks that a thread needs to start.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(_EXIT_CODES[signal.Signals(number)]))
+    signal.setitimer(signal.ITIMER_REAL, _FORCED_STOP_S)
 
 
 @contextmanager
@@ -85,12 +105,14 @@ def handle_stop_signals() -> Iterator[StopSignals]:
         ValueError: not called in the main thread.
     """
     stop = StopSignals()
-    former: dict[signal.Signals, _Handler] = {}
+    former: dict[signal.Signals, _Handler] = {signal.SIGALRM: signal.getsignal(signal.SIGALRM)}
+    stop.on_forced = _end_soon
     try:
         for number in _EXIT_CODES:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 former[number] = signal.signal(number, stop.arrive)
         yield stop
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in former.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,13 +1,18 @@
 """Exit codes and noise where stdout or stderr cannot be written: readers that leave, full disks, closed descriptors."""
 
+import fcntl
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cesar_mqtt.ledger.ledger import Ledger
-from tests.conftest import StartMosquitto
+from tests.acceptance.harness import SMALL, Bus
+from tests.conftest import Mosquitto, StartMosquitto
 from tests.factories import new_job
 
 CESAR = f"{sys.executable} -m cesar_mqtt"
@@ -57,3 +62,32 @@ def test_a_full_disk_under_stdout_is_a_sentence(arguments: str, tmp_path: Path) 
     assert ended.stderr.startswith("cesar-mqtt: ")
     assert "be written: No space left on device." in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.mosquitto
+def test_a_pipe_at_stderr_that_is_not_read_freezes_neither_jobs_nor_the_stop(
+    mosquitto: Mosquitto, join: Callable[..., Bus], tmp_path: Path
+) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    bus = join(mosquitto.port)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cesar_mqtt", "serve", "--broker", mosquitto.url, "--data-dir", str(tmp_path / "data")],
+        cwd=tmp_path,
+        env={**os.environ, **SMALL},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=writing,
+    )
+    try:
+        bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
+        for number in range(200):  # each is a line of the log
+            bus.publish("cesar/jobs", {"job_id": f"wrong-{number}", "x": "x" * 40})
+        assert bus.status("wrong-199")["status"] == "error"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+        os.close(writing)

@@ -84,7 +84,7 @@ def test_what_a_restart_cannot_mend_is_not_restarted() -> None:
     final = {int(code) for code in service["RestartPreventExitStatus"].split()}
     assert final == {ExitCode.USAGE, ExitCode.LEDGER_FAILED, ExitCode.CONFIG}
     clean = {int(code) for code in service["SuccessExitStatus"].split()}
-    assert clean == {ExitCode.INTERRUPTED, ExitCode.TERMINATED}
+    assert clean == {ExitCode.UNACKNOWLEDGED, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
 
 
 def test_the_stop_waits_longer_than_the_current_job_is_given() -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from cesar_mqtt.audio import decoder, decoder_process
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
-from cesar_mqtt.audio.decoder_process import RemoteReader
+from cesar_mqtt.audio.decoder_process import GrowingReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from tests import broken_disk, fuzz, pictures
 from tests.conftest import report_missing
@@ -49,7 +49,7 @@ def failure_of(path: Path, limits: AudioLimits = LIMITS) -> JobFailedError:
     return caught.value
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     deadline, pause = time.monotonic() + WAIT_S, threading.Event()
     while not condition():
         assert time.monotonic() < deadline
@@ -83,7 +83,8 @@ def template_pid() -> int:
     return process.pid
 
 
-def pid_of(audio: RemoteReader) -> int:
+def pid_of(audio: GrowingReader) -> int:
+    assert audio._decoder is not None
     return audio._decoder.pid
 
 
@@ -333,6 +334,18 @@ def test_a_template_that_has_ended_is_started_again() -> None:
         assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 
 
+def test_a_decoder_that_ends_before_it_gets_a_file_is_replaced() -> None:
+    samples_of(SPEECH)
+    template = template_pid()
+    for _ in range(3):
+        wait_until(lambda: children_of(template))
+        for pid in children_of(template):
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
+        assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
+    assert template_pid() == template
+
+
 def test_a_template_that_ends_in_the_middle_blames_no_file(tmp_path: Path) -> None:
     path = pictures.encode(tmp_path / "note.flac", "flac", np.tile(TONE, 100))
     with decoder_process.open_audio(path, LIMITS) as audio:
@@ -348,13 +361,16 @@ def test_a_template_that_ends_in_the_middle_blames_no_file(tmp_path: Path) -> No
 
 def test_closing_kills_the_decoder_whatever_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with replaced_decoder(monkeypatch, "while True: pass"):
+        wait_until(lambda: children_of(template_pid()))
+        (pid,) = children_of(template_pid())  # it waits for the next file
 
-        def runs() -> bool:
-            return bool(children_of(template_pid()))
+        def loops() -> bool:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R"
 
-        with pytest.raises(Cancelled), decoder_process.open_audio(SPEECH, LIMITS, should_stop=runs):
+        wait_until(lambda: not loops())
+        with pytest.raises(Cancelled), decoder_process.open_audio(SPEECH, LIMITS, should_stop=loops):
             pytest.fail("it was opened")
-        wait_until(lambda: not runs())
+        wait_until(lambda: not is_alive(pid))
     with decoder_process.open_audio(SPEECH, LIMITS) as audio:
         pid = pid_of(audio)
     wait_until(lambda: not is_alive(pid))

@@ -54,6 +54,27 @@ def test_the_second_signal_forces_the_stop_and_decides_the_exit_code(
         assert stop.exit_code == code
 
 
+def test_after_the_second_signal_the_process_ends_whatever_blocks_it() -> None:
+    script = textwrap.dedent(
+        """
+        import sys, threading
+        from cesar_mqtt.monitoring import signals
+        signals._FORCED_STOP_S = 0.2
+        with signals.handle_stop_signals():
+            print("ready", flush=True)
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()
+        """
+    )
+    with Process([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) in {130, 143}, "two signals at once arrive in either order"
+
+
 def test_under_nohup_a_closed_terminal_does_not_stop_the_process() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with handle_stop_signals() as stop:
