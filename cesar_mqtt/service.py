@@ -39,6 +39,7 @@ from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import uses_batches
 from cesar_mqtt.whisper.transcriber import Transcriber
@@ -268,6 +269,10 @@ class Service:
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
         log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
+        model = self._models.default_name()
+        if self._models.is_multilingual(model) is False:
+            message = "The default model %s knows English only. %s"
+            log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
         """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -85,6 +85,7 @@ def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     if decoder.verdict is Severity.OK:  # without a decoder no model can transcribe
         yield check_decoder_process()
         yield from check_model(settings)
+        yield from check_languages(settings)
     yield from check_folders(settings)
     yield from check_audio(settings)
     yield from check_ledger(settings)
@@ -234,6 +235,19 @@ def check_model(settings: Settings) -> Iterator[Finding]:
         yield Finding("model", Severity.WRONG, str(exc), advice)
     except Exception as exc:  # noqa: BLE001  # as for the decoder
         yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_describe(exc)}", _REINSTALL)
+
+
+def check_languages(settings: Settings) -> Iterator[Finding]:
+    """Check that the default model knows more than English; `check_model` reports settings that are wrong."""
+    from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
+    from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE, Catalogue  # noqa: PLC0415
+
+    with suppress(CesarError):
+        catalogue = Catalogue(settings.models, folder=models_folder(settings))
+        name = catalogue.default_name()
+        if catalogue.is_multilingual(name) is False:
+            detail = f"The default model {name} knows English only"
+            yield Finding("languages", Severity.NOTE, detail, ENGLISH_ONLY_ADVICE)
 
 
 def _check_joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:

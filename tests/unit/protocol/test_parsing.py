@@ -191,6 +191,8 @@ def test_every_field_is_taken_over() -> None:
         "batch_size": 8,
         "audio_track": 1,
         "formats": ["srt", "json"],
+        "max_line_width": 60,
+        "max_line_count": 3,
         "stream": True,
         "priority": 3,
         "expires_in": 60.5,
@@ -359,6 +361,10 @@ def test_a_url_may_stand_on_the_one_line_in_any_case_and_with_blanks_around_it(l
         ("task", "transcribe"),
         ("initial_prompt", ""),
         ("initial_prompt", "x" * 65_536),
+        ("max_line_width", 10),
+        ("max_line_width", 1000),
+        ("max_line_count", 1),
+        ("max_line_count", 10),
         ("beam_size", 1),
         ("beam_size", 10),
         ("hotwords", ""),
@@ -416,7 +422,7 @@ def test_a_language_may_be_left_to_be_detected_explicitly(text: str) -> None:
         assert accepted(parsed).request.options() == {"beam_size": "auto"}
 
 
-@pytest.mark.parametrize("name", ["beam_size", "batch_size"])
+@pytest.mark.parametrize("name", ["beam_size", "batch_size", "max_line_count"])
 def test_a_whole_number_may_be_written_with_a_point(name: str) -> None:
     for parsed in (
         parse(b'{"audio_path": "a", "%s": 8.0}' % name.encode()),
@@ -490,6 +496,8 @@ def test_only_options_that_differ_from_their_defaults_are_kept_and_the_beam_size
     defaults = {
         "beam_size": "auto",
         "multilingual": False,
+        "max_line_width": 42,
+        "max_line_count": 2,
         "vad_filter": True,
         "task": "transcribe",
         "batch_size": 1,
@@ -537,6 +545,10 @@ def test_the_former_default_of_the_beam_size_is_the_same_request_as_none() -> No
         ),
         ("task", "summarise", "task must be 'transcribe' or 'translate', not 'summarise'."),
         ("initial_prompt", "x" * 65_537, "initial_prompt must be text of at most 65536 characters."),
+        ("max_line_width", 9, "max_line_width must be a whole number from 10 to 1000, not 9."),
+        ("max_line_width", 1001, "max_line_width must be a whole number from 10 to 1000, not 1001."),
+        ("max_line_count", 0, "max_line_count must be a whole number from 1 to 10, not 0."),
+        ("max_line_count", 11, "max_line_count must be a whole number from 1 to 10, not 11."),
         ("beam_size", 0, "beam_size must be a whole number from 1 to 10, or 'auto', not 0."),
         ("beam_size", 11, "beam_size must be a whole number from 1 to 10, or 'auto', not 11."),
         ("beam_size", 5.5, "beam_size must be a whole number from 1 to 10, or 'auto', not 5.5."),
@@ -1090,6 +1102,8 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "batch_size": 4,
         "audio_track": 2,
         "formats": ["srt", "vtt"],
+        "max_line_width": 50,
+        "max_line_count": 1,
         "stream": True,
         "priority": 9,
         "expires_in": 3.5,
