@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, decoding, jobs, ledger, peers, transcription
+from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription
 from benchmarks.table import show
 
 PARTS = {
@@ -14,6 +14,7 @@ PARTS = {
     "transcription": transcription.run,
     "clips": clips.run,
     "jobs": jobs.run,
+    "memory": memory.run,
 }
 MORE = {"peers": peers.run}
 """Only when named: it needs an installation of its own."""

@@ -1,11 +1,12 @@
 """Transcription beside bare faster-whisper on the same file, with the same model and the same settings."""
 
+import os
 import random
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import av
@@ -17,6 +18,7 @@ from benchmarks.table import Row, median
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.transcript import TranscriptionOptions
+from cesar_mqtt.whisper.hardware import usable_cores
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
 
@@ -26,7 +28,6 @@ ROUNDS = 3
 TEN_MINUTES_S = 600.0
 THREE_HOURS_S = 3 * 3600.0
 MODEL = "tiny.en"
-_MEASURE = "import sys; from benchmarks.transcription import peak_kib; print(peak_kib(sys.argv[1]))"
 RECORDINGS = ("long.ogg", "speech.wav", "long.ogg")
 
 
@@ -95,30 +96,25 @@ def _timed(transcribe: Callable[[], str]) -> tuple[float, list[str]]:
     return time.perf_counter() - started, _words(text)
 
 
-def peak_kib(path: str) -> int:
-    """Transcribe a file and return the peak memory of this process; run it in a process of its own."""
+def _contenders(path: Path) -> dict[str, Callable[[], str]]:
+    """Bare faster-whisper and our own path on this process's cores, each with a model of its own."""
     store = ModelStore(ModelSettings(download=False))
-    _ours(Transcriber(store, AudioSettings()), Path(path), TranscriptionOptions(MODEL, beam_size=1))
-    # Not `getrusage`: its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
-
-
-def _memory_mib(path: Path) -> float:
-    command = [sys.executable, "-c", _MEASURE, str(path)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout) / 1024
+    cores = usable_cores()
+    bare = WhisperModel(str(store.catalogue.obtain(MODEL)), device="cpu", compute_type="int8", cpu_threads=cores)
+    store.load(MODEL)
+    transcriber = Transcriber(store, AudioSettings())
+    return {
+        "bare": lambda: _bare(bare, path),
+        "beam 5": lambda: _ours(transcriber, path, TranscriptionOptions(MODEL, beam_size=5)),
+        "defaults": lambda: _ours(transcriber, path, TranscriptionOptions(MODEL)),
+        "batched": lambda: _ours(transcriber, path, TranscriptionOptions(MODEL, batch_size=8)),
+    }
 
 
 def _speeds(folder: Path) -> list[Row]:
     path = folder / "ten-minutes.flac"
     reference = _make_speech(path, TEN_MINUTES_S)
-    store = ModelStore(ModelSettings(download=False))
-    model, transcriber = store.load(MODEL), Transcriber(store, AudioSettings())
-    contenders: dict[str, Callable[[], str]] = {
-        "bare": lambda: _bare(model, path),
-        "plain": lambda: _ours(transcriber, path, TranscriptionOptions(MODEL)),
-        "batched": lambda: _ours(transcriber, path, TranscriptionOptions(MODEL, batch_size=8)),
-    }
+    contenders = _contenders(path)
     took: dict[str, list[float]] = {name: [] for name in contenders}
     errors: dict[str, float] = {}
     for _ in range(ROUNDS):
@@ -126,51 +122,48 @@ def _speeds(folder: Path) -> list[Row]:
             seconds, words = _timed(transcribe)
             took[name].append(seconds)
             errors[name] = 100 * _word_error_rate(words, reference)
-    ratios = {name: median([a / b for a, b in zip(took[name], took["bare"], strict=True)]) for name in took}
-    beside = {name: f"{median(took[name]):.1f} against {median(took['bare']):.1f} s" for name in took}
-    worse = {name: f"{errors[name]:.2f} % against {errors['bare']:.2f} %" for name in errors}
+
+    def time_over(name: str, other: str, what: str, at_most: float) -> Row:
+        ratio = median([a / b for a, b in zip(took[name], took[other], strict=True)])
+        beside = f"{median(took[name]):.1f} against {median(took[other]):.1f} s"
+        return Row(what, ratio, at_most=at_most, beside=beside)
+
+    def errors_over_bare(name: str) -> Row:
+        what = f"ten minutes of speech, {name}: word error rate, less that of bare"
+        beside = f"{errors[name]:.2f} % against {errors['bare']:.2f} %"
+        return Row(what, errors[name] - errors["bare"], "points", at_most=0.3, beside=beside)
+
     return [
-        Row(
-            "ten minutes of speech, time over bare faster-whisper",
-            ratios["plain"],
-            at_most=1.05,
-            beside=beside["plain"],
-        ),
-        Row(
-            "the same: word error rate, less that of bare faster-whisper",
-            errors["plain"] - errors["bare"],
-            "points",
-            at_most=0.5,
-            beside=worse["plain"],
-        ),
-        Row(
-            "the same with batch_size 8: speed over bare", 1 / ratios["batched"], at_least=2.0, beside=beside["batched"]
-        ),
-        Row(
-            "the same with batch_size 8: word error rate, less that of bare",
-            errors["batched"] - errors["bare"],
-            "points",
-            at_most=0.5,
-            beside=worse["batched"],
-        ),
+        time_over("beam 5", "bare", "ten minutes of speech, beam 5: time over bare with beam 5", 0.80),
+        errors_over_bare("beam 5"),
+        time_over("defaults", "bare", "ten minutes of speech, defaults: time over bare with its own", 0.65),
+        errors_over_bare("defaults"),
+        time_over("batched", "defaults", "ten minutes of speech, batch_size 8: time over our plain path", 1.05),
+        errors_over_bare("batched"),
     ]
 
 
-def _memory(folder: Path) -> Row:
-    """Peak memory by the length of the file; all of it speech, with beam_size 1 because three hours take long."""
-    measured = []
-    for name, duration_s in (("short", TEN_MINUTES_S), ("long", THREE_HOURS_S)):
-        path = folder / f"{name}.flac"
-        _make_speech(path, duration_s)
-        measured.append(_memory_mib(path))
-    short, long = measured
+def _time_on_one_core(path: str, pipe: Connection) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    contenders = _contenders(Path(path))
+    pipe.send([[_timed(contenders[name])[0] for name in ("beam 5", "bare")] for _ in range(ROUNDS)])
+
+
+def _on_one_core(folder: Path) -> Row:
+    path = folder / "ten-minutes.flac"
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_time_on_one_core, args=(str(path), there))
+    process.start()
+    took = here.recv()
+    process.join()
+    ours, bare = zip(*took, strict=True)
     return Row(
-        "peak memory of three hours of speech over ten minutes",
-        long / short,
-        at_most=1.3,
-        beside=f"{long:.0f} against {short:.0f} MiB",
+        "the same pinned to one core, beam 5: time over bare with beam 5",
+        median([a / b for a, b in took]),
+        at_most=1.05,
+        beside=f"{median(ours):.1f} against {median(bare):.1f} s",
     )
 
 
 def run(folder: Path) -> list[Row]:
-    return [*_speeds(folder), _memory(folder)]
+    return [*_speeds(folder), _on_one_core(folder)]

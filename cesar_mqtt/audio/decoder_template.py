@@ -71,8 +71,11 @@ class Template:
         self._fork_spare()
         while self._run_once():
             pass
-        for pid in self._children:
+        for pid in (*self._children, *([self._spare[0]] if self._spare else [])):
             os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):  # a stop leaves no process behind
+            while True:
+                os.wait()
 
     def _run_once(self) -> bool:
         poll = select.poll()
@@ -94,7 +97,10 @@ class Template:
                 if pid == 0:
                     return
                 number, cpu_s = max(0, -os.waitstatus_to_exitcode(status)), usage.ru_utime + usage.ru_stime
-                if pid in self._children:  # else it was the spare one
+                if self._spare is not None and pid == self._spare[0]:
+                    self._spare[1].close()
+                    self._spare = None
+                elif pid in self._children:  # else it ended just before it was to get its file
                     _answer(self._children[pid], signal=number, cpu_s=cpu_s)
                     self._children.pop(pid).close()
                     self._fork_spare()

@@ -15,7 +15,7 @@ from faster_whisper.tokenizer import Tokenizer
 from faster_whisper.transcribe import get_compression_ratio, get_suppressed_tokens
 
 from cesar_mqtt.errors import Cancelled
-from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, padded
+from cesar_mqtt.whisper.encoder_input import FULL_FRAMES, is_noisy, padded
 from cesar_mqtt.whisper.features import Features
 
 WHISPER_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -144,8 +144,8 @@ class PieceDecoder:
 
     def frames_for(self, features: Features) -> int:
         """Return how many frames the encoder needs for a piece."""
-        frames: int = features.shape[1]
-        return min(frames + self._options.padding, FULL_FRAMES)
+        frames = features.shape[1] + self._options.padding
+        return FULL_FRAMES if frames >= FULL_FRAMES or is_noisy(features) else int(frames)
 
     def detect_language(self, piece: Piece) -> Language:
         """Detect the language of a piece; an English-only model knows only one."""

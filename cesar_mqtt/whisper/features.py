@@ -16,8 +16,8 @@ LARGE_SAMPLES = 120 * SAMPLE_RATE
 HOP_SAMPLES = 160
 """From one frame to the next: 10 ms."""
 
-_BLOCK_FRAMES = 1500
-"""15 s."""
+_BLOCK_FRAMES = 300
+"""3 s."""
 Features = NDArray[np.float32]
 """Shape (mels, frames)."""
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_HEAP_OPTIONS = {-8: 1, -3: 4 << 20, -1: 4 << 20}
+"""M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3), the latter two in bytes."""
 _MAX_WORKERS = _MAX_THREADS_EACH = 4
 
 
@@ -35,6 +37,19 @@ def divide_cores(cores: int, workers: int | None = None) -> tuple[int, int]:
     if workers == 1:
         return 1, cores
     return workers, max(1, min(cores, _MAX_THREADS_EACH, 2 * cores // workers))
+
+
+def limit_heap() -> None:
+    """Have glibc keep less of what was freed; for threads that start later, and for good.
+
+    By default it has up to eight heaps for each core, and returns nothing below 32 MB to the system: with two workers,
+    tiny.en then takes 370 MB more while it transcribes than after loading, and 140 MB with these options. That costs
+    4 % of the time.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
+    if set_option is not None:
+        for option, value in _HEAP_OPTIONS.items():
+            set_option(option, value)
 
 
 def release_memory() -> None:

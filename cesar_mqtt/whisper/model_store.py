@@ -13,13 +13,15 @@ import ctranslate2
 import numpy as np
 from faster_whisper import WhisperModel
 
+from cesar_mqtt.audio.vad import speech_probabilities
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
-from cesar_mqtt.whisper.hardware import divide_cores, release_memory, usable_cores
+from cesar_mqtt.whisper.hardware import divide_cores, limit_heap, release_memory, usable_cores
+from cesar_mqtt.whisper.large_steps import LargeSteps
 from cesar_mqtt.whisper.model_files import unavailable, unusable
 
 log = get_logger(__name__)
@@ -84,6 +86,7 @@ class ModelStore:
             ConfigError: a setting names something that this machine does not have; the message names the setting.
         """
         self.device, self.compute_type = _choose_device(settings)
+        limit_heap()
         workers = settings.workers or (1 if self.device == "cuda" else None)
         self.workers, self.cpu_threads = divide_cores(settings.cpu_threads or usable_cores(), workers)
         self.catalogue = Catalogue(settings, folder=folder)
@@ -191,6 +194,7 @@ class ModelStore:
                 num_workers=self.workers,
                 cpu_threads=self.cpu_threads,
             )
+            model.model = LargeSteps(model.model, at_once=max(1, self.workers // 2))
             _warm_up(model)
         except Exception as exc:
             # Only the model can be at fault here, and a broken one raises anything: the tokenizer's loader a bare
@@ -239,3 +243,4 @@ def _warm_up(model: WhisperModel) -> None:
     segments, _ = unpadded.transcribe(noise, language="en", beam_size=1, temperature=0.0, max_new_tokens=8)
     for _ in segments:
         pass
+    speech_probabilities(noise)  # loads the VAD, which the first recording would have to wait for

@@ -38,7 +38,7 @@ def test_a_file_sent_with_mosquitto_pub_is_a_retained_transcript_for_whoever_com
     assert status["status"] == "completed"
     assert words(status["result_text"]) == SPOKEN
     assert status["progress"] == 1
-    assert status["detected_language"] == "en"
+    assert (status["detected_language"], status["warnings"]) == (None, ["language_assumed"])  # tiny.en knows no other
     assert status["audio_duration"] == pytest.approx(4.0, abs=0.3)
     assert status["error_code"] is None
     assert bus.states("note-1") == ["queued", "processing", "completed"]
@@ -245,7 +245,7 @@ def test_what_home_assistant_node_red_and_a_shell_write_is_taken_as_it_is_meant(
 
     for job_id in ("path", "lines", "prompt"):
         assert words(bus.status(job_id)["result_text"]) == SPOKEN
-    assert bus.status("prompt")["warnings"] == ["initial_prompt_truncated"]
+    assert bus.status("prompt")["warnings"] == ["initial_prompt_truncated", "language_assumed"]
     assert bus.seen("cesar/rejected") == []
 
 

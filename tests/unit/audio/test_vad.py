@@ -31,10 +31,14 @@ class FakeVad:
     def __init__(self) -> None:
         self.given: list[int] = []
 
-    def __call__(self, samples: Samples) -> NDArray[np.float32]:
-        assert len(samples) % CHUNK == 0
-        self.given.append(len(samples))
-        return np.where((samples.reshape(-1, CHUNK) == PAUSE).all(axis=1), 0.0, 1.0).astype(np.float32)
+    @property
+    def session(self) -> "FakeVad":
+        return self
+
+    def run(self, _: None, inputs: dict[str, NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
+        frames = inputs["input"][:, -CHUNK:]
+        self.given.append(frames.size)
+        return np.where((frames == PAUSE).all(axis=1), 0.0, 1.0).astype(np.float32), inputs["h"], inputs["c"]
 
 
 @pytest.fixture
@@ -148,6 +152,16 @@ def test_pieces_follow_each_other_and_none_is_too_long() -> None:
 
 
 # --- speech
+
+
+def test_blocks_give_what_all_samples_at_once_give() -> None:
+    long = decode("long.ogg")
+    for samples in (long, long[: 256 * CHUNK], long[: 256 * CHUNK + 1], long[:700], long[:1], long[:0]):
+        padded = np.pad(samples, (0, 2 * CHUNK - len(samples) % CHUNK))
+        expected = faster_whisper.vad.get_vad_model()(padded).reshape(-1)[: -(-len(samples) // CHUNK)]
+        found = speech_probabilities(samples)
+        assert found.shape == expected.shape
+        assert np.allclose(found, expected, atol=1e-5)
 
 
 def faster_whispers(samples: Samples) -> list[tuple[int, int]]:

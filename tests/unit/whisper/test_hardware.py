@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cesar_mqtt.whisper.hardware import divide_cores, release_memory, usable_cores
+from cesar_mqtt.whisper.hardware import divide_cores, limit_heap, release_memory, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,19 @@ def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch: pytest.
 def test_a_c_library_that_cannot_release_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
     release_memory()
+
+
+@pytest.mark.parametrize("library", [SimpleNamespace(), None], ids=["musl", "the real one"])
+def test_the_heap_is_limited_where_the_library_can(
+    library: SimpleNamespace | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library is not None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    limit_heap()
+
+
+def test_the_heap_has_one_arena_and_returns_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[int, int] = {}
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=options.__setitem__))
+    limit_heap()
+    assert options == {-8: 1, -3: 4 << 20, -1: 4 << 20}

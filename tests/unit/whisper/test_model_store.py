@@ -63,6 +63,7 @@ class FakeModel:
     def __init__(self, path: str, **arguments: Any) -> None:
         gc.collect()
         self.path = path
+        self.model = object()
         self.arguments = arguments
         self.crowds.append(len(self.alive))
         self.alive.add(self)

@@ -106,8 +106,11 @@ def _tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sound(duration_s: float) -> Samples:
+    """Noise with pauses, as loud and as quiet as speech."""
     rng = np.random.default_rng(3)
-    return rng.normal(scale=0.1, size=round(duration_s * SAMPLE_RATE)).astype(np.float32)
+    noise = rng.normal(scale=0.1, size=round(duration_s * SAMPLE_RATE)).astype(np.float32)
+    noise[np.arange(len(noise)) // 1600 % 3 == 0] *= 0.001
+    return noise
 
 
 def pipeline(
@@ -152,6 +155,14 @@ def test_four_seconds_are_encoded_at_their_own_length_by_models_that_allow_it(
     model = FakeWhisper(said(at(0), 1, at(4)), width=width)
     transcribe(model, (1.0, 5.0), short=short)
     assert (model.encoded, model.asked[0]["frames"]) == ([frames], frames)
+
+
+def test_speech_that_noise_hides_is_encoded_at_full_length() -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)))
+    noise = np.random.default_rng(3).normal(scale=0.1, size=4 * SAMPLE_RATE).astype(np.float32)
+    segments, _ = pipeline(model).transcribe(noise, [(0, len(noise))], "en")
+    assert list(segments)
+    assert model.encoded == [3000]
 
 
 def test_no_more_than_thirty_seconds_are_encoded() -> None:

@@ -1,0 +1,167 @@
+"""The memory that recordings of any length take: of the whole process tree, the processes of decoders included."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.bus import _mosquitto
+from benchmarks.jobs import _consumer, _finished, _idle, _listening
+from benchmarks.table import Row
+from benchmarks.transcription import MODEL, THREE_HOURS_S, _make_speech, _ours
+
+_HOUR_S = 3600.0
+_LIMIT_BYTES = 700_000_000
+_MIB = 1 << 20
+_SAMPLE_S = 0.1
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found = children.read_text().split()
+        except OSError:  # the thread has ended
+            continue
+        for child in found:
+            yield from _tree(int(child))
+
+
+def _used_bytes(pid: int) -> int:
+    """The memory of a process and all below it that no file backs; what processes share is counted once."""
+    total = 0
+    for process in _tree(pid):
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+    return total * 1024
+
+
+class _Peak:
+    """Samples the memory of a process tree in a thread of its own."""
+
+    def __init__(self, pid: int) -> None:
+        self.used_bytes = 0
+        self._pid = pid
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_SAMPLE_S):
+            self.used_bytes = max(self.used_bytes, _used_bytes(self._pid))
+
+    def stop(self) -> int:
+        self._stopping.set()
+        self._thread.join()
+        return self.used_bytes
+
+
+def _transcribe(path: str, short: str, pipe: Connection) -> None:
+    """Load the model and transcribe; send the memory after loading and the peak."""
+    from cesar_mqtt.config import AudioSettings, ModelSettings  # noqa: PLC0415 - in this process only
+    from cesar_mqtt.transcript import TranscriptionOptions  # noqa: PLC0415
+    from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
+    from cesar_mqtt.whisper.transcriber import Transcriber  # noqa: PLC0415
+
+    store, options = ModelStore(ModelSettings(download=False)), TranscriptionOptions(MODEL, beam_size=1, language="en")
+    store.load(MODEL)
+    transcriber = Transcriber(store, AudioSettings())
+    with_decoder = transcriber.open(Path(short), options)  # as in the consumer, decoders are ready before the first job
+    list(with_decoder.chunks(lambda: False))
+    with_decoder.close()
+    loaded, peak = _used_bytes(os.getpid()), _Peak(os.getpid())
+    _ours(transcriber, Path(path), options)
+    pipe.send((loaded, peak.stop()))
+
+
+def _three_hours(folder: Path) -> Row:
+    path, short = folder / "three-hours.flac", folder / "short.flac"
+    _make_speech(path, THREE_HOURS_S)
+    _make_speech(short, 1.0)
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_transcribe, args=(str(path), str(short), there))
+    process.start()
+    loaded, peak = here.recv()
+    process.join()
+    return Row(
+        f"peak memory of three hours of speech, over the loaded model {MODEL}",
+        (peak - loaded) / _MIB,
+        "MiB",
+        at_most=150.0,
+        beside=f"{loaded / _MIB:.0f} MiB, then {peak / _MIB:.0f} MiB",
+    )
+
+
+def _own_groups() -> Iterator[tuple[Path, str]]:
+    """The memory cgroup of this process, of version 2 or 1, with the name of its limit."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if not controllers:
+            yield _CGROUPS / inside.lstrip("/"), "memory.max"
+        elif "memory" in controllers.split(","):
+            yield _CGROUPS / controllers / inside.lstrip("/"), "memory.limit_in_bytes"
+
+
+@contextmanager
+def _limited(limit_bytes: int) -> Iterator[Callable[[int], None] | None]:
+    """Yield what moves a process into a memory cgroup with this limit, below our own; None: there can be none."""
+    for own, limit in _own_groups():
+        group = own / f"cesar-mqtt-bench-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(limit_bytes))
+        except OSError:
+            if group.is_dir():
+                group.rmdir()
+            continue
+        try:
+            yield lambda pid, group=group: _move(pid, group)  # type: ignore[misc]
+        finally:
+            while (group / "cgroup.procs").read_text():
+                time.sleep(_SAMPLE_S)
+            group.rmdir()
+        return
+    yield None
+
+
+def _move(pid: int, group: Path) -> None:
+    for process in _tree(pid):
+        (group / "cgroup.procs").write_text(str(process))
+
+
+def _an_hour_of_base(folder: Path) -> Row:
+    path = folder / "an-hour.flac"
+    _make_speech(path, _HOUR_S)
+    with (
+        _limited(_LIMIT_BYTES) as limit,  # removed once the consumer has ended
+        _mosquitto(folder) as port,
+        _listening(port) as bus,
+        _consumer(folder / "consumer", port, "--model", "base") as consumer,
+    ):
+        _idle(bus)
+        if limit is not None:
+            limit(consumer.process.pid)
+        peak = _Peak(consumer.process.pid)
+        bus.publish("cesar/jobs", {"job_id": "hour", "audio_path": str(path)})
+        end = _finished(bus, "hour")
+        used = peak.stop()
+    assert (end["status"], end["attempt"]) == ("completed", 1), end
+    return Row(
+        "an hour of speech with base, the whole consumer",
+        used / 1e6,
+        "MB",
+        at_most=700.0,
+        beside="in a memory cgroup of 700 MB" if limit is not None else "without a cgroup: none can be made here",
+    )
+
+
+def run(folder: Path) -> list[Row]:
+    return [_three_hours(folder), _an_hour_of_base(folder)]
