@@ -50,7 +50,7 @@ class ChannelMixer:
             return block[:, 0]
         if not abs(float(block.sum(dtype=np.float64))) < _WILD_SUM:
             # What float samples may hold, and no sound: it would spoil all that is computed from it.
-            block = np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0).clip(-_WILD, _WILD)
+            block = np.where(np.abs(block) < _WILD, block, np.float32(0.0))
         covariance = self._measure(block)
         weights, gain = self._weights(covariance, len(block) / SAMPLE_RATE)
         mixed: Samples = block @ (weights / self.channels).astype(np.float32)
