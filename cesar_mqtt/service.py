@@ -27,7 +27,7 @@ from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.fsync import Disk
-from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.monitoring.health import HealthProbe
@@ -39,6 +39,7 @@ from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
 from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import uses_batches
 from cesar_mqtt.whisper.transcriber import Transcriber
@@ -268,6 +269,10 @@ class Service:
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
         log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
+        model = self._models.default_name()
+        if self._models.is_multilingual(model) is False:
+            message = "The default model %s knows English only. %s"
+            log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
         """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
@@ -435,6 +440,9 @@ def _open_ledger(settings: Settings, disk: Disk) -> Ledger:
         raise LedgerError(
             f"The data directory {folder} cannot be created: {exc.strerror}. Choose one with --data-dir."
         ) from exc
+    problem = data_dir_problem(folder)
+    if problem is not None:
+        log.warning("%s %s", *problem, action="data_dir_open")
     return Ledger(
         folder / "ledger.json",
         max_attempts=settings.worker.max_attempts,

@@ -27,11 +27,13 @@ class TranscriptionOptions:
         temperature: 0 decodes greedily or by beam search, up to 1 samples more and more freely. Of several, each
             further one is tried where the result of the one before fails Whisper's checks. None: Whisper's own list.
         vad_filter: whether the VAD removes what is not speech first, so that silence yields no invented text.
-        word_timestamps: whether segments have `words`.
+        word_timestamps: whether segments have `words` in what is published.
         clip_timestamps: only these ranges of the file, as (start, end) in seconds; empty: the whole file.
         batch_size: how many pieces of up to 30 s are decoded at once.
         multilingual: whether the language may change within the file: it is detected for each passage.
         audio_track: the number of an audio track of the file, from 0; `mix`: all together; None: the default one.
+        max_line_width: of the lines of subtitles, in columns, 10 to 1000.
+        max_line_count: how many lines a cue of subtitles has at most, 1 to 10.
     """
 
     model_size: str
@@ -47,6 +49,8 @@ class TranscriptionOptions:
     batch_size: int = 1
     audio_track: int | Literal["mix"] | None = None
     multilingual: bool = False
+    max_line_width: int = 42
+    max_line_count: int = 2
 
     def __post_init__(self) -> None:
         if self.temperature is not None:

@@ -101,13 +101,16 @@ def resolve_audio_path(name: str, directories: Sequence[Path]) -> Path:
     roots = [Path(os.path.realpath(directory)) for directory in directories]
     shown = _shown(names[-1], (*directories, *roots))
     leads_out = not roots
-    for each in names:
-        for directory in directories:
-            for path in _spellings(each, directory, roots):
-                if not _is_inside(path, roots):
-                    leads_out = True
-                elif _is_regular(path, shown):
-                    return path
+    try:
+        for each in names:
+            for directory in directories:
+                for path in _spellings(each, directory, roots):
+                    if not _is_inside(path, roots):
+                        leads_out = True
+                    elif _is_regular(path, shown):
+                        return path
+    except OSError as exc:  # a link was replaced after `realpath` had seen that it is one
+        raise failed(_NOT_FOUND, shown) from exc
     raise failed(_OUTSIDE) if leads_out else failed(_NOT_FOUND, shown)
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,7 +26,7 @@ from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger import repair as salvage
-from cesar_mqtt.ledger.ledger import acquire_lock
+from cesar_mqtt.ledger.ledger import acquire_lock, data_dir_problem
 from cesar_mqtt.protocol.topics import Topics
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     if decoder.verdict is Severity.OK:  # without a decoder no model can transcribe
         yield check_decoder_process()
         yield from check_model(settings)
+        yield from check_languages(settings)
     yield from check_folders(settings)
     yield from check_audio(settings)
     yield from check_ledger(settings)
@@ -236,6 +237,19 @@ def check_model(settings: Settings) -> Iterator[Finding]:
         yield Finding("model", Severity.WRONG, f"The model cannot transcribe: {_describe(exc)}", _REINSTALL)
 
 
+def check_languages(settings: Settings) -> Iterator[Finding]:
+    """Check that the default model knows more than English; `check_model` reports settings that are wrong."""
+    from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
+    from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE, Catalogue  # noqa: PLC0415
+
+    with suppress(CesarError):
+        catalogue = Catalogue(settings.models, folder=models_folder(settings))
+        name = catalogue.default_name()
+        if catalogue.is_multilingual(name) is False:
+            detail = f"The default model {name} knows English only"
+            yield Finding("languages", Severity.NOTE, detail, ENGLISH_ONLY_ADVICE)
+
+
 def _check_joined(make_store: "type[ModelStore]", models: ModelSettings, settings: Settings, name: str) -> Finding:
     """Join a model on the disk of the data directory, in a temporary folder. Raises JobFailedError."""
     beside = _nearest(settings.data_dir)
@@ -307,6 +321,9 @@ def check_folders(settings: Settings) -> Iterator[Finding]:
     """Check that the data directory and the spool are writable and have free space."""
     for name, folder in (("data directory", settings.data_dir), ("spool", settings.data_dir / "spool")):
         yield _writable(name, folder)
+    problem = data_dir_problem(settings.data_dir)
+    if problem is not None:
+        yield Finding("data directory", Severity.WRONG, *problem)
     yield _room(settings)
 
 

@@ -4,6 +4,7 @@ Commands are executed in their turn, between the jobs before and behind them. It
 caller of `run_once`.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 _RECEIVE_S = 1.0
 """How long `receive` waits; a stop does not depend on it, as the client wakes the intake."""
+_POLL_S = 0.05
+_HELD_BYTES = 64 << 20
+"""While the disk refuses, nothing more is received once so much is held in memory."""
 _RETRY_FIRST_S = 0.5
 _RETRY_MOST_S = 30.0
 """After a refusal of the disk: short at first, for a passing fault, then at the pace of an operator who frees space."""
@@ -65,7 +69,8 @@ class Intake(StoppableThread):
 
     Order of events, which is a promise: audio in the spool, jobs in the ledger (one transaction for the batch),
     rejections and responses handed to the publisher, acknowledgement. When the disk refuses, nothing is acknowledged
-    and the same batch is tried again: the broker keeps every message that has not been acknowledged.
+    and the same batch is tried again: the broker keeps every message that has not been acknowledged. Commands are
+    answered meanwhile, ahead of their turn: only a `delete` may free the disk.
 
     `stop` ends it after the current batch; the owner of the source wakes a waiting `receive`.
     """
@@ -114,6 +119,12 @@ class Intake(StoppableThread):
         self._publisher = publisher
         self._on_birth = on_birth
         self._redelivery = RedeliveryTracker(ledger)
+        self._behind: Sequence[IncomingMessage] = []
+        """The messages of the batch that are not processed yet."""
+        self._arrived: list[Delivery] = []
+        """What arrived while the disk refused; the next batch."""
+        self._executed: set[int] = set()
+        """The commands that were executed ahead of their turn, by the identities of their receipts."""
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -121,7 +132,7 @@ class Intake(StoppableThread):
 
     def run_once(self, timeout_s: float | None = None) -> int:
         """Process the messages that have arrived; return their number."""
-        deliveries = self._source.receive(timeout_s)
+        deliveries, self._arrived = self._arrived or self._source.receive(timeout_s), []
         bounds = self._source.take_redelivery_bounds()
         # A message that arrived before the broker began a new session may be a redelivery of the former session.
         former = sum(delivery.receipt.connection < bounds.session for delivery in deliveries)
@@ -136,9 +147,12 @@ class Intake(StoppableThread):
 
     def _process(self, deliveries: Sequence[Delivery]) -> None:
         """Process and acknowledge a batch, in order. Raises Cancelled when the intake is stopped first."""
-        parsed = [self._parser.parse(delivery) for delivery in deliveries]
+        parsed = self._reject_what_never_fits([self._parser.parse(delivery) for delivery in deliveries])
+        done = 0
         for are_commands, group in groupby(parsed, key=lambda message: message.command is not None):
             messages, job_ids = list(group), []
+            done += len(messages)
+            self._behind = parsed[done:]
             if are_commands:
                 self._execute_commands(messages)
             else:
@@ -151,6 +165,9 @@ class Intake(StoppableThread):
     def _execute_commands(self, messages: Sequence[IncomingMessage]) -> None:
         for message in messages:
             delivery, command = message.delivery, message.command or ""
+            if id(delivery.receipt) in self._executed:
+                self._executed.discard(id(delivery.receipt))
+                continue
             if delivery.retain:  # it would be executed again at each connection
                 detail = "A retained command is not executed: publish it without the retain flag."
                 self._reject(delivery, Refusal("invalid_request", detail))
@@ -162,6 +179,32 @@ class Intake(StoppableThread):
             self._respond(delivery, response.payload)
             if response.rejection is not None:
                 self._reject(delivery, response.rejection)
+
+    def _answer_commands(self, wait_s: float) -> None:
+        """Wait, and meanwhile execute the commands behind the batch that the disk refuses: one of them may free room.
+
+        They are acknowledged in their turn, as MQTT requires, and not executed again then. How many arrive depends on
+        how many unacknowledged messages the broker allows. Raises Cancelled when the intake is stopped.
+        """
+        until = time.monotonic() + wait_s
+        self._execute_ahead(self._behind)
+        self._behind = []
+        while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0:
+            if sum(delivery.size_bytes for delivery in self._arrived) > _HELD_BYTES:
+                self._stopping.wait(left_s)
+                break
+            arrived = self._source.receive(min(left_s, _RECEIVE_S))
+            self._arrived += arrived
+            self._execute_ahead([self._parser.parse(delivery) for delivery in arrived])
+            if not arrived:
+                self._stopping.wait(min(left_s, _POLL_S))  # the source may be closed
+        if self._stopping.is_set():
+            raise Cancelled
+
+    def _execute_ahead(self, messages: Sequence[IncomingMessage]) -> None:
+        commands = [message for message in messages if message.command is not None]
+        self._execute_commands(commands)
+        self._executed.update(id(message.delivery.receipt) for message in commands)
 
     def _respond(self, delivery: Delivery, payload: bytes) -> None:
         """Publish on the Response Topic that the message names, if that is allowed."""
@@ -197,6 +240,16 @@ class Intake(StoppableThread):
         self._report(messages, iter(admissions))
         return [job_id for _, job_id in admissions]
 
+    def _reject_what_never_fits(self, messages: Sequence[IncomingMessage]) -> Sequence[IncomingMessage]:
+        """Return the messages, audio that is larger than the file system as a refusal: else all others would wait."""
+        largest = max((len(message.audio) for message in messages if message.audio is not None), default=0)
+        capacity = self._spool.capacity_bytes if largest else 0
+        if largest <= capacity:
+            return messages
+        return [
+            _never_fits(message, capacity) if len(message.audio or b"") > capacity else message for message in messages
+        ]
+
     def _store_audio(self, messages: Sequence[IncomingMessage]) -> list[NewJob]:
         """Write uploaded audio into the spool; return the jobs with the names of their files."""
         names = iter(self._spool.store([message.audio for message in messages if message.audio is not None]))
@@ -223,8 +276,7 @@ class Intake(StoppableThread):
                 self._events.degraded("intake", on=True)
                 message = "%s Nothing is acknowledged; next attempt in %.1f s."
                 log.error(message, exc, delay_s, action="intake_degraded")
-                if self._stopping.wait(delay_s):
-                    raise Cancelled from None
+                self._answer_commands(delay_s)
 
     def _report(self, messages: Sequence[IncomingMessage], admissions: Iterator[tuple[Admission, str]]) -> None:
         """Publish the outcome of each message; `admissions` are those of the messages with a job, in order."""
@@ -262,6 +314,13 @@ class Intake(StoppableThread):
         log.warning("Rejected on %s: %s: %s", *details, action="rejected", job_id=refusal.job_id)
         self._events.rejected(rejection)
         return rejection
+
+
+def _never_fits(message: IncomingMessage, capacity_bytes: int) -> IncomingMessage:
+    job = message.job
+    job_id = None if job is None or job.has_generated_id else job.job_id
+    detail = f"The recording is larger than the consumer's disk, {capacity_bytes} bytes: submit its path or URL."
+    return replace(message, job=None, audio=None, refusal=Refusal("storage_full", detail, job_id))
 
 
 def _refusal(job_id: str | None, admission: Admission) -> Refusal | None:

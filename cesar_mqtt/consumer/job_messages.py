@@ -6,7 +6,7 @@ For the publisher's thread; `JobMessages.segment` for the worker's.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pydantic_core import to_json
@@ -117,6 +117,8 @@ class JobMessages:
 
     def segment(self, job: Job, segment: Segment) -> TransientMessage:
         """Return the message of one segment, for the worker's thread."""
+        if not job.options.get("word_timestamps"):  # they were computed for subtitles only
+            segment = replace(segment, words=None)
         topic, message = self._topics.segments(job.job_id), segment_of(job.job_id, segment)
         payload, limit = truncate_segment(message), self._payload_limit(topic)
         if limit is not None and len(payload) > limit:

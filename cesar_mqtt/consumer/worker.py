@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cesar_mqtt.consumer.events import JobEvents
@@ -64,6 +64,10 @@ class Transcribes(Protocol):
 
     def warm_up(self, model_size: str) -> None:
         """Load a model before it is needed. Raises JobFailedError."""
+
+
+_WITH_CUES = frozenset({"srt", "vtt"})
+"""The formats whose cues are cut at words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,8 +367,9 @@ _FORMER_DEFAULTS = {"beam_size": 5}
 
 
 def options_of(job: Job) -> TranscriptionOptions:
-    """Return the options of the request, as they were when the job was accepted."""
-    return TranscriptionOptions(model_size=job.model_size, **{**_FORMER_DEFAULTS, **job.options})
+    """Return the options of the request, as they were when the job was accepted; the cues need the times of words."""
+    options = TranscriptionOptions(model_size=job.model_size, **{**_FORMER_DEFAULTS, **job.options})
+    return replace(options, word_timestamps=options.word_timestamps or not _WITH_CUES.isdisjoint(job.formats))
 
 
 def _replace_surrogates(text: str) -> str:

@@ -82,9 +82,12 @@ class Disk:
     def create(self, path: Path, chunks: Iterable[bytes]) -> int:
         """Write a new file and sync it; its name is durable only after `sync_folder`. Returns its size in bytes.
 
+        What has the name already is removed, and never written through: it may be a link that someone has put there.
         After an error the file is removed: it may have filled the disk.
         """
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         size = 0
         try:
             for chunk in chunks:

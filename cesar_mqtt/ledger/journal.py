@@ -56,6 +56,15 @@ class Journal:
         self._reserved = 0
         self._descriptor: int | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the file is there with a first line, whole or damaged; a header is never torn. Raises OSError."""
+        try:
+            first = next(lines_of(self.path.read_bytes().rstrip(b"\0")), b"")
+        except FileNotFoundError:
+            return False
+        return body_of(first) is not None or not is_torn(first, 0)
+
     def open(self, replay: Callable[[int, Any], None]) -> None:
         """Open or create the file, and pass the entry of each complete line to `replay`, with its number from 1.
 
@@ -67,7 +76,7 @@ class Journal:
             LedgerError: a line is damaged; nothing was changed.
             OSError: the disk failed.
         """
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         raw = self.path.read_bytes()
         last, end = self._replay(raw.rstrip(b"\0"), replay)
         if end:
@@ -143,7 +152,7 @@ class Journal:
         tail = self._lines_from(keep_from)
         temporary = self.path.with_name(self.path.name + ".tmp")
         size = self._disk.create(temporary, (_line(header), tail))
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._disk.replace(temporary, self.path)
         except BaseException:

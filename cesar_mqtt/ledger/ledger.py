@@ -6,6 +6,8 @@ change is on disk, unless its docstring says otherwise. Knows nothing of MQTT ex
 
 import contextlib
 import gc
+import os
+import stat
 import threading
 import time
 from bisect import bisect
@@ -76,7 +78,7 @@ def acquire_lock(path: Path) -> FileLock:
         LedgerInUseError: another process has it.
         LedgerError: the folder cannot be written.
     """
-    file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False)
+    file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False, mode=0o600)
     try:
         file_lock.acquire()
     except Timeout as exc:
@@ -86,6 +88,24 @@ def acquire_lock(path: Path) -> FileLock:
     except OSError as exc:
         raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
     return file_lock
+
+
+def data_dir_problem(folder: Path) -> tuple[str, str] | None:
+    """Return why other users could replace or read the files of a ledger, and what to do; None: they cannot.
+
+    Root may do everything, and a folder that is missing is created for its owner only.
+    """
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return f"The data directory {folder} belongs to another user, who can replace its files.", "Change its owner."
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others:
+        who = "every user" if others & stat.S_IWOTH else "its group"
+        return f"The data directory {folder} can be written by {who}.", f"Run chmod 700 {folder}."
+    return None
 
 
 class Ledger:

@@ -17,10 +17,11 @@ from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
 from cesar_mqtt.ledger.documents import COUNTERS, GONE, JOBS, WINDOWS, job_from, tombstone_from, window_from
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.journal import body_of, check_format, is_torn, lines_of
-from cesar_mqtt.ledger.storage import apply, change_from
+from cesar_mqtt.ledger.storage import apply, change_from, is_transaction
 
 _TABLE_LINE = re.compile(rb'^(?:\{)?"([^"]+)": \{$')
 _DOCUMENT_LINE = re.compile(rb'^"(\d+)": (\{.*\}),?\}?,?$')
+_JOB_ID = re.compile(rb'"job_id":"([A-Za-z0-9_-]{1,64})"')
 _SENTENCES_SHOWN = 10
 
 
@@ -37,6 +38,8 @@ class RecoveredLedger:
     notes: list[str] = field(default_factory=list)
     """What is unusual and loses nothing."""
     damaged: bool = False
+    needs_journal: bool = False
+    """Whether the checkpoint is complete with its journal only."""
 
     @property
     def jobs(self) -> dict[str, Document]:
@@ -87,7 +90,7 @@ def write_repaired(path: Path, found: RecoveredLedger) -> list[Path]:
                 kept.append(old.with_name(f"{old.name}.damaged-{stamp}"))
                 kept[-1].hardlink_to(old)
         disk.sync_folder(path.parent)
-        checkpoint.save(Snapshot(found.image, found.transaction), path, disk=disk)
+        checkpoint.save(Snapshot(found.image, found.transaction, is_complete=True), path, disk=disk)
         disk.remove(journal)
         disk.sync_folder(path.parent)
     except OSError as exc:
@@ -113,6 +116,7 @@ def _read_checkpoint(path: Path, found: RecoveredLedger) -> None:
         return
     if loaded is not None:
         found.image, found.transaction = loaded[0].image, loaded[0].transaction
+        found.needs_journal = not loaded[0].is_complete
 
 
 def _recover_checkpoint(path: Path, found: RecoveredLedger) -> None:
@@ -134,7 +138,7 @@ def _recover_checkpoint(path: Path, found: RecoveredLedger) -> None:
 def _read_document_lines(raw: bytes, found: RecoveredLedger) -> Image:
     image: Image = {}
     table = ""
-    unreadable = 0
+    unreadable, damaged = 0, b""
     for line in raw.splitlines():
         header = _TABLE_LINE.match(line)
         if header:
@@ -143,10 +147,12 @@ def _read_document_lines(raw: bytes, found: RecoveredLedger) -> Image:
         document = _parse_document_line(line)
         if document is not None and table not in RESERVED:
             image.setdefault(table, {})[document[0]] = document[1]
-        elif not any(f'"{name}"'.encode() in line for name in RESERVED):
+        elif line.strip() and not any(f'"{name}"'.encode() in line for name in RESERVED):
             unreadable += 1
+            damaged += line
     if unreadable:
-        found.lost.append(f"{unreadable} {'line' if unreadable == 1 else 'lines'} of the checkpoint cannot be read.")
+        lines = "line" if unreadable == 1 else "lines"
+        found.lost.append(f"{unreadable} {lines} of the checkpoint cannot be read{_jobs_in(damaged)}.")
     return image
 
 
@@ -170,17 +176,31 @@ def _read_journal(path: Path, found: RecoveredLedger) -> None:
     try:
         used = path.read_bytes().rstrip(b"\0")
     except FileNotFoundError:
+        used = b""
+    if not used or (body_of(first := next(lines_of(used))) is None and is_torn(first, 0)):  # a header is never torn
+        if found.needs_journal:
+            found.damaged = True
+            found.lost.append(f"{path.name} is missing or empty: every change after transaction {found.transaction}.")
         return
     expected: int | None = None
     for number, entry in _read_entries(used, path, found):
-        if number == 1 and isinstance(entry, dict):
-            check_format(path, entry.get("cesar_journal", 0))
+        if number == 1 and isinstance(entry, dict) and "cesar_journal" in entry:
+            check_format(path, entry["cesar_journal"])
             expected = _read_header(entry, path, found)
-        elif isinstance(entry, list):
-            expected = _apply_entry(entry, expected, found)
+        elif is_transaction(entry):
+            if number == 1:
+                found.damaged = True
+                found.notes.append(f"{path.name} has no header; it is written again.")
+            expected = _apply_entry(entry, expected, found, f"Line {number} of {path.name}")
+        elif entry is None:  # damaged: the transaction that it held is the one that is missing
+            expected = None if expected is None else expected + (number > 1)
+        else:
+            found.damaged = True
+            found.notes.append(f"Line {number} of {path.name} is no transaction; it is left out.")
 
 
 def _read_entries(used: bytes, path: Path, found: RecoveredLedger) -> Iterator[tuple[int, Any]]:
+    """Yield each line's number and entry; None: it is damaged."""
     end = 0
     for number, line in enumerate(lines_of(used), start=1):
         body = body_of(line)
@@ -190,8 +210,17 @@ def _read_entries(used: bytes, path: Path, found: RecoveredLedger) -> Iterator[t
             found.notes.append(f"The last line of {path.name} was cut by a crash; it was never acknowledged.")
         else:
             found.damaged = True
-            found.lost.append(f"Line {number} of {path.name} is damaged: the changes of that transaction are lost.")
+            found.lost.append(
+                f"Line {number} of {path.name} is damaged: the changes of that transaction{_jobs_in(line)} are lost."
+            )
+            yield number, None
         end += len(line)
+
+
+def _jobs_in(text: bytes) -> str:
+    """Name the jobs whose ids can be read in a damaged line."""
+    ids = dict.fromkeys(found.decode() for found in _JOB_ID.findall(text))
+    return f" (jobs named in it: {', '.join(ids)})" if ids else ""
 
 
 def _read_header(header: Any, path: Path, found: RecoveredLedger) -> int:
@@ -205,10 +234,15 @@ def _read_header(header: Any, path: Path, found: RecoveredLedger) -> int:
     return after + 1
 
 
-def _apply_entry(entry: list[Any], expected: int | None, found: RecoveredLedger) -> int:
+def _apply_entry(entry: list[Any], expected: int | None, found: RecoveredLedger, where: str) -> int:
     number, _, operations = entry
+    if expected is not None and number < expected:
+        found.damaged = True
+        found.notes.append(f"{where} repeats transaction {number}; it is left out.")
+        return expected
     if expected is not None and number > max(expected, found.transaction + 1):
         found.damaged = True
+        found.lost.append(f"The transactions before number {number} are missing ({where}).")
     if number > found.transaction:
         for operation in operations:
             apply(found.image, change_from(operation))

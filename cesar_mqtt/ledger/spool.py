@@ -4,6 +4,9 @@ Any thread may call it.
 """
 
 import contextlib
+import os
+import resource
+import sys
 import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -29,6 +32,17 @@ class Spool:
     def folder(self) -> Path:
         """The absolute path; downloads are stored there as well, and `sweep` deletes them like all other files."""
         return self._folder
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The size of the largest file that can ever be stored: that of the file system, or the process's limit."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            status = os.statvfs(self._folder)
+        except OSError:
+            return sys.maxsize
+        size = status.f_blocks * status.f_frsize or sys.maxsize  # some network file systems do not know it
+        return size if limit == resource.RLIM_INFINITY else min(size, limit)
 
     def path(self, name: str) -> Path:
         return self._folder / name

@@ -10,6 +10,7 @@ import errno
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ def change_from(operation: Sequence[Any]) -> Change:
     table, doc_id, fields, *dropped = operation
     interned = fields and {sys.intern(name): value for name, value in fields.items()}
     return Change(table, doc_id, interned, tuple(dropped[0]) if dropped else ())
+
+
+def is_transaction(entry: Any) -> bool:
+    """Whether a journal entry is a transaction: its number, the watermark, and the changes."""
+    return isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], int) and isinstance(entry[2], list)  # noqa: PLR2004
 
 
 def apply(image: Image, change: Change) -> None:
@@ -97,14 +103,23 @@ class JournalStorage(Storage):
 
     def _open(self) -> None:
         loaded = checkpoint.load(self.path)
-        start, self.checkpoint_bytes = loaded or (Snapshot({}), 0)
+        start, self.checkpoint_bytes = loaded or (Snapshot({}, is_complete=True), 0)
         self._image, self.transaction, self.watermark = start.image, start.transaction, start.watermark
         self._expected: int | None = None
+        if not start.is_complete and not self._journal.has_begun:
+            raise LedgerError(
+                f"{self._journal.path} is missing or empty, and {self.path.name} was not closed in order: every change "
+                f"after transaction {start.transaction} would be lost. Put the journal back. {REPAIR_ADVICE}"
+            )
         self._journal.open(self._replay)
         if loaded is None:
-            self.checkpoint()
+            snapshot = replace(self.snapshot(), is_complete=True)  # until its journal is there
+            self.write_checkpoint(snapshot)
+            self.cut_journal(snapshot)
         elif self._expected is None or self._expected <= self.transaction:  # the checkpoint holds all of it
             self._restart_journal(start.transaction, self._journal.size)
+        if start.is_complete:
+            checkpoint.mark_incomplete(self.path, disk=self._disk)
 
     # -- TinyDB's two methods -------------------------------------------------------------------------------------
 
@@ -174,7 +189,11 @@ class JournalStorage(Storage):
         if self._expected is None:
             self._expected = self._read_header(entry) + 1
             return
+        if not is_transaction(entry):
+            raise LedgerError(f"{self._journal.path} has no transaction in line {line}. {REPAIR_ADVICE}")
         number, watermark, operations = entry
+        if number < self._expected:
+            raise LedgerError(f"{self._journal.path} repeats transaction {number} in line {line}. {REPAIR_ADVICE}")
         if number != self._expected:
             raise LedgerError(
                 f"{self._journal.path} misses transaction {self._expected} before line {line}. {REPAIR_ADVICE}"
@@ -188,7 +207,7 @@ class JournalStorage(Storage):
     def _read_header(self, entry: Any) -> int:
         path = self._journal.path
         if not isinstance(entry, dict) or "cesar_journal" not in entry:
-            raise LedgerError(f"{path} is not a journal of cesar-mqtt. Move it away to start without it.")
+            raise LedgerError(f"{path} has no header in line 1. {REPAIR_ADVICE}")
         check_format(path, entry["cesar_journal"])
         after: int = entry["after"]
         if after > self.transaction:
@@ -244,7 +263,7 @@ class JournalStorage(Storage):
         if self._journal.closed:
             return
         try:
-            self.write_checkpoint(self.snapshot())
+            self.write_checkpoint(replace(self.snapshot(), is_complete=True))
             self._journal.remove()
         except OSError as exc:
             raise LedgerError(

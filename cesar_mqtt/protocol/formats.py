@@ -7,10 +7,11 @@ clear the topic of the result.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from cesar_mqtt.jobs import Job
+from cesar_mqtt.protocol.cues import Cue, cues_of
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.payloads import segment_fields
 from cesar_mqtt.protocol.truncate import most_that_fit
@@ -34,6 +35,9 @@ class Content:
         language_probability: 0 to 1; None without speech.
         duration_s: of the audio; None if it is not known.
         task: `transcribe` or `translate`.
+        has_words: whether JSON holds the words of the segments.
+        max_line_width: of subtitles, in columns.
+        max_line_count: of a cue.
     """
 
     text: str
@@ -42,6 +46,9 @@ class Content:
     language_probability: float | None
     duration_s: float | None
     task: str
+    has_words: bool = True
+    max_line_width: int = 42
+    max_line_count: int = 2
 
 
 def content_of(job: Job, segments: Sequence[Segment]) -> Content:
@@ -53,6 +60,9 @@ def content_of(job: Job, segments: Sequence[Segment]) -> Content:
         language_probability=job.language_probability,
         duration_s=job.audio_duration,
         task=job.options.get("task", "transcribe"),
+        has_words=job.options.get("word_timestamps", False),
+        max_line_width=job.options.get("max_line_width", 42),
+        max_line_count=job.options.get("max_line_count", 2),
     )
 
 
@@ -65,9 +75,9 @@ def render(name: str, content: Content, *, limit_bytes: int | None = None) -> tu
         limit_bytes: the largest file; None: no limit.
 
     Returns:
-        The file, and whether it was cut. A cut one holds as many of the first segments as fit, each of them whole, and
-        is still a file of its format; JSON is marked by `truncated`. A limit below what a file without segments
-        takes (JSON: some 150 bytes, the others: 15 at most) is not kept.
+        The file, and whether it was cut. A cut one holds as many of the first segments (of subtitles: cues) as fit,
+        each of them whole, and is still a file of its format; JSON is marked by `truncated`. A limit below what a file
+        without segments takes (JSON: some 150 bytes, the others: 15 at most) is not kept.
 
     Raises:
         ValueError: there is no such format.
@@ -111,17 +121,14 @@ def _txt(content: Content) -> _Parts:
 def _srt(content: Content) -> _Parts:
     # SubRip knows no escapes, and lenient readers look for the arrow in every line.
     cues = (
-        f"{number}\n{_timing(segment, decimal_mark=',')}\n{_ARROW.sub('->', line)}\n\n"
-        for number, (segment, line) in enumerate(_spoken(content), start=1)
+        f"{number}\n{_timing(cue, decimal_mark=',')}\n{_ARROW.sub('->', _lines(cue))}\n\n"
+        for number, cue in enumerate(_cues(content), start=1)
     )
     return _Parts([_encoded(cue) for cue in cues], _or_an_empty_line)
 
 
 def _vtt(content: Content) -> _Parts:
-    cues = (
-        f"{_timing(segment, decimal_mark='.')}\n{line.translate(_VTT_ESCAPES)}\n\n"
-        for segment, line in _spoken(content)
-    )
+    cues = (f"{_timing(cue, decimal_mark='.')}\n{_lines(cue).translate(_VTT_ESCAPES)}\n\n" for cue in _cues(content))
     return _Parts([_encoded(cue) for cue in cues], lambda _: (b"WEBVTT\n\n", b""))
 
 
@@ -131,7 +138,8 @@ def _tsv(content: Content) -> _Parts:
 
 
 def _json(content: Content) -> _Parts:
-    pieces = [_encoded((", " if n else "") + _dumps(segment_fields(each))) for n, each in enumerate(content.segments)]
+    segments = content.segments if content.has_words else [replace(each, words=None) for each in content.segments]
+    pieces = [_encoded((", " if n else "") + _dumps(segment_fields(each))) for n, each in enumerate(segments)]
     ends = _ends(content)
 
     def around(count: int) -> tuple[bytes, bytes]:
@@ -174,11 +182,16 @@ def _or_an_empty_line(count: int) -> tuple[bytes, bytes]:
     return b"", b"" if count else b"\n"
 
 
-def _timing(segment: Segment, *, decimal_mark: str) -> str:
-    """Write the times of a cue; WebVTT requires its end after its start (section 4.1)."""
-    start_ms = _ms(segment.start_s)
-    end_ms = max(start_ms + 1, _ms(segment.end_s))
-    return f"{_clock(start_ms, decimal_mark)} --> {_clock(end_ms, decimal_mark)}"
+def _cues(content: Content) -> list[Cue]:
+    return cues_of(_spoken(content), max_line_width=content.max_line_width, max_line_count=content.max_line_count)
+
+
+def _lines(cue: Cue) -> str:
+    return "\n".join(cue.lines)
+
+
+def _timing(cue: Cue, *, decimal_mark: str) -> str:
+    return f"{_clock(cue.start_ms, decimal_mark)} --> {_clock(cue.end_ms, decimal_mark)}"
 
 
 def _clock(time_ms: int, decimal_mark: str) -> str:

@@ -40,6 +40,9 @@ _TEXT_FIELDS = frozenset(
     for name, schema in JobRequest.model_json_schema()["properties"].items()
     if {kind.get("type") for kind in schema.get("anyOf", (schema,))} <= {"string", "null"}
 )
+_MOST_VALUES = 150_000
+"""Of a JSON payload, counted as its commas: two prompts may hold 65,536 each. Parsing half a million takes a second."""
+_MOST_PROPERTIES = 1000
 _WITHOUT_BLANKS = (_TEXT_FIELDS | {"formats"}) - {"job_id", "audio_path", "initial_prompt", "hotwords"}
 """Not the id, which is also a level of a topic; nor a path, which is looked up as it is first."""
 _WRONG_LENGTH = frozenset({"too_long", "too_short"})
@@ -108,6 +111,8 @@ class ParsedCommand:
 
 def parse_submission(payload: bytes, properties: UserProperties = ()) -> Parsed:
     """Read a message from `cesar/jobs`: a JSON object, or one line of text that names the audio."""
+    if len(properties) > _MOST_PROPERTIES:
+        return _too_many_properties(properties)
     payload = payload.removeprefix(codecs.BOM_UTF8)
     document = _object_or_line(payload, "a path", _SEND_AUDIO)
     if isinstance(document, str):
@@ -124,6 +129,8 @@ def parse_audio(job_id: str, payload: bytes, properties: UserProperties = ()) ->
     """Read a message from `cesar/audio/<job_id>`, whose payload is the audio file itself."""
     if not is_usable_id(job_id):
         return _bad_id(job_id)
+    if len(properties) > _MOST_PROPERTIES:
+        return _too_many_properties(properties)
     document = _with_properties({}, properties)
     named = [name for name in AUDIO_FIELDS if name in document]
     if named:
@@ -139,7 +146,7 @@ def parse_audio(job_id: str, payload: bytes, properties: UserProperties = ()) ->
 
 def reject_upload(reason: Reason, detail: str, job_id: str, properties: UserProperties) -> Refusal:
     """Reject audio that was sent for a usable id, without reading it."""
-    metadata = _metadata(_with_properties({}, properties))
+    metadata = _metadata(_with_properties({}, properties[:_MOST_PROPERTIES]))
     return Refusal(reason, detail, job_id, recordable=True, metadata=metadata, audio=UPLOAD)
 
 
@@ -245,6 +252,11 @@ def _bad_id(job_id: object) -> Refusal:
     return Refusal("invalid_job_id", f"{_shown(job_id)} is no job id: use text of 1 to 64 of A-Z, a-z, 0-9, _ and -.")
 
 
+def _too_many_properties(properties: UserProperties) -> Refusal:
+    detail = f"The message has {len(properties):,} user properties: at most {_MOST_PROPERTIES:,} are read."
+    return Refusal("invalid_request", detail)
+
+
 # -- user properties -----------------------------------------------------------------------------------------------
 
 
@@ -328,6 +340,8 @@ def _object_or_line(payload: bytes, line: str, advice: str = "") -> Document | s
         text = _line_of(payload)
         neither = f"The payload is neither a JSON object nor one line of text with {line}.{advice}"
         return Refusal("malformed_json", neither) if text is None else text
+    if payload.count(b",") > _MOST_VALUES:
+        return Refusal("invalid_request", f"The payload has more than {_MOST_VALUES:,} values: leave out most of them.")
     try:
         # Not `json`, which accepts NaN and lone surrogates, and raises RecursionError for deep nesting.
         document = from_json(payload, allow_inf_nan=False)

@@ -330,6 +330,7 @@ Reason = Literal[
     "job_id_conflict",
     "payload_too_large",
     "queue_full",
+    "storage_full",
     "unknown_command",
 ]
 

@@ -31,6 +31,8 @@ _CLIPS = 1000
 _BEAMS = 10
 _BATCH = 32
 _TRACKS = 100
+_LINE_WIDTH = (10, 1000)
+_LINE_COUNT = 10
 MAX_PRIORITY = 9
 
 # A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
@@ -229,6 +231,18 @@ class JobRequest(Payload):
         default_factory=list,
         description="The formats in which the result is published beside the status.",
         json_schema_extra={MUST: f'a list such as ["txt"], of any of {", ".join(FORMATS)}'},
+    )
+    max_line_width: Annotated[int, Field(ge=_LINE_WIDTH[0], le=_LINE_WIDTH[1]), BeforeValidator(_coerce_integral)] = (
+        Field(
+            default=42,
+            description="The longest line of subtitles (`srt`, `vtt`), in columns: a Chinese character takes two.",
+            json_schema_extra={MUST: f"a whole number from {_LINE_WIDTH[0]} to {_LINE_WIDTH[1]}"},
+        )
+    )
+    max_line_count: Annotated[int, Field(ge=1, le=_LINE_COUNT), BeforeValidator(_coerce_integral)] = Field(
+        default=2,
+        description="How many lines a cue of subtitles has at most.",
+        json_schema_extra={MUST: f"a whole number from 1 to {_LINE_COUNT}"},
     )
     stream: bool = Field(
         default=False,

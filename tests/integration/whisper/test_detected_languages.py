@@ -1,4 +1,4 @@
-"""Two languages through the multilingual model that comes with the extra `offline-multilingual`."""
+"""Two languages through the multilingual model that comes with the extra `offline`."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def transcriber(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transcribe
     store = ModelStore(ModelSettings(download=False), folder=tmp_path_factory.mktemp("models"))
     here = {model.name for model in store.describe().models if model.origin is not None}
     if "base" not in here:
-        report_missing("the extra offline-multilingual is not installed")
+        report_missing("the extra offline is not installed")
     yield Transcriber(store, AudioSettings())
     store.unload()
 

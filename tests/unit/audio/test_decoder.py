@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import socket
@@ -375,6 +376,19 @@ def test_a_directory_a_fifo_a_socket_and_a_device_are_not_allowed(inside: Path) 
     refusals.append(refusal_of("null", Path("/dev")))
     assert {refusal.code for refusal in refusals} == {ErrorCode.AUDIO_NOT_ALLOWED}
     assert all("regular file" in refusal.message for refusal in refusals)
+
+
+def test_a_link_that_is_replaced_while_it_is_followed_is_not_found(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`realpath` reads a link after it has seen that it is one; the job ended as `internal`."""
+    (inside / "link.wav").symlink_to(inside / "a.wav")
+
+    def replaced(*_: object, **__: object) -> str:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "readlink", replaced)
+    assert refusal_of("link.wav", inside).code is ErrorCode.AUDIO_NOT_FOUND
 
 
 def test_a_circle_of_links_is_not_found(inside: Path) -> None:

@@ -142,6 +142,18 @@ def test_the_model_that_is_there_is_loaded_and_where_it_is_from_is_told(tmp_path
     assert ", a bundled recording transcribed in " in found.detail
 
 
+@pytest.mark.parametrize("name", ["tiny.en", "distil-large-v3"])
+def test_a_default_model_that_knows_english_only_is_noted_with_advice(name: str, tmp_path: Path) -> None:
+    (found,) = doctor.check_languages(settings(tmp_path, models={"default": name}))
+    assert (found.verdict, found.detail) == (Severity.NOTE, f"The default model {name} knows English only")
+    assert "the extra `offline`" in found.what_to_do
+
+
+@pytest.mark.parametrize("name", ["base", "smal"])
+def test_the_languages_of_another_model_are_not_worth_a_line(name: str, tmp_path: Path) -> None:
+    assert list(doctor.check_languages(settings(tmp_path, models={"default": name}))) == []
+
+
 def test_a_broker_that_is_away_is_the_only_thing_told_of_it(tmp_path: Path, free_port: int) -> None:
     found = list(doctor.check_broker(settings(tmp_path, f"mqtt://127.0.0.1:{free_port}"), 0.5))
     assert verdicts(found) == {"broker": "wrong"}

@@ -29,4 +29,4 @@ def test_counts_of_one_are_singular(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert ": 1 job (1 queued), " in capsys.readouterr().out
     path.write_text(path.read_text().replace('"1": {', '"1": '))
     ledgercommands.check(path)
-    assert "1 line of the checkpoint cannot be read." in capsys.readouterr().out
+    assert "1 line of the checkpoint cannot be read (jobs named in it: porch-17)." in capsys.readouterr().out

@@ -3,9 +3,11 @@ import errno
 import json
 import logging
 import queue
+import resource
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -943,6 +945,53 @@ def test_a_batch_that_the_disk_refuses_is_repeated_and_acknowledged_once_it_is_s
     assert bench.publisher.degradations[0] == ("intake", True)
     assert bench.publisher.degradations[-1] == ("intake", False)
     assert bench.publisher.degradations.count(("intake", False)) == 1
+
+
+def test_a_recording_that_never_fits_is_rejected_and_holds_up_nothing(bench: Bench) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        bench.intake._parser._max_payload_bytes = 4 << 20
+        assert bench.take(upload("big", b"x" * (2 << 20)), upload("small")) == ["storage_full"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [job.job_id for job in bench.jobs()] == ["small"]
+    assert bench.publisher.rejections[0].job_id == "big"
+    assert bench.publisher.degradations == [("intake", False)]
+
+
+def test_commands_are_answered_once_while_the_disk_refuses_and_one_of_them_may_free_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind an upload that had no room no command was answered, so that nothing could be deleted."""
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_FIRST_S", 0.2)
+    bench.spool_disk.refusals = float("inf")
+    handle = bench.commands.handle
+
+    def free(name: str, payload: bytes) -> CommandResponse | None:
+        if name == "delete":
+            bench.spool_disk.refusals = 0
+        return handle(name, payload)
+
+    monkeypatch.setattr(bench.commands, "handle", free)
+    first = [upload("big"), command("list"), message(b"ON", "cesar/consumer/kitchen/pause/set")]
+    second = [request(job_id="next"), command("delete", b"old"), command("health")]
+    bench.intake.start()
+    bench.source.bring(*first)
+    assert bench.publisher.refused.wait(DEADLINE_S)
+    assert bench.source.acknowledged == []
+    bench.source.bring(*second)
+    pause = threading.Event()
+    deadline = time.monotonic() + DEADLINE_S
+    while len(bench.source.acknowledged) < len(first) + len(second) and time.monotonic() < deadline:
+        pause.wait(0.01)
+    bench.intake.stop(DEADLINE_S)
+    in_order = [delivery.receipt for delivery in (*first, *second)]
+    assert [delivery.receipt for delivery in bench.source.acknowledged] == in_order
+    assert [topic.rpartition("/")[2] for topic, _, _ in bench.publisher.responses] == [
+        *("list", "pause", "delete", "health")
+    ]
+    assert [job.job_id for job in bench.jobs()] == ["big", "next"]
 
 
 @pytest.mark.usefixtures("_quick_retries")

@@ -312,6 +312,23 @@ def test_a_job_without_a_beam_size_is_of_version_1_and_has_its_default(
     assert bench.transcriber.calls[-1].options.beam_size == beam_size
 
 
+@pytest.mark.parametrize(
+    ("formats", "options", "timed"),
+    [
+        (("srt",), {}, True),
+        (("json", "vtt"), {}, True),
+        (("txt", "tsv", "json"), {}, False),
+        ((), {"word_timestamps": True}, True),
+    ],
+)
+def test_the_times_of_words_are_computed_where_subtitles_need_them(
+    bench: Bench, formats: tuple[str, ...], options: dict[str, bool], *, timed: bool
+) -> None:
+    bench.add("a", formats=formats, options=options)
+    bench.worker.run_once()
+    assert bench.transcriber.calls[-1].options.word_timestamps is timed
+
+
 def test_run_once_processes_a_job_to_its_end(bench: Bench) -> None:
     bench.add(
         "a", options={"language": "de", "task": "translate", "initial_prompt": "x", "beam_size": 2, "vad_filter": False}

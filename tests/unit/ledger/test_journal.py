@@ -14,7 +14,7 @@ from tinydb import Query, TinyDB
 from tinydb.operations import delete
 
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.ledger import journal
+from cesar_mqtt.ledger import checkpoint, journal
 from cesar_mqtt.ledger.checkpoint import Image
 from cesar_mqtt.ledger.storage import Change, JournalStorage
 from tests.unit.ledger.faults import FaultyDisk, Killed, PoweredDisk, QuickDisk, failing, killing
@@ -431,6 +431,10 @@ def test_a_journal_cut_at_any_byte_keeps_all_complete_lines_and_can_be_continued
     ends = line_ends(content)
     for cut in [*range(used + 1), used + 1, used + 5000]:
         folder.put({**media, "ledger.json.journal": content[:cut]})
+        if cut < ends[0] - 1:  # a header is written and synced aside
+            with pytest.raises(LedgerError, match="missing or empty"):
+                folder.open()
+            continue
         storage = folder.open()
         whole = max(0, sum(end <= cut for end in ends) - 1)
         without_line_feed = cut + 1 in ends and cut + 1 != ends[0]
@@ -473,7 +477,7 @@ def test_a_flipped_or_missing_byte_of_the_checkpoint_is_always_noticed(folder: F
             *(good[:at] + bytes((good[at] ^ pattern,)) + good[at + 1 :] for pattern in (0x01, 0x20, 0x80, 0xFF)),
         ):
             folder.put({"ledger.json": content})
-            with pytest.raises(LedgerError, match="damaged"):
+            with pytest.raises(LedgerError, match=r"damaged|missing or empty"):
                 folder.open()
             assert folder.ledger.read_bytes() == content
 
@@ -586,7 +590,7 @@ def test_a_file_that_is_no_journal_is_refused_or_empty(folder: Folder, junk: byt
 def test_a_first_line_that_is_no_header_is_rejected(folder: Folder, line: object) -> None:
     folder.open().close()
     folder.journal.write_bytes(journal._line(line))
-    with pytest.raises(LedgerError, match="not a journal"):
+    with pytest.raises(LedgerError, match="no header in line 1"):
         folder.open()
 
 
@@ -751,7 +755,7 @@ def test_a_process_that_dies_while_opening_changes_nothing(folder: Folder) -> No
         {},
         {**folder.media(), "ledger.json.journal": torn},
         {**folder.media(), "ledger.json.journal": torn[: storage.journal_bytes - 1]},
-        {"ledger.json": folder.ledger.read_bytes()},
+        {"ledger.json": folder.ledger.read_bytes() + checkpoint._COMPLETE},
     ):
         for calls in range(100):
             folder.put(media)

@@ -1985,7 +1985,8 @@ def test_a_damaged_ledger_releases_the_lock(folder: LedgerFolder) -> None:
 def test_a_ledger_with_unreadable_documents_releases_the_lock(folder: LedgerFolder) -> None:
     folder.ledger.close()
     good = folder.path.read_bytes()
-    checkpoint.save(Snapshot({"jobs": {"1": {"job_id": "of another program"}}}), folder.path, disk=QuickDisk())
+    foreign = Snapshot({"jobs": {"1": {"job_id": "of another program"}}}, is_complete=True)
+    checkpoint.save(foreign, folder.path, disk=QuickDisk())
     refusals = []
     for _ in range(2):
         with pytest.raises(KeyError) as refused:

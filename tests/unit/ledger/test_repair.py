@@ -13,7 +13,9 @@ from tinydb.operations import delete
 from cesar_mqtt.cli import ledger as ledgercommands
 from cesar_mqtt.errors import ErrorCode, ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
+from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.index import window_id
+from cesar_mqtt.ledger.journal import _line
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.repair import examine
 from cesar_mqtt.transcript import Window
@@ -87,6 +89,92 @@ def test_a_torn_last_line_is_a_note_and_no_damage(path: Path) -> None:
     assert not found.damaged
     assert found.notes
     assert {row["job_id"]: row["state"] for row in found.jobs.values()} == {**ALL, "c": "queued"}
+
+
+def repeat(number: int) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda lines: [*lines[: number + 1], *lines[number:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (None, "abc"),
+        (lambda _: [], "abc"),
+        (lambda lines: lines[1:], "abcde"),
+        (lambda lines: [lines[0][:20]], "abc"),
+        (lambda lines: [_line(["cesar_journal"]), *lines[1:]], "abcde"),
+        (lambda lines: [_line({"of": "another program"}), *lines[1:]], "abcde"),
+        (lambda lines: [*lines, _line(["x"])], "abcde"),
+        (repeat(0), "abcde"),
+        (repeat(1), "abcde"),
+        (lambda lines: [*lines, lines[0]], "abcde"),
+        (lambda lines: [*lines, lines[1]], "abcde"),
+        (lambda lines: [lines[0], *lines[2:]], "abce"),
+    ],
+    ids=[
+        "no journal",
+        "empty",
+        "no header",
+        "torn",
+        "a list first",
+        "a foreign header",
+        "a list last",
+        "two headers",
+        "a line twice",
+        "header last",
+        "old line last",
+        "no line",
+    ],
+)
+def test_start_check_and_repair_agree_on_what_is_damaged(
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[list[bytes]], list[bytes]] | None,
+    kept: str,
+) -> None:
+    """The start lost jobs without a word, or refused what `check` called whole and `repair` did not change."""
+    file = journal(path)
+    if change is None:
+        file.unlink()
+    else:
+        file.write_bytes(b"".join(change(file.read_bytes().rstrip(b"\0").splitlines(keepends=True))))
+    with pytest.raises(LedgerError, match="cesar-mqtt ledger repair"):
+        Ledger(path)
+    assert ledgercommands.check(path) == 74
+    told = capsys.readouterr().out
+    assert ("lost: " in told) is (kept != "abcde")
+    assert ledgercommands.repair(path, yes=True) == 0
+    assert set(states(path)) == set(kept)
+    assert ledgercommands.check(path) == 0
+
+
+def test_a_ledger_that_was_closed_in_order_needs_no_journal_and_one_that_is_open_does(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    for _ in range(2):
+        Ledger(path).close()
+        assert not journal(path).exists()
+        assert json.loads(path.read_text())["checkpoint"], "stock TinyDB reads it"
+    kill(Ledger(path))
+    journal(path).unlink()
+    with pytest.raises(LedgerError, match="missing or empty"):
+        Ledger(path)
+    assert not journal(path).exists(), "nothing was changed"
+
+
+def test_a_checkpoint_of_version_1_needs_no_journal(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    with Ledger(path) as ledger:
+        ledger.append([new_job("a")])
+    raw = path.read_bytes()
+    old = raw[: raw.rfind(checkpoint._CHECKSUM)].replace(b',"journal":true', b"")
+    path.write_bytes(old + checkpoint._checksum(zlib.crc32(old)))
+    assert states(path) == {"a": "queued"}
+
+
+def test_the_jobs_in_a_damaged_line_are_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(journal(path), b'"fingerprint":"d"')
+    ledgercommands.check(path)
+    assert "(jobs named in it: " in capsys.readouterr().out
 
 
 def test_a_damaged_journal_line_loses_only_its_own_changes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,7 +188,7 @@ def test_a_hundred_thousand_finished_jobs_are_deleted_in_steps_and_jobs_accepted
         for seq in range(1, count + 1)
     }
     path, disk = tmp_path / "ledger.json", QuickDisk()
-    checkpoint.save(Snapshot({"jobs": jobs}, transaction=count, watermark=count), path, disk=disk)
+    checkpoint.save(Snapshot({"jobs": jobs}, transaction=count, watermark=count, is_complete=True), path, disk=disk)
     del jobs
     accepted = 0
     with Ledger(path, disk=disk) as ledger:

@@ -1,6 +1,8 @@
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote_from_bytes
 
@@ -121,6 +123,28 @@ def check_refusal(refusal: Refusal, payload: bytes) -> None:
 # -- what is accepted ----------------------------------------------------------------------------------------------
 
 
+def test_more_values_than_any_request_has_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500,000 unknown fields in one message held up the intake for seconds."""
+    monkeypatch.setattr("cesar_mqtt.protocol.parsing.from_json", lambda *_, **__: pytest.fail("it was parsed"))
+    fields = b",".join(b'"f%d":1' % number for number in range(150_002))
+    parsed = parse(b"{" + fields + b"}")
+    assert parsed == Refusal("invalid_request", "The payload has more than 150,000 values: leave out most of them.")
+
+
+@pytest.mark.parametrize("parse_any", [parse, partial(parse_audio, "a")])
+def test_more_user_properties_than_anybody_sends_are_rejected(parse_any: Callable[..., Any]) -> None:
+    properties = tuple((f"name-{number}", "x") for number in range(1001))
+    assert isinstance(parse_any(b'{"audio_path": "a.wav"}', properties[:10]), Accepted)
+    assert parse_any(b'{"audio_path": "a.wav"}', properties) == Refusal(
+        "invalid_request", "The message has 1,001 user properties: at most 1,000 are read."
+    )
+
+
+def test_prompts_of_the_largest_size_may_be_all_commas() -> None:
+    document = {"audio_path": "a.wav", "initial_prompt": "," * 65_536, "hotwords": "," * 65_536}
+    assert isinstance(parse(json.dumps(document).encode()), Accepted)
+
+
 def test_a_path_alone_is_a_request_with_the_contracts_defaults() -> None:
     assert accepted(parse(b'{"audio_path": "porch.wav"}')) == Accepted(
         JobRequest(
@@ -167,6 +191,8 @@ def test_every_field_is_taken_over() -> None:
         "batch_size": 8,
         "audio_track": 1,
         "formats": ["srt", "json"],
+        "max_line_width": 60,
+        "max_line_count": 3,
         "stream": True,
         "priority": 3,
         "expires_in": 60.5,
@@ -335,6 +361,10 @@ def test_a_url_may_stand_on_the_one_line_in_any_case_and_with_blanks_around_it(l
         ("task", "transcribe"),
         ("initial_prompt", ""),
         ("initial_prompt", "x" * 65_536),
+        ("max_line_width", 10),
+        ("max_line_width", 1000),
+        ("max_line_count", 1),
+        ("max_line_count", 10),
         ("beam_size", 1),
         ("beam_size", 10),
         ("hotwords", ""),
@@ -392,7 +422,7 @@ def test_a_language_may_be_left_to_be_detected_explicitly(text: str) -> None:
         assert accepted(parsed).request.options() == {"beam_size": "auto"}
 
 
-@pytest.mark.parametrize("name", ["beam_size", "batch_size"])
+@pytest.mark.parametrize("name", ["beam_size", "batch_size", "max_line_count"])
 def test_a_whole_number_may_be_written_with_a_point(name: str) -> None:
     for parsed in (
         parse(b'{"audio_path": "a", "%s": 8.0}' % name.encode()),
@@ -466,6 +496,8 @@ def test_only_options_that_differ_from_their_defaults_are_kept_and_the_beam_size
     defaults = {
         "beam_size": "auto",
         "multilingual": False,
+        "max_line_width": 42,
+        "max_line_count": 2,
         "vad_filter": True,
         "task": "transcribe",
         "batch_size": 1,
@@ -513,6 +545,10 @@ def test_the_former_default_of_the_beam_size_is_the_same_request_as_none() -> No
         ),
         ("task", "summarise", "task must be 'transcribe' or 'translate', not 'summarise'."),
         ("initial_prompt", "x" * 65_537, "initial_prompt must be text of at most 65536 characters."),
+        ("max_line_width", 9, "max_line_width must be a whole number from 10 to 1000, not 9."),
+        ("max_line_width", 1001, "max_line_width must be a whole number from 10 to 1000, not 1001."),
+        ("max_line_count", 0, "max_line_count must be a whole number from 1 to 10, not 0."),
+        ("max_line_count", 11, "max_line_count must be a whole number from 1 to 10, not 11."),
         ("beam_size", 0, "beam_size must be a whole number from 1 to 10, or 'auto', not 0."),
         ("beam_size", 11, "beam_size must be a whole number from 1 to 10, or 'auto', not 11."),
         ("beam_size", 5.5, "beam_size must be a whole number from 1 to 10, or 'auto', not 5.5."),
@@ -1066,6 +1102,8 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "batch_size": 4,
         "audio_track": 2,
         "formats": ["srt", "vtt"],
+        "max_line_width": 50,
+        "max_line_count": 1,
         "stream": True,
         "priority": 9,
         "expires_in": 3.5,
