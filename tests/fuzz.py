@@ -53,6 +53,8 @@ RECORDINGS = {
     "a.wv": "wavpack",
     "a.tta": "tta",
     "a.asf": "libmp3lame",
+    "a.nut": "flac",
+    "a.3gp": "aac",
 }
 
 

@@ -15,6 +15,8 @@ _OPPOSITE = -0.5
 _RELEVANT = 0.01
 """A channel of less than this share of the loudest one's power (-20 dB) cancels nothing."""
 _SILENT_POWER = 1e-9
+_WILD, _WILD_SUM = 1e6, 1e9
+"""No sound has such values; floats that were written with the scale of 16 bits have up to 32,768."""
 _RAMP = SAMPLE_RATE // 50
 """Samples over which the gain changes, so that a change is not heard as a click."""
 _MIN_OPPOSITE_S = 0.5
@@ -46,8 +48,9 @@ class ChannelMixer:
         """Mix samples of shape (n, channels) down to shape (n,)."""
         if self.channels == 1 or not len(block):
             return block[:, 0]
-        # What float samples may hold, and no sound: it would spoil all that is computed from it.
-        block = np.nan_to_num(block, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        if not abs(float(block.sum(dtype=np.float64))) < _WILD_SUM:
+            # What float samples may hold, and no sound: it would spoil all that is computed from it.
+            block = np.where(np.abs(block) < _WILD, block, np.float32(0.0))
         covariance = self._measure(block)
         weights, gain = self._weights(covariance, len(block) / SAMPLE_RATE)
         mixed: Samples = block @ (weights / self.channels).astype(np.float32)
@@ -58,15 +61,15 @@ class ChannelMixer:
         return mixed
 
     def _measure(self, block: NDArray[np.float32]) -> NDArray[np.float64]:
-        centred = block - block.mean(axis=0)
-        covariance = (centred.T @ centred).astype(np.float64) / len(block)
+        mean = block.mean(axis=0, dtype=np.float64)
+        covariance = (block.T @ block).astype(np.float64) / len(block) - np.outer(mean, mean)
         before = covariance if self._covariance is None else self._covariance
         self._covariance = _FADE * before + (1 - _FADE) * covariance
         return self._covariance
 
     def _weights(self, covariance: NDArray[np.float64], duration_s: float) -> tuple[NDArray[np.float64], float]:
         """The sign of each channel, and the gain of their mean."""
-        power = np.diag(covariance)
+        power = np.diag(covariance).clip(0.0)
         signs = np.ones(len(power))
         loudest = power.max()
         if loudest < _SILENT_POWER:

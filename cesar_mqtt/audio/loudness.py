@@ -81,15 +81,18 @@ class Loudness:
 
 
 def _gain_for(samples: Samples) -> float:
-    # A percentile: a single click, or one wild value in a file of floats, says nothing about the speech.
-    peak = float(np.percentile(np.abs(samples), _PEAK_PERCENTILE))
-    if peak > 1.0:
+    if float(np.abs(samples).max(initial=0.0)) > 1.0 and (peak := _peak(samples)) > 1.0:
         return 1.0 / peak
     frames = len(samples) // _FRAME
-    if peak > 20 * _QUIET or not frames:
+    if not frames:
         return 1.0
-    power = np.square(samples[: frames * _FRAME], dtype=np.float64).reshape(frames, _FRAME).mean(axis=1)
-    floor, speech = np.sqrt(np.percentile(power, (20, 95)))
+    framed = samples[: frames * _FRAME].reshape(frames, _FRAME)
+    floor, speech = np.sqrt(np.percentile(np.einsum("ij,ij->i", framed, framed) / _FRAME, (20, 95)))
     if not _INAUDIBLE < speech < _QUIET or speech < _MIN_MODULATION * floor:
         return 1.0
-    return float(min(_TARGET / speech, 1.0 / max(peak, 1e-9)))
+    return float(min(_TARGET / speech, 1.0 / max(_peak(samples), 1e-9)))
+
+
+def _peak(samples: Samples) -> float:
+    """Without the highest: a single click, or one wild value in a file of floats, says nothing about the speech."""
+    return float(np.percentile(np.abs(samples), _PEAK_PERCENTILE))

@@ -45,6 +45,7 @@ class Part:
         self._max_s = max_s
         self._damaged = False
         self._other_end_s = 0.0
+        self._units_s = {stream.index: float(stream.time_base) for stream in container.streams if stream.time_base}
         streams = container.streams.audio
         declarations = [declaration(container, streams[number], file) for number in chosen]
         self.duration_s = _latest(declared.expected_s for declared in declarations)
@@ -129,9 +130,10 @@ class Part:
         return samples
 
     def _note_time(self, packet: Packet, *, is_heard: bool) -> None:
-        if packet.pts is None or packet.time_base is None:
+        unit_s = self._units_s.get(packet.stream_index)
+        if packet.pts is None or unit_s is None:
             return
-        stamp_s = float(packet.pts * packet.time_base)
+        stamp_s = packet.pts * unit_s
         self._other_end_s = max(self._other_end_s, stamp_s - self._zero_s)
         if not is_heard:
             self._witnesses.note(stamp_s)

@@ -274,9 +274,9 @@ class Track:
         yield from self._convert(frame)
 
     def _gap_s(self, frame: av.AudioFrame) -> float:
-        if self._clock is None or frame.pts is None or frame.time_base is None:
+        if self._clock is None or frame.time is None:
             return 0.0
-        return self._clock.gap_s(float(frame.pts * frame.time_base), self._heard_s)
+        return self._clock.gap_s(frame.time, self._heard_s)
 
     @property
     def _heard_s(self) -> float:

@@ -91,6 +91,16 @@ def test_what_is_no_number_is_silence_and_not_spread(tmp_path: Path) -> None:
     assert np.isfinite(decode(write_wav(tmp_path / "a.wav", block, RATE))[0]).all()
 
 
+@pytest.mark.parametrize("value", [1e30, -1e30, 3e38, float("nan"), float("inf")])
+def test_one_wild_value_does_not_silence_the_rest(value: float, tmp_path: Path) -> None:
+    block = columns(tone(3, RATE), tone(3, RATE))
+    block[20_000, 1] = value
+    samples, _ = decode(write_wav(tmp_path / "a.wav", block, RATE))
+    assert np.isfinite(samples).all()
+    assert frequencies(samples[2 * RATE :]) == [440.0]
+    assert np.abs(samples[2 * RATE + RATE // 10 :]).max() == pytest.approx(0.4, rel=0.1)
+
+
 def test_silence_stays_silence() -> None:
     mixer = ChannelMixer(2)
     assert not mixer.mix(np.zeros((RATE, 2), np.float32)).any()
