@@ -178,7 +178,11 @@ class Judge:
             if binding.get("qos", message.qos) != message.qos:
                 return Fault(topic, f"came at QoS {message.qos}, and the document says {binding['qos']}")
             return self.judge_payload(name, bytes(message.payload), topic=topic, parameters=found.groupdict())
-        return None if re.match(f"{self._prefix}/(jobs|audio|request)(/|$)", topic) else Fault(topic, "is no channel")
+        return (
+            None
+            if re.match(f"{self._prefix}/(jobs|audio|request|replies)(/|$)", topic)
+            else Fault(topic, "is no channel")
+        )
 
     def judge_payload(
         self, channel: str, payload: bytes, *, topic: str, parameters: Mapping[str, str] | None = None

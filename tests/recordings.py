@@ -40,10 +40,11 @@ class Sound:
 
 @dataclass
 class Picture:
-    """A track of small pictures, five in a second."""
+    """A track of small pictures."""
 
     duration_s: float
     codec: str = "mpeg4"
+    rate: int = 5
 
 
 def write(path: Path, container: str, *tracks: Sound | Picture, options: dict[str, str] | None = None) -> Path:
@@ -63,10 +64,10 @@ def _time_of(packet: Any, number: int) -> float:
 
 
 def _picture(written: av.container.OutputContainer, track: Picture) -> list[Any]:
-    stream = cast("VideoStream", written.add_stream(track.codec, rate=5))
+    stream = cast("VideoStream", written.add_stream(track.codec, rate=track.rate))
     stream.width = stream.height = 32
     packets: list[Any] = []
-    for number in range(int(track.duration_s * 5)):
+    for number in range(int(track.duration_s * track.rate)):
         frame = av.VideoFrame(32, 32, "yuv420p")
         frame.pts = number
         packets += stream.encode(frame)

@@ -163,7 +163,7 @@ def test_submit_without_a_broker_says_so() -> None:
 @pytest.mark.mosquitto
 def test_submit_waits_and_prints_the_transcript(mosquitto: Mosquitto, serve: Serve) -> None:
     serve("--broker", mosquitto.url)
-    ended = command("submit", "--broker", mosquitto.url, str(SPEECH))
+    ended = command("submit", "--broker", mosquitto.url, "--language", "en", str(SPEECH))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert words(ended.stdout) == SPOKEN
     listed = json.loads(command("jobs", "--broker", mosquitto.url, "--json").stdout)

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
 
-INBOX = "inbox"
+INBOX = "cesar/replies"
 SHORT = {"pause": "", "resume": "", "health": "", "models": "", "list": ""} | dict.fromkeys(
     ("cancel", "retry", "delete", "get", "result"), "nobody"
 )
@@ -105,7 +105,6 @@ def test_every_kind_of_message_has_been_seen_and_is_as_the_document_says(
 ) -> None:
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port, protocol=MQTTProtocolVersion.MQTTv5)
-    bus._client.subscribe(f"{INBOX}/#", qos=1)
     answers = drive(bus)
     for name in ("state", "queue", "last", "info", "health"):
         bus.wait(f"cesar/consumer/cesar/{name}")

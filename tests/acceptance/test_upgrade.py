@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.acceptance.harness import SPOKEN, Bus, Consumer, words
 from tests.conftest import Mosquitto, StartMosquitto
@@ -15,28 +13,29 @@ from tests.golden import stored, version_1
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 
+_LANGUAGE = frozenset({"language", "detected_language", "language_probability"})
+_CHANGED = {
+    "windows": _LANGUAGE,  # an English-only model detects none
+    "jobs": _LANGUAGE | {"options", "warnings"},  # the beam size is `auto`, and the language was assumed
+    "gone": frozenset({"request", "status"}),  # so that a retained request is not run again
+}
 _WAITING = ("interrupted", "replaced", "waiting-upload", "waiting")
 
 
-def _restore(port: int) -> None:
+def _restore(bus: Bus) -> None:
     """Have a broker retain what it did."""
-    client = Client(CallbackAPIVersion.VERSION2)
-    client.connect("127.0.0.1", port)
-    client.loop_start()
     for topic, payload in stored.retained().items():
-        client.publish(topic, payload, qos=1, retain=True).wait_for_publish(10)
-    client.disconnect()
-    client.loop_stop()
+        bus.publish(topic, payload, retain=True)
 
 
 def test_a_data_directory_of_version_1_is_continued_and_the_broker_comes_to_agree(
     mosquitto: Mosquitto, serve: Callable[..., Consumer], join: Callable[..., Bus], tmp_path: Path
 ) -> None:
-    _restore(mosquitto.port)
+    bus = join(mosquitto.port)
+    _restore(bus)
     (tmp_path / "consumer").mkdir()
     data_dir = stored.unpack(tmp_path / "consumer" / "data")
     before = stored.documents(data_dir)
-    bus = join(mosquitto.port)
 
     consumer = serve("--broker", mosquitto.url, environ=stored.SETTINGS)
     assert bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["queued"] == 4)["paused"] is True
@@ -82,11 +81,17 @@ def test_what_is_written_has_the_documents_of_version_1(start_mosquitto: StartMo
     version_1.make(tmp_path, sys.executable, start_mosquitto(persistence=True))
 
     old, new = stored.documents(stored.FOLDER / "data"), stored.documents(tmp_path / "data")
-    assert {table: _keys(rows) for table, rows in new.items()} == {table: _keys(rows) for table, rows in old.items()}
+    assert {table: _keys(table, rows) for table, rows in new.items()} == {
+        table: _keys(table, rows) for table, rows in old.items()
+    }
     for name in ("homeassistant.json", "subscriptions"):
         assert (tmp_path / "data" / name).read_text() == (stored.FOLDER / "data" / name).read_text()
 
 
-def _keys(rows: dict[int, dict[str, object]]) -> dict[int, dict[str, str]]:
-    """The types of the fields of each document."""
-    return {doc_id: {key: type(value).__name__ for key, value in row.items()} for doc_id, row in rows.items()}
+def _keys(table: str, rows: dict[int, dict[str, object]]) -> dict[int, dict[str, str]]:
+    """The types of the fields of each document, less those that 1.1 may write or leave out."""
+    other = _CHANGED.get(table, frozenset())
+    return {
+        doc_id: {key: type(value).__name__ for key, value in row.items() if key not in other}
+        for doc_id, row in rows.items()
+    }

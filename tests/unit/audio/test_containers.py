@@ -14,13 +14,9 @@ FORMATS = [
     ("mxf", "pcm_s16le", 48_000),
     ("asf", "libmp3lame", 44_100),
     ("latm", "aac", 44_100),
-    ("spx", "libspeex", 16_000),
     ("tta", "tta", 16_000),
     ("voc", "pcm_u8", 16_000),
     ("w64", "pcm_s24le", 44_100),
-    ("rm", "ac3", 48_000),
-    ("gxf", "pcm_s16le", 48_000),
-    ("oma", "pcm_s16be", 44_100),
     ("sox", "pcm_s32le", 16_000),
     ("wv", "wavpack", 16_000),
     ("3g2", "aac", 44_100),
@@ -34,25 +30,14 @@ FORMATS = [
     ("mov", "alac", 44_100),
     ("mov", "pcm_s24le", 48_000),
     ("avi", "adpcm_ms", 16_000),
-    ("dts", "dca", 48_000),
     ("eac3", "eac3", 48_000),
-    ("truehd", "truehd", 48_000),
 ]
 
 
 @pytest.mark.parametrize(("container", "codec", "rate"), FORMATS)
 def test_a_recorders_format_is_decoded(container: str, codec: str, rate: int, tmp_path: Path) -> None:
-    options = {"strict": "experimental"} if codec in {"dca", "truehd"} else {}
-    stereo = container in {"oma", "gxf", "truehd"}
-    samples = tone(3, rate)
-    sound = Sound(codec, rate, [(0.0, samples)], options=options)
-    if stereo:
-        sound = Sound(codec, rate, [(0.0, np.stack((samples, samples), axis=1))], layout="stereo", options=options)
-    picture = [Picture(3.0, "mpeg2video")] if container in {"mxf", "gxf"} else []
-    try:
-        path = write(tmp_path / "recording", container, *picture, sound)
-    except (ValueError, OSError, LookupError) as exc:
-        pytest.skip(f"PyAV does not encode it: {exc}")
+    picture = [Picture(3.0, "mpeg2video", rate=25)] if container == "mxf" else []
+    path = write(tmp_path / "recording", container, *picture, Sound(codec, rate, [(0.0, tone(3, rate))]))
     decoded, audio = decode(path)
     assert audio.decoded_s == pytest.approx(3.0, abs=0.15)
     assert frequencies(decoded) == [440.0]
