@@ -97,7 +97,7 @@ def test_a_decoder_that_fails_is_a_fault_with_advice(
         assert "metadata_errors" in options
         raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
 
-    monkeypatch.setattr("cesar_mqtt.audio.decoder.av.open", open_as_in_pyav_19)
+    monkeypatch.setattr("cesar_mqtt.audio.containers.av.open", open_as_in_pyav_19)
     found = doctor.check_decoder()
     assert found.verdict is Severity.WRONG
     assert "metadata_errors" in found.detail
