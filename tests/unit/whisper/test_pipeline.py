@@ -443,7 +443,7 @@ def test_an_english_only_model_does_not_claim_to_have_detected_english(
 
 
 def test_a_stop_comes_before_each_step() -> None:
-    for steps in range(5):
+    for steps in range(6):
         left = [steps]
 
         def should_stop(left: list[int] = left) -> bool:
@@ -455,8 +455,9 @@ def test_a_stop_comes_before_each_step() -> None:
         )
         with pytest.raises(Cancelled):
             list(pipeline(model, should_stop=should_stop).transcribe(sound(4), [(0, 4 * SAMPLE_RATE)], None)[0])
-        # features, encoding, detection, greedy, beam
+        # features (two blocks), encoding, detection, greedy, beam
         assert (len(model.encoded), model.detected, len(model.asked)) == [
+            (0, 0, 0),
             (0, 0, 0),
             (0, 0, 0),
             (1, 0, 0),
