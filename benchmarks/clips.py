@@ -1,6 +1,5 @@
 """Short clips through the whole consumer, on a real mosquitto, beside a bare loop of `WhisperModel.transcribe`."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,37 +43,14 @@ def bare_loop(model_name: str, paths: Sequence[str], pipe: Connection) -> None:
 
     The number of threads, sent first, is the fastest with the first of `paths`: bare faster-whisper at its best.
     """
-    from faster_whisper import WhisperModel  # noqa: PLC0415 - in this process only
+    from benchmarks.bare import load_fastest, transcribe  # noqa: PLC0415 - loads the libraries, in this process only
 
-    from cesar_mqtt.config import ModelSettings  # noqa: PLC0415
-    from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
-
-    folder = str(ModelStore(ModelSettings(download=False)).catalogue.obtain(model_name))
-
-    def load(threads: int) -> WhisperModel:
-        return WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=threads)
-
-    def transcribe_all(model: WhisperModel, files: Sequence[str]) -> tuple[float, list[str]]:
-        started = time.perf_counter()
-        texts = []
-        for file in files:
-            segments, _ = model.transcribe(
-                file, beam_size=5, vad_filter=True, condition_on_previous_text=False, language_detection_segments=4
-            )
-            texts.append("".join(segment.text for segment in segments))
-        return time.perf_counter() - started, texts
-
-    cores = len(os.sched_getaffinity(0))
-    tried = {threads: load(threads) for threads in sorted({max(1, cores // 2), cores})}
-    for model in tried.values():
-        transcribe_all(model, paths[:1])
-    took = {threads: transcribe_all(model, paths[:_TRIED])[0] for threads, model in tried.items()}
-    best = min(took, key=lambda threads: took[threads])
-    model = tried[best]
-    tried.clear()
+    model, best = load_fastest(model_name, paths[:_TRIED])
     pipe.send(best)
     while files := pipe.recv():
-        pipe.send(transcribe_all(model, files))
+        started = time.perf_counter()
+        texts = [transcribe(model, file) for file in files]
+        pipe.send((time.perf_counter() - started, texts))
 
 
 def consumer_run(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tuple[float, list[str]]:
