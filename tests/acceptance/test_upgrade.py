@@ -89,9 +89,11 @@ def test_what_is_written_has_the_documents_of_version_1(start_mosquitto: StartMo
 
 
 def _keys(table: str, rows: dict[int, dict[str, object]]) -> dict[int, dict[str, str]]:
-    """The types of the fields of each document, less those that 1.1 may write or leave out."""
+    """The types of the fields of each document, less those that 1.1 may write or leave out; of windows, one a job."""
     other = _CHANGED.get(table, frozenset())
     return {
-        doc_id: {key: type(value).__name__ for key, value in row.items() if key not in other}
+        doc_id // (100_000 if table == "windows" else 1): {
+            key: type(value).__name__ for key, value in row.items() if key not in other
+        }
         for doc_id, row in rows.items()
     }

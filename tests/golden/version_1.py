@@ -42,7 +42,8 @@ def make(folder: Path, python: str, mosquitto: Mosquitto) -> None:
     work = folder / "work"
     work.mkdir()
     long, short = work / "long.ogg", work / "short.ogg"
-    _encode([LONG, LONG], long, seconds=72)
+    # Long enough to be killed in the middle twice. What is stored was made with 72 s, before windows ran in parallel.
+    _encode([LONG] * 8, long, seconds=420)
     _encode([SPEECH], short, seconds=10)
     gate = Gate(mosquitto.port)
     maker = _Maker(python, work, gate, mosquitto)
