@@ -1,7 +1,7 @@
 """Short clips through the whole consumer, on a real mosquitto, beside a bare loop of `WhisperModel.transcribe`."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from benchmarks.bus import _mosquitto
 from benchmarks.corpus import Clip, character_error_rate, english, nine_languages, noisy, write
-from benchmarks.jobs import PATIENCE_S, _consumer, _finished, _idle, _listening
+from benchmarks.jobs import PATIENCE_S, _consumer, _idle, _listening, take
 from benchmarks.table import Row, median
-from tests.acceptance.harness import Bus
 
 SNR_DB = 10.0
 _TRIED = 6
@@ -53,17 +52,6 @@ def bare_loop(model_name: str, paths: Sequence[str], pipe: Connection) -> None:
         pipe.send((time.perf_counter() - started, texts))
 
 
-def consumer_run(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tuple[float, list[str]]:
-    """Publish all jobs at once; seconds until the last is completed, and the texts."""
-    started = time.perf_counter()
-    for number, source in enumerate(sources):
-        bus.publish("cesar/jobs", {"job_id": f"{prefix}-{number}", **source})
-    ends = [_finished(bus, f"{prefix}-{number}") for number in range(len(sources))]
-    took_s = time.perf_counter() - started
-    assert {end["status"] for end in ends} == {"completed"}, ends
-    return took_s, [end["result_text"] for end in ends]
-
-
 def _contest(folder: Path, contest: _Contest) -> list[Row]:
     clips = contest.clips()
     paths = [str(write(folder, clip)) for clip in clips]
@@ -80,13 +68,13 @@ def _contest(folder: Path, contest: _Contest) -> list[Row]:
     flags = ("--model", contest.model)
     with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port, *flags):
         _idle(bus)
-        consumer_run(bus, "warm", sources["same"][:3])
+        take(bus, "warm", sources["same"][:3])
         for number in range(contest.rounds):
             here.send(paths)
             seconds, texts["bare"] = here.recv()
             took["bare"].append(seconds)
             for name, jobs in sources.items():
-                seconds, texts[name] = consumer_run(bus, f"{name}-{number}", jobs)
+                seconds, texts[name] = take(bus, f"{name}-{number}", jobs)
                 took[name].append(seconds)
     here.send([])
     bare.join(PATIENCE_S)

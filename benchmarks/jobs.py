@@ -5,7 +5,7 @@ import statistics
 import threading
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,15 +102,15 @@ def _finished(bus: Bus, job_id: str) -> dict[str, Any]:
     return bus.wait(f"cesar/status/{job_id}", lambda status: status["status"] in final, PATIENCE_S)
 
 
-def _take(bus: Bus, prefix: str, sources: list[dict[str, str]]) -> float:
-    """Publish the jobs at once; seconds until all are completed."""
+def take(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tuple[float, list[str]]:
+    """Publish the jobs at once; seconds until the last is completed, and the texts."""
     started = time.perf_counter()
     for number, source in enumerate(sources):
         bus.publish("cesar/jobs", {"job_id": f"{prefix}-{number}", **source})
     ends = [_finished(bus, f"{prefix}-{number}") for number in range(len(sources))]
     took_s = time.perf_counter() - started
     assert {end["status"] for end in ends} == {"completed"}, ends
-    return took_s
+    return took_s, [end["result_text"] for end in ends]
 
 
 # -- cancel --------------------------------------------------------------------------------------------------------
@@ -263,12 +263,12 @@ def _downloads(folder: Path) -> Row:
             _idle(bus)
             paths = [{"audio_path": str(clip)} for clip in clips]
             urls = [{"audio_url": f"http://127.0.0.1:{web}/{clip.name}"} for clip in clips]
-            _take(bus, "warm", paths[:5])
+            take(bus, "warm", paths[:5])
             for number in range(ROUNDS):
                 for name, sources in (("path", paths), ("url", urls)):
                     # The server's first answer comes before there is anything to do meanwhile: it does not count.
                     ahead = [paths[0]] * 4
-                    rates[name].append(len(sources) / _take(bus, f"{name}-{number}", ahead + sources))
+                    rates[name].append(len(sources) / take(bus, f"{name}-{number}", ahead + sources)[0])
     ratios = [url / path for url, path in zip(rates["url"], rates["path"], strict=True)]
     return Row(
         f"queue of URL jobs whose server takes {SERVER_S:g} s each, over local files",

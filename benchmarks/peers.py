@@ -18,9 +18,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.bus import _mosquitto
-from benchmarks.clips import bare_loop, consumer_run
+from benchmarks.clips import bare_loop
 from benchmarks.corpus import ROOT, Clip, character_error_rate, decode, edits, english, noisy, write
-from benchmarks.jobs import PATIENCE_S, _consumer, _idle, _listening
+from benchmarks.jobs import PATIENCE_S, _consumer, _idle, _listening, take
 from benchmarks.table import Row, median
 from benchmarks.transcription import TEN_MINUTES_S, _make_speech, _words
 from cesar_mqtt.config import ModelSettings
@@ -160,7 +160,7 @@ def _measure(bus: Bus, bare: Connection, peers: dict[str, _Transcribe], recordin
         nonlocal runs
         runs += 1
         prefix = f"{recordings.what.split()[0]}-{runs}"
-        return consumer_run(bus, prefix, [{"audio_path": path, "language": "en"} for path in paths])
+        return take(bus, prefix, [{"audio_path": path, "language": "en"} for path in paths])
 
     contenders: dict[str, _Transcribe] = {"bare faster-whisper": bare_run, "cesar-mqtt": ours, **peers}
     took: dict[str, list[float]] = {name: [] for name in contenders}
