@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
 from cesar_mqtt.audio.vad import split
@@ -22,6 +23,7 @@ _PAUSE_S = 0.5
 _SEED = 8
 
 Symbol = TypeVar("Symbol")
+Pcm = NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,17 @@ def noisy(clips: Sequence[Clip], snr_db: float) -> list[Clip]:
 
 
 def write(folder: Path, clip: Clip) -> Path:
-    path = folder / f"{clip.name}.wav"
+    return write_wav(folder / f"{clip.name}.wav", to_pcm(np.clip(clip.samples, -1, 1)))
+
+
+def to_pcm(samples: Samples) -> Pcm:
+    return (samples * 32767).astype(np.int16)
+
+
+def write_wav(path: Path, pcm: Pcm) -> Path:
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
-        file.writeframes((np.clip(clip.samples, -1, 1) * 32767).astype(np.int16).tobytes())
+        file.writeframes(pcm.tobytes())
     return path
 
 

@@ -4,7 +4,6 @@ import random
 import statistics
 import threading
 import time
-import wave
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.bus import _mosquitto
+from benchmarks.corpus import Pcm, decode, to_pcm, write_wav
 from benchmarks.table import Row, median
 from cesar_mqtt.config import ModelSettings, TranscriberSettings
 from cesar_mqtt.whisper.model_store import ModelStore
@@ -30,24 +29,9 @@ PATIENCE_S = 900.0
 _MIB = 1 << 20
 _RATE = 16_000
 
-Pcm = NDArray[np.int16]
-
 
 def _pcm(path: Path) -> Pcm:
-    from cesar_mqtt.audio.decoder import AudioLimits, open_audio  # noqa: PLC0415 - loads FFmpeg
-
-    with open_audio(path.resolve(), AudioLimits(max_bytes=1 << 30, max_duration_s=86_400)) as audio:
-        samples = np.concatenate(list(audio.blocks()))
-    return (samples * 32767).astype(np.int16)
-
-
-def _write(path: Path, pcm: Pcm) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(_RATE)
-        file.writeframes(pcm.tobytes())
-    return path
+    return to_pcm(decode(path))
 
 
 def _speech(seconds: float) -> Pcm:
@@ -68,7 +52,7 @@ def _clips(folder: Path, count: int, seconds: tuple[float, float]) -> list[Path]
     for number in range(count):
         length = int(chance.uniform(*seconds) * _RATE)
         start = chance.randrange(spoken.size - length)
-        clips.append(_write(folder / f"clip-{number}.wav", spoken[start : start + length]))
+        clips.append(write_wav(folder / f"clip-{number}.wav", spoken[start : start + length]))
     return clips
 
 
@@ -118,7 +102,7 @@ def take(bus: Bus, prefix: str, sources: Sequence[Mapping[str, object]]) -> tupl
 
 def _cancel(folder: Path) -> Row:
     chance = random.Random(6)  # noqa: S311
-    path = _write(folder / "ten-minutes.wav", _speech(600.0))
+    path = write_wav(folder / "ten-minutes.wav", _speech(600.0))
     took = []
     pause = threading.Event()
     with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port):
@@ -147,7 +131,10 @@ def _cancel(folder: Path) -> Row:
 
 
 def _priority(folder: Path) -> Row:
-    hour, clip = _write(folder / "an-hour.wav", _speech(3600.0)), _write(folder / "clip.wav", _pcm(SPEECH)[: 3 * _RATE])
+    hour, clip = (
+        write_wav(folder / "an-hour.wav", _speech(3600.0)),
+        write_wav(folder / "clip.wav", _pcm(SPEECH)[: 3 * _RATE]),
+    )
     took = []
     with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port):
         bus.publish("cesar/jobs", {"job_id": "hour", "audio_path": str(hour)})
@@ -174,7 +161,7 @@ def _priority(folder: Path) -> Row:
 
 
 def _killed(folder: Path) -> Row:
-    path = _write(folder / "an-hour.wav", _speech(3600.0))
+    path = write_wav(folder / "an-hour.wav", _speech(3600.0))
     topic = "cesar/status/hour"
     with _mosquitto(folder) as port, _listening(port) as bus, _consumer(folder / "consumer", port) as consumer:
         bus.publish("cesar/jobs", {"job_id": "hour", "audio_path": str(path), "beam_size": 1})

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.bus import _mosquitto
 from benchmarks.clips import bare_loop
-from benchmarks.corpus import ROOT, Clip, character_error_rate, decode, edits, english, noisy, write
+from benchmarks.corpus import ROOT, character_error_rate, decode, edits, english, noisy, to_pcm, write, write_wav
 from benchmarks.jobs import PATIENCE_S, _consumer, _idle, _listening, take
 from benchmarks.table import Row, median
 from benchmarks.transcription import TEN_MINUTES_S, _make_speech, _words
@@ -129,7 +129,7 @@ def _recordings(folder: Path) -> list[_Recordings]:
     clips += noisy(clips, SNR_DB)
     long = folder / "ten-minutes.wav"
     reference = _make_speech(folder / "ten-minutes.flac", TEN_MINUTES_S)
-    _to_wav(folder / "ten-minutes.flac", long)
+    write_wav(long, to_pcm(decode(folder / "ten-minutes.flac")))
     return [
         _Recordings(
             f"{len(clips)} short clips",
@@ -142,10 +142,6 @@ def _recordings(folder: Path) -> list[_Recordings]:
             lambda texts: 100 * edits(_words(texts[0]), reference) / len(reference),
         ),
     ]
-
-
-def _to_wav(source: Path, target: Path) -> None:
-    write(target.parent, Clip(target.stem, decode(source), "en", "", ""))
 
 
 def _measure(bus: Bus, bare: Connection, peers: dict[str, _Transcribe], recordings: _Recordings) -> list[Row]:

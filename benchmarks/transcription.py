@@ -13,26 +13,19 @@ import av
 import numpy as np
 
 from benchmarks.bare import load_fastest, transcribe
-from benchmarks.corpus import edits
+from benchmarks.corpus import DATA, decode, edits
 from benchmarks.table import Row, median
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples, open_audio
+from cesar_mqtt.audio.decoder import SAMPLE_RATE
 from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.transcript import TranscriptionOptions
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "tests" / "data"
 ROUNDS = 3
 TEN_MINUTES_S = 600.0
 THREE_HOURS_S = 3 * 3600.0
 MODEL = "tiny.en"
 RECORDINGS = ("long.ogg", "speech.wav", "long.ogg")
-
-
-def _decode(path: Path) -> Samples:
-    with open_audio(path, AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)) as audio:
-        return np.concatenate(list(audio.blocks()))
 
 
 def _words(text: str) -> list[str]:
@@ -42,7 +35,7 @@ def _words(text: str) -> list[str]:
 def _make_speech(target: Path, duration_s: float) -> list[str]:
     """Write the tests' recordings in random order, with pauses of 0.3 to 6 s between them, and return the words."""
     rng = random.Random(1)  # noqa: S311 - the same file in every run
-    recordings = [(_decode(DATA / name), _words((DATA / name).with_suffix(".txt").read_text())) for name in RECORDINGS]
+    recordings = [(decode(DATA / name), _words((DATA / name).with_suffix(".txt").read_text())) for name in RECORDINGS]
     words: list[str] = []
     with av.open(target, "w", format="flac") as file:
         stream = file.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
