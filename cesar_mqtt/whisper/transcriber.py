@@ -114,12 +114,13 @@ class Transcriber:
         draft.report_progress(done[-1].until_s if done else 0.0)
         recording.wait_until_open(stop)
         pipeline = self._make_pipeline(options, stop)  # the recording is decoded meanwhile
+        parallel = self._parallel(options)
         work = OrderedWork(
             recording.chunks(stop),
             lambda chunk: _raw_segments(pipeline, chunk, draft.language, stop),
-            threads=self._parallel,
+            threads=parallel,
             # The language that the first window with speech has is used for all others.
-            limit=lambda: 1 if draft.language is None and pipeline.detects_language else self._parallel,
+            limit=lambda: 1 if draft.language is None and pipeline.detects_language else parallel,
         )
         is_last = has_speech = False
         try:
@@ -157,10 +158,9 @@ class Transcriber:
         _check_cancelled(should_stop)
         return pipeline
 
-    @property
-    def _parallel(self) -> int:
+    def _parallel(self, options: TranscriptionOptions) -> int:
         """How many windows may be in work at once; a crash repeats all of them."""
-        return min(self._models.workers, max(1, int(_MAX_REPEATED_S / self._window_s)))
+        return min(self._models.workers, max(1, int(_MAX_REPEATED_S / self._window_of(options))))
 
     def _model_failure(self, model_size: str, error: Exception) -> JobFailedError:
         """Unload the model, and translate its error, which is no fault of the audio."""
