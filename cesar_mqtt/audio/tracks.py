@@ -211,7 +211,7 @@ class Track:
     Attributes:
         decoder: of its packets.
         position: how many samples there were so far, silence included.
-            damaged: whether parts could not be converted.
+        damaged: whether parts could not be converted.
         has_gaps: whether there is silence between its frames.
     """
 

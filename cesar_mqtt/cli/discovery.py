@@ -16,7 +16,7 @@ from cesar_mqtt.consumer import discovery as homeassistant
 from cesar_mqtt.consumer.earlier_topics import FILE_NAME, EarlierTopics
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.mqtt.messages import Subscription
-from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.protocol.topics import Topics, matches_filter
 
 _TIMEOUT_S = 10.0
 _POLL_S = 0.05
@@ -84,7 +84,7 @@ def _filters(topics: Topics, prefix: str, *, everything: bool) -> Iterator[str]:
 def _of(topics: Topics, found: Mapping[str, bytes], prefix: str, *, everything: bool) -> Iterator[str]:
     """Yield which of the retained topics are those of one consumer."""
     announced = homeassistant.discovery_filters(topics.consumer, prefix=prefix)
-    yield from (name for name in found if any(_matches(name, each) for each in announced))
+    yield from (name for name in found if any(matches_filter(name, each) for each in announced))
     if not everything:
         return
     yield from (name for name in found if name.startswith(topics.own("")))
@@ -105,11 +105,6 @@ def _is_status_of(topics: Topics, topic: str, payload: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(status, dict) and status.get("consumer") == topics.consumer
-
-
-def _matches(topic: str, topic_filter: str) -> bool:
-    levels, wanted = topic.split("/"), topic_filter.split("/")
-    return len(levels) == len(wanted) and all(one in ("+", level) for one, level in zip(wanted, levels, strict=True))
 
 
 def _explain(topics: Topics, online: list[Topics], *, found_any: bool, everything: bool, prefix: str) -> None:

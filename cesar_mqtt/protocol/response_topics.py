@@ -7,7 +7,7 @@ restriction a producer could write wherever the consumer may.
 from collections.abc import Sequence
 
 from cesar_mqtt.protocol.commands import COMMANDS
-from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.protocol.topics import Topics, matches_filter
 
 _NOT_IN_A_NAME = frozenset("+#\0")
 
@@ -24,7 +24,7 @@ class ResponseTopics:
             discovery_prefix: Home Assistant acts on every message below it, so nothing there is ever allowed.
         """
         default = f"{topics.prefix}/response/#", f"{topics.prefix}/replies/#"
-        self._filters = [each.split("/") for each in (default if allowed is None else allowed)]
+        self._filters = tuple(default if allowed is None else allowed)
         self._topics = topics
         self._discovery_prefix = discovery_prefix
         self._command_responses = frozenset(map(topics.response, COMMANDS))
@@ -39,16 +39,6 @@ class ResponseTopics:
             return "it is below the discovery prefix of Home Assistant"
         if self._topics.is_own(topic) or topic in self._command_responses:
             return "it is one of the consumer's own topics"
-        if not any(_matches(levels, topic.split("/")) for levels in self._filters):
+        if not any(matches_filter(topic, each) for each in self._filters):
             return "security.response_topics does not allow it"
         return None
-
-
-def _matches(filter_levels: Sequence[str], levels: Sequence[str]) -> bool:
-    """Whether a topic matches a filter (MQTT 5, section 4.7); `#` matches the level above it as well."""
-    if filter_levels[-1] == "#":
-        filter_levels = filter_levels[:-1]
-        levels = levels[: len(filter_levels)]
-    return len(filter_levels) == len(levels) and all(
-        wanted in ("+", level) for wanted, level in zip(filter_levels, levels, strict=True)
-    )

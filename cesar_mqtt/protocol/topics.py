@@ -94,3 +94,12 @@ class Topics:
     def own(self, name: str) -> str:
         """A retained topic about the consumer itself: `state`, `queue`, `last`."""
         return f"{self.prefix}/consumer/{self.consumer}/{name}"
+
+
+def matches_filter(topic: str, topic_filter: str) -> bool:
+    """Whether a topic matches a filter (MQTT 5, section 4.7); `#` matches the level above it as well."""
+    wanted, levels = topic_filter.split("/"), topic.split("/")
+    if wanted[-1] == "#":
+        wanted = wanted[:-1]
+        levels = levels[: len(wanted)]
+    return len(wanted) == len(levels) and all(one in ("+", level) for one, level in zip(wanted, levels, strict=True))
