@@ -186,7 +186,9 @@ class Producer:
 
     def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
         connection = self._session.connection
-        request = request_of(item, self._topics, has_properties=connection is None or connection.protocol == "5")
+        # Options go as JSON, which every subscriber of the topic can read, although that is a third larger.
+        bare = not item.options and (connection is None or connection.protocol == "5")
+        request = request_of(item, self._topics, has_properties=bare)
         try:
             return request.topic, self._session.publish(
                 request.topic, request.payload, user_properties=request.user_properties

@@ -200,9 +200,10 @@ class Bus(StoppableThread):
         self.stop()
         self._client.close()
         with self._lock:
-            pending = [*self._waiting, *self._in_flight.values(), *self._commands.values()]
-        for each in pending:
-            each.future.cancel()
+            jobs = [*self._waiting, *self._in_flight.values()]
+            commands = list(self._commands.values())
+        for future in (*(job.future for job in jobs), *(command.future for command in commands)):
+            future.cancel()
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -216,11 +217,11 @@ class Bus(StoppableThread):
         connection = self._client.connected
         if outgoing.future.cancelled():
             return
+        ticket = None
         try:
-            request = None if connection is None else outgoing.request(connection)
-            ticket = request and self._client.publish(
-                request.topic, request.payload, user_properties=request.user_properties
-            )
+            if connection is not None:
+                topic, payload, properties = outgoing.request(connection)
+                ticket = self._client.publish(topic, payload, user_properties=properties)
         except CannotPublishError as exc:
             _end(outgoing.future, error=exc)
             return

@@ -4,7 +4,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cesar_mqtt.protocol.topics import Topics
 
@@ -27,12 +27,11 @@ class Submission:
     """The file's name in the job's metadata; None: it has none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """The message that submits a recording."""
 
     topic: str
-    payload: bytes = field(repr=False)
+    payload: bytes
     user_properties: Sequence[tuple[str, str]] = ()
 
 
