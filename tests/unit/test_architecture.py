@@ -57,7 +57,7 @@ _EXCEPTIONS = {
 
 _MOST_ROOT_MODULES = 12
 _LOG_METHODS = {"debug", "info", "warning", "error", "critical", "exception", "log"}
-_COMMANDS = {"cancel", "retry", "delete", "pause", "resume"}
+_COMMANDS = {"cancel", "cancel_all", "retry", "retry_last", "delete", "set", "pause", "resume"}
 """What `action=command` stands for."""
 
 
