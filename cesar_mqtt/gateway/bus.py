@@ -200,10 +200,12 @@ class Bus(StoppableThread):
         self.stop()
         self._client.close()
         with self._lock:
-            jobs = [*self._waiting, *self._in_flight.values()]
-            commands = list(self._commands.values())
-        for future in (*(job.future for job in jobs), *(command.future for command in commands)):
-            future.cancel()
+            jobs = [job.future for job in (*self._waiting, *self._in_flight.values())]
+            commands = [command.future for command in self._commands.values()]
+        for job in jobs:
+            job.cancel()
+        for command in commands:
+            command.cancel()
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
