@@ -27,6 +27,7 @@ from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
+from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
@@ -98,7 +99,7 @@ class Service:
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
                 broker_settings = broker_settings.model_copy(update={"url": self._broker.url, "protocol": "3.1.1"})
-            self._build(settings, broker_settings, settings.audio.directories or (directory,))
+            self._build(settings, broker_settings, audio_directories(settings, default=directory))
         except BaseException:
             self._close_files()
             raise
@@ -186,6 +187,7 @@ class Service:
             on_birth=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
+        self._front_doors = create_front_doors(settings, broker, self._topics)
         if self._metrics is not None:
             self._observe(self._metrics)
 
@@ -274,6 +276,8 @@ class Service:
         self._worker.start()
         self._intake.start()
         self._client.start()
+        for _, door in self._front_doors:
+            door.start()
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
         log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
@@ -312,8 +316,10 @@ class Service:
         """Check the threads, publish health and do maintenance until a stop is requested."""
         health_due = time.monotonic()
         while not stop.wait(_TICK_S):
-            if self._refused is not None:
-                raise self._refused
+            refusals = (self._refused, *(door.refusal for _, door in self._front_doors))
+            for refusal in refusals:
+                if refusal is not None:
+                    raise refusal
             self._check_threads()
             self._notifier.alive()
             if time.monotonic() >= health_due:
@@ -329,6 +335,7 @@ class Service:
             "worker": self._worker.alive,
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
+            **{name: door.alive for name, door in self._front_doors},
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
@@ -344,10 +351,11 @@ class Service:
         1. No further job is started; the running one is finished, however long that takes.
         2. The intake ends after its batch: what it received is on disk and acknowledged, the broker keeps the rest.
         3. The broker acknowledges every status, so that no producer waits for a transcript that exists.
-        4. `offline` is published and acknowledged: no message follows it.
-        5. The client disconnects, so that the broker does not publish the will.
-        6. The ledger is checkpointed: `ledger.json` alone is complete.
-        7. The embedded broker closes last: all of the above needs it.
+        4. The front doors close: until then they take what is finished. What they submit meanwhile stays at the broker.
+        5. `offline` is published and acknowledged: no message follows it.
+        6. The client disconnects, so that the broker does not publish the will.
+        7. The ledger is checkpointed: `ledger.json` alone is complete.
+        8. The embedded broker closes last: all of the above needs it.
         """
         self._notifier.stopping()
         self._publisher.set_draining()
@@ -382,13 +390,15 @@ class Service:
             log.error("%s The next start requeues the running job.", exc, action="requeued")
 
     def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
-        """Do steps 2 to 7 of `_stop`; return whether the broker has acknowledged every status."""
+        """Do steps 2 to 8 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
         self._prefetcher.stop()
         self._client.stop_receiving()
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
+        for _, door in self._front_doors:
+            door.close()
         self._publisher.publish_state("offline")
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
             self._announced_topics.remove_stale()
