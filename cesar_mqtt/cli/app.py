@@ -5,6 +5,7 @@ Heavy modules are imported by the command that needs them: `--help` answers at o
 
 import errno
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 _TASKS = ("transcribe", "translate")
 _MAX_PRIORITY = 9
+_BARE_FLAGS = {"--web": "127.0.0.1:8188"}
+"""Flags of `serve` whose value may be left out, and what it then is."""
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
 
 
@@ -52,7 +55,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        result = app(arguments, prog_name="cesar-mqtt", standalone_mode=False)
+        result = app(_with_values(arguments), prog_name="cesar-mqtt", standalone_mode=False)
     except CesarError as exc:
         console.print_message(str(exc))
         return exc.exit_code
@@ -74,6 +77,16 @@ def _run(arguments: list[str] | None) -> int:
             exc.show()
         return int(getattr(exc, "exit_code", ExitCode.USAGE))
     return result if isinstance(result, int) else ExitCode.OK
+
+
+def _with_values(arguments: list[str] | None) -> list[str]:
+    """Return the arguments with the value of each flag whose value may be left out, which typer does not know."""
+    given = sys.argv[1:] if arguments is None else arguments
+    following = [*given[1:], "-"]
+    return [
+        f"{word}={_BARE_FLAGS[word]}" if word in _BARE_FLAGS and after.startswith("-") else word
+        for word, after in zip(given, following, strict=True)
+    ]
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - typer's way
@@ -134,7 +147,7 @@ def _root(
 
 @app.command()
 @takes_settings(
-    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "log_format", "log_level", serving=True
+    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "log_format", "log_level", serving=True
 )
 def serve(settings: "Settings") -> int:
     """Run the consumer: accept jobs from the broker, transcribe them one at a time, publish their statuses."""
@@ -157,6 +170,29 @@ def serve(settings: "Settings") -> int:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
         os._exit(code)
     return code
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix", "log_format", "log_level")
+def web(
+    settings: "Settings",
+    address: Annotated[
+        str | None, typer.Argument(metavar="HOST:PORT", help="Where to listen (default: 127.0.0.1:8188).")
+    ] = None,
+    *,
+    set_password: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Ask for a password, write its hash to FILE for web.password_file, and exit."
+        ),
+    ] = None,
+) -> int:
+    """Serve the web page and its HTTP API in a process of its own, beside a consumer."""
+    from cesar_mqtt.cli import web
+
+    if set_password is not None:
+        return web.set_password(set_password)
+    return web.serve(settings, address)
 
 
 @app.command()

@@ -57,6 +57,13 @@ _FLAGS: Mapping[str, tuple[str, Any]] = {
             str | None, typer.Option(metavar="P", help="The prefix of discovery topics (default: homeassistant).")
         ],
     ),
+    "web": (
+        "web.listen",
+        Annotated[
+            str | None,
+            typer.Option(metavar="[HOST:PORT]", help="Serve the web page, by default on 127.0.0.1:8188."),
+        ],
+    ),
     "log_format": ("log.format", Annotated[str | None, typer.Option(metavar="text|json")]),
     "log_level": (
         "log.level",

@@ -34,3 +34,12 @@ def language_code(text: str) -> str | None:
     """Return Whisper's code for a code (`de`), a name (`German`) or a BCP-47 tag (`de-AT`); None: an unknown one."""
     wanted = text.strip().lower()
     return _CODES.get(wanted) or _CODES.get(wanted.replace("_", "-").partition("-")[0])
+
+
+LANGUAGE_CODES = tuple(_NAMES)
+"""Whisper's codes of all languages."""
+
+
+def language_name(code: str) -> str:
+    """Return the English name of a language by Whisper's code, in lower case, as Whisper writes it."""
+    return _NAMES.get(code, code)
