@@ -5,7 +5,6 @@ Heavy modules are imported by the command that needs them: `--help` answers at o
 
 import errno
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,18 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cesar_mqtt.cli import console
-from cesar_mqtt.cli.options import takes_no_settings, takes_settings
+from cesar_mqtt.cli.options import ServeCommand, takes_no_settings, takes_settings
 from cesar_mqtt.errors import CesarError, ExitCode
 
 if TYPE_CHECKING:
     from cesar_mqtt.config import Settings
 
 # As the modules of `protocol` have them, which are too heavy to be imported here.
-_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+_FORMATS = ("txt", "srt", "vtt", "tsv", "json", "md")
 _TASKS = ("transcribe", "translate")
 _MAX_PRIORITY = 9
-_BARE_FLAGS = {"--web": "127.0.0.1:8188"}
-"""Flags of `serve` whose value may be left out, and what it then is."""
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
 
 
@@ -55,7 +52,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        result = app(_with_values(arguments), prog_name="cesar-mqtt", standalone_mode=False)
+        result = app(arguments, prog_name="cesar-mqtt", standalone_mode=False)
     except CesarError as exc:
         console.print_message(str(exc))
         return exc.exit_code
@@ -77,16 +74,6 @@ def _run(arguments: list[str] | None) -> int:
             exc.show()
         return int(getattr(exc, "exit_code", ExitCode.USAGE))
     return result if isinstance(result, int) else ExitCode.OK
-
-
-def _with_values(arguments: list[str] | None) -> list[str]:
-    """Return the arguments with the value of each flag whose value may be left out, which typer does not know."""
-    given = sys.argv[1:] if arguments is None else arguments
-    following = [*given[1:], "-"]
-    return [
-        f"{word}={_BARE_FLAGS[word]}" if word in _BARE_FLAGS and after.startswith("-") else word
-        for word, after in zip(given, following, strict=True)
-    ]
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - typer's way
@@ -145,7 +132,7 @@ def _root(
 # -- the consumer ------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 @takes_settings(
     "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "log_format", "log_level", serving=True
 )
@@ -382,6 +369,22 @@ def delete(
     from cesar_mqtt.cli.jobs import change
 
     return change(settings, "delete", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def rejected(
+    settings: "Settings",
+    *,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="The most rejections to print.")] = 20,
+    as_json: JsonLines = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Print what was rejected since the consumer's start and why, the newest first."""
+    from cesar_mqtt.cli.rejected import print_rejections
+
+    return print_rejections(settings, limit=limit, consumer=consumer, as_json=as_json, timeout_s=timeout)
 
 
 @app.command()

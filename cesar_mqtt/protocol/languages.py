@@ -27,7 +27,14 @@ _ALIASES = {
     "jv": "jw", "nb": "no", "fil": "tl", "iw": "he", "in": "id", "cmn": "zh",
 }  # fmt: skip
 
+DETECT = frozenset({"", "auto"})
+"""What stands for "detect it" in place of a language, as other programs send it."""
+
 _CODES = {name: code for code, name in _NAMES.items()} | _ALIASES | {code: code for code in _NAMES}
+
+
+LANGUAGE_CODES = tuple(_NAMES)
+"""Whisper's codes of all languages."""
 
 
 def language_code(text: str) -> str | None:
@@ -36,10 +43,6 @@ def language_code(text: str) -> str | None:
     return _CODES.get(wanted) or _CODES.get(wanted.replace("_", "-").partition("-")[0])
 
 
-LANGUAGE_CODES = tuple(_NAMES)
-"""Whisper's codes of all languages."""
-
-
 def language_name(code: str) -> str:
-    """Return the English name of a language by Whisper's code, in lower case, as Whisper writes it."""
-    return _NAMES.get(code, code)
+    """Return the English name of a code: `German`; of an unknown one the code."""
+    return _NAMES.get(code, code).title()

@@ -322,7 +322,7 @@ def _verbose(document: Document, status: Document, text: str, order: _Order) -> 
     segments = [segment for segment in document.get("segments") or () if isinstance(segment, dict)]
     body: dict[str, Any] = {
         "task": order.task,
-        "language": language_name(str(document.get("language") or status.get("language") or _assumed(status))),
+        "language": language_name(str(document.get("language") or status.get("language") or _assumed(status))).lower(),
         "duration": document.get("duration") or 0.0,
         "text": text,
         "usage": {"type": "duration", "seconds": math.ceil(document.get("duration") or 0.0)},

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerificationError
+from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
 
 from cesar_mqtt.errors import ConfigError
 
@@ -48,13 +48,13 @@ class Password:
         if not self._is_hashed:
             return hmac.compare_digest(text.encode(errors="replace"), self._secret.encode())
         try:
-            return self._hasher.verify(self._secret, text)
-        except InvalidHashError as exc:
+            return self._hasher.verify(self._secret, text.encode(errors="replace"))
+        except VerifyMismatchError:
+            return False
+        except (InvalidHashError, VerificationError) as exc:
             raise ConfigError(
                 "The first line of web.password_file is no valid argon2 hash: set the password again"
             ) from exc
-        except VerificationError:
-            return False
 
 
 def write_password(file: Path, password: str) -> None:

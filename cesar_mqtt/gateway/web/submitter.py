@@ -115,7 +115,7 @@ class Submitter:
             raise rejected(parsed.reason, parsed.detail)
         request = parsed.request.model_dump(exclude_unset=True, exclude={"job_id"})
         job_id = parsed.request.job_id or str(uuid.uuid4())
-        return await self._submitted(Submission(job_id, None, request.pop("audio_path", None), request))
+        return await self._submitted(Submission(job_id, None, request.pop("audio_path", ""), request))
 
     async def _submitted(self, item: Submission) -> Document:
         """Publish a request and return the status that follows; one with `status` None: the broker keeps the request.
