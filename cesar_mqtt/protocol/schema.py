@@ -40,6 +40,7 @@ PUBLISHED: Mapping[str, type] = {
     "Info": consumer_payloads.Info,
     "Limits": consumer_payloads.Limits,
     "Health": consumer_payloads.HealthMessage,
+    "Quarantined": consumer_payloads.Quarantined,
     "Done": commands.CommandResult,
     "Paused": commands.Paused,
     "Brief": commands.JobSummary,
