@@ -21,10 +21,10 @@ from cesar_mqtt.cli import interrupt
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.gateway.session import NoAnswerError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.ledger import acquire_lock, data_dir_problem
 from cesar_mqtt.protocol.topics import Topics

@@ -28,6 +28,7 @@ _LAYERS = [
     ["audio", "mqtt", "ledger"],
     ["whisper"],
     ["consumer", "monitoring"],
+    ["gateway"],
     ["service"],
     ["cli"],
     ["__main__"],
