@@ -120,6 +120,9 @@ class ModelSettings(Section):
     """None: `base` if it is on this machine, else the model of an installed package, else `base`, downloaded."""
     allowed: tuple[str, ...] | None = None
     """None: every name that faster-whisper knows, and the folders in `directory`."""
+    default_language: str | None = None
+    """The language of jobs that name none, where their model knows it, as Whisper's code, a name or a BCP-47 tag; None:
+    it is detected."""
     directory: Path | None = None
     """A folder of CTranslate2 model folders, each named as its model."""
     download: bool = True

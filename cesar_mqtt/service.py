@@ -14,6 +14,7 @@ from cesar_mqtt.audio.paths import check_directories
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.commands import CommandHandlers
+from cesar_mqtt.consumer.defaults import StoredDefaults
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
 from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
 from cesar_mqtt.consumer.earlier_topics import FILE_NAME as TOPICS_FILE
@@ -23,6 +24,7 @@ from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
+from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.jobs import Job
@@ -113,6 +115,9 @@ class Service:
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._events = JobEvents(self._publisher)
+        rejections = RecentRejections()
+        self._events.on_rejected.append(rejections.add)
+        defaults = StoredDefaults(self._ledger, self._models.catalogue)
         self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
         self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
@@ -164,6 +169,9 @@ class Service:
                 on_cancelled=self._events.finished,
                 progress_of=self._publisher.progress_of,
                 health=self._health.fields,
+                rejections=rejections,
+                defaults=defaults,
+                on_defaults_set=self._publish_info,
                 grouped=settings.consumer.group is not None,
             ),
             response_topics=ResponseTopics(
@@ -260,7 +268,7 @@ class Service:
         EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
         self._publisher.publish_state("online")
         self._announce()
-        self._publisher.publish_own_topic("info", self._info())
+        self._publish_info()
         self._publisher.start()
         self._prefetcher.start()
         self._worker.start()
@@ -270,7 +278,7 @@ class Service:
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
         log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
         model = self._models.default_name()
-        if self._models.is_multilingual(model) is False:
+        if self._models.catalogue.assumes_english:
             message = "The default model %s knows English only. %s"
             log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
@@ -282,12 +290,16 @@ class Service:
         messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
         self._publisher.announce(messages, stale=self._announced_topics.record(messages))
 
+    def _publish_info(self) -> None:
+        self._publisher.publish_own_topic("info", self._info())
+
     def _info(self) -> Info:
         models = self._models.describe()
         return info_of(
             self._settings.redacted(),
             models=[model.name for model in models.models if model.origin is not None and model.problem is None],
             default_model=models.default,
+            default_language=models.default_language,
             device=models.device,
             compute_type=models.compute_type,
             cpu_threads=models.cpu_threads,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cesar_mqtt.config import Settings
 
 # As the modules of `protocol` have them, which are too heavy to be imported here.
-_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+_FORMATS = ("txt", "srt", "vtt", "tsv", "json", "md")
 _TASKS = ("transcribe", "translate")
 _MAX_PRIORITY = 9
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
@@ -346,6 +346,22 @@ def delete(
     from cesar_mqtt.cli.jobs import change
 
     return change(settings, "delete", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def rejected(
+    settings: "Settings",
+    *,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="The most rejections to print.")] = 20,
+    as_json: JsonLines = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Print what was rejected since the consumer's start and why, the newest first."""
+    from cesar_mqtt.cli.rejected import print_rejections
+
+    return print_rejections(settings, limit=limit, consumer=consumer, as_json=as_json, timeout_s=timeout)
 
 
 @app.command()

@@ -21,10 +21,10 @@ from cesar_mqtt.cli import interrupt
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.gateway.session import NoAnswerError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.ledger import acquire_lock, data_dir_problem
 from cesar_mqtt.protocol.topics import Topics
@@ -238,14 +238,14 @@ def check_model(settings: Settings) -> Iterator[Finding]:
 
 
 def check_languages(settings: Settings) -> Iterator[Finding]:
-    """Check that the default model knows more than English; `check_model` reports settings that are wrong."""
+    """Check that the default model knows the languages of jobs; `check_model` reports settings that are wrong."""
     from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
     from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE, Catalogue  # noqa: PLC0415
 
     with suppress(CesarError):
         catalogue = Catalogue(settings.models, folder=models_folder(settings))
         name = catalogue.default_name()
-        if catalogue.is_multilingual(name) is False:
+        if catalogue.assumes_english:
             detail = f"The default model {name} knows English only"
             yield Finding("languages", Severity.NOTE, detail, ENGLISH_ONLY_ADVICE)
 

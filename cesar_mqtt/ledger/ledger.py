@@ -180,6 +180,7 @@ class Ledger:
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
         self._released_on_disk: int = counters.get("settled", 0)
         self._paused = bool(counters.get("paused", False))
+        self._defaults: Mapping[str, str] = dict(counters.get("defaults", {}))
         self._piggyback: list[Change] = []
         """Changes that do not need a sync of their own: the next transaction writes them."""
         self._announced_revision: int = counters.get("told", 0)
@@ -619,6 +620,50 @@ class Ledger:
                 self._commit([Change(COUNTERS, 1, {"paused": on})])
                 self._paused = on
                 self._notify()
+
+    def cancel_queued(self, limit: int) -> list[Job]:
+        """Cancel queued jobs, at most `limit`, in one transaction, and return them.
+
+        Raises:
+            LedgerError: the disk failed; all jobs continue.
+        """
+        with self._changed:
+            seqs = list(islice(self._index.queue, limit))
+            if not seqs:
+                return []
+            now, state = self._clock(), JobState.CANCELLED
+            fields = {"state": state.value, "updated_at": now, "completed_at": now}
+            fields["revision"] = self._storage.transaction + 1
+            dropped = [("preempted",) if "preempted" in self._rows[str(seq)] else () for seq in seqs]
+            changes = [Change(JOBS, seq, fields, names) for seq, names in zip(seqs, dropped, strict=True)]
+            changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + len(seqs)}))
+            self._commit(changes)
+            for seq in seqs:
+                document = self._rows[str(seq)]
+                self._index.move(seq, JobState.QUEUED, state, document)
+                self._enqueue_status(seq, document)
+            self._update_positions()
+            self._notify()
+            return [self._job(seq) for seq in seqs]
+
+    def last_retryable(self) -> str | None:
+        """Return the id of the job that ended last of those that can be retried; None: there is none."""
+        with self._changed:
+            rows = (self._rows[str(seq)] for seq in reversed(self._index.finished))
+            return next((str(row["job_id"]) for row in rows if retry_rejection(row) is None), None)
+
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        """What was set for jobs that name no model or no language, by name; persisted over restarts."""
+        with self._changed:
+            return self._defaults
+
+    def set_defaults(self, defaults: Mapping[str, str]) -> None:
+        """Replace what was set. Raises LedgerError."""
+        with self._changed:
+            if defaults != self._defaults:
+                self._commit([Change(COUNTERS, 1, {"defaults": dict(defaults)})])
+                self._defaults = dict(defaults)
 
     # -- retention ------------------------------------------------------------------------------------------------
 

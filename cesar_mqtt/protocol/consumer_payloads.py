@@ -11,6 +11,7 @@ from cesar_mqtt.protocol.fields import (
     AudioDuration,
     ComputeType,
     CpuThreads,
+    DefaultLanguage,
     DefaultModel,
     DetectedLanguage,
     Device,
@@ -137,11 +138,12 @@ class Limits(Payload):
 
 
 class Info(Payload):
-    """What the consumer is and how it is configured, published at each start."""
+    """What the consumer is and how it is configured, published at each start and after `set`."""
 
     version: Version
     models: list[str] = Field(description="The models that a job may name and that are on this machine.")
     default_model: DefaultModel
+    default_language: DefaultLanguage
     device: Device
     compute_type: ComputeType
     cpu_threads: CpuThreads
@@ -161,6 +163,7 @@ def info_of(
     *,
     models: list[str],
     default_model: str,
+    default_language: str | None,
     device: str,
     compute_type: str,
     cpu_threads: int,
@@ -174,6 +177,7 @@ def info_of(
         settings: as `Settings.redacted` returns them.
         models: those that a job may name and that are on this machine.
         default_model: that of jobs which name none.
+        default_language: the same; None: it is detected.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 names it.
         workers: how many windows are transcribed at once.
@@ -185,6 +189,7 @@ def info_of(
         version=__version__,
         models=models,
         default_model=default_model,
+        default_language=default_language,
         device=device,
         compute_type=compute_type,
         cpu_threads=cpu_threads,

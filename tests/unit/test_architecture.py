@@ -28,6 +28,7 @@ _LAYERS = [
     ["audio", "mqtt", "ledger"],
     ["whisper"],
     ["consumer", "monitoring"],
+    ["gateway"],
     ["service"],
     ["cli"],
     ["__main__"],
@@ -56,7 +57,7 @@ _EXCEPTIONS = {
 
 _MOST_ROOT_MODULES = 12
 _LOG_METHODS = {"debug", "info", "warning", "error", "critical", "exception", "log"}
-_COMMANDS = {"cancel", "retry", "delete", "pause", "resume"}
+_COMMANDS = {"cancel", "cancel_all", "retry", "retry_last", "delete", "set", "pause", "resume"}
 """What `action=command` stands for."""
 
 

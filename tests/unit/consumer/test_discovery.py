@@ -148,6 +148,9 @@ class AnyModel:
     def default_name(self) -> str:
         return "base"
 
+    def language_for(self, name: str) -> str | None:
+        raise AssertionError(name)
+
     def is_allowed(self, name: str) -> bool:
         return bool(name)
 

@@ -1,11 +1,11 @@
-"""The client side of the bus: one connection of a command, and the errors of reaching a broker.
+"""The client side of the bus: one connection of a command, and the errors of reaching a broker and a consumer.
 
 One thread uses a `Session`.
 """
 
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import CesarError, ExitCode
@@ -27,6 +27,10 @@ class UnreachableError(CesarError):
     def __init__(self, problem: str, advice: str, *, cause: ConnectionFailure) -> None:
         super().__init__(problem, advice)
         self.cause = cause
+
+
+class RequestRefusedError(CesarError):
+    """The consumer answered that it did not execute the command; the message is the consumer's own sentence."""
 
 
 class NoAnswerError(CesarError):
@@ -160,6 +164,14 @@ class Session:
     def refusal(self, ticket: PublishTicket | None) -> str | None:
         """Why the broker refused the message (MQTT 5); None: it did not, or not yet."""
         return None if ticket is None else self._published.get(ticket)
+
+
+def response_data(response: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of a response. Raises RequestRefusedError."""
+    data = response.get("data")
+    if response.get("status") != "ok" or not isinstance(data, dict):
+        raise RequestRefusedError(str(response.get("error") or "The consumer's response cannot be read."))
+    return data
 
 
 def _unreached(address: str, failure: ConnectionFailure | None, timeout_s: float) -> CesarError:
