@@ -279,13 +279,16 @@ class Ledger:
         with self._changed:
             room = self._max_queued - len(self._index.queue)
             admissions, accepted = self._index.deduplication.admit(requests, room=room)
-            seen = self._seen_retained(requests, admissions)
-            if accepted or seen:
-                self._insert(accepted, seen)
-            for admission, job_id in admissions:
-                seq = self._index.deduplication.seq(job_id)
-                if admission is Admission.DUPLICATE and seq is not None:
-                    self._outbox.republish(seq)
+            if accepted and len(accepted) == len(requests):
+                self._insert(accepted, {})
+            else:
+                seen = self._seen_retained(requests, admissions)
+                if accepted or seen:
+                    self._insert(accepted, seen)
+                for admission, job_id in admissions:
+                    seq = self._index.deduplication.seq(job_id)
+                    if admission is Admission.DUPLICATE and seq is not None:
+                        self._outbox.republish(seq)
             if admissions:
                 self._notify()
             return admissions
@@ -972,7 +975,8 @@ class Ledger:
         }
         if "preempted" in row:  # a job is first of its priority only until it leaves the queue
             dropped = (*dropped, "preempted")
-        dropped = tuple([name for name in dropped if name in row])
+        if dropped:
+            dropped = tuple([name for name in dropped if name in row])
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))
