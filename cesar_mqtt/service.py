@@ -129,8 +129,8 @@ class Service:
         defaults = StoredDefaults(self._ledger, self._models.catalogue)
         self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
-        self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
-        self._client.on_published = lambda ticket, reason: self._publisher.on_published(ticket, refused=bool(reason))
+        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(failure.unacknowledged)
+        self._client.on_published = self._publisher.on_published
         self._client.on_refused = self._on_refused
         self._transcriber = Transcriber(
             self._models,
@@ -163,6 +163,8 @@ class Service:
             settings.data_dir,
             worker_alive=lambda: self._worker.alive,
             network_alive=lambda: self._client.connected is not None,
+            events_dropped=lambda: self._ledger.events_dropped,
+            quarantined=self._publisher.quarantined,
         )
         self._intake = Intake(
             self._client,

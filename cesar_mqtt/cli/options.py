@@ -89,7 +89,7 @@ class ServeCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write the value of each flag in `_BARE_FLAGS` that has none."""
-        following = [*args[1:], "-"]
+        following = [*args[1:], "-"][: len(args)]
         whole = [
             f"{word}={_BARE_FLAGS[word]}" if word in _BARE_FLAGS and after.startswith("-") else word
             for word, after in zip(args, following, strict=True)
