@@ -33,6 +33,7 @@ _FLAGS = {
     "models.default": "--model",
     "output.directory": "--output-dir",
     "topic_prefix": "--topic-prefix",
+    "web.listen": "--web",
 }
 _KINDS = {
     "any": "of another kind",

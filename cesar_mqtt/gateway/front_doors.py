@@ -41,7 +41,7 @@ def create_front_doors(settings: Settings, broker: BrokerSettings, topics: Topic
         ConfigError: a setting is wrong, or an extra is not installed.
         LedgerError: the records of one cannot be used.
     """
-    broker = _broker_of(settings, broker)
+    broker = gateway_broker(settings, broker)
     found: list[tuple[str, FrontDoor]] = []
     if settings.inbox.directories:
         from cesar_mqtt.gateway.inbox import Inbox  # noqa: PLC0415 - only where it is wanted
@@ -66,7 +66,7 @@ def audio_directories(settings: Settings, *, default: Path) -> tuple[Path, ...]:
     return (*(settings.audio.directories or (default,)), *settings.inbox.directories)
 
 
-def _broker_of(settings: Settings, broker: BrokerSettings) -> BrokerSettings:
+def gateway_broker(settings: Settings, broker: BrokerSettings) -> BrokerSettings:
     """Return how the front doors reach the broker: as `gateway.username`, or as the consumer does."""
     user = settings.gateway
     if user.username is None:

@@ -279,13 +279,16 @@ class Ledger:
         with self._changed:
             room = self._max_queued - len(self._index.queue)
             admissions, accepted = self._index.deduplication.admit(requests, room=room)
-            seen = self._seen_retained(requests, admissions)
-            if accepted or seen:
-                self._insert(accepted, seen)
-            for admission, job_id in admissions:
-                seq = self._index.deduplication.seq(job_id)
-                if admission is Admission.DUPLICATE and seq is not None:
-                    self._outbox.republish(seq)
+            if accepted and len(accepted) == len(requests):
+                self._insert(accepted, {})
+            else:
+                seen = self._seen_retained(requests, admissions)
+                if accepted or seen:
+                    self._insert(accepted, seen)
+                for admission, job_id in admissions:
+                    seq = self._index.deduplication.seq(job_id)
+                    if admission is Admission.DUPLICATE and seq is not None:
+                        self._outbox.republish(seq)
             if admissions:
                 self._notify()
             return admissions
@@ -739,6 +742,12 @@ class Ledger:
         with self._changed:
             return bool(self._outbox) or bool(self._index.tombstones.pending)
 
+    def has_unpublished_besides(self, statuses: Collection[int], clears: Collection[int]) -> bool:
+        """Whether that is so for jobs other than these; sequence numbers."""
+        with self._changed:
+            pending = self._index.tombstones.pending
+            return self._outbox.has_pending(statuses) or any(seq not in clears for seq in pending)
+
     def unpublished(self, limit: int, *, exclude: Collection[int] = ()) -> list[tuple[int, Job]]:
         """Return the states to publish next, oldest change first.
 
@@ -755,10 +764,19 @@ class Ledger:
         with self._changed:
             return self._outbox.take(limit, exclude, self._job)
 
-    def coalesce(self) -> None:
-        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published."""
+    def coalesce(self, lost: Iterable[tuple[int, int]] = ()) -> None:
+        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published.
+
+        Args:
+            lost: what was in flight then: the sequence number of each job, and the number that `unpublished` returned.
+        """
         with self._changed:
-            self._outbox.coalesce()
+            self._outbox.coalesce(lost)
+
+    @property
+    def events_dropped(self) -> int:
+        """How many changes of jobs have had no event since the start, because the job changed again too soon."""
+        return self._outbox.dropped
 
     def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
         """Record that the broker acknowledged statuses; on disk with the next transaction.
@@ -957,7 +975,8 @@ class Ledger:
         }
         if "preempted" in row:  # a job is first of its priority only until it leaves the queue
             dropped = (*dropped, "preempted")
-        dropped = tuple([name for name in dropped if name in row])
+        if dropped:
+            dropped = tuple([name for name in dropped if name in row])
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))

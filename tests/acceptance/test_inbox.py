@@ -1,14 +1,12 @@
 """The watch folder and the transcript files, as processes at a real broker."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import template
-from tests.acceptance.harness import DATA, SMALL, SPEECH, SPOKEN, Bus, Consumer, command, words
+from tests.acceptance.harness import SPEECH, SPOKEN, Bus, Consumer, command, words
 from tests.acceptance.inbox_trial import run
 from tests.conftest import Mosquitto, StartMosquitto
 
