@@ -389,6 +389,8 @@ class Inbox(StoppableThread):
             "language": self._settings.language,
             "model_size": self._settings.model,
             "priority": self._settings.priority or None,
+            # Without it the consumer stores the text alone.
+            "formats": None if self._output.formats == ("txt",) else list(self._output.formats),
             "metadata": {"file": _printable(record.name), "source": SOURCE},
         }
         options = {name: value for name, value in fields.items() if value is not None}

@@ -142,7 +142,9 @@ class TranscriptWriter(StoppableThread):
         return known is None or known[0] != status.get("completed_at")
 
     def _write(self, job_id: str, status: Mapping[str, Any]) -> None:
-        formats = dict.fromkeys((*self._formats, *status.get("formats", ())))
+        # The consumer has stored the times of a job that asked for formats, of every other one the text alone.
+        asked = [str(name) for name in status.get("formats", ())]
+        formats = dict.fromkeys((*self._formats, *asked) if asked else ("txt",))
         consumer = status.get("consumer")
         known = self._records.get(job_id)
         own = [Path(path) for path in json.loads(known[1])] if known else []

@@ -55,7 +55,7 @@ def run(folder: Path, broker: Mosquitto, *, recordings: int, disturbed: int, kil
     try:
         names = [f"r{number:03}" for number in range(recordings)]
         odd = set(chance.sample(names, disturbed))
-        workers = []
+        workers: list[threading.Thread] = []
         kill_at = sorted(chance.sample(range(1, recordings), kills))
         for number, name in enumerate(names):
             content = _recording(number)
