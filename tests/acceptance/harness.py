@@ -65,7 +65,7 @@ def _judge() -> Judge:
 
 @functools.cache
 def _checked_models() -> dict[str, bytes]:
-    """What a consumer records of the model that it has checked: reading it each time would take longer than most jobs."""
+    """What a consumer records of a model that it has checked, which would take longer than most jobs each time."""
     with tempfile.TemporaryDirectory() as folder:
         packages = PackagedModels(Path(folder) / "models")
         path = packages.find("tiny.en")
