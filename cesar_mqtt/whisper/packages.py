@@ -193,8 +193,8 @@ class PackagedModels:
         with suppress(OSError):  # without a record they are read again
             if self._folder.parent.stat().st_uid == os.geteuid():  # `doctor` may run as root, the consumer does not
                 self._folder.mkdir(exist_ok=True)
-                with _create(record) as file:
-                    file.write(state.encode())
+                with _create(record) as written:
+                    written.write(state.encode())
 
     def _joined_folder(self, name: str, package: Package) -> Path:
         return self._folder / f"{name}-{package.release}"
