@@ -83,7 +83,9 @@ def acquire_lock(path: Path) -> FileLock:
         file_lock.acquire()
     except Timeout as exc:
         raise LedgerInUseError(
-            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+            f"The ledger {path} is in use by another consumer.",
+            "Stop that one, or give this one its own --data-dir and its own --name: "
+            "two consumers with one name disconnect each other.",
         ) from exc
     except OSError as exc:
         raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
