@@ -157,7 +157,7 @@ class AudioReader:
         `audio_truncated`: the end is missing: more than a second and more than 5 % of the declared duration.
         `audio_damaged`: parts that could not be decoded were skipped.
         `audio_tracks_ignored`: another track has sound, or cannot be decoded.
-        `audio_out_of_phase`: channels cancel each other; the quieter one was inverted.
+        `audio_out_of_phase`: channels cancel each other; the louder one was used, with what only the other one has.
         `audio_quiet`: very quiet sound was amplified.
         """
         found = {

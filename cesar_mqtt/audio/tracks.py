@@ -47,7 +47,10 @@ _CHECKED = frozenset({"flac", "tta", "wavpack"})
 _SILENT_PEAK = 2e-4
 """-74 dB: above the dither of silence, below speech that can still be made audible."""
 _LISTEN_S = 600.0
-"""How much of a track is listened to, to know whether it is silent."""
+"""How much of a track is listened to before another one is preferred that has sound."""
+_LEAST_RATE = 1000
+"""Samples per second. With fewer a file of some KB would last for hours, and speech has no room in it: a frame that
+declares less is damaged."""
 _BATCH = SAMPLE_RATE
 _SILENCE = 10 * SAMPLE_RATE
 """The most silence that is handed out at once."""
@@ -128,7 +131,8 @@ def choose_tracks(container: InputContainer, file: FileReader, choice: TrackChoi
 def _first_with_sound(container: InputContainer, file: FileReader, numbers: Sequence[int]) -> int:
     """Decode several tracks until the first has sound; if it has none, the next that has; else one that decodes.
 
-    Not for ever: the rest of what is taken for silent is listened to later, while the other one is decoded.
+    The first is waited for no longer than `_LISTEN_S` where another one speaks: its rest is listened to later, while
+    the other one is decoded.
     """
     streams = container.streams.audio
     listeners = [Listener(streams[number]) for number in numbers]
@@ -136,7 +140,7 @@ def _first_with_sound(container: InputContainer, file: FileReader, numbers: Sequ
     for packet in packets(container, file):
         if packet.stream_index in by_index:
             by_index[packet.stream_index].listen(packet)
-        if listeners[0].has_sound or listeners[0].heard_s > _LISTEN_S:
+        if listeners[0].has_sound or (listeners[0].heard_s > _LISTEN_S and any(each.has_sound for each in listeners)):
             break
     ranked = [(listener.has_sound, listener.decodes) for listener in listeners]
     return numbers[ranked.index(max(ranked))]
@@ -258,9 +262,11 @@ class Track:
             yield from self._end_run()
 
     def _place(self, frame: av.AudioFrame) -> Iterator[Samples]:
-        duration_s = frame.samples / max(1, frame.sample_rate)
+        if frame.sample_rate < _LEAST_RATE:
+            self.damaged = True
+            return
+        duration_s = frame.samples / frame.sample_rate
         gap_s = self._gap_s(frame)
-        # Before the conversion: a header that declares one sample a second must not fill the memory first.
         if self._heard_s + gap_s + duration_s > self._max_s:
             raise failed(TOO_LONG, most=self._max_s)
         frame_format = frame.format.name, frame.layout.name, frame.sample_rate

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cesar_mqtt.cli import console
-from cesar_mqtt.cli.options import takes_no_settings, takes_settings
+from cesar_mqtt.cli.options import ServeCommand, takes_no_settings, takes_settings
 from cesar_mqtt.errors import CesarError, ExitCode
 
 if TYPE_CHECKING:
     from cesar_mqtt.config import Settings
 
 # As the modules of `protocol` have them, which are too heavy to be imported here.
-_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+_FORMATS = ("txt", "srt", "vtt", "tsv", "json", "md")
 _TASKS = ("transcribe", "translate")
 _MAX_PRIORITY = 9
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
@@ -132,9 +132,9 @@ def _root(
 # -- the consumer ------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 @takes_settings(
-    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "log_format", "log_level", serving=True
+    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "log_format", "log_level", serving=True
 )
 def serve(settings: "Settings") -> int:
     """Run the consumer: accept jobs from the broker, transcribe them one at a time, publish their statuses."""
@@ -157,6 +157,29 @@ def serve(settings: "Settings") -> int:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
         os._exit(code)
     return code
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix", "log_format", "log_level")
+def web(
+    settings: "Settings",
+    address: Annotated[
+        str | None, typer.Argument(metavar="HOST:PORT", help="Where to listen (default: 127.0.0.1:8188).")
+    ] = None,
+    *,
+    set_password: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Ask for a password, write its hash to FILE for web.password_file, and exit."
+        ),
+    ] = None,
+) -> int:
+    """Serve the web page and its HTTP API in a process of its own, beside a consumer."""
+    from cesar_mqtt.cli import web
+
+    if set_password is not None:
+        return web.set_password(set_password)
+    return web.serve(settings, address)
 
 
 @app.command()
@@ -346,6 +369,22 @@ def delete(
     from cesar_mqtt.cli.jobs import change
 
     return change(settings, "delete", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix")
+def rejected(
+    settings: "Settings",
+    *,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="The most rejections to print.")] = 20,
+    as_json: JsonLines = False,
+    consumer: Consumer = None,
+    timeout: Timeout = _TIMEOUT_S,
+) -> int:
+    """Print what was rejected since the consumer's start and why, the newest first."""
+    from cesar_mqtt.cli.rejected import print_rejections
+
+    return print_rejections(settings, limit=limit, consumer=consumer, as_json=as_json, timeout_s=timeout)
 
 
 @app.command()

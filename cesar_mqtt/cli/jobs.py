@@ -17,9 +17,10 @@ from rich.text import Text
 
 from cesar_mqtt.cli import text
 from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_message, print_table
-from cesar_mqtt.cli.control_client import ControlClient, RequestRefusedError
+from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.gateway.session import RequestRefusedError
 from cesar_mqtt.protocol.commands import MAX_LISTED_JOBS, MAX_RESULT_BYTES
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")

@@ -3,20 +3,19 @@
 One thread uses a `Producer`.
 """
 
-import base64
 import json
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from cesar_mqtt.cli.session import NoAnswerError, Session
 from cesar_mqtt.cli.text import printable, size
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError
+from cesar_mqtt.gateway.session import NoAnswerError, Session
+from cesar_mqtt.gateway.submission import Submission, request_of
 from cesar_mqtt.mqtt.messages import (
     MAX_PACKET_BYTES,
     CannotPublishError,
@@ -35,23 +34,6 @@ _RESULT_S = 5.0
 
 
 _NAME_CHARACTERS = 200
-_NAMED_BYTES = 64 << 20
-"""On MQTT 3.1.1 the file's name is sent only with recordings up to this size: it needs JSON, a third larger."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """One recording to be transcribed; the same id with the same recording again is the same job."""
-
-    job_id: str
-    audio: bytes | None = field(repr=False)
-    """The recording; None: `path` is sent instead."""
-    path: str
-    """The path as the consumer looks it up."""
-    options: Mapping[str, Any]
-    """Further fields of the request."""
-    name: str | None = None
-    """The file's name in the job's metadata; None: it has none."""
 
 
 def new_job_id() -> str:
@@ -203,9 +185,14 @@ class Producer:
             )
 
     def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
-        topic, payload, properties = self._message(item)
+        connection = self._session.connection
+        # Options go as JSON, which every subscriber of the topic can read, although that is a third larger.
+        bare = not item.options and (connection is None or connection.protocol == "5")
+        request = request_of(item, self._topics, has_properties=bare)
         try:
-            return topic, self._session.publish(topic, payload, user_properties=properties)
+            return request.topic, self._session.publish(
+                request.topic, request.payload, user_properties=request.user_properties
+            )
         except CannotPublishError as exc:
             raise CesarError(f"{item.path} cannot be sent: {exc} Send its path with --by-path.") from exc
 
@@ -256,21 +243,6 @@ class Producer:
     def _is_final(self, job_id: str) -> bool:
         status = self._statuses.get(job_id)
         return status is not None and (status["status"] in _FINAL or status["status"] == "rejected")
-
-    def _message(self, item: Submission) -> tuple[str, bytes, Sequence[tuple[str, str]]]:
-        """Return topic, payload and user properties; a user property that names no field is metadata."""
-        named = {"file": item.name} if item.name else {}
-        connection = self._session.connection
-        has_properties = connection is None or connection.protocol == "5"
-        bare = has_properties or not named or len(item.audio or b"") > _NAMED_BYTES
-        if item.audio is not None and not item.options and bare:
-            return self._topics.audio(item.job_id), item.audio, tuple(named.items())
-        document: dict[str, Any] = {"job_id": item.job_id, **item.options, **({"metadata": named} if named else {})}
-        if item.audio is None:
-            document["audio_path"] = item.path
-        else:
-            document["audio_base64"] = base64.b64encode(item.audio).decode()
-        return self._topics.jobs, json.dumps(document, ensure_ascii=False).encode(), ()
 
     def _receive(self, timeout_s: float = _POLL_S) -> None:
         for delivery in self._session.receive(timeout_s):

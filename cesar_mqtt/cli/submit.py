@@ -13,10 +13,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from cesar_mqtt.cli.console import out, print_message, write
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.producer import Producer, Submission, submission
+from cesar_mqtt.cli.producer import Producer, submission
 from cesar_mqtt.cli.text import duration, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.gateway.submission import Submission
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, ConnectionFailure
 from cesar_mqtt.protocol.topics import Topics
 

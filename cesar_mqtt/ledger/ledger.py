@@ -181,6 +181,7 @@ class Ledger:
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
         self._released_on_disk: int = counters.get("settled", 0)
         self._paused = bool(counters.get("paused", False))
+        self._defaults: Mapping[str, str] = dict(counters.get("defaults", {}))
         self._piggyback: list[Change] = []
         """Changes that do not need a sync of their own: the next transaction writes them."""
         self._announced_revision: int = counters.get("told", 0)
@@ -285,13 +286,16 @@ class Ledger:
         with self._changed:
             room = self._max_queued - len(self._index.queue)
             admissions, accepted = self._index.deduplication.admit(requests, room=room)
-            seen = self._seen_retained(requests, admissions)
-            if accepted or seen:
-                self._insert(accepted, seen)
-            for admission, job_id in admissions:
-                seq = self._index.deduplication.seq(job_id)
-                if admission is Admission.DUPLICATE and seq is not None:
-                    self._outbox.republish(seq)
+            if accepted and len(accepted) == len(requests):
+                self._insert(accepted, {})
+            else:
+                seen = self._seen_retained(requests, admissions)
+                if accepted or seen:
+                    self._insert(accepted, seen)
+                for admission, job_id in admissions:
+                    seq = self._index.deduplication.seq(job_id)
+                    if admission is Admission.DUPLICATE and seq is not None:
+                        self._outbox.republish(seq)
             if admissions:
                 self._notify()
             return admissions
@@ -630,6 +634,50 @@ class Ledger:
                 self._paused = on
                 self._notify()
 
+    def cancel_queued(self, limit: int) -> list[Job]:
+        """Cancel queued jobs, at most `limit`, in one transaction, and return them.
+
+        Raises:
+            LedgerError: the disk failed; all jobs continue.
+        """
+        with self._changed:
+            seqs = list(islice(self._index.queue, limit))
+            if not seqs:
+                return []
+            now, state = self._clock(), JobState.CANCELLED
+            fields = {"state": state.value, "updated_at": now, "completed_at": now}
+            fields["revision"] = self._storage.transaction + 1
+            dropped = [("preempted",) if "preempted" in self._rows[str(seq)] else () for seq in seqs]
+            changes = [Change(JOBS, seq, fields, names) for seq, names in zip(seqs, dropped, strict=True)]
+            changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + len(seqs)}))
+            self._commit(changes)
+            for seq in seqs:
+                document = self._rows[str(seq)]
+                self._index.move(seq, JobState.QUEUED, state, document)
+                self._enqueue_status(seq, document)
+            self._update_positions()
+            self._notify()
+            return [self._job(seq) for seq in seqs]
+
+    def last_retryable(self) -> str | None:
+        """Return the id of the job that ended last of those that can be retried; None: there is none."""
+        with self._changed:
+            rows = (self._rows[str(seq)] for seq in reversed(self._index.finished))
+            return next((str(row["job_id"]) for row in rows if retry_rejection(row) is None), None)
+
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        """What was set for jobs that name no model or no language, by name; persisted over restarts."""
+        with self._changed:
+            return self._defaults
+
+    def set_defaults(self, defaults: Mapping[str, str]) -> None:
+        """Replace what was set. Raises LedgerError."""
+        with self._changed:
+            if defaults != self._defaults:
+                self._commit([Change(COUNTERS, 1, {"defaults": dict(defaults)})])
+                self._defaults = dict(defaults)
+
     # -- retention ------------------------------------------------------------------------------------------------
 
     def expire(self, limit: int = 200) -> list[Job]:
@@ -707,6 +755,12 @@ class Ledger:
         with self._changed:
             return bool(self._outbox) or bool(self._index.tombstones.pending)
 
+    def has_unpublished_besides(self, statuses: Collection[int], clears: Collection[int]) -> bool:
+        """Whether that is so for jobs other than these; sequence numbers."""
+        with self._changed:
+            pending = self._index.tombstones.pending
+            return self._outbox.has_pending(statuses) or any(seq not in clears for seq in pending)
+
     def unpublished(self, limit: int, *, exclude: Collection[int] = ()) -> list[tuple[int, Job]]:
         """Return the states to publish next, oldest change first.
 
@@ -723,10 +777,19 @@ class Ledger:
         with self._changed:
             return self._outbox.take(limit, exclude, self._job)
 
-    def coalesce(self) -> None:
-        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published."""
+    def coalesce(self, lost: Iterable[tuple[int, int]] = ()) -> None:
+        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published.
+
+        Args:
+            lost: what was in flight then: the sequence number of each job, and the number that `unpublished` returned.
+        """
         with self._changed:
-            self._outbox.coalesce()
+            self._outbox.coalesce(lost)
+
+    @property
+    def events_dropped(self) -> int:
+        """How many changes of jobs have had no event since the start, because the job changed again too soon."""
+        return self._outbox.dropped
 
     def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
         """Record that the broker acknowledged statuses; on disk with the next transaction.
@@ -936,7 +999,8 @@ class Ledger:
         }
         if "preempted" in row:  # a job is first of its priority only until it leaves the queue
             dropped = (*dropped, "preempted")
-        dropped = tuple([name for name in dropped if name in row])
+        if dropped:
+            dropped = tuple([name for name in dropped if name in row])
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))

@@ -32,6 +32,7 @@ from cesar_mqtt.mqtt.messages import (
     Publication,
     PublishTicket,
     Receipt,
+    Refusal,
     Subscription,
 )
 from cesar_mqtt.mqtt.send_queue import SendQueue
@@ -238,9 +239,14 @@ class Connection:
             return False
         return now < self._cut_at
 
-    def take_published(self) -> list[tuple[PublishTicket, str | None]]:
-        """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""
+    def take_published(self) -> list[tuple[PublishTicket, Refusal | None]]:
+        """Return the messages that the broker has accepted (None) or refused since the last call."""
         return self._send_queue.take_published()
+
+    @property
+    def unacknowledged(self) -> tuple[PublishTicket, ...]:
+        """The messages that were sent and are not acknowledged yet."""
+        return self._send_queue.unacknowledged
 
     def take_unrouted(self) -> list[PublishTicket]:
         """Return those of the accepted messages that no subscription matched (MQTT 5), since the last call."""

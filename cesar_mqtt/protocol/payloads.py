@@ -157,7 +157,7 @@ def status_of(
         "audio_duration": duration,
         "speed": now.speed if now else _speed(job),
         "eta": now.eta if now else None,
-        "audio_source": None if job.audio is None else _public_source(job.audio),
+        "audio_source": None if job.audio is None else public_source(job.audio),
         "model_size": job.model_size,
         "language": job.options.get("language"),
         "task": job.options.get("task", "transcribe"),
@@ -180,7 +180,7 @@ def status_of(
     return status
 
 
-def _public_source(audio: AudioSource) -> str:
+def public_source(audio: AudioSource) -> str:
     """Return where the audio is, of a URL without the user and without the query, which may be a key."""
     if audio.kind == "url":
         parts = urlsplit(audio.name)

@@ -54,6 +54,8 @@ def drive(bus: Bus) -> dict[str, dict[str, Any]]:
     answers["cancel"] = request(bus, "cancel", {"job_id": "current", "transaction": "a"})
     bus.status("long", "cancelled")
     answers["retry"] = request(bus, "retry", {"job_id": "long"})
+    answers["cancel_all"] = request(bus, "cancel_all", {})
+    answers["retry_last"] = request(bus, "retry_last", {"transaction": "b"})
     request(bus, "cancel", "long")
     bus.publish("cesar/jobs", {"job_id": "kept", "audio_path": "speech.wav", "formats": ["txt"]})
     note = {"job_id": "note", "audio_path": "speech.wav", "formats": [*FORMATS], "stream": True}
@@ -66,6 +68,8 @@ def drive(bus: Bus) -> dict[str, dict[str, Any]]:
     answers["result"] = request(bus, "result", {"job_id": "note", "format": "srt"})
     answers["list"] = request(bus, "list", {"limit": 2})
     answers["health"] = request(bus, "health", {})
+    answers["rejected"] = request(bus, "rejected", {"limit": 5})
+    answers["set"] = request(bus, "set", {"default_language": "en"})
     answers["models"] = request(bus, "models", {"transaction": None})
     answers["delete"] = request(bus, "delete", {"job_id": "note"})
     for command, payload in SHORT.items():

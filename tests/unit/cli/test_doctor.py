@@ -149,6 +149,11 @@ def test_a_default_model_that_knows_english_only_is_noted_with_advice(name: str,
     assert "the extra `offline`" in found.what_to_do
 
 
+def test_an_english_only_default_model_is_fine_where_english_is_the_default_language(tmp_path: Path) -> None:
+    models = {"default": "tiny.en", "default_language": "English"}
+    assert list(doctor.check_languages(settings(tmp_path, models=models))) == []
+
+
 @pytest.mark.parametrize("name", ["base", "smal"])
 def test_the_languages_of_another_model_are_not_worth_a_line(name: str, tmp_path: Path) -> None:
     assert list(doctor.check_languages(settings(tmp_path, models={"default": name}))) == []

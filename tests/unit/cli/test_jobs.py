@@ -14,9 +14,9 @@ from rich.console import Console
 from cesar_mqtt.cli import jobs as shell
 from cesar_mqtt.cli import text as wording
 from cesar_mqtt.cli.console import new_table, print_table
-from cesar_mqtt.cli.control_client import RequestRefusedError
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.gateway.session import RequestRefusedError
 
 Ask = Callable[[str, Mapping[str, Any], str | None], dict[str, Any]]
 

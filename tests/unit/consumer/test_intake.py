@@ -98,9 +98,13 @@ class FakeSource:
 class FakeModels:
     def __init__(self) -> None:
         self.default = "base"
+        self.languages: dict[str, str] = {}
 
     def default_name(self) -> str:
         return self.default
+
+    def language_for(self, name: str) -> str | None:
+        return self.languages.get(name)
 
     def is_allowed(self, name: str) -> bool:
         return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
@@ -638,6 +642,26 @@ def test_the_rejection_of_a_request_without_an_id_has_none(bench: Bench) -> None
     no_id = (message(b"porch.wav"), message(b"porch.wav", retain=True))
     assert bench.take(request(job_id="a"), *no_id) == ["queue_full"] * 3
     assert [rejection.job_id for rejection in bench.publisher.rejections] == ["a", None, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "language"),
+    [
+        ({}, "de"),
+        ({"model_size": "tiny.en"}, None),
+        ({"language": None}, "de"),
+        ({"language": "fr"}, "fr"),
+        ({"language": "auto"}, None),
+        ({"multilingual": True}, None),
+        ({"task": "translate"}, "de"),
+    ],
+)
+def test_a_request_that_names_no_language_gets_the_default_one_of_its_model(
+    bench: Bench, fields: dict[str, Any], language: str | None
+) -> None:
+    bench.models.languages["base"] = "de"
+    bench.take(request(job_id="a", **fields))
+    assert bench.job("a").options.get("language") == language
 
 
 def test_a_model_that_is_not_allowed_is_named_in_the_rejection(bench: Bench) -> None:
