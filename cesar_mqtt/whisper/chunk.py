@@ -9,7 +9,7 @@ A `ChunkDecoder` belongs to the thread that decodes its chunk; several may use o
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -222,7 +222,7 @@ class ChunkDecoder:
                 piece = self._decoder.encode(piece.features, frames=FULL_FRAMES)
                 language = self._decoder.detect_language(piece)
             if start == 0 and piece.features.shape == first.next_features.shape:
-                first.first = piece
+                first.first = replace(piece, language=language)
             if language.probability > CERTAIN_ABOVE:
                 return language
             votes.setdefault(language.code, []).append(language.probability)
