@@ -116,6 +116,18 @@ class LedgerError(CesarError):
     exit_code = ExitCode.LEDGER_FAILED
 
 
+class SpoolFullError(LedgerError):
+    """The spool has no room for uploaded audio until a job has ended, or the disk has more room.
+
+    Attributes:
+        needed_bytes: the size of the audio.
+    """
+
+    def __init__(self, problem: str, advice: str = "", *, needed_bytes: int) -> None:
+        super().__init__(problem, advice)
+        self.needed_bytes = needed_bytes
+
+
 class LedgerInUseError(CesarError):
     """Another consumer holds the ledger's lock."""
 

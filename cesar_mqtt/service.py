@@ -96,7 +96,9 @@ class Service:
         self._web: WebServer | None = None
         try:
             decoder_process.start()  # it loads its libraries meanwhile
-            self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
+            self._spool = Spool(
+                settings.data_dir / "spool", self._disk("spool"), max_bytes=settings.queue.max_spool_bytes
+            )
             self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
@@ -210,7 +212,7 @@ class Service:
             will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
             subscriptions=(
                 *group.subscriptions(self._topics, settings.consumer.group),
-                Subscription(self._topics.own(PAUSE_SWITCH)),
+                Subscription(self._topics.own(PAUSE_SWITCH), may_go_ahead=True),
                 *map(Subscription, births),
             ),
             unwanted_filters=group.unwanted_filters(
