@@ -25,6 +25,7 @@ from cesar_mqtt.mqtt.messages import (
     ConnectionInfo,
     Delivery,
     PublishTicket,
+    Refusal,
     Subscription,
 )
 from cesar_mqtt.protocol.topics import Topics, matches_filter
@@ -238,15 +239,15 @@ class Bus(StoppableThread):
             for outgoing in waiting:
                 self._send(outgoing)
 
-    def _on_published(self, ticket: PublishTicket, reason: str | None) -> None:
+    def _on_published(self, ticket: PublishTicket, refusal: Refusal | None) -> None:
         with self._lock:
             outgoing = self._in_flight.pop(ticket, None)
         if outgoing is None:
             return
-        if reason is None:
+        if refusal is None:
             _end(outgoing.future, result=outgoing.is_routed)
         else:
-            problem = f"{self.address} does not let this client publish jobs or commands: {reason}."
+            problem = f"{self.address} does not let this client publish jobs or commands: {refusal}."
             _end(outgoing.future, error=BrokerRefusedError(problem, "Allow it in the broker's access list."))
 
     def _on_unrouted(self, tickets: Sequence[PublishTicket]) -> None:

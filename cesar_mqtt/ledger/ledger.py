@@ -51,6 +51,7 @@ from cesar_mqtt.ledger.documents import (
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.index import Index, window_id
 from cesar_mqtt.ledger.outbox import Outbox
+from cesar_mqtt.ledger.reserve import KEPT_FOR_COMMANDS
 from cesar_mqtt.ledger.storage import Change, JournalStorage
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Window
@@ -83,7 +84,9 @@ def acquire_lock(path: Path) -> FileLock:
         file_lock.acquire()
     except Timeout as exc:
         raise LedgerInUseError(
-            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+            f"The ledger {path} is in use by another consumer.",
+            "Stop that one, or give this one its own --data-dir and its own --name: "
+            "two consumers with one name disconnect each other.",
         ) from exc
     except OSError as exc:
         raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
@@ -265,6 +268,12 @@ class Ledger:
         except OSError as exc:
             raise LedgerError(f"The checkpoint {self.path} could not be written: {exc.strerror}.") from exc
 
+    def restore_reserve(self) -> None:
+        """Take again the room that changes on a full disk have used; does nothing while there is none."""
+        with self._changed:
+            if not self._closed:
+                self._storage.restore_reserve()
+
     # -- accept requests ------------------------------------------------------------------------------------------
 
     def append(self, requests: Sequence[NewJob]) -> list[tuple[Admission, str]]:
@@ -279,13 +288,16 @@ class Ledger:
         with self._changed:
             room = self._max_queued - len(self._index.queue)
             admissions, accepted = self._index.deduplication.admit(requests, room=room)
-            seen = self._seen_retained(requests, admissions)
-            if accepted or seen:
-                self._insert(accepted, seen)
-            for admission, job_id in admissions:
-                seq = self._index.deduplication.seq(job_id)
-                if admission is Admission.DUPLICATE and seq is not None:
-                    self._outbox.republish(seq)
+            if accepted and len(accepted) == len(requests):
+                self._insert(accepted, {})
+            else:
+                seen = self._seen_retained(requests, admissions)
+                if accepted or seen:
+                    self._insert(accepted, seen)
+                for admission, job_id in admissions:
+                    seq = self._index.deduplication.seq(job_id)
+                    if admission is Admission.DUPLICATE and seq is not None:
+                        self._outbox.republish(seq)
             if admissions:
                 self._notify()
             return admissions
@@ -353,6 +365,11 @@ class Ledger:
         """
         with self._changed:
             self._index.deduplication.release_packet_ids(job_ids)
+
+    def release_packet_id(self, packet_id: int) -> None:
+        """Take no later message for a redelivery of the request that came with this packet id: a new one has it."""
+        with self._changed:
+            self._index.deduplication.release_packet_id(packet_id)
 
     def release_all_packet_ids(self, *, keep: Collection[str] = ()) -> None:
         """Release all packet ids but those of the jobs in `keep`; on disk now, or later if the disk fails."""
@@ -536,7 +553,8 @@ class Ledger:
             self._cancel(seq)
 
     def _cancel(self, seq: int) -> None:
-        self._transition(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
+        fields = {"completed_at": self._clock()}
+        self._transition(seq, JobState.CANCELLED, fields, dropped=("cancelling",), keep_reserve=0)
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -560,7 +578,7 @@ class Ledger:
             if state is JobState.QUEUED:
                 self._cancel(seq)
             elif not self.is_cancelling(seq):
-                self._commit([Change(JOBS, seq, {"cancelling": True})])
+                self._commit([Change(JOBS, seq, {"cancelling": True})], keep_reserve=0)
                 self._notify()
             return self._job(seq)
 
@@ -614,7 +632,7 @@ class Ledger:
         """Stop starting jobs, or start them again; persisted over restarts. Raises LedgerError."""
         with self._changed:
             if on != self._paused:
-                self._commit([Change(COUNTERS, 1, {"paused": on})])
+                self._commit([Change(COUNTERS, 1, {"paused": on})], keep_reserve=0)
                 self._paused = on
                 self._notify()
 
@@ -723,7 +741,7 @@ class Ledger:
         # Sequence numbers are never used again, so the last one is kept apart from its job.
         counters = {"last_seq": self._index.last_seq, "deleted": self._index.deleted_total + len(seqs)}
         changes.append(Change(COUNTERS, 1, counters))
-        self._commit(changes)
+        self._commit(changes, keep_reserve=0)
         for job, row in zip(deleted, rows, strict=True):
             self._index.delete(job, row)
         self._outbox.drop(seqs)
@@ -738,6 +756,12 @@ class Ledger:
         """Whether the broker has not acknowledged all statuses and all clears."""
         with self._changed:
             return bool(self._outbox) or bool(self._index.tombstones.pending)
+
+    def has_unpublished_besides(self, statuses: Collection[int], clears: Collection[int]) -> bool:
+        """Whether that is so for jobs other than these; sequence numbers."""
+        with self._changed:
+            pending = self._index.tombstones.pending
+            return self._outbox.has_pending(statuses) or any(seq not in clears for seq in pending)
 
     def unpublished(self, limit: int, *, exclude: Collection[int] = ()) -> list[tuple[int, Job]]:
         """Return the states to publish next, oldest change first.
@@ -755,10 +779,19 @@ class Ledger:
         with self._changed:
             return self._outbox.take(limit, exclude, self._job)
 
-    def coalesce(self) -> None:
-        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published."""
+    def coalesce(self, lost: Iterable[tuple[int, int]] = ()) -> None:
+        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published.
+
+        Args:
+            lost: what was in flight then: the sequence number of each job, and the number that `unpublished` returned.
+        """
         with self._changed:
-            self._outbox.coalesce()
+            self._outbox.coalesce(lost)
+
+    @property
+    def events_dropped(self) -> int:
+        """How many changes of jobs have had no event since the start, because the job changed again too soon."""
+        return self._outbox.dropped
 
     def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
         """Record that the broker acknowledged statuses; on disk with the next transaction.
@@ -885,6 +918,12 @@ class Ledger:
         with self._changed:
             return {name for row in self._rows.values() if document_may_need_audio(row) for name in spool_files(row)}
 
+    def retryable_uploads(self) -> list[tuple[str, str]]:
+        """Return id and spool file of each job that has ended and may be retried with its upload, oldest end first."""
+        with self._changed:
+            rows = (self._rows[str(seq)] for seq in self._index.finished)
+            return [(row["job_id"], name) for row in rows if document_may_need_audio(row) for name in spool_files(row)]
+
     def totals(self) -> Totals:
         """Return the counts for the consumer's own topics; the cost does not depend on the number of jobs."""
         with self._changed:
@@ -916,8 +955,12 @@ class Ledger:
         """Yield the revision and the sequence number of every job."""
         return ((document["revision"], int(key)) for key, document in self._rows.items())
 
-    def _commit(self, changes: list[Change]) -> None:
-        """Write a transaction: these changes, the waiting ones, and the outbox's watermark."""
+    def _commit(self, changes: list[Change], *, keep_reserve: int | None = None) -> None:
+        """Write a transaction: these changes, the waiting ones, and the outbox's watermark.
+
+        `keep_reserve` is for a full disk, see `JournalStorage.commit`: nothing new is accepted then, but jobs end, and
+        commands that free room are executed.
+        """
         if self._closed:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
@@ -928,7 +971,7 @@ class Ledger:
         if self._piggyback:
             changes[:0] = self._piggyback
         storage = self._storage
-        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction))
+        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction), keep_reserve=keep_reserve)
         self._rejected_on_disk, self._released_on_disk = self._rejected, released
         self._piggyback.clear()
 
@@ -940,6 +983,7 @@ class Ledger:
         *,
         dropped: tuple[str, ...] = (),
         also: Iterable[Change] = (),
+        keep_reserve: int = KEPT_FOR_COMMANDS,
     ) -> None:
         """Move a job to `state`, with other changes in the same transaction."""
         rows, key = self._rows, str(seq)
@@ -957,11 +1001,12 @@ class Ledger:
         }
         if "preempted" in row:  # a job is first of its priority only until it leaves the queue
             dropped = (*dropped, "preempted")
-        dropped = tuple([name for name in dropped if name in row])
+        if dropped:
+            dropped = tuple([name for name in dropped if name in row])
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))
-        self._commit(changes)
+        self._commit(changes, keep_reserve=keep_reserve)
         self._index.move(seq, before, state, rows[key])
         if before is JobState.QUEUED or state is JobState.QUEUED:
             self._update_positions()

@@ -1,5 +1,6 @@
 """What the consumer publishes about itself, on `cesar/consumer/<name>/...`. Frozen models; any thread may make them."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -32,6 +33,12 @@ LAST_TEXT_BYTES = 12_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
 
 Activity = Literal["starting", "loading", "idle", "processing", "paused", "draining", "degraded"]
+
+Cause = Literal["too_large", "denied"]
+QUARANTINE_ADVICE: Mapping[str, str] = {
+    "too_large": "If the broker has a limit on packets, raise it, or set broker.max_packet_bytes.",
+    "denied": "If the broker's access list denies the topic, allow it to the consumer's user.",
+}
 
 
 class ConsumerState(Payload):
@@ -115,6 +122,17 @@ def last_of(job: Job) -> Last:
     )
 
 
+class Quarantined(Payload):
+    """A message that the broker does not accept."""
+
+    topic: str = Field(description="Its topic.")
+    size_bytes: int = Field(description="The size of its topic and payload.")
+    cause: Cause = Field(
+        description="The likely reason: `too_large`, over a limit of the broker; `denied`, by its access list."
+    )
+    skipped: bool = Field(description="Whether it is skipped for a while; false: it is cut, and published last.")
+
+
 class HealthMessage(Payload):
     """The health of the consumer, once a minute."""
 
@@ -125,6 +143,11 @@ class HealthMessage(Payload):
     rss_bytes: int = Field(description="The memory of the process.")
     spool_bytes: int = Field(description="The size on disk of the recordings that came with jobs.")
     disk_free_bytes: int | None = Field(description="The free space on that disk; null if it cannot be measured.")
+    events_dropped: int = Field(
+        description="How many changes of jobs have had no event since the start: a job changed again before the first "
+        "change was published."
+    )
+    quarantined: list[Quarantined] = Field(description="The messages that the broker does not accept.")
 
 
 class Limits(Payload):
@@ -155,6 +178,7 @@ class Info(Payload):
     limits: Limits = Field(description="The most that a request may hold.")
     broker: str = Field(description="The address of the broker.")
     started_at: Timestamp = Field(description="When the consumer was started.")
+    web: str | None = Field(description="The address of its web page; null if it has none.")
     settings: dict[str, Any] = Field(description="All settings, without any secret.")
 
 
@@ -170,6 +194,7 @@ def info_of(
     workers: int,
     batching: bool,
     started: float,
+    web: str | None = None,
 ) -> Info:
     """Return what the consumer publishes at its start.
 
@@ -184,6 +209,7 @@ def info_of(
         cpu_threads: how many threads each of them uses.
         batching: whether `batch_size` makes the model decode several pieces at once.
         started: seconds since the epoch.
+        web: the address of its web page; None: it has none.
     """
     return Info(
         version=__version__,
@@ -204,5 +230,6 @@ def info_of(
         ),
         broker=settings["broker"]["url"],
         started_at=timestamp(started),
+        web=web,
         settings=settings,
     )

@@ -27,7 +27,7 @@ from cesar_mqtt.protocol.commands import (
     ResultPage,
     summary_of,
 )
-from cesar_mqtt.protocol.consumer_payloads import ConsumerState, HealthMessage, info_of, last_of, queue_of
+from cesar_mqtt.protocol.consumer_payloads import ConsumerState, HealthMessage, Quarantined, info_of, last_of, queue_of
 from cesar_mqtt.protocol.fields import FORMATS, Payload, timestamp
 from cesar_mqtt.protocol.payloads import (
     Answer,
@@ -104,6 +104,10 @@ _HEALTH = HealthMessage(
     rss_bytes=412_000_000,
     spool_bytes=0,
     disk_free_bytes=21_474_836_480,
+    events_dropped=0,
+    quarantined=[
+        Quarantined(topic="cesar/events", size_bytes=412, cause="denied", skipped=True),
+    ],
 )
 
 

@@ -42,6 +42,7 @@ PUBLISHED: Mapping[str, type] = {
     "Info": consumer_payloads.Info,
     "Limits": consumer_payloads.Limits,
     "Health": consumer_payloads.HealthMessage,
+    "Quarantined": consumer_payloads.Quarantined,
     "Done": commands.CommandResult,
     "CancelledJobs": commands.CancelledJobs,
     "Rejections": commands.Rejections,

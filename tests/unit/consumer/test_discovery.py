@@ -285,7 +285,7 @@ def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own_topic
     own_topics.on_disconnected()
     assert "ha/old/config" in sent(own_topics)
     own_topics.acknowledge("ha/old/config", 0)  # of the first one
-    assert own_topics.is_acknowledged
+    assert own_topics.is_acknowledged()
 
 
 def test_nothing_is_announced_when_there_is_nothing_to_announce(

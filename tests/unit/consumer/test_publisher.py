@@ -22,7 +22,7 @@ from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.outbox import HISTORY_LIMIT
-from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
+from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError, Refusal
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Window
@@ -33,6 +33,8 @@ QUEUE = "cesar/consumer/kitchen/queue"
 STATE = "cesar/consumer/kitchen/state"
 LAST = "cesar/consumer/kitchen/last"
 REJECTED = "cesar/rejected"
+DENIED = Refusal(0x87, "Not authorized")
+TOO_LARGE = Refusal(0x95, "Packet too large")
 OVERHEAD_BYTES = 16  # what MQTT adds to topic and payload, at most
 
 
@@ -45,6 +47,7 @@ class Message:
     payload: bytes
     retain: bool
     correlation_data: bytes | None = None
+    alone: bool = False
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -67,7 +70,13 @@ class FakeConnection:
         self._tickets = itertools.count(1)
 
     def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        correlation_data: bytes | None = None,
+        alone: bool = False,
     ) -> int | None:
         self.attempts += 1
         self.threads.add(threading.current_thread().name)
@@ -82,7 +91,7 @@ class FakeConnection:
             raise CannotPublishError("Nothing can be published there.")
         if self.goes_down_after is not None:
             self.goes_down_after -= 1
-        self.sent.append(Message(next(self._tickets), topic, payload, retain, correlation_data))
+        self.sent.append(Message(next(self._tickets), topic, payload, retain, correlation_data, alone))
         self.on_sent(self.sent[-1])
         return self.sent[-1].ticket
 
@@ -441,7 +450,7 @@ def test_a_refused_status_is_published_again_at_the_next_connection(bench: Bench
     bench.add("a")
     bench.publisher.on_rejected(rejection())
     for message in bench.turn():
-        bench.publisher.on_published(message.ticket, refused=message.topic == topic)
+        bench.publisher.on_published(message.ticket, DENIED if message.topic == topic else None)
     assert bench.settle() == []
     for again in (topic == "cesar/status/a", False):
         bench.disconnect()
