@@ -181,7 +181,7 @@ def _on_one_core(path: Path) -> Row:
 
 
 def run(folder: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     path = folder / "ten-minutes.flac"
     contenders = _contenders(path)
     for recording in reversed(_RECORDINGS):  # the first is transcribed once more
