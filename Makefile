@@ -119,10 +119,14 @@ $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/all.txt
 install-homeassistant: $(HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed
 
-# Clips of nine languages for the benchmarks. Beside the environment: it is a plugin that pytest would load.
-build/speech: | $(VENV)/pyvenv.cfg
-	@echo 'downloading recorded speech for the benchmarks, 3 MB'
-	@$(call install,$(VENV),--quiet --no-deps --target $@ pytest-audioeval==0.1.3)
+# Speech for the benchmarks: clips of nine languages, a reader, a telephone call. Beside the environment: the first is a
+# plugin that pytest would load. The last package that is installed stands for all.
+.PHONY: build/speech
+build/speech: build/speech/pyannote
+build/speech/pyannote: | $(VENV)/pyvenv.cfg
+	@echo 'downloading recorded speech for the benchmarks, 24 MB'
+	@$(call install,$(VENV),--quiet --no-deps --target build/speech pytest-audioeval==0.1.3 moonshine-voice==0.1.5)
+	@$(call install,$(VENV),--quiet --no-deps --target build/speech pyannote-audio==4.0.7)
 
 build/peers: | $(VENV)/pyvenv.cfg
 	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'
