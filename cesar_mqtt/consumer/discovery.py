@@ -44,13 +44,15 @@ def discovery_filters(consumer: str, *, prefix: str) -> tuple[str, str]:
     return f"{prefix}/device/{device_id(consumer)}/config", f"{prefix}/+/{device_id(consumer)}/+/config"
 
 
-def discovery_messages(topics: Topics, *, mode: Mode, prefix: str) -> dict[str, bytes]:
+def discovery_messages(topics: Topics, *, mode: Mode, prefix: str, page: str | None = None) -> dict[str, bytes]:
     """Return the retained messages that announce a consumer, by topic.
+
+    `page`: the address of the consumer's web page, which Home Assistant links to; None: it has none.
 
     Home Assistant rejects a device's whole message if it does not know one key at its root, or an entity has no
     `unique_id`; and keys at the root reach the entities in some versions only. So each entity repeats all keys.
     """
-    common = {"device": _device(topics.consumer), "origin": {"name": _PRODUCT, "sw_version": __version__}}
+    common = {"device": _device(topics.consumer, page), "origin": {"name": _PRODUCT, "sw_version": __version__}}
     name = device_id(topics.consumer)
     if mode == "device":
         components = {key: {"platform": platform, **fields} for key, platform, fields in _entities(topics)}
@@ -65,7 +67,7 @@ def _encode(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _device(consumer: str) -> dict[str, Any]:
+def _device(consumer: str, page: str | None) -> dict[str, Any]:
     """Describe the device; the ids of the entities begin with its name, so it contains "cesar"."""
     return {
         "identifiers": [f"{_PRODUCT}.{consumer}"],
@@ -73,6 +75,7 @@ def _device(consumer: str) -> dict[str, Any]:
         "manufacturer": _PRODUCT,
         "model": "Transcription worker",
         "sw_version": __version__,
+        **({} if page is None else {"configuration_url": page}),
     }
 
 
