@@ -171,6 +171,9 @@ class QueueSettings(Section):
     """The highest priority of a job; a request with a higher one gets this. 0: all jobs are equal."""
     max_payload_bytes: int = Field(default=256 << 20, ge=1024)
     """The largest message accepted; a larger one is rejected as `payload_too_large`."""
+    max_spool_bytes: int | None = Field(default=None, ge=1024)
+    """How much uploaded audio may be stored. A larger recording is rejected as `storage_full`; what has no room beside
+    the others waits at the broker, after the oldest audio of ended jobs was removed. None: what the disk holds."""
 
 
 class RetentionSettings(Section):

@@ -96,7 +96,9 @@ class Service:
         self._web: WebServer | None = None
         try:
             decoder_process.start()  # it loads its libraries meanwhile
-            self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
+            self._spool = Spool(
+                settings.data_dir / "spool", self._disk("spool"), max_bytes=settings.queue.max_spool_bytes
+            )
             self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
@@ -121,6 +123,7 @@ class Service:
                 settings, broker, uploads=uploads, is_needed=self._needs_upload, metrics=self._render_metrics
             )
         self._refused: BrokerRefusedError | None = None
+        self.refusal_is_logged = False
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._events = JobEvents(self._publisher)
@@ -209,7 +212,7 @@ class Service:
             will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
             subscriptions=(
                 *group.subscriptions(self._topics, settings.consumer.group),
-                Subscription(self._topics.own(PAUSE_SWITCH)),
+                Subscription(self._topics.own(PAUSE_SWITCH), may_go_ahead=True),
                 *map(Subscription, births),
             ),
             unwanted_filters=group.unwanted_filters(
@@ -254,6 +257,7 @@ class Service:
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
         self._refused = group.explain_refusal(error, self._settings.consumer.group)
+        self.refusal_is_logged = self._refused is error
 
     # -- running, in the main thread -------------------------------------------------------------------------------
 
@@ -283,7 +287,9 @@ class Service:
         last = self._ledger.last_finished()
         if last is not None:
             self._publisher.on_finished(last)
-        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
+        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(
+            self._topics, embedded=self._broker is not None, jobs=self._ledger.count(())
+        )
         self._publisher.publish_state("online")
         self._announce()
         self._publish_info()
@@ -296,7 +302,8 @@ class Service:
             self._web.start()
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
-        log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
+        message = "Connecting to %s as '%s', with the prefix '%s'; jobs in the queue: %d"
+        log.info(message, broker, self._topics.consumer, self._topics.prefix, queued, action="serving")
         model = self._models.default_name()
         if self._models.catalogue.assumes_english:
             message = "The default model %s knows English only. %s"
@@ -422,7 +429,7 @@ class Service:
         self._client.close()
         acknowledged = not self._ledger.has_unpublished
         self._close_files()
-        log.info("Stopped, %d jobs queued", self._ledger.totals().queued, action="stopped")
+        log.info("Stopped; jobs in the queue: %d", self._ledger.totals().queued, action="stopped")
         return acknowledged
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:

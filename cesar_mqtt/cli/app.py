@@ -150,7 +150,8 @@ def serve(settings: "Settings") -> int:
             try:
                 code = service.run(stop)
             except CesarError as exc:
-                problem, code = f"cesar-mqtt: {exc}", exc.exit_code
+                problem = "" if service.refusal_is_logged else f"cesar-mqtt: {exc}"
+                code = exc.exit_code
     finally:
         logs.close(problem)
     if code is not ExitCode.OK:
