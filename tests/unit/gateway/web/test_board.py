@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +11,9 @@ from hypothesis import strategies as st
 from cesar_mqtt.gateway.web import board as module
 from cesar_mqtt.gateway.web.board import Board
 from tests.unit.gateway.web.site import TOPICS, message, status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.fixture
