@@ -65,6 +65,18 @@ def test_an_upload_whose_request_has_not_arrived_yet_is_kept_for_a_day(store: Up
     assert store.sweep() == 1
 
 
+@pytest.mark.parametrize("seen", ["submitted", "swept"])
+def test_an_upload_whose_job_was_deleted_is_deleted(store: UploadStore, needed: dict[str, bool], seen: str) -> None:
+    store.keep(received(store), "a")
+    if seen == "submitted":
+        store.set_accepted("a")
+    else:
+        needed["a"] = True
+        assert store.sweep() == 0
+        del needed["a"]
+    assert store.sweep() == 1
+
+
 def test_what_a_crash_left_half_is_deleted_later_and_files_of_others_never(
     store: UploadStore, needed: dict[str, bool], clock: list[float]
 ) -> None:
