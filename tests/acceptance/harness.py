@@ -264,6 +264,23 @@ class Consumer:
             pause.wait(0.05)
 
 
+class FrontDoor(Consumer):
+    """A front door as its own process: `cesar-mqtt inbox` or `wyoming`."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, ready: str = CONNECTED, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._arguments = arguments
+        self._ready = ready
+        super().__init__(folder, ready=ready, environ=environ)
+
+    def start(self, ready: str | None = None) -> None:
+        read = len(self.logged()) if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = template.start(self._arguments, cwd=self._folder, env=self._environ, stdout=log, stderr=log)
+        self.wait_for_log(ready or self._ready, read)
+
+
 def command(
     *arguments: str,
     cwd: Path | None = None,
