@@ -78,7 +78,7 @@ class Events:
 
 
 def is_completed(job_id: str, job: Mapping[str, Any]) -> bool:
-    return job["job_id"] == job_id and job["status"] == "completed"
+    return (job["job_id"], job["status"]) == (job_id, "completed")
 
 
 def test_an_upload_is_transcribed_downloaded_and_its_audio_deleted(
