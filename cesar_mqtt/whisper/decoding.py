@@ -23,8 +23,8 @@ WHISPER_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CERTAIN_ABOVE = 0.5
 """The probability from which a detected language counts."""
 DOUBTFUL_BELOW = 0.35
-"""The probability below which a language is detected again at full length. Above, that takes ten times as long and gives
-no better answer (docs/performance.md)."""
+"""The probability below which a language is detected again at full length. Above it, that takes ten times as long and
+gives no better answer (docs/performance.md)."""
 
 NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
