@@ -28,7 +28,7 @@ gives no better answer (docs/performance.md)."""
 
 NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
-_BEAMS, _UNSURE_BELOW = 5, -0.6
+_BEAMS, _UNSURE_BELOW = 5, -0.5
 """Of `beam_size` `auto`: a greedy result with a lower average log probability is decoded again, with so many beams."""
 _CUT_ABOVE_FRAMES = 1000
 """From 10 s on, a piece that fails the checks is cut rather than decoded at higher temperatures."""
