@@ -191,6 +191,9 @@ const handlers = {
     rejected = [rejection, ...rejected].slice(0, 100);
     uploadRejected(rejection);
   },
+  rejections(data) {
+    rejected = data.rejected;
+  },
   broker(state) {
     broker = state;
   },
