@@ -27,7 +27,7 @@ from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
-from cesar_mqtt.jobs import Job
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -264,9 +264,10 @@ class Service:
         return self._stop(stop)
 
     def _start(self) -> None:
-        last = self._ledger.last_finished()
-        if last is not None:
-            self._publisher.on_finished(last)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self._ledger.last_finished(state)
+            if last is not None:
+                self._publisher.on_finished(last)
         EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
         self._publisher.publish_state("online")
         self._announce()
