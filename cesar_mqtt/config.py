@@ -223,6 +223,24 @@ class HomeAssistantSettings(Section):
     """The discovery prefix of Home Assistant's MQTT integration; its birth message is expected below it."""
 
 
+class WebSettings(Section):
+    """The web page and its HTTP API; needs the extra `web`."""
+
+    listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:8188")
+    """The address of the page; None: `serve` has none, and `web` uses 127.0.0.1:8188."""
+    url: str | None = Field(
+        default=None, pattern=r"^https?://[^\s?#]+$", description="the http or https URL of the page"
+    )
+    """How people reach the page, for `info` and Home Assistant; None: made of `listen`."""
+    password_file: Path | None = None
+    """A file whose first line is the password, hashed with argon2, or plain and readable for its owner only. OpenAI's
+    clients send it as their API key. None: there is no password, and only this machine may reach the page."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of proxies that authenticate the users themselves, such as Home Assistant's ingress."""
+    hosts: tuple[str, ...] = ()
+    """Names by which the page may be called, beside addresses, `localhost` and the names of this machine."""
+
+
 class Settings(Section):
     """All settings of one process."""
 
@@ -244,6 +262,7 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     metrics: MetricsSettings = MetricsSettings()
+    web: WebSettings = WebSettings()
 
     def redacted(self) -> dict[str, Any]:
         """Return the settings as JSON values that may be published, without passwords and tokens.

@@ -30,6 +30,7 @@ _FLAGS = {
     "log.level": "--log-level",
     "models.default": "--model",
     "topic_prefix": "--topic-prefix",
+    "web.listen": "--web",
 }
 _KINDS = {
     "any": "of another kind",

@@ -27,7 +27,8 @@ from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
-from cesar_mqtt.jobs import Job, JobState
+from cesar_mqtt.gateway import web
+from cesar_mqtt.jobs import Job, JobState, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -48,6 +49,7 @@ from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording
+    from cesar_mqtt.gateway.web.server import WebServer
     from cesar_mqtt.monitoring.metrics import Metrics
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
@@ -91,6 +93,7 @@ class Service:
         broker_settings = group.broker_of(settings, address)
         self._ledger = _open_ledger(settings, self._disk("ledger"))
         self._broker: EmbeddedBroker | None = None
+        self._web: WebServer | None = None
         try:
             decoder_process.start()  # it loads its libraries meanwhile
             self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
@@ -111,6 +114,12 @@ class Service:
 
     def _build(self, settings: Settings, broker: BrokerSettings, directories: tuple[Path, ...]) -> None:
         self.url = broker.url
+        if settings.web.listen is not None:
+            uploads = settings.data_dir / "uploads"
+            directories = (*directories, uploads)
+            self._web = web.create_server(
+                settings, broker, uploads=uploads, is_needed=self._needs_upload, metrics=self._render_metrics
+            )
         self._refused: BrokerRefusedError | None = None
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
@@ -211,6 +220,13 @@ class Service:
     def _open_recording(self, path: Path, job: Job) -> "Recording":
         return self._transcriber.open(path, options_of(job), from_s=self._ledger.resume_position_s(job.seq))
 
+    def _needs_upload(self, job_id: str) -> bool | None:
+        job = self._ledger.get(job_id)
+        return None if job is None else may_need_audio(job.state, job.error_code)
+
+    def _render_metrics(self) -> bytes:
+        return b"" if self._metrics is None else self._metrics.render()
+
     def _observe(self, metrics: "Metrics") -> None:
         """Have everything counted and timed that the metrics are about, and open their port."""
         from cesar_mqtt.monitoring.metrics import MetricSources  # noqa: PLC0415 - see `_create_metrics`
@@ -277,6 +293,8 @@ class Service:
         self._worker.start()
         self._intake.start()
         self._client.start()
+        if self._web is not None:
+            self._web.start()
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
         log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
@@ -286,11 +304,18 @@ class Service:
             log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
-        """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
+        """Announce the consumer to Home Assistant, if wanted, and withdraw what earlier settings announced."""
         wanted = self._settings.homeassistant
-        if not wanted.enabled:
-            return
-        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
+        messages: dict[str, bytes] = {}
+        if wanted.enabled:
+            info = self._info()
+            messages = discovery_messages(
+                self._topics,
+                mode=wanted.discovery,
+                prefix=wanted.prefix,
+                models=sorted({*info.models, info.default_model}),
+                page=info.web,
+            )
         self._publisher.announce(messages, stale=self._announced_topics.record(messages))
 
     def _publish_info(self) -> None:
@@ -309,6 +334,7 @@ class Service:
             workers=models.workers,
             batching=uses_batches(models.device),
             started=time.time(),
+            web=None if self._web is None else self._web.url,
         )
 
     def _watch(self, stop: StopSignals) -> None:
@@ -332,6 +358,7 @@ class Service:
             "worker": self._worker.alive,
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
+            "web": self._web is None or self._web.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
@@ -346,7 +373,8 @@ class Service:
 
         1. No further job is started; the running one is finished, however long that takes.
         2. The intake ends after its batch: what it received is on disk and acknowledged, the broker keeps the rest.
-        3. The broker acknowledges every status, so that no producer waits for a transcript that exists.
+        3. The web page closes. The broker acknowledges every status, so that no producer waits for a transcript that
+           exists.
         4. `offline` is published and acknowledged: no message follows it.
         5. The client disconnects, so that the broker does not publish the will.
         6. The ledger is checkpointed: `ledger.json` alone is complete.
@@ -387,6 +415,8 @@ class Service:
     def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
         """Do steps 2 to 7 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
+        if self._web is not None:
+            self._web.request_stop()
         self._prefetcher.stop()
         self._client.stop_receiving()
         self._intake.stop()
@@ -416,6 +446,8 @@ class Service:
 
     def _close_files(self) -> None:
         decoder_process.stop()
+        if self._web is not None:
+            self._web.close()
         if self._metrics is not None:
             self._metrics.close()
         try:

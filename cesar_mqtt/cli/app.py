@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cesar_mqtt.cli import console
-from cesar_mqtt.cli.options import takes_no_settings, takes_settings
+from cesar_mqtt.cli.options import ServeCommand, takes_no_settings, takes_settings
 from cesar_mqtt.errors import CesarError, ExitCode
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ def _root(
 # -- the consumer ------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 @takes_settings(
-    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "log_format", "log_level", serving=True
+    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "log_format", "log_level", serving=True
 )
 def serve(settings: "Settings") -> int:
     """Run the consumer: accept jobs from the broker, transcribe them one at a time, publish their statuses."""
@@ -157,6 +157,29 @@ def serve(settings: "Settings") -> int:
         # The worker's thread may be inside the model, which cannot be interrupted: nothing waits for it.
         os._exit(code)
     return code
+
+
+@app.command()
+@takes_settings("broker", "topic_prefix", "log_format", "log_level")
+def web(
+    settings: "Settings",
+    address: Annotated[
+        str | None, typer.Argument(metavar="HOST:PORT", help="Where to listen (default: 127.0.0.1:8188).")
+    ] = None,
+    *,
+    set_password: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Ask for a password, write its hash to FILE for web.password_file, and exit."
+        ),
+    ] = None,
+) -> int:
+    """Serve the web page and its HTTP API in a process of its own, beside a consumer."""
+    from cesar_mqtt.cli import web
+
+    if set_password is not None:
+        return web.set_password(set_password)
+    return web.serve(settings, address)
 
 
 @app.command()

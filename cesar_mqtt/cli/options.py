@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cesar_mqtt.cli.console import print_message
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from cesar_mqtt.config import Settings
 
 Command = Callable[..., int]
+
+_BARE_FLAGS: Mapping[str, str] = {"--web": "127.0.0.1:8188"}
+"""Flags whose value may be left out, and what it then is."""
 
 # Each flag that is a setting, by its parameter's name: the setting's dotted name and the flag's type.
 _FLAGS: Mapping[str, tuple[str, Any]] = {
@@ -57,6 +61,13 @@ _FLAGS: Mapping[str, tuple[str, Any]] = {
             str | None, typer.Option(metavar="P", help="The prefix of discovery topics (default: homeassistant).")
         ],
     ),
+    "web": (
+        "web.listen",
+        Annotated[
+            str | None,
+            typer.Option(metavar="[HOST:PORT]", help="Serve the web page, by default on 127.0.0.1:8188."),
+        ],
+    ),
     "log_format": ("log.format", Annotated[str | None, typer.Option(metavar="text|json")]),
     "log_level": (
         "log.level",
@@ -71,6 +82,19 @@ _EVERYWHERE: Mapping[str, Any] = {
     "topic_prefix": Annotated[str | None, typer.Option("--topic-prefix", metavar="P", hidden=True)],
     "config": Annotated[Path | None, typer.Option("--config", metavar="FILE", hidden=True)],
 }
+
+
+class ServeCommand(TyperCommand):
+    """A command without arguments, some of whose flags need no value; typer knows no such flags."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write the value of each flag in `_BARE_FLAGS` that has none."""
+        following = [*args[1:], "-"][: len(args)]
+        whole = [
+            f"{word}={_BARE_FLAGS[word]}" if word in _BARE_FLAGS and after.startswith("-") else word
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, whole)
 
 
 def takes_settings(*flags: str, serving: bool = False) -> Callable[[Command], Command]:

@@ -79,14 +79,13 @@ def _encode(fields: Mapping[str, Any]) -> bytes:
 
 def _device(consumer: str, page: str | None) -> dict[str, Any]:
     """Describe the device; the ids of the entities begin with its name, so it contains "cesar"."""
-    address = {} if page is None else {"configuration_url": page}
     return {
         "identifiers": [f"{_PRODUCT}.{consumer}"],
         "name": consumer if consumer.lower().startswith("cesar") else f"cesar {consumer}",
         "manufacturer": _PRODUCT,
         "model": "Transcription worker",
         "sw_version": __version__,
-        **address,
+        **({} if page is None else {"configuration_url": page}),
     }
 
 

@@ -20,7 +20,8 @@ class Submission:
     audio: bytes | None = field(repr=False)
     """The recording; None: `path` is sent instead."""
     path: str
-    """The path as the consumer looks it up; with `audio` it only names the recording in messages."""
+    """The path as the consumer looks it up; with `audio` it only names the recording in messages. "": `options` have an
+    `audio_url`."""
     options: Mapping[str, Any]
     """Further fields of the request."""
     name: str | None = None
@@ -46,9 +47,9 @@ def request_of(item: Submission, topics: Topics, *, has_properties: bool) -> Req
     if item.audio is not None and (has_properties or not options):
         return Request(topics.audio(item.job_id), item.audio, [(name, _text(value)) for name, value in options.items()])
     document = {"job_id": item.job_id, **options}
-    if item.audio is None:
+    if item.audio is None and item.path:
         document["audio_path"] = item.path
-    else:
+    elif item.audio is not None:
         document["audio_base64"] = base64.b64encode(item.audio).decode()
     return Request(topics.jobs, json.dumps(document, ensure_ascii=False).encode())
 

@@ -217,6 +217,7 @@ class Info(Payload):
     limits: Limits = Field(description="The most that a request may hold.")
     broker: str = Field(description="The address of the broker.")
     started_at: Timestamp = Field(description="When the consumer was started.")
+    web: str | None = Field(description="The address of its web page; null if it has none.")
     settings: dict[str, Any] = Field(description="All settings, without any secret.")
 
 
@@ -232,6 +233,7 @@ def info_of(
     workers: int,
     batching: bool,
     started: float,
+    web: str | None = None,
 ) -> Info:
     """Return what the consumer publishes at its start.
 
@@ -246,6 +248,7 @@ def info_of(
         cpu_threads: how many threads each of them uses.
         batching: whether `batch_size` makes the model decode several pieces at once.
         started: seconds since the epoch.
+        web: the address of its web page; None: it has none.
     """
     return Info(
         version=__version__,
@@ -266,5 +269,6 @@ def info_of(
         ),
         broker=settings["broker"]["url"],
         started_at=timestamp(started),
+        web=web,
         settings=settings,
     )

@@ -36,6 +36,10 @@ DETECT = frozenset({"", "auto"})
 _CODES = {name: code for code, name in _NAMES.items()} | _ALIASES | {code: code for code in _NAMES}
 
 
+LANGUAGE_CODES = tuple(_NAMES)
+"""Whisper's codes of all languages."""
+
+
 def language_code(text: str) -> str | None:
     """Return Whisper's code for a code (`de`), a name (`German`) or a BCP-47 tag (`de-AT`); None: an unknown one."""
     wanted = text.strip().lower()
