@@ -156,7 +156,7 @@ def test_a_button_commands_only_its_own_consumer(key: str, fields: dict[str, str
     button = entities()[key]
     assert button["command_topic"] == f"cesar/request/{key}"
     assert json.loads(button["payload_press"]) == {**fields, "consumer": "kitchen"}
-    assert not isinstance(parse_command(key, button["payload_press"].encode()).mistakes, str)
+    assert parse_command(key, button["payload_press"].encode()).mistakes == ""
 
 
 def test_the_default_model_can_be_chosen_only_if_models_are_known() -> None:
@@ -312,7 +312,7 @@ def test_without_messages_those_of_an_earlier_start_are_withdrawn(
     schedule.announce({}, stale=announced.record({}))
     schedule.on_connected()
     schedule.run_once()
-    assert sent(own_topics) == {DEVICE: b""}
+    assert sent(own_topics)[DEVICE] == b""
     announced.remove_stale()
     assert AnnouncedTopics(tmp_path / "announced.json").record({}) == frozenset()
 
@@ -395,15 +395,29 @@ def test_the_ids_of_entities_do_not_change() -> None:
     assert sorted(entity["unique_id"] for entity in entities().values()) == [
         "cesar-mqtt.kitchen.activity",
         "cesar-mqtt.kitchen.cancel",
+        "cesar-mqtt.kitchen.cancel_all",
         "cesar-mqtt.kitchen.cancelled_total",
         "cesar-mqtt.kitchen.completed_total",
         "cesar-mqtt.kitchen.connection",
+        "cesar-mqtt.kitchen.current_recording",
+        "cesar-mqtt.kitchen.default_language",
+        "cesar-mqtt.kitchen.default_model",
+        "cesar-mqtt.kitchen.device",
+        "cesar-mqtt.kitchen.disk_free",
         "cesar-mqtt.kitchen.error_total",
+        "cesar-mqtt.kitchen.eta",
         "cesar-mqtt.kitchen.job",
+        "cesar-mqtt.kitchen.last_duration",
         "cesar-mqtt.kitchen.last_error",
+        "cesar-mqtt.kitchen.last_rejection",
         "cesar-mqtt.kitchen.last_transcript",
+        "cesar-mqtt.kitchen.memory",
+        "cesar-mqtt.kitchen.oldest_waiting",
         "cesar-mqtt.kitchen.paused",
+        "cesar-mqtt.kitchen.progress",
         "cesar-mqtt.kitchen.queued",
         "cesar-mqtt.kitchen.rejected_total",
+        "cesar-mqtt.kitchen.retry_last",
+        "cesar-mqtt.kitchen.started",
         "cesar-mqtt.kitchen.submit",
     ]
