@@ -169,7 +169,8 @@ def _job_sensors(topics: Topics) -> Entities:
             # Ten seconds: an estimate that moves by less is no change of the state.
             "value_template": (
                 "{% if value_json.eta is number %}"
-                "{{ ((as_timestamp(now()) + value_json.eta) / 10) | round * 10 | timestamp_utc }}"
+                "{% set tens = ((as_timestamp(now()) + value_json.eta) / 10) | round %}"
+                "{{ (tens * 10) | timestamp_utc }}"
                 "{% else %}None{% endif %}"
             ),
         },
@@ -332,9 +333,10 @@ def _notifiers(topics: Topics) -> Entities:
         "icon": "mdi:file-music-outline",
         "command_topic": topics.jobs,
         "command_template": (
-            "{% set is_url = (value | trim | lower).startswith(('http://', 'https://')) %}"
-            "{% set field = 'audio_url' if is_url else 'audio_path' %}"
-            "{{ {field: value} | tojson }}"
+            "{% set text = value | trim %}"
+            "{% if text.startswith('{') %}{{ text }}{% else %}"
+            "{% set is_url = (text | lower).startswith(('http://', 'https://')) %}"
+            "{{ {'audio_url' if is_url else 'audio_path': text} | tojson }}{% endif %}"
         ),
     }
     return {"submit": submit}
