@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from cesar_mqtt.consumer.defaults import StoredDefaults
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, may_need_audio
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -232,7 +232,19 @@ class CommandHandlers:
         return self._state_of(job, job_id)
 
     def _retry(self, job_id: str) -> _Outcome:
+        job = self._ledger.get(job_id)
+        if job is not None and self._was_evicted(job):
+            return _Failure(
+                f"The recording that came with job {job_id} was removed to make room for newer ones "
+                "(queue.max_spool_bytes, or a full disk): submit it again under a new id."
+            )
         return self._state_of(self._ledger.retry(job_id), job_id)
+
+    def _was_evicted(self, job: Job) -> bool:
+        """Whether only the missing upload keeps a job from being retried."""
+        if job.audio is None or job.audio.kind != "spool" or not job.state.final:
+            return False
+        return may_need_audio(job.state, job.error_code) and not self._spool.path(job.audio.name).exists()
 
     def _delete(self, job_id: str) -> _Outcome:
         deleted = self._ledger.delete(job_id)

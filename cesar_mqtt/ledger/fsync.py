@@ -4,11 +4,20 @@ Stateless; any thread may call it. `Disk` is a class so that a test can replace 
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
+
+
+def _write_zeros(descriptor: int, offset: int, size: int) -> None:
+    if os.pwrite(descriptor, bytes(size), offset) < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+_allocate = getattr(os, "posix_fallocate", _write_zeros)  # macOS has none
 
 
 class Disk:
@@ -43,6 +52,14 @@ class Disk:
         took a tenth longer (ext4).
         """
         os.pwrite(descriptor, bytes(end - start), start)
+
+    def allocate(self, descriptor: int, start: int, end: int) -> None:
+        """Extend the file from `start` to `end` by blocks that exist; after an error it has its old size."""
+        try:
+            _allocate(descriptor, start, end - start)
+        except OSError:
+            os.ftruncate(descriptor, start)
+            raise
 
     def truncate(self, descriptor: int, size: int) -> None:
         """Cut the file to `size` bytes; durable only after `sync`."""

@@ -51,6 +51,7 @@ from cesar_mqtt.ledger.documents import (
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.index import Index, window_id
 from cesar_mqtt.ledger.outbox import Outbox
+from cesar_mqtt.ledger.reserve import KEPT_FOR_COMMANDS
 from cesar_mqtt.ledger.storage import Change, JournalStorage
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Window
@@ -83,7 +84,9 @@ def acquire_lock(path: Path) -> FileLock:
         file_lock.acquire()
     except Timeout as exc:
         raise LedgerInUseError(
-            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+            f"The ledger {path} is in use by another consumer.",
+            "Stop that one, or give this one its own --data-dir and its own --name: "
+            "two consumers with one name disconnect each other.",
         ) from exc
     except OSError as exc:
         raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
@@ -265,6 +268,12 @@ class Ledger:
         except OSError as exc:
             raise LedgerError(f"The checkpoint {self.path} could not be written: {exc.strerror}.") from exc
 
+    def restore_reserve(self) -> None:
+        """Take again the room that changes on a full disk have used; does nothing while there is none."""
+        with self._changed:
+            if not self._closed:
+                self._storage.restore_reserve()
+
     # -- accept requests ------------------------------------------------------------------------------------------
 
     def append(self, requests: Sequence[NewJob]) -> list[tuple[Admission, str]]:
@@ -356,6 +365,11 @@ class Ledger:
         """
         with self._changed:
             self._index.deduplication.release_packet_ids(job_ids)
+
+    def release_packet_id(self, packet_id: int) -> None:
+        """Take no later message for a redelivery of the request that came with this packet id: a new one has it."""
+        with self._changed:
+            self._index.deduplication.release_packet_id(packet_id)
 
     def release_all_packet_ids(self, *, keep: Collection[str] = ()) -> None:
         """Release all packet ids but those of the jobs in `keep`; on disk now, or later if the disk fails."""
@@ -539,7 +553,8 @@ class Ledger:
             self._cancel(seq)
 
     def _cancel(self, seq: int) -> None:
-        self._transition(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
+        fields = {"completed_at": self._clock()}
+        self._transition(seq, JobState.CANCELLED, fields, dropped=("cancelling",), keep_reserve=0)
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -563,7 +578,7 @@ class Ledger:
             if state is JobState.QUEUED:
                 self._cancel(seq)
             elif not self.is_cancelling(seq):
-                self._commit([Change(JOBS, seq, {"cancelling": True})])
+                self._commit([Change(JOBS, seq, {"cancelling": True})], keep_reserve=0)
                 self._notify()
             return self._job(seq)
 
@@ -617,7 +632,7 @@ class Ledger:
         """Stop starting jobs, or start them again; persisted over restarts. Raises LedgerError."""
         with self._changed:
             if on != self._paused:
-                self._commit([Change(COUNTERS, 1, {"paused": on})])
+                self._commit([Change(COUNTERS, 1, {"paused": on})], keep_reserve=0)
                 self._paused = on
                 self._notify()
 
@@ -726,7 +741,7 @@ class Ledger:
         # Sequence numbers are never used again, so the last one is kept apart from its job.
         counters = {"last_seq": self._index.last_seq, "deleted": self._index.deleted_total + len(seqs)}
         changes.append(Change(COUNTERS, 1, counters))
-        self._commit(changes)
+        self._commit(changes, keep_reserve=0)
         for job, row in zip(deleted, rows, strict=True):
             self._index.delete(job, row)
         self._outbox.drop(seqs)
@@ -904,6 +919,12 @@ class Ledger:
         with self._changed:
             return {name for row in self._rows.values() if document_may_need_audio(row) for name in spool_files(row)}
 
+    def retryable_uploads(self) -> list[tuple[str, str]]:
+        """Return id and spool file of each job that has ended and may be retried with its upload, oldest end first."""
+        with self._changed:
+            rows = (self._rows[str(seq)] for seq in self._index.finished)
+            return [(row["job_id"], name) for row in rows if document_may_need_audio(row) for name in spool_files(row)]
+
     def totals(self) -> Totals:
         """Return the counts for the consumer's own topics; the cost does not depend on the number of jobs."""
         with self._changed:
@@ -936,8 +957,12 @@ class Ledger:
         """Yield the revision and the sequence number of every job."""
         return ((document["revision"], int(key)) for key, document in self._rows.items())
 
-    def _commit(self, changes: list[Change]) -> None:
-        """Write a transaction: these changes, the waiting ones, and the outbox's watermark."""
+    def _commit(self, changes: list[Change], *, keep_reserve: int | None = None) -> None:
+        """Write a transaction: these changes, the waiting ones, and the outbox's watermark.
+
+        `keep_reserve` is for a full disk, see `JournalStorage.commit`: nothing new is accepted then, but jobs end, and
+        commands that free room are executed.
+        """
         if self._closed:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
@@ -948,7 +973,7 @@ class Ledger:
         if self._piggyback:
             changes[:0] = self._piggyback
         storage = self._storage
-        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction))
+        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction), keep_reserve=keep_reserve)
         self._rejected_on_disk, self._released_on_disk = self._rejected, released
         self._piggyback.clear()
 
@@ -960,6 +985,7 @@ class Ledger:
         *,
         dropped: tuple[str, ...] = (),
         also: Iterable[Change] = (),
+        keep_reserve: int = KEPT_FOR_COMMANDS,
     ) -> None:
         """Move a job to `state`, with other changes in the same transaction."""
         rows, key = self._rows, str(seq)
@@ -982,7 +1008,7 @@ class Ledger:
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))
-        self._commit(changes)
+        self._commit(changes, keep_reserve=keep_reserve)
         self._index.move(seq, before, state, rows[key])
         if before is JobState.QUEUED or state is JobState.QUEUED:
             self._update_positions()

@@ -147,6 +147,7 @@ class MqttClient(StoppableThread):
         self._failure: ConnectionFailure | None = None
         self._refusal: BrokerRefusedError | None = None
         self._ever_connected = self._session_is_new = False
+        self._ahead = False
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
@@ -192,6 +193,24 @@ class MqttClient(StoppableThread):
         connection = self._connection
         if connection is not None:
             connection.acknowledge(deliveries)
+
+    def let_go_ahead(self, *, on: bool) -> None:
+        """Have the broker deliver some messages although others before them are not acknowledged, until told otherwise.
+
+        A broker delivers only so many unacknowledged messages at QoS 1 (mosquitto: 20), and any number at QoS 0. So the
+        subscriptions that `may_go_ahead` are made at QoS 0 meanwhile: a message on them is lost when the connection is.
+        """
+        with self._changed:
+            self._ahead = on
+            connection = self._connection
+        if connection is not None:
+            connection.let_go_ahead(on=on)
+
+    def reconnect(self) -> None:
+        """Make a new connection at once, so that the broker delivers again what is not acknowledged."""
+        connection = self._connection
+        if connection is not None:
+            connection.expire("receiving unacknowledged messages again")
 
     def publish(
         self,
@@ -270,6 +289,7 @@ class MqttClient(StoppableThread):
             on_session_started=self._on_session_started,
         )
         with self._changed:
+            connection.let_go_ahead(on=self._ahead)
             self._connection = connection
         return connection
 

@@ -157,11 +157,13 @@ def _is_valid_text(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A topic filter to subscribe to at QoS 1."""
+    """A topic filter to subscribe to, at QoS 1."""
 
     topic_filter: str
     wants_retained: bool = False
     """Whether the broker sends the retained messages at each connect; in 3.1.1 it always does."""
+    may_go_ahead: bool = False
+    """Whether it is at QoS 0 while `MqttClient.let_go_ahead` is on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ class ConnectionInfo:
     number: int
     """Counts the client's connections."""
     refused_filters: tuple[str, ...] = ()
-    """Subscriptions that the broker refused, or granted below QoS 1."""
+    """Subscriptions that the broker refused, or granted at a lower QoS than was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,8 +218,12 @@ class Catalogue:
             )
         if place is None:
             path = hub.download(name, should_stop=should_stop, on_progress=on_progress)
+        elif place.path is None:
+            path = self._packages.join(name, should_stop=should_stop, on_progress=on_progress)
         else:
-            path = place.path or self._packages.join(name, should_stop=should_stop, on_progress=on_progress)
+            path = place.path
+            if place.origin == "package":
+                self._packages.check(name, path, should_stop=should_stop)
         if missing := missing_files(path):
             raise unusable(name, f"its folder lacks {missing[0]}")
         return path

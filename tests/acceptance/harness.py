@@ -21,6 +21,8 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
 from cesar_mqtt.audio.decoder import AudioLimits, open_audio
+from cesar_mqtt.threads import never_stop
+from cesar_mqtt.whisper.packages import PackagedModels
 from tests import template
 from tests.document import Fault, Judge, Seen, default_document
 
@@ -59,6 +61,18 @@ _MARKS = "cesar/settled/"
 @functools.cache
 def _judge() -> Judge:
     return Judge(default_document(), marks=(_MARKS,))
+
+
+@functools.cache
+def _checked_models() -> dict[str, bytes]:
+    """What a consumer records of a model that it has checked, which would take longer than most jobs each time."""
+    with tempfile.TemporaryDirectory() as folder:
+        packages = PackagedModels(Path(folder) / "models")
+        path = packages.find("tiny.en")
+        if path is None:
+            return {}
+        packages.check("tiny.en", path, should_stop=never_stop)
+        return {file.name: file.read_bytes() for file in (Path(folder) / "models").iterdir()}
 
 
 class Bus:
@@ -195,6 +209,11 @@ class Consumer:
         self._environ = {**os.environ, **SMALL, **(environ or {})}
         self._folder = folder
         self._fresh = fresh
+        if not self.data_dir.exists():
+            (self.data_dir / "models").mkdir(mode=0o755, parents=True)
+            self.data_dir.chmod(0o700)
+            for name, content in _checked_models().items():
+                (self.data_dir / "models" / name).write_bytes(content)
         self.start(ready)
 
     def start(self, ready: str | None = CONNECTED) -> None:
@@ -243,6 +262,23 @@ class Consumer:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 pytest.fail(f"{text!r} was not logged; there was:\n{self.logged()}")
             pause.wait(0.05)
+
+
+class FrontDoor(Consumer):
+    """A front door as its own process: `cesar-mqtt inbox` or `wyoming`."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, ready: str = CONNECTED, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._arguments = arguments
+        self._ready = ready
+        super().__init__(folder, ready=ready, environ=environ)
+
+    def start(self, ready: str | None = None) -> None:
+        read = len(self.logged()) if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = template.start(self._arguments, cwd=self._folder, env=self._environ, stdout=log, stderr=log)
+        self.wait_for_log(ready or self._ready, read)
 
 
 def command(

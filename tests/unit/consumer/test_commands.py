@@ -70,6 +70,10 @@ class FakeSpool:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.removed: list[list[str]] = []
+        self.evicted: set[str] = set()
+
+    def path(self, name: str) -> Path:
+        return Path(__file__) if name not in self.evicted else Path("/missing")
 
     def remove(self, names: list[str]) -> None:
         assert not self._ledger.needed_spool_files() & set(names), "the deletion is on disk before the files go"
@@ -220,6 +224,20 @@ def test_a_failed_job_is_retried_and_a_queued_one_is_not(bench: Bench) -> None:
     assert bench.ok("retry", b"a") == {"job_id": "a", "status": "queued", "consumer": "porch"}
     problem = "Job a is queued: only a job that ended as error or cancelled can be retried."
     assert bench.error("retry", b"a") == problem
+
+
+def test_a_retry_of_a_job_whose_upload_was_removed_says_so(bench: Bench) -> None:
+    bench.submit("a", "b", kind="spool")
+    bench.ledger.fail(bench.claim().seq, ErrorCode.TIMEOUT, "Too slow.")
+    bench.ledger.cancel("b")
+    bench.spool.evicted = {"a.wav"}
+    problem = bench.error("retry", b"a")
+    assert problem.startswith("The recording that came with job a was removed to make room for newer ones")
+    assert bench.state("a") is JobState.ERROR
+    assert bench.ok("retry", b"b")["status"] == "queued"
+    bench.ledger.complete(bench.claim().seq, RESULT)
+    bench.spool.evicted.add("b.wav")
+    assert bench.error("retry", b"b").startswith("Job b is completed:")
 
 
 def test_a_deleted_job_is_removed_with_its_audio(bench: Bench) -> None:

@@ -1677,7 +1677,8 @@ def test_stock_tinydb_reads_a_stopped_ledger(folder: LedgerFolder) -> None:
     with TinyDB(folder.path, access_mode="r") as stock:
         (row,) = stock.table("jobs").search(Query().state == "completed")
         assert (row["job_id"], row["result_text"], row.doc_id) == ("a", "good morning", 1)
-    assert sorted(file.name for file in folder.path.parent.iterdir()) == ["ledger.json", "ledger.json.lock"]
+    names = sorted(file.name for file in folder.path.parent.iterdir())
+    assert names == ["ledger.json", "ledger.json.lock", "ledger.reserve"]
 
 
 # -- threads and processes ----------------------------------------------------------------------------------------

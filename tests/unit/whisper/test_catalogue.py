@@ -69,18 +69,19 @@ def make_model(folder: Path, name: str, *, without: str = "", words: int = 3) ->
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModels:
     """Two installed packages: `tiny.en` whole, and `base` in one part."""
     site = tmp_path / "site"
-    make_model(site / "catalogue_tiny", "model")
+    files = make_model(site / "catalogue_tiny", "model")
     make_model(site / "catalogue_base", "data")
+    digests = {file: hashlib.sha256((files / file).read_bytes()).hexdigest() for file in FILES}
     monkeypatch.syspath_prepend(site)
     known = {
         "base": Package(
             "catalogue_base",
             "data",
+            digests,
             parts=(("catalogue_base", "data/model.bin"),),
-            sha256=hashlib.sha256(b'{"model": {}}').hexdigest(),
             size_bytes=13,
         ),
-        "tiny.en": Package("catalogue_tiny", "model"),
+        "tiny.en": Package("catalogue_tiny", "model", digests),
     }
     return PackagedModels(tmp_path / "joined", packages=known)
 
