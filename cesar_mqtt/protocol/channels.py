@@ -107,7 +107,7 @@ _OWN_CHANNELS = {
         f"publish{name.title().replace('_', '')}",
         title,
         description,
-        (name,),
+        (name, "cleared") if name == "last_error" else (name,),
         retain=True,
     )
     for name, (title, description) in _OWN.items()
