@@ -99,8 +99,6 @@ def _check_choice(value: str | None, choices: Sequence[str]) -> str | None:
 
 
 def _check_format(formats: list[str] | None) -> list[str] | None:
-    if formats and len(formats) > 1:
-        raise typer.BadParameter("it takes one format")
     for name in formats or ():
         _check_choice(name, _FORMATS)
     return formats
@@ -199,7 +197,9 @@ def demo() -> int:
 @takes_settings("broker", "topic_prefix")
 def submit(
     settings: "Settings",
-    audio: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="The recordings; - is stdin.")],
+    audio: Annotated[
+        list[str], typer.Argument(metavar="AUDIO...", help="The recordings, or folders of recordings; - is stdin.")
+    ],
     *,
     by_path: Annotated[
         bool,
@@ -235,7 +235,14 @@ def submit(
             metavar="|".join(_FORMATS),
             autocompletion=lambda: _FORMATS,
             callback=_check_format,
-            help="Print the result in this format instead of the transcript; several recordings follow each other.",
+            help="Print the result in this format instead of the transcript; with --output-dir it may be repeated.",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a file for each recording and format into this folder (default: txt), and print its path.",
         ),
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job ids and exit.")] = False,
@@ -249,14 +256,19 @@ def submit(
         ),
     ] = False,
 ) -> int:
-    """Send recordings to a consumer, wait, and print their transcripts.
+    """Send recordings to a consumer, wait, and print each transcript as soon as it is there.
 
-    Exit code 0: all completed; 1: at least one did not, or its result did not arrive; 3: the time ran out.
+    Exit code 0: all completed; 1: at least one did not, or its result did not arrive; 3: the time ran out, or no broker
+    or consumer is there.
     """
     from cesar_mqtt.cli.submit import SubmitOptions, submit_and_wait
 
     if job_id is not None and len(audio) > 1:
         raise typer.BadParameter("it takes one recording only", param_hint="--job-id")
+    if output_dir is not None and no_wait:
+        raise typer.BadParameter("nothing is written with --no-wait", param_hint="--output-dir")
+    if result_format and len(result_format) > 1 and output_dir is None:
+        raise typer.BadParameter("only with --output-dir it takes several", param_hint="--format")
     fields = {"model_size": model, "language": language, "task": task, "priority": priority}
     return submit_and_wait(
         SubmitOptions(
@@ -264,7 +276,8 @@ def submit(
             by_path=by_path,
             job_id=job_id,
             fields={name: value for name, value in fields.items() if value is not None},
-            result_format=result_format[0] if result_format else None,
+            formats=tuple(dict.fromkeys(result_format or ())),
+            output_dir=output_dir,
             wait=not no_wait,
             timeout_s=timeout,
             as_json=as_json,
