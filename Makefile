@@ -21,7 +21,7 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install requirements test coverage check bench bench-peers soak fuzz mutants clean
+.PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
 .PHONY: test-homeassistant install-homeassistant test-node-red install-node-red
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
@@ -34,6 +34,7 @@ help:
 	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs or memory for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
+	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
 	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
@@ -67,6 +68,9 @@ bench-peers: $(TEST_STAMP) build/speech build/peers
 
 soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
+
+inbox-trial: $(TEST_STAMP)
+	@$(RUN) tests.acceptance.inbox_trial $(ARGS)
 
 fuzz: $(TEST_STAMP)
 	@$(RUN) tests.fuzz $(ARGS)
@@ -115,10 +119,14 @@ $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/all.txt
 install-homeassistant: $(HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed
 
-# Clips of nine languages for the benchmarks. Beside the environment: it is a plugin that pytest would load.
-build/speech: | $(VENV)/pyvenv.cfg
-	@echo 'downloading recorded speech for the benchmarks, 3 MB'
-	@$(call install,$(VENV),--quiet --no-deps --target $@ pytest-audioeval==0.1.3)
+# Speech for the benchmarks: clips of nine languages, a reader, a telephone call. Beside the environment: the first is a
+# plugin that pytest would load. The last package that is installed stands for all.
+.PHONY: build/speech
+build/speech: build/speech/pyannote
+build/speech/pyannote: | $(VENV)/pyvenv.cfg
+	@echo 'downloading recorded speech for the benchmarks, 24 MB'
+	@$(call install,$(VENV),--quiet --no-deps --target build/speech pytest-audioeval==0.1.3 moonshine-voice==0.1.5)
+	@$(call install,$(VENV),--quiet --no-deps --target build/speech pyannote-audio==4.0.7)
 
 build/peers: | $(VENV)/pyvenv.cfg
 	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'
