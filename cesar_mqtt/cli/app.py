@@ -186,7 +186,7 @@ def _root(
 
 @app.command(cls=ServeCommand)
 @takes_settings(
-    *("broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web"),
+    *("broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "wyoming"),
     *("inbox", "move_to", "output_dir", "log_format", "log_level"),
     serving=True,
 )
@@ -377,6 +377,20 @@ def inbox(
     fields = {"model": model, "language": language, "priority": priority}
     given = {name: value for name, value in fields.items() if value is not None}
     return run_inbox(settings, folders, given, formats=result_format, by_path=by_path)
+
+
+@app.command()
+@takes_settings("broker", "name", "topic_prefix", "log_format", "log_level", logs=True)
+def wyoming(
+    settings: "Settings",
+    address: Annotated[
+        str | None, typer.Argument(metavar="HOST:PORT", help="Where to listen (default: 127.0.0.1:10300).")
+    ] = None,
+) -> int:
+    """Serve speech-to-text in the Wyoming protocol, for Home Assistant's Assist, beside a consumer, until Ctrl-C."""
+    from cesar_mqtt.cli.gateway import run_wyoming
+
+    return run_wyoming(settings, address)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Any
 from cesar_mqtt import logs
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import CesarError, ExitCode, ThreadDiedError
-from cesar_mqtt.gateway.front_doors import FrontDoor
+from cesar_mqtt.gateway.front_doors import FrontDoor, create_wyoming
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES
 from cesar_mqtt.protocol.topics import Topics
@@ -54,6 +54,13 @@ def run_inbox(
         )
 
     return run_until_stopped(create)
+
+
+def run_wyoming(settings: Settings, address: str | None) -> ExitCode:
+    """Serve Wyoming until a stop signal; `address`: None: that of the settings. Raises CesarError."""
+    wyoming = settings.wyoming.model_copy(update={} if address is None else {"listen": address})
+    topics = Topics(settings.topic_prefix, settings.consumer.name)
+    return run_until_stopped(lambda: create_wyoming(wyoming, settings.broker, topics))
 
 
 def run_until_stopped(create: Callable[[], FrontDoor]) -> ExitCode:

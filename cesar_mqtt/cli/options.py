@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., int]
 
-_BARE_FLAGS: Mapping[str, str] = {"--web": "127.0.0.1:8188"}
+_BARE_FLAGS: Mapping[str, str] = {"--web": "127.0.0.1:8188", "--wyoming": "127.0.0.1:10300"}
 """Flags whose value may be left out, and what it then is."""
 
 
@@ -99,6 +99,13 @@ _FLAGS: Mapping[str, tuple[str, Any]] = {
         Annotated[
             str | None,
             typer.Option(metavar="[HOST:PORT]", help="Serve the web page, by default on 127.0.0.1:8188."),
+        ],
+    ),
+    "wyoming": (
+        "wyoming.listen",
+        Annotated[
+            str | None,
+            typer.Option(metavar="[HOST:PORT]", help="Serve speech-to-text for Assist, by default on 127.0.0.1:10300."),
         ],
     ),
     "log_format": ("log.format", Annotated[str | None, typer.Option(metavar="text|json")]),

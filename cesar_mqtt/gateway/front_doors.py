@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from cesar_mqtt.config import BrokerSettings, Settings
-from cesar_mqtt.errors import BrokerRefusedError
+from cesar_mqtt.config import BrokerSettings, Settings, WyomingSettings
+from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.protocol.topics import Topics
 
 _USER_INFO = re.compile(r"(?<=://)[^/]*@")
@@ -58,7 +58,23 @@ def create_front_doors(settings: Settings, broker: BrokerSettings, topics: Topic
         has_inbox = bool(settings.inbox.directories)
         writer = TranscriptWriter(settings.output, broker, topics, data_dir=settings.data_dir, has_inbox=has_inbox)
         found.append(("transcript-writer", writer))
+    if settings.wyoming.listen is not None:
+        found.append(("wyoming", create_wyoming(settings.wyoming, broker, topics)))
     return found
+
+
+def create_wyoming(settings: WyomingSettings, broker: BrokerSettings, topics: Topics) -> FrontDoor:
+    """Return a Wyoming server, its port open. Raises ConfigError, also where the extra is not installed."""
+    try:
+        from cesar_mqtt.gateway.wyoming_server import WyomingServer  # noqa: PLC0415 - its libraries are an extra
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] not in ("wyoming", "zeroconf"):
+            raise
+        raise ConfigError(
+            f"A Wyoming server is to run, but {exc.name} is not installed.",
+            "Install it with pip install 'cesar-mqtt[wyoming]'.",
+        ) from exc
+    return WyomingServer(settings, broker, topics)
 
 
 def audio_directories(settings: Settings, *, default: Path) -> tuple[Path, ...]:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import template
-from tests.acceptance.harness import SPEECH, SPOKEN, Bus, Consumer, command, words
+from tests.acceptance.harness import SPEECH, SPOKEN, Bus, Consumer, FrontDoor, command, words
 from tests.acceptance.inbox_trial import run
 from tests.conftest import Mosquitto, StartMosquitto
 
@@ -17,31 +16,16 @@ Join = Callable[..., Bus]
 QUICK = {"CESAR_INBOX__SETTLE": "0.3", "CESAR_INBOX__RESCAN": "2"}
 
 
-class InboxProcess(Consumer):
-    """`cesar-mqtt inbox` as its own process."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self._arguments = arguments
-        super().__init__(folder, environ=QUICK, ready="Watching ")
-
-    def start(self, ready: str | None = "Watching ") -> None:
-        self._flags = ("--data-dir", str(self.data_dir))
-        read = len(self.logged()) if self.log.exists() else 0
-        with self.log.open("ab") as log:
-            self.process = template.start(
-                ["inbox", *self._arguments, *self._flags], cwd=self._folder, env=self._environ, stdout=log, stderr=log
-            )
-        self.wait_for_log(ready or "", read)
-
-
 @pytest.fixture
-def watch(tmp_path: Path) -> Iterator[Callable[..., InboxProcess]]:
-    started: list[InboxProcess] = []
+def watch(tmp_path: Path) -> Iterator[Callable[..., FrontDoor]]:
+    started: list[FrontDoor] = []
 
-    def start(*arguments: str) -> InboxProcess:
+    def start(*arguments: str) -> FrontDoor:
         folder = tmp_path / "inbox-process"
         folder.mkdir(exist_ok=True)
-        started.append(InboxProcess(folder, *arguments))
+        started.append(
+            FrontDoor(folder, "inbox", *arguments, "--data-dir", str(folder / "data"), ready="Watching ", environ=QUICK)
+        )
         return started[-1]
 
     yield start
@@ -60,7 +44,7 @@ def test_each_recording_has_one_transcript_although_files_are_disturbed_and_the_
 
 @pytest.mark.model
 def test_inbox_sends_a_recording_writes_what_was_asked_for_and_moves_it(
-    tmp_path: Path, mosquitto: Mosquitto, serve: Serve, watch: Callable[..., InboxProcess], join: Join
+    tmp_path: Path, mosquitto: Mosquitto, serve: Serve, watch: Callable[..., FrontDoor], join: Join
 ) -> None:
     serve("--broker", mosquitto.url)
     bus = join(mosquitto.port)
