@@ -233,9 +233,9 @@ def folder(tmp_path: Path) -> Path:
 
 def answer_all(bus: Bus, number: int, **status: Any) -> list[str]:
     """Complete the next uploads, the last one first; returns their file names."""
-    found = [
-        bus.wait("cesar/jobs", lambda request, n=n: bus.seen("cesar/jobs").index(request) == n) for n in range(number)
-    ]
+    found: list[dict[str, Any]] = []
+    while len(found) < number:
+        found.append(bus.wait("cesar/jobs", lambda request: request not in found))
     for request in reversed(found):
         for name in request["formats"]:
             bus.publish(
