@@ -28,7 +28,7 @@ from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
-from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker
+from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
 from cesar_mqtt.jobs import Job, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
@@ -173,6 +173,7 @@ class Service:
             network_alive=lambda: self._client.connected is not None,
             events_dropped=lambda: self._ledger.events_dropped,
             quarantined=self._publisher.quarantined,
+            webhook=lambda: webhook_health(self._front_doors),
         )
         self._intake = Intake(
             self._client,

@@ -133,6 +133,14 @@ class Quarantined(Payload):
     skipped: bool = Field(description="Whether it is skipped for a while; false: it is cut, and published last.")
 
 
+class WebhookHealth(Payload):
+    """What becomes of the webhook's requests."""
+
+    pending: int = Field(description="How many are not delivered yet.")
+    given_up: int = Field(description="How many were given up since the start.")
+    problem: str | None = Field(description="Why the last one failed; null: it did not.")
+
+
 class HealthMessage(Payload):
     """The health of the consumer, once a minute."""
 
@@ -148,6 +156,9 @@ class HealthMessage(Payload):
         "change was published."
     )
     quarantined: list[Quarantined] = Field(description="The messages that the broker does not accept.")
+    webhook: WebhookHealth | None = Field(
+        default=None, description="What becomes of the webhook's requests; null: there is no webhook."
+    )
 
 
 class Limits(Payload):

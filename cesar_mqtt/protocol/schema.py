@@ -43,6 +43,7 @@ PUBLISHED: Mapping[str, type] = {
     "Limits": consumer_payloads.Limits,
     "Health": consumer_payloads.HealthMessage,
     "Quarantined": consumer_payloads.Quarantined,
+    "WebhookHealth": consumer_payloads.WebhookHealth,
     "Done": commands.CommandResult,
     "CancelledJobs": commands.CancelledJobs,
     "Rejections": commands.Rejections,
