@@ -28,7 +28,8 @@ from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
-from cesar_mqtt.jobs import Job, may_need_audio
+from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
+from cesar_mqtt.jobs import Job, JobState, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -103,7 +104,7 @@ class Service:
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
                 broker_settings = broker_settings.model_copy(update={"url": self._broker.url, "protocol": "3.1.1"})
-            self._build(settings, broker_settings, settings.audio.directories or (directory,))
+            self._build(settings, broker_settings, audio_directories(settings, default=directory))
         except BaseException:
             self._close_files()
             raise
@@ -120,7 +121,11 @@ class Service:
             uploads = settings.data_dir / "uploads"
             directories = (*directories, uploads)
             self._web = web.create_server(
-                settings, broker, uploads=uploads, is_needed=self._needs_upload, metrics=self._render_metrics
+                settings,
+                gateway_broker(settings, broker),
+                uploads=uploads,
+                is_needed=self._needs_upload,
+                metrics=self._render_metrics,
             )
         self._refused: BrokerRefusedError | None = None
         self.refusal_is_logged = False
@@ -168,6 +173,7 @@ class Service:
             network_alive=lambda: self._client.connected is not None,
             events_dropped=lambda: self._ledger.events_dropped,
             quarantined=self._publisher.quarantined,
+            webhook=lambda: webhook_health(self._front_doors),
         )
         self._intake = Intake(
             self._client,
@@ -200,6 +206,7 @@ class Service:
             on_birth=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
+        self._front_doors = create_front_doors(settings, broker, self._topics)
         if self._metrics is not None:
             self._observe(self._metrics)
 
@@ -284,9 +291,10 @@ class Service:
         return self._stop(stop)
 
     def _start(self) -> None:
-        last = self._ledger.last_finished()
-        if last is not None:
-            self._publisher.on_finished(last)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self._ledger.last_finished(state)
+            if last is not None:
+                self._publisher.on_finished(last)
         EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(
             self._topics, embedded=self._broker is not None, jobs=self._ledger.count(())
         )
@@ -300,6 +308,8 @@ class Service:
         self._client.start()
         if self._web is not None:
             self._web.start()
+        for _, door in self._front_doors:
+            door.start()
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
         message = "Connecting to %s as '%s', with the prefix '%s'; jobs in the queue: %d"
@@ -310,12 +320,18 @@ class Service:
             log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
-        """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
+        """Announce the consumer to Home Assistant, if wanted, and withdraw what earlier settings announced."""
         wanted = self._settings.homeassistant
-        if not wanted.enabled:
-            return
-        page = None if self._web is None else self._web.url
-        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix, page=page)
+        messages: dict[str, bytes] = {}
+        if wanted.enabled:
+            info = self._info()
+            messages = discovery_messages(
+                self._topics,
+                mode=wanted.discovery,
+                prefix=wanted.prefix,
+                models=sorted({*info.models, info.default_model}),
+                page=info.web,
+            )
         self._publisher.announce(messages, stale=self._announced_topics.record(messages))
 
     def _publish_info(self) -> None:
@@ -341,8 +357,10 @@ class Service:
         """Check the threads, publish health and do maintenance until a stop is requested."""
         health_due = time.monotonic()
         while not stop.wait(_TICK_S):
-            if self._refused is not None:
-                raise self._refused
+            refusals = (self._refused, *(door.refusal for _, door in self._front_doors))
+            for refusal in refusals:
+                if refusal is not None:
+                    raise refusal
             self._check_threads()
             self._notifier.alive()
             if time.monotonic() >= health_due:
@@ -358,6 +376,7 @@ class Service:
             "worker": self._worker.alive,
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
+            **{name: door.alive for name, door in self._front_doors},
             "web": self._web is None or self._web.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
@@ -373,12 +392,12 @@ class Service:
 
         1. No further job is started; the running one is finished, however long that takes.
         2. The intake ends after its batch: what it received is on disk and acknowledged, the broker keeps the rest.
-        3. The web page closes. The broker acknowledges every status, so that no producer waits for a transcript that
-           exists.
-        4. `offline` is published and acknowledged: no message follows it.
-        5. The client disconnects, so that the broker does not publish the will.
-        6. The ledger is checkpointed: `ledger.json` alone is complete.
-        7. The embedded broker closes last: all of the above needs it.
+        3. The broker acknowledges every status, so that no producer waits for a transcript that exists.
+        4. The front doors close: until then they take what is finished. What they submit meanwhile stays at the broker.
+        5. `offline` is published and acknowledged: no message follows it.
+        6. The client disconnects, so that the broker does not publish the will.
+        7. The ledger is checkpointed: `ledger.json` alone is complete.
+        8. The embedded broker closes last: all of the above needs it.
         """
         self._notifier.stopping()
         self._publisher.set_draining()
@@ -413,7 +432,7 @@ class Service:
             log.error("%s The next start requeues the running job.", exc, action="requeued")
 
     def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
-        """Do steps 2 to 7 of `_stop`; return whether the broker has acknowledged every status."""
+        """Do steps 2 to 8 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
         if self._web is not None:
             self._web.request_stop()
@@ -422,6 +441,8 @@ class Service:
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
+        for _, door in self._front_doors:
+            door.close()
         self._publisher.publish_state("offline")
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
             self._announced_topics.remove_stale()

@@ -22,10 +22,13 @@ WHISPER_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Whisper's own list, each tried where the result of the one before fails the checks."""
 CERTAIN_ABOVE = 0.5
 """The probability from which a detected language counts."""
+DOUBTFUL_BELOW = 0.35
+"""The probability below which a language is detected again at full length. Above it, that takes ten times as long and
+gives no better answer (docs/performance.md)."""
 
 NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
-_BEAMS, _UNSURE_BELOW = 5, -0.5
+_BEAMS, _UNSURE_BELOW = 5, -0.6
 """Of `beam_size` `auto`: a greedy result with a lower average log probability is decoded again, with so many beams."""
 _CUT_ABOVE_FRAMES = 1000
 """From 10 s on, a piece that fails the checks is cut rather than decoded at higher temperatures."""
@@ -181,11 +184,14 @@ class PieceDecoder:
         asked = [
             _Question(self._tokenizer(language), prompt) for language, prompt in zip(languages, prompts, strict=True)
         ]
-        # What needs the full length although it is short is hard: a greedy result of it would be decoded again.
-        is_hard = len(pieces) == 1 and self._padded_length(pieces[0].features) < pieces[0].frames
-        beams = self._options.beam_size or (_BEAMS if is_hard else 1)
+        beams = self._options.beam_size or (_BEAMS if len(pieces) == 1 and self._is_hard(pieces[0]) else 1)
         first = self._generate(pieces, asked, first_temperature, beams)
         return [self._settle(result, question, beams) for result, question in zip(first, asked, strict=True)]
+
+    def _is_hard(self, piece: Piece) -> bool:
+        """Whether a greedy result will be decoded again anyway: noise hides the speech, or even the language."""
+        needs_full_length = self._padded_length(piece.features) < piece.frames
+        return needs_full_length or (piece.language is not None and piece.language.probability <= CERTAIN_ABOVE)
 
     def split(self, result: Result, offset_s: float) -> tuple[list[dict[str, Any]], int]:
         """Cut a result into faster-whisper's segments at the times that the model gave.

@@ -8,9 +8,10 @@ import asyncio
 import heapq
 import itertools
 import json
+import re
 import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from cesar_mqtt.jobs import STATES
+from cesar_mqtt.json_codec import check_json
 from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.protocol.consumer_payloads import Queue
 from cesar_mqtt.protocol.topics import Topics, is_job_id
@@ -42,6 +44,9 @@ _LISTED = (
     *("warnings", "formats", "result_truncated", "consumer"),
 )
 """The fields of a status that lists and events have."""
+
+_LARGE_NUMBER = re.compile(rb"[0-9][eE]\+?[0-9]{3}")
+"""May be read as infinity, which is not JSON."""
 
 Document = Mapping[str, Any]
 
@@ -128,7 +133,8 @@ class Board:
         if not is_job_id(job_id):
             return
         status = document_of(delivery.payload)
-        if status is not None and status.get("status") in STATES:
+        state = None if status is None else status.get("status")
+        if status is not None and isinstance(state, str) and state in STATES:
             self._store({**status, "job_id": job_id}, delivery.receipt.connection)
             self._notify(job_id, "status", status)
         elif not delivery.payload:
@@ -191,13 +197,20 @@ class Board:
         document = document_of(payload)
         if document is None:
             return
-        names = ("reason", "detail", "topic", "job_id", "payload_excerpt", "received_at")
-        rejection = {name: _shown(document.get(name)) for name in names}
+        rejection = _rejection(document)
         self.rejected.appendleft(rejection)
         self._append("rejected", rejection)
         job_id = rejection["job_id"]
         if isinstance(job_id, str):
             self._notify(job_id, "rejected", rejection)
+
+    def add_rejections(self, found: Sequence[Document]) -> None:
+        """Add what a consumer remembers of the time before."""
+        known = {json.dumps(each, sort_keys=True): each for each in (*self.rejected, *map(_rejection, found))}
+        newest = sorted(known.values(), key=lambda each: str(each["received_at"]), reverse=True)[:MOST_REJECTIONS]
+        if newest != list(self.rejected):
+            self.rejected = deque(newest, maxlen=MOST_REJECTIONS)
+            self._append("rejections", {"rejected": newest})
 
     def _take_segment(self, job_id: str, payload: bytes) -> None:
         if job_id in self._followers:
@@ -340,9 +353,16 @@ def document_of(payload: bytes) -> dict[str, Any] | None:
     try:
         # Not `json`, which accepts NaN and lone surrogates, neither of which a browser reads.
         document = from_json(payload or b"null", allow_inf_nan=False)
-    except ValueError:
+        if _LARGE_NUMBER.search(payload):
+            check_json(document)
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def _rejection(document: Document) -> dict[str, Any]:
+    names = ("reason", "detail", "topic", "job_id", "payload_excerpt", "received_at")
+    return {name: _shown(document.get(name)) for name in names}
 
 
 def _listed(status: Document) -> dict[str, Any]:
