@@ -164,6 +164,9 @@ class _Models:
     def default_name(self) -> str:
         return "tiny.en"
 
+    def language_for(self, _name: str) -> None:
+        return None
+
     def is_allowed(self, _name: str) -> bool:
         return True
 

@@ -15,9 +15,9 @@ The life of a job in seven stops, each with the function to read first:
 7. `consumer.publisher.Publisher.run_once`: publishes results, event and retained status; at the PUBACK the ledger
    marks the status as published.
 
-Packages import downward only: `cli`, `service`, `consumer` and `monitoring`, `whisper`, then `audio`, `mqtt` and
-`ledger`, which do not import each other, `protocol`, and the modules beside this file. `service` wires the parts and
-stops them in order.
+Packages import downward only: `cli`, `service`, `gateway`, `consumer` and `monitoring`, `whisper`, then `audio`, `mqtt`
+and `ledger`, which do not import each other, `protocol`, and the modules beside this file. `service` wires the parts
+and stops them in order.
 """
 
 __version__: str

@@ -22,7 +22,7 @@ LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 """The broker of the other commands when no source names one."""
 
 _HIDDEN = "***"
-_SECRET = frozenset({"broker.url"})
+_SECRET = frozenset({"broker.url", "webhook.url"})
 _PUBLIC_URL = re.compile(
     r"(?P<scheme>[a-z]+://)(?P<credentials>.*@)?"
     r"(?P<address>([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w./-]*)?)",
@@ -37,6 +37,10 @@ TopicFilter = Annotated[
         description="an MQTT topic filter such as `answers/#`",
     ),
 ]
+
+
+ResultFormat = Literal["txt", "srt", "vtt", "tsv", "json"]
+"""As `protocol.fields` has them."""
 
 
 class Section(BaseModel):
@@ -120,6 +124,9 @@ class ModelSettings(Section):
     """None: `base` if it is on this machine, else the model of an installed package, else `base`, downloaded."""
     allowed: tuple[str, ...] | None = None
     """None: every name that faster-whisper knows, and the folders in `directory`."""
+    default_language: str | None = None
+    """The language of jobs that name none, where their model knows it, as Whisper's code, a name or a BCP-47 tag; None:
+    it is detected."""
     directory: Path | None = None
     """A folder of CTranslate2 model folders, each named as its model."""
     download: bool = True
@@ -168,6 +175,9 @@ class QueueSettings(Section):
     """The highest priority of a job; a request with a higher one gets this. 0: all jobs are equal."""
     max_payload_bytes: int = Field(default=256 << 20, ge=1024)
     """The largest message accepted; a larger one is rejected as `payload_too_large`."""
+    max_spool_bytes: int | None = Field(default=None, ge=1024)
+    """How much uploaded audio may be stored. A larger recording is rejected as `storage_full`; what has no room beside
+    the others waits at the broker, after the oldest audio of ended jobs was removed. None: what the disk holds."""
 
 
 class RetentionSettings(Section):
@@ -187,6 +197,43 @@ class SecuritySettings(Section):
     response_topics: tuple[TopicFilter, ...] | None = None
     """Topic filters: a Response Topic that matches none gets no response, nor does one below the discovery prefix, one
     that begins with `$`, or one of the consumer's own topics. None: `response/#` and `replies/#` below the prefix."""
+
+
+class GatewaySettings(Section):
+    """The front doors of `serve`: its watch folder, transcript files, webhook, Wyoming server and web page."""
+
+    username: str | None = None
+    """The user that they have at the broker, where the consumer's own may not submit; None: the consumer's."""
+    password_file: Path | None = None
+    """A file whose first line is that user's password."""
+
+
+class OutputSettings(Section):
+    """Transcripts as files."""
+
+    directory: Path | None = None
+    """`serve`: each finished transcript is written here; None: none. `inbox`: None: beside the recordings."""
+    formats: tuple[ResultFormat, ...] = Field(default=("txt",), min_length=1)
+    """What is written."""
+
+
+class InboxSettings(Section):
+    """The watch folder; needs the extra `inbox`."""
+
+    directories: tuple[Path, ...] = ()
+    """`serve` submits each recording in these folders and their sub-folders; empty: there is no watch folder."""
+    move_to: Path | None = None
+    """Where a recording is moved once its transcript is written; None: it stays."""
+    settle: float = Field(default=2.0, gt=0)
+    """Seconds that a file must be unchanged; five times as long where the system cannot tell whether it is open."""
+    rescan: float = Field(default=15.0, ge=1.0)
+    """Seconds between two looks at the folders, for changes that the system does not report, as on network shares."""
+    language: str | None = None
+    """The language of the recordings; None: detected."""
+    model: str | None = None
+    """The model of the jobs; None: the consumer's default."""
+    priority: int = Field(default=0, ge=0, le=9)
+    """The priority of the jobs."""
 
 
 class LogSettings(Section):
@@ -220,6 +267,66 @@ class HomeAssistantSettings(Section):
     """The discovery prefix of Home Assistant's MQTT integration; its birth message is expected below it."""
 
 
+class WyomingSettings(Section):
+    """Speech-to-text in the Wyoming protocol, for Home Assistant's Assist; needs the extra `wyoming`."""
+
+    listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:10300")
+    """The address; None: `serve` has no such server, and `wyoming` uses 127.0.0.1:10300. There is no password: use
+    another address only where the network is trusted."""
+    priority: int = Field(default=9, ge=0, le=9)
+    """The priority of the jobs: somebody waits for each."""
+    language: str | None = None
+    """The language where the client names none; None: detected."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds that a client waits for its transcript; a job that has not started by then is cancelled."""
+    announce: bool = True
+    """Whether Home Assistant may find the server by mDNS; not where only this machine reaches it."""
+    home_assistant_url: str | None = Field(
+        default=None, pattern=r"^https?://[^\s?#@]+$", description="the http or https URL of a Home Assistant"
+    )
+    """Whose names of areas and entities transcripts are biased towards; None: none."""
+    home_assistant_token_file: Path | None = None
+    """A file with a long-lived access token of that Home Assistant."""
+
+
+class WebhookSettings(Section):
+    """Changes of jobs as signed HTTP requests."""
+
+    url: str | None = Field(default=None, repr=False, pattern=r"^https?://\S+$", description="an http or https URL")
+    """Where they are sent; may hold a secret. None: there is no webhook."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Hosts that the URL may name and lead to, written as `audio.allowed_hosts`, and that list by default."""
+    key_file: Path | None = None
+    """A file whose first line is the key of the signatures; None: `webhook.secret` in the data directory, which is
+    made where it is missing."""
+    events: tuple[Literal["queued", "processing", "completed", "error", "cancelled", "deleted"], ...] = (
+        "completed",
+        "error",
+        "cancelled",
+    )
+    """Which changes are sent."""
+    retry_for: float = Field(default=3 * 24 * 3600.0, ge=0)
+    """Seconds for which a request that fails is sent again."""
+
+
+class WebSettings(Section):
+    """The web page and its HTTP API; needs the extra `web`."""
+
+    listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:8188")
+    """The address of the page; None: `serve` has none, and `web` uses 127.0.0.1:8188."""
+    url: str | None = Field(
+        default=None, pattern=r"^https?://[^\s?#]+$", description="the http or https URL of the page"
+    )
+    """How people reach the page, for `info` and Home Assistant; None: made of `listen`."""
+    password_file: Path | None = None
+    """A file whose first line is the password, hashed with argon2, or plain and readable for its owner only. OpenAI's
+    clients send it as their API key. None: there is no password, and only this machine may reach the page."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of proxies that authenticate the users themselves, such as Home Assistant's ingress."""
+    hosts: tuple[str, ...] = ()
+    """Names by which the page may be called, beside addresses, `localhost` and the names of this machine."""
+
+
 class Settings(Section):
     """All settings of one process."""
 
@@ -238,9 +345,15 @@ class Settings(Section):
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
     security: SecuritySettings = SecuritySettings()
+    gateway: GatewaySettings = GatewaySettings()
+    output: OutputSettings = OutputSettings()
+    inbox: InboxSettings = InboxSettings()
     log: LogSettings = LogSettings()
     homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     metrics: MetricsSettings = MetricsSettings()
+    web: WebSettings = WebSettings()
+    wyoming: WyomingSettings = WyomingSettings()
+    webhook: WebhookSettings = WebhookSettings()
 
     def redacted(self) -> dict[str, Any]:
         """Return the settings as JSON values that may be published, without passwords and tokens.
@@ -249,8 +362,11 @@ class Settings(Section):
         """
         values = self.model_dump(mode="json")
         values["broker"]["url"] = _without_credentials(self.broker.url)
-        if self.broker.username is not None:
-            values["broker"]["username"] = _HIDDEN
+        if self.webhook.url is not None:
+            values["webhook"]["url"] = _HIDDEN
+        for section in ("broker", "gateway"):
+            if values[section]["username"] is not None:
+                values[section]["username"] = _HIDDEN
         return values
 
 

@@ -14,6 +14,7 @@ from cesar_mqtt.audio.paths import check_directories
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.consumer import shared_subscription as group
 from cesar_mqtt.consumer.commands import CommandHandlers
+from cesar_mqtt.consumer.defaults import StoredDefaults
 from cesar_mqtt.consumer.discovery import PAUSE_SWITCH, birth_topics, discovery_messages
 from cesar_mqtt.consumer.discovery_schedule import AnnouncedTopics
 from cesar_mqtt.consumer.earlier_topics import FILE_NAME as TOPICS_FILE
@@ -23,9 +24,12 @@ from cesar_mqtt.consumer.intake import Intake
 from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
+from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
-from cesar_mqtt.jobs import Job
+from cesar_mqtt.gateway import web
+from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
+from cesar_mqtt.jobs import Job, JobState, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -46,6 +50,7 @@ from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording
+    from cesar_mqtt.gateway.web.server import WebServer
     from cesar_mqtt.monitoring.metrics import Metrics
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
@@ -89,14 +94,17 @@ class Service:
         broker_settings = group.broker_of(settings, address)
         self._ledger = _open_ledger(settings, self._disk("ledger"))
         self._broker: EmbeddedBroker | None = None
+        self._web: WebServer | None = None
         try:
             decoder_process.start()  # it loads its libraries meanwhile
-            self._spool = Spool(settings.data_dir / "spool", self._disk("spool"))
+            self._spool = Spool(
+                settings.data_dir / "spool", self._disk("spool"), max_bytes=settings.queue.max_spool_bytes
+            )
             self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
                 broker_settings = broker_settings.model_copy(update={"url": self._broker.url, "protocol": "3.1.1"})
-            self._build(settings, broker_settings, settings.audio.directories or (directory,))
+            self._build(settings, broker_settings, audio_directories(settings, default=directory))
         except BaseException:
             self._close_files()
             raise
@@ -109,14 +117,28 @@ class Service:
 
     def _build(self, settings: Settings, broker: BrokerSettings, directories: tuple[Path, ...]) -> None:
         self.url = broker.url
+        if settings.web.listen is not None:
+            uploads = settings.data_dir / "uploads"
+            directories = (*directories, uploads)
+            self._web = web.create_server(
+                settings,
+                gateway_broker(settings, broker),
+                uploads=uploads,
+                is_needed=self._needs_upload,
+                metrics=self._render_metrics,
+            )
         self._refused: BrokerRefusedError | None = None
+        self.refusal_is_logged = False
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._events = JobEvents(self._publisher)
+        rejections = RecentRejections()
+        self._events.on_rejected.append(rejections.add)
+        defaults = StoredDefaults(self._ledger, self._models.catalogue)
         self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
-        self._client.on_disconnected = lambda _reason: self._publisher.on_disconnected()
-        self._client.on_published = lambda ticket, reason: self._publisher.on_published(ticket, refused=bool(reason))
+        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(failure.unacknowledged)
+        self._client.on_published = self._publisher.on_published
         self._client.on_refused = self._on_refused
         self._transcriber = Transcriber(
             self._models,
@@ -149,6 +171,9 @@ class Service:
             settings.data_dir,
             worker_alive=lambda: self._worker.alive,
             network_alive=lambda: self._client.connected is not None,
+            events_dropped=lambda: self._ledger.events_dropped,
+            quarantined=self._publisher.quarantined,
+            webhook=lambda: webhook_health(self._front_doors),
         )
         self._intake = Intake(
             self._client,
@@ -164,6 +189,9 @@ class Service:
                 on_cancelled=self._events.finished,
                 progress_of=self._publisher.progress_of,
                 health=self._health.fields,
+                rejections=rejections,
+                defaults=defaults,
+                on_defaults_set=self._publish_info,
                 grouped=settings.consumer.group is not None,
             ),
             response_topics=ResponseTopics(
@@ -178,6 +206,7 @@ class Service:
             on_birth=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
+        self._front_doors = create_front_doors(settings, broker, self._topics)
         if self._metrics is not None:
             self._observe(self._metrics)
 
@@ -190,7 +219,7 @@ class Service:
             will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
             subscriptions=(
                 *group.subscriptions(self._topics, settings.consumer.group),
-                Subscription(self._topics.own(PAUSE_SWITCH)),
+                Subscription(self._topics.own(PAUSE_SWITCH), may_go_ahead=True),
                 *map(Subscription, births),
             ),
             unwanted_filters=group.unwanted_filters(
@@ -200,6 +229,13 @@ class Service:
 
     def _open_recording(self, path: Path, job: Job) -> "Recording":
         return self._transcriber.open(path, options_of(job), from_s=self._ledger.resume_position_s(job.seq))
+
+    def _needs_upload(self, job_id: str) -> bool | None:
+        job = self._ledger.get(job_id)
+        return None if job is None else may_need_audio(job.state, job.error_code)
+
+    def _render_metrics(self) -> bytes:
+        return b"" if self._metrics is None else self._metrics.render()
 
     def _observe(self, metrics: "Metrics") -> None:
         """Have everything counted and timed that the metrics are about, and open their port."""
@@ -228,6 +264,7 @@ class Service:
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
         self._refused = group.explain_refusal(error, self._settings.consumer.group)
+        self.refusal_is_logged = self._refused is error
 
     # -- running, in the main thread -------------------------------------------------------------------------------
 
@@ -254,33 +291,51 @@ class Service:
         return self._stop(stop)
 
     def _start(self) -> None:
-        last = self._ledger.last_finished()
-        if last is not None:
-            self._publisher.on_finished(last)
-        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self._ledger.last_finished(state)
+            if last is not None:
+                self._publisher.on_finished(last)
+        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(
+            self._topics, embedded=self._broker is not None, jobs=self._ledger.count(())
+        )
         self._publisher.publish_state("online")
         self._announce()
-        self._publisher.publish_own_topic("info", self._info())
+        self._publish_info()
         self._publisher.start()
         self._prefetcher.start()
         self._worker.start()
         self._intake.start()
         self._client.start()
+        if self._web is not None:
+            self._web.start()
+        for _, door in self._front_doors:
+            door.start()
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
-        log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
+        message = "Connecting to %s as '%s', with the prefix '%s'; jobs in the queue: %d"
+        log.info(message, broker, self._topics.consumer, self._topics.prefix, queued, action="serving")
         model = self._models.default_name()
-        if self._models.is_multilingual(model) is False:
+        if self._models.catalogue.assumes_english:
             message = "The default model %s knows English only. %s"
             log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
-        """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
+        """Announce the consumer to Home Assistant, if wanted, and withdraw what earlier settings announced."""
         wanted = self._settings.homeassistant
-        if not wanted.enabled:
-            return
-        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix)
+        messages: dict[str, bytes] = {}
+        if wanted.enabled:
+            info = self._info()
+            messages = discovery_messages(
+                self._topics,
+                mode=wanted.discovery,
+                prefix=wanted.prefix,
+                models=sorted({*info.models, info.default_model}),
+                page=info.web,
+            )
         self._publisher.announce(messages, stale=self._announced_topics.record(messages))
+
+    def _publish_info(self) -> None:
+        self._publisher.publish_own_topic("info", self._info())
 
     def _info(self) -> Info:
         models = self._models.describe()
@@ -288,20 +343,24 @@ class Service:
             self._settings.redacted(),
             models=[model.name for model in models.models if model.origin is not None and model.problem is None],
             default_model=models.default,
+            default_language=models.default_language,
             device=models.device,
             compute_type=models.compute_type,
             cpu_threads=models.cpu_threads,
             workers=models.workers,
             batching=uses_batches(models.device),
             started=time.time(),
+            web=None if self._web is None else self._web.url,
         )
 
     def _watch(self, stop: StopSignals) -> None:
         """Check the threads, publish health and do maintenance until a stop is requested."""
         health_due = time.monotonic()
         while not stop.wait(_TICK_S):
-            if self._refused is not None:
-                raise self._refused
+            refusals = (self._refused, *(door.refusal for _, door in self._front_doors))
+            for refusal in refusals:
+                if refusal is not None:
+                    raise refusal
             self._check_threads()
             self._notifier.alive()
             if time.monotonic() >= health_due:
@@ -317,6 +376,8 @@ class Service:
             "worker": self._worker.alive,
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
+            **{name: door.alive for name, door in self._front_doors},
+            "web": self._web is None or self._web.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
@@ -332,10 +393,11 @@ class Service:
         1. No further job is started; the running one is finished, however long that takes.
         2. The intake ends after its batch: what it received is on disk and acknowledged, the broker keeps the rest.
         3. The broker acknowledges every status, so that no producer waits for a transcript that exists.
-        4. `offline` is published and acknowledged: no message follows it.
-        5. The client disconnects, so that the broker does not publish the will.
-        6. The ledger is checkpointed: `ledger.json` alone is complete.
-        7. The embedded broker closes last: all of the above needs it.
+        4. The front doors close: until then they take what is finished. What they submit meanwhile stays at the broker.
+        5. `offline` is published and acknowledged: no message follows it.
+        6. The client disconnects, so that the broker does not publish the will.
+        7. The ledger is checkpointed: `ledger.json` alone is complete.
+        8. The embedded broker closes last: all of the above needs it.
         """
         self._notifier.stopping()
         self._publisher.set_draining()
@@ -370,13 +432,17 @@ class Service:
             log.error("%s The next start requeues the running job.", exc, action="requeued")
 
     def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
-        """Do steps 2 to 7 of `_stop`; return whether the broker has acknowledged every status."""
+        """Do steps 2 to 8 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
+        if self._web is not None:
+            self._web.request_stop()
         self._prefetcher.stop()
         self._client.stop_receiving()
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
+        for _, door in self._front_doors:
+            door.close()
         self._publisher.publish_state("offline")
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
             self._announced_topics.remove_stale()
@@ -384,7 +450,7 @@ class Service:
         self._client.close()
         acknowledged = not self._ledger.has_unpublished
         self._close_files()
-        log.info("Stopped, %d jobs queued", self._ledger.totals().queued, action="stopped")
+        log.info("Stopped; jobs in the queue: %d", self._ledger.totals().queued, action="stopped")
         return acknowledged
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:
@@ -401,6 +467,8 @@ class Service:
 
     def _close_files(self) -> None:
         decoder_process.stop()
+        if self._web is not None:
+            self._web.close()
         if self._metrics is not None:
             self._metrics.close()
         try:

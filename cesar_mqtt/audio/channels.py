@@ -18,7 +18,7 @@ _SILENT_POWER = 1e-9
 _WILD, _WILD_SUM = 1e6, 1e9
 """No sound has such values; floats that were written with the scale of 16 bits have up to 32,768."""
 _RAMP = SAMPLE_RATE // 50
-"""Samples over which the gain changes, so that a change is not heard as a click."""
+"""Samples over which the weights change, so that a change is not heard as a click."""
 _MIN_OPPOSITE_S = 0.5
 
 
@@ -26,8 +26,8 @@ class ChannelMixer:
     """Mixes the channels of one track, block by block.
 
     What a channel means (left, centre, bass) is not asked: files with many channels rarely say, and often say it
-    wrongly. All count alike; a channel that is the inverse of a louder one is inverted first; and the sum is as loud as
-    the loudest channel, not its nth part.
+    wrongly. All count alike; of a channel that cancels a louder one only the rest counts, what the louder one does not
+    have; and the sum is as loud as the loudest channel, not its nth part.
 
     Attributes:
         channels: how many each block has.
@@ -37,6 +37,7 @@ class ChannelMixer:
         self.channels = channels
         self._covariance: NDArray[np.float64] | None = None
         self._gain = 1.0
+        self._used: NDArray[np.float32] | None = None
         self._opposite_s = 0.0
 
     @property
@@ -52,12 +53,12 @@ class ChannelMixer:
             # What float samples may hold, and no sound: it would spoil all that is computed from it.
             block = np.where(np.abs(block) < _WILD, block, np.float32(0.0))
         covariance = self._measure(block)
-        weights, gain = self._weights(covariance, len(block) / SAMPLE_RATE)
-        mixed: Samples = block @ (weights / self.channels).astype(np.float32)
-        ramp = np.linspace(self._gain, gain, min(_RAMP, len(block)), dtype=np.float32)
-        mixed[: len(ramp)] *= ramp
-        mixed[len(ramp) :] *= np.float32(gain)
-        self._gain = gain
+        weights = self._weights(covariance, len(block) / SAMPLE_RATE)
+        mixed: Samples = block @ weights
+        before, self._used = self._used, weights
+        if before is not None and not np.array_equal(before, weights):
+            ramp = np.linspace(1.0, 0.0, min(_RAMP, len(block)), dtype=np.float32)
+            mixed[: len(ramp)] += ramp * (block[: len(ramp)] @ (before - weights))
         return mixed
 
     def _measure(self, block: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -67,21 +68,28 @@ class ChannelMixer:
         self._covariance = _FADE * before + (1 - _FADE) * covariance
         return self._covariance
 
-    def _weights(self, covariance: NDArray[np.float64], duration_s: float) -> tuple[NDArray[np.float64], float]:
-        """The sign of each channel, and the gain of their mean."""
+    def _weights(self, covariance: NDArray[np.float64], duration_s: float) -> NDArray[np.float32]:
+        """The factor of each channel.
+
+        To invert a channel that cancels another one would cancel what both have in phase, such as a voice in the middle
+        below a louder hum in antiphase; to leave it out would lose what it alone has. So the louder one is used, with
+        the other one's share of it made up for: of an exact inverse nothing remains then.
+        """
         power = np.diag(covariance).clip(0.0)
-        signs = np.ones(len(power))
+        weights = np.ones(len(power))
         loudest = power.max()
-        if loudest < _SILENT_POWER:
-            return signs, self._gain
-        order = [index for index in np.argsort(-power, kind="stable") if power[index] >= _RELEVANT * loudest]
-        for place, index in enumerate(order[1:], start=1):
-            louder = order[:place]
-            correlation = covariance[index, louder] / np.sqrt(power[index] * power[louder]) * signs[louder]
-            if correlation[np.argmax(np.abs(correlation))] < _OPPOSITE:
-                signs[index] = -1.0
-        if (signs < 0).any():
-            self._opposite_s += duration_s
-        mean_power = float(signs @ covariance @ signs) / len(power) ** 2
-        gain = float(np.sqrt(loudest / max(mean_power, _SILENT_POWER / len(power) ** 2)))
-        return signs, min(max(gain, 1.0), float(len(power)))
+        if loudest >= _SILENT_POWER:
+            is_opposite = False
+            order = [index for index in np.argsort(-power, kind="stable") if power[index] >= _RELEVANT * loudest]
+            for place, index in enumerate(order[1:], start=1):
+                louder = order[:place]
+                correlation = covariance[index, louder] / np.sqrt(power[index] * power[louder])
+                most = int(np.argmax(np.abs(correlation)))
+                if correlation[most] < _OPPOSITE:
+                    weights[louder[most]] -= covariance[index, louder[most]] / power[louder[most]]
+                    is_opposite = True
+            self._opposite_s += duration_s if is_opposite else 0.0
+            mean_power = float(weights @ covariance @ weights) / len(power) ** 2
+            gain = float(np.sqrt(loudest / max(mean_power, _SILENT_POWER / len(power) ** 2)))
+            self._gain = min(max(gain, 1.0), float(len(power)))
+        return (weights * (self._gain / len(power))).astype(np.float32)

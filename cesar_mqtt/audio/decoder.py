@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cesar_mqtt.audio.containers import id3_bytes
 from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.joined import next_start
 from cesar_mqtt.audio.loudness import Loudness
@@ -108,7 +109,8 @@ def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice 
 
 
 def _file_at(descriptor: int, start: int) -> FileReader:
-    """The file that begins there, as far as no other one was joined to it."""
+    """The file that begins there, behind any tag, as far as no other one was joined to it."""
+    start += id3_bytes(FileReader(descriptor, start=start))
     length = next_start(FileReader(descriptor, start=start))
     return FileReader(descriptor, start=start, end=None if length is None else start + length)
 
@@ -157,7 +159,7 @@ class AudioReader:
         `audio_truncated`: the end is missing: more than a second and more than 5 % of the declared duration.
         `audio_damaged`: parts that could not be decoded were skipped.
         `audio_tracks_ignored`: another track has sound, or cannot be decoded.
-        `audio_out_of_phase`: channels cancel each other; the quieter one was inverted.
+        `audio_out_of_phase`: channels cancel each other; the louder one was used, with what only the other one has.
         `audio_quiet`: very quiet sound was amplified.
         """
         found = {

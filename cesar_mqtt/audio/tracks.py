@@ -16,6 +16,7 @@ from av.stream import Disposition
 
 from cesar_mqtt.audio.channels import ChannelMixer
 from cesar_mqtt.audio.clock import Clock
+from cesar_mqtt.audio.coded_frames import HEAD_BYTES, declared_bytes
 from cesar_mqtt.audio.containers import FFMPEG_TIMEOUT_S, check_memory
 from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import UNREADABLE, failed
@@ -47,7 +48,10 @@ _CHECKED = frozenset({"flac", "tta", "wavpack"})
 _SILENT_PEAK = 2e-4
 """-74 dB: above the dither of silence, below speech that can still be made audible."""
 _LISTEN_S = 600.0
-"""How much of a track is listened to, to know whether it is silent."""
+"""How much of a track is listened to before another one is preferred that has sound."""
+_LEAST_RATE = 1000
+"""Samples per second. With fewer a file of some KB would last for hours, and speech has no room in it: a frame that
+declares less is damaged."""
 _MAX_PLANES = 7
 """PyAV crashes on frames with more planes: it counts them up to a null pointer that only shorter lists end with."""
 _BATCH_VALUES = 1 << 20
@@ -64,15 +68,23 @@ class TrackDecoder:
     Attributes:
         index: of the stream in the container.
         damaged: whether parts could not be decoded.
+        is_cut: whether the last packet, which is known at the end, is shorter than it declares.
     """
 
     def __init__(self, stream: AudioStream, codec: AudioCodecContext) -> None:
         self.index = stream.index
         self.damaged = False
+        self.is_cut = False
         self._codec = codec
+        self._last: Packet | None = None
 
     def decode(self, packet: "Packet | None") -> Sequence[av.AudioFrame]:
         """Decode a packet, or None at the end; what cannot be decoded is skipped."""
+        if packet is not None:
+            self._last = packet
+        elif self._last is not None:
+            declared = declared_bytes(self._codec.name, bytes(memoryview(self._last)[:HEAD_BYTES]))
+            self.is_cut = declared is not None and self._last.size < declared
         try:
             return self._codec.decode(packet)
         except av.EOFError:
@@ -131,7 +143,8 @@ def choose_tracks(container: InputContainer, file: FileReader, choice: TrackChoi
 def _first_with_sound(container: InputContainer, file: FileReader, numbers: Sequence[int]) -> int:
     """Decode several tracks until the first has sound; if it has none, the next that has; else one that decodes.
 
-    Not for ever: the rest of what is taken for silent is listened to later, while the other one is decoded.
+    The first is waited for no longer than `_LISTEN_S` where another one speaks: its rest is listened to later, while
+    the other one is decoded.
     """
     streams = container.streams.audio
     listeners = [Listener(streams[number]) for number in numbers]
@@ -139,7 +152,7 @@ def _first_with_sound(container: InputContainer, file: FileReader, numbers: Sequ
     for packet in packets(container, file):
         if packet.stream_index in by_index:
             by_index[packet.stream_index].listen(packet)
-        if listeners[0].has_sound or listeners[0].heard_s > _LISTEN_S:
+        if listeners[0].has_sound or (listeners[0].heard_s > _LISTEN_S and any(each.has_sound for each in listeners)):
             break
     ranked = [(listener.has_sound, listener.decodes) for listener in listeners]
     return numbers[ranked.index(max(ranked))]
@@ -254,6 +267,11 @@ class Track:
         """Whether channels would have cancelled each other."""
         return self._out_of_phase or self._mixer.out_of_phase
 
+    @property
+    def has_jumps(self) -> bool:
+        """Whether there is silence between its frames, or time stamps jump."""
+        return self.has_gaps or (self._clock is not None and self._clock.jumped)
+
     def push(self, packet: "Packet | None") -> Iterator[Samples]:
         """Decode a packet, or None at the end, and yield the samples that are ready.
 
@@ -266,9 +284,11 @@ class Track:
             yield from self._end_run()
 
     def _place(self, frame: av.AudioFrame) -> Iterator[Samples]:
-        duration_s = frame.samples / max(1, frame.sample_rate)
+        if frame.sample_rate < _LEAST_RATE:
+            self.damaged = True
+            return
+        duration_s = frame.samples / frame.sample_rate
         gap_s = self._gap_s(frame)
-        # Before the conversion: a header that declares one sample a second must not fill the memory first.
         if self._heard_s + gap_s + duration_s > self._max_s:
             raise failed(TOO_LONG, most=self._max_s)
         layout = frame.layout
@@ -300,7 +320,7 @@ class Track:
             yield self._counted(np.zeros(min(_SILENCE, end - self.position), np.float32))
 
     def _begin_run(self, frame_format: tuple[str, str, int, int]) -> None:
-        # The layout stays; only the rate and the number format change. FFmpeg's own way to mono would leave channels out.
+        # The layout stays: FFmpeg's own way to mono would leave channels out.
         number_format = "fltp" if frame_format[2] <= _MAX_PLANES else "flt"
         self._resampler = av.AudioResampler(format=number_format, rate=SAMPLE_RATE)
         self._frames = av.AudioFifo()

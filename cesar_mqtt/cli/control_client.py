@@ -9,19 +9,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from cesar_mqtt.cli.session import NoAnswerError, Session
 from cesar_mqtt.config import Settings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError
+from cesar_mqtt.errors import BrokerRefusedError
+from cesar_mqtt.gateway.session import NoAnswerError, Session, response_data
 from cesar_mqtt.mqtt.messages import ConnectionInfo, Delivery, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _POLL_S = 0.1
 _PRESENCE_S = 0.5
 """The longest wait for a consumer's retained state, which follows the subscription at once."""
-
-
-class RequestRefusedError(CesarError):
-    """The consumer answered that it did not execute the command; the message is the consumer's own sentence."""
 
 
 class ControlClient:
@@ -136,7 +132,7 @@ class ControlClient:
             if time.monotonic() >= deadline or self._session.connection is None:
                 raise self._no_answer(command, consumer)
             self._receive()
-        return _data(self._response)
+        return response_data(self._response)
 
     def try_to_publish(self, topic: str, payload: bytes) -> str | None:
         """Publish at QoS 1, wait for the acknowledgement and return why it was refused; None: it was not.
@@ -217,11 +213,3 @@ class ControlClient:
             self.consumers[own_topic.rpartition("/")[0]] = document.get("state") == "online"
         elif self._awaited is not None and document.get("transaction") == self._awaited:
             self._response = document
-
-
-def _data(response: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data of a response. Raises RequestRefusedError."""
-    data = response.get("data")
-    if response.get("status") != "ok" or not isinstance(data, dict):
-        raise RequestRefusedError(str(response.get("error") or "The consumer's response cannot be read."))
-    return data

@@ -10,11 +10,11 @@ from itertools import islice
 
 from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, print_message
-from cesar_mqtt.cli.session import NoAnswerError, Session
 from cesar_mqtt.config import Settings
 from cesar_mqtt.consumer import discovery as homeassistant
 from cesar_mqtt.consumer.earlier_topics import FILE_NAME, EarlierTopics
 from cesar_mqtt.errors import CesarError, ExitCode
+from cesar_mqtt.gateway.session import NoAnswerError, Session
 from cesar_mqtt.mqtt.messages import Subscription
 from cesar_mqtt.protocol.topics import Topics, matches_filter
 

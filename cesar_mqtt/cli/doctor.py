@@ -9,24 +9,25 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cesar_mqtt import __file__ as package_file
 from cesar_mqtt.cli import interrupt
 from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import NoAnswerError
 from cesar_mqtt.cli.text import duration, many, number, printable, size
 from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.gateway.session import NoAnswerError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.ledger import acquire_lock, data_dir_problem
+from cesar_mqtt.protocol.consumer_payloads import QUARANTINE_ADVICE as ADVICE
 from cesar_mqtt.protocol.topics import Topics
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report; `what_to_do` is empty where there is nothing to do."""
+    """One check of the report, above its advice; `what_to_do` is empty where there is nothing to do."""
 
     check: str
     verdict: Severity
@@ -109,7 +110,7 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
         yield Finding("broker", Severity.OK, f"{client.address} answers in MQTT {connection.protocol}")
         yield _check_subscribing(connection.refused_filters, needed=wanted)
         yield _check_publishing(client, topics, has_refusals=connection.protocol == "5")
-        yield _check_consumer(client)
+        yield from _check_consumer(client)
     finally:
         client.close()
 
@@ -141,23 +142,37 @@ def _check_publishing(client: ControlClient, topics: Topics, *, has_refusals: bo
     return Finding("publishing", Severity.OK, f"The broker accepts messages on {topics.jobs}")
 
 
-def _check_consumer(client: ControlClient) -> Finding:
+def _check_consumer(client: ControlClient) -> Iterator[Finding]:
     try:
         health = client.ask("health")
     except BrokerRefusedError as exc:  # a producer's user needs no more than to see that a consumer is online
         detail = f"{', '.join(client.online)} is online, but {exc.problem}"
-        return Finding("consumer", Severity.NOTE, detail, "Allow it for `jobs`, `show`, `cancel` and the like.")
+        yield Finding("consumer", Severity.NOTE, detail, "Allow it for `jobs`, `show`, `cancel` and the like.")
+        return
     except NoAnswerError as exc:
-        return Finding("consumer", Severity.WRONG, exc.problem, exc.advice or "Correct that setting.")
+        yield Finding("consumer", Severity.WRONG, exc.problem, exc.advice or "Correct that setting.")
+        return
     except CesarError as exc:
-        return Finding("consumer", Severity.WRONG, str(exc), "See the consumer's log.")
+        yield Finding("consumer", Severity.WRONG, str(exc), "See the consumer's log.")
+        return
     names = ", ".join(client.online) or "A consumer"
     if health.get("worker_alive") is not True:
-        return Finding(
+        yield Finding(
             "consumer", Severity.WRONG, f"{names} answers, but its worker has ended", "Restart it; see its log."
         )
+        return
     uptime = duration(number(health.get("uptime")))
-    return Finding("consumer", Severity.OK, f"{names} is online and answers; uptime {uptime}")
+    yield Finding("consumer", Severity.OK, f"{names} is online and answers; uptime {uptime}")
+    for message in health.get("quarantined") or ():
+        yield _not_accepted(message)
+
+
+def _not_accepted(message: Mapping[str, Any]) -> Finding:
+    """Return the finding about a message of the consumer that the broker does not accept."""
+    outcome = "is skipped" if message.get("skipped") else "is cut, and published last"
+    detail = f"The broker does not accept the consumer's message on {message.get('topic')}"
+    detail += f" ({size(number(message.get('size_bytes')) or 0)}), which {outcome}"
+    return Finding("consumer", Severity.WRONG, detail, ADVICE.get(str(message.get("cause")), "See the consumer's log."))
 
 
 # -- the decoder and the model -----------------------------------------------------------------------------------------
@@ -238,14 +253,14 @@ def check_model(settings: Settings) -> Iterator[Finding]:
 
 
 def check_languages(settings: Settings) -> Iterator[Finding]:
-    """Check that the default model knows more than English; `check_model` reports settings that are wrong."""
+    """Check that the default model knows the languages of jobs; `check_model` reports settings that are wrong."""
     from cesar_mqtt.cli.models import models_folder  # noqa: PLC0415
     from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE, Catalogue  # noqa: PLC0415
 
     with suppress(CesarError):
         catalogue = Catalogue(settings.models, folder=models_folder(settings))
         name = catalogue.default_name()
-        if catalogue.is_multilingual(name) is False:
+        if catalogue.assumes_english:
             detail = f"The default model {name} knows English only"
             yield Finding("languages", Severity.NOTE, detail, ENGLISH_ONLY_ADVICE)
 
@@ -418,6 +433,6 @@ def _print(finding: Finding, *, as_json: bool) -> None:
     if as_json:
         line = json.dumps(asdict(finding), ensure_ascii=False)
     else:
-        line = f"{finding.verdict:<5}  {finding.check:<14}  {printable(finding.detail)}"
-        line = f"{line.rstrip('.')}. {finding.what_to_do}" if finding.what_to_do else line
+        line = f"{finding.verdict:<5}  {finding.check:<15}  {printable(finding.detail).rstrip('.')}"
+        line = f"{line}\n{'':<24}{finding.what_to_do}" if finding.what_to_do else line
     out(line, flush=True)

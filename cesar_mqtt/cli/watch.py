@@ -13,12 +13,12 @@ from rich.live import Live
 
 from cesar_mqtt.cli.console import out, print_message
 from cesar_mqtt.cli.jobs import quiet
-from cesar_mqtt.cli.session import Session
 from cesar_mqtt.cli.text import printable
 from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow
 from cesar_mqtt.cli.watch_view import View, line_of
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
+from cesar_mqtt.gateway.session import Session
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 

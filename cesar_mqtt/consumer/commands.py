@@ -4,13 +4,16 @@ The intake's thread calls them; any other may, too: the ledger serialises the ch
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pydantic_core import from_json
 
+from cesar_mqtt.consumer.defaults import StoredDefaults
+from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, may_need_audio
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -19,17 +22,22 @@ from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import (
     COMMANDS,
     CURRENT,
+    CancelledJobs,
     Command,
     CommandResult,
+    Defaults,
     JobCommand,
     JobList,
     ListCommand,
     Model,
     Models,
     Paused,
+    RejectedCommand,
+    Rejections,
     Response,
     ResultCommand,
     ResultPage,
+    SetCommand,
     summary_of,
 )
 from cesar_mqtt.protocol.fields import Payload
@@ -44,6 +52,8 @@ log = get_logger(__name__)
 
 RESPONSE_BYTES = 120_000
 """The size of the largest response, roughly: the strictest of the brokers that limit packets takes 128 KB."""
+_CANCELLED_AT_ONCE = 1000
+"""How many jobs `cancel_all` cancels in one transaction: other threads wait for no more than that."""
 _RESULT_BYTES = RESPONSE_BYTES - 1000
 """The share of the text in a page of a result."""
 
@@ -74,6 +84,7 @@ class _Failure:
 
 
 _Outcome = Payload | Mapping[str, Any] | _Failure
+_NOTHING_TO_RETRY = _Failure("No job that can be retried has ended as error or cancelled.")
 _NOTHING_RUNS = _Failure("No job is running: name one by its id.")
 _WHICH_CURRENT = "Several consumers share the jobs: name one with `consumer`, or the job by its id."
 
@@ -105,6 +116,9 @@ class CommandHandlers:
         on_cancelled: Callable[[Job], None],
         progress_of: Callable[[Job], JobProgress | None],
         health: Callable[[], Mapping[str, Any]],
+        rejections: RecentRejections,
+        defaults: StoredDefaults,
+        on_defaults_set: Callable[[], None] = lambda: None,
         grouped: bool = False,
     ) -> None:
         """Build the table of commands.
@@ -117,6 +131,9 @@ class CommandHandlers:
             on_cancelled: called with a job that was cancelled in the queue.
             progress_of: returns the progress of a running job.
             health: returns the fields of `health`.
+            rejections: those that `rejected` returns.
+            defaults: what `set` changes.
+            on_defaults_set: called when it has.
             grouped: whether other consumers receive the same commands and share the jobs.
         """
         self._ledger = ledger
@@ -126,6 +143,9 @@ class CommandHandlers:
         self._on_cancelled = on_cancelled
         self._progress_of = progress_of
         self._health = health
+        self._rejections = rejections
+        self._defaults = defaults
+        self._on_defaults_set = on_defaults_set
         self._grouped = grouped
         self._handlers: dict[str, Callable[[Any], _Outcome]] = {
             "cancel": lambda command: self._for_job(command, self._cancel),
@@ -134,6 +154,10 @@ class CommandHandlers:
             "get": lambda command: self._for_job(command, self._get),
             "result": lambda command: self._for_job(command, lambda job_id: self._result(job_id, command)),
             "list": self._list,
+            "rejected": self._rejected,
+            "retry_last": lambda _: self._retry_last(),
+            "cancel_all": lambda _: self._cancel_all(),
+            "set": self._set,
             "pause": lambda _: self._pause(on=True),
             "resume": lambda _: self._pause(on=False),
             "health": lambda _: {**self._health(), "consumer": consumer},
@@ -161,7 +185,7 @@ class CommandHandlers:
 
     def _execute(self, command: str, request: Command) -> bytes | None:
         to_all = self._grouped and request.consumer is None
-        if to_all and isinstance(request, JobCommand) and request.job_id == CURRENT:
+        if to_all and (command == "retry_last" or (isinstance(request, JobCommand) and request.job_id == CURRENT)):
             return self._error(_WHICH_CURRENT, request.transaction)
         try:
             outcome = self._handlers[command](request)
@@ -208,7 +232,19 @@ class CommandHandlers:
         return self._state_of(job, job_id)
 
     def _retry(self, job_id: str) -> _Outcome:
+        job = self._ledger.get(job_id)
+        if job is not None and self._was_evicted(job):
+            return _Failure(
+                f"The recording that came with job {job_id} was removed to make room for newer ones "
+                "(queue.max_spool_bytes, or a full disk): submit it again under a new id."
+            )
         return self._state_of(self._ledger.retry(job_id), job_id)
+
+    def _was_evicted(self, job: Job) -> bool:
+        """Whether only the missing upload keeps a job from being retried."""
+        if job.audio is None or job.audio.kind != "spool" or not job.state.final:
+            return False
+        return may_need_audio(job.state, job.error_code) and not self._spool.path(job.audio.name).exists()
 
     def _delete(self, job_id: str) -> _Outcome:
         deleted = self._ledger.delete(job_id)
@@ -265,6 +301,10 @@ class CommandHandlers:
             return _unknown(job_id)
         return CommandResult(job_id=job.job_id, status=job.state.value, consumer=self._consumer)
 
+    def _retry_last(self) -> _Outcome:
+        job_id = self._ledger.last_retryable()
+        return _NOTHING_TO_RETRY if job_id is None else self._retry(job_id)
+
     # -- all jobs -----------------------------------------------------------------------------------------------------
 
     def _list(self, command: ListCommand) -> _Outcome:
@@ -280,16 +320,43 @@ class CommandHandlers:
         following = jobs[-1].job_id if len(found) > len(jobs) else None
         return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
 
+    def _cancel_all(self) -> _Outcome:
+        """Cancel the running job first: the worker would otherwise start the next one, only to have it cancelled."""
+        running = self._ledger.totals().processing
+        if running is not None:
+            with suppress(IllegalTransitionError):  # it has just ended
+                self._ledger.cancel(running)
+        count = 0
+        while cancelled := self._ledger.cancel_queued(_CANCELLED_AT_ONCE):
+            count += len(cancelled)
+            for job in cancelled:
+                self._on_cancelled(job)
+        return CancelledJobs(cancelled=count, processing=self._ledger.totals().processing, consumer=self._consumer)
+
     def _pause(self, *, on: bool) -> _Outcome:
         self._ledger.pause(on=on)
         return Paused(paused=on, consumer=self._consumer)
 
     # -- the consumer -------------------------------------------------------------------------------------------------
 
+    def _rejected(self, command: RejectedCommand) -> _Outcome:
+        shown = truncate_list(self._rejections.newest(command.limit), RESPONSE_BYTES)
+        return Rejections(rejected=shown, total=self._ledger.totals().rejected_total, consumer=self._consumer)
+
+    def _set(self, command: SetCommand) -> _Outcome:
+        try:
+            self._defaults.change(command.default_model, command.default_language)
+        except ValueError as exc:
+            return _Failure(f"Nothing was set: {exc}.")
+        self._on_defaults_set()
+        store = self._models.describe()
+        return Defaults(default_model=store.default, default_language=store.default_language, consumer=self._consumer)
+
     def _describe_models(self) -> _Outcome:
         store = self._models.describe()
         return Models(
             default=store.default,
+            default_language=store.default_language,
             loaded=store.loaded,
             device=store.device,
             compute_type=store.compute_type,
@@ -309,6 +376,11 @@ def _log_change(command: str, outcome: Payload | Mapping[str, Any]) -> None:
         log.info("Cancelling the running job", action=command, job_id=outcome.job_id)
     elif isinstance(outcome, CommandResult):
         log.info("Job %s by command", outcome.status, action=command, job_id=outcome.job_id)
+    elif isinstance(outcome, CancelledJobs):
+        log.info("Cancelled %d queued jobs and the running one by command", outcome.cancelled, action=command)
+    elif isinstance(outcome, Defaults):
+        named = outcome.default_language or "detected"
+        log.info("Default model %s, language %s by command", outcome.default_model, named, action=command)
     elif isinstance(outcome, Paused):
         log.info("Queue %s by command", "paused" if outcome.paused else "resumed", action=command)
 

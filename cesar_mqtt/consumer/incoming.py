@@ -3,7 +3,7 @@
 import hashlib
 import uuid
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from cesar_mqtt.consumer.discovery import BIRTH_PAYLOAD, PAUSE_SWITCH
 from cesar_mqtt.jobs import NewJob
@@ -30,6 +30,9 @@ class ModelNames(Protocol):
 
     def default_name(self) -> str:
         """Return the model of a request that names none."""
+
+    def language_for(self, name: str) -> str | None:
+        """Return the language of a request for a model that names none; None: it is detected."""
 
     def is_allowed(self, name: str) -> bool:
         """Whether a request may name this model."""
@@ -148,6 +151,7 @@ class MessageParser:
     def _job(self, delivery: Delivery, parsed: Accepted) -> NewJob:
         request, same = parsed.request, fingerprint(parsed)
         job_id, packet_id = request.job_id, None
+        model = request.model_size or self._models.default_name()
         if job_id is None and delivery.retain:
             job_id = f"retained-{same}"
         elif job_id is None:
@@ -157,8 +161,8 @@ class MessageParser:
             job_id=job_id,
             fingerprint=same,
             audio=source_of(request),
-            model_size=request.model_size or self._models.default_name(),
-            options=request.options(),
+            model_size=model,
+            options=self._options(request, model),
             metadata=request.metadata,
             formats=tuple(request.formats),
             stream=request.stream,
@@ -169,6 +173,14 @@ class MessageParser:
             has_generated_id=request.job_id is None,
             retained=delivery.retain,
         )
+
+    def _options(self, request: JobRequest, model: str) -> dict[str, Any]:
+        """Return the options of a job; its language may be the default one of its model."""
+        options = request.options()
+        if not request.leaves_language_open:
+            return options
+        language = self._models.language_for(model)
+        return options if language is None else options | {"language": language}
 
 
 def _pause_command(delivery: Delivery) -> IncomingMessage:

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.incoming import IncomingMessage, MessageParser, ModelNames
 from cesar_mqtt.consumer.redelivery import RedeliveryTracker
-from cesar_mqtt.errors import Cancelled, LedgerError
+from cesar_mqtt.errors import Cancelled, LedgerError, SpoolFullError
 from cesar_mqtt.jobs import Admission, AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -45,7 +45,7 @@ _RECEIVE_S = 1.0
 """How long `receive` waits; a stop does not depend on it, as the client wakes the intake."""
 _POLL_S = 0.05
 _HELD_BYTES = 64 << 20
-"""While the disk refuses, nothing more is received once so much is held in memory."""
+"""While the disk refuses, no more than this is held in memory."""
 _RETRY_FIRST_S = 0.5
 _RETRY_MOST_S = 30.0
 """After a refusal of the disk: short at first, for a passing fault, then at the pace of an operator who frees space."""
@@ -63,6 +63,12 @@ class Source(Protocol):
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge messages, in this order."""
 
+    def let_go_ahead(self, *, on: bool) -> None:
+        """Have commands delivered although messages before them are not acknowledged, or in their turn again."""
+
+    def reconnect(self) -> None:
+        """Have all messages delivered again that are not acknowledged, in their order."""
+
 
 class Intake(StoppableThread):
     """Messages in, jobs in the ledger.
@@ -70,7 +76,9 @@ class Intake(StoppableThread):
     Order of events, which is a promise: audio in the spool, jobs in the ledger (one transaction for the batch),
     rejections and responses handed to the publisher, acknowledgement. When the disk refuses, nothing is acknowledged
     and the same batch is tried again: the broker keeps every message that has not been acknowledged. Commands are
-    answered meanwhile, ahead of their turn: only a `delete` may free the disk.
+    answered meanwhile, ahead of their turn: only a `delete` may free the disk. The broker delivers them at QoS 0 then,
+    since it delivers only so many unacknowledged messages. What arrives beyond `_HELD_BYTES` is forgotten, and received
+    again by a new connection once the disk has taken the rest.
 
     `stop` ends it after the current batch; the owner of the source wakes a waiting `receive`.
     """
@@ -125,6 +133,12 @@ class Intake(StoppableThread):
         """What arrived while the disk refused; the next batch."""
         self._executed: set[int] = set()
         """The commands that were executed ahead of their turn, by the identities of their receipts."""
+        self._goes_ahead = False
+        """Whether the source delivers commands ahead of their turn."""
+        self._forgotten = 0
+        """The newest connection of which a message was forgotten: what arrived by it behind that is forgotten, too."""
+        self._fetched = 0
+        """The newest connection that was replaced by another, which delivers the forgotten messages."""
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -132,7 +146,7 @@ class Intake(StoppableThread):
 
     def run_once(self, timeout_s: float | None = None) -> int:
         """Process the messages that have arrived; return their number."""
-        deliveries, self._arrived = self._arrived or self._source.receive(timeout_s), []
+        deliveries, self._arrived = self._arrived or self._receive(timeout_s), []
         bounds = self._source.take_redelivery_bounds()
         # A message that arrived before the broker began a new session may be a redelivery of the former session.
         former = sum(delivery.receipt.connection < bounds.session for delivery in deliveries)
@@ -141,24 +155,44 @@ class Intake(StoppableThread):
             self._process(deliveries[:former])
             self._redelivery.update(bounds)
             self._process(deliveries[former:])
+        if self._stopping.is_set() or not self._arrived:
+            self._end_refusal()
         if not deliveries:  # idle: after a crash, too, a packet id has to mean the newest message
             self._ledger.persist_released_packet_ids()
         return len(deliveries)
+
+    def _receive(self, timeout_s: float | None) -> list[Delivery]:
+        received = self._source.receive(timeout_s)
+        if not self._forgotten:
+            return received
+        for delivery in filter(self._is_forgotten, received):
+            self._forget(delivery)
+        return [delivery for delivery in received if not self._is_forgotten(delivery)]
+
+    def _is_forgotten(self, delivery: Delivery) -> bool:
+        """Whether the message will be delivered again, by a later connection than the one that it arrived by."""
+        return delivery.qos > 0 and delivery.receipt.connection <= self._forgotten
 
     def _process(self, deliveries: Sequence[Delivery]) -> None:
         """Process and acknowledge a batch, in order. Raises Cancelled when the intake is stopped first."""
         parsed = self._reject_what_never_fits([self._parser.parse(delivery) for delivery in deliveries])
         done = 0
         for are_commands, group in groupby(parsed, key=lambda message: message.command is not None):
-            messages, job_ids = list(group), []
+            messages = list(group)
             done += len(messages)
             self._behind = parsed[done:]
             if are_commands:
                 self._execute_commands(messages)
-            else:
-                job_ids = self._persist_jobs(messages)
-            self._source.acknowledge([message.delivery for message in messages])
-            self._redelivery.on_acknowledged(messages, job_ids)
+                self._acknowledge(messages)
+                continue
+            while messages:
+                count = self._count_fitting(messages)
+                fitting, messages = messages[:count], messages[count:]
+                self._acknowledge(fitting, self._persist_jobs(fitting))
+
+    def _acknowledge(self, messages: Sequence[IncomingMessage], job_ids: Sequence[str] = ()) -> None:
+        self._source.acknowledge([message.delivery for message in messages])
+        self._redelivery.on_acknowledged(messages, job_ids)
 
     # -- commands ---------------------------------------------------------------------------------------------------
 
@@ -180,31 +214,65 @@ class Intake(StoppableThread):
             if response.rejection is not None:
                 self._reject(delivery, response.rejection)
 
-    def _answer_commands(self, wait_s: float) -> None:
+    def _answer_commands(self, wait_s: float, *, is_over: Callable[[], bool]) -> None:
         """Wait, and meanwhile execute the commands behind the batch that the disk refuses: one of them may free room.
 
-        They are acknowledged in their turn, as MQTT requires, and not executed again then. How many arrive depends on
-        how many unacknowledged messages the broker allows. Raises Cancelled when the intake is stopped.
+        They are acknowledged in their turn, as MQTT requires, and not executed again then.
+
+        Args:
+            wait_s: the longest wait.
+            is_over: whether there is room before that.
+
+        Raises:
+            Cancelled: the intake is stopped.
         """
+        self._set_ahead(on=True)
         until = time.monotonic() + wait_s
         self._execute_ahead(self._behind)
         self._behind = []
-        while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0:
-            if sum(delivery.size_bytes for delivery in self._arrived) > _HELD_BYTES:
-                self._stopping.wait(left_s)
-                break
+        while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0 and not is_over():
             arrived = self._source.receive(min(left_s, _RECEIVE_S))
-            self._arrived += arrived
-            self._execute_ahead([self._parser.parse(delivery) for delivery in arrived])
+            self._execute_ahead([self._parser.parse(delivery) for delivery in self._hold(arrived)])
             if not arrived:
                 self._stopping.wait(min(left_s, _POLL_S))  # the source may be closed
         if self._stopping.is_set():
             raise Cancelled
 
+    def _set_ahead(self, *, on: bool) -> None:
+        if on != self._goes_ahead:
+            self._goes_ahead = on
+            self._source.let_go_ahead(on=on)
+
+    def _hold(self, arrived: Sequence[Delivery]) -> list[Delivery]:
+        """Keep messages for their turn, as far as they fit into memory; return those that are not forgotten."""
+        held_bytes = sum(delivery.size_bytes for delivery in self._arrived)
+        known = []
+        for delivery in arrived:
+            if delivery.qos and (held_bytes > _HELD_BYTES or self._is_forgotten(delivery)):
+                self._forget(delivery)
+                continue
+            known.append(delivery)
+            if delivery.qos or self._topics.is_submission(delivery.topic):
+                self._arrived.append(delivery)
+                held_bytes += delivery.size_bytes
+        return known
+
+    def _forget(self, delivery: Delivery) -> None:
+        self._forgotten = max(self._forgotten, delivery.receipt.connection)
+        if not delivery.dup:  # when it comes again it is marked as a redelivery, but not of an earlier message
+            self._ledger.release_packet_id(delivery.receipt.mid)
+
     def _execute_ahead(self, messages: Sequence[IncomingMessage]) -> None:
         commands = [message for message in messages if message.command is not None]
         self._execute_commands(commands)
-        self._executed.update(id(message.delivery.receipt) for message in commands)
+        self._executed.update(id(message.delivery.receipt) for message in commands if message.delivery.qos)
+
+    def _end_refusal(self) -> None:
+        """Return to the normal order: everything that was held is processed."""
+        self._set_ahead(on=False)
+        if self._forgotten > self._fetched:
+            self._fetched = self._forgotten
+            self._source.reconnect()
 
     def _respond(self, delivery: Delivery, payload: bytes) -> None:
         """Publish on the Response Topic that the message names, if that is allowed."""
@@ -250,9 +318,33 @@ class Intake(StoppableThread):
             _never_fits(message, capacity) if len(message.audio or b"") > capacity else message for message in messages
         ]
 
+    def _count_fitting(self, messages: Sequence[IncomingMessage]) -> int:
+        """Return how many messages, from the first on, the spool has room for now; at least one."""
+        sizes = [len(message.audio or b"") for message in messages]
+        if not any(sizes):
+            return len(messages)
+        evictable = 0 if sum(sizes) <= self._spool.room_bytes else self._evictable_bytes()
+        return self._spool.fitting(sizes, evictable)
+
+    def _evictable_bytes(self) -> int:
+        return self._spool.size_bytes(name for _, name in self._ledger.retryable_uploads())
+
+    def _evict(self, needed_bytes: int) -> None:
+        """Remove the oldest uploads of ended jobs, which only a retry would need, if that makes enough room."""
+        if needed_bytes <= self._spool.room_bytes or self._spool.room_bytes + self._evictable_bytes() < needed_bytes:
+            return
+        for job_id, name in self._ledger.retryable_uploads():
+            if needed_bytes <= self._spool.room_bytes:
+                return
+            if self._spool.size_bytes([name]):
+                self._spool.remove([name])
+                log.warning("Upload removed to make room: no retry is possible", action="evicted", job_id=job_id)
+
     def _store_audio(self, messages: Sequence[IncomingMessage]) -> list[NewJob]:
         """Write uploaded audio into the spool; return the jobs with the names of their files."""
-        names = iter(self._spool.store([message.audio for message in messages if message.audio is not None]))
+        files = [message.audio for message in messages if message.audio is not None]
+        self._evict(sum(map(len, files)))
+        names = iter(self._spool.store(files))
         jobs = []
         for message in messages:
             job = message.job
@@ -260,8 +352,6 @@ class Intake(StoppableThread):
                 continue
             if message.audio is not None:
                 job = replace(job, audio=AudioSource("spool", next(names)))
-            if job.packet_id is not None and not self._redelivery.can_be_redelivered(message.delivery):
-                job = replace(job, packet_id=None)
             jobs.append(job)
         return jobs
 
@@ -276,7 +366,14 @@ class Intake(StoppableThread):
                 self._events.degraded("intake", on=True)
                 message = "%s Nothing is acknowledged; next attempt in %.1f s."
                 log.error(message, exc, delay_s, action="intake_degraded")
-                self._answer_commands(delay_s)
+                self._answer_commands(delay_s, is_over=self._room_for(exc))
+
+    def _room_for(self, error: LedgerError) -> Callable[[], bool]:
+        """Return whether what had no room has it now; after other errors only another attempt tells."""
+        if not isinstance(error, SpoolFullError):
+            return lambda: False
+        needed_bytes = error.needed_bytes
+        return lambda: self._spool.room_bytes + self._evictable_bytes() >= needed_bytes
 
     def _report(self, messages: Sequence[IncomingMessage], admissions: Iterator[tuple[Admission, str]]) -> None:
         """Publish the outcome of each message; `admissions` are those of the messages with a job, in order."""
@@ -319,7 +416,10 @@ class Intake(StoppableThread):
 def _never_fits(message: IncomingMessage, capacity_bytes: int) -> IncomingMessage:
     job = message.job
     job_id = None if job is None or job.has_generated_id else job.job_id
-    detail = f"The recording is larger than the consumer's disk, {capacity_bytes} bytes: submit its path or URL."
+    detail = (
+        f"The recording has {len(message.audio or b'')} bytes; the consumer can store at most {capacity_bytes} "
+        "(queue.max_spool_bytes, or its disk): submit its path or URL."
+    )
     return replace(message, job=None, audio=None, refusal=Refusal("storage_full", detail, job_id))
 
 

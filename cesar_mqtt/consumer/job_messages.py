@@ -66,8 +66,23 @@ class JobMessages:
         max_packet_bytes: the largest packet that the broker accepts; None: no limit is known.
     """
 
-    def __init__(self, ledger: Ledger, topics: Topics, *, clock: Callable[[], float]) -> None:
-        """Windows come from the ledger; `clock` gives seconds since the epoch."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        topics: Topics,
+        *,
+        clock: Callable[[], float],
+        limit_bytes: Callable[[str], int | None] = lambda _topic: None,
+    ) -> None:
+        """Windows come from the ledger.
+
+        Args:
+            ledger: of the jobs.
+            topics: of the consumer.
+            clock: gives seconds since the epoch.
+            limit_bytes: gives the limit of messages on a topic that the broker has not announced; None: none is known.
+        """
+        self._limit_bytes = limit_bytes
         self.max_packet_bytes: int | None = None
         self._truncated_job: int | None = None
         self._ledger = ledger
@@ -126,7 +141,7 @@ class JobMessages:
             if self._truncated_job != job.seq:
                 self._truncated_job = job.seq
                 warning = "Segments are published without words, or truncated: the broker accepts packets of %d bytes"
-                log.warning(warning, self.max_packet_bytes, action="segment_cut", job_id=job.job_id)
+                log.warning(warning, limit + len(topic), action="segment_cut", job_id=job.job_id)
         return TransientMessage(topic, payload, keep=False)
 
     def fit(self, message: TransientMessage) -> bytes:
@@ -135,7 +150,8 @@ class JobMessages:
         return message.payload if limit is None else truncate_response(message.payload, limit)
 
     def _payload_limit(self, topic: str, properties_bytes: int = 0) -> int | None:
-        limit = self.max_packet_bytes
+        limits = (self.max_packet_bytes, self._limit_bytes(topic))
+        limit = min((each for each in limits if each is not None), default=None)
         return None if limit is None else limit - len(topic.encode()) - properties_bytes - _PACKET_OVERHEAD_BYTES
 
 
@@ -167,6 +183,10 @@ class TransientMessages:
 
     def remove_first(self) -> None:
         self._waiting_bytes -= self._waiting.popleft().size_bytes
+
+    def move_to_end(self) -> None:
+        """Enqueue the next message behind all others."""
+        self._waiting.rotate(-1)
 
     def on_disconnected(self, lost: Iterable[TransientMessage]) -> None:
         """Enqueue the lost messages, which were in flight, before all others; drop those that are not to be kept."""

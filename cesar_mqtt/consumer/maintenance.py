@@ -56,6 +56,7 @@ class Maintenance:
         if self._monotonic() < self._not_before:
             return
         try:
+            self._ledger.restore_reserve()
             self._ledger.checkpoint_if_due()
             for job in self._ledger.expire():
                 self._on_expired(job)

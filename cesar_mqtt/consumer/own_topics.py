@@ -3,7 +3,7 @@
 For the publisher's thread, except `ActivityTracker.set_degraded`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from cesar_mqtt.jobs import Totals
@@ -39,10 +39,13 @@ class OwnTopics:
             topic.payload = payload
             topic.version += 1
 
-    def take_due(self) -> Iterator[tuple[str, bytes, int]]:
-        """Yield what has to be sent: name, payload, and the version for `acknowledge`. It counts as in flight then."""
-        for name, topic in self._topics.items():
-            if topic.version not in (topic.acknowledged, topic.in_flight):
+    def take_due(self, *, without: Collection[str] = ()) -> Iterator[tuple[str, bytes, int]]:
+        """Yield what has to be sent: name, payload, and the version for `acknowledge`. It counts as in flight then.
+
+        `state` comes last: who sees `online` has the activity of this start then, and not the one before the last stop.
+        """
+        for name, topic in sorted(self._topics.items(), key=lambda item: item[0] == "state"):
+            if name not in without and topic.version not in (topic.acknowledged, topic.in_flight):
                 topic.in_flight = topic.version
                 topic.retained = (*topic.retained, (topic.version, topic.payload))
                 yield name, topic.payload, topic.version
@@ -52,10 +55,9 @@ class OwnTopics:
         topic.acknowledged = max(topic.acknowledged, version)
         topic.retained = tuple(sent for sent in topic.retained if sent[0] >= topic.acknowledged)
 
-    @property
-    def is_acknowledged(self) -> bool:
-        """Whether the broker has the newest payload of every topic."""
-        return all(topic.acknowledged == topic.version for topic in self._topics.values())
+    def is_acknowledged(self, without: Collection[str] = ()) -> bool:
+        """Whether the broker has the newest payload of every topic, `without` these."""
+        return all(topic.acknowledged == topic.version for name, topic in self._topics.items() if name not in without)
 
     def on_disconnected(self) -> None:
         """Nothing that is in flight will be acknowledged."""

@@ -5,23 +5,33 @@ network. The callbacks of the client, `on_connected`, `on_disconnected` and `on_
 either.
 """
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
 from cesar_mqtt.consumer.events import JobObserver
 from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages, TransientMessage, TransientMessages
 from cesar_mqtt.consumer.own_topics import ActivityTracker, OwnTopics
+from cesar_mqtt.consumer.quarantine import Quarantine, Sent, Unit
 from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
-from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError
-from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, last_of, queue_of, totals_of
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError, Refusal
+from cesar_mqtt.protocol.consumer_payloads import (
+    Activity,
+    ConsumerState,
+    Quarantined,
+    last_error_of,
+    last_of,
+    queue_of,
+    totals_of,
+)
 from cesar_mqtt.protocol.fields import Payload
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.protocol.topics import Topics
@@ -40,6 +50,10 @@ _WAKE_AFTER_ACKS = 20
 """In a burst the thread handles this many acknowledgements at once: waking it for each costs more than all the rest."""
 _MIN_INTERVAL_S = 1.0
 """Between two queue messages, and between two progress statuses of a job."""
+_POSITIONS_QUIET_S = 2.0
+_MOVES = 10
+"""Each finished job moves the first ten of the queue. Their statuses are published if the queue has not moved for 2 s:
+at each end of a longer job; else at every tenth move, which is one status for each finished job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +64,20 @@ class StatusAck:
     number: int
     """For `Ledger.mark_published`; 0: the status shows progress only, which the ledger does not wait for."""
 
+    @property
+    def unit(self) -> Unit:
+        return "status", self.seq
+
 
 @dataclass(frozen=True, slots=True)
 class ClearAck:
     """Awaited for the last retained topic of a deleted job that is cleared."""
 
     seq: int
+
+    @property
+    def unit(self) -> Unit:
+        return "clear", self.seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +87,10 @@ class OwnTopicAck:
     name: str
     version: int
 
+    @property
+    def unit(self) -> Unit:
+        return "own", self.name
+
 
 @dataclass(frozen=True, slots=True)
 class TransientAck:
@@ -72,22 +98,45 @@ class TransientAck:
 
     message: TransientMessage
 
+    @property
+    def unit(self) -> Unit:
+        return "transient", self.message.topic
 
-PendingAck = StatusAck | ClearAck | OwnTopicAck | TransientAck | None
-"""What a PUBACK stands for.
 
-None: a message that precedes others, such as a result before its status. Brokers acknowledge in the order in which they
-receive (MQTT 5, section 4.6), so the PUBACK of the last message stands for all.
-"""
+PendingAck = StatusAck | ClearAck | OwnTopicAck | TransientAck
+"""What the PUBACK of a unit's last message stands for: of the messages of one state or deletion of a job, or of another
+message. Brokers acknowledge in the order in which they receive (MQTT 5, section 4.6), so it stands for all of them."""
+
+
+class _InFlight(NamedTuple):
+    """A message in flight; `ack` is that of its unit."""
+
+    ack: PendingAck
+    topic: str
+    size_bytes: int
+    is_last: bool
+    can_be_cut: bool
+
+    def as_sent(self) -> Sent:
+        return Sent(self.topic, self.size_bytes, self.ack.unit, is_last=self.is_last, can_be_cut=self.can_be_cut)
 
 
 class Connection(Protocol):
     """The part of the MQTT client that the publisher uses."""
 
     def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        correlation_data: bytes | None = None,
+        alone: bool = False,
     ) -> Hashable | None:
-        """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError."""
+        """Send a message at QoS 1 and return its ticket; None when not connected. Raises CannotPublishError.
+
+        `alone`: not while another message is in flight.
+        """
 
 
 class Publisher(StoppableThread, JobObserver):
@@ -95,7 +144,8 @@ class Publisher(StoppableThread, JobObserver):
 
     For each job it publishes the newest status that the broker has not acknowledged; states that a job passed through
     while the client was offline are not published. At the PUBACK the ledger marks the status as published. After a
-    reconnect everything unacknowledged is published again; when the broker has lost the session, everything is.
+    reconnect everything unacknowledged is published again; when the broker has lost the session, everything is. A
+    message at which the broker closes the connection is kept apart, see `Quarantine`.
     """
 
     def __init__(
@@ -116,23 +166,31 @@ class Publisher(StoppableThread, JobObserver):
         self._has_work = threading.Event()
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
-        self._pending_acks: dict[Hashable, PendingAck] = {}
-        """The messages in flight, by the tickets of the client."""
-        self._acknowledged: deque[tuple[Hashable, bool]] = deque()
+        self._in_flight: dict[Hashable, _InFlight] = {}
+        """By the tickets of the client."""
+        self._acknowledged: deque[tuple[Hashable, Refusal | None]] = deque()
+        self._quarantine = Quarantine(monotonic=monotonic)
+        self._repeated: set[Unit] = set()
+        """Units of which a message was refused for its size: they are published again, cut further."""
+        self._lost: list[tuple[int, int]] = []
+        """The changes of jobs whose events were lost with the last connection."""
         self._status_refused = False
         """Whether the broker has refused the status of a job: at the next connection it may accept it."""
-        self._job_messages = JobMessages(ledger, topics, clock=clock)
+        self._job_messages = JobMessages(ledger, topics, clock=clock, limit_bytes=self._quarantine.limit_bytes)
         self._own_topics = OwnTopics()
         self._retained_check = RetainedCheck(totals_of(ledger.totals()))
         self._discovery = DiscoverySchedule(self._own_topics, monotonic=monotonic)
         self._transient_messages = TransientMessages(monotonic=monotonic)
         self._activity = ActivityTracker()
-        self._last_finished: Job | None = None
+        self._last: dict[JobState, Job] = {}
+        """The last completed job, and the last one that failed."""
         self._progress: tuple[Job, JobProgress] | None = None
         self._progress_is_stale = False
         self._progress_due = 0.0
         self._queue_is_stale = True
         self._queue_due = 0.0
+        self._moves = self._moves_published = 0
+        self._moved_at = -math.inf
         self._drained = threading.Condition()
         self._drains_requested = self._drains_completed = 0
         ledger.observe(self._on_ledger_changed)
@@ -142,13 +200,14 @@ class Publisher(StoppableThread, JobObserver):
     def on_connected(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
         self._post(lambda: self._start_connection(session_present=session_present, max_packet_bytes=max_packet_bytes))
 
-    def on_disconnected(self) -> None:
-        self._post(self._end_connection)
+    def on_disconnected(self, unacknowledged: Collection[Hashable] = ()) -> None:
+        """Handle the loss of the connection; these tickets had been sent and not acknowledged."""
+        self._post(lambda: self._end_connection(unacknowledged))
 
-    def on_published(self, ticket: Hashable, *, refused: bool = False) -> None:
+    def on_published(self, ticket: Hashable, refusal: Refusal | None = None) -> None:
         """Handle a PUBACK, which may be a refusal."""
-        self._acknowledged.append((ticket, refused))
-        enough = len(self._acknowledged) >= min(_WAKE_AFTER_ACKS, len(self._pending_acks))
+        self._acknowledged.append((ticket, refusal))
+        enough = len(self._acknowledged) >= min(_WAKE_AFTER_ACKS, len(self._in_flight))
         if enough and not self._has_work.is_set():
             self._has_work.set()
 
@@ -219,13 +278,17 @@ class Publisher(StoppableThread, JobObserver):
         self._post(lambda: self._check_retained(payload))
 
     def on_finished(self, job: Job) -> None:
-        """Publish the job that finished last."""
-        self._post(lambda: self._set_last_finished(job))
+        """Publish the job that was completed, or has failed, last."""
+        self._post(lambda: self._set_last(job))
 
     @property
     def in_flight(self) -> int:
         """How many messages the broker has not acknowledged yet."""
-        return len(self._pending_acks)
+        return len(self._in_flight)
+
+    def quarantined(self) -> list[Quarantined]:
+        """Return the messages that the broker does not accept."""
+        return self._quarantine.report()
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until the broker has acknowledged everything; False: not in time."""
@@ -272,29 +335,44 @@ class Publisher(StoppableThread, JobObserver):
         self._transient_messages.warn_of_drops()
         if not self._connected:
             return None
-        self._publish_own_topics()
-        self._publish_transient_messages()
-        self._clear_deleted_jobs()
-        self._publish_statuses()
-        self._publish_progress()
+        self._republish_positions()
+        self._publish_all(without=self._quarantine.last_units())
+        if self._room > 0 and self._quarantine.last_units():
+            self._publish_all(without=self._quarantine.skipped_units())
         if self._is_drained():
             with self._drained:
                 self._drains_completed = requested
                 self._drained.notify_all()
         return self._next_due_s()
 
+    def _publish_all(self, *, without: Collection[Unit]) -> None:
+        """Publish everything but these units."""
+        self._publish_own_topics(without)
+        self._publish_transient_messages(without)
+        self._clear_deleted_jobs(without)
+        self._publish_statuses(without)
+        self._publish_progress(without)
+
     def _is_drained(self) -> bool:
-        return self._jobs_are_drained() and not self._queue_is_stale and self._own_topics.is_acknowledged
+        """Whether the broker has acknowledged everything but what is skipped."""
+        skipped = _in_units("own", self._quarantine.skipped_units())
+        return self._jobs_are_drained() and not self._queue_is_stale and self._own_topics.is_acknowledged(skipped)
 
     def _jobs_are_drained(self) -> bool:
-        return not (self._pending_acks or self._transient_messages or self._ledger.has_unpublished)
+        if self._in_flight or self._transient_messages:
+            return False
+        skipped = self._quarantine.skipped_units()
+        return not self._ledger.has_unpublished_besides(_in_units("status", skipped), _in_units("clear", skipped))
 
     def _next_due_s(self) -> float | None:
         now = self._monotonic()
         waits = [self._queue_due - now] if self._queue_is_stale else []
+        if self._moves != self._moves_published:
+            waits.append(self._moved_at + _POSITIONS_QUIET_S - now)
         if self._progress_is_stale and self._room > 0:  # without room the next PUBACK wakes the thread
             waits.append(self._progress_due - now)
         waits += self._discovery.waits_s()
+        waits += self._quarantine.waits_s()
         return max(0.0, min(waits)) if waits else None
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -302,7 +380,8 @@ class Publisher(StoppableThread, JobObserver):
     def _start_connection(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
         self._end_connection()
         self._connected = True
-        self._ledger.coalesce()
+        self._ledger.coalesce(self._lost)
+        self._lost.clear()
         self._job_messages.max_packet_bytes = max_packet_bytes
         retained = self._own_topics.retained("queue")
         unknown = self._retained_check.on_connected(retained, session_present=session_present)
@@ -318,10 +397,17 @@ class Publisher(StoppableThread, JobObserver):
             self._ledger.republish_all(restored=self._status_refused)
             self._status_refused = False
 
-    def _end_connection(self) -> None:
+    def _end_connection(self, unacknowledged: Collection[Hashable] = ()) -> None:
         self._connected = False
-        lost = [ack.message for ack in self._pending_acks.values() if isinstance(ack, TransientAck)]
-        self._pending_acks.clear()
+        sent = [self._in_flight[ticket].as_sent() for ticket in unacknowledged if ticket in self._in_flight]
+        self._quarantine.on_disconnected(sent)
+        for message in self._in_flight.values():
+            if isinstance(message.ack, StatusAck) and message.topic == self._topics.events:
+                self._lost.append((message.ack.seq, message.ack.number))
+        acks = [message.ack for message in self._in_flight.values()]
+        lost = [ack.message for ack in acks if isinstance(ack, TransientAck)]
+        self._in_flight.clear()
+        self._repeated.clear()
         self._transient_messages.on_disconnected(lost)
         self._own_topics.on_disconnected()
 
@@ -339,11 +425,30 @@ class Publisher(StoppableThread, JobObserver):
     def _handle_acknowledgements(self) -> None:
         acks: list[PendingAck] = []
         while self._acknowledged:
-            ticket, refused = self._acknowledged.popleft()
-            ack = self._pending_acks.pop(ticket, None)  # a ticket of an earlier connection is unknown
-            self._status_refused |= refused and isinstance(ack, StatusAck | ClearAck)
-            acks.append(ack)
+            ticket, refusal = self._acknowledged.popleft()
+            message = self._in_flight.pop(ticket, None)
+            if message is not None:  # a ticket of an earlier connection is unknown
+                self._handle_acknowledgement(message, refusal)
+                if message.is_last and not self._is_repeated(message.ack):
+                    acks.append(message.ack)
         self._complete(acks)
+
+    def _handle_acknowledgement(self, message: _InFlight, refusal: Refusal | None) -> None:
+        if refusal is None:
+            self._quarantine.on_accepted(message.topic, message.size_bytes)
+        elif self._quarantine.on_refused(message.as_sent(), is_too_large=refusal.is_too_large):
+            self._repeated.add(message.ack.unit)
+        else:
+            self._status_refused |= isinstance(message.ack, StatusAck | ClearAck)
+
+    def _is_repeated(self, ack: PendingAck) -> bool:
+        """Whether a message of a unit, whose last one is acknowledged now, was too large: it is published again."""
+        if ack.unit not in self._repeated:
+            return False
+        self._repeated.discard(ack.unit)
+        if isinstance(ack, TransientAck):
+            self._transient_messages.add(ack.message)
+        return True
 
     def _complete(self, acks: Iterable[PendingAck]) -> None:
         """Record that the broker has these messages, or that they are given up."""
@@ -356,7 +461,7 @@ class Publisher(StoppableThread, JobObserver):
                     self._ledger.mark_cleared(seq)
                 case OwnTopicAck(name, version):
                     self._own_topics.acknowledge(name, version)
-                case _:
+                case _:  # a status with progress, a transient message
                     pass
         if published:
             self._ledger.mark_published(published)
@@ -369,20 +474,31 @@ class Publisher(StoppableThread, JobObserver):
         self._activity.draining = True
         self._queue_is_stale = True
 
-    def _set_last_finished(self, job: Job) -> None:
-        self._last_finished = job
-        self._own_topics.retain("last", last_of(job).encode())
+    def _set_last(self, job: Job) -> None:
+        self._last[job.state] = job
+        if job.state is JobState.COMPLETED:
+            self._own_topics.retain("last", last_of(job).encode())
+        elif job.state is JobState.ERROR:
+            self._own_topics.retain("last_error", last_error_of(job).encode())
+
+    def _forget_last(self, seq: int) -> None:
+        """Publish no text and no message of a job any more, which was deleted."""
+        for job in self._last.values():
+            if job.seq == seq and job.state is JobState.COMPLETED:
+                self._own_topics.retain("last", last_of(job._replace(result_text=None)).encode())
+            elif job.seq == seq and job.state is JobState.ERROR:
+                self._own_topics.retain("last_error", b"")
 
     def _set_progress(self, job: Job, progress: JobProgress) -> None:
         self._progress = (job, progress)
-        self._progress_is_stale = True
+        self._progress_is_stale = self._queue_is_stale = True
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     @property
     def _room(self) -> int:
         """How many more messages may be in flight."""
-        return MAX_IN_FLIGHT - len(self._pending_acks) if self._connected else 0
+        return MAX_IN_FLIGHT - len(self._in_flight) if self._connected else 0
 
     def _publish(
         self,
@@ -392,76 +508,115 @@ class Publisher(StoppableThread, JobObserver):
         *,
         retain: bool = True,
         correlation_data: bytes | None = None,
+        is_last: bool = True,
     ) -> bool:
-        """Pass a message to the client; False: not connected. A message that no broker accepts is given up."""
+        """Pass a message to the client; False: not connected. A message that the broker does not accept is given up."""
+        size_bytes = len(topic) + len(payload)
+        if self._quarantine.is_skipped(topic, size_bytes):
+            if is_last:
+                self._complete([ack])
+            return True
+        alone = self._quarantine.is_sent_alone(topic)
         try:
-            ticket = self._connection.publish(topic, payload, retain=retain, correlation_data=correlation_data)
+            ticket = self._connection.publish(
+                topic, payload, retain=retain, correlation_data=correlation_data, alone=alone
+            )
         except CannotPublishError as exc:
             known_bytes = self._job_messages.max_packet_bytes or MAX_PACKET_BYTES
             if isinstance(exc, PacketTooLargeError) and exc.limit_bytes < known_bytes:
                 return False  # the limit of a new connection, whose `on_connected` is still to be handled
             log.error("The message on %s cannot be published and is skipped: %s", topic, exc, action="unpublished")
-            self._complete([ack])
+            if is_last:
+                self._complete([ack])
             return True
         if ticket is None:
             self._connected = False
             return False
-        self._pending_acks[ticket] = ack
+        can_be_cut = not isinstance(ack, OwnTopicAck) and topic != self._topics.events
+        self._in_flight[ticket] = _InFlight(ack, topic, size_bytes, is_last, can_be_cut)
         return True
 
     def _publish_in_order(self, messages: Iterable[JobMessage], ack: PendingAck) -> bool:
         """Publish messages that belong together; the PUBACK of the last one stands for all."""
         *others, last = messages
         for topic, payload, retain in others:
-            if not self._publish(topic, payload, None, retain=retain):
+            if not self._publish(topic, payload, ack, retain=retain, is_last=False):
                 return False
         return self._publish(last.topic, last.payload, ack, retain=last.retain)
 
-    def _publish_own_topics(self) -> None:
+    def _publish_own_topics(self, without: Collection[Unit]) -> None:
         if self._queue_is_stale and (self._monotonic() >= self._queue_due or self._only_queue_is_undrained()):
             self._queue_is_stale = False
             self._queue_due = self._monotonic() + _MIN_INTERVAL_S
             totals = self._ledger.totals()
-            queue = queue_of(totals, self._activity.current(totals), self._clock())
+            running = None if totals.processing is None else self._ledger.get(totals.processing)
+            progress = None if running is None else self.progress_of(running)
+            queue = queue_of(totals, self._activity.current(totals), self._clock(), running, progress)
             self._own_topics.retain("queue", queue.encode())
         self._discovery.run_once()
-        for name, payload, version in self._own_topics.take_due():
+        for name, payload, version in self._own_topics.take_due(without=_in_units("own", without)):
             topic = name if "/" in name else self._topics.own(name)
             self._publish(topic, payload, OwnTopicAck(name, version))
 
+    def _republish_positions(self) -> None:
+        """Enqueue the statuses of the jobs that have moved in the queue, if it is time."""
+        moves = self._ledger.moves
+        if moves == self._moves_published:
+            return
+        now = self._monotonic()
+        is_quiet = now >= self._moved_at + _POSITIONS_QUIET_S
+        if moves != self._moves:
+            self._moves, self._moved_at = moves, now
+        if is_quiet or moves - self._moves_published >= _MOVES or self._is_draining:
+            self._ledger.republish_moved()
+            self._moves_published = moves
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._drains_requested > self._drains_completed
+
     def _only_queue_is_undrained(self) -> bool:
         """Whether a drain waits for nothing else: the queue message is then the last one, and need not wait."""
-        return self._drains_requested > self._drains_completed and self._jobs_are_drained()
+        return self._is_draining and self._jobs_are_drained()
 
-    def _publish_transient_messages(self) -> None:
-        while self._transient_messages and self._room > 0:
+    def _publish_transient_messages(self, without: Collection[Unit]) -> None:
+        for _ in range(len(self._transient_messages)):
+            if self._room <= 0:
+                return
             message = self._transient_messages.first
             payload, data = self._job_messages.fit(message), message.correlation_data
+            size_bytes = len(message.topic) + len(payload)
+            if ("transient", message.topic) in without and not self._quarantine.is_skipped(message.topic, size_bytes):
+                self._transient_messages.move_to_end()
+                continue
             if not self._publish(message.topic, payload, TransientAck(message), retain=False, correlation_data=data):
                 return
             self._transient_messages.remove_first()
 
-    def _clear_deleted_jobs(self) -> None:
+    def _clear_deleted_jobs(self, without: Collection[Unit]) -> None:
         """Clear the retained topics of deleted jobs."""
         if self._room <= 0:
             return
-        in_flight = {ack.seq for ack in self._pending_acks.values() if isinstance(ack, ClearAck)}
-        for deleted in self._ledger.pending_clears(self._room, exclude=in_flight):
-            if self._last_finished is not None and self._last_finished.seq == deleted.seq:
-                self._set_last_finished(self._last_finished._replace(result_text=None))
+        in_flight = {sent.ack.seq for sent in self._in_flight.values() if isinstance(sent.ack, ClearAck)}
+        for deleted in self._ledger.pending_clears(self._room, exclude=in_flight | _in_units("clear", without)):
+            self._forget_last(deleted.seq)
             if not self._publish_in_order(self._job_messages.of_deletion(deleted), ClearAck(deleted.seq)):
                 return
 
-    def _publish_statuses(self) -> None:
+    def _publish_statuses(self, without: Collection[Unit]) -> None:
         if self._room <= 0:
             return
-        in_flight = {ack.seq for ack in self._pending_acks.values() if isinstance(ack, StatusAck) and ack.number}
+        acks = (sent.ack for sent in self._in_flight.values())
+        in_flight = {ack.seq for ack in acks if isinstance(ack, StatusAck) and ack.number}
         # Most jobs take two messages, the event of the change and the status.
-        for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=in_flight):
-            if not self._publish_status(job, number):
+        exclude = in_flight | _in_units("status", without)
+        for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=exclude):
+            # A state that the job has passed through is returned although the job is excluded.
+            only_event = ("status", job.seq) in without
+            if not self._publish_status(job, number, only_event=only_event):
                 return
 
-    def _publish_progress(self) -> None:
+    def _publish_progress(self, without: Collection[Unit]) -> None:
         if self._progress is None or not self._progress_is_stale or self._room <= 0:
             return
         if self._monotonic() < self._progress_due:
@@ -469,15 +624,17 @@ class Publisher(StoppableThread, JobObserver):
         self._progress_is_stale = False
         of, _ = self._progress
         job = self._ledger.get(of.job_id)
-        if job is not None and job.state is JobState.PROCESSING and job.attempt == of.attempt:
+        is_running = job is not None and job.state is JobState.PROCESSING and job.attempt == of.attempt
+        if job is not None and is_running and ("status", job.seq) not in without:
             self._publish_status(job, 0)
 
-    def _publish_status(self, job: Job, number: int) -> bool:
+    def _publish_status(self, job: Job, number: int, *, only_event: bool = False) -> bool:
         """Publish a job; False: not connected.
 
         Args:
             job: what to publish.
             number: for the acknowledgement; the job's revision if the state is new, else it is published again.
+            only_event: whether the status is left out.
         """
         if job.state is JobState.PROCESSING:
             self._progress_due = self._monotonic() + _MIN_INTERVAL_S
@@ -489,4 +646,12 @@ class Publisher(StoppableThread, JobObserver):
             log.error(message, job.job_id, exc, action="unpublished", job_id=job.job_id)
             self._complete([ack])
             return True
+        if only_event:
+            events = (message for message in messages if message.topic == self._topics.events)
+            return all(self._publish(topic, payload, ack, retain=False, is_last=False) for topic, payload, _ in events)
         return self._publish_in_order(messages, ack)
+
+
+def _in_units(kind: str, units: Collection[Unit]) -> set[Any]:
+    """Return the numbers or names of the units of one kind."""
+    return {name for each, name in units if each == kind} if units else set()

@@ -47,10 +47,6 @@ class RedeliveryTracker:
         if proven:
             self._ledger.release_packet_ids(proven)
 
-    def can_be_redelivered(self, delivery: Delivery) -> bool:
-        """Whether the session in which a message arrived still exists."""
-        return delivery.receipt.connection >= self._session
-
     def on_acknowledged(self, messages: Sequence[IncomingMessage], job_ids: Iterable[str] = ()) -> None:
         """Record which messages were acknowledged, in that order; `job_ids` are those of the messages with a job."""
         ids, newest_connection = iter(job_ids), self._newest_connection

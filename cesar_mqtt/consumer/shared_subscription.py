@@ -29,7 +29,7 @@ def subscriptions(topics: Topics, group: str | None) -> tuple[Subscription, ...]
     """Return the subscriptions to jobs, commands and the consumer's own queue message."""
     return (
         *(Subscription(topic_filter) for topic_filter in input_filters(topics, group)),
-        Subscription(topics.request_filter),
+        Subscription(topics.request_filter, may_go_ahead=True),
         Subscription(topics.own("queue"), wants_retained=True),  # for the publisher's retained check
     )
 

@@ -75,11 +75,15 @@ class DeduplicationIndex:
 
     def _take_packet_id(self, seq: int, packet_id: int) -> None:
         # A packet id that comes with a new message was free: the earlier message cannot be redelivered any more.
+        self.release_packet_id(packet_id)
+        self._seq_by_packet_id[packet_id] = seq
+        self._packet_id_by_seq[seq] = packet_id
+
+    def release_packet_id(self, packet_id: int) -> None:
+        """Take no later message for a redelivery of the request that came with this packet id."""
         earlier = self._seq_by_packet_id.get(packet_id)
         if earlier is not None:
             self._release(earlier)
-        self._seq_by_packet_id[packet_id] = seq
-        self._packet_id_by_seq[seq] = packet_id
 
     @property
     def jobs_with_packet_id(self) -> list[str]:

@@ -57,18 +57,25 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         document["formats"] = list(request.formats)
     if request.expires_at is not None:
         document["expires_at"] = request.expires_at
-    others = (
-        ("stream", request.stream),
-        ("priority", request.priority),
-        ("packet_id", request.packet_id),
-        ("anonymous", request.has_generated_id),
-        ("retained", request.retained),
-    )
-    document |= {name: value for name, value in others if value}
+    _add_rare_fields(document, request)
     if request.failure is not None:
         failure = {"error_code": ErrorCode.INVALID_REQUEST.value, "error_message": request.failure}
         document |= {"completed_at": now, **failure}
     return document
+
+
+def _add_rare_fields(document: dict[str, Any], request: NewJob) -> None:
+    # Field by field: a loop over their names took a tenth of the time of an append.
+    if request.stream:
+        document["stream"] = True
+    if request.priority:
+        document["priority"] = request.priority
+    if request.packet_id is not None:
+        document["packet_id"] = request.packet_id
+    if request.has_generated_id:
+        document["anonymous"] = True
+    if request.retained:
+        document["retained"] = True
 
 
 def result_fields(result: Result, now: float) -> dict[str, Any]:

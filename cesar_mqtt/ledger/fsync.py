@@ -4,6 +4,7 @@ Stateless; any thread may call it. `Disk` is a class so that a test can replace 
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,11 +12,19 @@ from pathlib import Path
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
+def _write_zeros(descriptor: int, offset: int, size: int) -> None:
+    if os.pwrite(descriptor, bytes(size), offset) < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+_allocate = getattr(os, "posix_fallocate", _write_zeros)  # macOS has none
+
+
 class Disk:
     """The system calls; each raises OSError."""
 
-    timed: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-    """Returns a context manager that is entered for each sync, such as a timer."""
+    timed: Callable[[], contextlib.AbstractContextManager[object]] | None = None
+    """Returns a context manager that is entered for each sync, such as a timer; None: syncs are not timed."""
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of `data` at `offset` and return how many bytes that was, as `os.pwrite` does."""
@@ -23,13 +32,18 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Write the file's content and size to the medium."""
-        with self.timed():
-            os.fsync(descriptor)
+        self._sync(os.fsync, descriptor)
 
     def sync_data(self, descriptor: int) -> None:
         """As `sync` without the file's times; cheaper if the size has not changed."""
-        with self.timed():
-            _fdatasync(descriptor)
+        self._sync(_fdatasync, descriptor)
+
+    def _sync(self, sync: Callable[[int], None], descriptor: int) -> None:
+        if self.timed is None:
+            sync(descriptor)
+        else:
+            with self.timed():
+                sync(descriptor)
 
     def reserve(self, descriptor: int, start: int, end: int) -> None:
         """Extend the file to `end` with NUL bytes, in advance of later writes; on a full disk by fewer bytes.
@@ -38,6 +52,14 @@ class Disk:
         took a tenth longer (ext4).
         """
         os.pwrite(descriptor, bytes(end - start), start)
+
+    def allocate(self, descriptor: int, start: int, end: int) -> None:
+        """Extend the file from `start` to `end` by blocks that exist; after an error it has its old size."""
+        try:
+            _allocate(descriptor, start, end - start)
+        except OSError:
+            os.ftruncate(descriptor, start)
+            raise
 
     def truncate(self, descriptor: int, size: int) -> None:
         """Cut the file to `size` bytes; durable only after `sync`."""

@@ -100,8 +100,12 @@ class Journal:
             last, end = end, end + _PREFIX_BYTES + len(body) + 1
         return last, end
 
-    def append(self, entry: Any) -> None:
+    def append(self, entry: Any, *, exact: bool = False) -> None:
         """Add a line; on return it is on disk.
+
+        Args:
+            entry: what the line holds.
+            exact: whether the file grows by no more than the line.
 
         Raises:
             OSError: the disk failed, and the line does not exist; if not even that is certain, `suspect` is true.
@@ -113,7 +117,7 @@ class Journal:
         self.suspect = True  # stays so after any other exception, such as KeyboardInterrupt
         try:
             if end > self._reserved:
-                self._reserve(end)
+                self._reserve(end, exact=exact)
             disk.write_all(descriptor, line, size)
             disk.sync_data(descriptor)
         except OSError:
@@ -121,8 +125,11 @@ class Journal:
             raise
         self.size, self.suspect = end, False
 
-    def _reserve(self, end: int) -> None:
+    def _reserve(self, end: int, *, exact: bool) -> None:
         """Allocate more than the next line needs; if that fails, the disk may still have room for the line alone."""
+        self._reserved = end
+        if exact:
+            return
         self._reserved = end - end % _STEP_BYTES + _STEP_BYTES
         try:
             self._disk.reserve(self._open_descriptor, self.size, self._reserved)

@@ -51,6 +51,7 @@ from cesar_mqtt.ledger.documents import (
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.index import Index, window_id
 from cesar_mqtt.ledger.outbox import Outbox
+from cesar_mqtt.ledger.reserve import KEPT_FOR_COMMANDS
 from cesar_mqtt.ledger.storage import Change, JournalStorage
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Window
@@ -83,7 +84,9 @@ def acquire_lock(path: Path) -> FileLock:
         file_lock.acquire()
     except Timeout as exc:
         raise LedgerInUseError(
-            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+            f"The ledger {path} is in use by another consumer.",
+            "Stop that one, or give this one its own --data-dir and its own --name: "
+            "two consumers with one name disconnect each other.",
         ) from exc
     except OSError as exc:
         raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
@@ -180,11 +183,15 @@ class Ledger:
         self._rejected = self._rejected_on_disk = counters.get("rejected", 0)
         self._released_on_disk: int = counters.get("settled", 0)
         self._paused = bool(counters.get("paused", False))
+        self._defaults: Mapping[str, str] = dict(counters.get("defaults", {}))
         self._piggyback: list[Change] = []
         """Changes that do not need a sync of their own: the next transaction writes them."""
         self._announced_revision: int = counters.get("told", 0)
         revisions = ((revision, seq) for revision, seq in self._revisions() if revision > storage.watermark)
         self._outbox = Outbox(revisions, announced_revision=self._announced_revision)
+        self._moves = 0
+        self._moved: set[int] = set()
+        """The jobs whose position has changed since it was published."""
         self._update_positions()  # the positions that were published are not on disk
         if len(self._rows) > _MANY_JOBS:
             # Each pass of the garbage collector over 100,000 documents stops all threads for a tenth of a second.
@@ -264,6 +271,12 @@ class Ledger:
         except OSError as exc:
             raise LedgerError(f"The checkpoint {self.path} could not be written: {exc.strerror}.") from exc
 
+    def restore_reserve(self) -> None:
+        """Take again the room that changes on a full disk have used; does nothing while there is none."""
+        with self._changed:
+            if not self._closed:
+                self._storage.restore_reserve()
+
     # -- accept requests ------------------------------------------------------------------------------------------
 
     def append(self, requests: Sequence[NewJob]) -> list[tuple[Admission, str]]:
@@ -278,13 +291,16 @@ class Ledger:
         with self._changed:
             room = self._max_queued - len(self._index.queue)
             admissions, accepted = self._index.deduplication.admit(requests, room=room)
-            seen = self._seen_retained(requests, admissions)
-            if accepted or seen:
-                self._insert(accepted, seen)
-            for admission, job_id in admissions:
-                seq = self._index.deduplication.seq(job_id)
-                if admission is Admission.DUPLICATE and seq is not None:
-                    self._outbox.republish(seq)
+            if accepted and len(accepted) == len(requests):
+                self._insert(accepted, {})
+            else:
+                seen = self._seen_retained(requests, admissions)
+                if accepted or seen:
+                    self._insert(accepted, seen)
+                for admission, job_id in admissions:
+                    seq = self._index.deduplication.seq(job_id)
+                    if admission is Admission.DUPLICATE and seq is not None:
+                        self._outbox.republish(seq)
             if admissions:
                 self._notify()
             return admissions
@@ -352,6 +368,11 @@ class Ledger:
         """
         with self._changed:
             self._index.deduplication.release_packet_ids(job_ids)
+
+    def release_packet_id(self, packet_id: int) -> None:
+        """Take no later message for a redelivery of the request that came with this packet id: a new one has it."""
+        with self._changed:
+            self._index.deduplication.release_packet_id(packet_id)
 
     def release_all_packet_ids(self, *, keep: Collection[str] = ()) -> None:
         """Release all packet ids but those of the jobs in `keep`; on disk now, or later if the disk fails."""
@@ -535,7 +556,8 @@ class Ledger:
             self._cancel(seq)
 
     def _cancel(self, seq: int) -> None:
-        self._transition(seq, JobState.CANCELLED, {"completed_at": self._clock()}, dropped=("cancelling",))
+        fields = {"completed_at": self._clock()}
+        self._transition(seq, JobState.CANCELLED, fields, dropped=("cancelling",), keep_reserve=0)
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -559,7 +581,7 @@ class Ledger:
             if state is JobState.QUEUED:
                 self._cancel(seq)
             elif not self.is_cancelling(seq):
-                self._commit([Change(JOBS, seq, {"cancelling": True})])
+                self._commit([Change(JOBS, seq, {"cancelling": True})], keep_reserve=0)
                 self._notify()
             return self._job(seq)
 
@@ -613,9 +635,53 @@ class Ledger:
         """Stop starting jobs, or start them again; persisted over restarts. Raises LedgerError."""
         with self._changed:
             if on != self._paused:
-                self._commit([Change(COUNTERS, 1, {"paused": on})])
+                self._commit([Change(COUNTERS, 1, {"paused": on})], keep_reserve=0)
                 self._paused = on
                 self._notify()
+
+    def cancel_queued(self, limit: int) -> list[Job]:
+        """Cancel queued jobs, at most `limit`, in one transaction, and return them.
+
+        Raises:
+            LedgerError: the disk failed; all jobs continue.
+        """
+        with self._changed:
+            seqs = list(islice(self._index.queue, limit))
+            if not seqs:
+                return []
+            now, state = self._clock(), JobState.CANCELLED
+            fields = {"state": state.value, "updated_at": now, "completed_at": now}
+            fields["revision"] = self._storage.transaction + 1
+            dropped = [("preempted",) if "preempted" in self._rows[str(seq)] else () for seq in seqs]
+            changes = [Change(JOBS, seq, fields, names) for seq, names in zip(seqs, dropped, strict=True)]
+            changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + len(seqs)}))
+            self._commit(changes)
+            for seq in seqs:
+                document = self._rows[str(seq)]
+                self._index.move(seq, JobState.QUEUED, state, document)
+                self._enqueue_status(seq, document)
+            self._update_positions()
+            self._notify()
+            return [self._job(seq) for seq in seqs]
+
+    def last_retryable(self) -> str | None:
+        """Return the id of the job that ended last of those that can be retried; None: there is none."""
+        with self._changed:
+            rows = (self._rows[str(seq)] for seq in reversed(self._index.finished))
+            return next((str(row["job_id"]) for row in rows if retry_rejection(row) is None), None)
+
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        """What was set for jobs that name no model or no language, by name; persisted over restarts."""
+        with self._changed:
+            return self._defaults
+
+    def set_defaults(self, defaults: Mapping[str, str]) -> None:
+        """Replace what was set. Raises LedgerError."""
+        with self._changed:
+            if defaults != self._defaults:
+                self._commit([Change(COUNTERS, 1, {"defaults": dict(defaults)})])
+                self._defaults = dict(defaults)
 
     # -- retention ------------------------------------------------------------------------------------------------
 
@@ -678,7 +744,7 @@ class Ledger:
         # Sequence numbers are never used again, so the last one is kept apart from its job.
         counters = {"last_seq": self._index.last_seq, "deleted": self._index.deleted_total + len(seqs)}
         changes.append(Change(COUNTERS, 1, counters))
-        self._commit(changes)
+        self._commit(changes, keep_reserve=0)
         for job, row in zip(deleted, rows, strict=True):
             self._index.delete(job, row)
         self._outbox.drop(seqs)
@@ -693,6 +759,12 @@ class Ledger:
         """Whether the broker has not acknowledged all statuses and all clears."""
         with self._changed:
             return bool(self._outbox) or bool(self._index.tombstones.pending)
+
+    def has_unpublished_besides(self, statuses: Collection[int], clears: Collection[int]) -> bool:
+        """Whether that is so for jobs other than these; sequence numbers."""
+        with self._changed:
+            pending = self._index.tombstones.pending
+            return self._outbox.has_pending(statuses) or any(seq not in clears for seq in pending)
 
     def unpublished(self, limit: int, *, exclude: Collection[int] = ()) -> list[tuple[int, Job]]:
         """Return the states to publish next, oldest change first.
@@ -710,10 +782,32 @@ class Ledger:
         with self._changed:
             return self._outbox.take(limit, exclude, self._job)
 
-    def coalesce(self) -> None:
-        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published."""
+    def coalesce(self, lost: Iterable[tuple[int, int]] = ()) -> None:
+        """Drop the states that jobs passed through: after a connection was lost only the newest ones are published.
+
+        Args:
+            lost: what was in flight then: the sequence number of each job, and the number that `unpublished` returned.
+        """
         with self._changed:
-            self._outbox.coalesce()
+            self._outbox.coalesce(lost)
+
+    @property
+    def events_dropped(self) -> int:
+        """How many changes of jobs have had no event since the start, because the job changed again too soon."""
+        return self._outbox.dropped
+
+    @property
+    def moves(self) -> int:
+        """How often the positions of the first jobs in the queue have changed since the start."""
+        return self._moves
+
+    def republish_moved(self) -> None:
+        """Publish the statuses of the jobs whose position has changed since the last call, if they are still queued."""
+        with self._changed:
+            for seq in sorted(self._moved):
+                if self._index.queue.position(seq)[0] is not None:
+                    self._outbox.republish(seq)
+            self._moved.clear()
 
     def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
         """Record that the broker acknowledged statuses; on disk with the next transaction.
@@ -815,10 +909,11 @@ class Ledger:
         row = self._rows.get(str(seq))
         return row is not None and "cancelling" in row
 
-    def last_finished(self) -> Job | None:
-        """Return the job that ended last, rejections aside; None: no finished job is left."""
+    def last_finished(self, state: JobState) -> Job | None:
+        """Return the job that ended last in this state, rejections aside; None: no such job is left."""
         with self._changed:
-            newest = next(reversed(self._index.finished), None)
+            newest_first = reversed(self._index.finished)
+            newest = next((seq for seq in newest_first if self._rows[str(seq)]["state"] == state), None)
             return None if newest is None else self._job(newest)
 
     def windows(self, seq: int) -> tuple[Window, ...]:
@@ -840,6 +935,12 @@ class Ledger:
         with self._changed:
             return {name for row in self._rows.values() if document_may_need_audio(row) for name in spool_files(row)}
 
+    def retryable_uploads(self) -> list[tuple[str, str]]:
+        """Return id and spool file of each job that has ended and may be retried with its upload, oldest end first."""
+        with self._changed:
+            rows = (self._rows[str(seq)] for seq in self._index.finished)
+            return [(row["job_id"], name) for row in rows if document_may_need_audio(row) for name in spool_files(row)]
+
     def totals(self) -> Totals:
         """Return the counts for the consumer's own topics; the cost does not depend on the number of jobs."""
         with self._changed:
@@ -856,6 +957,7 @@ class Ledger:
                 processing=None if processing is None else self._rows[str(processing)]["job_id"],
                 paused=self._paused,
                 deleted_total=index.deleted_total,
+                revision=self._storage.transaction,
             )
 
     # -- transactions; the caller holds the lock ------------------------------------------------------------------
@@ -871,8 +973,12 @@ class Ledger:
         """Yield the revision and the sequence number of every job."""
         return ((document["revision"], int(key)) for key, document in self._rows.items())
 
-    def _commit(self, changes: list[Change]) -> None:
-        """Write a transaction: these changes, the waiting ones, and the outbox's watermark."""
+    def _commit(self, changes: list[Change], *, keep_reserve: int | None = None) -> None:
+        """Write a transaction: these changes, the waiting ones, and the outbox's watermark.
+
+        `keep_reserve` is for a full disk, see `JournalStorage.commit`: nothing new is accepted then, but jobs end, and
+        commands that free room are executed.
+        """
         if self._closed:
             raise LedgerError(f"The ledger {self.path} is closed.")
         if self._rejected != self._rejected_on_disk:
@@ -883,7 +989,7 @@ class Ledger:
         if self._piggyback:
             changes[:0] = self._piggyback
         storage = self._storage
-        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction))
+        storage.commit(changes, watermark=self._outbox.watermark(storage.transaction), keep_reserve=keep_reserve)
         self._rejected_on_disk, self._released_on_disk = self._rejected, released
         self._piggyback.clear()
 
@@ -895,6 +1001,7 @@ class Ledger:
         *,
         dropped: tuple[str, ...] = (),
         also: Iterable[Change] = (),
+        keep_reserve: int = KEPT_FOR_COMMANDS,
     ) -> None:
         """Move a job to `state`, with other changes in the same transaction."""
         rows, key = self._rows, str(seq)
@@ -912,11 +1019,12 @@ class Ledger:
         }
         if "preempted" in row:  # a job is first of its priority only until it leaves the queue
             dropped = (*dropped, "preempted")
-        dropped = tuple([name for name in dropped if name in row])
+        if dropped:
+            dropped = tuple([name for name in dropped if name in row])
         changes = [Change(JOBS, seq, document, dropped), *also]
         if state.final:
             changes.append(Change(COUNTERS, 1, {state.value: self._index.ended_total[state] + 1}))
-        self._commit(changes)
+        self._commit(changes, keep_reserve=keep_reserve)
         self._index.move(seq, before, state, rows[key])
         if before is JobState.QUEUED or state is JobState.QUEUED:
             self._update_positions()
@@ -927,9 +1035,11 @@ class Ledger:
         self._outbox.enqueue(seq, document["revision"], (seq, document, *self._index.queue.position(seq)))
 
     def _update_positions(self) -> None:
-        """Update the positions of the first jobs in the queue, and republish the jobs whose position changed."""
-        for seq in self._index.queue.update_positions(self._clock()):
-            self._outbox.republish(seq)
+        """Update the positions of the first jobs in the queue."""
+        moved = self._index.queue.update_positions(self._clock())
+        if moved:
+            self._moved.update(moved)
+            self._moves += 1
 
     def _notify(self) -> None:
         if self._waiting:

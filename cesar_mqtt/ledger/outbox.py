@@ -48,11 +48,17 @@ class Outbox:
         self._republication = count(-1, -1)
         self._history: deque[tuple[int, Snapshot]] = deque(maxlen=HISTORY_LIMIT)
         """Every change that was not taken yet, in order."""
+        self.dropped = 0
+        """How many changes were never taken, or taken and lost with the connection, before the job changed again."""
         for seq in sorted(self._acknowledged_before, key=self._pending.__getitem__):
             self.republish(seq)
 
     def __bool__(self) -> bool:
         return bool(self._pending)
+
+    def has_pending(self, exclude: Collection[int] = ()) -> bool:
+        """Whether anything is to be published of a job that is not in `exclude`."""
+        return any(seq not in exclude for seq in self._pending)
 
     # -- enqueue -----------------------------------------------------------------------------------------------------
 
@@ -73,6 +79,8 @@ class Outbox:
         if self._unacknowledged.get(seq) == revision:
             self._pending[seq] = revision
             self._not_taken.add(seq)
+        else:
+            self.dropped += 1
 
     def republish(self, seq: int) -> None:
         """Enqueue a job's current state once more; a change that was not taken yet stays new."""
@@ -92,8 +100,14 @@ class Outbox:
         for seq in sorted(self._unacknowledged):
             self.republish(seq)
 
-    def coalesce(self) -> None:
-        """Drop superseded states and everything in flight; the newest state of each job is published (again)."""
+    def coalesce(self, lost: Iterable[tuple[int, int]] = ()) -> None:
+        """Drop superseded states and everything in flight; the newest state of each job is published (again).
+
+        Args:
+            lost: sequence number and number of each change that was taken, and lost with the connection.
+        """
+        untaken = ((seq, revision) for revision, (seq, *_) in self._history)
+        self.dropped += sum(number > 0 and self._unacknowledged.get(seq) != number for seq, number in (*untaken, *lost))
         for seq in self._unacknowledged.keys() - self._acknowledged_before:
             self._pending[seq] = self._unacknowledged[seq]
             self._not_taken.add(seq)
@@ -101,13 +115,17 @@ class Outbox:
 
     def drop(self, seqs: Collection[int]) -> None:
         """Drop everything about these jobs."""
+        untaken = {seq for _, (seq, *_) in self._history}
+        self.dropped += sum(seq in self._not_taken and seq not in untaken for seq in seqs)
         for seq in seqs:
             self._pending.pop(seq, None)
             self._unacknowledged.pop(seq, None)
             self._not_taken.discard(seq)
             self._acknowledged_before.discard(seq)
         dropped = frozenset(seqs)
-        self._history = deque((item for item in self._history if item[1][0] not in dropped), maxlen=HISTORY_LIMIT)
+        kept = [item for item in self._history if item[1][0] not in dropped]
+        self.dropped += len(self._history) - len(kept)
+        self._history = deque(kept, maxlen=HISTORY_LIMIT)
 
     # -- publish -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
 POSITIONS_TRACKED = 10
 """So many of the first jobs have their status published when their position changes: more would flood the broker."""
 
+_NO_POSITION = (None, None)
 _LEVEL = 1 << 52
 """The distance between two levels in `JobQueue._order`: more than there will ever be jobs."""
 
@@ -30,10 +31,11 @@ class JobQueue:
 
     def __init__(self, levels: Iterable[tuple[int, int]] = ()) -> None:
         """Start with the jobs that were queued on disk: the number and the level of each."""
-        self._keys = {seq: seq - level * _LEVEL for seq, level in levels}
+        level_by_seq = dict(levels)
+        self._keys = {seq: seq - level * _LEVEL for seq, level in level_by_seq.items()}
         self._order = SortedList(self._keys.values())
         """One integer for each job: as keys of a sorted list they take a third of the memory of tuples."""
-        self.preempted = {seq for seq, key in self._keys.items() if _is_preempted(key)}
+        self.preempted = {seq for seq, level in level_by_seq.items() if level % 2}
         """The preempted jobs among them."""
         self._not_before: dict[int, float] = {}
         self._expires_at: dict[int, float] = {}
@@ -41,9 +43,11 @@ class JobQueue:
         self._expiries = ExpiryHeap()
         """Of queued jobs only."""
         self._first: list[int] = []
-        """The first `POSITIONS_TRACKED` jobs at the last update of positions."""
+        """The first `POSITIONS_TRACKED` jobs, as they were before the first change that `_moved` stands for."""
+        self._moved = bool(self._keys)
+        """Whether positions may have changed since their last update, other than by jobs added at the end."""
         self._unplaced: dict[int, None] = {}
-        """Jobs that were added since, in that order."""
+        """Jobs that were added since the last update of positions, in that order."""
         self._positions: dict[int, tuple[int, float | None]] = {
             seq: (position, None)
             for position, seq in enumerate(islice(self, POSITIONS_TRACKED, None), start=POSITIONS_TRACKED + 1)
@@ -62,9 +66,17 @@ class JobQueue:
     def add(self, seq: int, level: int = 0) -> None:
         """Insert a job at the place that its level and its number give it; `update_positions` gives it a position."""
         key = self._keys[seq] = seq - level * _LEVEL
-        self._order.add(key)
+        order = self._order
+        order.add(key)
         self._unplaced[seq] = None
-        if _is_preempted(key):
+        length = len(order)
+        if self._moved or (length > 1 and key != order[-1]):
+            self._moved = True
+        else:
+            self._positions[seq] = (length, None)
+            if length <= POSITIONS_TRACKED:
+                self._first.append(seq)
+        if level % 2:
             self.preempted.add(seq)
         if seq in self._expires_at:
             self._expiries[seq] = self._expires_at[seq]
@@ -72,6 +84,11 @@ class JobQueue:
     def remove(self, seq: int) -> None:
         """Remove a job that is started, cancelled or deleted."""
         self._order.remove(self._keys.pop(seq))
+        if not self._order:
+            self._first.clear()
+            self._moved = False
+        elif seq in self._first:
+            self._moved = True
         self.preempted.discard(seq)
         self._unplaced.pop(seq, None)
         self._positions.pop(seq, None)
@@ -98,24 +115,26 @@ class JobQueue:
         Returns:
             The jobs whose position changed, those included that are no longer among the first.
         """
-        first = [key % _LEVEL for key in islice(self._order, POSITIONS_TRACKED)]
-        current = dict(zip(first, count(1)))
-        for seq in self._unplaced:
-            self._positions[seq] = (current.get(seq) or self._rank(seq), None)
-        self._unplaced.clear()
-        if first == self._first:
+        if not self._moved:
+            self._unplaced.clear()
             return []
-        for seq in self._first:
-            if seq not in current and seq in self._keys:
-                current[seq] = self._rank(seq)
+        positions = self._positions
+        for seq in self._unplaced:
+            positions[seq] = (self._rank(seq), None)
+        self._unplaced.clear()
+        self._moved = False
+        first = [key % _LEVEL for key in islice(self._order, POSITIONS_TRACKED)]
+        current = [(seq, self._rank(seq)) for seq in self._first if seq in self._keys and seq not in first]
+        current[:0] = zip(first, count(1))
         self._first = first
-        moved = [seq for seq, position in current.items() if self._positions.get(seq, (0, None))[0] != position]
-        for seq in moved:
-            self._positions[seq] = (current[seq], now)
-        return moved
+        moved = [(seq, position) for seq, position in current if positions.get(seq, _NO_POSITION)[0] != position]
+        for seq, position in moved:
+            positions[seq] = (position, now)
+        return [seq for seq, _ in moved]
 
     def _rank(self, seq: int) -> int:
-        return int(self._order.bisect_right(self._keys[seq]))
+        key, order = self._keys[seq], self._order
+        return len(order) if key == order[-1] else int(order.bisect_right(key))
 
     # -- queries -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +157,7 @@ class JobQueue:
 
     def position(self, seq: int) -> tuple[int | None, float | None]:
         """Return a job's position from 1, and since when it has it, if that is later than its last change of state."""
-        return self._positions.get(seq, (None, None))
+        return self._positions.get(seq, _NO_POSITION)
 
     def oldest(self) -> int | None:
         """Return the job that was accepted first, whatever its priority; None: the queue is empty."""
@@ -149,7 +168,3 @@ class JobQueue:
             first.append(key % _LEVEL)
             index = self._order.bisect_left(key - first[-1] + _LEVEL)
         return min(first, default=None)
-
-
-def _is_preempted(key: int) -> bool:
-    return key // _LEVEL % 2 == 1

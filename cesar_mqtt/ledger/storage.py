@@ -22,6 +22,13 @@ from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.journal import FORMAT, REPAIR_ADVICE, Journal, check_format
+from cesar_mqtt.ledger.reserve import Reserve
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OPENING_BYTES = 64 << 10
+"""What opening needs at most: a new journal and the names of its files."""
+_HEADER_BYTES = 100
+"""A journal of this size has no transaction yet."""
 
 
 class Change(NamedTuple):
@@ -90,8 +97,9 @@ class JournalStorage(Storage):
         """Held while a checkpoint is written and the journal is cut; acquired before any other lock."""
         self._disk = disk or Disk()
         self._journal = Journal(path.with_name(path.name + ".journal"), self._disk)
+        self._reserve = Reserve(path.with_suffix(".reserve"), self._disk)
         try:
-            self._open()
+            self._open_with_reserve()
         except OSError as exc:
             self.abandon()
             raise LedgerError(
@@ -100,6 +108,16 @@ class JournalStorage(Storage):
         except BaseException:
             self.abandon()
             raise
+
+    def _open_with_reserve(self) -> None:
+        """Open the files; on a full disk with the room of the reserve: a consumer that does not start frees nothing."""
+        try:
+            self._open()
+        except OSError as exc:
+            if exc.errno not in _FULL or not self._reserve.give_up(_OPENING_BYTES, keep_bytes=0):
+                raise
+            self._journal.close()
+            self._open()
 
     def _open(self) -> None:
         loaded = checkpoint.load(self.path)
@@ -157,7 +175,9 @@ class JournalStorage(Storage):
     def journal_bytes(self) -> int:
         return self._journal.size
 
-    def commit(self, changes: Iterable[Change], *, watermark: int | None = None) -> None:
+    def commit(
+        self, changes: Iterable[Change], *, watermark: int | None = None, keep_reserve: int | None = None
+    ) -> None:
         """Apply the changes together: on return they are on disk; after an error none of them is applied.
 
         A crash right after an error may still bring the changes back: the disk may have failed to undo the write, too.
@@ -166,6 +186,7 @@ class JournalStorage(Storage):
         Args:
             changes: any number of them.
             watermark: None: as it was.
+            keep_reserve: on a full disk the changes may use the reserve up to so many bytes; None: they may not.
 
         Raises:
             LedgerError: the disk failed; the next commit tries again.
@@ -175,14 +196,39 @@ class JournalStorage(Storage):
         watermark = self.watermark if watermark is None else watermark
         operations = [[c.table, c.doc_id, c.fields, *((c.dropped,) if c.dropped else ())] for c in changes]
         try:
-            if self._journal.suspect:
-                self.checkpoint()
-            self._journal.append([number, watermark, operations])
+            self._append([number, watermark, operations], keep_reserve)
         except OSError as exc:
             raise LedgerError(f"The ledger {self.path} cannot be written: {exc.strerror}.") from exc
         self.transaction, self.watermark = number, watermark
         for change in changes:
             apply(self._image, change)
+
+    def _append(self, entry: Any, keep_reserve: int | None) -> None:
+        exact = False
+        while True:
+            try:
+                if self._journal.suspect:
+                    self.checkpoint()
+                self._journal.append(entry, exact=exact)
+            except OSError as exc:
+                if not self._make_room(exc, entry, keep_reserve):
+                    raise
+                exact = True
+            else:
+                return
+
+    def _make_room(self, error: OSError, entry: Any, keep_reserve: int | None) -> bool:
+        """Do what lets the journal grow all the same; False: nothing does."""
+        if error.errno == errno.EFBIG and self._journal.size > _HEADER_BYTES:  # RLIMIT_FSIZE, say
+            self.checkpoint()
+            return True
+        if error.errno not in _FULL or keep_reserve is None:
+            return False
+        return self._reserve.give_up(len(encode(entry)), keep_bytes=keep_reserve)
+
+    def restore_reserve(self) -> None:
+        """Take again what changes on a full disk have used of the reserve, if there is room now."""
+        self._reserve.restore()
 
     def _replay(self, line: int, entry: Any) -> None:
         """Apply an entry of the journal at opening, unless the checkpoint has it already."""
@@ -275,3 +321,4 @@ class JournalStorage(Storage):
     def abandon(self) -> None:
         """Close the files as they are, as a crash would."""
         self._journal.close()
+        self._reserve.close()

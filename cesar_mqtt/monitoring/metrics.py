@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -139,6 +147,10 @@ class Metrics:
             ) from exc
         thread.name = "metrics"
         self._server = server, thread
+
+    def render(self) -> bytes:
+        """Return all numbers as a scrape gets them."""
+        return generate_latest(self.registry)
 
     def close(self) -> None:
         """Close the port and end the server's thread; may be called twice, and without `serve`."""

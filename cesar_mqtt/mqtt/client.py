@@ -22,6 +22,7 @@ from cesar_mqtt.mqtt.messages import (
     Delivery,
     Publication,
     PublishTicket,
+    Refusal,
     Subscription,
     Will,
 )
@@ -33,7 +34,10 @@ log = get_logger(__name__)
 _FIRST_RETRY_S = 1.0
 """The delay after the first failed attempt, or a lost connection; it doubles with each further one."""
 _MAX_RETRY_S = 60.0
-"""The longest delay between two attempts; a connection that was ready for this long resets the delay."""
+"""The longest delay where trying again soon cannot help: after a refusal, and after short connections in a row, as two
+clients of one client id have them. A connection that was ready for this long resets the delay."""
+_MAX_AWAY_S = 5.0
+"""The longest delay otherwise: a broker that is restarted is there again within seconds, and attempts cost little."""
 _RETRY_JITTER = 0.5
 """Clients that lost the same broker should not reconnect at the same moment."""
 _NO_SOCKET_S = 5.0
@@ -62,8 +66,8 @@ class MqttClient(StoppableThread):
     Attributes:
         on_connected: the client is connected and subscribed.
         on_disconnected: the connection is lost; its tickets are void. Not called for `close`.
-        on_published: the broker has the message (QoS 1: PUBACK received; QoS 0: written). With a reason: the broker
-            refused it, and would do so again.
+        on_published: the broker has the message (QoS 1: PUBACK received; QoS 0: written). With a refusal: the broker
+            did not accept it, and would refuse the same message again.
         on_unrouted: no subscription matched these messages, so that the broker has dropped them (MQTT 5); called before
             `on_published`.
         on_refused: the broker refused the first attempt in a way that another attempt does not change; the client
@@ -83,7 +87,7 @@ class MqttClient(StoppableThread):
         buffer_max_bytes: int = 64 << 20,
         on_connected: Callable[[ConnectionInfo], None] | None = None,
         on_disconnected: Callable[[ConnectionFailure], None] | None = None,
-        on_published: Callable[[PublishTicket, str | None], None] | None = None,
+        on_published: Callable[[PublishTicket, Refusal | None], None] | None = None,
         on_unrouted: Callable[[Sequence[PublishTicket]], None] | None = None,
         on_refused: Callable[[BrokerRefusedError], None] | None = None,
     ) -> None:
@@ -134,6 +138,7 @@ class MqttClient(StoppableThread):
         self._buffer = ReceiveBuffer(buffer_max_messages, buffer_max_bytes, on_room=self._wake_connection)
         self._version = VersionChoice(settings.protocol)
         self._backoff = Backoff(_FIRST_RETRY_S, _MAX_RETRY_S, jitter=_RETRY_JITTER)
+        self._away_backoff = Backoff(_FIRST_RETRY_S, _MAX_AWAY_S, jitter=_RETRY_JITTER)
         self._previous_s = math.inf
         self._close_timeout_s = 5.0
         self._changed = threading.Condition()
@@ -142,6 +147,7 @@ class MqttClient(StoppableThread):
         self._failure: ConnectionFailure | None = None
         self._refusal: BrokerRefusedError | None = None
         self._ever_connected = self._session_is_new = False
+        self._ahead = False
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
@@ -188,6 +194,24 @@ class MqttClient(StoppableThread):
         if connection is not None:
             connection.acknowledge(deliveries)
 
+    def let_go_ahead(self, *, on: bool) -> None:
+        """Have the broker deliver some messages although others before them are not acknowledged, until told otherwise.
+
+        A broker delivers only so many unacknowledged messages at QoS 1 (mosquitto: 20), and any number at QoS 0. So the
+        subscriptions that `may_go_ahead` are made at QoS 0 meanwhile: a message on them is lost when the connection is.
+        """
+        with self._changed:
+            self._ahead = on
+            connection = self._connection
+        if connection is not None:
+            connection.let_go_ahead(on=on)
+
+    def reconnect(self) -> None:
+        """Make a new connection at once, so that the broker delivers again what is not acknowledged."""
+        connection = self._connection
+        if connection is not None:
+            connection.expire("receiving unacknowledged messages again")
+
     def publish(
         self,
         topic: str,
@@ -197,16 +221,18 @@ class MqttClient(StoppableThread):
         retain: bool = False,
         correlation_data: bytes | None = None,
         user_properties: Sequence[tuple[str, str]] = (),
+        alone: bool = False,
     ) -> PublishTicket | None:
         """Enqueue a message for the broker; None: not connected, or 60,000 messages wait, and it was not enqueued.
 
-        In MQTT 3.1.1 correlation data and user properties are left out.
+        In MQTT 3.1.1 correlation data and user properties are left out. A message that is to be `alone` is sent when no
+        other is in flight, and those behind it after its PUBACK.
 
         Raises:
             PacketTooLargeError: the packet exceeds the broker's limit.
             CannotPublishError: brokers close the connection because of such a topic or property.
         """
-        publication = Publication(topic, payload, qos, retain, correlation_data, user_properties)
+        publication = Publication(topic, payload, qos, retain, correlation_data, user_properties, alone)
         # The lock makes every ticket precede the end of its connection, and so `on_disconnected`.
         with self._changed:
             if self._connection is None or self._info is None:
@@ -263,6 +289,7 @@ class MqttClient(StoppableThread):
             on_session_started=self._on_session_started,
         )
         with self._changed:
+            connection.let_go_ahead(on=self._ahead)
             self._connection = connection
         return connection
 
@@ -318,7 +345,8 @@ class MqttClient(StoppableThread):
             self._connection = self._info = None
         connection.close()
         if was_ready and not self._stopping.is_set() and self.on_disconnected is not None:
-            log_exceptions(self.on_disconnected)(connection.failure)
+            failure = replace(connection.failure, unacknowledged=connection.unacknowledged)
+            log_exceptions(self.on_disconnected)(failure)
 
     def _next_delay_s(self, connection: Connection) -> float | None:
         """Return the seconds until the next connection, given the one that has ended; None: there is none."""
@@ -336,13 +364,17 @@ class MqttClient(StoppableThread):
             self._report_refused(connection.failure)
             return None
         self._previous_s = connection.ready_s or math.inf  # inf: it was never ready, so the broker was away
-        # Two consumers of one client id disconnect each other for ever; since each connection is short, the delay grows
-        # and they do it ever more slowly.
+        was_ready = connection.info is not None
         if connection.ready_s >= self._backoff.most_s:
             self._backoff.reset()
+        if was_ready:
+            self._away_backoff.reset()
         if connection.refused:
             self._backoff.jump_to_most()
-        delay_s = self._backoff.next_s()
+        # Two consumers of one client id disconnect each other for ever; since each connection is short, the delay grows
+        # and they do it ever more slowly. They have no message in flight most of the time.
+        contested = was_ready and not connection.is_suspicious and not connection.failure.is_broker_away
+        delay_s = (self._backoff if connection.refused or contested else self._away_backoff).next_s()
         self._log_failure(connection, delay_s)
         return delay_s
 

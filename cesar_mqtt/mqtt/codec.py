@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cesar_mqtt.mqtt.messages import Delivery, Publication, Receipt
+from cesar_mqtt.mqtt.messages import Delivery, Publication, Receipt, Refusal
 
 TYPE_MASK = 0xF0
 """The bits of a packet's first byte that give its type."""
@@ -215,7 +215,7 @@ def is_unrouted(puback: bytes) -> bool:
     return puback[2:3] == _NO_MATCHING_SUBSCRIBERS
 
 
-def decode_puback(body: bytes) -> tuple[int, str | None]:
+def decode_puback(body: bytes) -> tuple[int, Refusal | None]:
     """Return the packet id of a PUBACK, and why the broker refused the message; None: it accepted it.
 
     Raises:
@@ -227,6 +227,7 @@ def decode_puback(body: bytes) -> tuple[int, str | None]:
     if len(body) == 2 or body[2] < _FAILURE:  # noqa: PLR2004 - as above
         return mid, None
     try:
-        return mid, str(ReasonCode(PacketTypes.PUBACK, identifier=body[2]))
+        reason = str(ReasonCode(PacketTypes.PUBACK, identifier=body[2]))
     except (KeyError, ValueError):
-        return mid, f"reason code {body[2]}"
+        reason = f"reason code {body[2]}"
+    return mid, Refusal(body[2], reason)

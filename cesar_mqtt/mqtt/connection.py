@@ -1,7 +1,7 @@
 """One connection to a broker, from CONNECT to its end; nothing outside this package knows paho.
 
-The network thread creates it, runs it and closes it. Any thread may call `acknowledge`, `publish`,
-`disconnect_gracefully` and `wake`.
+The network thread creates it, runs it and closes it. Any thread may call `acknowledge`, `publish`, `let_go_ahead`,
+`expire`, `disconnect_gracefully` and `wake`.
 """
 
 import math
@@ -32,6 +32,7 @@ from cesar_mqtt.mqtt.messages import (
     Publication,
     PublishTicket,
     Receipt,
+    Refusal,
     Subscription,
 )
 from cesar_mqtt.mqtt.send_queue import SendQueue
@@ -80,7 +81,7 @@ class Connection:
         tcp_connected: whether the broker accepted the TCP connection.
         connack: the reason code of CONNACK; None: there was none.
         malformed: whether the connection ended because of a malformed packet.
-        expired: whether it ended because it reached `max_age_s`.
+        expired: whether it ended because it reached `max_age_s`, or by `expire`.
         failure: why it ended.
     """
 
@@ -130,6 +131,8 @@ class Connection:
         self._acks_sent = 0
         self._answer_by = self._ready_since = self._cut_at = self._ping_at = math.inf
         self._disconnecting = self._disconnect_sent = False
+        self._ahead = self._subscribed_ahead = False
+        self._expire_as: str | None = None
         self._wakeup = WakeupPipe()
         self._socket: BufferedSocket
         self._paho = _make_paho_client(options, version)
@@ -169,6 +172,16 @@ class Connection:
         ticket = None if self._disconnecting else self._send_queue.publish(publication)
         self._wakeup.wake()
         return ticket
+
+    def let_go_ahead(self, *, on: bool) -> None:
+        """Subscribe at QoS 0 to what may go ahead, or at QoS 1 again; see `MqttClient.let_go_ahead`."""
+        self._ahead = on
+        self._wakeup.wake()
+
+    def expire(self, reason: str) -> None:
+        """End this connection in order, for a new one."""
+        self._expire_as = reason
+        self._wakeup.wake()
 
     def disconnect_gracefully(self, timeout_s: float) -> None:
         """Send all enqueued messages, then DISCONNECT; after `timeout_s` cut the connection."""
@@ -216,21 +229,33 @@ class Connection:
         self._keep_alive(now, idle=idle)
         if self._paho.socket() is None:
             return False
-        if self.ready_s >= self._max_age_s and not self.expired:
-            self.expired, self.failure = True, ConnectionFailure("switching back to MQTT 5")
+        if self.ready_s >= self._max_age_s:
+            self._expire_as = self._expire_as or "switching back to MQTT 5"
+        if self._expire_as is not None and not self.expired:
+            self.expired, self.failure = True, ConnectionFailure(self._expire_as)
             self.disconnect_gracefully(_ANSWER_S)
         if self.info is None and now >= self._answer_by:
             self.failure = ConnectionFailure(f"the broker did not answer within {_ANSWER_S:.0f} s", is_timeout=True)
             return False
         return now < self._cut_at
 
-    def take_published(self) -> list[tuple[PublishTicket, str | None]]:
-        """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""
+    def take_published(self) -> list[tuple[PublishTicket, Refusal | None]]:
+        """Return the messages that the broker has accepted (None) or refused since the last call."""
         return self._send_queue.take_published()
+
+    @property
+    def unacknowledged(self) -> tuple[PublishTicket, ...]:
+        """The messages that were sent and are not acknowledged yet."""
+        return self._send_queue.unacknowledged
 
     def take_unrouted(self) -> list[PublishTicket]:
         """Return those of the accepted messages that no subscription matched (MQTT 5), since the last call."""
         return self._send_queue.take_unrouted()
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether it may have ended because of a message: one was in flight, or refused by the last PUBACK."""
+        return self._send_queue.has_refused or bool(self._send_queue.unacknowledged)
 
     @property
     def acks_received(self) -> int:
@@ -251,6 +276,8 @@ class Connection:
     def _send(self) -> None:
         while self._to_acknowledge:
             self._send_acknowledgement(self._to_acknowledge.popleft())
+        if self.info is not None and self._ahead != self._subscribed_ahead:
+            self._subscribe([wanted for wanted in self._options.subscriptions if wanted.may_go_ahead])
         self._send_queue.send(self._socket, acks_sent=self._acks_sent)
         if self._disconnecting and not self._send_queue.has_waiting and not self._disconnect_sent:
             self._disconnect_sent = True
@@ -350,21 +377,31 @@ class Connection:
         queue = self._send_queue
         queue.limit_bytes = min(queue.limit_bytes, getattr(properties, "MaximumPacketSize", MAX_PACKET_BYTES))
         queue.max_in_flight = min(queue.max_in_flight, getattr(properties, "ReceiveMaximum", queue.max_in_flight))
-        subscriptions = self._options.subscriptions
-        if not subscriptions:
+        self._subscribe(self._options.subscriptions)
+        if not self._options.subscriptions:
             self._on_ready(())
-        elif self._five:
-            paho.subscribe([(wanted.topic_filter, _subscribe_options(wanted)) for wanted in subscriptions])
-        else:
-            paho.subscribe([(wanted.topic_filter, 1) for wanted in subscriptions])
         if self._options.unwanted:  # after SUBSCRIBE, so that no message is missed in between
             paho.unsubscribe(list(self._options.unwanted))
+
+    def _subscribe(self, subscriptions: Sequence[Subscription]) -> None:
+        self._subscribed_ahead = self._ahead
+        pairs = [(wanted, self._qos_of(wanted)) for wanted in subscriptions]
+        if pairs and self._five:
+            self._paho.subscribe([(wanted.topic_filter, _subscribe_options(wanted, qos)) for wanted, qos in pairs])
+        elif pairs:
+            self._paho.subscribe([(wanted.topic_filter, qos) for wanted, qos in pairs])
+
+    def _qos_of(self, subscription: Subscription) -> int:
+        return 0 if subscription.may_go_ahead and self._subscribed_ahead else 1
 
     def _on_subscribe(
         self, _paho: Client, _userdata: object, _mid: int, granted: list[ReasonCode], _properties: Properties | None
     ) -> None:
+        if self.info is not None:  # a later change of the QoS
+            return
         pairs = zip(self._options.subscriptions, granted, strict=True)
-        self._on_ready(tuple(wanted.topic_filter for wanted, code in pairs if code.is_failure or code.value < 1))
+        refused = (wanted for wanted, code in pairs if code.is_failure or code.value < self._qos_of(wanted))
+        self._on_ready(tuple(wanted.topic_filter for wanted in refused))
 
     def _on_ready(self, refused_filters: tuple[str, ...]) -> None:
         limit_bytes = self._send_queue.limit_bytes if self._send_queue.limit_bytes < MAX_PACKET_BYTES else None
@@ -427,7 +464,7 @@ def _connect_properties(options: ConnectOptions) -> Properties:
     return properties
 
 
-def _subscribe_options(subscription: Subscription) -> SubscribeOptions:
+def _subscribe_options(subscription: Subscription, qos: int) -> SubscribeOptions:
     """Return the options of a SUBSCRIBE in MQTT 5."""
     never, always = SubscribeOptions.RETAIN_DO_NOT_SEND, SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE
-    return SubscribeOptions(qos=1, retainHandling=always if subscription.wants_retained else never)
+    return SubscribeOptions(qos=qos, retainHandling=always if subscription.wants_retained else never)

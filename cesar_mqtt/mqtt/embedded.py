@@ -21,6 +21,7 @@ from typing import Any
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker
 from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
+from amqtt.errors import AMQTTError
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.mqtt.puback import PubackPacket
 from amqtt.session import IncomingApplicationMessage, OutgoingApplicationMessage, Session
@@ -234,6 +235,7 @@ class _Amqtt(Broker):  # type: ignore[misc]
 
     async def _initialize_client_session(self, *args: Any) -> tuple[BrokerProtocolHandler, Session]:
         handler, session = await super()._initialize_client_session(*args)
+        await self._forwarding.wait_until_ready(session.client_id)
         handler.__class__ = _Handler  # amqtt offers no other way to choose the class
         handler.forwarding = self._forwarding
         return handler, session
@@ -244,6 +246,7 @@ class _Amqtt(Broker):  # type: ignore[misc]
             await super()._handle_subscription(*args)
         finally:
             _answering_subscribe.reset(token)
+        self._forwarding.on_subscribed(args[0].client_id)
 
     async def _publish_retained_messages_for_subscription(self, *args: Any) -> None:
         if _answering_subscribe.get():
@@ -261,6 +264,25 @@ class _Forwarding:
         self.subscriber = subscriber
         self.is_forwarded = is_forwarded
         self._waiting: dict[int, tuple[object, asyncio.Future[None]]] = {}
+        self._ready = asyncio.Event()
+        if not subscriber:
+            self._ready.set()
+
+    async def wait_until_ready(self, client_id: str) -> None:
+        """Let other clients wait for their CONNACK until the subscriber has subscribed: it would miss their messages.
+
+        Raises AMQTTError after some seconds: a client that tries again then finds it subscribed.
+        """
+        if client_id != self.subscriber:
+            try:
+                async with asyncio.timeout(_SUBSCRIBER_S):
+                    await self._ready.wait()
+            except TimeoutError as exc:
+                raise AMQTTError("The consumer has not subscribed") from exc
+
+    def on_subscribed(self, client_id: str) -> None:
+        if client_id == self.subscriber:
+            self._ready.set()
 
     def expect(self, data: object) -> asyncio.Future[None]:
         """Return a future that is done when the subscriber has acknowledged the message with this payload."""

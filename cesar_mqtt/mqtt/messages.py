@@ -16,6 +16,7 @@ from cesar_mqtt.mqtt.broker_url import BrokerUrl, Credentials, Version
 MAX_PACKET_BYTES = 268_435_455
 """The largest packet of MQTT itself."""
 
+_PACKET_TOO_LARGE = 0x95
 _MAX_TEXT_BYTES = 65_535  # texts of MQTT have a two-byte length
 _MAX_TOPIC_LEVELS = 200  # mosquitto's TOPIC_HIERARCHY_LIMIT
 _PAIR_BYTES = 64
@@ -104,6 +105,8 @@ class Publication:
     retain: bool
     correlation_data: bytes | None = None
     user_properties: Sequence[tuple[str, str]] = ()
+    alone: bool = False
+    """Whether it may not be in flight together with other messages."""
 
     def __post_init__(self) -> None:
         if not self.topic or "+" in self.topic or "#" in self.topic or not _is_valid_text(self.topic):
@@ -124,6 +127,27 @@ class PublishTicket:
     mid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the broker has refused a message (MQTT 5); as text the reason.
+
+    Attributes:
+        reason_code: that of PUBACK.
+        reason: its name.
+    """
+
+    reason_code: int
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the packet exceeds a limit of the broker."""
+        return self.reason_code == _PACKET_TOO_LARGE
+
+
 def _is_valid_text(text: str) -> bool:
     return not _FORBIDDEN.search(text) and len(text.encode()) <= _MAX_TEXT_BYTES
 
@@ -133,11 +157,13 @@ def _is_valid_text(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A topic filter to subscribe to at QoS 1."""
+    """A topic filter to subscribe to, at QoS 1."""
 
     topic_filter: str
     wants_retained: bool = False
     """Whether the broker sends the retained messages at each connect; in 3.1.1 it always does."""
+    may_go_ahead: bool = False
+    """Whether it is at QoS 0 while `MqttClient.let_go_ahead` is on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +208,7 @@ class ConnectionInfo:
     number: int
     """Counts the client's connections."""
     refused_filters: tuple[str, ...] = ()
-    """Subscriptions that the broker refused, or granted below QoS 1."""
+    """Subscriptions that the broker refused, or granted at a lower QoS than was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +223,10 @@ class ConnectionFailure:
     """The one of CONNACK or DISCONNECT, as MQTT 5 numbers them; None: the broker sent none."""
     is_timeout: bool = False
     """Whether nothing answered in time."""
+    is_broker_away: bool = False
+    """Whether the broker said that it ends, or is busy."""
+    unacknowledged: tuple[PublishTicket, ...] = ()
+    """The messages that were sent and not acknowledged when the connection ended: it may have ended because of one."""
 
     def __str__(self) -> str:
         return f"{self.problem}. {self.advice}" if self.advice else f"{self.problem}."

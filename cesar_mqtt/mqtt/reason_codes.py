@@ -16,10 +16,14 @@ _PROTOCOL_ERROR = 130
 _CLIENT_ID_NOT_VALID = 133
 _BAD_CREDENTIALS = 134
 _NOT_AUTHORIZED = 135
+_UNAVAILABLE = 136
+_BUSY = 137
 _BANNED = 138
+_SHUTTING_DOWN = 139
 _KEEP_ALIVE_TIMEOUT = 141
 _TAKEN_OVER = 142
 
+_AWAY = frozenset({_UNAVAILABLE, _BUSY, _SHUTTING_DOWN})
 _FINAL = frozenset({UNSUPPORTED_VERSION, _CLIENT_ID_NOT_VALID, _BAD_CREDENTIALS, _NOT_AUTHORIZED, _BANNED})
 
 _SHORT_S = 60.0
@@ -88,7 +92,8 @@ def failure_of_disconnect(
         advice = "Each client needs its own client id (consumer.name)."
         return ConnectionFailure(f"another client connected with the client id '{name}'", advice, code)
     if by_broker:
-        return ConnectionFailure(f"the broker closed the connection: {reason}", reason_code=code)
+        away = code in _AWAY
+        return ConnectionFailure(f"the broker closed the connection: {reason}", reason_code=code, is_broker_away=away)
     if reason.value == _KEEP_ALIVE_TIMEOUT:
         return ConnectionFailure("the broker did not answer a ping within the keepalive time")
     if is_malformed_packet(reason):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.codec import encode_publish
-from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, PacketTooLargeError, Publication, PublishTicket
+from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, PacketTooLargeError, Publication, PublishTicket, Refusal
 
 log = get_logger(__name__)
 
@@ -37,6 +37,7 @@ class SendQueue:
     Attributes:
         max_in_flight: how many messages may be in flight.
         limit_bytes: the largest packet that the broker accepts.
+        has_refused: whether the last PUBACK was a refusal.
         acks_received: how many of our own acknowledgements the broker has received for certain: it reads in order, and
             has acknowledged a message that was sent behind them.
     """
@@ -46,13 +47,14 @@ class SendQueue:
         self.max_in_flight = MAX_IN_FLIGHT
         self.limit_bytes = limit_bytes or MAX_PACKET_BYTES
         self.acks_received = 0
+        self.has_refused = False
         self._connection = connection
         self._five = five
         self._mid = 0
         self._waiting: deque[tuple[PublishTicket, Publication, bytes]] = deque()
-        self._in_flight: dict[int, tuple[PublishTicket, str, int]] = {}
+        self._in_flight: dict[int, tuple[PublishTicket, Publication, int]] = {}
         self._unwritten: list[PublishTicket] = []
-        self._published: list[tuple[PublishTicket, str | None]] = []
+        self._published: list[tuple[PublishTicket, Refusal | None]] = []
         self._unrouted: list[PublishTicket] = []
 
     @property
@@ -79,13 +81,21 @@ class SendQueue:
 
     def send(self, sink: PacketSink, *, acks_sent: int = 0) -> None:
         """Send as many messages as may be in flight, after `acks_sent` acknowledgements on this connection."""
-        while self._waiting and len(self._in_flight) < self.max_in_flight:
+        while self._waiting and self._may_be_in_flight(self._waiting[0][1]):
             ticket, publication, packet = self._waiting.popleft()
             if publication.qos:
-                self._in_flight[ticket.mid] = ticket, publication.topic, acks_sent
+                self._in_flight[ticket.mid] = ticket, publication, acks_sent
             else:
                 self._unwritten.append(ticket)
             sink.send(packet)
+
+    def _may_be_in_flight(self, publication: Publication) -> bool:
+        in_flight = self._in_flight
+        if not in_flight:
+            return True
+        if publication.alone or len(in_flight) >= self.max_in_flight:
+            return False
+        return not (len(in_flight) == 1 and next(iter(in_flight.values()))[1].alone)
 
     def on_flushed(self, sink: PacketSink) -> None:
         """Count messages of QoS 0 as published once everything is written."""
@@ -93,25 +103,31 @@ class SendQueue:
             self._published += [(ticket, None) for ticket in self._unwritten]
             self._unwritten.clear()
 
-    def on_acknowledged(self, mid: int, reason: str | None, *, unrouted: bool = False) -> None:
-        """Handle a PUBACK; with a reason, the broker refused the message. `unrouted`: no subscription matched it."""
-        ticket, topic, acks_sent = self._in_flight.pop(mid, (None, "", 0))
-        if ticket is None:
+    def on_acknowledged(self, mid: int, refusal: Refusal | None, *, unrouted: bool = False) -> None:
+        """Handle a PUBACK: of a refused message, one that no subscription matched (`unrouted`), or one that arrived."""
+        if mid not in self._in_flight:
             return
+        ticket, publication, acks_sent = self._in_flight.pop(mid)
         self.acks_received = max(self.acks_received, acks_sent)
-        if reason is not None:
-            log.warning("The broker refused a message on %s: %s", topic, reason, action="publish_refused")
+        self.has_refused = refusal is not None
+        if refusal is not None:
+            log.warning("The broker refused a message on %s: %s", publication.topic, refusal, action="publish_refused")
         if unrouted:
             self._unrouted.append(ticket)
-        self._published.append((ticket, reason))
+        self._published.append((ticket, refusal))
 
     def take_unrouted(self) -> list[PublishTicket]:
         """Return those of the accepted messages that no subscription matched (MQTT 5), since the last call."""
         unrouted, self._unrouted = self._unrouted, []
         return unrouted
 
-    def take_published(self) -> list[tuple[PublishTicket, str | None]]:
-        """Return the messages that the broker has accepted (None) or refused (the reason) since the last call."""
+    @property
+    def unacknowledged(self) -> tuple[PublishTicket, ...]:
+        """The messages that are in flight, oldest first."""
+        return tuple(ticket for ticket, _, _ in self._in_flight.values())
+
+    def take_published(self) -> list[tuple[PublishTicket, Refusal | None]]:
+        """Return the messages that the broker has accepted (None) or refused since the last call."""
         published, self._published = self._published, []
         return published
 

@@ -13,7 +13,7 @@ from cesar_mqtt.protocol.consumer_payloads import ConsumerState
 from cesar_mqtt.protocol.examples import examples
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
-from cesar_mqtt.protocol.schema import Schema, payload_schemas
+from cesar_mqtt.protocol.schema import Schema, message_name, payload_schemas
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN, Topics
 
 Document = dict[str, Any]
@@ -155,10 +155,12 @@ def _operations() -> Document:
         }
     for command, kind in COMMANDS.items():
         short = "named" if issubclass(kind.request, JobCommand) else "nothing"
-        operations[command] = _operation("requests", CHANNELS["requests"], (f"{command}Request", short), kind.summary)
+        operations[command] = _operation(
+            "requests", CHANNELS["requests"], (message_name(command, "Request"), short), kind.summary
+        )
         operations[command]["reply"] = {
             "channel": {"$ref": "#/channels/responses"},
-            "messages": _references("responses", (f"{command}Response",)),
+            "messages": _references("responses", (message_name(command, "Response"),)),
         }
     return operations
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cesar_mqtt.protocol.commands import COMMANDS
-from cesar_mqtt.protocol.schema import NAMES, Schema, job_line_schema, line_schema, response_name
+from cesar_mqtt.protocol.schema import NAMES, Schema, job_line_schema, line_schema, message_name, response_name
 
 JSON = "application/json"
 _TEXT, _BYTES = "text/plain", "application/octet-stream"
@@ -15,6 +15,7 @@ _FILES = {
     "vtt": "text/vtt",
     "tsv": "text/tab-separated-values",
     "json": JSON,
+    "md": "text/markdown",
 }
 
 
@@ -48,11 +49,13 @@ class Channel:
 _EMPTY: Schema = {"type": "string", "maxLength": 0}
 
 _REQUESTS = {
-    f"{command}Request": Message(f"Request `{command}`", NAMES[kind.request], is_request=True, transaction=True)
+    message_name(command, "Request"): Message(
+        f"Request `{command}`", NAMES[kind.request], is_request=True, transaction=True
+    )
     for command, kind in COMMANDS.items()
 }
 _RESPONSES = {
-    f"{command}Response": Message(
+    message_name(command, "Response"): Message(
         f"Response to `{command}`", response_name(command), is_response=True, transaction=True
     )
     for command in COMMANDS
@@ -82,7 +85,8 @@ MESSAGES: Mapping[str, Message] = {
     "failure": Message("A command that was not executed", "Failure", is_response=True, transaction=True),
     "state": Message("Whether the consumer is connected", "ConsumerState"),
     "queue": Message("What it is doing, and the queue", "Queue"),
-    "last": Message("The job that ended last", "Last"),
+    "last": Message("The job that was completed last", "Last"),
+    "last_error": Message("The job that failed last", "LastError"),
     "info": Message("What the consumer is and how it is configured", "Info"),
     "health": Message("The health of the consumer", "Health"),
 }
@@ -91,18 +95,19 @@ MESSAGES: Mapping[str, Message] = {
 _OWN = {
     "state": ("Presence", "At each connect; `offline` is also the last will."),
     "queue": ("Queue", "At each change, at most once a second."),
-    "last": ("Last job", "When a job has ended. It fits into the attributes of a Home Assistant entity."),
-    "info": ("Configuration", "At each start."),
+    "last": ("Last transcript", "When a job is completed. It fits into the attributes of a Home Assistant entity."),
+    "last_error": ("Last error", "When a job has failed; cleared when that job is deleted."),
+    "info": ("Configuration", "At each start, and when a default was set."),
     "health": ("Health", "Once a minute."),
 }
 _OWN_CHANNELS = {
     name: Channel(
         "{prefix}/consumer/{consumer}/" + name,
         "send",
-        f"publish{name.title()}",
+        f"publish{name.title().replace('_', '')}",
         title,
         description,
-        (name,),
+        (name, "cleared") if name == "last_error" else (name,),
         retain=True,
     )
     for name, (title, description) in _OWN.items()

@@ -22,6 +22,7 @@ from cesar_mqtt.protocol.fields import (
     Consumer,
     CpuThreads,
     CreatedAt,
+    DefaultLanguage,
     DefaultModel,
     Device,
     EndedAt,
@@ -34,23 +35,30 @@ from cesar_mqtt.protocol.fields import (
     ModelSize,
     Payload,
     Priority,
+    PublishedId,
     QueuePosition,
     ResultFormat,
     UpdatedAt,
     Workers,
     one_of,
 )
-from cesar_mqtt.protocol.payloads import Status
+from cesar_mqtt.protocol.languages import DETECT, language_code
+from cesar_mqtt.protocol.payloads import Rejection, Status
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
 from cesar_mqtt.protocol.truncate import shorten
 
 CURRENT = "current"
 """Stands for the running job, whatever its id is."""
 MAX_LISTED_JOBS = 1000
+MAX_REJECTIONS = 100
+"""So many of the newest ones are kept."""
+AS_CONFIGURED = "auto"
+"""In place of a default model: that of the settings."""
 MAX_RESULT_BYTES = 65_536
 """Of a result in one response."""
 
 _TRANSACTION_BYTES = 4096
+_MODEL_CHARACTERS = 200
 _LARGEST_INTEGER = 2**53
 _LARGEST_CHARACTER = 4  # bytes of UTF-8; a page holds at least one
 
@@ -73,7 +81,7 @@ _JOB_ID = "the id of a job, 1 to 64 of A-Z, a-z, 0-9, _ and -"
 
 
 class Command(Payload):
-    """A request that has no fields of its own: `pause`, `resume`, `health`, `models`."""
+    """A request without fields of its own: `retry_last`, `cancel_all`, `pause`, `resume`, `health`, `models`."""
 
     consumer: Name | None = Field(
         default=None,
@@ -137,6 +145,39 @@ class ResultCommand(JobCommand):
     )
 
 
+class RejectedCommand(Command):
+    """How many rejections to return, newest first."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_REJECTIONS)] = Field(
+        default=MAX_REJECTIONS,
+        description="How many at most.",
+        json_schema_extra={MUST: f"a whole number from 1 to {MAX_REJECTIONS}"},
+    )
+
+
+def _known_language(text: str) -> str:
+    code = "" if text.strip().lower() in DETECT else language_code(text)
+    if code is None:
+        raise ValueError("is not a language that Whisper knows: use a code such as 'de', or 'auto'")
+    return code
+
+
+class SetCommand(Command):
+    """What jobs get that name no model or no language. Without a field nothing changes; the response has both."""
+
+    default_model: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
+        default=None,
+        description=f"The model of jobs that name none; `{AS_CONFIGURED}`: that of the settings. Left out: unchanged.",
+        json_schema_extra={MUST: f"the name of a model, or '{AS_CONFIGURED}'"},
+    )
+    default_language: Annotated[str, AfterValidator(_known_language)] | None = Field(
+        default=None,
+        description="The language of jobs that name none, as a code, a name or a BCP-47 tag; `auto` or empty: it is "
+        "detected. Left out: unchanged.",
+        json_schema_extra={MUST: "text such as 'de', or 'auto'"},
+    )
+
+
 # -- responses ----------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +202,32 @@ class Paused(Payload):
     """Whether the consumer starts no job."""
 
     paused: IsPaused
+    consumer: Consumer
+
+
+class CancelledJobs(Payload):
+    """What became of all jobs that had not ended."""
+
+    cancelled: int = Field(description="How many queued jobs were cancelled.")
+    processing: PublishedId | None = Field(
+        description="The running job, which ends as cancelled within seconds; null if there is none."
+    )
+    consumer: Consumer
+
+
+class Rejections(Payload):
+    """The rejections since the consumer's start, at most the newest ones."""
+
+    rejected: list[Rejection] = Field(description="Newest first.")
+    total: int = Field(description="How many messages have been rejected since the ledger was created.")
+    consumer: Consumer
+
+
+class Defaults(Payload):
+    """The model and the language of jobs that name none."""
+
+    default_model: DefaultModel
+    default_language: DefaultLanguage
     consumer: Consumer
 
 
@@ -227,6 +294,7 @@ class Models(Payload):
     """The models, and how the consumer runs them."""
 
     default: DefaultModel
+    default_language: DefaultLanguage
     loaded: str | None = Field(description="The model in memory; null: none.")
     device: Device
     compute_type: ComputeType
@@ -253,6 +321,12 @@ COMMANDS: Mapping[str, CommandType] = {
     "get": CommandType(JobCommand, Status, "Return the status of a job."),
     "result": CommandType(ResultCommand, ResultPage, "Return a page of a result."),
     "list": CommandType(ListCommand, JobList, "List jobs."),
+    "rejected": CommandType(RejectedCommand, Rejections, "Return the newest rejections."),
+    "retry_last": CommandType(
+        Command, CommandResult, "Queue the job again that ended last in an error or was cancelled, and can be retried."
+    ),
+    "cancel_all": CommandType(Command, CancelledJobs, "Cancel all queued jobs and the running one."),
+    "set": CommandType(SetCommand, Defaults, "Set the default model or the default language. It lasts over restarts."),
     "pause": CommandType(Command, Paused, "Start no further job; jobs are still accepted. It lasts over restarts."),
     "resume": CommandType(Command, Paused, "Start jobs again."),
     "health": CommandType(Command, HealthResponse, "Return the health of the consumer."),

@@ -1,5 +1,6 @@
 """What the consumer publishes about itself, on `cesar/consumer/<name>/...`. Frozen models; any thread may make them."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,11 +10,15 @@ from cesar_mqtt import __version__
 from cesar_mqtt.jobs import Job, Totals
 from cesar_mqtt.protocol.fields import (
     AudioDuration,
+    AudioName,
     ComputeType,
     CpuThreads,
+    DefaultLanguage,
     DefaultModel,
     DetectedLanguage,
     Device,
+    FailureCode,
+    FailureMessage,
     IsPaused,
     JobId,
     Payload,
@@ -25,12 +30,19 @@ from cesar_mqtt.protocol.fields import (
     Workers,
     timestamp,
 )
+from cesar_mqtt.protocol.payloads import JobProgress, audio_source_of
 from cesar_mqtt.protocol.truncate import truncate_text
 
 LAST_TEXT_BYTES = 12_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the others."""
 
 Activity = Literal["starting", "loading", "idle", "processing", "paused", "draining", "degraded"]
+
+Cause = Literal["too_large", "denied"]
+QUARANTINE_ADVICE: Mapping[str, str] = {
+    "too_large": "If the broker has a limit on packets, raise it, or set broker.max_packet_bytes.",
+    "denied": "If the broker's access list denies the topic, allow it to the consumer's user.",
+}
 
 
 class ConsumerState(Payload):
@@ -52,10 +64,16 @@ class Queue(Payload):
     cancelled_total: int = Field(description="How many jobs have been cancelled since then.")
     rejected_total: int = Field(description="How many messages have been rejected since then.")
     deleted_total: int = Field(description="How many jobs have been deleted since then, also by retention.")
+    revision: int = Field(description="The number of the ledger's newest transaction: it only grows.")
+    progress: float | None = Field(description="How much of the running job is done, 0 to 1; null if there is none.")
+    eta: float | None = Field(description="In how many seconds the running job will be done; null if not known.")
+    audio_source: AudioName
 
 
-def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
-    """Return the consumer's queue at `now`, in seconds since the epoch."""
+def queue_of(
+    totals: Totals, activity: Activity, now: float, running: Job | None = None, progress: JobProgress | None = None
+) -> Queue:
+    """Return the consumer's queue at `now`, in seconds since the epoch; `running` is the running job."""
     oldest = totals.oldest_queued_at
     return Queue(
         activity=activity,
@@ -68,6 +86,10 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
         cancelled_total=totals.cancelled_total,
         rejected_total=totals.rejected_total,
         deleted_total=totals.deleted_total,
+        revision=totals.revision,
+        progress=None if running is None else (0.0 if progress is None else progress.progress),
+        eta=None if running is None or progress is None else progress.eta,
+        audio_source=None if running is None else audio_source_of(running),
     )
 
 
@@ -87,31 +109,75 @@ def totals_in(payload: bytes) -> tuple[Any, ...] | None:
 
 
 class Last(Payload):
-    """The job that ended last."""
+    """The job that was completed last."""
 
     job_id: JobId
-    status: State = Field(description="How it ended.")
+    status: State = Field(description="`completed`.")
+    audio_source: AudioName
+    no_speech: bool | None = Field(description="Whether the recording has no speech.")
     text: str | None = Field(
-        description=f"Its transcript, at most {LAST_TEXT_BYTES:,} bytes of it; null if there is none."
+        description=f"Its transcript, at most {LAST_TEXT_BYTES:,} bytes of it; null if the job was deleted."
     )
     text_truncated: TextTruncated
     language: DetectedLanguage
     audio_duration: AudioDuration
-    completed_at: Timestamp = Field(description="When the job ended, in whatever state.")
+    completed_at: Timestamp = Field(description="When the job ended.")
+
+
+class LastError(Payload):
+    """The job that failed last."""
+
+    job_id: JobId
+    error_code: FailureCode
+    error_message: FailureMessage
+    audio_source: AudioName
+    completed_at: Timestamp = Field(description="When the job ended.")
 
 
 def last_of(job: Job) -> Last:
-    """Return what is published about the job that ended last."""
+    """Return what is published about the job that was completed last."""
     text = None if job.result_text is None else truncate_text(job.result_text, LAST_TEXT_BYTES)
     return Last(
         job_id=job.job_id,
         status=job.state,
+        audio_source=audio_source_of(job),
+        no_speech=job.no_speech,
         text=text,
         text_truncated=text != job.result_text,
         language=job.detected_language,
         audio_duration=job.audio_duration,
         completed_at=timestamp(job.completed_at or job.updated_at),
     )
+
+
+class Quarantined(Payload):
+    """A message that the broker does not accept."""
+
+    topic: str = Field(description="Its topic.")
+    size_bytes: int = Field(description="The size of its topic and payload.")
+    cause: Cause = Field(
+        description="The likely reason: `too_large`, over a limit of the broker; `denied`, by its access list."
+    )
+    skipped: bool = Field(description="Whether it is skipped for a while; false: it is cut, and published last.")
+
+
+def last_error_of(job: Job) -> LastError:
+    """Return what is published about the job that failed last."""
+    return LastError(
+        job_id=job.job_id,
+        error_code=job.error_code,
+        error_message=job.error_message,
+        audio_source=audio_source_of(job),
+        completed_at=timestamp(job.completed_at or job.updated_at),
+    )
+
+
+class WebhookHealth(Payload):
+    """What becomes of the webhook's requests."""
+
+    pending: int = Field(description="How many are not delivered yet.")
+    given_up: int = Field(description="How many were given up since the start.")
+    problem: str | None = Field(description="Why the last one failed; null: it did not.")
 
 
 class HealthMessage(Payload):
@@ -124,6 +190,14 @@ class HealthMessage(Payload):
     rss_bytes: int = Field(description="The memory of the process.")
     spool_bytes: int = Field(description="The size on disk of the recordings that came with jobs.")
     disk_free_bytes: int | None = Field(description="The free space on that disk; null if it cannot be measured.")
+    events_dropped: int = Field(
+        description="How many changes of jobs have had no event since the start: a job changed again before the first "
+        "change was published."
+    )
+    quarantined: list[Quarantined] = Field(description="The messages that the broker does not accept.")
+    webhook: WebhookHealth | None = Field(
+        default=None, description="What becomes of the webhook's requests; null: there is no webhook."
+    )
 
 
 class Limits(Payload):
@@ -137,11 +211,12 @@ class Limits(Payload):
 
 
 class Info(Payload):
-    """What the consumer is and how it is configured, published at each start."""
+    """What the consumer is and how it is configured, published at each start and after `set`."""
 
     version: Version
     models: list[str] = Field(description="The models that a job may name and that are on this machine.")
     default_model: DefaultModel
+    default_language: DefaultLanguage
     device: Device
     compute_type: ComputeType
     cpu_threads: CpuThreads
@@ -153,6 +228,7 @@ class Info(Payload):
     limits: Limits = Field(description="The most that a request may hold.")
     broker: str = Field(description="The address of the broker.")
     started_at: Timestamp = Field(description="When the consumer was started.")
+    web: str | None = Field(description="The address of its web page; null if it has none.")
     settings: dict[str, Any] = Field(description="All settings, without any secret.")
 
 
@@ -161,12 +237,14 @@ def info_of(
     *,
     models: list[str],
     default_model: str,
+    default_language: str | None,
     device: str,
     compute_type: str,
     cpu_threads: int,
     workers: int,
     batching: bool,
     started: float,
+    web: str | None = None,
 ) -> Info:
     """Return what the consumer publishes at its start.
 
@@ -174,17 +252,20 @@ def info_of(
         settings: as `Settings.redacted` returns them.
         models: those that a job may name and that are on this machine.
         default_model: that of jobs which name none.
+        default_language: the same; None: it is detected.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 names it.
         workers: how many windows are transcribed at once.
         cpu_threads: how many threads each of them uses.
         batching: whether `batch_size` makes the model decode several pieces at once.
         started: seconds since the epoch.
+        web: the address of its web page; None: it has none.
     """
     return Info(
         version=__version__,
         models=models,
         default_model=default_model,
+        default_language=default_language,
         device=device,
         compute_type=compute_type,
         cpu_threads=cpu_threads,
@@ -199,5 +280,6 @@ def info_of(
         ),
         broker=settings["broker"]["url"],
         started_at=timestamp(started),
+        web=web,
         settings=settings,
     )

@@ -13,18 +13,29 @@ from cesar_mqtt.protocol import formats
 from cesar_mqtt.protocol.commands import (
     COMMANDS,
     CURRENT,
+    CancelledJobs,
     CommandResult,
+    Defaults,
     HealthResponse,
     JobCommand,
     JobList,
     Model,
     Models,
     Paused,
+    Rejections,
     Response,
     ResultPage,
     summary_of,
 )
-from cesar_mqtt.protocol.consumer_payloads import ConsumerState, HealthMessage, info_of, last_of, queue_of
+from cesar_mqtt.protocol.consumer_payloads import (
+    ConsumerState,
+    HealthMessage,
+    Quarantined,
+    info_of,
+    last_error_of,
+    last_of,
+    queue_of,
+)
 from cesar_mqtt.protocol.fields import FORMATS, Payload, timestamp
 from cesar_mqtt.protocol.payloads import (
     Answer,
@@ -35,6 +46,7 @@ from cesar_mqtt.protocol.payloads import (
     segment_of,
     status_of,
 )
+from cesar_mqtt.protocol.schema import message_name
 from cesar_mqtt.transcript import Segment
 
 Examples = dict[str, list[Any]]
@@ -84,6 +96,14 @@ _PROGRESS = JobProgress(
 )
 
 
+_REJECTION = Rejection(
+    reason="invalid_request",
+    detail="There is no field 'audio_pth' (did you mean audio_path?).",
+    topic="cesar/jobs",
+    job_id="porch-17",
+    payload_excerpt='{"job_id": "porch-17", "audio_pth": "porch.wav"}',
+    received_at=timestamp(_STARTED),
+)
 _HEALTH = HealthMessage(
     uptime=86_400.0,
     worker_alive=True,
@@ -92,6 +112,10 @@ _HEALTH = HealthMessage(
     rss_bytes=412_000_000,
     spool_bytes=0,
     disk_free_bytes=21_474_836_480,
+    events_dropped=0,
+    quarantined=[
+        Quarantined(topic="cesar/events", size_bytes=412, cause="denied", skipped=True),
+    ],
 )
 
 
@@ -131,7 +155,7 @@ def _requests() -> Examples:
         "line": ["porch.wav", "http://192.168.1.5/clip.m4a"],
         "named": ["porch-17", CURRENT],
         **{
-            f"{command}Request": about_a_job if issubclass(kind.request, JobCommand) else without_fields
+            message_name(command, "Request"): about_a_job if issubclass(kind.request, JobCommand) else without_fields
             for command, kind in COMMANDS.items()
         },
         "resultRequest": [
@@ -139,20 +163,14 @@ def _requests() -> Examples:
             {"job_id": "porch-17", "format": "srt", "offset": 65_536, "length": 65_536},
         ],
         "listRequest": [{}, {"status": "error", "limit": 10, "after": "porch-17"}],
+        "rejectedRequest": [{}, {"limit": 10}],
+        "setRequest": [{"default_language": "de"}, {"default_model": "auto", "default_language": "auto"}],
     }
 
 
 def _about_jobs() -> Examples:
     content = formats.content_of(_COMPLETED, [_SEGMENT])
     files = {name: formats.render(name, content)[0].decode() for name in FORMATS}
-    rejection = Rejection(
-        reason="invalid_request",
-        detail="There is no field 'audio_pth' (did you mean audio_path?).",
-        topic="cesar/jobs",
-        job_id="porch-17",
-        payload_excerpt='{"job_id": "porch-17", "audio_pth": "porch.wav"}',
-        received_at=timestamp(_STARTED),
-    )
     return {
         **{f"{name}Result": [json.loads(file) if name == "json" else file] for name, file in files.items()},
         "status": [
@@ -164,7 +182,7 @@ def _about_jobs() -> Examples:
         ],
         "segment": [segment_of(_QUEUED.job_id, _SEGMENT)],
         "event": [event_of(_COMPLETED, _CONSUMER), deletion_of("porch-17", _CONSUMER, _STARTED + 60)],
-        "rejection": [rejection],
+        "rejection": [_REJECTION],
         "accepted": [Answer(job_id="porch-17", status="queued")],
     }
 
@@ -179,12 +197,14 @@ def _about_the_consumer() -> Examples:
         deleted_total=0,
         oldest_queued_at=_STARTED - 12.5,
         processing="porch-17",
+        revision=311,
     )
     settings = Settings(data_dir=Path("/var/lib/cesar-mqtt"), broker=BrokerSettings(url="mqtt://127.0.0.1:1883"))
     info = info_of(
         settings.redacted(),
         models=["base", "tiny.en"],
         default_model="base",
+        default_language=None,
         device="cpu",
         compute_type="int8",
         cpu_threads=4,
@@ -194,8 +214,9 @@ def _about_the_consumer() -> Examples:
     )
     return {
         "state": [ConsumerState(state="online"), ConsumerState(state="offline")],
-        "queue": [queue_of(totals, "processing", _STARTED)],
+        "queue": [queue_of(totals, "processing", _STARTED, _PROCESSING, _PROGRESS)],
         "last": [last_of(_COMPLETED)],
+        "last_error": [last_error_of(_FAILED)],
         "info": [info],
         "health": [_HEALTH],
     }
@@ -221,11 +242,16 @@ def _responses() -> Examples:
             consumer=_CONSUMER,
         ),
         "list": JobList(jobs=[summary_of(status_of(_COMPLETED, _CONSUMER))], next=None, total=1, consumer=_CONSUMER),
+        "rejected": Rejections(rejected=[_REJECTION], total=1, consumer=_CONSUMER),
+        "retry_last": CommandResult(job_id="porch-17", status="queued", consumer=_CONSUMER),
+        "cancel_all": CancelledJobs(cancelled=12, processing="porch-17", consumer=_CONSUMER),
+        "set": Defaults(default_model="base", default_language="de", consumer=_CONSUMER),
         "pause": Paused(paused=True, consumer=_CONSUMER),
         "resume": Paused(paused=False, consumer=_CONSUMER),
         "health": HealthResponse(**_HEALTH.model_dump(), consumer=_CONSUMER),
         "models": Models(
             default="base",
+            default_language=None,
             loaded="base",
             device="cpu",
             compute_type="int8",
@@ -236,7 +262,9 @@ def _responses() -> Examples:
         ),
     }
     responses: Examples = {
-        f"{command}Response": [Response(status="ok", data=_plain(data[command]), error=None, transaction="a-1")]
+        message_name(command, "Response"): [
+            Response(status="ok", data=_plain(data[command]), error=None, transaction="a-1")
+        ]
         for command in COMMANDS
     }
     responses["cancelResponse"].append(_failure("There is no job porch-18: it never existed, or it was deleted.", 7))

@@ -13,7 +13,7 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import JobState
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
 
-Format = Literal["txt", "srt", "vtt", "tsv", "json"]
+Format = Literal["txt", "srt", "vtt", "tsv", "json", "md"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 TASKS = ("transcribe", "translate")
 
@@ -84,6 +84,10 @@ Metadata = Annotated[
 Consumer = Annotated[str, Field(description="The name of the consumer that published this.")]
 Version = Annotated[str, Field(description="The version of cesar-mqtt.")]
 DefaultModel = Annotated[str, Field(description="The model of jobs that name none.")]
+DefaultLanguage = Annotated[
+    str | None,
+    Field(description="The language of jobs that name none, where their model knows it; null: it is detected."),
+]
 Device = Annotated[str, one_of("cpu", "cuda"), Field(description="The device that runs the models.")]
 ComputeType = Annotated[str, Field(description="The precision, as CTranslate2 names it.")]
 CpuThreads = Annotated[int, Field(description="How many threads each worker uses on the CPU.")]

@@ -1,4 +1,4 @@
-"""Transcripts as files: plain text, subtitles, a table, JSON. Pure; any thread may call it.
+"""Transcripts as files: plain text, subtitles, a table, JSON, Markdown. Pure; any thread may call it.
 
 Every file is UTF-8 and ends with a line break. None is empty, even without speech: an empty retained payload would
 clear the topic of the result.
@@ -13,13 +13,20 @@ from itertools import accumulate
 from cesar_mqtt.jobs import Job
 from cesar_mqtt.protocol.cues import Cue, cues_of
 from cesar_mqtt.protocol.fields import FORMATS
-from cesar_mqtt.protocol.payloads import segment_fields
+from cesar_mqtt.protocol.languages import language_name
+from cesar_mqtt.protocol.payloads import audio_source_of, public_source, segment_fields
 from cesar_mqtt.protocol.truncate import most_that_fit
 from cesar_mqtt.transcript import Segment
 
 _HOUR_MS = 3_600_000
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 """What some program reads as the end of a line, of a column or of the file."""
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&]|^[-+=](?=\s|$)|^:?-{2}")
+"""What Markdown reads as more than a character (CommonMark, section 2.4)."""
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
+_SENTENCE_ENDS = (".", "!", "?", "\u2026", "\u3002", "\uff01", "\uff1f", "\u0964", "\u061f", '"', "\u201d")
+_PARAGRAPH_S, _PAUSE_S = 60.0, 2.0
+"""A paragraph of Markdown ends after so long, or at a pause of so long."""
 _ARROW = re.compile("-{2,}>")
 _VTT_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})  # https://www.w3.org/TR/webvtt1/, section 4.2.2
 
@@ -38,6 +45,9 @@ class Content:
         has_words: whether JSON holds the words of the segments.
         max_line_width: of subtitles, in columns.
         max_line_count: of a cue.
+        title: of the transcript, on one line.
+        source: which recording it is of; None: it came with the request.
+        model: the one that heard it.
     """
 
     text: str
@@ -49,6 +59,9 @@ class Content:
     has_words: bool = True
     max_line_width: int = 42
     max_line_count: int = 2
+    title: str = "Transcript"
+    source: str | None = None
+    model: str | None = None
 
 
 def content_of(job: Job, segments: Sequence[Segment]) -> Content:
@@ -63,7 +76,20 @@ def content_of(job: Job, segments: Sequence[Segment]) -> Content:
         has_words=job.options.get("word_timestamps", False),
         max_line_width=job.options.get("max_line_width", 42),
         max_line_count=job.options.get("max_line_count", 2),
+        title=_title_of(job),
+        source=audio_source_of(job),
+        model=job.model_size,
     )
+
+
+def _title_of(job: Job) -> str:
+    """Return the name of the file, as far as it is known, or the id."""
+    file = job.metadata.get("file")
+    if isinstance(file, str) and file.strip():
+        return file
+    if job.audio is None or job.audio.kind not in {"path", "url"}:
+        return job.job_id
+    return public_source(job.audio).rstrip("/").rpartition("/")[2] or job.job_id
 
 
 def render(name: str, content: Content, *, limit_bytes: int | None = None) -> tuple[bytes, bool]:
@@ -157,12 +183,62 @@ def _json(content: Content) -> _Parts:
     return _Parts(pieces, around)
 
 
+def _md(content: Content) -> _Parts:
+    """Write a title, the facts, and paragraphs, each headed by the time at which it begins."""
+    facts = {
+        "Recording": content.source,
+        "Duration": None if content.duration_s is None else _hours(content.duration_s),
+        "Language": _language(content),
+        "Model": content.model,
+    }
+    listed = "".join(f"- {name}: {_escaped(_on_one_line(fact))}\n" for name, fact in facts.items() if fact)
+    head = _encoded(f"# {_escaped(_on_one_line(content.title))}\n\n{listed}")
+    pieces = [_encoded(f"{before}{_escaped(line)}") for before, line in _paragraphs(content)]
+    if not pieces:
+        words = _escaped(_on_one_line(content.text)).split()
+        pieces = [_encoded(f" {word}" if number else f"\n{word}") for number, word in enumerate(words)]
+    return _Parts(pieces, lambda count: (head, b"\n" if count else b""))
+
+
+def _paragraphs(content: Content) -> Iterator[tuple[str, str]]:
+    """Yield what comes before the text of each segment, and the text.
+
+    A paragraph ends at a pause, or at the end of a sentence after a minute.
+    """
+    begin_s = end_s = 0.0
+    text = ""
+    for segment, line in _spoken(content):
+        is_long = end_s - begin_s >= _PARAGRAPH_S and text.endswith(_SENTENCE_ENDS)
+        if text and not is_long and segment.start_s - end_s < _PAUSE_S:
+            yield " ", line
+        else:
+            begin_s = segment.start_s
+            yield f"{chr(10) * (2 if text else 1)}## {_hours(begin_s)}\n\n", line
+        end_s, text = segment.end_s, line
+
+
+def _language(content: Content) -> str | None:
+    if content.language is None:
+        return None
+    name = language_name(content.language)
+    return f"{name}, translated into English" if content.task == "translate" else name
+
+
+def _escaped(text: str) -> str:
+    return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(lambda found: "\\" + found.group(), text))
+
+
+def _hours(seconds: float) -> str:
+    return _clock(_ms(seconds), ".").partition(".")[0]
+
+
 _WRITERS: Mapping[str, Callable[[Content], _Parts]] = {
     "txt": _txt,
     "srt": _srt,
     "vtt": _vtt,
     "tsv": _tsv,
     "json": _json,
+    "md": _md,
 }
 
 

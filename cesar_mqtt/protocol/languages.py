@@ -27,10 +27,25 @@ _ALIASES = {
     "jv": "jw", "nb": "no", "fil": "tl", "iw": "he", "in": "id", "cmn": "zh",
 }  # fmt: skip
 
+CODES = tuple(_NAMES)
+"""Whisper's codes, sorted."""
+
+DETECT = frozenset({"", "auto"})
+"""What stands for "detect it" in place of a language, as other programs send it."""
+
 _CODES = {name: code for code, name in _NAMES.items()} | _ALIASES | {code: code for code in _NAMES}
+
+
+LANGUAGE_CODES = tuple(_NAMES)
+"""Whisper's codes of all languages."""
 
 
 def language_code(text: str) -> str | None:
     """Return Whisper's code for a code (`de`), a name (`German`) or a BCP-47 tag (`de-AT`); None: an unknown one."""
     wanted = text.strip().lower()
     return _CODES.get(wanted) or _CODES.get(wanted.replace("_", "-").partition("-")[0])
+
+
+def language_name(code: str) -> str:
+    """Return the English name of a code: `German`; of an unknown one the code."""
+    return _NAMES.get(code, code).title()

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cesar_mqtt.protocol.commands import CURRENT
 from cesar_mqtt.protocol.fields import FORMATS, MUST, Format, Payload
-from cesar_mqtt.protocol.languages import language_code
+from cesar_mqtt.protocol.languages import DETECT, language_code
 from cesar_mqtt.protocol.topics import JOB_ID_PATTERN
 from cesar_mqtt.redaction import redact_value
 from cesar_mqtt.transcript import TranscriptionOptions, cut_hotwords, cut_prompt
@@ -42,12 +42,10 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 _FILE_URL = re.compile(r"file:(//(?P<host>[^/]*))?(?P<path>.*)", re.IGNORECASE | re.DOTALL)
-_DETECT = frozenset({"", "auto"})
-"""What other programs send to have the language detected."""
 
 
 def _known_language(text: str) -> str | None:
-    if text.strip().lower() in _DETECT:
+    if text.strip().lower() in DETECT:
         return None
     code = language_code(text)
     if code is None:
@@ -164,13 +162,13 @@ class JobRequest(Payload):
     )
     model_size: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARACTERS)] | None = Field(
         default=None,
-        description="The model, one of `models.allowed`. Left out: `models.default`.",
+        description="The model, one of `models.allowed`. Left out: the default model, `models.default`.",
         json_schema_extra={MUST: "the name of a model"},
     )
     language: Annotated[str, AfterValidator(_known_language)] | None = Field(
         default=None,
-        description="The spoken language, as Whisper's code, a name or a BCP-47 tag. Left out, empty or `auto`: it is "
-        "detected.",
+        description="The spoken language, as Whisper's code, a name or a BCP-47 tag. Empty or `auto`: it is detected. "
+        "Left out: the default language; without one it is detected.",
         json_schema_extra={MUST: "text such as 'de', or be left out"},
     )
     task: Literal["transcribe", "translate"] = Field(
@@ -291,6 +289,11 @@ class JobRequest(Payload):
         if translates and (model in _TURBO or model.startswith(_DISTILLED)):
             return f"task: the model {model!r} cannot translate. Choose another one, such as 'large-v3'."
         return None
+
+    @property
+    def leaves_language_open(self) -> bool:
+        """Whether the request neither names a language nor wants it detected: the default language may be used."""
+        return "language" not in self.model_fields_set and not self.multilingual
 
     def options(self) -> dict[str, Any]:
         """Return the transcription options that differ from their defaults, very long prompts cut to what can count.

@@ -23,6 +23,8 @@ READ: Mapping[str, type] = {
     "JobCommand": commands.JobCommand,
     "ListCommand": commands.ListCommand,
     "ResultCommand": commands.ResultCommand,
+    "RejectedCommand": commands.RejectedCommand,
+    "SetCommand": commands.SetCommand,
 }
 """The payloads that the consumer reads, by their public names."""
 PUBLISHED: Mapping[str, type] = {
@@ -37,10 +39,16 @@ PUBLISHED: Mapping[str, type] = {
     "ConsumerState": consumer_payloads.ConsumerState,
     "Queue": consumer_payloads.Queue,
     "Last": consumer_payloads.Last,
+    "LastError": consumer_payloads.LastError,
     "Info": consumer_payloads.Info,
     "Limits": consumer_payloads.Limits,
     "Health": consumer_payloads.HealthMessage,
+    "Quarantined": consumer_payloads.Quarantined,
+    "WebhookHealth": consumer_payloads.WebhookHealth,
     "Done": commands.CommandResult,
+    "CancelledJobs": commands.CancelledJobs,
+    "Rejections": commands.Rejections,
+    "Defaults": commands.Defaults,
     "Paused": commands.Paused,
     "Brief": commands.JobSummary,
     "JobList": commands.JobList,
@@ -95,9 +103,16 @@ def bundle(name: str, schemas: Mapping[str, Schema]) -> Schema:
     return {**schemas[name], **({"$defs": needed} if needed else {})}
 
 
+def message_name(command: str, kind: str) -> str:
+    """Return the name of a command's message, in the AsyncAPI document: `retryLastResponse`."""
+    first, *others = command.split("_")
+    return first + "".join(map(str.title, others)) + kind
+
+
 def response_name(command: str) -> str:
     """Return the name of the schema of a command's response."""
-    return f"{command.title()}Response"
+    name = message_name(command, "Response")
+    return name[0].upper() + name[1:]
 
 
 def line_schema() -> Schema:

@@ -7,7 +7,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic_core import from_json, to_json
 
@@ -15,8 +15,10 @@ from cesar_mqtt.json_codec import encode
 from cesar_mqtt.redaction import redact_document, redact_value
 
 if TYPE_CHECKING:
-    from cesar_mqtt.protocol.commands import JobSummary
+    from cesar_mqtt.protocol.fields import Payload
     from cesar_mqtt.protocol.payloads import JobSegment, Status
+
+Item = TypeVar("Item", bound="Payload")
 
 Data = dict[str, Any]
 
@@ -121,15 +123,15 @@ def truncate_segment(segment: "JobSegment", limit_bytes: int | None = None) -> b
 # -- pages of a response -------------------------------------------------------------------------------------------
 
 
-def truncate_list(jobs: Iterable["JobSummary"], limit_bytes: int) -> list["JobSummary"]:
-    """Return as many of the first jobs as have at most `limit_bytes` together."""
-    page: list[JobSummary] = []
+def truncate_list(items: Iterable[Item], limit_bytes: int) -> list[Item]:
+    """Return as many of the first items as have at most `limit_bytes` together."""
+    page: list[Item] = []
     room = limit_bytes
-    for job in jobs:
-        room -= len(job.encode()) + len(",")
+    for item in items:
+        room -= len(item.encode()) + len(",")
         if room < 0:
             break
-        page.append(job)
+        page.append(item)
     return page
 
 
@@ -222,5 +224,13 @@ def _list_page(data: Data, jobs: int) -> Data:
     return {**data, "jobs": data["jobs"][:jobs], "next": data["jobs"][jobs - 1]["job_id"]}
 
 
-_PAGES: Mapping[str, Callable[[Data, int], Data]] = {"text": _result_page, "jobs": _list_page}
+def _rejections(data: Data, count: int) -> Data:
+    return {**data, "rejected": data["rejected"][:count]}
+
+
+_PAGES: Mapping[str, Callable[[Data, int], Data]] = {
+    "text": _result_page,
+    "jobs": _list_page,
+    "rejected": _rejections,
+}
 """How data are cut to so much of the field of that name."""

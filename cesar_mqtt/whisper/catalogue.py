@@ -15,6 +15,7 @@ from cesar_mqtt import logs
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.config_sources import DIRECTORIES
 from cesar_mqtt.errors import ConfigError, nearest
+from cesar_mqtt.protocol.languages import DETECT, language_code
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import hub, model_files
 from cesar_mqtt.whisper.model_files import missing_files, unavailable, unusable
@@ -28,6 +29,7 @@ ENGLISH_ONLY_ADVICE = (
     "multilingual model."
 )
 """For a default model that knows English only: it writes every language as English words."""
+_ENGLISH = "en"
 _ALIASES = {"large": "large-v3", "turbo": "large-v3-turbo"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
@@ -91,11 +93,51 @@ class Catalogue:
         self._packages = packages or PackagedModels(folder or DIRECTORIES.user_data_path / "models")
         self._known = tuple(hub.REPOSITORIES)
         self._check_names()
-        self._default = settings.default or self._choose_default()
+        self._configured = settings.default or self._choose_default(), _configured_language(settings)
+        try:
+            self.set_defaults(None, None)
+        except ValueError as exc:
+            raise ConfigError(f"`models.default_language`: {exc}.") from exc
 
     def default_name(self) -> str:
-        """The model of jobs that name none; the same for the life of the process."""
+        """The model of jobs that name none."""
         return self._default
+
+    @property
+    def default_language(self) -> str | None:
+        """The language of jobs that name none, as Whisper's code; None: it is detected."""
+        return self._language
+
+    def language_for(self, name: str) -> str | None:
+        """Return the default language for jobs of a model; None: there is none, or the model knows English only."""
+        return None if self._language is None or not self._may_know(name, self._language) else self._language
+
+    @property
+    def assumes_english(self) -> bool:
+        """Whether the default model writes whatever it hears as English, and nobody said that it is."""
+        return self._language is None and self.is_multilingual(self._default) is False
+
+    def set_defaults(self, model: str | None, language: str | None) -> None:
+        """Use another default model and language from now on.
+
+        Args:
+            model: None: that of the settings.
+            language: Whisper's code; an empty text: it is detected; None: that of the settings.
+
+        Raises:
+            ValueError: jobs may not name the model, or it does not know the language; a part of a sentence. Nothing has
+                changed.
+        """
+        model = self._configured[0] if model is None else model
+        language = self._configured[1] if language is None else language or None
+        if not self.is_allowed(model):
+            raise ValueError(self.explain_unknown(model))
+        if language is not None and not self._may_know(model, language):
+            raise ValueError(f"the default model {model!r} knows English only, and not {language!r}")
+        self._default, self._language = model, language
+
+    def _may_know(self, model: str, language: str) -> bool:
+        return language == _ENGLISH or self.is_multilingual(model) is not False
 
     def allowed_names(self) -> tuple[str, ...]:
         """Every name that a job may give, best known first."""
@@ -176,8 +218,12 @@ class Catalogue:
             )
         if place is None:
             path = hub.download(name, should_stop=should_stop, on_progress=on_progress)
+        elif place.path is None:
+            path = self._packages.join(name, should_stop=should_stop, on_progress=on_progress)
         else:
-            path = place.path or self._packages.join(name, should_stop=should_stop, on_progress=on_progress)
+            path = place.path
+            if place.origin == "package":
+                self._packages.check(name, path, should_stop=should_stop)
         if missing := missing_files(path):
             raise unusable(name, f"its folder lacks {missing[0]}")
         return path
@@ -240,3 +286,17 @@ class Catalogue:
         if self._settings.directory is None:
             return []
         return sorted(entry.name for entry in self._settings.directory.iterdir() if self._folder(entry.name))
+
+
+def _configured_language(settings: ModelSettings) -> str | None:
+    """Return the code of `models.default_language`. Raises ConfigError."""
+    text = settings.default_language
+    if text is None or text.lower() in DETECT:
+        return None
+    code = language_code(text)
+    if code is None:
+        raise ConfigError(
+            f"`models.default_language` is {text!r}, which is not a language that Whisper knows: use a code such as "
+            "'de', or leave it out to have the language detected."
+        )
+    return code

@@ -9,7 +9,7 @@ A `ChunkDecoder` belongs to the thread that decodes its chunk; several may use o
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +18,7 @@ from faster_whisper.feature_extractor import FeatureExtractor
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.vad import Range, find_cut, speech_probabilities, split
-from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, Language, Piece, PieceDecoder, Result
+from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, DOUBTFUL_BELOW, Language, Piece, PieceDecoder, Result
 from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
 from cesar_mqtt.whisper.features import HOP_SAMPLES, Features, log_mel
 from cesar_mqtt.whisper.timeline import Timeline, join_near
@@ -217,11 +217,11 @@ class ChunkDecoder:
         for start in range(0, min(features.shape[1], _DETECTION_PIECES * FULL_FRAMES), FULL_FRAMES):
             piece = self._decoder.encode(features[:, start : start + FULL_FRAMES])
             language = self._decoder.detect_language(piece)
-            if language.probability <= CERTAIN_ABOVE and piece.frames < FULL_FRAMES:
+            if language.probability < DOUBTFUL_BELOW and piece.frames < FULL_FRAMES:
                 piece = self._decoder.encode(piece.features, frames=FULL_FRAMES)
                 language = self._decoder.detect_language(piece)
             if start == 0 and piece.features.shape == first.next_features.shape:
-                first.first = piece
+                first.first = replace(piece, language=language)
             if language.probability > CERTAIN_ABOVE:
                 return language
             votes.setdefault(language.code, []).append(language.probability)

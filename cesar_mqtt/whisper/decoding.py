@@ -22,10 +22,13 @@ WHISPER_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Whisper's own list, each tried where the result of the one before fails the checks."""
 CERTAIN_ABOVE = 0.5
 """The probability from which a detected language counts."""
+DOUBTFUL_BELOW = 0.35
+"""The probability below which a language is detected again at full length. Above it, that takes ten times as long and
+gives no better answer (docs/performance.md)."""
 
 NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
-_BEAMS, _UNSURE_BELOW = 5, -0.5
+_BEAMS, _UNSURE_BELOW = 5, -0.6
 """Of `beam_size` `auto`: a greedy result with a lower average log probability is decoded again, with so many beams."""
 _CUT_ABOVE_FRAMES = 1000
 """From 10 s on, a piece that fails the checks is cut rather than decoded at higher temperatures."""
@@ -82,11 +85,13 @@ class Piece:
         features: without padding.
         frames: how many the encoder was given.
         encoded: its output, as CTranslate2 takes it.
+        language: as detected in it; None: not detected yet.
     """
 
     features: Features
     frames: int
     encoded: Any
+    language: Language | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +151,12 @@ class PieceDecoder:
 
     def frames_for(self, features: Features) -> int:
         """Return how many frames the encoder needs for a piece."""
+        frames = self._padded_length(features)
+        return frames if frames < FULL_FRAMES and not is_noisy(features) else FULL_FRAMES
+
+    def _padded_length(self, features: Features) -> int:
         frames = -(-(features.shape[1] + self._options.padding) // _FRAMES_STEP) * _FRAMES_STEP
-        return FULL_FRAMES if frames >= FULL_FRAMES or is_noisy(features) else int(frames)
+        return min(int(frames), FULL_FRAMES)
 
     def detect_language(self, piece: Piece) -> Language:
         """Detect the language of a piece; an English-only model knows only one."""
@@ -169,8 +178,14 @@ class PieceDecoder:
         asked = [
             _Question(self._tokenizer(language), prompt) for language, prompt in zip(languages, prompts, strict=True)
         ]
-        first = self._generate(pieces, asked, first_temperature, self._options.beam_size or 1)
-        return [self._settle(result, question) for result, question in zip(first, asked, strict=True)]
+        beams = self._options.beam_size or (_BEAMS if len(pieces) == 1 and self._is_hard(pieces[0]) else 1)
+        first = self._generate(pieces, asked, first_temperature, beams)
+        return [self._settle(result, question, beams) for result, question in zip(first, asked, strict=True)]
+
+    def _is_hard(self, piece: Piece) -> bool:
+        """Whether a greedy result will be decoded again anyway: noise hides the speech, or even the language."""
+        needs_full_length = self._padded_length(piece.features) < piece.frames
+        return needs_full_length or (piece.language is not None and piece.language.probability <= CERTAIN_ABOVE)
 
     def split(self, result: Result, offset_s: float) -> tuple[list[dict[str, Any]], int]:
         """Cut a result into faster-whisper's segments at the times that the model gave.
@@ -215,13 +230,13 @@ class PieceDecoder:
             [segments], result.tokenizer, result.piece.encoded, frames, _PREPENDED, _APPENDED, last_speech_timestamp=0.0
         )
 
-    def _settle(self, result: Result, question: "_Question") -> Result:
+    def _settle(self, result: Result, question: "_Question", used_beams: int) -> Result:
         """Return the first result that passes Whisper's checks, or the most probable one."""
         first, *further = self._options.temperatures
         beams = self._options.beam_size or _BEAMS
         is_short = result.piece.frames < FULL_FRAMES
         # What fails at its own length is decoded with a beam at full length below.
-        if self._options.beam_size is None and first == 0 and result.is_unsure and not (result.fails and is_short):
+        if used_beams < beams and first == 0 and result.is_unsure and not (result.fails and is_short):
             result = max(result, *self._generate([result.piece], [question], first, beams), key=_rank)
         if result.is_unsure and not self._options.language_given:
             result = self._in_detected_language(result, question, beams)
@@ -233,7 +248,7 @@ class PieceDecoder:
             further.insert(0, first)
         question = _Question(result.tokenizer, question.prompt)
         for temperature in further:
-            if temperature > first and tried[-1].should_be_cut:
+            if temperature > first and (tried[-1].should_be_cut or _becomes_less_probable(tried)):
                 break
             tried += self._generate([piece], [question], temperature, beams)
             if not tried[-1].fails or tried[-1].is_silence:
@@ -243,7 +258,7 @@ class PieceDecoder:
 
     def _in_detected_language(self, result: Result, question: "_Question", beams: int) -> Result:
         """Decode again if the piece is in another language than the one it was decoded in."""
-        language = self.detect_language(result.piece)
+        language = result.piece.language or self.detect_language(result.piece)
         if language.code == question.tokenizer.language_code or language.probability < CERTAIN_ABOVE:
             return result
         other = _Question(self._tokenizer(language.code), question.prompt)
@@ -301,6 +316,20 @@ class _Question:
 
     tokenizer: Tokenizer
     prompt: str | None
+
+
+def _becomes_less_probable(tried: Sequence[Result]) -> bool:
+    """Whether a higher temperature has not helped, and a still higher one will not.
+
+    Temperature prevents loops; a text that is improbable without one only becomes less probable with it.
+    """
+    *_, before, last = [None, *tried]
+    return (
+        before is not None
+        and before.piece is last.piece
+        and not (before.is_repetitive or last.is_repetitive)
+        and last.avg_logprob < before.avg_logprob
+    )
 
 
 def _rank(result: Result) -> tuple[bool, float]:

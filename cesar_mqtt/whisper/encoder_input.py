@@ -2,8 +2,10 @@
 
 Whisper is trained on 30 s, and faster-whisper always encodes as much; a clip of 4 s then costs as much as one of 30 s.
 With too little padding the decoder repeats itself or invents text, so the padding is measured for each size of model
-(docs/performance.md). No state; any thread may call it.
+(docs/performance.md). Any thread may call it.
 """
+
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from faster_whisper import WhisperModel
@@ -16,16 +18,18 @@ FULL_FRAMES = 3000
 PADDING_FRAMES = {384: 300, 512: 300, 768: 1000}
 """The frames of padding by the width of the model: tiny, base, small. `benchmarks/encoder_input.py` measured tiny.en
 and base; small is given three times as much without a measurement. A larger model gets the full length."""
-
-
 _NOISY_BELOW_DB = 13
 """White noise as loud as the voice gives 10 to 12 dB, noise 5 dB below it 14 to 17, and clean speech 28 and more."""
+_widths: WeakKeyDictionary[WhisperModel, int] = WeakKeyDictionary()
+"""CTranslate2 does not tell the width, and encoding takes 1 to 4 ms."""
 
 
 def padding_frames(model: WhisperModel) -> int:
     """Return how many frames must follow the content for this model; `FULL_FRAMES`: it needs the full length."""
-    probe = model.encode(np.zeros((model.model.n_mels, 2), np.float32))
-    width: int = probe.shape[-1]
+    width = _widths.get(model)
+    if width is None:
+        probe = model.encode(np.zeros((model.model.n_mels, 2), np.float32))
+        width = _widths[model] = probe.shape[-1]
     return PADDING_FRAMES.get(width, FULL_FRAMES)
 
 

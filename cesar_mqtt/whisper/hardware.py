@@ -44,9 +44,9 @@ def divide_cores(cores: int, workers: int | None = None) -> tuple[int, int]:
 def limit_heap() -> None:
     """Have glibc keep less of what was freed, and oneDNN of what it compiled; before a model is loaded, and for good.
 
-    By default glibc has up to eight heaps for each core, and returns nothing below 32 MB to the system: with two workers,
-    tiny.en then takes 370 MB more while it transcribes than after loading, and 140 MB with these options. That costs
-    4 % of the time.
+    By default glibc has up to eight heaps for each core, and returns nothing below 32 MB to the system: with two
+    workers, tiny.en then takes 370 MB more while it transcribes than after loading, and 140 MB with these options. That
+    costs 4 % of the time.
     """
     for name, value in _PRIMITIVE_CACHE.items():
         os.environ.setdefault(name, value)

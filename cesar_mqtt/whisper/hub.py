@@ -52,6 +52,27 @@ REPOSITORIES = {
 }
 """Every name that faster-whisper knows (a test compares), and its repository, which faster-whisper keeps private."""
 
+REVISIONS = {
+    "Systran/faster-whisper-tiny.en": "0d3d19a32d3338f10357c0889762bd8d64bbdeba",
+    "Systran/faster-whisper-tiny": "d90ca5fe260221311c53c58e660288d3deb8d356",
+    "Systran/faster-whisper-base.en": "3d3d5dee26484f91867d81cb899cfcf72b96be6c",
+    "Systran/faster-whisper-base": "ebe41f70d5b6dfa9166e2c581c45c9c0cfc57b66",
+    "Systran/faster-whisper-small.en": "d1d751a5f8271d482d14ca55d9e2deeebbae577f",
+    "Systran/faster-whisper-small": "536b0662742c02347bc0e980a01041f333bce120",
+    "Systran/faster-whisper-medium.en": "a29b04bd15381511a9af671baec01072039215e3",
+    "Systran/faster-whisper-medium": "08e178d48790749d25932bbc082711ddcfdfbc4f",
+    "Systran/faster-whisper-large-v1": "b07c8d4be0be90092aa01a29c975077acb8d15c9",
+    "Systran/faster-whisper-large-v2": "f0fe81560cb8b68660e564f55dd99207059c092e",
+    "Systran/faster-whisper-large-v3": "edaa852ec7e145841d8ffdb056a99866b5f0a478",
+    "Systran/faster-distil-whisper-large-v2": "fe9b404fc56de3f7c38606ef9ba6fd83526d05e4",
+    "Systran/faster-distil-whisper-medium.en": "80ddfce281f77766d8943d63109199fc8145dfa5",
+    "Systran/faster-distil-whisper-small.en": "ef77d90526ccd62cde3808ee70626a01e5cf83e4",
+    "Systran/faster-distil-whisper-large-v3": "c3058b475261292e64a0412df1d2681c06260fab",
+    "distil-whisper/distil-large-v3.5-ct2": "9793ccc07920e0f830e1dba0343efcdf0ef8c903",
+    "mobiuslabsgmbh/faster-whisper-large-v3-turbo": "0a363e9161cbc7ed1431c9597a8ceaf0c4f78fcf",
+}
+"""The commit of each repository that is used: what its owner changes later is never loaded unseen."""
+
 STALL_S = 30.0
 """A download that receives nothing for so long is given up; huggingface_hub has then tried to resume it twice."""
 _ANSWER_S = 5.0
@@ -76,15 +97,20 @@ def is_offline() -> bool:
 
 
 def cached(name: str) -> Path | None:
-    """Return the folder of a model that is complete in the hub's cache; uses no network."""
+    """Return the folder of a model that is complete in the hub's cache; uses no network.
+
+    That of another revision counts, too, where the known one is not there: it was put there on purpose.
+    """
     if name not in REPOSITORIES:
         return None
-    try:
-        path = Path(snapshot_download(REPOSITORIES[name], allow_patterns=list(PATTERNS), local_files_only=True))
-    except (OSError, ValueError):
-        return None
-    # An interrupted download leaves such a folder behind; the next one completes it.
-    return None if missing_files(path) else path
+    repository = REPOSITORIES[name]
+    for revision in (REVISIONS[repository], None):
+        options: dict[str, Any] = {"revision": revision, "allow_patterns": list(PATTERNS), "local_files_only": True}
+        with suppress(OSError, ValueError):
+            path = Path(snapshot_download(repository, **options))
+            if not missing_files(path):  # an interrupted download leaves such a folder; the next one completes it
+                return path
+    return None
 
 
 def download(
@@ -128,7 +154,8 @@ def download(
     if exc is None:
         return running.future.result()
     reason, detail = _reason(exc), f"{type(exc).__name__}: {exc}"
-    log.warning("Model %s cannot be fetched (%s): %s", name, reason, detail, action="model_download_failed")
+    message = "Model %s cannot be downloaded: %s (%s)"
+    log.warning(message, name, _REASONS[reason], detail, action="model_download_failed")
     raise _failure(name, reason) from exc
 
 
@@ -183,6 +210,7 @@ class _Download:
     def __init__(self, repository: str) -> None:
         _configure_client()
         self._repository = repository
+        self._revision = REVISIONS[repository]
         self._folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
         self._files: tuple[_File, ...] = ()
         self._abandoned = threading.Event()
@@ -212,8 +240,8 @@ class _Download:
 
     def _run(self) -> Path:
         # The client itself would wait for this answer without end.
-        info = HfApi().model_info(self._repository, files_metadata=True, timeout=_ANSWER_S)
-        folder = self._folder / "snapshots" / str(info.sha)
+        info = HfApi().model_info(self._repository, revision=self._revision, files_metadata=True, timeout=_ANSWER_S)
+        folder = self._folder / "snapshots" / self._revision
         self._files = tuple(
             _File(sibling.rfilename, sibling.size or 0, folder / sibling.rfilename)
             for sibling in info.siblings or ()
@@ -224,7 +252,7 @@ class _Download:
         path = folder
         for file in self._files:
             options: dict[str, Any] = {"etag_timeout": _ANSWER_S, "tqdm_class": self._progress_bar}
-            path = Path(hf_hub_download(self._repository, file.name, **options)).parent
+            path = Path(hf_hub_download(self._repository, file.name, revision=self._revision, **options)).parent
         return path
 
     def _progress_bar(self, *_: object, **__: object) -> "_Cancellation":

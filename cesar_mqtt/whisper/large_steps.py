@@ -12,9 +12,9 @@ _SAMPLES_AT_ONCE = 2
 class LargeSteps:
     """Wraps `ctranslate2.models.Whisper`, whose workers otherwise need all of their memory at the same time.
 
-    Encoding 30 s takes 72 MB (tiny) or 95 MB (base), all of it freed at the end of the step; a beam search takes 30 MB or
-    50 MB. Five samples at a temperature above 0 would take 130 MB or 200 MB: they are drawn few at a time, in 60 MB or
-    85 MB. Any thread may call it.
+    Encoding 30 s takes 72 MB (tiny) or 95 MB (base), all of it freed at the end of the step; a beam search takes 30 MB
+    or 50 MB. Five samples at a temperature above 0 would take 130 MB or 200 MB: they are drawn few at a time, in 60 MB
+    or 85 MB. Any thread may call it.
     """
 
     def __init__(self, model: Any, at_once: int) -> None:

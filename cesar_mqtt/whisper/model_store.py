@@ -39,6 +39,7 @@ class StoreDescription:
     Attributes:
         allowed: every name that a job may give.
         default: the model of jobs that name none.
+        default_language: the language of jobs that name none; None: it is detected.
         loaded: the model in memory; None: none.
         device: `cpu` or `cuda`.
         compute_type: the precision, as CTranslate2 calls it.
@@ -49,6 +50,7 @@ class StoreDescription:
 
     allowed: tuple[str, ...]
     default: str
+    default_language: str | None
     loaded: str | None
     device: str
     compute_type: str
@@ -100,8 +102,12 @@ class ModelStore:
         self.on_unloaded: Callable[[], None] = lambda: None
 
     def default_name(self) -> str:
-        """The model of jobs that name none; the same for the life of the process."""
+        """The model of jobs that name none."""
         return self.catalogue.default_name()
+
+    def language_for(self, name: str) -> str | None:
+        """Return the default language for jobs of a model; None: it is detected."""
+        return self.catalogue.language_for(name)
 
     def is_allowed(self, name: str) -> bool:
         """Whether a job may name this model, on this machine or not."""
@@ -120,6 +126,7 @@ class ModelStore:
         return StoreDescription(
             allowed=self.catalogue.allowed_names(),
             default=self.default_name(),
+            default_language=self.catalogue.default_language,
             loaded=self._name,
             device=self.device,
             compute_type=self.compute_type,

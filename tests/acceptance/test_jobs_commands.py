@@ -131,12 +131,14 @@ def test_a_day_at_the_shell(
     assert json.loads(asked("jobs", "--status", "completed", "--json"))["job_id"] == "first"
     assert asked("retry", "second") == "Job second is queued again.\n"
     bus.wait("cesar/status/second", lambda status: status["status"] == "completed")
-    assert asked("delete", "second") == "Job second is deleted.\n"
+    assert asked("show", "fi", "--format", "txt") == asked("show", "first", "--format", "txt")
+    assert asked("delete", "sec") == "Job second is deleted.\n"
     assert "second" not in asked("jobs")
     healthy = command("health", "--json", "--broker", mosquitto.url)
     assert (healthy.returncode, json.loads(healthy.stdout)["worker_alive"]) == (0, True), healthy.stderr
 
-    findings = asked("doctor", "--data-dir", str(consumer.data_dir)).splitlines()
+    report = asked("doctor", "--data-dir", str(consumer.data_dir)).splitlines()
+    findings = [line for line in report if not line.startswith(" ")]
     assert {line.split()[0] for line in findings} <= {"ok", "note"}
     assert any("in use by a consumer" in line for line in findings)
 
@@ -179,7 +181,7 @@ def test_errors_help_and_have_their_codes(start_mosquitto: StartMosquitto) -> No
     for arguments, code, told in (
         (["jobs", "--broker", wrong], 78, "broker.password_file"),
         (["watch", "--broker", wrong], 78, "broker.password_file"),
-        (["health", "--broker", away, "--timeout", "1"], 1, "--broker"),
+        (["health", "--broker", away, "--timeout", "1"], 3, "--broker"),
         (["health", "--broker", right, "--timeout", "0.6"], 3, "cesar-mqtt serve"),
         (["show", "a b"], 2, "A-Z"),
         (["jobs", "--status", "done"], 2, "completed"),
@@ -192,11 +194,17 @@ def test_errors_help_and_have_their_codes(start_mosquitto: StartMosquitto) -> No
         assert ended.stdout == ""
 
 
-def test_a_shell_can_complete_commands_and_flags() -> None:
+def test_a_shell_can_complete_commands_flags_and_models_and_is_silent_without_a_broker(free_port: int) -> None:
     program = Path(sys.executable).with_name("cesar-mqtt")
-    for typed, place, offered in (("cesar-mqtt ca", "1", "cancel"), ("cesar-mqtt jobs --st", "2", "--status")):
+    for typed, place, offered in (
+        ("cesar-mqtt ca", "1", "cancel"),
+        ("cesar-mqtt jobs --st", "2", "--status"),
+        ("cesar-mqtt models pull tiny.", "3", "tiny.en"),
+        ("cesar-mqtt serve --model medium.", "3", "medium.en"),
+        (f"cesar-mqtt show --broker mqtt://127.0.0.1:{free_port} por", "4", ""),
+    ):
         environ = {"_CESAR_MQTT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": place}
         ended = subprocess.run(
             [program], env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
         )
-        assert ended.stdout.split() == [offered], ended.stderr
+        assert (ended.stdout.split(), ended.stderr) == (offered.split(), "")

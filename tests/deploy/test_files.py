@@ -94,15 +94,19 @@ def test_the_image_is_made_of_what_the_context_lets_through() -> None:
         assert f"!{source}" in allowed
 
 
-def test_no_image_is_named_without_a_version() -> None:
-    images = [service["image"] for service in read(COMPOSE)["services"].values()]
-    versions = [*images, *re.findall(r"eclipse-mosquitto:\S+", (DEPLOY / "docker" / "setup.sh").read_text())]
+def test_every_image_of_others_is_named_by_version_and_digest() -> None:
+    images = [service["image"] for service in read(COMPOSE)["services"].values() if "build" not in service]
+    images += re.findall(r"eclipse-mosquitto:\S+", (DEPLOY / "docker" / "setup.sh").read_text())
     for path in DEPLOY.rglob("Dockerfile"):
-        versions += [what.split()[0] for step, what in instructions(path) if step == "FROM"]
-    for image in versions:
-        assert re.search(r":(\d|\$\{PYTHON)", image), image
-        assert "latest" not in image
-    assert len({image for image in versions if "mosquitto" in image}) == 1
+        steps = instructions(path)
+        arguments = dict(what.split("=", 1) for step, what in steps if step == "ARG")
+        bases = [what.split()[0] for step, what in steps if step == "FROM"]
+        images += [re.sub(r"\$\{(\w+)\}", lambda found: arguments[found[1]], base) for base in bases]  # noqa: B023
+    for image in images:
+        assert re.fullmatch(r"[a-z-]+:\d+\.\d+\.\d+[a-z-]*@sha256:[0-9a-f]{64}", image), image
+    assert len(images) >= 5
+    assert len({image for image in images if "mosquitto" in image}) == 1
+    assert len({image for image in images if "python" in image}) == 1
 
 
 def test_compose_and_setup_agree_on_their_files(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.consumer.publisher import Connection
 from cesar_mqtt.mqtt.client import MqttClient
-from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
+from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError, Refusal
 from tests.conftest import Mosquitto, StartMosquitto
 from tests.unit.consumer.test_publisher import FakeConnection
 
@@ -145,7 +145,7 @@ class _Fake(Subject):
 class _Real(Subject):
     def __init__(self, mosquitto: Mosquitto) -> None:
         self._mosquitto = mosquitto
-        self._published: Queue[tuple[Hashable, str | None]] = Queue()
+        self._published: Queue[tuple[Hashable, Refusal | None]] = Queue()
         self._arrived: Queue[MQTTMessage] = Queue()
         self.connection = self._client = self._new_client()
         self._watcher = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
@@ -162,7 +162,7 @@ class _Real(Subject):
             BrokerSettings(url=self._mosquitto.url),
             client_id="publisher",
             persistent=True,
-            on_published=lambda ticket, reason: self._published.put((ticket, reason)),
+            on_published=lambda ticket, refusal: self._published.put((ticket, refusal)),
         )
 
     def connect(self) -> None:

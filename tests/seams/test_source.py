@@ -4,7 +4,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from queue import Queue
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 from paho.mqtt.client import Client
@@ -21,6 +21,8 @@ from tests.factories import delivery
 from tests.unit.consumer.test_intake import FakeSource
 
 _WAIT_S = 10.0
+_WINDOW = 20
+"""How many messages mosquitto delivers over MQTT 3.1.1 before one is acknowledged."""
 
 
 class Request(NamedTuple):
@@ -41,6 +43,10 @@ class Subject(ABC):
     @abstractmethod
     def bring(self, *requests: Request) -> None:
         """Have these come in, in this order."""
+
+    @abstractmethod
+    def wait_for_subscription(self, qos: int) -> None:
+        """Return when commands are delivered at this QoS."""
 
     @abstractmethod
     def unacknowledged(self, expected: int) -> list[bytes]:
@@ -110,26 +116,60 @@ class SourceContract:
         assert subject.source.take_redelivery_bounds().session == first.session
 
 
+class UnacknowledgedContract:
+    """What it relies on while the disk refuses; a subclass has the fixture `subject`."""
+
+    def test_what_is_not_acknowledged_comes_again_at_once_by_a_new_connection(self, subject: Subject) -> None:
+        subject.bring(*_numbered(*range(3)))
+        found = _receive(subject.source, 3)
+        subject.source.acknowledge(found[:1])
+        subject.source.reconnect()
+        again = _receive(subject.source, 2)
+        assert [(one.payload, one.dup) for one in again] == [(b"1", True), (b"2", True)]
+        assert {one.receipt.connection for one in again} == {found[0].receipt.connection + 1}
+        subject.source.acknowledge(again)
+        assert subject.unacknowledged(0) == []
+
+    def test_commands_go_ahead_of_more_unacknowledged_messages_than_a_broker_delivers(self, subject: Subject) -> None:
+        command = Request("cesar/request/health", b"")
+        subject.bring(*_numbered(*range(_WINDOW)))
+        _receive(subject.source, _WINDOW)
+        subject.source.let_go_ahead(on=True)
+        subject.wait_for_subscription(0)
+        subject.bring(*_numbered(*range(_WINDOW, _WINDOW + 5)), command)
+        found = _receive(subject.source, 1)
+        ahead = [one for one in found if one.topic == command.topic]
+        while not ahead:
+            ahead = [one for one in _receive(subject.source, 1) if one.topic == command.topic]
+        assert [one.qos for one in ahead] == [0]
+        subject.source.let_go_ahead(on=False)
+        subject.wait_for_subscription(1)
+
+
 class _Fake(Subject):
     def __init__(self) -> None:
         self.source = self._fake = FakeSource([])
-        self._brought: list[Delivery] = []
 
     def bring(self, *requests: Request) -> None:
         for request in requests:
             properties: dict[str, Any] = request._asdict()
-            self._brought.append(delivery(**properties))
-            self._fake.bring(self._brought[-1])
+            if request.topic == "cesar/request/health" and self._fake.ahead == [True]:
+                properties["qos"] = 0
+            self._fake.bring(delivery(**properties))
+
+    def wait_for_subscription(self, qos: int) -> None:
+        assert self._fake.ahead[-1] == (qos == 0)
 
     def unacknowledged(self, expected: int) -> list[bytes]:
-        left = [one.payload for one in self._brought if one not in self._fake.acknowledged]
+        left = [one.payload for one in self._fake.brought if one not in self._fake.acknowledged]
         assert len(left) == expected
         return left
 
 
 class _Real(Subject):
-    def __init__(self, mosquitto: Mosquitto) -> None:
+    def __init__(self, mosquitto: Mosquitto, protocol: Literal["auto", "3.1.1"]) -> None:
         self._mosquitto = mosquitto
+        self._protocol: Literal["auto", "3.1.1"] = protocol
         self._clients: list[MqttClient] = []
         self.source = self._connect()
         self._producer = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
@@ -138,10 +178,11 @@ class _Real(Subject):
 
     def _connect(self) -> MqttClient:
         client = MqttClient(
-            BrokerSettings(url=self._mosquitto.url),
+            BrokerSettings(url=self._mosquitto.url, protocol=self._protocol),
             client_id="intake",
             persistent=True,
-            subscriptions=[Subscription("cesar/#")],
+            subscriptions=[Subscription(name) for name in ("cesar/jobs", "cesar/audio/#")]
+            + [Subscription("cesar/request/+", may_go_ahead=True)],
         )
         self._clients.append(client)
         client.start()
@@ -157,10 +198,13 @@ class _Real(Subject):
                 properties.UserProperty = list(user_properties)
             self._producer.publish(topic, payload, qos=1, properties=properties).wait_for_publish(_WAIT_S)
 
+    def wait_for_subscription(self, qos: int) -> None:
+        assert self._mosquitto.wait_logged(f"intake {qos} cesar/request/+")
+
     def unacknowledged(self, expected: int) -> list[bytes]:
         self._clients[-1].close()
         again = self._connect()
-        found = _receive(again, expected)
+        found = _receive(again, expected) if expected else []
         assert all(one.dup for one in found)
         assert again.receive(0.05) == []
         return [one.payload for one in found]
@@ -172,16 +216,25 @@ class _Real(Subject):
         self._producer.loop_stop()
 
 
-class TestFakeSource(SourceContract):
+class TestFakeSource(SourceContract, UnacknowledgedContract):
     @pytest.fixture
     def subject(self) -> Subject:
         return _Fake()
 
 
 @pytest.mark.mosquitto
-class TestMqttClient(SourceContract):
+class TestMqttClient(SourceContract, UnacknowledgedContract):
     @pytest.fixture
     def subject(self, mosquitto: Mosquitto) -> Iterator[Subject]:
-        real = _Real(mosquitto)
+        real = _Real(mosquitto, "auto")
+        yield real
+        real.close()
+
+
+@pytest.mark.mosquitto
+class TestMqttClientOfVersion311(UnacknowledgedContract):
+    @pytest.fixture
+    def subject(self, mosquitto: Mosquitto) -> Iterator[Subject]:
+        real = _Real(mosquitto, "3.1.1")
         yield real
         real.close()

@@ -11,10 +11,10 @@ import pytest
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
-from cesar_mqtt.cli.control_client import ControlClient, RequestRefusedError
-from cesar_mqtt.cli.session import NoAnswerError, UnreachableError
+from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import BrokerRefusedError
+from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError, UnreachableError
 from tests.conftest import Mosquitto, StartMosquitto
 
 WAIT_S = 10.0

@@ -29,6 +29,7 @@ from cesar_mqtt.mqtt.messages import (
     PacketTooLargeError,
     Publication,
     PublishTicket,
+    Refusal,
     Subscription,
     Will,
 )
@@ -54,7 +55,7 @@ class Watched:
         options.setdefault("persistent", True)
         self.connected: queue.Queue[ConnectionInfo] = queue.Queue()
         self.lost: queue.Queue[str] = queue.Queue()
-        self.published: queue.Queue[tuple[PublishTicket, str | None]] = queue.Queue()
+        self.published: queue.Queue[tuple[PublishTicket, Refusal | None]] = queue.Queue()
         self.refused: list[BrokerRefusedError] = []
         self.client = MqttClient(
             settings,
@@ -65,6 +66,7 @@ class Watched:
             **options,
         )
         self.client._backoff = Backoff(0.1, 60.0, jitter=0.5)
+        self.client._away_backoff = Backoff(0.1, 5.0, jitter=0.5)
 
     def start(self) -> ConnectionInfo:
         self.client.start()
@@ -82,7 +84,7 @@ class Watched:
         assert ticket is not None
         return ticket
 
-    def published_next(self) -> tuple[PublishTicket, str | None]:
+    def published_next(self) -> tuple[PublishTicket, Refusal | None]:
         return self.published.get(timeout=_WAIT_S)
 
     @property
@@ -445,7 +447,7 @@ def test_a_message_that_the_broker_refuses_is_reported_with_the_reason(
     watched = watch(mosquitto.url)
     watched.start()
     ticket = watched.publish("$SYS/ours", b"x")
-    assert watched.published_next() == (ticket, "Not authorized")
+    assert watched.published_next() == (ticket, Refusal(0x87, "Not authorized"))
     assert "refused a message on" in caplog.text
 
 
@@ -514,7 +516,7 @@ def test_callbacks_may_publish_and_hold_the_lock_that_publishing_holds(mosquitto
     in_flight: set[PublishTicket] = set()
     settled = threading.Semaphore(0)
 
-    def on_published(ticket: PublishTicket, _reason: str | None) -> None:
+    def on_published(ticket: PublishTicket, _refusal: Refusal | None) -> None:
         with lock:
             if ticket not in in_flight:
                 return
@@ -571,7 +573,7 @@ def test_accumulated_messages_are_written_together(mosquitto: "Mosquitto", watch
     watched.start()
     first, going, published = threading.Event(), threading.Event(), threading.Semaphore(0)
 
-    def on_published(_ticket: PublishTicket, _reason: str | None) -> None:
+    def on_published(_ticket: PublishTicket, _refusal: Refusal | None) -> None:
         first.set()
         going.wait(_WAIT_S)
         published.release()

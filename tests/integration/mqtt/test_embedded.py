@@ -450,6 +450,31 @@ def test_a_publisher_whose_job_is_not_acknowledged_is_disconnected_so_that_it_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.embedded._SUBSCRIBER_S", 0.2)
-    with keeping() as broker, linked(broker, "producer") as (producer, reports):
-        assert producer.publish("cesar/jobs", b"a.wav") is not None
-        assert reports.get(timeout=_WAIT_S) == "disconnected"
+    with keeping() as broker:
+        with linked(broker, "cesar", "cesar/jobs"):
+            pass
+        with linked(broker, "producer") as (producer, reports):
+            assert producer.publish("cesar/jobs", b"a.wav") is not None
+            assert reports.get(timeout=_WAIT_S) == "disconnected"
+
+
+def test_other_clients_are_connected_once_the_subscriber_has_subscribed() -> None:
+    """A job that was published between the start of the broker and the subscription was lost."""
+    with keeping() as broker:
+        producer = MqttClient(BrokerSettings(url=broker.url, protocol="3.1.1"), client_id="producer", persistent=False)
+        producer.start()
+        try:
+            assert producer.wait_connected(0.3) is None
+            with linked(broker, "cesar", "cesar/jobs") as (subscriber, _):
+                assert producer.wait_connected(_WAIT_S) is not None
+                assert producer.publish("cesar/jobs", b"a.wav", qos=0) is not None
+                assert [delivery.payload for delivery in subscriber.receive(_WAIT_S)] == [b"a.wav"]
+        finally:
+            producer.close()
+
+
+def test_a_client_is_disconnected_if_the_subscriber_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cesar_mqtt.mqtt.embedded._SUBSCRIBER_S", 0.2)
+    with keeping() as broker, socket.create_connection(("127.0.0.1", broker.port), _WAIT_S) as client:
+        client.sendall(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01x")
+        assert client.recv(100) == b""

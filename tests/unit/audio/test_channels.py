@@ -38,6 +38,30 @@ def test_of_channels_that_cancel_in_part_all_is_kept(tmp_path: Path) -> None:
     assert audio.warnings == ("audio_out_of_phase",)
 
 
+def test_a_voice_in_the_middle_is_not_cancelled_together_with_a_louder_hum_in_antiphase(tmp_path: Path) -> None:
+    voice, hum = tone(3, RATE, 440, peak=0.1), tone(3, RATE, 120, peak=0.3)
+    samples, audio = decode(write_wav(tmp_path / "a.wav", columns(voice + hum, voice - hum), RATE))
+    assert frequencies(samples, count=2) == [120.0, 440.0]
+    power = np.abs(np.fft.rfft(samples[RATE : 2 * RATE]))
+    assert power[440] > 0.9 / 3 * power[120]
+    assert audio.warnings == ("audio_out_of_phase",)
+
+
+def test_what_only_the_quieter_of_two_opposite_channels_has_is_kept(tmp_path: Path) -> None:
+    voice, other = tone(3, RATE, 440, peak=0.3), tone(3, RATE, 1200, peak=0.1)
+    samples, audio = decode(write_wav(tmp_path / "a.wav", columns(voice, other - 0.9 * voice), RATE))
+    assert frequencies(samples, count=2) == [440.0, 1200.0]
+    assert audio.warnings == ("audio_out_of_phase",)
+
+
+def test_a_change_of_the_weights_makes_no_click(tmp_path: Path) -> None:
+    voice = tone(6, RATE, 200)
+    half = len(voice) // 2
+    right = np.concatenate((voice[:half], -voice[half:]))
+    samples, _ = decode(write_wav(tmp_path / "a.wav", columns(voice, right), RATE))
+    assert np.abs(np.diff(samples)).max() < 0.1
+
+
 @pytest.mark.parametrize("second", [tone(3, RATE), 0.5 * tone(3, RATE), tone(3, RATE, 700), noise(3, 0.3)], ids=str)
 def test_ordinary_stereo_is_not_called_out_of_phase(second: NDArray[np.float32], tmp_path: Path) -> None:
     samples, audio = decode(write_wav(tmp_path / "a.wav", columns(tone(3, RATE), second), RATE))

@@ -11,13 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cesar_mqtt.consumer.commands import RESPONSE_BYTES, CommandHandlers, CommandResponse
+from cesar_mqtt.consumer.defaults import StoredDefaults
+from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.protocol.commands import COMMANDS, MAX_RESULT_BYTES
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.formats import content_of, render
-from cesar_mqtt.protocol.payloads import JobProgress, status_of
+from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.whisper.catalogue import ModelEntry
 from cesar_mqtt.whisper.model_store import StoreDescription
 from tests import factories
@@ -30,6 +32,7 @@ RESULT = factories.result("Good morning. Goodbye.", audio_duration=60.0)
 MODELS = StoreDescription(
     allowed=("base", "tiny.en"),
     default="tiny.en",
+    default_language=None,
     loaded=None,
     device="cpu",
     compute_type="int8",
@@ -47,10 +50,18 @@ class FakeModels:
 
     broken = False
 
+    def __init__(self) -> None:
+        self.model, self.language = MODELS.default, MODELS.default_language
+
     def describe(self) -> StoreDescription:
         if self.broken:
             raise PermissionError(13, "Permission denied", "/secret/folder")
-        return MODELS
+        return replace(MODELS, default=self.model, default_language=self.language)
+
+    def set_defaults(self, model: str | None, language: str | None) -> None:
+        if model not in (None, *MODELS.allowed):
+            raise ValueError(f"there is no model {model!r}: use one of base, tiny.en")
+        self.model, self.language = model or MODELS.default, language or None
 
 
 class FakeSpool:
@@ -59,6 +70,10 @@ class FakeSpool:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.removed: list[list[str]] = []
+        self.evicted: set[str] = set()
+
+    def path(self, name: str) -> Path:
+        return Path(__file__) if name not in self.evicted else Path("/missing")
 
     def remove(self, names: list[str]) -> None:
         assert not self._ledger.needed_spool_files() & set(names), "the deletion is on disk before the files go"
@@ -73,6 +88,8 @@ class Bench:
         self.disk = FaultyDisk()
         self.ledger = Ledger(path, clock=lambda: 1_700_000_000.0, disk=self.disk)
         self.models = FakeModels()
+        self.rejections = RecentRejections()
+        self.republished = 0
         self.health: dict[str, Any] = {"uptime": 12.5, "worker_alive": True}
         self.cancelled: list[str] = []
         self.progress: dict[str, JobProgress] = {}
@@ -85,8 +102,14 @@ class Bench:
             on_cancelled=lambda job: self.cancelled.append(job.job_id),
             progress_of=lambda job: self.progress.get(job.job_id),
             health=lambda: self.health,
+            rejections=self.rejections,
+            defaults=StoredDefaults(self.ledger, self.models),
+            on_defaults_set=self._count,
             grouped=grouped,
         )
+
+    def _count(self) -> None:
+        self.republished += 1
 
     def answer(self, command: str, request: Any = b"") -> CommandResponse:
         payload = request if isinstance(request, bytes) else json.dumps(request).encode()
@@ -201,6 +224,20 @@ def test_a_failed_job_is_retried_and_a_queued_one_is_not(bench: Bench) -> None:
     assert bench.ok("retry", b"a") == {"job_id": "a", "status": "queued", "consumer": "porch"}
     problem = "Job a is queued: only a job that ended as error or cancelled can be retried."
     assert bench.error("retry", b"a") == problem
+
+
+def test_a_retry_of_a_job_whose_upload_was_removed_says_so(bench: Bench) -> None:
+    bench.submit("a", "b", kind="spool")
+    bench.ledger.fail(bench.claim().seq, ErrorCode.TIMEOUT, "Too slow.")
+    bench.ledger.cancel("b")
+    bench.spool.evicted = {"a.wav"}
+    problem = bench.error("retry", b"a")
+    assert problem.startswith("The recording that came with job a was removed to make room for newer ones")
+    assert bench.state("a") is JobState.ERROR
+    assert bench.ok("retry", b"b")["status"] == "queued"
+    bench.ledger.complete(bench.claim().seq, RESULT)
+    bench.spool.evicted.add("b.wav")
+    assert bench.error("retry", b"b").startswith("Job b is completed:")
 
 
 def test_a_deleted_job_is_removed_with_its_audio(bench: Bench) -> None:
@@ -405,6 +442,151 @@ def test_a_list_cannot_continue_behind_a_deleted_job(bench: Bench) -> None:
 # -- the consumer -------------------------------------------------------------------------------------------------
 
 
+# -- rejections, retry_last, cancel_all, set -----------------------------------------------------------------------
+
+
+def rejection(number: int, excerpt: str = "") -> Rejection:
+    return Rejection(
+        reason="invalid_request",
+        detail=f"Mistake {number}.",
+        topic="cesar/jobs",
+        job_id=None,
+        payload_excerpt=excerpt,
+        received_at="2026-01-23T21:45:00.000Z",
+    )
+
+
+def test_the_newest_rejections_are_returned_newest_first_and_no_more_than_a_hundred_are_kept(bench: Bench) -> None:
+    assert bench.ok("rejected") == {"rejected": [], "total": 0, "consumer": "porch"}
+    for number in range(130):
+        bench.ledger.count_rejected()
+        bench.rejections.add(rejection(number))
+    data = bench.ok("rejected")
+    assert [one["detail"] for one in data["rejected"]] == [f"Mistake {number}." for number in range(129, 29, -1)]
+    assert data["total"] == 130
+    assert data["rejected"][0] == rejection(129).model_dump()
+    assert [one["detail"] for one in bench.ok("rejected", {"limit": 2})["rejected"]] == ["Mistake 129.", "Mistake 128."]
+
+
+def test_rejections_with_much_to_show_fit_into_the_packets_of_every_broker(bench: Bench) -> None:
+    for number in range(100):
+        bench.rejections.add(rejection(number, "\x01" * 2000))
+    answer = bench.answer("rejected").payload
+    assert len(answer) < RESPONSE_BYTES + 1000
+    assert 5 < len(json.loads(answer)["data"]["rejected"]) < 100
+
+
+def test_the_job_that_failed_last_is_retried_and_then_the_one_before(bench: Bench) -> None:
+    assert bench.error("retry_last") == "No job that can be retried has ended as error or cancelled."
+    bench.submit("a", "b", "c", "d")
+    bench.ledger.fail(bench.claim().seq, ErrorCode.AUDIO_NOT_FOUND, "There is none.")
+    bench.ledger.fail(bench.claim().seq, ErrorCode.INTERNAL, "Unexpected.")
+    bench.ledger.complete(bench.claim().seq, RESULT)
+    bench.ledger.append([factories.new_job("wrong", failure="No such field.")])
+    assert bench.ok("retry_last") == {"job_id": "b", "status": "queued", "consumer": "porch"}
+    bench.ok("cancel", b"d")
+    assert bench.ok("retry_last")["job_id"] == "d"
+    assert bench.ok("retry_last")["job_id"] == "a"
+    assert bench.state("wrong") is JobState.ERROR
+    bench.error("retry_last")
+
+
+def test_an_upload_that_was_not_kept_is_not_the_one_to_retry(bench: Bench) -> None:
+    bench.submit("a", "b", kind="spool")
+    bench.ledger.fail(bench.claim().seq, ErrorCode.INTERNAL, "Unexpected.")
+    bench.ledger.fail(bench.claim().seq, ErrorCode.AUDIO_UNREADABLE, "It cannot be decoded.")
+    assert bench.ok("retry_last")["job_id"] == "a"
+
+
+def test_all_jobs_are_cancelled_and_later_ones_are_not(bench: Bench) -> None:
+    bench.submit("a", "b", "c", "d")
+    bench.ledger.complete(bench.claim().seq, RESULT)
+    running = bench.claim()
+    assert bench.ok("cancel_all") == {"cancelled": 2, "processing": "b", "consumer": "porch"}
+    assert bench.cancelled == ["c", "d"]
+    assert bench.ledger.is_cancelling(running.seq)
+    assert [bench.state(name).value for name in "abcd"] == ["completed", "processing", "cancelled", "cancelled"]
+    assert (bench.ledger.totals().queued, bench.ledger.totals().cancelled_total) == (0, 2)
+    bench.ledger.finish_cancelling(running.seq)
+    bench.submit("e")
+    assert bench.claim().job_id == "e"
+    assert {job.job_id for _, job in bench.ledger.unpublished(100)} >= {"c", "d"}, "their statuses are published"
+
+
+def test_more_jobs_than_one_transaction_holds_are_cancelled(bench: Bench) -> None:
+    bench.submit(*(f"job-{number}" for number in range(2100)))
+    bench.disk.calls.clear()
+    assert bench.ok("cancel_all") == {"cancelled": 2100, "processing": None, "consumer": "porch"}
+    assert len([call for call in bench.disk.calls if call.startswith("sync")]) <= 4
+    assert bench.ok("cancel_all")["cancelled"] == 0
+
+
+def test_cancelled_jobs_stay_cancelled_over_a_restart(bench: Bench) -> None:
+    bench.submit("a", "b")
+    bench.ledger.preempt(bench.claim().seq)
+    bench.ok("cancel_all")
+    bench.ledger.close()
+    again = Bench(bench.path)
+    assert [again.state(name) for name in "ab"] == [JobState.CANCELLED] * 2
+    assert again.ledger.totals().cancelled_total == 2
+    assert again.ledger.claim() is None
+    again.ledger.close()
+
+
+def test_defaults_are_set_alone_or_together_and_last_over_restarts(bench: Bench) -> None:
+    assert bench.ok("set", {"default_language": "German"}) == {
+        "default_model": "tiny.en",
+        "default_language": "de",
+        "consumer": "porch",
+    }
+    assert bench.ok("set", {"default_model": "base"})["default_language"] == "de"
+    assert bench.republished == 2
+    assert (bench.ok("models")["default"], bench.ok("models")["default_language"]) == ("base", "de")
+    bench.ledger.close()
+    again = Bench(bench.path)
+    assert (again.models.model, again.models.language) == ("base", "de")
+    assert again.ok("set")["default_language"] == "de"
+    assert again.ok("set", {"default_model": "auto", "default_language": "auto"}) == {
+        "default_model": "tiny.en",
+        "default_language": None,
+        "consumer": "porch",
+    }
+    again.ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "problem"),
+    [
+        ({"default_model": "bas"}, "Nothing was set: there is no model 'bas': use one of base, tiny.en."),
+        (
+            {"default_language": "klingon"},
+            "default_language 'klingon' is not a language that Whisper knows: use a code such as 'de', or 'auto'.",
+        ),
+        ({"model": "base"}, "There is no field 'model'."),
+        ({"default_model": 7}, "default_model must be the name of a model, or 'auto', not 7."),
+    ],
+)
+def test_defaults_that_cannot_be_set_change_nothing(bench: Bench, request_fields: dict[str, Any], problem: str) -> None:
+    assert bench.error("set", request_fields) == problem
+    assert (bench.models.model, bench.republished) == ("tiny.en", 0)
+    assert bench.ledger.defaults == {}
+
+
+def test_defaults_that_the_disk_refuses_are_not_in_force(bench: Bench) -> None:
+    bench.disk.fault = failing(times=100)
+    bench.error("set", {"default_model": "base"})
+    assert bench.models.model == "tiny.en"
+
+
+def test_stored_defaults_that_the_settings_no_longer_allow_are_ignored_with_a_warning(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.ledger.set_defaults({"model": "gone"})
+    StoredDefaults(bench.ledger, bench.models)
+    assert bench.models.model == "tiny.en"
+    assert "there is no model 'gone'" in caplog.text
+
+
 def test_the_queue_is_paused_and_resumed(bench: Bench) -> None:
     for _ in range(2):
         assert bench.ok("pause") == {"paused": True, "consumer": "porch"}
@@ -486,7 +668,7 @@ def test_the_transaction_is_echoed_in_every_response(bench: Bench, transaction: 
         assert (echoed, type(echoed)) == (transaction, type(transaction))
 
 
-@pytest.mark.parametrize("command", ["cancel", "retry", "delete", "pause", "resume"])
+@pytest.mark.parametrize("command", ["cancel", "retry", "delete", "pause", "resume", "cancel_all"])
 def test_a_disk_that_refuses_is_an_error_that_names_no_path_and_changes_nothing(bench: Bench, command: str) -> None:
     bench.submit("a", "b")
     if command == "retry":
@@ -495,7 +677,9 @@ def test_a_disk_that_refuses_is_an_error_that_names_no_path_and_changes_nothing(
         bench.ledger.pause(on=True)
     before = [bench.ledger.jobs(), bench.ledger.totals()]
     bench.disk.fault = failing(times=float("inf"))
-    payload = {"transaction": "x"} if command in {"pause", "resume"} else {"job_id": "a", "transaction": "x"}
+    payload = (
+        {"transaction": "x"} if command in {"pause", "resume", "cancel_all"} else {"job_id": "a", "transaction": "x"}
+    )
     assert bench.ask(command, payload)["transaction"] == "x"
     problem = "The consumer's disk refuses to write, so nothing was changed. See its log, then try again."
     assert bench.error(command, payload) == problem
@@ -597,6 +781,13 @@ def test_a_list_behind_a_job_of_another_member_is_left_to_that_one(member: Bench
     assert member.ok("list")["total"] == 1
 
 
+def test_in_a_group_retry_last_needs_the_name_of_a_consumer(member: Bench) -> None:
+    member.submit("a")
+    member.ledger.fail(member.claim().seq, ErrorCode.INTERNAL, "Unexpected.")
+    assert "name one with `consumer`" in member.error("retry_last")
+    assert member.ok("retry_last", {"consumer": "porch"})["job_id"] == "a"
+
+
 @pytest.mark.parametrize("command", ["cancel", "get"])
 def test_in_a_group_current_needs_the_name_of_a_consumer(member: Bench, command: str) -> None:
     member.submit("a")
@@ -614,7 +805,7 @@ def test_a_command_to_another_consumer_by_name_is_left_to_it(bench: Bench, membe
     assert bench.is_ignored(command, {**fields, "consumer": "cellar"})
     assert member.is_ignored(command, {**fields, "consumer": "cellar"})
     assert not bench.ledger.totals().paused
-    assert bench.ok(command, {**fields, "consumer": "porch"})["consumer"] == "porch"
+    assert bench.ask(command, {**fields, "consumer": "porch"})["data"]["consumer"] == "porch"
 
 
 @pytest.mark.parametrize("command", ["dance", "pause", "get", "list"])

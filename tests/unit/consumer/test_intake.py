@@ -54,11 +54,15 @@ class FakeSource:
     def __init__(self, trace: list[str]) -> None:
         self._trace = trace
         self._batches: queue.Queue[list[Delivery]] = queue.Queue()
+        self.brought: list[Delivery] = []
         self.acknowledged: list[Delivery] = []
         self.settled = RedeliveryBounds()
         self.on_acknowledge: Callable[[], object] = lambda: None
+        self.ahead: list[bool] = []
+        self.reconnects = 0
 
     def bring(self, *deliveries: Delivery) -> None:
+        self.brought += deliveries
         self._batches.put(list(deliveries))
 
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
@@ -76,13 +80,31 @@ class FakeSource:
         self.on_acknowledge()
         self.acknowledged += deliveries
 
+    def let_go_ahead(self, *, on: bool) -> None:
+        self.ahead.append(on)
+
+    def reconnect(self) -> None:
+        self.reconnects += 1
+        unacknowledged = [each for each in self.brought if each.qos and each not in self.acknowledged]
+        self.brought.clear()
+        again = [
+            replace(each, dup=True, receipt=replace(each.receipt, connection=each.receipt.connection + 1))
+            for each in unacknowledged
+        ]
+        if again:
+            self.bring(*again)
+
 
 class FakeModels:
     def __init__(self) -> None:
         self.default = "base"
+        self.languages: dict[str, str] = {}
 
     def default_name(self) -> str:
         return self.default
+
+    def language_for(self, name: str) -> str | None:
+        return self.languages.get(name)
 
     def is_allowed(self, name: str) -> bool:
         return name in {"base", "tiny.en", "turbo", "large-v3-turbo", "distil-large-v3", "distil-small.en"}
@@ -622,6 +644,26 @@ def test_the_rejection_of_a_request_without_an_id_has_none(bench: Bench) -> None
     assert [rejection.job_id for rejection in bench.publisher.rejections] == ["a", None, None]
 
 
+@pytest.mark.parametrize(
+    ("fields", "language"),
+    [
+        ({}, "de"),
+        ({"model_size": "tiny.en"}, None),
+        ({"language": None}, "de"),
+        ({"language": "fr"}, "fr"),
+        ({"language": "auto"}, None),
+        ({"multilingual": True}, None),
+        ({"task": "translate"}, "de"),
+    ],
+)
+def test_a_request_that_names_no_language_gets_the_default_one_of_its_model(
+    bench: Bench, fields: dict[str, Any], language: str | None
+) -> None:
+    bench.models.languages["base"] = "de"
+    bench.take(request(job_id="a", **fields))
+    assert bench.job("a").options.get("language") == language
+
+
 def test_a_model_that_is_not_allowed_is_named_in_the_rejection(bench: Bench) -> None:
     assert bench.take(request(model_size="large-v3")) == ["invalid_request"]
     detail = "model_size: there is no model 'large-v3' (did you mean 'base'?): use one of base, tiny.en."
@@ -958,6 +1000,112 @@ def test_a_recording_that_never_fits_is_rejected_and_holds_up_nothing(bench: Ben
     assert [job.job_id for job in bench.jobs()] == ["small"]
     assert bench.publisher.rejections[0].job_id == "big"
     assert bench.publisher.degradations == [("intake", False)]
+
+
+def test_the_oldest_uploads_that_only_a_retry_needs_make_room_for_new_ones(bench: Bench) -> None:
+    bench.spool._max_bytes = 4 * len(WAV)
+    bench.take(*(upload(f"job-{number}") for number in range(4)))
+    for number in (1, 0, 2):  # in the order in which they end
+        bench.ledger.cancel(f"job-{number}")
+    left = {job.job_id: bench.spool.path(job.audio.name) for job in bench.jobs() if job.audio is not None}
+    bench.take(upload("new"))
+    assert [job_id for job_id, path in left.items() if not path.exists()] == ["job-1"]
+    bench.take(upload("more", WAV * 2))
+    assert [job_id for job_id, path in left.items() if path.exists()] == ["job-3"]
+    assert bench.publisher.degradations.count(("intake", True)) == 0
+
+
+def test_uploads_that_would_not_make_room_enough_are_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_FIRST_S", 3600.0)
+    bench.spool._max_bytes = 3 * len(WAV)
+    bench.take(upload("ended"), upload("waits"), upload("queued"))
+    bench.ledger.cancel("ended")
+    bench.intake.start()
+    new = [request(job_id="first"), upload("large", WAV * 2), request(job_id="last")]
+    bench.source.bring(*new)
+    assert bench.publisher.refused.wait(DEADLINE_S)
+    assert bench.source.acknowledged[-1] == new[0], "what is before it and has room is accepted"
+    assert len(bench.spooled()) == 3
+    _, files = bench.ledger.delete("waits") or (None, [])
+    bench.spool.remove(files)  # it does not wait for the next attempt then
+    deadline = time.monotonic() + DEADLINE_S
+    while bench.source.acknowledged[-1] != new[-1] and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    bench.intake.stop(DEADLINE_S)
+    assert [delivery.receipt for delivery in bench.source.acknowledged[-3:]] == [each.receipt for each in new]
+    assert "2 of 3" not in caplog.text
+    assert f"{3 * len(WAV)} of {3 * len(WAV)} bytes" in caplog.text
+    assert bench.source.ahead == [True, False]
+
+
+def test_a_batch_that_is_larger_than_the_spool_is_stored_in_parts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_FIRST_S", 3600.0)
+    bench.spool._max_bytes = 2 * len(WAV)
+    bench.intake.start()
+    bench.source.bring(*(upload(f"job-{number}") for number in range(5)))
+    for number in range(5):
+        deadline = time.monotonic() + DEADLINE_S
+        while bench.ledger.get(f"job-{number}") is None and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        _, files = bench.ledger.delete(f"job-{number}") or (None, [])
+        bench.spool.remove(files)
+    bench.intake.stop(DEADLINE_S)
+    assert len(bench.source.acknowledged) == 5
+
+
+def test_what_does_not_fit_into_memory_is_received_again_after_the_rest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._RETRY_FIRST_S", 0.2)
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._HELD_BYTES", 1000)
+    bench.spool_disk.refusals = float("inf")
+    bench.intake.start()
+    held = [upload("first"), upload("held", WAV * 100)]
+    forgotten = [message(b"porch.wav"), upload("later"), command("health")]
+    bench.source.bring(held[0])
+    assert bench.publisher.refused.wait(DEADLINE_S)
+    for each in (held[1], *forgotten, command("list", qos=0), message(b"late.wav", qos=0)):
+        bench.source.bring(each)
+
+    def wait_until(true: Callable[[], object]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not true() and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        assert true()
+
+    wait_until(lambda: bench.publisher.responses)
+    assert [topic for topic, _, _ in bench.publisher.responses] == ["cesar/response/list"]
+    assert bench.source.ahead == [True]
+    bench.spool_disk.refusals = 0
+    wait_until(lambda: len(bench.publisher.responses) == 2)
+    bench.source.bring(upload("late"))  # by the old connection: the new one brings it again, too
+    pause = threading.Event()
+    pause.wait(0.1)
+    bench.intake.stop(DEADLINE_S)
+    again = [replace(each, dup=True, receipt=replace(each.receipt, connection=2)) for each in forgotten]
+    acknowledged = [delivery.receipt for delivery in bench.source.acknowledged if delivery.qos]
+    assert acknowledged == [each.receipt for each in (*held, *again)]
+    names = [job.job_id for job in bench.jobs()]
+    assert (names[:2], names[-1], len(names)) == (["first", "held"], "later", 5)
+    assert bench.source.ahead == [True, False]
+    assert bench.source.reconnects == 1
+
+
+def test_a_forgotten_request_is_no_redelivery_of_an_earlier_one_with_its_packet_id(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.consumer.intake._HELD_BYTES", 0)
+    receipt = Receipt(1, 77)
+    bench.take(message(b"porch.wav", receipt=receipt))
+    bench.intake._arrived.append(message(b"held.wav"))
+    assert bench.intake._hold([message(b"porch.wav", receipt=receipt)]) == []
+    assert bench.intake.run_once(timeout_s=0) == 1
+    bench.take(message(b"porch.wav", receipt=Receipt(2, 77), dup=True))
+    assert len(bench.jobs()) == 3
 
 
 def test_commands_are_answered_once_while_the_disk_refuses_and_one_of_them_may_free_it(

@@ -18,7 +18,7 @@ def test_the_broker_may_retain_what_it_acknowledged_last_and_what_was_sent_since
     assert own.retained("queue") == (b"1", b"2", b"3"), "however slow it is, this does not grow"
     own.acknowledge("queue", 3)
     assert own.retained("queue") == (b"3",)
-    assert own.is_acknowledged
+    assert own.is_acknowledged()
 
 
 def test_a_republished_topic_is_retained_once_it_is_acknowledged() -> None:

@@ -22,7 +22,7 @@ from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.outbox import HISTORY_LIMIT
-from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError
+from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError, Refusal
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Window
@@ -32,7 +32,10 @@ DEADLINE_S = 10.0
 QUEUE = "cesar/consumer/kitchen/queue"
 STATE = "cesar/consumer/kitchen/state"
 LAST = "cesar/consumer/kitchen/last"
+LAST_ERROR = "cesar/consumer/kitchen/last_error"
 REJECTED = "cesar/rejected"
+DENIED = Refusal(0x87, "Not authorized")
+TOO_LARGE = Refusal(0x95, "Packet too large")
 OVERHEAD_BYTES = 16  # what MQTT adds to topic and payload, at most
 
 
@@ -45,6 +48,7 @@ class Message:
     payload: bytes
     retain: bool
     correlation_data: bytes | None = None
+    alone: bool = False
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -67,7 +71,13 @@ class FakeConnection:
         self._tickets = itertools.count(1)
 
     def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, correlation_data: bytes | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        correlation_data: bytes | None = None,
+        alone: bool = False,
     ) -> int | None:
         self.attempts += 1
         self.threads.add(threading.current_thread().name)
@@ -82,7 +92,7 @@ class FakeConnection:
             raise CannotPublishError("Nothing can be published there.")
         if self.goes_down_after is not None:
             self.goes_down_after -= 1
-        self.sent.append(Message(next(self._tickets), topic, payload, retain, correlation_data))
+        self.sent.append(Message(next(self._tickets), topic, payload, retain, correlation_data, alone))
         self.on_sent(self.sent[-1])
         return self.sent[-1].ticket
 
@@ -133,6 +143,10 @@ class Bench:
 
     def complete(self, job: Job, text: str = "Hello.", windows: tuple[Window, ...] = ()) -> Job:
         self.ledger.complete(job.seq, result(text, windows=windows))
+        return self.job(job.job_id)
+
+    def fail(self, job: Job, code: ErrorCode, message: str) -> Job:
+        self.ledger.fail(job.seq, code, message)
         return self.job(job.job_id)
 
     def job(self, job_id: str) -> Job:
@@ -209,6 +223,11 @@ def statuses(messages: list[Message]) -> list[tuple[str, str]]:
     """Return the jobs whose statuses were published, with their states, in order."""
     found = (message.fields for message in messages if message.topic.startswith("cesar/status/"))
     return [(fields["job_id"], fields["status"]) for fields in found]
+
+
+def fields_of(message: Message) -> dict[str, Any]:
+    """Return the fields of a status; of any other message none."""
+    return message.fields if message.topic.startswith("cesar/status/") else {}
 
 
 def rejection(detail: str = "It is wrong.") -> Rejection:
@@ -421,6 +440,33 @@ def test_statuses_are_published_when_jobs_move_up_in_the_queue(bench: Bench) -> 
     assert positions == {"a": None, "b": 1, "c": 2}
 
 
+def test_positions_of_short_jobs_cost_one_status_for_each_finished_job(bench: Bench) -> None:
+    bench.quiet()
+    bench.add(*(f"job-{number}" for number in range(200)))
+    bench.settle()
+    published: list[Message] = []
+    for _ in range(100):
+        bench.now += 0.1
+        bench.complete(bench.claim())
+        published += bench.settle()
+    assert 290 <= len(statuses(published)) <= 310, "two of the job itself, and one of another"
+    bench.now += 2
+    bench.settle()
+    newest = {fields["job_id"]: fields["queue_position"] for fields in map(fields_of, bench.connection.sent) if fields}
+    assert [newest[f"job-{100 + n}"] for n in range(10)] == [n + 1 for n in range(10)]
+
+
+def test_positions_are_published_at_each_end_of_longer_jobs(bench: Bench) -> None:
+    bench.quiet()
+    bench.add(*(f"job-{number}" for number in range(20)))
+    bench.settle()
+    for number in range(5):
+        bench.now += 3
+        bench.complete(bench.claim())
+        moved = {fields["job_id"]: fields["queue_position"] for fields in map(fields_of, bench.settle()) if fields}
+        assert [moved[f"job-{number + 1 + n}"] for n in range(10)] == [n + 1 for n in range(10)]
+
+
 # -- what cannot be published --------------------------------------------------------------------------------------
 
 
@@ -441,8 +487,10 @@ def test_a_refused_status_is_published_again_at_the_next_connection(bench: Bench
     bench.add("a")
     bench.publisher.on_rejected(rejection())
     for message in bench.turn():
-        bench.publisher.on_published(message.ticket, refused=message.topic == topic)
+        bench.publisher.on_published(message.ticket, DENIED if message.topic == topic else None)
     assert bench.settle() == []
+    bench.publisher.publish_response("cesar/response/get", b"{}")  # the broker goes on after the refusal
+    bench.settle()
     for again in (topic == "cesar/status/a", False):
         bench.disconnect()
         published = bench.connect()
@@ -578,7 +626,8 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
     bench.now += 1
     bench.publisher.on_progress(job, live(0.1))
     bench.acknowledge(queued)
-    [progress] = [message for message in bench.connection.sent if message.fields.get("progress") == 0.1]
+    statuses = [message for message in bench.connection.sent if message.topic == "cesar/status/a"]
+    [progress] = [message for message in statuses if message.fields["progress"] == 0.1]
     bench.acknowledge(progress)
     assert bench.ledger.has_unpublished
     bench.acknowledge(processing)
@@ -1003,9 +1052,10 @@ class AgreementMachine(RuleBasedStateMachine):
                 self.bench.ledger.fail(seq, ErrorCode.INTERNAL, "It failed.")
             else:
                 self.bench.ledger.requeue(seq)
-        last = self.bench.ledger.last_finished()
-        if last is not None:
-            self.bench.publisher.on_finished(last)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self.bench.ledger.last_finished(state)
+            if last is not None:
+                self.bench.publisher.on_finished(last)
         self._take_turn()
 
     @rule(progress=st.floats(0, 0.999))
@@ -1603,6 +1653,50 @@ def test_the_text_of_a_deleted_job_is_cleared_from_every_topic(bench: Bench) -> 
     assert (last["job_id"], last["status"], last["text"], last["text_truncated"]) == ("b", "completed", None, False)
 
 
+def test_the_last_error_is_retained_until_its_job_is_deleted(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b", "c")
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.on_finished(bench.fail(bench.claim(), ErrorCode.AUDIO_EMPTY, "There is no sound."))
+    published = bench.settle()
+    [last_error] = on(LAST_ERROR, published)
+    assert (last_error["job_id"], last_error["error_code"], last_error["error_message"]) == (
+        "b",
+        "audio_empty",
+        "There is no sound.",
+    )
+    assert [fields["job_id"] for fields in on(LAST, published)] == ["a"]
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    assert on(LAST_ERROR, bench.settle()) == []
+    bench.ledger.delete("b")
+    assert [message.payload for message in bench.settle() if message.topic == LAST_ERROR] == [b""]
+
+
+def test_the_queue_tells_how_far_the_running_job_is(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.now += 2
+    [fields] = on(QUEUE, bench.settle())[-1:]
+    assert (fields["progress"], fields["eta"], fields["audio_source"]) == (0.0, None, "a.wav")
+    bench.publisher.on_progress(job, live(0.5))
+    bench.now += 2
+    [fields] = on(QUEUE, bench.settle())[-1:]
+    assert (fields["progress"], fields["eta"]) == (0.5, live(0.5).eta)
+    revision = fields["revision"]
+    bench.publisher.on_finished(bench.complete(job))
+    bench.now += 2
+    [fields] = on(QUEUE, bench.settle())[-1:]
+    assert (fields["progress"], fields["eta"], fields["audio_source"]) == (None, None, None)
+    assert fields["revision"] > revision
+
+
+def test_the_state_is_published_after_the_queue_of_this_start(bench: Bench) -> None:
+    bench.publisher.publish_state("online")
+    topics = [message.topic for message in bench.connect()]
+    assert topics.index(QUEUE) < topics.index(STATE)
+
+
 def test_the_text_of_an_event_leaves_room_for_the_metadata(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", metadata={"note": "x" * 4000})
@@ -1625,7 +1719,7 @@ def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_onc
         bench.add("a")
         bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
     with opened(tmp_path) as bench:
-        last = bench.ledger.last_finished()
+        last = bench.ledger.last_finished(JobState.COMPLETED)
         assert last is not None
         bench.publisher.on_finished(last)
         published = bench.connect()

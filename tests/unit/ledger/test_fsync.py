@@ -56,7 +56,7 @@ def test_only_the_owner_may_read_the_files(tmp_path: Path) -> None:
     storage.commit([Change("jobs", 1, {"text": "secret"})])
     for _ in range(2):
         modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
-        assert modes == dict.fromkeys(["ledger.json", "ledger.json.journal"], "0o600")
+        assert modes == dict.fromkeys(["ledger.json", "ledger.json.journal", "ledger.reserve"], "0o600")
         storage.checkpoint()
     storage.close()
 

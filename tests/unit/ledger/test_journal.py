@@ -140,7 +140,7 @@ def test_committed_changes_survive_a_clean_stop_which_removes_the_journal(folder
     storage = folder.filled()
     storage.close()
     storage.close()
-    assert [file.name for file in folder.path.iterdir()] == ["ledger.json"]
+    assert sorted(file.name for file in folder.path.iterdir()) == ["ledger.json", "ledger.reserve"]
     assert image_of(folder.open()) == IMAGES[-1]
     folder.check_still_works()
 
@@ -624,7 +624,7 @@ def test_temporary_files_of_a_crash_are_ignored(folder: Folder) -> None:
     folder.check_still_works()
     storage = folder.opened[0]
     storage.close()
-    assert [file.name for file in folder.path.iterdir()] == ["ledger.json"]
+    assert sorted(file.name for file in folder.path.iterdir()) == ["ledger.json", "ledger.reserve"]
 
 
 # -- checkpoints beside commits -----------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def publish_all(ledger: Ledger, *, cleared: bool = True) -> list[Job]:
     for job in ledger.pending_clears(100) if cleared else ():
         ledger.mark_cleared(job.seq)
     published = []
+    ledger.republish_moved()
     while handed := ledger.unpublished(100):
         published += [job for _, job in handed]
         ledger.mark_published([(job.seq, number) for number, job in handed])
@@ -299,7 +300,8 @@ def test_every_field_of_a_job_is_read_as_it_was_recorded(folder: LedgerFolder) -
     assert (failed.error_message, failed.result_text) == ("There is no sound.", None)
     assert (waiting.state, waiting.queue_position, waiting.attempt) == (JobState.QUEUED, 1, 0)
     assert folder.ledger.get("d") is None
-    assert folder.ledger.last_finished() == failed
+    assert folder.ledger.last_finished(JobState.ERROR) == failed
+    assert folder.ledger.last_finished(JobState.COMPLETED) == done
 
 
 def test_jobs_share_nothing_mutable_with_the_ledger(folder: LedgerFolder) -> None:
@@ -609,7 +611,7 @@ def test_cancelling_a_queued_job_ends_it_and_moves_the_next_ones_up(folder: Ledg
     for _ in range(2):
         assert (folder.ledger.totals().cancelled_total, folder.ledger.totals().queued) == (1, 2)
         assert folder.ledger.needed_spool_files() == {"a.wav"}, "a retry needs it"
-        assert folder.ledger.last_finished() == job
+        assert folder.ledger.last_finished(JobState.CANCELLED) == job
         folder.crash()
     assert [claim(folder.ledger).job_id for _ in range(2)] == ["b", "c"]
 
@@ -758,7 +760,7 @@ def test_a_retried_job_is_like_a_new_one_except_for_its_attempts(folder: LedgerF
         assert (job.started_at, job.completed_at, job.error_code, job.error_message) == (None, None, None, None)
         assert (job.options, job.metadata, job.formats, job.stream) == tuple(fields.values())
         assert folder.ledger.totals().error_total == 1, "totals count ends, not jobs"
-        assert folder.ledger.last_finished() is None
+        assert folder.ledger.last_finished(JobState.ERROR) is None
         folder.crash()
     assert claim(folder.ledger).attempt == 4
     folder.crash()
@@ -868,8 +870,9 @@ def test_a_finished_job_can_be_deleted(folder: LedgerFolder, state: str) -> None
     deleted = folder.ledger.delete("a")
     assert deleted is not None
     assert deleted[1] == ["a.wav"]
-    assert (folder.ledger.get("a"), folder.ledger.last_finished(), folder.ledger.delete("a")) == (None, None, None)
-    assert folder.crash().totals() == replace(totals, deleted_total=1)
+    assert (folder.ledger.get("a"), folder.ledger.delete("a")) == (None, None)
+    assert all(folder.ledger.last_finished(state) is None for state in JobState if state.final)
+    assert folder.crash().totals() == replace(totals, deleted_total=1, revision=totals.revision + 1)
 
 
 def test_a_processing_job_cannot_be_deleted(folder: LedgerFolder) -> None:
@@ -1338,6 +1341,7 @@ def test_after_a_crash_states_acknowledged_before_the_last_transaction_are_not_r
     publish_all(folder.ledger)
     complete_jobs(folder.ledger, 1)
     folder.crash()
+    folder.ledger.republish_moved()
     assert sorted(names(folder.ledger.unpublished(10))) == ["b", "c"], "c is among the first ten"
 
 
@@ -1675,7 +1679,8 @@ def test_stock_tinydb_reads_a_stopped_ledger(folder: LedgerFolder) -> None:
     with TinyDB(folder.path, access_mode="r") as stock:
         (row,) = stock.table("jobs").search(Query().state == "completed")
         assert (row["job_id"], row["result_text"], row.doc_id) == ("a", "good morning", 1)
-    assert sorted(file.name for file in folder.path.parent.iterdir()) == ["ledger.json", "ledger.json.lock"]
+    names = sorted(file.name for file in folder.path.parent.iterdir())
+    assert names == ["ledger.json", "ledger.json.lock", "ledger.reserve"]
 
 
 # -- threads and processes ----------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
 """The spool: audio is on disk before its name is returned, and deleted when no job needs it."""
 
 import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cesar_mqtt.errors import LedgerError
+from cesar_mqtt.errors import LedgerError, SpoolFullError
+from cesar_mqtt.ledger.reserve import RESERVE_BYTES
 from cesar_mqtt.ledger.spool import Spool
 from tests.unit.ledger.faults import FaultyDisk, Killed, PoweredDisk, QuickDisk, failing, killing
+
+MIB = 1 << 20
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks into Linux's /proc")
 
@@ -100,6 +105,54 @@ def test_files_of_a_process_that_died_are_swept_at_the_next_start(folder: Path) 
         spool = Spool(folder, disk)
         assert spool.sweep({kept}) in (1, 2)
         assert [file.name for file in folder.iterdir()] == [kept]
+
+
+def test_files_beyond_the_limit_are_refused_until_others_are_removed(folder: Path) -> None:
+    spool = Spool(folder, QuickDisk(), max_bytes=100)
+    one, _ = spool.store([b"x" * 60, b"y" * 30])
+    assert (spool.room_bytes, spool.capacity_bytes) == (10, 100)
+    with pytest.raises(SpoolFullError, match=r"90 of 100 bytes \(queue.max_spool_bytes\): 20 more") as full:
+        spool.store([b"z" * 5, b"z" * 15])
+    assert full.value.needed_bytes == 20
+    assert len(list(folder.iterdir())) == 2
+    spool.remove([one, one, "never there"])
+    assert spool.room_bytes == 70
+    spool.store([b"z" * 70])
+    assert spool.room_bytes == 0
+
+
+def test_what_is_there_at_the_start_counts_until_it_is_swept(folder: Path) -> None:
+    names = Spool(folder, QuickDisk()).store([b"x" * 60, b"y" * 30])
+    spool = Spool(folder, QuickDisk(), max_bytes=100)
+    assert (spool.room_bytes, spool.size_bytes(names), spool.size_bytes(["other"])) == (10, 90, 0)
+    spool.sweep(names[:1])
+    assert (spool.room_bytes, spool.size_bytes(names)) == (40, 60)
+
+
+def test_as_many_files_fit_as_there_is_room_for_and_at_least_one(folder: Path) -> None:
+    spool = Spool(folder, QuickDisk(), max_bytes=100)
+    assert [spool.fitting(sizes) for sizes in ([100], [60, 40, 1], [0, 0, 200, 0], [200, 1])] == [1, 2, 2, 1]
+    spool.store([b"x" * 90])
+    assert spool.fitting([10, 1]) == 1
+    assert spool.fitting([10, 1, 89, 1], evictable_bytes=90) == 3
+
+
+def test_nothing_is_written_where_the_disk_has_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FaultyDisk()
+    spool = Spool(folder, disk)
+    real = os.statvfs(folder)
+    free = 2 * MIB
+    few = SimpleNamespace(
+        f_bavail=free // 4096, f_bfree=free // 4096 + 10, f_frsize=4096, f_blocks=real.f_blocks and 10 * MIB // 4096
+    )
+    monkeypatch.setattr("os.statvfs", lambda _path: few)
+    disk.calls.clear()
+    with pytest.raises(SpoolFullError, match="has too little room: 2000000 more"):
+        spool.store([bytes(2_000_000)])
+    assert disk.calls == []
+    assert spool.room_bytes == free - MIB // 2
+    assert spool.capacity_bytes == 10 * MIB - 10 * 4096 - RESERVE_BYTES - MIB // 2
+    spool.store([bytes(1_000_000)])
 
 
 def test_removing_missing_files_is_no_error(spool: Spool) -> None:

@@ -8,7 +8,13 @@ from cesar_mqtt.monitoring.health import HealthProbe
 
 
 def probe_of(folder: Path, *, worker: bool = True, network: bool = True) -> HealthProbe:
-    return HealthProbe(folder, worker_alive=lambda: worker, network_alive=lambda: network)
+    return HealthProbe(
+        folder,
+        worker_alive=lambda: worker,
+        network_alive=lambda: network,
+        events_dropped=lambda: 3,
+        quarantined=list,
+    )
 
 
 def test_the_files_and_the_process_are_measured(tmp_path: Path) -> None:

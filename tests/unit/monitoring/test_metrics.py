@@ -36,6 +36,8 @@ HEALTH = HealthMessage(
     rss_bytes=4000,
     spool_bytes=5,
     disk_free_bytes=6,
+    events_dropped=7,
+    quarantined=[],
 )
 
 

@@ -32,6 +32,7 @@ def ended(**fields: Any) -> Connection:
         "ready_s": 0.0,
         "info": None,
         "failure": ConnectionFailure("Connection refused"),
+        "is_suspicious": False,
     }
     return cast("Connection", SimpleNamespace(**{**defaults, **fields}))
 
@@ -42,12 +43,34 @@ def delay_s(of: MqttClient, **fields: Any) -> float:
     return delay
 
 
-def test_the_delay_grows_to_its_limit_and_starts_again_after_a_long_connection() -> None:
+def test_after_short_idle_connections_the_delay_grows_and_starts_again_after_a_long_one() -> None:
+    """Two clients of one client id disconnect each other."""
     reconnecting = client()
     for ceiling in (1, 2, 4, 8, 16, 32, 60, 60):
-        assert ceiling / 2 <= delay_s(reconnecting, ready_s=3.0) <= ceiling
-    assert delay_s(reconnecting, ready_s=59.9) >= 30.0
-    assert delay_s(reconnecting, ready_s=60.0) <= 1.0
+        assert ceiling / 2 <= delay_s(reconnecting, ready_s=3.0, info=object()) <= ceiling
+    assert delay_s(reconnecting, ready_s=59.9, info=object()) >= 30.0
+    assert delay_s(reconnecting, ready_s=60.0, info=object()) <= 1.0
+
+
+def test_while_the_broker_is_away_the_delay_is_seconds() -> None:
+    reconnecting = client()
+    for ceiling in (1, 2, 4, 5, 5, 5):
+        assert ceiling / 2 <= delay_s(reconnecting) <= ceiling
+    assert delay_s(reconnecting, ready_s=3.0, info=object()) <= 1.0
+    assert delay_s(reconnecting) <= 1.0, "it was there in between"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"is_suspicious": True},
+        {"failure": ConnectionFailure("the broker closed the connection", reason_code=139, is_broker_away=True)},
+    ],
+    ids=["a message in flight", "the broker shuts down"],
+)
+def test_a_short_connection_that_has_another_reason_is_made_again_soon(end: dict[str, Any]) -> None:
+    reconnecting = client()
+    assert [delay_s(reconnecting, ready_s=3.0, info=object(), **end) <= 1.0 for _ in range(8)] == [True] * 8
 
 
 def test_a_refusal_after_a_connection_is_followed_by_the_longest_delay() -> None:

@@ -22,7 +22,7 @@ from cesar_mqtt.mqtt.codec import (
     frame,
     is_unrouted,
 )
-from cesar_mqtt.mqtt.messages import Publication, Receipt
+from cesar_mqtt.mqtt.messages import Publication, Receipt, Refusal
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Cn"), exclude_characters="\ufeff"))
 PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=4)
@@ -203,8 +203,8 @@ def test_a_puback_has_a_packet_id_and_a_reason() -> None:
     assert decode_puback(b"\x02\x01") == (513, None)
     assert decode_puback(b"\x02\x01\x10") == (513, None)
     assert [is_unrouted(body) for body in (b"\x02\x01", b"\x02\x01\x00", b"\x02\x01\x10")] == [False, False, True]
-    assert decode_puback(b"\x02\x01\x87\x00") == (513, "Not authorized")
-    assert decode_puback(b"\x02\x01\xfa") == (513, "reason code 250")
+    assert decode_puback(b"\x02\x01\x87\x00") == (513, Refusal(0x87, "Not authorized"))
+    assert decode_puback(b"\x02\x01\xfa") == (513, Refusal(250, "reason code 250"))
     with pytest.raises(MalformedPacketError):
         decode_puback(b"\x02")
 

@@ -1,9 +1,13 @@
 """Outgoing messages from `publish` to PUBACK, without a network."""
 
+from dataclasses import replace
+
 import pytest
 
-from cesar_mqtt.mqtt.messages import PacketTooLargeError, Publication, PublishTicket
+from cesar_mqtt.mqtt.messages import PacketTooLargeError, Publication, PublishTicket, Refusal
 from cesar_mqtt.mqtt.send_queue import MAX_IN_FLIGHT, SendQueue
+
+DENIED = Refusal(0x87, "Not authorized")
 
 
 class FakeSink:
@@ -78,8 +82,9 @@ def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     out, sink = outgoing(), FakeSink()
     (ticket,) = publish(out, 1)
     out.send(sink)
-    out.on_acknowledged(ticket.mid, "Not authorized")
-    assert out.take_published() == [(ticket, "Not authorized")]
+    out.on_acknowledged(ticket.mid, DENIED)
+    assert out.take_published() == [(ticket, DENIED)]
+    assert out.has_refused
     assert "refused a message on t: Not authorized" in caplog.text
 
 
@@ -164,3 +169,18 @@ def test_a_full_queue_accepts_no_message(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_configured_limit_applies_from_the_start() -> None:
     with pytest.raises(PacketTooLargeError):
         SendQueue(3, five=True, limit_bytes=50).publish(Publication("t", bytes(100), 1, retain=False))
+
+
+def test_a_message_that_is_to_be_alone_has_nothing_in_flight_beside_it() -> None:
+    out, sink = outgoing(), FakeSink()
+    before, alone, behind = (
+        out.publish(message(0)),
+        out.publish(replace(message(1), alone=True)),
+        out.publish(message(2)),
+    )
+    for sent in (before, alone, behind):
+        out.send(sink)
+        assert out.unacknowledged == (sent,)
+        assert sent is not None
+        out.on_acknowledged(sent.mid, None)
+    assert len(sink.packets) == 3

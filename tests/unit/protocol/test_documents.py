@@ -24,7 +24,7 @@ from cesar_mqtt.protocol.examples import examples
 from cesar_mqtt.protocol.fields import Payload
 from cesar_mqtt.protocol.parsing import Accepted, parse_command, parse_submission
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
-from cesar_mqtt.protocol.schema import MODELS, READ, bundle, payload_schemas
+from cesar_mqtt.protocol.schema import MODELS, READ, bundle, message_name, payload_schemas
 from tests.document import OFFICIAL, default_document, faults
 
 Document = dict[str, Any]
@@ -211,7 +211,7 @@ def test_the_examples_of_requests_are_accepted(contract: Document) -> None:
         assert isinstance(parse_submission(example.encode()), Accepted), example
     for command in COMMANDS:
         short = contract["operations"][command]["messages"][1]["$ref"].rpartition("/")[2]
-        for example in (*(json.dumps(each) for each in shown[f"{command}Request"]), *shown[short]):
+        for example in (*(json.dumps(each) for each in shown[message_name(command, "Request")]), *shown[short]):
             assert parse_command(command, example.encode()).command is not None, (command, example)
 
 

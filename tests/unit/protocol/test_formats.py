@@ -12,7 +12,9 @@ import srt  # type: ignore[import-untyped]
 import webvtt
 from hypothesis import example, given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
+from cesar_mqtt.jobs import AudioSource
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.formats import Content, content_of, render
 from cesar_mqtt.protocol.payloads import segment_fields
@@ -79,6 +81,20 @@ def read_tsv(payload: bytes) -> list[Cue]:
     return [(int(start), int(end), said) for start, end, said in rows]
 
 
+def read_md(payload: bytes) -> list[tuple[str, str]]:
+    """The headings below the title, each with the paragraph that follows it."""
+    tokens = MarkdownIt().parse(payload.decode())
+    assert [(each.type, each.tag) for each in tokens[:1]] == [("heading_open", "h1")]
+    found: list[tuple[str, str]] = []
+    for before, token in pairwise(tokens):
+        shown = "".join(child.content for child in token.children or ())
+        if before.type == "heading_open" and before.tag == "h2":
+            found.append((shown, ""))
+        elif before.type == "paragraph_open" and not before.hidden:
+            found.append((found.pop()[0] if found else "", shown))
+    return found
+
+
 def read_json(payload: bytes) -> dict[str, Any]:
     document = json.loads(payload)
     assert list(document) == [
@@ -98,6 +114,42 @@ def read_json(payload: bytes) -> dict[str, Any]:
 
 def test_plain_text_has_a_line_for_each_segment_as_whispers() -> None:
     assert whole("txt", TWO) == "Hello there.\nThis is a test.\n"
+
+
+def test_markdown_has_a_title_the_facts_and_paragraphs_headed_by_their_time() -> None:
+    later = content(*TWO.segments, segment(3725.0, 3727.0, "Much later.", id=3))
+    of = replace(later, title="talk_1.mp3", source="notes/talk_1.mp3", model="base")
+    assert whole("md", of) == (
+        "# talk\\_1.mp3\n\n- Recording: notes/talk\\_1.mp3\n- Duration: 00:01:00\n- Language: English\n- Model: base\n"
+        "\n## 00:00:00\n\nHello there. This is a test.\n\n## 01:02:05\n\nMuch later.\n"
+    )
+
+
+def test_markdown_begins_a_paragraph_at_the_end_of_a_sentence_after_a_minute() -> None:
+    told = [("One,", 0), ("two", 30), ("and three.", 59), ("Four.", 61), ("Five.", 90)]
+    of = content(*(segment(start, start + 2.0 if start > 50 else start + 29.0, text) for text, start in told))
+    assert read_md(render("md", of)[0]) == [
+        ("00:00:00", "One, two and three."),
+        ("00:01:01", "Four."),
+        ("00:01:30", "Five."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "audio", "title"),
+    [
+        ({"file": "Café.m4a"}, ("spool", "0001"), "Café.m4a"),
+        ({"file": 7}, ("spool", "0001"), "a"),
+        ({}, ("path", "notes/talk.wav"), "talk.wav"),
+        ({}, ("url", "http://user:secret@host/talks/1.mp3?key=2"), "1.mp3"),
+        ({}, ("url", "http://host/"), "host"),
+    ],
+)
+def test_the_title_is_the_name_of_the_file_or_the_id(
+    metadata: dict[str, Any], audio: tuple[str, str], title: str
+) -> None:
+    job = factories.job(metadata=metadata, audio=AudioSource(*audio), result_text="")
+    assert content_of(job, ()).title == title
 
 
 def test_plain_text_is_one_line_when_only_the_whole_text_was_kept() -> None:
@@ -167,10 +219,11 @@ def test_a_job_gives_the_files_what_its_status_has() -> None:
         language_probability=0.98,
         audio_duration=60.5,
     )
-    assert content_of(job, TWO.segments) == replace(TWO, task="translate", has_words=False)
-    assert content_of(job._replace(options={"word_timestamps": True}), TWO.segments) == TWO
+    ours = replace(TWO, title="a.wav", source="a.wav", model="base")
+    assert content_of(job, TWO.segments) == replace(ours, task="translate", has_words=False)
+    assert content_of(job._replace(options={"word_timestamps": True}), TWO.segments) == ours
     options = {"max_line_width": 20, "max_line_count": 1, "word_timestamps": True}
-    narrow = replace(TWO, max_line_width=20, max_line_count=1)
+    narrow = replace(ours, max_line_width=20, max_line_count=1)
     assert content_of(job._replace(options=options), TWO.segments) == narrow
 
 
@@ -287,6 +340,7 @@ def test_no_text_breaks_out_of_its_place(text: str) -> None:
     assert as_one_line(read_srt(render("srt", narrow)[0])) == as_one_line([(0, 1000, no_arrow), cues[1]])
     assert read_tsv(render("tsv", of)[0]) == cues
     assert [each["text"] for each in read_json(render("json", of)[0])["segments"]] == [text, "after"]
+    assert [text for _, text in read_md(render("md", replace(of, text=""))[0])] == [f"{line} after".strip()]
     assert b"-->" not in render("vtt", of)[0].replace(b".000 --> 00:00:0", b"")
 
 
@@ -323,6 +377,8 @@ def count(name: str, payload: bytes) -> int:
         return len(read_txt(payload))
     if name == "json":
         return len(read_json(payload)["segments"])
+    if name == "md":
+        return sum(text.count("Nr. ") for _, text in read_md(payload))
     return len({"srt": read_srt, "vtt": read_vtt, "tsv": read_tsv}[name](payload))
 
 
@@ -346,7 +402,7 @@ def test_a_file_over_the_limit_is_cut_at_a_whole_segment_and_stays_a_valid_file(
     one_more, _ = render(name, replace(LONG, segments=LONG.segments[: kept + 1], text=begin(kept + 1)))
     assert len(one_more) > limit, "a segment more would have fitted"
     if name != "json":
-        assert render(name, LONG)[0].startswith(payload)
+        assert render(name, LONG)[0].startswith(payload.removesuffix(b"\n"))
 
 
 def begin(segments: int) -> str:

@@ -57,6 +57,7 @@ def models(count: int = 30) -> Models:
     entry = Model(name="base", origin=None, size_bytes=1, multilingual=True, default=True, problem=None)
     return Models(
         default="base",
+        default_language=None,
         loaded=None,
         device="cpu",
         compute_type="int8",

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session, constants
 
-COMMIT = "d" * 40
+from cesar_mqtt.whisper.hub import REVISIONS
+
+COMMIT = REVISIONS["Systran/faster-whisper-base"]
 SMALL = dict.fromkeys(("config.json", "tokenizer.json", "vocabulary.txt"), b'{"model": {}}')
 MODEL = bytes(range(256)) * (3 << 12)
 
@@ -53,8 +55,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub = self.hub
         path = self.path.partition("?")[0]
         hub.requests.append((f"{self.command} {path}", self.headers.get("Range", "")))
+        commit = next((part for part in path.split("/") if part in REVISIONS.values()), None)
         if path == "/":
             self._answer(b"")
+        elif commit is None:
+            self._answer(b"{}", status=404)  # another revision than the known one
         elif hub.status != 200:
             self._answer(b"{}", status=hub.status)
         elif path.startswith("/api/models/") and "/tree/" in path:
@@ -65,17 +70,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(json.dumps(entries).encode())
         elif path.startswith("/api/models/"):
             siblings = [{"rfilename": name, "size": hub.sizes.get(name, len(body))} for name, body in hub.files.items()]
-            about = {"id": "Systran/faster-whisper-base", "sha": COMMIT, "siblings": siblings}
+            about = {"id": "Systran/faster-whisper-base", "sha": commit, "siblings": siblings}
             self._answer(json.dumps(about | {"private": False, "tags": [], "downloads": 0, "likes": 0}).encode())
         elif "/resolve/" in path:
-            self._file(path.rpartition("/")[2])
+            self._file(path.rpartition("/")[2], commit)
         else:
             self._answer(b"{}", status=404)
 
-    def _file(self, name: str) -> None:
+    def _file(self, name: str, commit: str) -> None:
         content = self.hub.files[name]
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        extra = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        extra = {"X-Repo-Commit": commit}
+        if start:
+            extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         body = content[start:]
         size = self.hub.sizes.get(name, len(body))
         self._answer(body, status=206 if start else 200, size=size, whole=name != "model.bin", tag=name, extra=extra)
@@ -91,7 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         extra: dict[str, str] | None = None,
     ) -> None:
         self.send_response(status)
-        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(size or len(body))}
+        headers = {"ETag": f'"{tag}"', "Content-Length": str(size or len(body))}
         for name, value in (headers | (extra or {})).items():
             self.send_header(name, value)
         self.end_headers()

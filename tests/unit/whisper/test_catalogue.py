@@ -69,18 +69,19 @@ def make_model(folder: Path, name: str, *, without: str = "", words: int = 3) ->
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModels:
     """Two installed packages: `tiny.en` whole, and `base` in one part."""
     site = tmp_path / "site"
-    make_model(site / "catalogue_tiny", "model")
+    files = make_model(site / "catalogue_tiny", "model")
     make_model(site / "catalogue_base", "data")
+    digests = {file: hashlib.sha256((files / file).read_bytes()).hexdigest() for file in FILES}
     monkeypatch.syspath_prepend(site)
     known = {
         "base": Package(
             "catalogue_base",
             "data",
+            digests,
             parts=(("catalogue_base", "data/model.bin"),),
-            sha256=hashlib.sha256(b'{"model": {}}').hexdigest(),
             size_bytes=13,
         ),
-        "tiny.en": Package("catalogue_tiny", "model"),
+        "tiny.en": Package("catalogue_tiny", "model", digests),
     }
     return PackagedModels(tmp_path / "joined", packages=known)
 
@@ -348,3 +349,50 @@ def test_the_folder_for_joined_models_defaults_to_the_users_data_directory(
     monkeypatch.setattr(catalogue_module, "DIRECTORIES", Elsewhere)
     assert Catalogue(ModelSettings())._packages._folder == tmp_path / "share" / "models"
     assert Catalogue(ModelSettings(), folder=tmp_path)._packages._folder == tmp_path
+
+
+# -- defaults for jobs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("de", "de"), ("German", "de"), ("de-AT", "de"), ("auto", None), ("", None)]
+)
+def test_the_default_language_is_a_code_a_name_or_a_tag(text: str, code: str | None) -> None:
+    catalogue = look(ModelSettings(default="base", default_language=text))
+    assert (catalogue.default_language, catalogue.language_for("base")) == (code, code)
+
+
+def test_a_default_language_that_whisper_does_not_know_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigError, match=r"`models.default_language` is 'klingon', which is not a language"):
+        look(ModelSettings(default_language="klingon"))
+
+
+def test_a_default_model_that_does_not_know_the_default_language_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigError, match=r"the default model 'tiny.en' knows English only, and not 'de'"):
+        look(ModelSettings(default="tiny.en", default_language="de"))
+
+
+def test_a_model_that_knows_english_only_gets_no_other_default_language() -> None:
+    catalogue = look(ModelSettings(default="base", default_language="de"))
+    assert catalogue.language_for("tiny.en") is None
+    assert catalogue.language_for("large-v3") == "de"
+    assert look(ModelSettings(default="tiny.en", default_language="en")).language_for("tiny.en") == "en"
+
+
+def test_english_is_assumed_only_where_nobody_said_so() -> None:
+    assert look(ModelSettings(default="tiny.en")).assumes_english
+    assert not look(ModelSettings(default="tiny.en", default_language="en")).assumes_english
+    assert not look(ModelSettings(default="base")).assumes_english
+
+
+def test_defaults_are_changed_together_or_not_at_all() -> None:
+    catalogue = look(ModelSettings(default="base", default_language="de"))
+    catalogue.set_defaults("small", "")
+    assert (catalogue.default_name(), catalogue.default_language) == ("small", None)
+    assert {entry.name for entry in catalogue.entries() if entry.default} == {"small"}
+    for model, language in (("tiny.en", "fr"), ("tiny.en", None), ("nonsense", "fr")):
+        with pytest.raises(ValueError, match=r"tiny.en|nonsense"):
+            catalogue.set_defaults(model, language)
+        assert (catalogue.default_name(), catalogue.default_language) == ("small", None)
+    catalogue.set_defaults(None, None)
+    assert (catalogue.default_name(), catalogue.default_language) == ("base", "de")

@@ -148,13 +148,12 @@ def parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data.mkdir(parents=True)
     for file in FILES:
         (data / file).write_text(CONTENT)
-    content = (data / "model.bin").read_bytes()
     package = Package(
         "store_base",
         "data",
+        {file: hashlib.sha256(CONTENT.encode()).hexdigest() for file in FILES},
         parts=(("store_base", "data/model.bin"),),
-        sha256=hashlib.sha256(content).hexdigest(),
-        size_bytes=len(content),
+        size_bytes=len(CONTENT),
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(catalogue, "PackagedModels", lambda folder: PackagedModels(folder, packages={"base": package}))

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,28 +18,33 @@ from filelock import FileLock
 
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.threads import never_stop
-from cesar_mqtt.whisper.packages import Package, PackagedModels
+from cesar_mqtt.whisper.packages import PACKAGES, Package, PackagedModels
 
 PART_1, PART_2 = b"one" * 1_000_000, b"two" * 1_000_000
 BESIDE = {"config.json": b"{}", "tokenizer.json": b"{}", "vocabulary.txt": b"word\n"}
 WHOLE = BESIDE | {"model.bin": PART_1 + PART_2}
-DIGEST = hashlib.sha256(PART_1 + PART_2).hexdigest()
+DIGESTS = {name: hashlib.sha256(content).hexdigest() for name, content in WHOLE.items()}
+DIGEST = DIGESTS["model.bin"]
 KNOWN = {
+    "whole": Package("whole_model", "model", DIGESTS),
     "parted": Package(
         "parted_one",
         "data",
+        DIGESTS,
         parts=(("parted_one", "data/model.bin.part1"), ("parted_two", "data/model.bin.part2")),
-        sha256=DIGEST,
         size_bytes=len(PART_1 + PART_2),
     ),
-    "missing": Package("no_such_package_anywhere", "model"),
+    "missing": Package("no_such_package_anywhere", "model", DIGESTS),
 }
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of installed packages, with a model in two parts."""
+    """A folder of installed packages, with a model in two parts and one that is whole."""
     site = tmp_path / "site"
+    (site / "whole_model" / "model").mkdir(parents=True)
+    for name, content in WHOLE.items():
+        (site / "whole_model" / "model" / name).write_bytes(content)
     for package, files in (
         ("parted_one", BESIDE | {"model.bin.part1": PART_1}),
         ("parted_two", {"model.bin.part2": PART_2}),
@@ -137,6 +143,76 @@ def test_a_damaged_package_is_reported_and_nothing_of_it_is_left(folder: Path, s
     assert "parted_one" in message
     assert "install" in message
     assert left(folder) == set()
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_damaged_file_beside_the_parts_is_reported_as_well(name: str, folder: Path, site: Path) -> None:
+    (site / "parted_one" / "data" / name).write_bytes(b"other")
+    assert "damaged" in refusal(PackagedModels(folder, packages=KNOWN))
+    assert left(folder) == set()
+
+
+# --- packaged whole
+
+
+def read_by(check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The files that a check reads in pieces."""
+    opened: set[str] = set()
+    real = Path.open
+
+    def noted(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.add(path.name)
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", noted)
+        check()
+    return opened & WHOLE.keys()
+
+
+def test_a_whole_model_is_compared_with_its_digests_once_for_each_state_of_its_files(
+    folder: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.parent.mkdir()
+    path = site / "whole_model" / "model"
+
+    def check() -> None:
+        models = PackagedModels(folder, packages=KNOWN)
+        assert models.find("whole") == path
+        models.check("whole", path, should_stop=never_stop)
+
+    assert read_by(check, monkeypatch) == WHOLE.keys()
+    assert read_by(check, monkeypatch) == set()
+    (path / "model.bin").write_bytes(WHOLE["model.bin"])
+    assert read_by(check, monkeypatch) == WHOLE.keys()
+    (path / "model.bin").write_bytes(PART_2 + PART_1)
+    for _ in range(2):
+        with pytest.raises(JobFailedError, match="'whole_model'") as caught:
+            check()
+        assert caught.value.code is ErrorCode.MODEL_UNAVAILABLE
+
+
+def test_without_a_data_directory_nothing_is_recorded(folder: Path, site: Path) -> None:
+    models = PackagedModels(folder, packages=KNOWN)
+    models.check("whole", site / "whole_model" / "model", should_stop=never_stop)
+    assert not folder.parent.exists()
+    with pytest.raises(Cancelled):
+        models.check("whole", site / "whole_model" / "model", should_stop=lambda: True)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_file_that_is_missing_is_a_damaged_package(name: str, folder: Path, site: Path) -> None:
+    (site / "whole_model" / "model" / name).unlink()
+    models = PackagedModels(folder, packages=KNOWN)
+    with pytest.raises(JobFailedError, match="damaged"):
+        models.check("whole", site / "whole_model" / "model", should_stop=never_stop)
+
+
+def test_the_digests_are_of_every_file_that_is_loaded() -> None:
+    assert {package.release for package in PACKAGES.values()} == {"d01c3014881c", "1a5afae06a4d"}
+    for package in PACKAGES.values():
+        assert [*package.sha256] == [*WHOLE], "model.bin comes last"
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in package.sha256.values())
 
 
 @pytest.mark.usefixtures("site")

@@ -71,11 +71,13 @@ class FakeWhisper(WhisperModel):  # type: ignore[misc]
         self._languages = list(languages)
         self.encoded: list[int] = []
         self.asked: list[dict[str, Any]] = []
-        self.detected = 0
+        self.detected = self.probed = 0
 
     def encode(self, features: Any) -> Any:
-        if features.shape[1] > 2:  # the width is asked for with two frames
+        if features.shape[1] > 2:
             self.encoded.append(features.shape[1])
+        else:  # the width is asked for with two frames
+            self.probed += 1
         return ctranslate2.StorageView.from_array(np.zeros((1, features.shape[1] // 2, self._width), np.float32))
 
     def add_word_timestamps(self, segments: Any, *_: object, **__: object) -> None:
@@ -165,6 +167,13 @@ def test_speech_that_noise_hides_is_encoded_at_full_length() -> None:
     assert model.encoded == [3000]
 
 
+def test_the_width_of_a_model_is_asked_for_once() -> None:
+    model = FakeWhisper(*[said(at(0), 1, at(4))] * 2)
+    for _ in range(2):
+        transcribe(model, (0.0, 4.0))
+    assert model.probed == 1
+
+
 def test_no_more_than_thirty_seconds_are_encoded() -> None:
     model = FakeWhisper(said(at(0), 1, at(29)))
     transcribe(model, (0.0, 29.0))
@@ -184,11 +193,25 @@ def test_what_fails_the_checks_is_encoded_at_full_length_before_it_is_believed(w
 
 
 def test_temperatures_are_tried_at_full_length_and_the_most_probable_result_counts() -> None:
-    scores = (-1.9, -1.8, -1.7, -1.1, -1.6, -1.5, -1.4)
+    scores = (-1.1, -1.9, -1.8, -1.7, -1.6, -1.4, -1.2)
     model = FakeWhisper(*(said(at(0), number, at(4), logprob=score) for number, score in enumerate(scores)))
-    assert spans(transcribe(model, (0.0, 4.0), beam_size=1)) == [(0.0, 4.0, " w3")]
+    assert spans(transcribe(model, (0.0, 4.0), beam_size=1)) == [(0.0, 4.0, " w0")]
     assert [asked.get("sampling_temperature", 0.0) for asked in model.asked] == [0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert [asked["frames"] for asked in model.asked] == [700] + [3000] * 6
+
+
+def test_no_higher_temperature_is_tried_where_one_makes_the_text_only_less_probable() -> None:
+    scores = (-1.9, -1.3, -1.2, -1.6, -0.1)
+    model = FakeWhisper(*(said(at(0), number, at(4), logprob=score) for number, score in enumerate(scores)))
+    assert spans(transcribe(model, (0.0, 4.0), beam_size=1)) == [(0.0, 4.0, " w2")]
+    assert [asked.get("sampling_temperature", 0.0) for asked in model.asked] == [0.0, 0.0, 0.2, 0.4]
+
+
+def test_higher_temperatures_are_tried_as_long_as_the_text_repeats_itself() -> None:
+    loops = [said(*LOOP, logprob=score) for score in (-0.1, -0.2, -0.3, -0.4)]
+    model = FakeWhisper(*loops, said(at(0), 7, at(4), logprob=-0.9))
+    assert spans(transcribe(model, (0.0, 4.0), beam_size=1)) == [(0.0, 4.0, " w7")]
+    assert [asked.get("sampling_temperature", 0.0) for asked in model.asked] == [0.0, 0.0, 0.2, 0.4, 0.6]
 
 
 def test_a_job_s_own_temperatures_are_used() -> None:
@@ -207,6 +230,27 @@ def test_auto_uses_a_beam_only_for_what_the_model_is_unsure_of(logprob: float, b
     assert [asked["beam_size"] for asked in model.asked] == beams
     assert segments[0].text == f" w{len(beams)}"
     assert model.encoded == [700]
+
+
+@pytest.mark.parametrize("logprob", [-0.1, -0.9])
+@pytest.mark.parametrize(("detected", "frames"), [([0.2, 0.8], 3000), ([0.4], 700)])
+def test_auto_uses_a_beam_at_once_where_the_language_is_uncertain(
+    logprob: float, detected: list[float], frames: int
+) -> None:
+    languages = [("es", probability) for probability in detected]
+    model = FakeWhisper(said(at(0), 1, at(4), logprob=logprob), multilingual=True, languages=languages)
+    segments, _ = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
+    assert list(segments)
+    assert [(asked["frames"], asked["beam_size"]) for asked in model.asked] == [(frames, 5)]
+
+
+@pytest.mark.parametrize("logprob", [-0.1, -0.9])
+def test_auto_uses_a_beam_at_once_in_noise(logprob: float) -> None:
+    model = FakeWhisper(said(at(0), 1, at(4), logprob=logprob))
+    noise = np.random.default_rng(3).normal(scale=0.1, size=4 * SAMPLE_RATE).astype(np.float32)
+    segments, _ = pipeline(model).transcribe(noise, [(0, len(noise))], "en")
+    assert list(segments)
+    assert [(asked["frames"], asked["beam_size"]) for asked in model.asked] == [(3000, 5)]
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 10])
@@ -371,20 +415,28 @@ def test_on_a_cpu_a_batch_is_decoded_piece_by_piece() -> None:
 # --- languages
 
 
-def test_the_language_is_detected_once_and_its_encoding_is_used_again() -> None:
-    model = FakeWhisper(said(at(0), 1, at(4)), said(at(0), 2, at(4)), multilingual=True, languages=[("es", 0.9)])
+@pytest.mark.parametrize("logprob", [-0.2, -0.9])
+def test_the_language_is_detected_once_and_its_encoding_is_used_again(logprob: float) -> None:
+    script = [said(at(0), number, at(4), logprob=logprob) for number in range(2)]
+    model = FakeWhisper(*script, multilingual=True, languages=[("es", 0.9)])
     segments, language = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
     assert list(segments)
     assert (language, model.encoded, model.detected) == (("es", 0.9), [700], 1)
     assert model.asked[0]["prompts"] == [["<es>", "<transcribe>"]]
 
 
-def test_a_language_that_is_uncertain_is_detected_again_at_full_length() -> None:
-    model = FakeWhisper(said(at(0), 1, at(4)), multilingual=True, languages=[("fr", 0.4), ("es", 0.8)])
+@pytest.mark.parametrize(
+    ("detected", "taken", "encoded"),
+    [([("fr", 0.2), ("es", 0.8)], ("es", 0.8), [700, 3000]), ([("fr", 0.4)], ("fr", 0.4), [700])],
+)
+def test_a_language_that_is_doubtful_is_detected_again_at_full_length(
+    detected: list[tuple[str, float]], taken: tuple[str, float], encoded: list[int]
+) -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)), multilingual=True, languages=detected)
     segments, language = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
     assert list(segments)
-    assert language == ("es", 0.8)
-    assert (model.encoded, model.asked[0]["frames"]) == ([700, 3000], 3000)
+    assert language == taken
+    assert (model.encoded, model.asked[0]["frames"]) == (encoded, encoded[-1])
 
 
 def test_uncertain_pieces_vote_for_the_language() -> None:

@@ -1,17 +1,17 @@
-"""The client side of the bus: one connection of a command, and the errors of reaching a broker.
+"""The client side of the bus: one connection of a command, and the errors of reaching a broker and a consumer.
 
 One thread uses a `Session`.
 """
 
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.mqtt.broker_url import parse_broker_url
 from cesar_mqtt.mqtt.client import MqttClient
-from cesar_mqtt.mqtt.messages import ConnectionFailure, ConnectionInfo, Delivery, PublishTicket, Subscription
+from cesar_mqtt.mqtt.messages import ConnectionFailure, ConnectionInfo, Delivery, PublishTicket, Refusal, Subscription
 
 _RETRY_WITHIN_S = 2.0
 """A broker that is restarting accepts connections again within this; one that still refuses them is not running."""
@@ -24,9 +24,15 @@ class UnreachableError(CesarError):
         cause: why the attempt failed.
     """
 
+    exit_code = ExitCode.TIMEOUT
+
     def __init__(self, problem: str, advice: str, *, cause: ConnectionFailure) -> None:
         super().__init__(problem, advice)
         self.cause = cause
+
+
+class RequestRefusedError(CesarError):
+    """The consumer answered that it did not execute the command; the message is the consumer's own sentence."""
 
 
 class NoAnswerError(CesarError):
@@ -64,7 +70,7 @@ class Session:
             ConfigError: a broker setting is wrong.
         """
         self.address = parse_broker_url(settings.url).redacted
-        self._published: dict[PublishTicket, str | None] = {}
+        self._published: dict[PublishTicket, Refusal | None] = {}
         self._unrouted: set[PublishTicket] = set()
         self._client = MqttClient(
             settings,
@@ -159,7 +165,16 @@ class Session:
 
     def refusal(self, ticket: PublishTicket | None) -> str | None:
         """Why the broker refused the message (MQTT 5); None: it did not, or not yet."""
-        return None if ticket is None else self._published.get(ticket)
+        refusal = None if ticket is None else self._published.get(ticket)
+        return None if refusal is None else str(refusal)
+
+
+def response_data(response: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of a response. Raises RequestRefusedError."""
+    data = response.get("data")
+    if response.get("status") != "ok" or not isinstance(data, dict):
+        raise RequestRefusedError(str(response.get("error") or "The consumer's response cannot be read."))
+    return data
 
 
 def _unreached(address: str, failure: ConnectionFailure | None, timeout_s: float) -> CesarError:
@@ -169,5 +184,5 @@ def _unreached(address: str, failure: ConnectionFailure | None, timeout_s: float
         )
     if failure.advice:
         return UnreachableError(f"No connection to {address}: {failure.problem}.", failure.advice, cause=failure)
-    advice = "Is it running? Name another one with --broker."
+    advice = "Start it, or name another one with --broker. `cesar-mqtt serve` without --broker brings its own."
     return UnreachableError(f"No broker at {address}: {failure.problem}.", advice, cause=failure)

@@ -1,0 +1,1 @@
+"""The front doors: clients of the bus that serve people and programs which do not speak MQTT."""

@@ -1,0 +1,286 @@
+// One job in full: its facts, its transcript with times, words and speakers, and a player for recordings that this
+// browser has uploaded, which it keeps in its own database.
+
+import { announce, clock, languageName, make, moment, plain, request, t, verbs } from "./page.js";
+
+const $ = (id) => document.getElementById(id);
+const MOST_WORDS = 30000; // beyond it only segments can be clicked: each word is an element
+const MOST_RECORDINGS = 30;
+
+// -- recordings of this browser ---------------------------------------------------------------------------------------
+
+export class Recordings {
+  constructor() {
+    this.files = new Map();
+    this.database = new Promise((done) => {
+      try {
+        const opening = indexedDB.open("cesar-mqtt", 1);
+        opening.onupgradeneeded = () => opening.result.createObjectStore("recordings");
+        opening.onsuccess = () => done(opening.result);
+        opening.onerror = () => done(null);
+      } catch {
+        done(null); // storage is switched off
+      }
+    });
+  }
+
+  async run(mode, work) {
+    const database = await this.database;
+    if (!database) return undefined;
+    return new Promise((done) => {
+      const transaction = database.transaction("recordings", mode);
+      const asked = work(transaction.objectStore("recordings"));
+      transaction.oncomplete = () => done(asked.result);
+      transaction.onerror = transaction.onabort = () => done(undefined); // such as: the quota is used up
+    });
+  }
+
+  async keep(id, file) {
+    this.files.set(id, file);
+    await this.run("readwrite", (store) => store.put({ file, at: Date.now() }, id));
+    const ids = (await this.run("readonly", (store) => store.getAllKeys())) ?? [];
+    if (ids.length > MOST_RECORDINGS) {
+      const entries = (await this.run("readonly", (store) => store.getAll())) ?? [];
+      const oldest = ids.map((key, number) => [entries[number]?.at ?? 0, key]).sort((a, b) => a[0] - b[0]);
+      for (const [, key] of oldest.slice(0, ids.length - MOST_RECORDINGS)) this.remove(key);
+    }
+  }
+
+  async get(id) {
+    return this.files.get(id) ?? (await this.run("readonly", (store) => store.get(id)))?.file;
+  }
+
+  remove(id) {
+    this.files.delete(id);
+    return this.run("readwrite", (store) => store.delete(id));
+  }
+
+  async keepOnly(isKnown) {
+    const ids = (await this.run("readonly", (store) => store.getAllKeys())) ?? [];
+    for (const id of ids) if (!isKnown(id) && !this.files.has(id)) this.remove(id);
+  }
+}
+
+// -- one job ----------------------------------------------------------------------------------------------------------
+
+export class TranscriptView {
+  constructor(recordings, act) {
+    this.recordings = recordings;
+    this.act = act;
+    this.job = null;
+    this.formats = ["txt"];
+    this.spans = []; // what can be played: {element, start, end}, in order of time
+    this.now = -1;
+    this.dialog = $("detail");
+    this.player = $("player");
+    $("detail-close").addEventListener("click", () => this.close());
+    this.dialog.addEventListener("close", () => this.clear());
+    this.player.addEventListener("timeupdate", () => this.follow());
+    this.player.addEventListener("play", () => this.followEachFrame());
+    this.player.addEventListener("seeked", () => this.follow());
+    $("transcript").addEventListener("click", (event) => this.clicked(event));
+    $("transcript").addEventListener("keydown", (event) => this.pressed(event));
+    $("detail-tools").addEventListener("click", (event) => this.tool(event));
+  }
+
+  open(job) {
+    this.clear();
+    this.job = job;
+    this.dialog.showModal();
+    $("detail-close").focus();
+    this.show(job);
+    this.load(job);
+  }
+
+  close() {
+    if (this.dialog.open) this.dialog.close();
+  }
+
+  clear() {
+    this.job = null;
+    this.spans = [];
+    this.now = -1;
+    this.player.pause();
+    if (this.player.src) URL.revokeObjectURL(this.player.src);
+    this.player.removeAttribute("src");
+    this.player.hidden = $("player-hint").hidden = true;
+    $("transcript").replaceChildren();
+    $("transcript").classList.remove("playable");
+  }
+
+  update(job) {
+    if (this.job?.job_id !== job.job_id) return;
+    const ended = this.job.status !== job.status;
+    this.job = job;
+    this.show(job);
+    if (ended) this.load(job);
+  }
+
+  remove(id) {
+    if (this.job?.job_id === id) this.close();
+  }
+
+  show(job) {
+    $("detail-title").textContent = plain(job.file || job.audio_source || job.job_id);
+    const state = $("detail-state");
+    state.className = job.error_code ? "problem" : `state ${job.status}`;
+    state.dir = "auto";
+    state.textContent = job.error_code ? plain(job.error_message) : t(`state_${job.status}`);
+    const facts = [
+      ["fact_job", job.job_id], ["fact_created", job.created_at && moment(job.created_at)],
+      ["fact_ended", job.completed_at && moment(job.completed_at)], ["fact_duration", job.audio_duration != null && clock(job.audio_duration)],
+      ["fact_language", job.detected_language && languageName(job.detected_language)], ["fact_model", job.model_size],
+      ["fact_speakers", job.speakers], ["fact_consumer", job.consumer], ["fact_source", job.audio_source?.startsWith("upload") ? null : job.audio_source],
+      ["fact_attempt", job.attempt > 1 && job.attempt], ["fact_warnings", (job.warnings ?? []).join(", ")],
+    ];
+    $("detail-facts").replaceChildren(...facts.filter(([, value]) => value).flatMap(([key, value]) =>
+      [make("dt", {}, t(key)), make("dd", { dir: "auto" }, plain(value))]));
+    const tools = [];
+    if (job.status === "completed") {
+      tools.push(this.button("copy", t("copy")));
+      const times = (job.formats ?? []).length > 0; // else the consumer has kept no times
+      for (const format of times ? this.formats : ["txt"])
+        tools.push(make("a", { className: "button", href: `api/jobs/${job.job_id}/result.${format}`, download: "", "aria-label": t("download", { format }) }, format));
+    }
+    tools.push(...verbs(job).map((verb) => this.button(verb, t(verb))));
+    if (JSON.stringify(tools.map((tool) => tool.outerHTML)) === this.tools && $("detail-tools").childElementCount) return;
+    this.tools = JSON.stringify(tools.map((tool) => tool.outerHTML));
+    $("detail-tools").replaceChildren(...tools);
+  }
+
+  button(verb, text) {
+    const button = make("button", { type: "button" }, text);
+    button.dataset.verb = verb;
+    return button;
+  }
+
+  async tool(event) {
+    const verb = event.target.closest("button")?.dataset.verb;
+    if (!verb || !this.job) return;
+    if (verb !== "copy") return this.act(verb, this.job.job_id);
+    await copy(this.text ?? "");
+    announce(t("copied"));
+  }
+
+  async load(job) {
+    const where = $("transcript");
+    this.text = "";
+    if (job.status !== "completed") {
+      if (job.status === "queued" || job.status === "processing") where.textContent = t("transcript_waits");
+      else where.replaceChildren();
+      return;
+    }
+    try {
+      const status = await (await request(`api/jobs/${job.job_id}`)).json();
+      let segments = null;
+      if ((job.formats ?? []).length) segments = (await (await request(`api/jobs/${job.job_id}/result.json`)).json()).segments;
+      if (this.job?.job_id !== job.job_id) return;
+      this.text = status.result_text ?? "";
+      this.showTranscript(segments, status);
+    } catch (failure) {
+      if (this.job?.job_id === job.job_id) where.textContent = t("transcript_failed", { reason: failure.message });
+      return;
+    }
+    const file = await this.recordings.get(job.job_id);
+    if (!file || this.job?.job_id !== job.job_id) return;
+    this.player.src = URL.createObjectURL(file);
+    this.player.hidden = $("player-hint").hidden = false;
+    $("player-hint").textContent = t("player_hint");
+    where.classList.add("playable");
+  }
+
+  showTranscript(segments, status) {
+    const where = $("transcript");
+    this.spans = [];
+    if (status.no_speech) where.textContent = t("no_speech");
+    else if (!segments) where.replaceChildren(make("p", { dir: "auto" }, plainLines(this.text)));
+    else {
+      const each = segments.reduce((count, segment) => count + (segment.words?.length ?? 0), 0) <= MOST_WORDS;
+      let speaker = null;
+      where.replaceChildren(...segments.map((segment) => {
+        const line = make("p", { dir: "auto" });
+        const time = make("button", { type: "button", className: "time", "aria-label": t("play_from", { time: clock(segment.start) }) }, clock(segment.start));
+        time.dataset.start = segment.start;
+        line.append(time);
+        if (segment.speaker && segment.speaker !== speaker) line.append(make("span", { className: "speaker" }, plain(segment.speaker)));
+        speaker = segment.speaker ?? speaker;
+        if (each && segment.words?.length) for (const word of segment.words) line.append(this.span("word", word.word, word));
+        else line.append(this.span("text", segment.text, segment));
+        return line;
+      }));
+    }
+    if (status.result_truncated) where.append(make("p", { className: "faint" }, t("transcript_cut")));
+  }
+
+  span(kind, text, { start, end }) {
+    const element = make("span", { className: kind }, plainLines(text));
+    element.dataset.number = this.spans.length;
+    this.spans.push({ element, start, end });
+    return element;
+  }
+
+  // -- playing --------------------------------------------------------------------------------------------------------
+
+  clicked(event) {
+    const { number, start } = event.target.dataset;
+    if (this.player.hidden) return;
+    if (number !== undefined) this.play(this.spans[number].start);
+    else if (start !== undefined) this.play(Number(start));
+  }
+
+  play(seconds) {
+    this.player.currentTime = seconds;
+    this.player.play().catch(() => {}); // the browser may not be able to play what the consumer can
+  }
+
+  pressed(event) {
+    if (event.target !== event.currentTarget || this.player.hidden || !this.spans.length) return;
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (step) this.mark(Math.min(this.spans.length - 1, Math.max(0, this.now + step)));
+    else if (event.key === "Enter" && this.now >= 0) this.play(this.spans[this.now].start);
+    else if (event.key === " ") this.player.paused ? this.player.play() : this.player.pause();
+    else return;
+    event.preventDefault();
+  }
+
+  followEachFrame() {
+    this.follow();
+    if (!this.player.paused && this.job) requestAnimationFrame(() => this.followEachFrame());
+  }
+
+  follow() {
+    const at = this.player.currentTime + 0.02;
+    let low = 0, high = this.spans.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (this.spans[middle].start <= at) low = middle + 1;
+      else high = middle;
+    }
+    if (low > 0 && !(this.player.paused && at < 0.1)) this.mark(low - 1);
+  }
+
+  mark(number) {
+    if (number === this.now) return;
+    this.spans[this.now]?.element.classList.remove("now");
+    this.now = number;
+    const { element } = this.spans[number];
+    element.classList.add("now");
+    element.scrollIntoView({ block: "nearest" });
+  }
+}
+
+function plainLines(text) {
+  return String(text ?? "").split("\n").map(plain).join("\n");
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // only on pages over https, and on this machine
+    const area = make("textarea", { value: text, readOnly: true });
+    $("detail").append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+}

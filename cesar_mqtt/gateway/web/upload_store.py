@@ -1,0 +1,101 @@
+"""Uploads of the page inside `serve`: files in a folder of the consumer's own, until no job needs them any more.
+
+A job names its file by path, so that no recording has to fit into a message. The event loop and its worker threads use
+it.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cesar_mqtt.gateway.web.forms import PART_SUFFIX, UploadedFile
+from cesar_mqtt.ledger.fsync import Disk
+from cesar_mqtt.logs import get_logger
+
+log = get_logger(__name__)
+
+_PREFIX = "upload-"
+_UNKNOWN_S = 24 * 3600.0
+"""How long an upload is kept of which the ledger has no job (yet): its request may wait at the broker."""
+
+
+class UploadStore:
+    """Files named after their content and their job: the same upload of the same job again is the same request."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_needed: Callable[[str], bool | None],
+        disk: Disk | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Create the folder.
+
+        Args:
+            folder: one in which the consumer looks for `audio_path`.
+            is_needed: whether the job with this id still needs its audio; None: there is no such job.
+            disk: for tests.
+            clock: seconds since the epoch.
+
+        Raises:
+            OSError: the folder cannot be created.
+        """
+        self.folder = folder
+        self._is_needed = is_needed
+        self._disk = disk or Disk()
+        self._clock = clock
+        self._accepted: set[str] = set()
+        """The jobs that have been in the ledger: where one is no longer there, it was deleted."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def keep(self, file: UploadedFile, job_id: str) -> str:
+        """Move a file that was received into the folder; return the `audio_path` for it. On return it is on disk.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        name = f"{_PREFIX}{file.sha256[:32]}.{job_id}"
+        file.path.rename(self.folder / name)
+        self._disk.sync_folder(self.folder)
+        return name
+
+    def set_accepted(self, job_id: str) -> None:
+        """The ledger has the job: when it is deleted, so is its upload."""
+        self._accepted.add(job_id)
+
+    def sweep(self) -> int:
+        """Delete the files that no job needs; return how many."""
+        deleted = 0
+        files = self._files()
+        for path in files:
+            with suppress(OSError):
+                if not self._is_wanted(path):
+                    path.unlink()
+                    deleted += 1
+        self._accepted &= {_job_id(path) for path in files}
+        if deleted:
+            log.debug("Deleted %d uploads that no job needs", deleted, action="upload_deleted")
+        return deleted
+
+    def _files(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir())
+        except OSError as exc:
+            log.warning("The folder %s cannot be read: %s", self.folder, exc.strerror, action="upload_deleted")
+            return []
+
+    def _is_wanted(self, path: Path) -> bool:
+        if not path.name.startswith(_PREFIX) and path.suffix != PART_SUFFIX:
+            return True  # not ours
+        job_id = _job_id(path)
+        needed = None if path.suffix == PART_SUFFIX else self._is_needed(job_id)
+        if needed is not None:
+            self._accepted.add(job_id)
+            return needed
+        return job_id not in self._accepted and self._clock() - path.stat().st_mtime < _UNKNOWN_S
+
+
+def _job_id(path: Path) -> str:
+    return path.name.rpartition(".")[2]
