@@ -3,7 +3,7 @@
 Pure; a `Loudness` belongs to the thread that decodes.
 """
 
-from itertools import groupby, zip_longest
+from itertools import groupby
 
 import numpy as np
 
@@ -67,10 +67,10 @@ class Loudness:
         whole = _gain_for(block, max(peaks), powers)
         if whole != 1.0:
             return [whole] * len(pieces)
-        frames = [powers[start : start + _PIECE // _FRAME] for start in range(0, len(powers), _PIECE // _FRAME)]
+        of_piece = _PIECE // _FRAME
         own = [
-            _gain_for(piece, peak, piece_powers)
-            for piece, peak, piece_powers in zip_longest(pieces, peaks, frames, fillvalue=powers[:0])
+            _gain_for(piece, peaks[number], powers[number * of_piece : (number + 1) * of_piece])
+            for number, piece in enumerate(pieces)
         ]
         gains: list[float] = []
         for quiet, run in groupby(own, key=lambda gain: gain > 1.0):

@@ -8,7 +8,7 @@ from pathlib import Path
 _CGROUPS = Path("/sys/fs/cgroup")
 _HEAP_OPTIONS = {-8: 1, -3: 4 << 20, -1: 4 << 20}
 """M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3), the latter two in bytes."""
-_PRIMITIVE_CACHE = {"DNNL_PRIMITIVE_CACHE_CAPACITY": "16"}
+_PRIMITIVE_CACHE = ("DNNL_PRIMITIVE_CACHE_CAPACITY", "16")
 """oneDNN keeps what it compiles for each length of encoder input, two convolutions each: those of short recordings."""
 _MAX_WORKERS = _MAX_THREADS_EACH = 4
 
@@ -48,8 +48,7 @@ def limit_heap() -> None:
     workers, tiny.en then takes 370 MB more while it transcribes than after loading, and 140 MB with these options. That
     costs 4 % of the time.
     """
-    for name, value in _PRIMITIVE_CACHE.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault(*_PRIMITIVE_CACHE)
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     if set_option is not None:
         for option, value in _HEAP_OPTIONS.items():
