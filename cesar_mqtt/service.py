@@ -29,7 +29,7 @@ from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
 from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
-from cesar_mqtt.jobs import Job, may_need_audio
+from cesar_mqtt.jobs import Job, JobState, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -291,9 +291,10 @@ class Service:
         return self._stop(stop)
 
     def _start(self) -> None:
-        last = self._ledger.last_finished()
-        if last is not None:
-            self._publisher.on_finished(last)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self._ledger.last_finished(state)
+            if last is not None:
+                self._publisher.on_finished(last)
         EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(
             self._topics, embedded=self._broker is not None, jobs=self._ledger.count(())
         )
@@ -319,12 +320,18 @@ class Service:
             log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
-        """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
+        """Announce the consumer to Home Assistant, if wanted, and withdraw what earlier settings announced."""
         wanted = self._settings.homeassistant
-        if not wanted.enabled:
-            return
-        page = None if self._web is None else self._web.url
-        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix, page=page)
+        messages: dict[str, bytes] = {}
+        if wanted.enabled:
+            info = self._info()
+            messages = discovery_messages(
+                self._topics,
+                mode=wanted.discovery,
+                prefix=wanted.prefix,
+                models=sorted({*info.models, info.default_model}),
+                page=info.web,
+            )
         self._publisher.announce(messages, stale=self._announced_topics.record(messages))
 
     def _publish_info(self) -> None:

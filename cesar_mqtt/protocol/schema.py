@@ -39,6 +39,7 @@ PUBLISHED: Mapping[str, type] = {
     "ConsumerState": consumer_payloads.ConsumerState,
     "Queue": consumer_payloads.Queue,
     "Last": consumer_payloads.Last,
+    "LastError": consumer_payloads.LastError,
     "Info": consumer_payloads.Info,
     "Limits": consumer_payloads.Limits,
     "Health": consumer_payloads.HealthMessage,
