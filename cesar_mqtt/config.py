@@ -315,7 +315,9 @@ class WebSettings(Section):
     listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:8188")
     """The address of the page; None: `serve` has none, and `web` uses 127.0.0.1:8188."""
     url: str | None = Field(
-        default=None, pattern=r"^https?://[^\s?#]+$", description="the http or https URL of the page"
+        default=None,
+        pattern=r"^(https?|homeassistant)://[^\s?#]+$",
+        description="the http or https URL of the page, or one of Home Assistant's own (homeassistant://)",
     )
     """How people reach the page, for `info` and Home Assistant; None: made of `listen`."""
     password_file: Path | None = None

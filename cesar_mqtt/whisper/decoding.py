@@ -28,7 +28,7 @@ gives no better answer (docs/performance.md)."""
 
 NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
-_BEAMS, _UNSURE_BELOW = 5, -0.6
+_BEAMS, _UNSURE_BELOW = 5, -0.5
 """Of `beam_size` `auto`: a greedy result with a lower average log probability is decoded again, with so many beams."""
 _CUT_ABOVE_FRAMES = 1000
 """From 10 s on, a piece that fails the checks is cut rather than decoded at higher temperatures."""
@@ -133,6 +133,7 @@ class PieceDecoder:
 
     Attributes:
         has_words: whether `split` returns the words of segments.
+        detects_language: whether nobody has given the language.
     """
 
     def __init__(self, model: WhisperModel, options: DecodingOptions, should_stop: Callable[[], bool]) -> None:
@@ -140,6 +141,7 @@ class PieceDecoder:
         self._model = model
         self._options = options
         self.has_words = options.word_timestamps
+        self.detects_language = not options.language_given
         self._should_stop = should_stop
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -162,9 +164,13 @@ class PieceDecoder:
         """Detect the language of a piece; an English-only model knows only one."""
         if not self._model.model.is_multilingual:
             return Language("en", 1.0)
+        return self.languages(piece)[0]
+
+    def languages(self, piece: Piece) -> list[Language]:
+        """Return how probable each language is, the most probable one first."""
         self._check_stop()
-        token, probability = self._model.model.detect_language(piece.encoded)[0][0]
-        return Language(token[2:-2], probability)
+        found = self._model.model.detect_language(piece.encoded)[0]
+        return [Language(token[2:-2], probability) for token, probability in found]
 
     def decode(self, pieces: Sequence[Piece], languages: Sequence[str], prompts: Sequence[str | None]) -> list[Result]:
         """Decode pieces, all at once if they were padded to the same length; each until it passes Whisper's checks.

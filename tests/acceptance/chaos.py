@@ -56,6 +56,8 @@ class Report:
     """Recordings with several windows whose transcript is not that of the others."""
     attempts: int
     preemptions: int
+    deferred: tuple[str, ...]
+    """Jobs that got another attempt after a temporary failure, which no run causes on purpose; they are no fault."""
 
     @property
     def wrong(self) -> int:
@@ -220,7 +222,8 @@ def _report(consumer: Consumer, port: int, watcher: Bus, jobs: int, *, kills: in
         + tuple(i for i in retained if i not in by_id),
         garbled=_garbled(rows),
         attempts=sum(row["attempt"] for row in rows),
-        preemptions=sum(row["attempt"] - 1 - row.get("crashes", 0) for row in rows),
+        preemptions=sum(row["attempt"] - 1 - row.get("crashes", 0) - row.get("retries", 0) for row in rows),
+        deferred=tuple(row["job_id"] for row in rows if row.get("retries")),
     )
 
 
@@ -254,9 +257,14 @@ def _undone(watcher: Bus) -> tuple[str, ...]:
 
 
 def _overtaken(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Jobs that ended before one of their priority that was accepted earlier, or started while a higher one waited."""
+    """Jobs that ended before one of their priority that was accepted earlier, or started while a higher one waited.
+
+    A job that was deferred after a temporary failure lets the others go first meanwhile, as it should.
+    """
     by_priority: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
+        if row.get("retries"):
+            continue
         by_priority.setdefault(row.get("priority", 0), []).append(row)
     overtook = [
         later
@@ -308,7 +316,7 @@ def main() -> int:
             mosquitto.stop()
     print(f"seed {arguments.seed}: {report.jobs} jobs, {report.kills} kills, {report.broker_restarts} broker restarts,")
     print(f"{report.attempts} attempts, {report.preemptions} preemptions, {time.monotonic() - started:.0f} s")
-    for name in ("lost", "duplicated", "out_of_order", "disagreeing", "garbled"):
+    for name in ("lost", "duplicated", "out_of_order", "disagreeing", "garbled", "deferred"):
         found = getattr(report, name)
         print(f"{name:>14} {len(found):>5} {' '.join(found[:10])}")
     return 1 if report.wrong else 0
