@@ -200,7 +200,8 @@ class ChunkDecoder:
         if second.probability < _RIVAL_ABOVE and first.probability >= _SURE_ABOVE:
             return piece, first.code
         begin, frames = speech.seek * HOP_SAMPLES, piece.features.shape[1]
-        utterances = split(speech.samples[begin : begin + frames * HOP_SAMPLES], _UTTERANCE, search_window=_UTTERANCE)
+        samples = speech.timeline.join(self._samples)[begin : begin + frames * HOP_SAMPLES]
+        utterances = split(samples, _UTTERANCE, search_window=_UTTERANCE)
         heard = [
             {
                 language.code: language.probability
