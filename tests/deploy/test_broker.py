@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import template
-from tests.acceptance.harness import CONNECTED, SMALL, SPEECH, SPOKEN, Consumer, command, words
+from tests.acceptance.harness import CONNECTED, SMALL, SPEECH, SPOKEN, Consumer, FrontDoor, command, words
 from tests.acceptance.web_page import Page, wait_until
 from tests.conftest import Certificates, find_free_port
 from tests.deploy.conftest import DEPLOY, USERS, Client, DeployedMosquitto, StartDeployed, script
@@ -192,6 +192,41 @@ def test_each_front_door_has_a_user_of_its_own(broker: DeployedMosquitto, user: 
     for topic in ("cesar/status/a", "cesar/consumer/cesar/state", "cesar/replies/a", "homeassistant/tag/evil/config"):
         assert "Not authorized" in client.pub(topic, "{}").stderr
     assert client.sub("cesar/status/#", "-C", "1", "-W", "10").stdout == "{}\n"
+
+
+@pytest.mark.model
+def test_front_doors_inside_a_consumer_and_beside_it_need_no_more_rights_than_their_users_have(
+    broker: DeployedMosquitto, serve: Serve, tmp_path: Path
+) -> None:
+    script("make-passwords.sh", str(broker.folder / "config"), "web", "inbox")
+    broker.restart()
+    inside, beside = tmp_path / "inside", tmp_path / "beside"
+    for folder in (inside, beside):
+        folder.mkdir()
+    quick = {"CESAR_INBOX__SETTLE": "0.3"}
+    web = password_of(broker, "web")["CESAR_BROKER__PASSWORD_FILE"]
+    user = {"CESAR_GATEWAY__USERNAME": "web", "CESAR_GATEWAY__PASSWORD_FILE": web}
+    consumer = serve(
+        *flags_of(broker, "cesar"), "--inbox", str(inside), environ={**password_of(broker, "cesar"), **user, **quick}
+    )
+    door = FrontDoor(
+        tmp_path,
+        *("inbox", str(beside), *flags_of(broker, "inbox"), "--data-dir", str(tmp_path / "records")),
+        ready="Watching ",
+        environ={**password_of(broker, "inbox"), **quick},
+    )
+    try:
+        for folder in (inside, beside):
+            (folder / "note.wav").write_bytes(SPEECH.read_bytes())
+        consumer.wait_for_log("Wrote ")
+        door.wait_for_log("Wrote ")
+        assert door.stop() == 0
+    finally:
+        if door.process.poll() is None:
+            door.kill()
+    assert consumer.stop() == 0
+    assert [words((folder / "note.txt").read_text()) for folder in (inside, beside)] == [SPOKEN, SPOKEN]
+    assert not denied(broker), denied(broker)
 
 
 def test_a_wrong_password_is_refused_and_the_consumer_says_what_to_check(
