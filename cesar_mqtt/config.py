@@ -39,6 +39,10 @@ TopicFilter = Annotated[
 ]
 
 
+ResultFormat = Literal["txt", "srt", "vtt", "tsv", "json"]
+"""As `protocol.fields` has them."""
+
+
 class Section(BaseModel):
     """A frozen section of settings that rejects unknown names."""
 
@@ -195,6 +199,43 @@ class SecuritySettings(Section):
     that begins with `$`, or one of the consumer's own topics. None: `response/#` and `replies/#` below the prefix."""
 
 
+class GatewaySettings(Section):
+    """The front doors of `serve`: its watch folder, transcript files, webhook, Wyoming server and web page."""
+
+    username: str | None = None
+    """The user that they have at the broker, where the consumer's own may not submit; None: the consumer's."""
+    password_file: Path | None = None
+    """A file whose first line is that user's password."""
+
+
+class OutputSettings(Section):
+    """Transcripts as files."""
+
+    directory: Path | None = None
+    """`serve`: each finished transcript is written here; None: none. `inbox`: None: beside the recordings."""
+    formats: tuple[ResultFormat, ...] = Field(default=("txt",), min_length=1)
+    """What is written."""
+
+
+class InboxSettings(Section):
+    """The watch folder; needs the extra `inbox`."""
+
+    directories: tuple[Path, ...] = ()
+    """`serve` submits each recording in these folders and their sub-folders; empty: there is no watch folder."""
+    move_to: Path | None = None
+    """Where a recording is moved once its transcript is written; None: it stays."""
+    settle: float = Field(default=2.0, gt=0)
+    """Seconds that a file must be unchanged; five times as long where the system cannot tell whether it is open."""
+    rescan: float = Field(default=15.0, ge=1.0)
+    """Seconds between two looks at the folders, for changes that the system does not report, as on network shares."""
+    language: str | None = None
+    """The language of the recordings; None: detected."""
+    model: str | None = None
+    """The model of the jobs; None: the consumer's default."""
+    priority: int = Field(default=0, ge=0, le=9)
+    """The priority of the jobs."""
+
+
 class LogSettings(Section):
     """Format and level of the log."""
 
@@ -224,6 +265,28 @@ class HomeAssistantSettings(Section):
         description="topic levels of letters, digits, underscores or hyphens, joined by single slashes",
     )
     """The discovery prefix of Home Assistant's MQTT integration; its birth message is expected below it."""
+
+
+class WyomingSettings(Section):
+    """Speech-to-text in the Wyoming protocol, for Home Assistant's Assist; needs the extra `wyoming`."""
+
+    listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:10300")
+    """The address; None: `serve` has no such server, and `wyoming` uses 127.0.0.1:10300. There is no password: use
+    another address only where the network is trusted."""
+    priority: int = Field(default=9, ge=0, le=9)
+    """The priority of the jobs: somebody waits for each."""
+    language: str | None = None
+    """The language where the client names none; None: detected."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds that a client waits for its transcript; a job that has not started by then is cancelled."""
+    announce: bool = True
+    """Whether Home Assistant may find the server by mDNS; not where only this machine reaches it."""
+    home_assistant_url: str | None = Field(
+        default=None, pattern=r"^https?://[^\s?#@]+$", description="the http or https URL of a Home Assistant"
+    )
+    """Whose names of areas and entities transcripts are biased towards; None: none."""
+    home_assistant_token_file: Path | None = None
+    """A file with a long-lived access token of that Home Assistant."""
 
 
 class WebSettings(Section):
@@ -262,10 +325,14 @@ class Settings(Section):
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
     security: SecuritySettings = SecuritySettings()
+    gateway: GatewaySettings = GatewaySettings()
+    output: OutputSettings = OutputSettings()
+    inbox: InboxSettings = InboxSettings()
     log: LogSettings = LogSettings()
     homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     metrics: MetricsSettings = MetricsSettings()
     web: WebSettings = WebSettings()
+    wyoming: WyomingSettings = WyomingSettings()
 
     def redacted(self) -> dict[str, Any]:
         """Return the settings as JSON values that may be published, without passwords and tokens.
@@ -274,8 +341,9 @@ class Settings(Section):
         """
         values = self.model_dump(mode="json")
         values["broker"]["url"] = _without_credentials(self.broker.url)
-        if self.broker.username is not None:
-            values["broker"]["username"] = _HIDDEN
+        for section in ("broker", "gateway"):
+            if values[section]["username"] is not None:
+                values[section]["username"] = _HIDDEN
         return values
 
 

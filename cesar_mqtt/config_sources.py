@@ -26,11 +26,15 @@ _FLAGS = {
     "broker.url": "--broker",
     "consumer.name": "--name",
     "data_dir": "--data-dir",
+    "inbox.directories": "--inbox",
+    "inbox.move_to": "--move-to",
     "log.format": "--log-format",
     "log.level": "--log-level",
     "models.default": "--model",
+    "output.directory": "--output-dir",
     "topic_prefix": "--topic-prefix",
     "web.listen": "--web",
+    "wyoming.listen": "--wyoming",
 }
 _KINDS = {
     "any": "of another kind",

@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     """`submit`: at least one job did not complete; the commands that ask a consumer: it refused."""
     USAGE = 2
     TIMEOUT = 3
-    """`submit`: the time ran out before every job was final; the commands that ask a consumer: no answer in time."""
+    """`submit`: the time ran out before every job was final; all that ask: no broker there, or no answer in time."""
     UNACKNOWLEDGED = 69
     """`serve` stopped in order, but the broker did not acknowledge every status in time; the next start goes on."""
     LEDGER_FAILED = 74

@@ -28,6 +28,7 @@ from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
+from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker
 from cesar_mqtt.jobs import Job, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
@@ -103,7 +104,7 @@ class Service:
             if address.scheme == "embedded":
                 self._broker = _start_broker(settings, address, self._topics)
                 broker_settings = broker_settings.model_copy(update={"url": self._broker.url, "protocol": "3.1.1"})
-            self._build(settings, broker_settings, settings.audio.directories or (directory,))
+            self._build(settings, broker_settings, audio_directories(settings, default=directory))
         except BaseException:
             self._close_files()
             raise
@@ -120,9 +121,14 @@ class Service:
             uploads = settings.data_dir / "uploads"
             directories = (*directories, uploads)
             self._web = web.create_server(
-                settings, broker, uploads=uploads, is_needed=self._needs_upload, metrics=self._render_metrics
+                settings,
+                gateway_broker(settings, broker),
+                uploads=uploads,
+                is_needed=self._needs_upload,
+                metrics=self._render_metrics,
             )
         self._refused: BrokerRefusedError | None = None
+        self.refusal_is_logged = False
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._events = JobEvents(self._publisher)
@@ -199,6 +205,7 @@ class Service:
             on_birth=self._publisher.on_home_assistant_started,
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
+        self._front_doors = create_front_doors(settings, broker, self._topics)
         if self._metrics is not None:
             self._observe(self._metrics)
 
@@ -256,6 +263,7 @@ class Service:
 
     def _on_refused(self, error: BrokerRefusedError) -> None:
         self._refused = group.explain_refusal(error, self._settings.consumer.group)
+        self.refusal_is_logged = self._refused is error
 
     # -- running, in the main thread -------------------------------------------------------------------------------
 
@@ -285,7 +293,9 @@ class Service:
         last = self._ledger.last_finished()
         if last is not None:
             self._publisher.on_finished(last)
-        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(self._topics)
+        EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(
+            self._topics, embedded=self._broker is not None, jobs=self._ledger.count(())
+        )
         self._publisher.publish_state("online")
         self._announce()
         self._publish_info()
@@ -296,9 +306,12 @@ class Service:
         self._client.start()
         if self._web is not None:
             self._web.start()
+        for _, door in self._front_doors:
+            door.start()
         self._notifier.ready()
         broker, queued = parse_broker_url(self.url).redacted, self._ledger.totals().queued
-        log.info("Serving %s on %s, %d jobs queued", self._topics.prefix, broker, queued, action="serving")
+        message = "Connecting to %s as '%s', with the prefix '%s'; jobs in the queue: %d"
+        log.info(message, broker, self._topics.consumer, self._topics.prefix, queued, action="serving")
         model = self._models.default_name()
         if self._models.catalogue.assumes_english:
             message = "The default model %s knows English only. %s"
@@ -336,8 +349,10 @@ class Service:
         """Check the threads, publish health and do maintenance until a stop is requested."""
         health_due = time.monotonic()
         while not stop.wait(_TICK_S):
-            if self._refused is not None:
-                raise self._refused
+            refusals = (self._refused, *(door.refusal for _, door in self._front_doors))
+            for refusal in refusals:
+                if refusal is not None:
+                    raise refusal
             self._check_threads()
             self._notifier.alive()
             if time.monotonic() >= health_due:
@@ -353,6 +368,7 @@ class Service:
             "worker": self._worker.alive,
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
+            **{name: door.alive for name, door in self._front_doors},
             "web": self._web is None or self._web.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
@@ -368,12 +384,12 @@ class Service:
 
         1. No further job is started; the running one is finished, however long that takes.
         2. The intake ends after its batch: what it received is on disk and acknowledged, the broker keeps the rest.
-        3. The web page closes. The broker acknowledges every status, so that no producer waits for a transcript that
-           exists.
-        4. `offline` is published and acknowledged: no message follows it.
-        5. The client disconnects, so that the broker does not publish the will.
-        6. The ledger is checkpointed: `ledger.json` alone is complete.
-        7. The embedded broker closes last: all of the above needs it.
+        3. The broker acknowledges every status, so that no producer waits for a transcript that exists.
+        4. The front doors close: until then they take what is finished. What they submit meanwhile stays at the broker.
+        5. `offline` is published and acknowledged: no message follows it.
+        6. The client disconnects, so that the broker does not publish the will.
+        7. The ledger is checkpointed: `ledger.json` alone is complete.
+        8. The embedded broker closes last: all of the above needs it.
         """
         self._notifier.stopping()
         self._publisher.set_draining()
@@ -408,7 +424,7 @@ class Service:
             log.error("%s The next start requeues the running job.", exc, action="requeued")
 
     def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
-        """Do steps 2 to 7 of `_stop`; return whether the broker has acknowledged every status."""
+        """Do steps 2 to 8 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
         if self._web is not None:
             self._web.request_stop()
@@ -417,6 +433,8 @@ class Service:
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
+        for _, door in self._front_doors:
+            door.close()
         self._publisher.publish_state("offline")
         if self._drain(stop, min(drain_s, _FORCED_DRAIN_S)):
             self._announced_topics.remove_stale()
@@ -424,7 +442,7 @@ class Service:
         self._client.close()
         acknowledged = not self._ledger.has_unpublished
         self._close_files()
-        log.info("Stopped, %d jobs queued", self._ledger.totals().queued, action="stopped")
+        log.info("Stopped; jobs in the queue: %d", self._ledger.totals().queued, action="stopped")
         return acknowledged
 
     def _drain(self, stop: StopSignals, limit_s: float) -> bool:

@@ -43,12 +43,14 @@ class Clock:
         declared_s: where the file says that it ends; None: it does not say, or cannot know.
         max_s: the limit on the duration.
         witnesses: of the other tracks.
+        jumped: whether a new clock was started in the middle.
     """
 
     zero_s: float
     declared_s: float | None
     max_s: float
     witnesses: Witnesses
+    jumped: bool = False
     _shift_s: float = 0.0
 
     def gap_s(self, stamp_s: float, heard_s: float) -> float:
@@ -62,6 +64,7 @@ class Clock:
         if ahead_s > 0 and self._is_real(heard_s, ahead_s, stamp_s - heard_s - ahead_s):
             return ahead_s
         self._shift_s -= ahead_s
+        self.jumped = self.jumped or heard_s > 0
         return 0.0
 
     def _is_real(self, heard_s: float, gap_s: float, to_stamps_s: float) -> bool:

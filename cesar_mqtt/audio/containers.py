@@ -58,6 +58,12 @@ _MAX_CHUNKS = 1000
 _LARGEST_FILE = 1 << 50
 _CHUNK_HEAD_BYTES = 8
 _CAF_HEAD_BYTES = 12
+_ID3_HEAD_BYTES, _ID3_FOOTER = 10, 0x10
+_TS_SYNC = 0x47
+EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+_MAX_ELEMENTS = 200_000
+"""An hour of a live stream in Matroska has as many."""
+_VOC = b"Creative Voice File\x1a"
 _OGG_PAGE_BYTES = 65_307
 _OGG_HEADER_BYTES = 27
 _OGG_FIRST_PAGE, _OGG_LAST_PAGE = 2, 4
@@ -193,9 +199,9 @@ def declaration(container: InputContainer, stream: AudioStream, file: FileReader
     if name == "matroska" and (tagged_s := _tagged_s(stream)) is not None:
         return Declaration(tagged_s, tagged_s)
     if name in _UNDECLARED:
-        return Declaration(None, None)
+        return Declaration(None, None, is_cut=name == "mpegts" and _ends_in_packet(file))
     if name == "mp3":
-        tagged_s = _mp3_s(_read_head(file))
+        tagged_s = _mp3_s(file.read_at(0, _HEAD_BYTES))
         return Declaration(tagged_s, tagged_s)
     end_s = _end_s(container, stream)
     if name == "wav":
@@ -271,9 +277,16 @@ def _wav_s(file: FileReader) -> float | None:
 
 
 def _lacks_bytes(file: FileReader) -> bool:
-    """Whether more than 5 % of the bytes are missing that the head of an AVI, a W64 or a CAF declares."""
+    """Whether more than 5 % of the bytes are missing that the head of an AVI, a W64 or a CAF declares.
+
+    Or a part of the last element of a Matroska file, or of the last block of a VOC.
+    """
     head = file.read_at(0, 24)
     declared = 0
+    if head.startswith(EBML):
+        return _ends_in_element(file)
+    if head.startswith(_VOC):
+        return _ends_in_block(file, int.from_bytes(head[20:22], "little"))
     if head.startswith(b"RIFF"):
         size = int.from_bytes(head[4:8], "little")
         declared = 8 + size if size < _RIFF_SIZE_UNKNOWN else 0
@@ -289,6 +302,80 @@ def _lacks_bytes(file: FileReader) -> bool:
             ):  # whose size may be -1: to the end of the file
                 break
     return declared < _LARGEST_FILE and 0.95 * declared > file.size()
+
+
+def _ends_in_packet(file: FileReader) -> bool:
+    """Whether the last packet of a transport stream is cut (ISO/IEC 13818-1; those of 192 bytes have a time before)."""
+    head = file.read_at(0, 2 * _HEAD_BYTES)
+    for packet_bytes in (188, 192, 204):
+        starts = (at for at in range(packet_bytes) if set(head[at::packet_bytes]) == {_TS_SYNC})
+        start = next(starts, None)
+        if start is not None:
+            whole, rest = divmod(file.size() - start, packet_bytes)
+            # Zeros at the end are room that was reserved.
+            is_stream = file.read_at(start + (whole - 1) * packet_bytes, 1) == bytes([_TS_SYNC])
+            return is_stream and rest not in {0, 188}
+    return False
+
+
+def _ends_in_element(file: FileReader) -> bool:
+    """Whether the file ends within an element of EBML (RFC 8794) that declares its length; live ones need not."""
+    place = 0
+    for _ in range(_MAX_ELEMENTS):
+        head = file.read_at(place, 2 * _CHUNK_HEAD_BYTES)
+        if not head or not head[0]:  # the end, or damage
+            return False
+        name_bytes = 9 - head[0].bit_length()
+        size, size_bytes = ebml_int(head[name_bytes:])
+        place += name_bytes + size_bytes
+        if size is None or head[:name_bytes] == EBML_SEGMENT:
+            continue  # its children follow
+        place += size
+        if place > file.size():
+            return True
+    return False
+
+
+def ebml_int(data: bytes) -> tuple[int | None, int]:
+    """An integer of EBML (RFC 8794, section 4) and its length; None: unknown, or none."""
+    if not data or not data[0]:
+        return None, 1
+    length = 9 - data[0].bit_length()
+    value = int.from_bytes(data[:length], "big") & ((1 << 7 * length) - 1)
+    return (None if value == (1 << 7 * length) - 1 else value), length
+
+
+def _ends_in_block(file: FileReader, place: int) -> bool:
+    """Whether the last block of a Creative Voice file is cut."""
+    for _ in range(_MAX_CHUNKS):
+        head = file.read_at(place, 4)
+        if len(head) < 4 or not head[0]:  # noqa: PLR2004 - one byte of type, three of length
+            return False
+        place += 4 + int.from_bytes(head[1:], "little")
+        if place > file.size():
+            return True
+    return False
+
+
+def id3_bytes(file: FileReader) -> int:
+    """The length of the ID3v2 tags at the start (id3.org, section 3.1); FFmpeg looks for what follows in 1 MB only."""
+    place = 0
+    for _ in range(_MAX_CHUNKS):
+        head = file.read_at(place, _ID3_HEAD_BYTES)
+        if not head.startswith(b"ID3") or len(head) < _ID3_HEAD_BYTES:
+            break
+        size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        end = place + size + _ID3_HEAD_BYTES * (2 if head[5] & _ID3_FOOTER else 1)
+        if end >= file.size():
+            break
+        place = end
+    return place
+
+
+def lacks_beginning(file: FileReader) -> bool:
+    """Whether an MP3 begins within a frame: it was cut there, or its tag declares more than it has."""
+    head = file.read_at(0, _HEAD_BYTES).lstrip(b"\0")
+    return bool(head) and not head.startswith((b"\xff", b"RIFF", b"ID3", b"TAG", b"APETAGEX", b"LYRICS"))
 
 
 def riff_chunks(file: FileReader, start: int) -> Iterator[tuple[bytes, int, int]]:
@@ -349,12 +436,3 @@ def _has_last_ogg_page(file: FileReader) -> bool:
     segments = tail[place + _OGG_HEADER_BYTES :][: tail[place + _OGG_HEADER_BYTES - 1]]
     whole = len(tail) >= place + _OGG_HEADER_BYTES + tail[place + _OGG_HEADER_BYTES - 1] + sum(segments)
     return whole and bool(tail[place + 5] & _OGG_LAST_PAGE)
-
-
-def _read_head(file: FileReader) -> bytes:
-    """The first bytes behind any ID3v2 tag (id3.org, section 3.1: its size is four bytes of seven bits)."""
-    head = file.read_at(0, _HEAD_BYTES)
-    if head.startswith(b"ID3"):
-        tag_bytes = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
-        head = file.read_at(10 + tag_bytes, _HEAD_BYTES)
-    return head

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cesar_mqtt.audio.containers import id3_bytes
 from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.joined import next_start
 from cesar_mqtt.audio.loudness import Loudness
@@ -108,7 +109,8 @@ def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice 
 
 
 def _file_at(descriptor: int, start: int) -> FileReader:
-    """The file that begins there, as far as no other one was joined to it."""
+    """The file that begins there, behind any tag, as far as no other one was joined to it."""
+    start += id3_bytes(FileReader(descriptor, start=start))
     length = next_start(FileReader(descriptor, start=start))
     return FileReader(descriptor, start=start, end=None if length is None else start + length)
 

@@ -4,7 +4,7 @@ Containers without a head for the whole file (MP3, AAC, MPEG-TS) go on by themse
 end that the first head declares.
 """
 
-from cesar_mqtt.audio.containers import boxes, ogg_heads_end
+from cesar_mqtt.audio.containers import EBML, EBML_SEGMENT, boxes, ebml_int, ogg_heads_end
 from cesar_mqtt.audio.file_reader import FileReader
 
 _HEAD_BYTES = 12
@@ -20,8 +20,6 @@ _MARKS = {
     b".snd": 8,
 }
 _OGG_FIRST_PAGE = b"OggS\0\x02"
-_EBML = b"\x1a\x45\xdf\xa3"
-_SEGMENT = b"\x18\x53\x80\x67"
 _SEARCH_BYTES = 1 << 20
 
 
@@ -34,7 +32,7 @@ def next_start(file: FileReader) -> int | None:
         return _same_at(file, 8 + int.from_bytes(head[4:8], "big"), b"FORM", head[8:])
     if head[4:8] == b"ftyp":
         return _next_movie(file)
-    if head.startswith(_EBML):
+    if head.startswith(EBML):
         return _next_matroska(file)
     if head.startswith(b"OggS"):
         return _find(file, _OGG_FIRST_PAGE, after=ogg_heads_end(file))
@@ -61,23 +59,14 @@ def _next_movie(file: FileReader) -> int | None:
 def _next_matroska(file: FileReader) -> int | None:
     """The end of the first segment, if it is declared; without it FFmpeg reads on."""
     place = 0
-    for mark in (_EBML, _SEGMENT):
+    for mark in (EBML, EBML_SEGMENT):
         if file.read_at(place, 4) != mark:
             return None
-        size, size_bytes = _variable_int(file.read_at(place + 4, 8))
+        size, size_bytes = ebml_int(file.read_at(place + 4, 8))
         if size is None:
             return None
         place += 4 + size_bytes + size
-    return place if file.read_at(place, 4) == _EBML else None
-
-
-def _variable_int(data: bytes) -> tuple[int | None, int]:
-    """An integer of EBML (RFC 8794, section 4) and its length; None: unknown, or none."""
-    if not data or not data[0]:
-        return None, 1
-    length = 9 - data[0].bit_length()
-    value = int.from_bytes(data[:length], "big") & ((1 << 7 * length) - 1)
-    return (None if value == (1 << 7 * length) - 1 else value), length
+    return place if file.read_at(place, 4) == EBML else None
 
 
 def _find(file: FileReader, mark: bytes, *, after: int = 1) -> int | None:

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from av.container import InputContainer
 
 from cesar_mqtt.audio.clock import Clock, Witnesses
-from cesar_mqtt.audio.containers import GAPLESS, TIMED, declaration, name_of, open_container, zero_s
+from cesar_mqtt.audio.containers import (
+    GAPLESS,
+    TIMED,
+    declaration,
+    lacks_beginning,
+    name_of,
+    open_container,
+    zero_s,
+)
 from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import failed
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
@@ -43,7 +51,7 @@ class Part:
         self._container = container
         self._file = file
         self._max_s = max_s
-        self._damaged = False
+        self._damaged = name_of(container) == "mp3" and lacks_beginning(file)
         self._other_end_s = 0.0
         self._units_s = {stream.index: float(stream.time_base) for stream in container.streams if stream.time_base}
         streams = container.streams.audio
@@ -70,7 +78,7 @@ class Part:
     def damaged(self) -> bool:
         if self._damaged or any(track.damaged or track.decoder.damaged for track in self._tracks):
             return True
-        if self._is_gapless and any(track.has_gaps for track in self._tracks):
+        if self._is_gapless and any(track.has_jumps for track in self._tracks):
             return True
         return self._is_exact and (self._declared_s or 0.0) - self.position / SAMPLE_RATE > _EXACT_S
 
@@ -85,8 +93,8 @@ class Part:
 
     @property
     def truncated(self) -> bool:
-        """Whether more than a second and more than 5 % of the declared duration are missing at the end."""
-        if self._is_cut:
+        """Whether the end is missing: a part of the last frame, or over a second and 5 % of the declared duration."""
+        if self._is_cut or any(track.decoder.is_cut for track in self._tracks):
             return True
         declared_s = self._declared_s or 0.0
         reached_s = self.position / SAMPLE_RATE

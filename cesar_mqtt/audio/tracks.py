@@ -16,6 +16,7 @@ from av.stream import Disposition
 
 from cesar_mqtt.audio.channels import ChannelMixer
 from cesar_mqtt.audio.clock import Clock
+from cesar_mqtt.audio.coded_frames import HEAD_BYTES, declared_bytes
 from cesar_mqtt.audio.containers import FFMPEG_TIMEOUT_S, check_memory
 from cesar_mqtt.audio.file_reader import FileReader
 from cesar_mqtt.audio.paths import UNREADABLE, failed
@@ -64,15 +65,23 @@ class TrackDecoder:
     Attributes:
         index: of the stream in the container.
         damaged: whether parts could not be decoded.
+        is_cut: whether the last packet, which is known at the end, is shorter than it declares.
     """
 
     def __init__(self, stream: AudioStream, codec: AudioCodecContext) -> None:
         self.index = stream.index
         self.damaged = False
+        self.is_cut = False
         self._codec = codec
+        self._last: Packet | None = None
 
     def decode(self, packet: "Packet | None") -> Sequence[av.AudioFrame]:
         """Decode a packet, or None at the end; what cannot be decoded is skipped."""
+        if packet is not None:
+            self._last = packet
+        elif self._last is not None:
+            declared = declared_bytes(self._codec.name, bytes(memoryview(self._last)[:HEAD_BYTES]))
+            self.is_cut = declared is not None and self._last.size < declared
         try:
             return self._codec.decode(packet)
         except av.EOFError:
@@ -249,6 +258,11 @@ class Track:
     def out_of_phase(self) -> bool:
         """Whether channels would have cancelled each other."""
         return self._out_of_phase or self._mixer.out_of_phase
+
+    @property
+    def has_jumps(self) -> bool:
+        """Whether there is silence between its frames, or time stamps jump."""
+        return self.has_gaps or (self._clock is not None and self._clock.jumped)
 
     def push(self, packet: "Packet | None") -> Iterator[Samples]:
         """Decode a packet, or None at the end, and yield the samples that are ready.

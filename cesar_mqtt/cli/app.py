@@ -98,12 +98,16 @@ def _check_choice(value: str | None, choices: Sequence[str]) -> str | None:
     return value
 
 
-def _check_format(formats: list[str] | None) -> list[str] | None:
-    if formats and len(formats) > 1:
-        raise typer.BadParameter("it takes one format")
+def _check_formats(formats: list[str] | None) -> list[str] | None:
     for name in formats or ():
         _check_choice(name, _FORMATS)
     return formats
+
+
+def _check_format(formats: list[str] | None) -> list[str] | None:
+    if formats and len(formats) > 1:
+        raise typer.BadParameter("it takes one format")
+    return _check_formats(formats)
 
 
 JobId = Annotated[
@@ -134,7 +138,9 @@ def _root(
 
 @app.command(cls=ServeCommand)
 @takes_settings(
-    "broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "log_format", "log_level", serving=True
+    *("broker", "data_dir", "audio_dir", "model", "name", "topic_prefix", "web", "wyoming"),
+    *("inbox", "move_to", "output_dir", "log_format", "log_level"),
+    serving=True,
 )
 def serve(settings: "Settings") -> int:
     """Run the consumer: accept jobs from the broker, transcribe them one at a time, publish their statuses."""
@@ -150,7 +156,8 @@ def serve(settings: "Settings") -> int:
             try:
                 code = service.run(stop)
             except CesarError as exc:
-                problem, code = f"cesar-mqtt: {exc}", exc.exit_code
+                problem = "" if service.refusal_is_logged else f"cesar-mqtt: {exc}"
+                code = exc.exit_code
     finally:
         logs.close(problem)
     if code is not ExitCode.OK:
@@ -270,6 +277,57 @@ def submit(
         ),
         settings,
     )
+
+
+@app.command()
+@takes_settings("broker", "data_dir", "topic_prefix", "output_dir", "move_to", "log_format", "log_level", logs=True)
+def inbox(
+    settings: "Settings",
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders to watch.")],
+    *,
+    by_path: Annotated[
+        bool,
+        typer.Option("--by-path", help="Send only the paths: the consumer sees the same folders, in its directories."),
+    ] = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; default: detected.")] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=_MAX_PRIORITY, help="0 (default) to 9: jobs of a higher priority go first."
+        ),
+    ] = None,
+    result_format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="|".join(_FORMATS),
+            autocompletion=lambda: _FORMATS,
+            callback=_check_formats,
+            help="What to write (default: txt); may be repeated.",
+        ),
+    ] = None,
+) -> int:
+    """Watch folders: submit each recording once it is complete, and write its transcript beside it, until Ctrl-C."""
+    from cesar_mqtt.cli.gateway import run_inbox
+
+    fields = {"model": model, "language": language, "priority": priority}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return run_inbox(settings, folders, given, formats=result_format, by_path=by_path)
+
+
+@app.command()
+@takes_settings("broker", "name", "topic_prefix", "log_format", "log_level", logs=True)
+def wyoming(
+    settings: "Settings",
+    address: Annotated[
+        str | None, typer.Argument(metavar="HOST:PORT", help="Where to listen (default: 127.0.0.1:10300).")
+    ] = None,
+) -> int:
+    """Serve speech-to-text in the Wyoming protocol, for Home Assistant's Assist, beside a consumer, until Ctrl-C."""
+    from cesar_mqtt.cli.gateway import run_wyoming
+
+    return run_wyoming(settings, address)
 
 
 @app.command()

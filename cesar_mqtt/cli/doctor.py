@@ -60,7 +60,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report; `what_to_do` is empty where there is nothing to do."""
+    """One check of the report, above its advice; `what_to_do` is empty where there is nothing to do."""
 
     check: str
     verdict: Severity
@@ -433,6 +433,6 @@ def _print(finding: Finding, *, as_json: bool) -> None:
     if as_json:
         line = json.dumps(asdict(finding), ensure_ascii=False)
     else:
-        line = f"{finding.verdict:<5}  {finding.check:<14}  {printable(finding.detail)}"
-        line = f"{line.rstrip('.')}. {finding.what_to_do}" if finding.what_to_do else line
+        line = f"{finding.verdict:<5}  {finding.check:<15}  {printable(finding.detail).rstrip('.')}"
+        line = f"{line}\n{'':<24}{finding.what_to_do}" if finding.what_to_do else line
     out(line, flush=True)

@@ -73,7 +73,7 @@ def print_jobs(
         return ExitCode.OK
     _print_jobs(found)
     if len(found) < total:
-        print_message(f"These are the newest {len(found)} of {total} jobs; --limit 0 shows all.")
+        print_message(f"{len(found)} of {text.many(total, 'job')} shown, the newest first; --limit 0 shows all.")
     return ExitCode.OK
 
 

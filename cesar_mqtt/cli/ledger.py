@@ -11,7 +11,7 @@ from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, print_message
 from cesar_mqtt.cli.text import many
 from cesar_mqtt.config import Settings
-from cesar_mqtt.errors import ExitCode, LedgerError
+from cesar_mqtt.errors import ExitCode, LedgerError, LedgerInUseError
 from cesar_mqtt.ledger.ledger import Ledger, acquire_lock
 from cesar_mqtt.ledger.repair import RecoveredLedger, examine, first_sentences, write_repaired
 
@@ -48,7 +48,8 @@ def repair(path: Path, *, yes: bool) -> ExitCode:
 def compact(path: Path) -> ExitCode:
     """Write everything into `ledger.json` alone. Raises LedgerError."""
     before = _size(path)
-    _must_exist(path)
+    with _locked(path):
+        pass
     logs.configure("text", "warning")  # the ledger logs the jobs that were running at a crash
     Ledger(path).close()
     out(f"{path}: {before} bytes before, {_size(path)} bytes after")
@@ -69,7 +70,10 @@ def export(path: Path) -> ExitCode:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     _must_exist(path)
-    held = acquire_lock(path)
+    try:
+        held = acquire_lock(path)
+    except LedgerInUseError as exc:
+        raise LedgerInUseError(exc.problem, "Stop that consumer, then run this again.") from exc
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., int]
 
-_BARE_FLAGS: Mapping[str, str] = {"--web": "127.0.0.1:8188"}
+_BARE_FLAGS: Mapping[str, str] = {"--web": "127.0.0.1:8188", "--wyoming": "127.0.0.1:10300"}
 """Flags whose value may be left out, and what it then is."""
 
 # Each flag that is a setting, by its parameter's name: the setting's dotted name and the flag's type.
@@ -55,6 +55,24 @@ _FLAGS: Mapping[str, tuple[str, Any]] = {
             typer.Option(metavar="NAME", help="The consumer's name and MQTT client id (default: cesar)."),
         ],
     ),
+    "inbox": (
+        "inbox.directories",
+        Annotated[
+            list[Path] | None,
+            typer.Option(metavar="DIR", help="Submit each recording that is put there; may be repeated."),
+        ],
+    ),
+    "output_dir": (
+        "output.directory",
+        Annotated[Path | None, typer.Option(metavar="DIR", help="Write each finished transcript there, as a file.")],
+    ),
+    "move_to": (
+        "inbox.move_to",
+        Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Move each recording of a watch folder there once it is transcribed."),
+        ],
+    ),
     "discovery_prefix": (
         "homeassistant.prefix",
         Annotated[
@@ -66,6 +84,13 @@ _FLAGS: Mapping[str, tuple[str, Any]] = {
         Annotated[
             str | None,
             typer.Option(metavar="[HOST:PORT]", help="Serve the web page, by default on 127.0.0.1:8188."),
+        ],
+    ),
+    "wyoming": (
+        "wyoming.listen",
+        Annotated[
+            str | None,
+            typer.Option(metavar="[HOST:PORT]", help="Serve speech-to-text for Assist, by default on 127.0.0.1:10300."),
         ],
     ),
     "log_format": ("log.format", Annotated[str | None, typer.Option(metavar="text|json")]),
@@ -97,19 +122,20 @@ class ServeCommand(TyperCommand):
         return super().parse_args(ctx, whole)
 
 
-def takes_settings(*flags: str, serving: bool = False) -> Callable[[Command], Command]:
+def takes_settings(*flags: str, serving: bool = False, logs: bool = False) -> Callable[[Command], Command]:
     """Give a command flags that are settings, and pass it the settings as its first argument.
 
     Args:
         flags: names in `_FLAGS`; `--config` comes with them.
         serving: for `serve`: see `load`.
+        logs: see `load`.
     """
 
     def decorate(command: Command) -> Command:
         def run(**arguments: Any) -> int:
             values = {_FLAGS[name][0]: arguments.pop(name) for name in flags}
             config = arguments.pop("config")
-            return command(load(values, config, serving=serving), **_without_hidden(arguments, flags))
+            return command(load(values, config, serving=serving, logs=logs), **_without_hidden(arguments, flags))
 
         shown = {name: _FLAGS[name][1] for name in flags} | {"config": _CONFIG}
         return _with_parameters(run, command, list(inspect.signature(command).parameters.values())[1:], shown)
@@ -126,19 +152,20 @@ def takes_no_settings(command: Command) -> Command:
     return _with_parameters(run, command, list(inspect.signature(command).parameters.values()), {})
 
 
-def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = False) -> "Settings":
+def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = False, logs: bool = False) -> "Settings":
     """Read the settings as `config.load_settings` does, with the flags' values by dotted name.
 
     Args:
         values: None and empty lists count as not given.
         config: the file of `--config`.
-        serving: the embedded broker is the default, and the log is set up; else the broker on this machine, and
-            warnings go to the terminal.
+        serving: the embedded broker is the default, and the log is set up; else the default is the broker on this
+            machine.
+        logs: whether the log is set up for other commands; else warnings go to the terminal.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
     """
-    from cesar_mqtt import logs  # noqa: PLC0415 - see above
+    from cesar_mqtt import logs as log  # noqa: PLC0415 - see above
     from cesar_mqtt.config import EMBEDDED_BROKER, LOCAL_BROKER, load_settings, nest  # noqa: PLC0415 - see above
 
     warnings: list[str] = []
@@ -149,11 +176,12 @@ def load(values: Mapping[str, Any], config: Path | None, *, serving: bool = Fals
         default_broker=EMBEDDED_BROKER if serving else LOCAL_BROKER,
         on_warning=warnings.append,
     )
-    if serving:
-        logs.configure(settings.log.format, settings.log.level, queued=True)
+    logs = logs or serving
+    if logs:
+        log.configure(settings.log.format, settings.log.level, queued=True)
     for warning in warnings:
-        if serving:
-            logs.get_logger(__name__).warning("%s", warning, action="setting_ignored")
+        if logs:
+            log.get_logger(__name__).warning("%s", warning, action="setting_ignored")
         else:
             print_message(warning)
     return settings

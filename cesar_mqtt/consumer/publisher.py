@@ -5,6 +5,7 @@ network. The callbacks of the client, `on_connected`, `on_disconnected` and `on_
 either.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -41,6 +42,10 @@ _WAKE_AFTER_ACKS = 20
 """In a burst the thread handles this many acknowledgements at once: waking it for each costs more than all the rest."""
 _MIN_INTERVAL_S = 1.0
 """Between two queue messages, and between two progress statuses of a job."""
+_POSITIONS_QUIET_S = 2.0
+_MOVES = 10
+"""Each finished job moves the first ten of the queue. Their statuses are published if the queue has not moved for 2 s:
+at each end of a longer job; else at every tenth move, which is one status for each finished job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,8 @@ class Publisher(StoppableThread, JobObserver):
         self._progress_due = 0.0
         self._queue_is_stale = True
         self._queue_due = 0.0
+        self._moves = self._moves_published = 0
+        self._moved_at = -math.inf
         self._drained = threading.Condition()
         self._drains_requested = self._drains_completed = 0
         ledger.observe(self._on_ledger_changed)
@@ -319,6 +326,7 @@ class Publisher(StoppableThread, JobObserver):
         self._transient_messages.warn_of_drops()
         if not self._connected:
             return None
+        self._republish_positions()
         self._publish_all(without=self._quarantine.last_units())
         if self._room > 0 and self._quarantine.last_units():
             self._publish_all(without=self._quarantine.skipped_units())
@@ -350,6 +358,8 @@ class Publisher(StoppableThread, JobObserver):
     def _next_due_s(self) -> float | None:
         now = self._monotonic()
         waits = [self._queue_due - now] if self._queue_is_stale else []
+        if self._moves != self._moves_published:
+            waits.append(self._moved_at + _POSITIONS_QUIET_S - now)
         if self._progress_is_stale and self._room > 0:  # without room the next PUBACK wakes the thread
             waits.append(self._progress_due - now)
         waits += self._discovery.waits_s()
@@ -381,8 +391,7 @@ class Publisher(StoppableThread, JobObserver):
     def _end_connection(self, unacknowledged: Collection[Hashable] = ()) -> None:
         self._connected = False
         sent = [self._in_flight[ticket].as_sent() for ticket in unacknowledged if ticket in self._in_flight]
-        if sent:
-            self._quarantine.on_disconnected(sent)
+        self._quarantine.on_disconnected(sent)
         for message in self._in_flight.values():
             if isinstance(message.ack, StatusAck) and message.topic == self._topics.events:
                 self._lost.append((message.ack.seq, message.ack.number))
@@ -418,7 +427,7 @@ class Publisher(StoppableThread, JobObserver):
     def _handle_acknowledgement(self, message: _InFlight, refusal: Refusal | None) -> None:
         if refusal is None:
             self._quarantine.on_accepted(message.topic, message.size_bytes)
-        elif refusal.is_too_large and self._quarantine.on_too_large(message.as_sent()):
+        elif self._quarantine.on_refused(message.as_sent(), is_too_large=refusal.is_too_large):
             self._repeated.add(message.ack.unit)
         else:
             self._status_refused |= isinstance(message.ack, StatusAck | ClearAck)
@@ -527,9 +536,26 @@ class Publisher(StoppableThread, JobObserver):
             topic = name if "/" in name else self._topics.own(name)
             self._publish(topic, payload, OwnTopicAck(name, version))
 
+    def _republish_positions(self) -> None:
+        """Enqueue the statuses of the jobs that have moved in the queue, if it is time."""
+        moves = self._ledger.moves
+        if moves == self._moves_published:
+            return
+        now = self._monotonic()
+        is_quiet = now >= self._moved_at + _POSITIONS_QUIET_S
+        if moves != self._moves:
+            self._moves, self._moved_at = moves, now
+        if is_quiet or moves - self._moves_published >= _MOVES or self._is_draining:
+            self._ledger.republish_moved()
+            self._moves_published = moves
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._drains_requested > self._drains_completed
+
     def _only_queue_is_undrained(self) -> bool:
         """Whether a drain waits for nothing else: the queue message is then the last one, and need not wait."""
-        return self._drains_requested > self._drains_completed and self._jobs_are_drained()
+        return self._is_draining and self._jobs_are_drained()
 
     def _publish_transient_messages(self, without: Collection[Unit]) -> None:
         for _ in range(len(self._transient_messages)):

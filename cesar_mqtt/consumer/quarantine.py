@@ -7,6 +7,7 @@ have not announced. Such a message would be published again at every connection,
 For the publisher's thread, except `limit_bytes`, which any thread may call.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,8 @@ _SMALL_BYTES = 2048
 """A message that is not cut further: a status without a text, and with few metadata, is as large."""
 _FIRST_RETRY_S, _MAX_RETRY_S = 60.0, 3600.0
 """Between two attempts of a skipped message, each of which may cost the connection."""
+_CLOSES_WITHIN_S = 5.0
+"""A broker that closes the connection because of a message that it has refused does so at once."""
 
 Unit = tuple[Literal["status", "clear", "own", "transient"], Any]
 """Messages that belong together: a job's results, event and status or their clearing (the job's number), one of the
@@ -67,12 +70,17 @@ class Quarantine:
     2. If the connection is lost again, with only such a message in flight, that one is cut to half its size, and
        published after all others from then on.
     3. If the connection is lost once more at it, it is cut further. What cannot be cut is skipped for a while.
+
+    A message that the broker refuses just before it closes the connection is cut or skipped at once.
     """
 
     def __init__(self, *, monotonic: Callable[[], float]) -> None:
         """Start empty; `monotonic` is the clock, in seconds."""
         self._monotonic = monotonic
         self._suspects: set[str] = set()
+        self._refused: list[Sent] = []
+        """What the broker has refused since it accepted a message."""
+        self._refused_at = -math.inf
         self._entries: dict[str, _Entry] = {}
         self._accepted_bytes = 0
         """The largest message that the broker has accepted."""
@@ -83,19 +91,33 @@ class Quarantine:
 
     def on_disconnected(self, in_flight: Iterable[Sent]) -> None:
         """Record what was sent and not acknowledged when the connection was lost."""
+        refused, self._refused = self._refused, []
+        if (
+            refused and self._monotonic() < self._refused_at + _CLOSES_WITHIN_S
+        ):  # mosquitto 2.0.11 refuses a message, and closes the connection then
+            for each in refused:
+                if each.topic not in self._entries:
+                    self._convict(each, can_wait=False)
+            return
         sent = tuple(in_flight)
+        if not sent:
+            return
         if len(sent) == 1 and self.is_sent_alone(sent[0].topic):
             self._convict(sent[0], can_wait=True)
         self._suspects = {each.topic for each in sent}
 
-    def on_too_large(self, sent: Sent) -> bool:
-        """Record that the broker has refused a message for its size; True: publish it again, it is cut further now."""
-        self._convict(sent, can_wait=False)
-        return not self.is_skipped(sent.topic, sent.size_bytes)
+    def on_refused(self, sent: Sent, *, is_too_large: bool) -> bool:
+        """Record that the broker has refused a message; True: publish it again, it is cut further now."""
+        if is_too_large:
+            self._convict(sent, can_wait=False)
+        self._refused.append(sent)
+        self._refused_at = self._monotonic()
+        return is_too_large and not self.is_skipped(sent.topic, sent.size_bytes)
 
     def on_accepted(self, topic: str, size_bytes: int) -> None:
         """Record that the broker has accepted a message."""
         self._accepted_bytes = max(self._accepted_bytes, size_bytes)
+        self._refused.clear()
         if not self._suspects and not self._entries:
             return
         self._suspects.discard(topic)

@@ -24,6 +24,8 @@ class UnreachableError(CesarError):
         cause: why the attempt failed.
     """
 
+    exit_code = ExitCode.TIMEOUT
+
     def __init__(self, problem: str, advice: str, *, cause: ConnectionFailure) -> None:
         super().__init__(problem, advice)
         self.cause = cause
@@ -182,5 +184,5 @@ def _unreached(address: str, failure: ConnectionFailure | None, timeout_s: float
         )
     if failure.advice:
         return UnreachableError(f"No connection to {address}: {failure.problem}.", failure.advice, cause=failure)
-    advice = "Is it running? Name another one with --broker."
+    advice = "Start it, or name another one with --broker. `cesar-mqtt serve` without --broker brings its own."
     return UnreachableError(f"No broker at {address}: {failure.problem}.", advice, cause=failure)

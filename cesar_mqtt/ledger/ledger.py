@@ -84,7 +84,9 @@ def acquire_lock(path: Path) -> FileLock:
         file_lock.acquire()
     except Timeout as exc:
         raise LedgerInUseError(
-            f"The ledger {path} is in use by another consumer. Stop that one, or give this one its own --data-dir."
+            f"The ledger {path} is in use by another consumer.",
+            "Stop that one, or give this one its own --data-dir and its own --name: "
+            "two consumers with one name disconnect each other.",
         ) from exc
     except OSError as exc:
         raise LedgerError(f"The folder {path.parent} cannot be written: {exc.strerror}.") from exc
@@ -187,6 +189,9 @@ class Ledger:
         self._announced_revision: int = counters.get("told", 0)
         revisions = ((revision, seq) for revision, seq in self._revisions() if revision > storage.watermark)
         self._outbox = Outbox(revisions, announced_revision=self._announced_revision)
+        self._moves = 0
+        self._moved: set[int] = set()
+        """The jobs whose position has changed since it was published."""
         self._update_positions()  # the positions that were published are not on disk
         if len(self._rows) > _MANY_JOBS:
             # Each pass of the garbage collector over 100,000 documents stops all threads for a tenth of a second.
@@ -791,6 +796,19 @@ class Ledger:
         """How many changes of jobs have had no event since the start, because the job changed again too soon."""
         return self._outbox.dropped
 
+    @property
+    def moves(self) -> int:
+        """How often the positions of the first jobs in the queue have changed since the start."""
+        return self._moves
+
+    def republish_moved(self) -> None:
+        """Publish the statuses of the jobs whose position has changed since the last call, if they are still queued."""
+        with self._changed:
+            for seq in sorted(self._moved):
+                if self._index.queue.position(seq)[0] is not None:
+                    self._outbox.republish(seq)
+            self._moved.clear()
+
     def mark_published(self, acknowledged: Iterable[tuple[int, int]]) -> None:
         """Record that the broker acknowledged statuses; on disk with the next transaction.
 
@@ -1015,9 +1033,11 @@ class Ledger:
         self._outbox.enqueue(seq, document["revision"], (seq, document, *self._index.queue.position(seq)))
 
     def _update_positions(self) -> None:
-        """Update the positions of the first jobs in the queue, and republish the jobs whose position changed."""
-        for seq in self._index.queue.update_positions(self._clock()):
-            self._outbox.republish(seq)
+        """Update the positions of the first jobs in the queue."""
+        moved = self._index.queue.update_positions(self._clock())
+        if moved:
+            self._moved.update(moved)
+            self._moves += 1
 
     def _notify(self) -> None:
         if self._waiting:

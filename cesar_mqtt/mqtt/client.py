@@ -373,7 +373,7 @@ class MqttClient(StoppableThread):
             self._backoff.jump_to_most()
         # Two consumers of one client id disconnect each other for ever; since each connection is short, the delay grows
         # and they do it ever more slowly. They have no message in flight most of the time.
-        contested = was_ready and not connection.unacknowledged and not connection.failure.is_broker_away
+        contested = was_ready and not connection.is_suspicious and not connection.failure.is_broker_away
         delay_s = (self._backoff if connection.refused or contested else self._away_backoff).next_s()
         self._log_failure(connection, delay_s)
         return delay_s

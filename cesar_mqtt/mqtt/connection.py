@@ -253,6 +253,11 @@ class Connection:
         return self._send_queue.take_unrouted()
 
     @property
+    def is_suspicious(self) -> bool:
+        """Whether it may have ended because of a message: one was in flight, or refused by the last PUBACK."""
+        return self._send_queue.has_refused or bool(self._send_queue.unacknowledged)
+
+    @property
     def acks_received(self) -> int:
         """How many of our acknowledgements at QoS 1 the broker has received for certain."""
         return self._send_queue.acks_received

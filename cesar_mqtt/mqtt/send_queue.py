@@ -37,6 +37,7 @@ class SendQueue:
     Attributes:
         max_in_flight: how many messages may be in flight.
         limit_bytes: the largest packet that the broker accepts.
+        has_refused: whether the last PUBACK was a refusal.
         acks_received: how many of our own acknowledgements the broker has received for certain: it reads in order, and
             has acknowledged a message that was sent behind them.
     """
@@ -46,6 +47,7 @@ class SendQueue:
         self.max_in_flight = MAX_IN_FLIGHT
         self.limit_bytes = limit_bytes or MAX_PACKET_BYTES
         self.acks_received = 0
+        self.has_refused = False
         self._connection = connection
         self._five = five
         self._mid = 0
@@ -107,6 +109,7 @@ class SendQueue:
             return
         ticket, publication, acks_sent = self._in_flight.pop(mid)
         self.acks_received = max(self.acks_received, acks_sent)
+        self.has_refused = refusal is not None
         if refusal is not None:
             log.warning("The broker refused a message on %s: %s", publication.topic, refusal, action="publish_refused")
         if unrouted:

@@ -88,8 +88,12 @@ class Bus:
         protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv311,
         client_id: str = "",
         topic_filter: str = "cesar/#",
+        user: tuple[str, str] | None = None,
     ) -> None:
-        """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down."""
+        """Subscribe to everything; with a `client_id` the broker keeps what comes while the connection is down.
+
+        `user`: name and password; None: anonymous.
+        """
         self.messages: list[MQTTMessage] = []
         self.on_cleared: Callable[[], None] = lambda: None
         self.kinds: set[Seen] = set()
@@ -101,6 +105,8 @@ class Bus:
         clean = False if client_id else None
         self._client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, clean_session=clean)
         self._client.reconnect_delay_set(1, 1)
+        if user is not None:
+            self._client.username_pw_set(*user)
         self._client.on_connect = lambda client, *_: client.subscribe(topic_filter, qos=1)
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.on_message = self._on_message
@@ -262,6 +268,23 @@ class Consumer:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 pytest.fail(f"{text!r} was not logged; there was:\n{self.logged()}")
             pause.wait(0.05)
+
+
+class FrontDoor(Consumer):
+    """A front door as its own process: `cesar-mqtt inbox` or `wyoming`."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, ready: str = CONNECTED, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._arguments = arguments
+        self._ready = ready
+        super().__init__(folder, ready=ready, environ=environ)
+
+    def start(self, ready: str | None = None) -> None:
+        read = len(self.logged()) if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = template.start(self._arguments, cwd=self._folder, env=self._environ, stdout=log, stderr=log)
+        self.wait_for_log(ready or self._ready, read)
 
 
 def command(

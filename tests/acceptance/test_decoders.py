@@ -81,7 +81,7 @@ def test_recordings_that_end_their_decoders_end_no_other_job(
     assert "audio.decoder_timeout" in bus.status("hang")["error_message"]
     assert (bus.status("mp3")["no_speech"], bus.status("flac")["no_speech"]) == (True, True)
     assert peak_kib(consumer.process.pid) - before < 60 * 1024
-    assert consumer.logged().count("Serving cesar") == 1
+    assert consumer.logged().count("jobs in the queue: ") == 1
     beside = pids_beside(consumer)
     assert beside
     assert consumer.stop() == 0

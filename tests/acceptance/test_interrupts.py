@@ -93,6 +93,25 @@ def test_ctrl_c_reaches_the_children_too_and_the_second_one_ends_the_command_at_
     assert process.returncode in ({0} if arguments[0] == "watch" else {130, -signal.SIGINT}), told
 
 
+@pytest.mark.model
+def test_ctrl_c_ends_the_demo_without_a_failure() -> None:
+    """It printed `failed  None: None`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cesar_mqtt", "demo"],
+        env={**os.environ, **SMALL},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    with process:
+        told = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode in {0, 130}, told + rest  # 0: the transcript was there before the signal
+    assert "failed" not in rest
+
+
 @pytest.mark.mosquitto
 def test_where_interrupts_are_ignored_they_stay_ignored(mosquitto: Mosquitto, tmp_path: Path) -> None:
     """As in the background of a script."""

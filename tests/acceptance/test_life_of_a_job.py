@@ -344,7 +344,7 @@ def test_a_consumer_that_starts_before_its_broker_finds_it(
 ) -> None:
     mosquitto = start_mosquitto()
     mosquitto.stop()
-    consumer = serve("--broker", mosquitto.url, ready="Serving")
+    consumer = serve("--broker", mosquitto.url, ready="Connecting to")
 
     mosquitto.start()
     consumer.wait_for_log("Connected to ")

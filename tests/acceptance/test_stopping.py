@@ -170,7 +170,7 @@ def test_a_closed_terminal_stops_the_consumer_as_a_signal_does(mosquitto: Mosqui
     consumer.signal(signal.SIGHUP)
     assert consumer.wait() == 0
     assert join(mosquitto.port).wait("cesar/consumer/cesar/state") == {"state": "offline"}
-    assert "Stopped, 0 jobs queued" in consumer.logged()
+    assert "Stopped; jobs in the queue: 0" in consumer.logged()
 
 
 def test_the_drain_timeout_bounds_the_wait_for_the_current_job(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:

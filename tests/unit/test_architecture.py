@@ -41,7 +41,10 @@ _WALLS = {
     "tinydb": {"ledger"},
     "av": {"audio"},
     "httpcore2": {"audio"},
-    "httpx2": {"audio", "whisper"},  # whisper/hub.py catches its errors
+    "watchfiles": {"gateway"},
+    "wyoming": {"gateway"},
+    "zeroconf": {"gateway"},
+    "httpx2": {"audio", "gateway", "whisper"},  # whisper/hub.py catches its errors
     "faster_whisper": {"whisper"},
     "ctranslate2": {"whisper"},
     "huggingface_hub": {"whisper"},

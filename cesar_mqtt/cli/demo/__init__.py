@@ -58,7 +58,8 @@ def _submit(url: str, stop: StopSignals) -> ExitCode:
         ):
             pass
         status = next(status for _, status in producer.results())
-    return _end(status)
+    interrupted = stop.is_requested() and (status is None or status["status"] != "completed")
+    return ExitCode.INTERRUPTED if interrupted or status is None else _end(status)
 
 
 def _show(status: Mapping[str, Any], seen: list[str]) -> None:
@@ -68,9 +69,7 @@ def _show(status: Mapping[str, Any], seen: list[str]) -> None:
         _step("status", state)
 
 
-def _end(status: Mapping[str, Any] | None) -> ExitCode:
-    if status is None:
-        return ExitCode.INTERRUPTED
+def _end(status: Mapping[str, Any]) -> ExitCode:
     if status["status"] != "completed":
         _step("failed", f"{status.get('error_code')}: {status.get('error_message')}")
         return ExitCode.FAILED

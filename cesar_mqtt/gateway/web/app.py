@@ -26,7 +26,7 @@ from cesar_mqtt.gateway.web.submitter import Submitter
 from cesar_mqtt.gateway.web.upload_store import UploadStore
 from cesar_mqtt.protocol.topics import Topics
 
-_SWEEP_S = 30.0
+_SWEEP_S = 5.0
 
 
 class WebApp:

@@ -8,6 +8,7 @@ import asyncio
 import heapq
 import itertools
 import json
+import re
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from cesar_mqtt.jobs import STATES
+from cesar_mqtt.json_codec import check_json
 from cesar_mqtt.mqtt.messages import Delivery
 from cesar_mqtt.protocol.consumer_payloads import Queue
 from cesar_mqtt.protocol.topics import Topics, is_job_id
@@ -42,6 +44,9 @@ _LISTED = (
     *("warnings", "formats", "result_truncated", "consumer"),
 )
 """The fields of a status that lists and events have."""
+
+_LARGE_NUMBER = re.compile(rb"[0-9][eE]\+?[0-9]{3}")
+"""May be read as infinity, which is not JSON."""
 
 Document = Mapping[str, Any]
 
@@ -128,7 +133,8 @@ class Board:
         if not is_job_id(job_id):
             return
         status = document_of(delivery.payload)
-        if status is not None and status.get("status") in STATES:
+        state = None if status is None else status.get("status")
+        if status is not None and isinstance(state, str) and state in STATES:
             self._store({**status, "job_id": job_id}, delivery.receipt.connection)
             self._notify(job_id, "status", status)
         elif not delivery.payload:
@@ -340,7 +346,9 @@ def document_of(payload: bytes) -> dict[str, Any] | None:
     try:
         # Not `json`, which accepts NaN and lone surrogates, neither of which a browser reads.
         document = from_json(payload or b"null", allow_inf_nan=False)
-    except ValueError:
+        if _LARGE_NUMBER.search(payload):
+            check_json(document)
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 

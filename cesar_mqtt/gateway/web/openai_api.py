@@ -21,7 +21,7 @@ from starlette.routing import Route
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.gateway.web.board import Board, Document, document_of
 from cesar_mqtt.gateway.web.bus_link import BusLink
-from cesar_mqtt.gateway.web.forms import receive_form
+from cesar_mqtt.gateway.web.forms import UploadedFile, receive_form
 from cesar_mqtt.gateway.web.problems import ProblemError, openai_error
 from cesar_mqtt.gateway.web.results import Results, owner
 from cesar_mqtt.gateway.web.submitter import Fields, Submitter
@@ -118,50 +118,50 @@ class OpenAiApi:
             if form.file is None:
                 raise ProblemError(400, "The field `file` with the recording is missing.", "missing_file", field="file")
             order = _order(form.fields, task)
-            job_id = await self._submit(order, form.file)
+            accepted = await self._submit(order, form.file)
         if order.is_streamed:
-            return EventSourceResponse(self._stream(job_id, order), ping=_PING_S, sep="\n")
-        status = await self._unless_gone(request, job_id, order)
-        return await self._response(job_id, status, order)
+            return EventSourceResponse(self._stream(accepted, order), ping=_PING_S, sep="\n")
+        status = await self._unless_gone(request, accepted, order)
+        return await self._response(str(accepted["job_id"]), status, order)
 
-    async def _submit(self, order: _Order, file: Any) -> str:
+    async def _submit(self, order: _Order, file: UploadedFile) -> Document:
         try:
-            status = await self._submitter.submit_file(order.fields, file)
+            return await self._submitter.submit_file(order.fields, file)
         except ProblemError as error:
             if error.status == HTTPStatus.UNPROCESSABLE_ENTITY:
                 raise ProblemError(400, error.detail, error.code, field=error.field) from error
             raise
-        return str(status["job_id"])
 
-    async def _unless_gone(self, request: Request, job_id: str, order: _Order) -> Document:
+    async def _unless_gone(self, request: Request, accepted: Document, order: _Order) -> Document:
         """Wait for the end of a job; a client that disconnects before cancels it.
 
         Raises:
             ProblemError: the job ended without a transcript, or the server stops.
         """
         waits = [
-            asyncio.create_task(wait) for wait in (self._ended(job_id), _disconnected(request), self._closing.wait())
+            asyncio.create_task(wait) for wait in (self._ended(accepted), _disconnected(request), self._closing.wait())
         ]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             ended, disconnected, _ = waits
             if ended.done():
-                return await self._ended(job_id)
+                return await self._ended(accepted)
             if disconnected.done():
-                self._cancel(job_id, order)
-            raise ProblemError(503, f"The server stops; job {job_id} goes on.", "stopping")
+                self._cancel(str(accepted["job_id"]), order)
+            raise ProblemError(503, f"The server stops; job {accepted['job_id']} goes on.", "stopping")
         except asyncio.CancelledError:
             if not self._closing.is_set():
-                self._cancel(job_id, order)
+                self._cancel(str(accepted["job_id"]), order)
             raise
         finally:
             for wait in waits:
                 wait.cancel()
 
-    async def _ended(self, job_id: str) -> Document:
+    async def _ended(self, accepted: Document) -> Document:
         """Wait until a job is final; return its status. Raises ProblemError: it has no transcript."""
+        job_id = str(accepted["job_id"])
         with self._board.follow(job_id) as messages:
-            status = self._board.status(job_id)
+            status = self._known(accepted)
             while status is None or status["status"] not in _FINAL:
                 kind, document = await messages.get()
                 if kind == "deleted":
@@ -169,6 +169,13 @@ class OpenAiApi:
                 if kind == "status":
                     status = document
         return _completed(status)
+
+    def _known(self, accepted: Document) -> Document | None:
+        """Return the present status of a job; None: no consumer has it yet. Raises ProblemError: it was deleted."""
+        status = self._board.status(str(accepted["job_id"]))
+        if status is None and accepted["status"] is not None:
+            raise ProblemError(400, "The job was deleted.", "deleted")
+        return status
 
     def _cancel(self, job_id: str, order: _Order) -> None:
         if not order.is_kept:
@@ -197,13 +204,14 @@ class OpenAiApi:
         document = document_of(await self._results.file(job_id, "json")) or {}
         return JSONResponse(_verbose(document, status, text, order))
 
-    async def _stream(self, job_id: str, order: _Order) -> AsyncIterator[bytes]:
+    async def _stream(self, accepted: Document, order: _Order) -> AsyncIterator[bytes]:
         """Yield the segments as they are known, then the whole text, as OpenAI's events."""
+        job_id = str(accepted["job_id"])
         ended = False
         sent = 0
         try:
             with self._board.follow(job_id) as messages:
-                status = self._board.status(job_id)
+                status = self._known(accepted)
                 while status is None or status["status"] not in _FINAL:
                     kind, document = await self._next(messages)
                     if kind == "status":

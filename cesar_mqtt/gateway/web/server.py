@@ -13,6 +13,8 @@ import uvicorn
 
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
+from cesar_mqtt.gateway.address import open_port
+from cesar_mqtt.gateway.address import parse_address as parse_host_and_port
 from cesar_mqtt.gateway.web.access import AccessRules, access_rules
 from cesar_mqtt.gateway.web.app import WebApp
 from cesar_mqtt.gateway.web.passwords import Password
@@ -25,8 +27,6 @@ log = get_logger(__name__)
 
 DEFAULT_ADDRESS = "127.0.0.1:8188"
 
-_LAST_PORT = 65_535
-_BACKLOG = 128
 _GRACE_S = 3
 """How long a stop waits for requests in progress."""
 _STOP_S = 6.0
@@ -75,7 +75,7 @@ class WebServer(StoppableThread):
                 self._store = UploadStore(uploads, is_needed=is_needed)
         except OSError as exc:
             raise ConfigError(f"The folder for uploads cannot be created: {exc.strerror}") from exc
-        self._socket = _listen(host, port)
+        self._socket = open_port(host, port, setting="web.listen")
         self.url = settings.web.url or url_of(host, self._socket.getsockname()[1])
         self._app = WebApp(
             Topics(settings.topic_prefix, settings.consumer.name),
@@ -126,15 +126,8 @@ class WebServer(StoppableThread):
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT`, `[::1]:8188`, a host or a port alone. Raises ConfigError."""
-    default_host, _, default_port = DEFAULT_ADDRESS.rpartition(":")
-    host, separator, port = text.rpartition(":")
-    if not separator:
-        host, port = (default_host, text) if text.isdigit() else (text, default_port)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdigit()) or int(port[:6]) > _LAST_PORT:
-        raise ConfigError(f"web.listen is {text!r}: it must be HOST:PORT, such as {DEFAULT_ADDRESS}")
-    return host, int(port)
+    """Return host and port of `web.listen`. Raises ConfigError."""
+    return parse_host_and_port(text, setting="web.listen", default=DEFAULT_ADDRESS)
 
 
 def rules_of(settings: Settings) -> AccessRules:
@@ -150,13 +143,3 @@ def url_of(host: str, port: int) -> str:
     if host in {"0.0.0.0", "::", ""}:  # noqa: S104 - compared, not listened on
         host = socket.gethostname()
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as exc:
-        raise ConfigError(
-            f"web.listen {host}:{port} cannot be opened: {exc.strerror or exc}. Choose another address."
-        ) from exc

@@ -104,7 +104,10 @@ class Submitter:
         options = _options(job_id, values)
         if self._store is not None:
             path = await run_sync(self._store.keep, file, job_id)
-            return await self._submitted(Submission(job_id, None, path, options, file.name))
+            status = await self._submitted(Submission(job_id, None, path, options, file.name))
+            if status["status"] is not None:
+                self._store.set_accepted(job_id)
+            return status
         audio = await run_sync(file.path.read_bytes)
         return await self._submitted(Submission(job_id, audio, file.name, options, file.name))
 

@@ -46,6 +46,8 @@ class UploadStore:
         self._is_needed = is_needed
         self._disk = disk or Disk()
         self._clock = clock
+        self._accepted: set[str] = set()
+        """The jobs that have been in the ledger: where one is no longer there, it was deleted."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def keep(self, file: UploadedFile, job_id: str) -> str:
@@ -59,14 +61,20 @@ class UploadStore:
         self._disk.sync_folder(self.folder)
         return name
 
+    def set_accepted(self, job_id: str) -> None:
+        """The ledger has the job: when it is deleted, so is its upload."""
+        self._accepted.add(job_id)
+
     def sweep(self) -> int:
         """Delete the files that no job needs; return how many."""
         deleted = 0
-        for path in self._files():
+        files = self._files()
+        for path in files:
             with suppress(OSError):
                 if not self._is_wanted(path):
                     path.unlink()
                     deleted += 1
+        self._accepted &= {_job_id(path) for path in files}
         if deleted:
             log.debug("Deleted %d uploads that no job needs", deleted, action="upload_deleted")
         return deleted
@@ -81,5 +89,13 @@ class UploadStore:
     def _is_wanted(self, path: Path) -> bool:
         if not path.name.startswith(_PREFIX) and path.suffix != PART_SUFFIX:
             return True  # not ours
-        needed = None if path.suffix == PART_SUFFIX else self._is_needed(path.name.rpartition(".")[2])
-        return needed if needed is not None else self._clock() - path.stat().st_mtime < _UNKNOWN_S
+        job_id = _job_id(path)
+        needed = None if path.suffix == PART_SUFFIX else self._is_needed(job_id)
+        if needed is not None:
+            self._accepted.add(job_id)
+            return needed
+        return job_id not in self._accepted and self._clock() - path.stat().st_mtime < _UNKNOWN_S
+
+
+def _job_id(path: Path) -> str:
+    return path.name.rpartition(".")[2]

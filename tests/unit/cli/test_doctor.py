@@ -163,7 +163,7 @@ def test_a_broker_that_is_away_is_the_only_thing_told_of_it(tmp_path: Path, free
     found = list(doctor.check_broker(settings(tmp_path, f"mqtt://127.0.0.1:{free_port}"), 0.5))
     assert verdicts(found) == {"broker": "wrong"}
     assert found[0].detail.endswith(": Connection refused.")
-    assert found[0].what_to_do == "Is it running? Name another one with --broker."
+    assert "`cesar-mqtt serve` without --broker brings its own" in found[0].what_to_do
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_what_the_broker_does_not_tell_is_not_claimed(mosquitto: Mosquitto, tmp_
     assert found == {"broker": "ok", "subscribing": "ok", "publishing": "note", "consumer": "wrong"}
 
 
-def test_the_report_is_a_line_for_each_check_and_its_code_says_whether_all_is_well(
+def test_the_report_has_each_check_above_its_advice_and_its_code_says_whether_all_is_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     well = Finding("broker", Severity.OK, "It is there")
@@ -257,7 +257,9 @@ def test_the_report_is_a_line_for_each_check_and_its_code_says_whether_all_is_we
     assert doctor.examine(settings(tmp_path), as_json=False, timeout_s=1) == 0
     monkeypatch.setattr(doctor, "_all", lambda *_: [well, ill])
     assert doctor.examine(settings(tmp_path), as_json=False, timeout_s=1) == 1
-    assert capsys.readouterr().out.splitlines()[-1].endswith("It is gone. Fetch it.")
+    first, second, advice = capsys.readouterr().out.splitlines()[-3:]
+    assert (first.split(maxsplit=2)[2], second.split(maxsplit=2)[2]) == ("It is there", "It is gone")
+    assert advice == " " * second.index("It is gone") + "Fetch it."
     doctor.examine(settings(tmp_path), as_json=True, timeout_s=1)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == {"check": "model", "verdict": "wrong", "detail": "It is gone.", "what_to_do": "Fetch it."}

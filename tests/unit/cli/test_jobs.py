@@ -153,7 +153,7 @@ def test_without_a_terminal_jobs_are_aligned_lines(
     assert len({line.index(word) for line, word in zip(lines, ("STATUS", "queued", "error"), strict=True)}) == 1
     assert "error (audio_empty)" in lines[2]
     assert "\x1b" not in told.out
-    assert "newest 2 of 3 jobs" in told.err
+    assert "2 of 3 jobs shown" in told.err
 
 
 def test_a_long_transcript_is_fetched_in_pieces(

@@ -1,10 +1,12 @@
 """What the commands on a ledger say."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cesar_mqtt.cli import ledger as ledgercommands
+from cesar_mqtt.errors import ExitCode, LedgerInUseError
 from cesar_mqtt.ledger.ledger import Ledger
 from tests.factories import new_job
 
@@ -30,3 +32,16 @@ def test_counts_of_one_are_singular(tmp_path: Path, capsys: pytest.CaptureFixtur
     path.write_text(path.read_text().replace('"1": {', '"1": '))
     ledgercommands.check(path)
     assert "1 line of the checkpoint cannot be read (jobs named in it: porch-17)." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [ledgercommands.check, ledgercommands.compact, ledgercommands.export])
+def test_where_a_consumer_has_the_ledger_open_the_advice_is_to_stop_it(
+    tmp_path: Path, command: Callable[[Path], ExitCode]
+) -> None:
+    """The advice was that of `serve`: another data directory, and with it another name."""
+    path = tmp_path / "ledger.json"
+    with Ledger(path), pytest.raises(LedgerInUseError) as caught:
+        command(path)
+    assert caught.value.advice == "Stop that consumer, then run this again."
+    with Ledger(path), pytest.raises(LedgerInUseError, match="--data-dir and its own --name"):
+        Ledger(path)

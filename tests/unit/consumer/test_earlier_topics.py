@@ -58,3 +58,16 @@ def test_a_damaged_file_does_not_stop_the_start(content: str, tmp_path: Path, ca
 def test_a_full_disk_does_not_stop_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     EarlierTopics(tmp_path / "topics.json", disk=FullDisk()).record(CESAR)
     assert "topics.json cannot be written (No space left on device)" in caplog.text
+
+
+def test_jobs_of_the_embedded_broker_follow_to_another_one_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(*, embedded: bool, jobs: int) -> int:
+        caplog.clear()
+        EarlierTopics(tmp_path / "topics.json").record(CESAR, embedded=embedded, jobs=jobs)
+        return len([record for record in caplog.records if "--data-dir" in record.getMessage()])
+
+    for embedded, jobs, warned in ((False, 3, 0), (True, 3, 0), (True, 3, 0), (False, 3, 1), (False, 3, 0)):
+        assert warnings(embedded=embedded, jobs=jobs) == warned
+    assert warnings(embedded=True, jobs=0) == warnings(embedded=False, jobs=0) == 0

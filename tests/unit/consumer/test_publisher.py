@@ -220,6 +220,11 @@ def statuses(messages: list[Message]) -> list[tuple[str, str]]:
     return [(fields["job_id"], fields["status"]) for fields in found]
 
 
+def fields_of(message: Message) -> dict[str, Any]:
+    """Return the fields of a status; of any other message none."""
+    return message.fields if message.topic.startswith("cesar/status/") else {}
+
+
 def rejection(detail: str = "It is wrong.") -> Rejection:
     return Rejection(
         reason="malformed_json",
@@ -430,6 +435,33 @@ def test_statuses_are_published_when_jobs_move_up_in_the_queue(bench: Bench) -> 
     assert positions == {"a": None, "b": 1, "c": 2}
 
 
+def test_positions_of_short_jobs_cost_one_status_for_each_finished_job(bench: Bench) -> None:
+    bench.quiet()
+    bench.add(*(f"job-{number}" for number in range(200)))
+    bench.settle()
+    published: list[Message] = []
+    for _ in range(100):
+        bench.now += 0.1
+        bench.complete(bench.claim())
+        published += bench.settle()
+    assert 290 <= len(statuses(published)) <= 310, "two of the job itself, and one of another"
+    bench.now += 2
+    bench.settle()
+    newest = {fields["job_id"]: fields["queue_position"] for fields in map(fields_of, bench.connection.sent) if fields}
+    assert [newest[f"job-{100 + n}"] for n in range(10)] == [n + 1 for n in range(10)]
+
+
+def test_positions_are_published_at_each_end_of_longer_jobs(bench: Bench) -> None:
+    bench.quiet()
+    bench.add(*(f"job-{number}" for number in range(20)))
+    bench.settle()
+    for number in range(5):
+        bench.now += 3
+        bench.complete(bench.claim())
+        moved = {fields["job_id"]: fields["queue_position"] for fields in map(fields_of, bench.settle()) if fields}
+        assert [moved[f"job-{number + 1 + n}"] for n in range(10)] == [n + 1 for n in range(10)]
+
+
 # -- what cannot be published --------------------------------------------------------------------------------------
 
 
@@ -452,6 +484,8 @@ def test_a_refused_status_is_published_again_at_the_next_connection(bench: Bench
     for message in bench.turn():
         bench.publisher.on_published(message.ticket, DENIED if message.topic == topic else None)
     assert bench.settle() == []
+    bench.publisher.publish_response("cesar/response/get", b"{}")  # the broker goes on after the refusal
+    bench.settle()
     for again in (topic == "cesar/status/a", False):
         bench.disconnect()
         published = bench.connect()

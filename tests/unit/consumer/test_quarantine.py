@@ -9,7 +9,9 @@ import pytest
 
 from cesar_mqtt.consumer.quarantine import Quarantine, Sent
 from tests.unit.consumer.test_publisher import (
+    DENIED,
     LAST,
+    QUEUE,
     REJECTED,
     STATE,
     TOO_LARGE,
@@ -218,6 +220,26 @@ def test_a_message_that_is_refused_for_its_size_is_cut_and_published_in_the_same
     assert 50_000 < len(retained["cesar/status/long"]) <= 100_000
     assert 50_000 < len(retained["cesar/result/long/txt"]) <= 100_000
     assert b'"result_truncated":true' in retained["cesar/status/long"]
+
+
+def test_a_connection_that_is_lost_behind_a_refusal_was_lost_because_of_that(bench: Bench) -> None:
+    """mosquitto 2.0.11 with `max_queued_messages 0`: what is in flight behind the refused message is innocent."""
+    bench.quiet()
+    bench.publisher.on_rejected(rejection())
+    complete(bench, "a")
+    queue, refused, *others = bench.turn()
+    assert (queue.topic, refused.topic) == (QUEUE, REJECTED)
+    bench.publisher.on_published(queue.ticket)
+    bench.publisher.on_published(refused.ticket, DENIED)
+    bench.connection.up = False
+    bench.publisher.on_disconnected([each.ticket for each in others])
+    bench.turn()
+    assert not any(each.alone for each in bench.connect())
+    bench.settle()
+    assert [(each.topic, each.skipped) for each in bench.publisher.quarantined()] == [(REJECTED, True)]
+    bench.publisher.on_rejected(rejection())
+    assert bench.turn() == [], "it would be refused, too"
+    assert not bench.ledger.has_unpublished
 
 
 def test_a_response_that_is_refused_for_its_size_is_cut(bench: Bench) -> None:

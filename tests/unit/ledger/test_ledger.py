@@ -100,6 +100,7 @@ def publish_all(ledger: Ledger, *, cleared: bool = True) -> list[Job]:
     for job in ledger.pending_clears(100) if cleared else ():
         ledger.mark_cleared(job.seq)
     published = []
+    ledger.republish_moved()
     while handed := ledger.unpublished(100):
         published += [job for _, job in handed]
         ledger.mark_published([(job.seq, number) for number, job in handed])
@@ -1338,6 +1339,7 @@ def test_after_a_crash_states_acknowledged_before_the_last_transaction_are_not_r
     publish_all(folder.ledger)
     complete_jobs(folder.ledger, 1)
     folder.crash()
+    folder.ledger.republish_moved()
     assert sorted(names(folder.ledger.unpublished(10))) == ["b", "c"], "c is among the first ten"
 
 

@@ -57,6 +57,7 @@ class Opened:
     def publish_all(self) -> list[tuple[str, int | None]]:
         """Acknowledge every status; return the ids and the positions in the order of publication."""
         published: list[tuple[str, int | None]] = []
+        self.ledger.republish_moved()
         while handed := self.ledger.unpublished(100):
             published += [(job.job_id, job.queue_position) for _, job in handed]
             self.ledger.mark_published([(job.seq, number) for number, job in handed])

@@ -10,7 +10,7 @@ from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.connection import Connection
-from cesar_mqtt.mqtt.messages import ConnectionFailure, PublishTicket
+from cesar_mqtt.mqtt.messages import ConnectionFailure
 
 REFUSED = ConnectionFailure("mqtt://b:1883 refused this client: Not authorized", "Check broker.username.", 135)
 
@@ -32,7 +32,7 @@ def ended(**fields: Any) -> Connection:
         "ready_s": 0.0,
         "info": None,
         "failure": ConnectionFailure("Connection refused"),
-        "unacknowledged": (),
+        "is_suspicious": False,
     }
     return cast("Connection", SimpleNamespace(**{**defaults, **fields}))
 
@@ -63,7 +63,7 @@ def test_while_the_broker_is_away_the_delay_is_seconds() -> None:
 @pytest.mark.parametrize(
     "end",
     [
-        {"unacknowledged": (PublishTicket(1, 7),)},
+        {"is_suspicious": True},
         {"failure": ConnectionFailure("the broker closed the connection", reason_code=139, is_broker_away=True)},
     ],
     ids=["a message in flight", "the broker shuts down"],

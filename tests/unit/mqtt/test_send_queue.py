@@ -84,6 +84,7 @@ def test_a_refusal_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     out.send(sink)
     out.on_acknowledged(ticket.mid, DENIED)
     assert out.take_published() == [(ticket, DENIED)]
+    assert out.has_refused
     assert "refused a message on t: Not authorized" in caplog.text
 
 

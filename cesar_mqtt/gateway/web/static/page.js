@@ -234,6 +234,7 @@ async function begin() {
   $("login").hidden = true;
   $("workplace").hidden = false;
   $("log-out").hidden = !about.has_session;
+  view.formats = about.formats;
   fillOptions();
   listen();
 }
@@ -499,7 +500,11 @@ function newId() {
 
 function add(files) {
   const fields = fieldsOf();
-  for (const file of files) uploads.push({ file, fields, jobId: newId(), state: "waiting", share: 0, reason: "" });
+  for (const file of files) {
+    const fits = file.size <= about.max_upload_bytes;
+    const reason = fits ? "" : t("too_large", { size: new Intl.NumberFormat(pageLanguage).format(Math.floor(about.max_upload_bytes / 1e6)) });
+    uploads.push({ file, fields, jobId: newId(), state: fits ? "waiting" : "failed", share: 0, reason });
+  }
   showUploads();
   sendNext();
 }

@@ -68,6 +68,7 @@ export class TranscriptView {
     this.recordings = recordings;
     this.act = act;
     this.job = null;
+    this.formats = ["txt"];
     this.spans = []; // what can be played: {element, start, end}, in order of time
     this.now = -1;
     this.dialog = $("detail");
@@ -129,7 +130,7 @@ export class TranscriptView {
       ["fact_job", job.job_id], ["fact_created", job.created_at && moment(job.created_at)],
       ["fact_ended", job.completed_at && moment(job.completed_at)], ["fact_duration", job.audio_duration != null && clock(job.audio_duration)],
       ["fact_language", job.detected_language && languageName(job.detected_language)], ["fact_model", job.model_size],
-      ["fact_speakers", job.speakers], ["fact_consumer", job.consumer], ["fact_source", job.audio_source],
+      ["fact_speakers", job.speakers], ["fact_consumer", job.consumer], ["fact_source", job.audio_source?.startsWith("upload") ? null : job.audio_source],
       ["fact_attempt", job.attempt > 1 && job.attempt], ["fact_warnings", (job.warnings ?? []).join(", ")],
     ];
     $("detail-facts").replaceChildren(...facts.filter(([, value]) => value).flatMap(([key, value]) =>
@@ -138,7 +139,7 @@ export class TranscriptView {
     if (job.status === "completed") {
       tools.push(this.button("copy", t("copy")));
       const times = (job.formats ?? []).length > 0; // else the consumer has kept no times
-      for (const format of times ? this.formats ?? ["txt", "srt", "vtt", "tsv", "json"] : ["txt"])
+      for (const format of times ? this.formats : ["txt"])
         tools.push(make("a", { className: "button", href: `api/jobs/${job.job_id}/result.${format}`, download: "", "aria-label": t("download", { format }) }, format));
     }
     tools.push(...verbs(job).map((verb) => this.button(verb, t(verb))));

@@ -1,0 +1,179 @@
+"""`serve --output-dir`: each finished transcript as a file, written once, also over restarts.
+
+The thread `transcript-writer` fetches and writes; the thread of its bus brings it the statuses. A job that ended before
+the folder was named for the first time is left out.
+"""
+
+import json
+import queue
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cesar_mqtt.config import BrokerSettings, OutputSettings
+from cesar_mqtt.errors import BrokerRefusedError, ConfigError, LedgerError
+from cesar_mqtt.gateway.bus import Bus, json_object
+from cesar_mqtt.gateway.inbox import SOURCE
+from cesar_mqtt.gateway.results import fetch_result
+from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
+from cesar_mqtt.gateway.status_records import StatusRecords
+from cesar_mqtt.gateway.transcript_files import file_name, write_transcripts
+from cesar_mqtt.logs import get_logger
+from cesar_mqtt.mqtt.messages import Delivery, Subscription
+from cesar_mqtt.protocol.fields import timestamp
+from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.threads import StoppableThread
+
+log = get_logger(__name__)
+
+_RETRY_S = 30.0
+"""When what could not be fetched or written is tried again."""
+
+
+class TranscriptWriter(StoppableThread):
+    """Writes the transcript of each job that completes."""
+
+    def __init__(
+        self, settings: OutputSettings, broker: BrokerSettings, topics: Topics, *, data_dir: Path, has_inbox: bool
+    ) -> None:
+        """Open the records; nothing is written before `start`.
+
+        Args:
+            settings: the folder, which is created if it is missing, and the formats.
+            broker: how to reach the broker.
+            topics: the prefix.
+            data_dir: for the records.
+            has_inbox: whether the watch folder of this process writes the transcripts of its own jobs there.
+
+        Raises:
+            ConfigError: there is no folder, or a broker setting is wrong.
+            LedgerError: the records cannot be used.
+        """
+        super().__init__("transcript-writer")
+        if settings.directory is None:
+            raise ConfigError("output.directory is not set")
+        self._folder = settings.directory
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConfigError(f"output.directory '{self._folder}' cannot be used: {exc.strerror}.") from exc
+        self._formats = settings.formats
+        self._has_inbox = has_inbox
+        self._status_level = topics.status("")
+        self._arrived: queue.SimpleQueue[tuple[str, Mapping[str, Any]] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, Mapping[str, Any]] = {}
+        """The statuses `completed` whose transcripts are not written yet."""
+        self._retry_at = 0.0
+        self._records = StatusRecords(data_dir / "output.sqlite", now=timestamp(time.time()))
+        self._bus = Bus(
+            broker,
+            topics,
+            role="output",
+            subscriptions=[Subscription(topics.status("+"), wants_retained=True)],
+            sends_commands=True,
+            on_message=self._on_message,
+        )
+
+    @property
+    def refusal(self) -> BrokerRefusedError | None:
+        """Why the broker refused the connection, for good; None: it did not."""
+        return self._bus.refusal
+
+    def start(self) -> None:
+        self._bus.start()
+        super().start()
+
+    def close(self) -> None:
+        """End the threads; what is not written is written at the next start. May be called twice."""
+        self.request_stop()
+        self._bus.close()
+        self.join()
+        self._records.close()
+
+    def _wake(self) -> None:
+        self._arrived.put(None)
+
+    def _on_message(self, delivery: Delivery) -> None:
+        if delivery.topic.startswith(self._status_level):
+            job_id = delivery.topic.removeprefix(self._status_level)
+            self._arrived.put((job_id, json_object(delivery.payload)))
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self.run_once(_RETRY_S)
+
+    def run_once(self, timeout_s: float) -> None:
+        """Wait for a status, at most so long, and write what is completed."""
+        with suppress(queue.Empty):
+            self._take(self._arrived.get(timeout=timeout_s))
+            while True:
+                self._take(self._arrived.get_nowait())
+        now = time.monotonic()
+        retry = now >= self._retry_at
+        for job_id, status in list(self._waiting.items()):
+            if self._stopping.is_set():
+                return
+            if retry or "tried" not in status:
+                self._waiting[job_id] = {**status, "tried": True}
+                self._write(job_id, status)
+        if retry:
+            self._retry_at = now + _RETRY_S
+
+    def _take(self, arrived: tuple[str, Mapping[str, Any]] | None) -> None:
+        if arrived is None:
+            return
+        job_id, status = arrived
+        if status.get("status") == "completed" and self._is_wanted(job_id, status):
+            self._waiting[job_id] = status
+        else:
+            self._waiting.pop(job_id, None)
+            if not status:
+                self._records.remove(job_id)
+
+    def _is_wanted(self, job_id: str, status: Mapping[str, Any]) -> bool:
+        if self._has_inbox and _metadata(status).get("source") == SOURCE:
+            return False
+        if str(status.get("completed_at")) < self._records.since:
+            return False
+        known = self._records.get(job_id)
+        return known is None or known[0] != status.get("completed_at")
+
+    def _write(self, job_id: str, status: Mapping[str, Any]) -> None:
+        # The consumer has stored the times of a job that asked for formats, of every other one the text alone.
+        asked = [str(name) for name in status.get("formats", ())]
+        formats = dict.fromkeys((*self._formats, *asked) if asked else ("txt",))
+        consumer = status.get("consumer")
+        known = self._records.get(job_id)
+        own = [Path(path) for path in json.loads(known[1])] if known else []
+        try:
+            results = {name: fetch_result(self._bus, job_id, name, consumer=consumer) for name in formats}
+            written = write_transcripts(self._folder, _name(job_id, status), results, own=own)
+            self._records.put(job_id, str(status.get("completed_at")), json.dumps([str(path) for path in written]))
+        except RequestRefusedError as exc:
+            log.warning("No transcript is written: %s", exc, action="output_failed", job_id=job_id)
+            self._waiting.pop(job_id)
+        except (NoAnswerError, LedgerError) as exc:
+            log.warning("The transcript waits: %s", exc, action="output_failed", job_id=job_id)
+        except OSError as exc:
+            message = "The transcript cannot be written to %s: %s. It is tried again."
+            log.error(message, self._folder, exc.strerror, action="output_failed", job_id=job_id)
+        else:
+            self._waiting.pop(job_id)
+            log.info("Wrote %s", ", ".join(map(str, written)), action="output_written", job_id=job_id)
+
+
+def _metadata(status: Mapping[str, Any]) -> Mapping[str, Any]:
+    metadata = status.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _name(job_id: str, status: Mapping[str, Any]) -> str:
+    """Return the name of the recording as a file name; of an upload without a name the job's id."""
+    named = _metadata(status).get("file")
+    source = str(status.get("audio_source") or "upload")
+    if not isinstance(named, str):
+        named = job_id if source == "upload" else urlsplit(source).path if "://" in source else source
+    return file_name(named)

@@ -1,0 +1,331 @@
+"""The page in a real browser: Debian's Chromium, which the tests only drive."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Locator, expect, sync_playwright
+from playwright.sync_api import Page as Tab
+
+from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, words
+from tests.acceptance.web_page import Page, alone
+from tests.conftest import Mosquitto, find_free_port, need
+
+pytestmark = [pytest.mark.mosquitto]
+
+Serve = Callable[..., Consumer]
+Join = Callable[..., Bus]
+
+DROP = """async (files) => {
+    const data = new DataTransfer();
+    for (const [name, bytes] of files) data.items.add(new File([Uint8Array.from(bytes)], name));
+    const options = { dataTransfer: data, bubbles: true, cancelable: true };
+    const drop = document.getElementById("drop");
+    for (const kind of ["dragover", "drop"]) drop.dispatchEvent(new DragEvent(kind, options));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    flags = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=need("chromium"), args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
+    """Open a tab of its own; in the end no script may have failed, and the policy may not have been violated."""
+    contexts, complaints = [], []
+
+    def open_(**options: Any) -> Tab:
+        contexts.append(browser.new_context(**{"locale": "en-US", "permissions": ["microphone"], **options}))
+        tab = contexts[-1].new_page()
+        tab.set_default_timeout(PATIENCE_S * 1000)
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("dialog", lambda dialog: complaints.append(dialog.message))
+        tab.on(
+            "console",
+            lambda message: complaints.append(message.text) if "Content Security Policy" in message.text else None,
+        )
+        return tab
+
+    expect.set_options(timeout=PATIENCE_S * 1000)
+    yield open_
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+class Shown:
+    """A page on a bus without a consumer: the test publishes what a consumer would."""
+
+    def __init__(self, page: Page, bus: Bus) -> None:
+        self.url = page.url
+        self.bus = bus
+        self.bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
+        self.bus.publish("cesar/consumer/cesar/queue", {"activity": "idle", "queued": 0, "paused": False}, retain=True)
+
+    def job(self, job_id: str, state: str = "completed", **fields: Any) -> None:
+        final = state in ("completed", "error", "cancelled")
+        document = {
+            "job_id": job_id,
+            "status": state,
+            "attempt": 1,
+            "created_at": "2026-01-23T21:45:00.120Z",
+            "completed_at": "2026-01-23T21:46:00.120Z" if final else None,
+            "audio_source": "a.wav",
+            "model_size": "base",
+            "result_text": "Hello there." if state == "completed" else None,
+            "formats": [],
+            "metadata": {"file": f"{job_id}.wav"},
+            "consumer": "cesar",
+            "detected_language": "en",
+            "audio_duration": 65.0,
+            "progress": 0.4,
+            "eta": 70.0,
+            **fields,
+        }
+        self.bus.publish(f"cesar/status/{job_id}", document, retain=True)
+
+
+@pytest.fixture
+def shown(mosquitto: Mosquitto, join: Join, tmp_path: Path) -> Iterator[Shown]:
+    with alone(mosquitto, tmp_path, needs_consumer=False) as page:
+        bus = join(mosquitto.port)
+        yield Shown(page, bus)
+        bus.leave()
+        bus.messages.clear()  # they are the test's own
+
+
+def row(tab: Tab, name: str) -> Locator:
+    return tab.locator("#jobs > li", has=tab.get_by_role("button", name=name, exact=True))
+
+
+def violations(tab: Tab) -> list[str]:
+    return [
+        f"{found['id']}: {[node['html'] for node in found['nodes']]}" for found in Axe().run(tab).response["violations"]
+    ]
+
+
+@pytest.mark.model
+def test_from_a_dropped_file_to_a_downloaded_srt_with_a_consumer_killed_in_between(
+    mosquitto: Mosquitto, serve: Serve, open_tab: Callable[..., Tab]
+) -> None:
+    page = Page(find_free_port())
+    consumer = serve("--broker", mosquitto.url, "--web", f"127.0.0.1:{page.port}")
+    page.wait_ready()
+    tab = open_tab()
+    with closing(page):
+        tab.goto(page.url)
+        tab.get_by_role("button", name="Pause cesar").click()
+        expect(tab.get_by_role("button", name="Resume cesar")).to_be_visible()
+        tab.evaluate(DROP, [["call.wav", list(SPEECH.read_bytes())], ["junk.txt", list(b"no recording")]])
+        expect(row(tab, "call.wav")).to_contain_text("queued")
+        expect(tab.locator("#uploads > li")).to_have_count(0)
+
+        consumer.kill()
+        expect(tab.locator("#connection")).to_have_text(re.compile("^No connection to the server"))
+        consumer.start()
+        expect(tab.locator("#connection")).to_have_text("Connected")
+        tab.get_by_role("button", name="Resume cesar").click()
+        expect(row(tab, "call.wav")).to_contain_text("completed")
+        expect(row(tab, "junk.txt").locator(".problem")).to_contain_text("cannot be decoded")
+
+        row(tab, "call.wav").get_by_role("button", name="call.wav", exact=True).click()
+        detail = tab.get_by_role("dialog")
+        expect(detail.locator(".word")).to_have_count(len(SPOKEN))
+        assert words(detail.locator("#transcript").inner_text()) == SPOKEN
+        detail.locator(".word", has_text="lamp").click()
+        expect(detail.locator(".now")).to_have_text(re.compile("lamp"))
+        assert tab.evaluate("document.getElementById('player').currentTime") > 2
+        with tab.expect_download() as download:
+            detail.get_by_role("link", name="Download srt").click()
+        assert "00:00:00,000 -->" in Path(download.value.path()).read_text()
+        assert download.value.suggested_filename.endswith(".srt")
+        tab.keyboard.press("Escape")
+
+        tab.get_by_role("searchbox").fill("PLUMBER")
+        expect(tab.locator("#jobs > li")).to_have_count(1)
+        expect(tab.locator("#jobs mark")).to_have_text("plumber")
+        tab.get_by_role("searchbox").fill("")
+        for answer, left in (("Keep it", 2), ("Delete", 1)):
+            row(tab, "junk.txt").get_by_role("button", name="Delete junk.txt").click()
+            tab.get_by_role("dialog").get_by_role("button", name=answer).click()
+            expect(tab.locator("#jobs > li")).to_have_count(left)
+
+        tab.reload()  # the recording is in the browser's own storage
+        row(tab, "call.wav").get_by_role("button", name="call.wav", exact=True).click()
+        expect(tab.locator("#player")).to_be_visible()
+        tab.keyboard.press("Escape")
+        tab.get_by_role("button", name="Record").click()
+        expect(tab.locator("#record-time")).to_have_text("00:01")
+        tab.get_by_role("button", name="Stop and transcribe").click()
+        expect(tab.locator("#jobs > li", has_text="Recording")).to_contain_text("completed")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_axe_finds_nothing_that_shuts_a_user_out(
+    shown: Shown, open_tab: Callable[..., Tab], scheme: str, width: int
+) -> None:
+    shown.job("done")
+    shown.job("broken", "error", error_code="audio_unreadable", error_message="It cannot be decoded.", result_text=None)
+    shown.job("running", "processing")
+    shown.job("waiting", "queued", queue_position=1)
+    tab = open_tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(4)
+    rejection = {
+        "reason": "queue_full",
+        "detail": "The queue is full.",
+        "job_id": "x",
+        "received_at": "2026-01-23T21:45:00Z",
+    }
+    shown.bus.publish("cesar/rejected", rejection)
+    for summary in tab.locator("summary").all():
+        summary.click()
+    expect(tab.locator("#rejected")).to_contain_text("The queue is full.")
+    assert violations(tab) == []
+    row(tab, "done.wav").get_by_role("button", name="done.wav", exact=True).click()
+    expect(tab.locator("#transcript")).to_have_text("Hello there.")
+    assert violations(tab) == []
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_everything_can_be_reached_with_the_keyboard(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("done")
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(1)
+    tab.keyboard.press("Tab")
+    expect(tab.locator(":focus")).to_have_text("Skip to the jobs")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(":focus")).to_have_text("Jobs")
+    names = []
+    for _ in range(5):
+        tab.keyboard.press("Tab")
+        names.append(tab.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
+    assert names == ["query", "filter", "done.wav", "Delete", "Rejections"]
+    tab.keyboard.press("Shift+Tab")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("dialog")).to_contain_text("done.wav")
+    expect(tab.locator(":focus")).to_have_text("Keep it")
+    tab.keyboard.press("Escape")
+    expect(tab.locator(":focus")).to_have_text("Delete")
+
+
+HOSTILE = (
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    '"><svg onload=alert(1)>',
+    "javascript:alert(1)",
+    "{{constructor.constructor('window.hacked=1')()}}",
+    "&lt;b&gt;bold&lt;/b&gt;",
+    "\u202egnp.exe\u2066\u200f",
+    "w" * 1_000_000,
+)
+
+
+def test_nothing_that_comes_over_the_bus_is_more_than_text(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    for number, text in enumerate(HOSTILE):
+        name = f"{text[:100]}-{number}"
+        shown.job(
+            f"done-{number}",
+            result_text=text,
+            metadata={"file": name},
+            detected_language=text[:20],
+            warnings=[text[:200]],
+        )
+        shown.job(
+            f"bad-{number}",
+            "error",
+            error_code=text[:50],
+            error_message=text,
+            audio_source=text[:500],
+            metadata={},
+            result_text=None,
+        )
+    shown.bus.publish("cesar/consumer/evil/state", {"state": "online"}, retain=True)
+    shown.bus.publish(
+        "cesar/consumer/evil/info", {"models": list(HOSTILE[:7]), "default_model": HOSTILE[0]}, retain=True
+    )
+    shown.bus.publish(
+        "cesar/consumer/evil/queue", {"activity": HOSTILE[1], "queued": HOSTILE[0], "paused": HOSTILE[2]}, retain=True
+    )
+    tab = open_tab(viewport={"width": 360, "height": 740})
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(2 * len(HOSTILE))
+    for text in HOSTILE:
+        rejection = {
+            "reason": text[:50],
+            "detail": text,
+            "topic": text[:50],
+            "job_id": None,
+            "payload_excerpt": text,
+            "received_at": text[:20],
+        }
+        shown.bus.publish("cesar/rejected", rejection)
+    tab.locator("#rejections summary").click()
+    expect(tab.locator("#rejected > li")).to_have_count(len(HOSTILE))
+    for number in range(len(HOSTILE)):
+        tab.locator(f"#jobs > li[data-id=done-{number}] button.name").click()
+        expect(tab.locator("#transcript p")).to_have_count(1)
+        tab.keyboard.press("Escape")
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("script, img, svg, iframe, b").count() == 1  # the page's own script
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200f]", tab.locator("body").inner_text())
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_thousand_jobs_are_drawn_a_hundred_at_a_time(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    for number in range(1000):
+        shown.job(f"job-{number:03d}", completed_at=f"2026-01-23T21:{number // 60:02d}:{number % 60:02d}.000Z")
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(tab.locator("#counts")).to_have_text("1000 of 1000 jobs")
+    expect(tab.locator("#jobs > li").first).to_contain_text("job-999")
+    assert tab.locator("#jobs > li").count() <= 200
+    shown.job("job-000", "queued", queue_position=1, completed_at=None)
+    expect(tab.locator("#jobs > li").first).to_contain_text("job-000")
+    for _ in range(10):
+        tab.locator("#jobs > li").last.scroll_into_view_if_needed()
+        tab.wait_for_timeout(50)
+    assert tab.locator("#jobs > li").count() > 300
+
+
+@pytest.mark.parametrize(
+    ("locale", "heading"), [("de-AT", "Aufträge"), ("es-MX", "Trabajos"), ("fr-CA", "Tâches"), ("ja-JP", "Jobs")]
+)
+def test_the_page_speaks_the_language_of_the_browser(
+    shown: Shown, open_tab: Callable[..., Tab], locale: str, heading: str
+) -> None:
+    tab = open_tab(locale=locale)
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs-title")).to_have_text(heading)
+    assert tab.evaluate("document.documentElement.lang") == (locale[:2] if locale != "ja-JP" else "en")
+    assert tab.locator("[data-text]").filter(has_text=re.compile("^[a-z]+_[a-z_]+$")).count() == 0
+
+
+def test_a_password_is_asked_for(mosquitto: Mosquitto, tmp_path: Path, open_tab: Callable[..., Tab]) -> None:
+    file = tmp_path / "password"
+    file.write_text("sesame")
+    file.chmod(0o600)
+    settings = {"CESAR_WEB__PASSWORD_FILE": str(file)}
+    with alone(mosquitto, tmp_path, needs_consumer=False, environ=settings) as page:
+        tab = open_tab()
+        tab.goto(page.url)
+        for password, shown in (("wrong", "That is not the password."), ("sesame", "")):
+            tab.get_by_label("Password").fill(password)
+            tab.get_by_role("button", name="Log in").click()
+            expect(tab.locator("#login-problem")).to_have_text(shown)
+        expect(tab.locator("#jobs-title")).to_be_visible()
+        assert violations(tab) == []
+        tab.get_by_role("button", name="Log out").click()
+        expect(tab.get_by_label("Password")).to_be_focused()
+        assert violations(tab) == []
