@@ -268,7 +268,7 @@ def run(folder: Path, mosquitto: Mosquitto, plan: Plan) -> Report:
         url = mosquitto.url
         if plan.cuts:
             url = stack.enter_context(closing(Proxy(mosquitto.port, dice, cuts=plan.cuts))).url
-        consumer = Consumer(folder, "--broker", url, "--audio-dir", str(audio), environ=environ, ready="Serving ")
+        consumer = Consumer(folder, "--broker", url, "--audio-dir", str(audio), environ=environ, ready="Connect")
         stack.callback(consumer.kill)
         watcher = Bus(mosquitto.port, client_id="watcher", protocol=MQTTProtocolVersion.MQTTv311)
         watcher.wait("cesar/consumer/cesar/queue")  # its session is there, from now on nothing is published in vain
