@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription, wyoming
+from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription, web, wyoming
 from benchmarks.table import show
 
 PARTS = {
@@ -16,6 +16,7 @@ PARTS = {
     "jobs": jobs.run,
     "memory": memory.run,
     "wyoming": wyoming.run,
+    "web": web.run,
 }
 MORE = {"peers": peers.run}
 """Only when named: it needs an installation of its own."""

@@ -22,7 +22,7 @@ LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 """The broker of the other commands when no source names one."""
 
 _HIDDEN = "***"
-_SECRET = frozenset({"broker.url"})
+_SECRET = frozenset({"broker.url", "webhook.url"})
 _PUBLIC_URL = re.compile(
     r"(?P<scheme>[a-z]+://)(?P<credentials>.*@)?"
     r"(?P<address>([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w./-]*)?)",
@@ -289,13 +289,35 @@ class WyomingSettings(Section):
     """A file with a long-lived access token of that Home Assistant."""
 
 
+class WebhookSettings(Section):
+    """Changes of jobs as signed HTTP requests."""
+
+    url: str | None = Field(default=None, repr=False, pattern=r"^https?://\S+$", description="an http or https URL")
+    """Where they are sent; may hold a secret. None: there is no webhook."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Hosts that the URL may name and lead to, written as `audio.allowed_hosts`, and that list by default."""
+    key_file: Path | None = None
+    """A file whose first line is the key of the signatures; None: `webhook.secret` in the data directory, which is
+    made where it is missing."""
+    events: tuple[Literal["queued", "processing", "completed", "error", "cancelled", "deleted"], ...] = (
+        "completed",
+        "error",
+        "cancelled",
+    )
+    """Which changes are sent."""
+    retry_for: float = Field(default=3 * 24 * 3600.0, ge=0)
+    """Seconds for which a request that fails is sent again."""
+
+
 class WebSettings(Section):
     """The web page and its HTTP API; needs the extra `web`."""
 
     listen: str | None = Field(default=None, pattern=r"^\S+$", description="HOST:PORT, such as 127.0.0.1:8188")
     """The address of the page; None: `serve` has none, and `web` uses 127.0.0.1:8188."""
     url: str | None = Field(
-        default=None, pattern=r"^https?://[^\s?#]+$", description="the http or https URL of the page"
+        default=None,
+        pattern=r"^(https?|homeassistant)://[^\s?#]+$",
+        description="the http or https URL of the page, or one of Home Assistant's own (homeassistant://)",
     )
     """How people reach the page, for `info` and Home Assistant; None: made of `listen`."""
     password_file: Path | None = None
@@ -333,6 +355,7 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
     web: WebSettings = WebSettings()
     wyoming: WyomingSettings = WyomingSettings()
+    webhook: WebhookSettings = WebhookSettings()
 
     def redacted(self) -> dict[str, Any]:
         """Return the settings as JSON values that may be published, without passwords and tokens.
@@ -341,6 +364,8 @@ class Settings(Section):
         """
         values = self.model_dump(mode="json")
         values["broker"]["url"] = _without_credentials(self.broker.url)
+        if self.webhook.url is not None:
+            values["webhook"]["url"] = _HIDDEN
         for section in ("broker", "gateway"):
             if values[section]["username"] is not None:
                 values[section]["username"] = _HIDDEN

@@ -214,3 +214,5 @@ class Totals:
     """The id of the running job."""
     paused: bool = False
     deleted_total: int = 0
+    revision: int = 0
+    """The number of the ledger's newest transaction."""

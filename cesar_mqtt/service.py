@@ -28,8 +28,8 @@ from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
-from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker
-from cesar_mqtt.jobs import Job, may_need_audio
+from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
+from cesar_mqtt.jobs import Job, JobState, may_need_audio
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -173,6 +173,7 @@ class Service:
             network_alive=lambda: self._client.connected is not None,
             events_dropped=lambda: self._ledger.events_dropped,
             quarantined=self._publisher.quarantined,
+            webhook=lambda: webhook_health(self._front_doors),
         )
         self._intake = Intake(
             self._client,
@@ -206,6 +207,8 @@ class Service:
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
         self._front_doors = create_front_doors(settings, broker, self._topics)
+        if self._web is not None:
+            self._front_doors.append(("web", self._web))
         if self._metrics is not None:
             self._observe(self._metrics)
 
@@ -290,9 +293,10 @@ class Service:
         return self._stop(stop)
 
     def _start(self) -> None:
-        last = self._ledger.last_finished()
-        if last is not None:
-            self._publisher.on_finished(last)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self._ledger.last_finished(state)
+            if last is not None:
+                self._publisher.on_finished(last)
         EarlierTopics(self._settings.data_dir / TOPICS_FILE).record(
             self._topics, embedded=self._broker is not None, jobs=self._ledger.count(())
         )
@@ -304,8 +308,6 @@ class Service:
         self._worker.start()
         self._intake.start()
         self._client.start()
-        if self._web is not None:
-            self._web.start()
         for _, door in self._front_doors:
             door.start()
         self._notifier.ready()
@@ -318,12 +320,18 @@ class Service:
             log.warning(message, model, ENGLISH_ONLY_ADVICE, action="english_only")
 
     def _announce(self) -> None:
-        """Announce the consumer to Home Assistant, and withdraw what it announced under earlier settings."""
+        """Announce the consumer to Home Assistant, if wanted, and withdraw what earlier settings announced."""
         wanted = self._settings.homeassistant
-        if not wanted.enabled:
-            return
-        page = None if self._web is None else self._web.url
-        messages = discovery_messages(self._topics, mode=wanted.discovery, prefix=wanted.prefix, page=page)
+        messages: dict[str, bytes] = {}
+        if wanted.enabled:
+            info = self._info()
+            messages = discovery_messages(
+                self._topics,
+                mode=wanted.discovery,
+                prefix=wanted.prefix,
+                models=sorted({*info.models, info.default_model}),
+                page=info.web,
+            )
         self._publisher.announce(messages, stale=self._announced_topics.record(messages))
 
     def _publish_info(self) -> None:
@@ -369,7 +377,6 @@ class Service:
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
             **{name: door.alive for name, door in self._front_doors},
-            "web": self._web is None or self._web.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:

@@ -6,9 +6,12 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
+
+from cesar_mqtt.mqtt.codec import PUBLISH, decode_number
 
 _WAIT_S = 10.0
 _HALF_OPEN_S = 0.3
@@ -56,13 +59,7 @@ class Proxy:
 
     def close(self) -> None:
         """End every connection."""
-        for end in (self._door, *self._ends):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(_WAIT_S)
-        for end in (self._door, *self._ends):
-            end.close()
+        _end_all([self._door, *self._ends], self._threads)
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -123,3 +120,91 @@ def _swallow(*ends: socket.socket, for_s: float) -> None:
             readable, _, _ = select.select(ends, [], [], left_s)
             if any(not end.recv(65_536) for end in readable):
                 return
+
+
+class PickyProxy:
+    """Passes connections on to a port of 127.0.0.1, and ends one as soon as the client publishes what is not accepted.
+
+    So do brokers that no package has, or only behind an account.
+
+    Attributes:
+        url: where to connect to.
+        ended: the topics at which it has ended a connection, in order.
+    """
+
+    def __init__(self, port: int, accepts: Callable[[str, int], bool]) -> None:
+        """`accepts` gets the topic and the size of the packet in bytes."""
+        self.ended: list[str] = []
+        self._port = port
+        self._accepts = accepts
+        self._ends: list[socket.socket] = []
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtt://127.0.0.1:{self._door.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        """End every connection."""
+        _end_all([self._door, *self._ends], self._threads)
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._door.accept()
+                broker = socket.create_connection(("127.0.0.1", self._port))
+                self._ends += [client, broker]
+                for carry in (self._upwards, self._downwards):
+                    self._threads.append(threading.Thread(target=carry, args=(client, broker), daemon=True))
+                    self._threads[-1].start()
+
+    def _upwards(self, client: socket.socket, broker: socket.socket) -> None:
+        received = bytearray()
+        with suppress(OSError):
+            while data := client.recv(65_536):
+                received += data
+                while (packet := _first_packet(received)) is not None:
+                    topic = _topic(packet)
+                    if topic is not None and not self._accepts(topic, len(packet)):
+                        self.ended.append(topic)
+                        raise OSError
+                    broker.sendall(packet)
+                    del received[: len(packet)]
+        _shut(client, broker)
+
+    def _downwards(self, client: socket.socket, broker: socket.socket) -> None:
+        with suppress(OSError):
+            while data := broker.recv(65_536):
+                client.sendall(data)
+        _shut(client, broker)
+
+
+def _first_packet(received: bytearray) -> bytes | None:
+    """The packet that the bytes begin with; None: it is not whole yet."""
+    found = decode_number(received, 1)
+    if found is None or sum(found) > len(received):
+        return None
+    return bytes(received[: sum(found)])
+
+
+def _topic(packet: bytes) -> str | None:
+    """The topic of a PUBLISH; None: it is another packet."""
+    if packet[0] & 0xF0 != PUBLISH:
+        return None
+    found = decode_number(packet, 1)
+    assert found is not None
+    start = found[1]
+    return packet[start + 2 : start + 2 + int.from_bytes(packet[start : start + 2], "big")].decode()
+
+
+def _shut(*ends: socket.socket) -> None:
+    for end in ends:
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def _end_all(ends: list[socket.socket], threads: list[threading.Thread]) -> None:
+    _shut(*ends)
+    for thread in threads:
+        thread.join(_WAIT_S)
+    for end in ends:
+        end.close()

@@ -33,12 +33,14 @@ _GLOBAL_UNICAST = IPv6Network("2000::/3")
 
 _HOW = "write NAME, NAME:PORT, *.DOMAIN, an address, or a network such as 192.168.1.0/24"
 
+_SETTING = "audio.allowed_hosts"
 _OFF = "Audio is not fetched from URLs here: name the host in `audio.allowed_hosts`, or submit the file itself."
+_NO_HOSTS = "No host is allowed: name {host!r} in `{setting}`."
 _MALFORMED = "The audio URL cannot be used: write it as http://HOST/FILE or https://HOST/FILE."
-_NOT_LISTED = "The host {host!r} is not in `audio.allowed_hosts`: add {host!r} there, or submit the file itself."
+_NOT_LISTED = "The host {host!r} is not in `{setting}`: add {host!r} there{otherwise}."
+_OTHERWISE = ", or submit the file itself"
 _NOT_PUBLIC = (
-    "The host {host!r} resolves to {address}, which is not a public address: add {entry!r} to `audio.allowed_hosts` as "
-    "well."
+    "The host {host!r} resolves to {address}, which is not a public address: add {entry!r} to `{setting}` as well."
 )
 _NO_DOWNGRADE = "The server {host!r} redirects from https to http, which is not followed: submit the URL of the file."
 
@@ -112,8 +114,9 @@ class AllowedHosts:
     addresses only: a name in the home network needs an entry for its address as well.
     """
 
-    def __init__(self, entries: Sequence[str]) -> None:
-        """Parse the entries. Raises ConfigError that names the first wrong one."""
+    def __init__(self, entries: Sequence[str], *, setting: str = _SETTING) -> None:
+        """Parse the entries of a setting. Raises ConfigError that names the first wrong one."""
+        self._setting = setting
         self._entries = tuple(_parse_entry(entry) for entry in entries)
 
     def admit(self, target: Target) -> None:
@@ -123,11 +126,14 @@ class AllowedHosts:
             JobFailedError: `audio_not_allowed`.
         """
         if not self._entries:
-            raise _not_allowed(_OFF)
+            if self._setting == _SETTING:
+                raise _not_allowed(_OFF)
+            raise _not_allowed(_NO_HOSTS, host=target.authority, setting=self._setting)
         address = target.address
         listed = self._lists_name(target) if address is None else self._lists_address(address, target)
         if not listed:
-            raise _not_allowed(_NOT_LISTED, host=target.authority)
+            otherwise = _OTHERWISE if self._setting == _SETTING else ""
+            raise _not_allowed(_NOT_LISTED, host=target.authority, setting=self._setting, otherwise=otherwise)
 
     def admit_address(self, address: Address, target: Target) -> None:
         """Check that a listed name may resolve to this address.
@@ -137,7 +143,7 @@ class AllowedHosts:
         """
         if not (is_public(address) or self._lists_address(address, target)):
             entry = _entry_for(str(unwrapped(address)), target)
-            raise _not_allowed(_NOT_PUBLIC, host=target.host, address=address, entry=entry)
+            raise _not_allowed(_NOT_PUBLIC, host=target.host, address=address, entry=entry, setting=self._setting)
 
     def _lists_name(self, target: Target) -> bool:
         return any(entry.matches_name(target.host) and entry.allows_port(target) for entry in self._entries)

@@ -44,6 +44,7 @@ class Clock:
         max_s: the limit on the duration.
         witnesses: of the other tracks.
         jumped: whether a new clock was started in the middle.
+        left_out_gap: whether one of those jumps may have been a long gap.
     """
 
     zero_s: float
@@ -51,6 +52,7 @@ class Clock:
     max_s: float
     witnesses: Witnesses
     jumped: bool = False
+    left_out_gap: bool = False
     _shift_s: float = 0.0
 
     def gap_s(self, stamp_s: float, heard_s: float) -> float:
@@ -65,6 +67,7 @@ class Clock:
             return ahead_s
         self._shift_s -= ahead_s
         self.jumped = self.jumped or heard_s > 0
+        self.left_out_gap = self.left_out_gap or (self.declared_s is None and ahead_s > _UNDECLARED_GAP_S)
         return 0.0
 
     def _is_real(self, heard_s: float, gap_s: float, to_stamps_s: float) -> bool:

@@ -41,6 +41,8 @@ TIMED |= {"rm", "wtv"}
 """Containers whose time stamps tell where sound is; in all others FFmpeg only counts samples."""
 GAPLESS = frozenset({"flac", "ogg"})
 """Those whose encoders leave no gaps: where there is one, sound is lost."""
+JOINED_CLOCKS = frozenset({"mpeg", "mpegts"})
+"""Those in which several recordings may follow each other without a head between them, each with its own clock."""
 _LATE_STREAMS = frozenset({"flv", "mpeg", "mpegts", "nsv"})
 """Containers without an index of their streams: one that begins late is found only if enough is read for it."""
 _LATE_SEARCH_BYTES = (50_000_000, 250_000_000)
@@ -61,6 +63,8 @@ _CAF_HEAD_BYTES = 12
 _ID3_HEAD_BYTES, _ID3_FOOTER = 10, 0x10
 _TS_SYNC = 0x47
 EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+_MATROSKA_DURATION = re.compile(rb"\x44\x89[\x84\x88]")
+"""An element of four or eight bytes (RFC 9559, section 5.1.2.10)."""
 _MAX_ELEMENTS = 200_000
 """An hour of a live stream in Matroska has as many."""
 _VOC = b"Creative Voice File\x1a"
@@ -198,8 +202,10 @@ def declaration(container: InputContainer, stream: AudioStream, file: FileReader
     name = name_of(container)
     if name == "matroska" and (tagged_s := _tagged_s(stream)) is not None:
         return Declaration(tagged_s, tagged_s)
-    if name in _UNDECLARED:
-        return Declaration(None, None, is_cut=name == "mpegts" and _ends_in_packet(file))
+    # Without a duration in a Matroska file FFmpeg would guess one from the bit rate.
+    if name in _UNDECLARED or (name == "matroska" and not _MATROSKA_DURATION.search(file.read_at(0, _HEAD_BYTES))):
+        is_cut = _ends_in_packet(file) if name == "mpegts" else name == "matroska" and _lacks_bytes(file)
+        return Declaration(None, None, is_cut=is_cut)
     if name == "mp3":
         tagged_s = _mp3_s(file.read_at(0, _HEAD_BYTES))
         return Declaration(tagged_s, tagged_s)

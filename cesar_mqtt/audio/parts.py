@@ -11,6 +11,7 @@ from av.container import InputContainer
 from cesar_mqtt.audio.clock import Clock, Witnesses
 from cesar_mqtt.audio.containers import (
     GAPLESS,
+    JOINED_CLOCKS,
     TIMED,
     declaration,
     lacks_beginning,
@@ -61,6 +62,7 @@ class Part:
         self._is_of_track = all(declared.is_of_track for declared in declarations)
         self._is_cut = any(declared.is_cut for declared in declarations)
         self._is_gapless = name_of(container) in GAPLESS
+        self._has_one_clock = name_of(container) not in JOINED_CLOCKS
         self._is_exact = name_of(container) == "flac"
         self._zero_s = zero_s(container, file)
         self._witnesses = Witnesses()
@@ -79,6 +81,8 @@ class Part:
         if self._damaged or any(track.damaged or track.decoder.damaged for track in self._tracks):
             return True
         if self._is_gapless and any(track.has_jumps for track in self._tracks):
+            return True
+        if self._has_one_clock and any(track.left_out_gap for track in self._tracks):
             return True
         return self._is_exact and (self._declared_s or 0.0) - self.position / SAMPLE_RATE > _EXACT_S
 

@@ -264,6 +264,11 @@ class Track:
         """Whether there is silence between its frames, or time stamps jump."""
         return self.has_gaps or (self._clock is not None and self._clock.jumped)
 
+    @property
+    def left_out_gap(self) -> bool:
+        """Whether a long gap may have been taken for a new clock: what comes after it is too early then."""
+        return self._clock is not None and self._clock.left_out_gap
+
     def push(self, packet: "Packet | None") -> Iterator[Samples]:
         """Decode a packet, or None at the end, and yield the samples that are ready.
 

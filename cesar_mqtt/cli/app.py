@@ -5,15 +5,15 @@ Heavy modules are imported by the command that needs them: `--help` answers at o
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cesar_mqtt.cli import console
-from cesar_mqtt.cli.options import ServeCommand, takes_no_settings, takes_settings
+from cesar_mqtt.cli.options import ServeCommand, complete_model, takes_no_settings, takes_settings
 from cesar_mqtt.errors import CesarError, ExitCode
 
 if TYPE_CHECKING:
@@ -104,14 +104,61 @@ def _check_formats(formats: list[str] | None) -> list[str] | None:
     return formats
 
 
-def _check_format(formats: list[str] | None) -> list[str] | None:
-    if formats and len(formats) > 1:
-        raise typer.BadParameter("it takes one format")
-    return _check_formats(formats)
+def _check_job_ids(job_ids: list[str] | None) -> list[str] | None:
+    for job_id in job_ids or ():
+        _check_job_id(job_id)
+    return job_ids
+
+
+def _complete(ctx: typer.Context, find: "Callable[[Settings], list[str]]") -> list[str]:
+    """Complete a word from what a consumer knows; a shell that waits for it is told nothing of failures."""
+    with suppress(Exception):
+        from cesar_mqtt.cli.options import load
+
+        values = {"broker.url": ctx.params.get("broker"), "topic_prefix": ctx.params.get("topic_prefix")}
+        return find(load(values, ctx.params.get("config")))
+    return []
+
+
+def _complete_job_id(ctx: typer.Context, incomplete: str) -> list[str]:
+    from cesar_mqtt.cli.jobs import job_ids_that_begin
+
+    return _complete(ctx, lambda settings: job_ids_that_begin(settings, incomplete, timeout_s=_COMPLETION_S))
+
+
+def _complete_model_of_consumer(ctx: typer.Context, incomplete: str) -> list[str]:
+    from cesar_mqtt.cli.jobs import model_names
+
+    names = _complete(ctx, lambda settings: model_names(settings, timeout_s=_COMPLETION_S))
+    return [name for name in names if name.startswith(incomplete)]
 
 
 JobId = Annotated[
-    str, typer.Argument(metavar="ID", callback=_check_job_id, help="The job's id, or `current` for the running job.")
+    str,
+    typer.Argument(
+        metavar="ID",
+        callback=_check_job_id,
+        autocompletion=_complete_job_id,
+        help="The job's id or its beginning, or `current` for the running job.",
+    ),
+]
+JobIds = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="ID",
+        callback=_check_job_ids,
+        autocompletion=_complete_job_id,
+        help="Ids of jobs or their beginnings; `current` is the running job.",
+    ),
+]
+Status = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STATE",
+        callback=lambda value: _check_choice(value, _STATES),
+        autocompletion=lambda: _STATES,
+        help="All jobs in this state: " + "|".join(_STATES),
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")]
@@ -121,6 +168,7 @@ Timeout = Annotated[
 Consumer = Annotated[str | None, typer.Option(metavar="NAME", help="Ask only this consumer, where there are several.")]
 
 _TIMEOUT_S = 5.0
+_COMPLETION_S = 2.0
 
 
 @app.callback()
@@ -205,7 +253,9 @@ def demo() -> int:
 @takes_settings("broker", "topic_prefix")
 def submit(
     settings: "Settings",
-    audio: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="The recordings; - is stdin.")],
+    audio: Annotated[
+        list[str], typer.Argument(metavar="AUDIO...", help="The recordings, or folders of recordings; - is stdin.")
+    ],
     *,
     by_path: Annotated[
         bool,
@@ -218,7 +268,7 @@ def submit(
     job_id: Annotated[
         str | None, typer.Option(metavar="ID", callback=_check_job_id, help="The job's id; for one recording only.")
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=_complete_model_of_consumer)] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; default: detected.")] = None,
     task: Annotated[
         str | None,
@@ -240,8 +290,15 @@ def submit(
             "--format",
             metavar="|".join(_FORMATS),
             autocompletion=lambda: _FORMATS,
-            callback=_check_format,
-            help="Print the result in this format instead of the transcript; several recordings follow each other.",
+            callback=_check_formats,
+            help="Print the result in this format instead of the transcript; with --output-dir it may be repeated.",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a file for each recording and format into this folder (default: txt), and print its path.",
         ),
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job ids and exit.")] = False,
@@ -255,14 +312,19 @@ def submit(
         ),
     ] = False,
 ) -> int:
-    """Send recordings to a consumer, wait, and print their transcripts.
+    """Send recordings to a consumer, wait, and print each transcript as soon as it is there.
 
-    Exit code 0: all completed; 1: at least one did not, or its result did not arrive; 3: the time ran out.
+    Exit code 0: all completed; 1: at least one did not, or its result did not arrive; 3: the time ran out, or no broker
+    or consumer is there.
     """
     from cesar_mqtt.cli.submit import SubmitOptions, submit_and_wait
 
     if job_id is not None and len(audio) > 1:
         raise typer.BadParameter("it takes one recording only", param_hint="--job-id")
+    if output_dir is not None and no_wait:
+        raise typer.BadParameter("nothing is written with --no-wait", param_hint="--output-dir")
+    if result_format and len(result_format) > 1 and output_dir is None:
+        raise typer.BadParameter("only with --output-dir it takes several", param_hint="--format")
     fields = {"model_size": model, "language": language, "task": task, "priority": priority}
     return submit_and_wait(
         SubmitOptions(
@@ -270,7 +332,8 @@ def submit(
             by_path=by_path,
             job_id=job_id,
             fields={name: value for name, value in fields.items() if value is not None},
-            result_format=result_format[0] if result_format else None,
+            formats=tuple(dict.fromkeys(result_format or ())),
+            output_dir=output_dir,
             wait=not no_wait,
             timeout_s=timeout,
             as_json=as_json,
@@ -289,7 +352,7 @@ def inbox(
         bool,
         typer.Option("--by-path", help="Send only the paths: the consumer sees the same folders, in its directories."),
     ] = False,
-    model: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=_complete_model_of_consumer)] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; default: detected.")] = None,
     priority: Annotated[
         int | None,
@@ -333,7 +396,7 @@ def wyoming(
 @app.command()
 @takes_settings("broker", "topic_prefix")
 def watch(settings: "Settings", *, as_json: Json = False) -> int:
-    """Show jobs and consumers live until Ctrl-C; one line for each change where stdout is no terminal.
+    """Show jobs and consumers live until q or Ctrl-C; one line for each change where stdout is no terminal.
 
     With --json each line is an object with a topic and its payload, null if it was cleared.
     """
@@ -371,6 +434,16 @@ def show(
     settings: "Settings",
     job_id: JobId,
     *,
+    result_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="|".join(_FORMATS),
+            autocompletion=lambda: _FORMATS,
+            callback=lambda value: _check_choice(value, _FORMATS),
+            help="Print only the result in this format.",
+        ),
+    ] = None,
     as_json: Json = False,
     consumer: Consumer = None,
     timeout: Timeout = _TIMEOUT_S,
@@ -378,55 +451,60 @@ def show(
     """Print the whole status of a job, its transcript last."""
     from cesar_mqtt.cli.jobs import show
 
-    return show(settings, job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+    return show(settings, job_id, result_format=result_format, consumer=consumer, as_json=as_json, timeout_s=timeout)
+
+
+def _change(settings: "Settings", command: str, job_ids: list[str] | None, status: str | None, **options: Any) -> int:
+    from cesar_mqtt.cli.jobs import change
+
+    if not job_ids and status is None:
+        raise typer.BadParameter("name at least one job, or a state with --status", param_hint="ID")
+    return change(settings, command, job_ids or [], status=status, **options)
 
 
 @app.command()
 @takes_settings("broker", "topic_prefix")
 def cancel(
     settings: "Settings",
-    job_id: JobId,
+    job_ids: JobIds = None,
     *,
-    as_json: Json = False,
+    status: Status = None,
+    as_json: JsonLines = False,
     consumer: Consumer = None,
     timeout: Timeout = _TIMEOUT_S,
 ) -> int:
-    """Cancel a job: a queued one at once, the running one within seconds."""
-    from cesar_mqtt.cli.jobs import change
-
-    return change(settings, "cancel", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+    """Cancel jobs: a queued one at once, the running one within seconds."""
+    return _change(settings, "cancel", job_ids, status, consumer=consumer, as_json=as_json, timeout_s=timeout)
 
 
 @app.command()
 @takes_settings("broker", "topic_prefix")
 def retry(
     settings: "Settings",
-    job_id: JobId,
+    job_ids: JobIds = None,
     *,
-    as_json: Json = False,
+    status: Status = None,
+    as_json: JsonLines = False,
     consumer: Consumer = None,
     timeout: Timeout = _TIMEOUT_S,
 ) -> int:
-    """Queue a failed or cancelled job again."""
-    from cesar_mqtt.cli.jobs import change
-
-    return change(settings, "retry", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+    """Queue failed or cancelled jobs again."""
+    return _change(settings, "retry", job_ids, status, consumer=consumer, as_json=as_json, timeout_s=timeout)
 
 
 @app.command()
 @takes_settings("broker", "topic_prefix")
 def delete(
     settings: "Settings",
-    job_id: JobId,
+    job_ids: JobIds = None,
     *,
-    as_json: Json = False,
+    status: Status = None,
+    as_json: JsonLines = False,
     consumer: Consumer = None,
     timeout: Timeout = _TIMEOUT_S,
 ) -> int:
-    """Delete a job that is not running, with its status, its results and its audio."""
-    from cesar_mqtt.cli.jobs import change
-
-    return change(settings, "delete", job_id, consumer=consumer, as_json=as_json, timeout_s=timeout)
+    """Delete jobs that are not running, with their statuses, results and audio."""
+    return _change(settings, "delete", job_ids, status, consumer=consumer, as_json=as_json, timeout_s=timeout)
 
 
 @app.command()
@@ -546,7 +624,10 @@ def models_list(settings: "Settings", *, as_json: Json = False) -> int:
 @takes_settings("data_dir")
 def models_pull(
     settings: "Settings",
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as base; `models list` names them.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", autocompletion=complete_model, help="Such as base; `models list` names them."),
+    ],
 ) -> int:
     """Download a model, so that it can be used without a network, and print its folder.
 

@@ -25,6 +25,7 @@ class ControlClient:
 
     Attributes:
         consumers: whether each known consumer is online, by name.
+        broker_statistics: the newest payload on each topic below `$SYS`, as text, if they were subscribed to.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ControlClient:
             ConfigError: a broker setting is wrong.
         """
         self.consumers: dict[str, bool] = {}
+        self.broker_statistics: dict[str, str] = {}
         self._prefix = settings.topic_prefix
         self._topics = Topics(settings.topic_prefix, settings.consumer.name)
         self._timeout_s = timeout_s
@@ -51,7 +53,7 @@ class ControlClient:
         wanted = [
             Subscription(f"{self._prefix}/consumer/+/state", wants_retained=True),
             *responses,
-            *(Subscription(topic_filter) for topic_filter in also),
+            *(Subscription(topic_filter, wants_retained=topic_filter.startswith("$SYS/")) for topic_filter in also),
         ]
         self._session = Session(settings.broker, "ask", wanted)
 
@@ -202,6 +204,9 @@ class ControlClient:
         return bool(deliveries)
 
     def _process(self, delivery: Delivery) -> None:
+        if delivery.topic.startswith("$SYS/"):
+            self.broker_statistics[delivery.topic] = delivery.payload.decode(errors="replace")
+            return
         try:
             document = json.loads(delivery.payload or b"null")
         except (ValueError, RecursionError):  # any client may publish anything there

@@ -49,6 +49,10 @@ _PROTECTIONS = {
 """Those of `cesar_mqtt.audio.confinement`, in words."""
 
 
+_DROPPED_TOPICS = ("$SYS/broker/publish/messages/dropped",)
+"""Where mosquitto says how many messages it has dropped; other brokers have no such topic."""
+
+
 class Severity(StrEnum):
     """The outcome of a check."""
 
@@ -101,16 +105,18 @@ def check_broker(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     topics = Topics(settings.topic_prefix, settings.consumer.name)
     wanted = [topics.status("+"), topics.rejected]
     try:
-        client = ControlClient(settings, ["health"], timeout_s=timeout_s, also=wanted)
+        client = ControlClient(settings, ["health"], timeout_s=timeout_s, also=[*wanted, *_DROPPED_TOPICS])
         connection = client.connect()
     except CesarError as exc:
         yield Finding("broker", Severity.WRONG, exc.problem, exc.advice or "Correct that setting.")
         return
     try:
         yield Finding("broker", Severity.OK, f"{client.address} answers in MQTT {connection.protocol}")
-        yield _check_subscribing(connection.refused_filters, needed=wanted)
+        refused = tuple(topic for topic in connection.refused_filters if topic not in _DROPPED_TOPICS)
+        yield _check_subscribing(refused, needed=wanted)
         yield _check_publishing(client, topics, has_refusals=connection.protocol == "5")
         yield from _check_consumer(client)
+        yield from _check_dropped(client)
     finally:
         client.close()
 
@@ -165,6 +171,18 @@ def _check_consumer(client: ControlClient) -> Iterator[Finding]:
     yield Finding("consumer", Severity.OK, f"{names} is online and answers; uptime {uptime}")
     for message in health.get("quarantined") or ():
         yield _not_accepted(message)
+
+
+def _check_dropped(client: ControlClient) -> Iterator[Finding]:
+    """Report what mosquitto has dropped because a client did not read fast enough, such as the jobs of a consumer."""
+    dropped = client.broker_statistics.get(_DROPPED_TOPICS[0])
+    if dropped is None or not dropped.isdecimal() or int(dropped) == 0:
+        return
+    detail = f"The broker has dropped {many(int(dropped), 'message')} since its start, among them jobs perhaps"
+    advice = (
+        "Raise max_queued_messages in mosquitto.conf: by default it queues 1,000 for a client, also for one online."
+    )
+    yield Finding("queue of broker", Severity.NOTE, detail, advice)
 
 
 def _not_accepted(message: Mapping[str, Any]) -> Finding:

@@ -6,7 +6,7 @@ A consumer's response goes to stdout; everything else is an error, which the com
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,17 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from cesar_mqtt.cli import text
-from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_message, print_table
+from cesar_mqtt.cli.console import GAP, columns_that_fit, new_table, out, print_message, print_table, write
 from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.gateway.session import RequestRefusedError
-from cesar_mqtt.protocol.commands import MAX_LISTED_JOBS, MAX_RESULT_BYTES
+from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
+from cesar_mqtt.protocol.commands import CURRENT, MAX_LISTED_JOBS, MAX_RESULT_BYTES
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
 _DROPPED_FIRST = ("MODEL", "LENGTH", "ACCEPTED", "AUDIO", "STATUS")
 _AUDIO_LEAST = 12
 _TRIES = 3
+_GROUP = 2
 _OPEN = frozenset({"queued", "processing"})
 _LATER = {
     "cancel": {
@@ -77,14 +78,29 @@ def print_jobs(
     return ExitCode.OK
 
 
-def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
-    """Print the whole status of a job, the transcript last. Raises CesarError as `ControlClient` does."""
+def show(
+    settings: Settings,
+    job_id: str,
+    *,
+    result_format: str | None,
+    consumer: str | None,
+    as_json: bool,
+    timeout_s: float,
+) -> ExitCode:
+    """Print the whole status of a job, the transcript last, or only its result in a format.
+
+    Raises:
+        CesarError: as `ControlClient`; the job is unknown, or has no such result.
+    """
     quiet()
-    with ControlClient(settings, ["get", "result"], timeout_s=timeout_s) as client:
-        status = client.ask("get", {"job_id": job_id}, consumer=consumer)
+    with ControlClient(settings, ["get", "result", "list"], timeout_s=timeout_s) as client:
+        status = _ask_for_job(client, "get", job_id, consumer)
+        if result_format is not None:
+            write(_whole_result(client, str(status["job_id"]), result_format, consumer).encode())
+            return ExitCode.OK
         if status.get("result_truncated") and status.get("status") == "completed":
             status |= {
-                "result_text": _whole_transcript(client, str(status["job_id"]), consumer),
+                "result_text": _whole_result(client, str(status["job_id"]), "txt", consumer),
                 "result_truncated": False,
             }
     if as_json:
@@ -98,19 +114,102 @@ def show(settings: Settings, job_id: str, *, consumer: str | None, as_json: bool
 
 
 def change(
-    settings: Settings, command: str, job_id: str, *, consumer: str | None, as_json: bool, timeout_s: float
+    settings: Settings,
+    command: str,
+    job_ids: Sequence[str],
+    *,
+    status: str | None,
+    consumer: str | None,
+    as_json: bool,
+    timeout_s: float,
 ) -> ExitCode:
-    """Cancel, retry or delete a job and print its state. Raises CesarError as `ControlClient` does."""
+    """Cancel, retry or delete jobs and print the state of each; a refusal does not stop the others.
+
+    Args:
+        settings: name the broker and the topic prefix.
+        command: `cancel`, `retry` or `delete`.
+        job_ids: ids, or beginnings of ids that are unique.
+        status: also all jobs in this state; None: none.
+        consumer: the consumer to ask; None: all that are online.
+        as_json: print one JSON object a line.
+        timeout_s: the longest wait for the broker, and for each response.
+
+    Raises:
+        CesarError: see `ControlClient`.
+    """
     quiet()
-    with ControlClient(settings, [command], timeout_s=timeout_s) as client:
-        done = client.ask(command, {"job_id": job_id}, consumer=consumer)
+    code = ExitCode.OK
+    with ControlClient(settings, [command, "list"], timeout_s=timeout_s) as client:
+        found = [(job_id, consumer) for job_id in job_ids]
+        if status is not None:
+            found += [(job["job_id"], job["consumer"]) for job in _all_jobs(client, status, consumer)]
+        if not found:
+            print_message(f"No job is {status}.")
+        for job_id, owner in found:
+            try:
+                done = _ask_for_job(client, command, job_id, owner)
+            except RequestRefusedError as exc:
+                print_message(str(exc))
+                code = ExitCode.FAILED
+            else:
+                _print_change(command, done, as_json=as_json)
+    return code
+
+
+def job_ids_that_begin(settings: Settings, beginning: str, *, timeout_s: float) -> list[str]:
+    """Return the ids of jobs for the completion of a shell, the newest first. Raises CesarError."""
+    quiet()
+    with ControlClient(settings, ["list"], timeout_s=timeout_s) as client:
+        ids = [str(job["job_id"]) for job in _all_jobs(client, None, None)]
+    return [job_id for job_id in reversed(ids) if job_id.startswith(beginning)]
+
+
+def model_names(settings: Settings, *, timeout_s: float) -> list[str]:
+    """Return the names of the models that the consumers have. Raises CesarError."""
+    quiet()
+    answers = _ask_each(settings, "models", None, timeout_s)
+    return sorted({str(model["name"]) for answer in answers for model in answer["models"]})
+
+
+def _ask_for_job(client: ControlClient, command: str, job_id: str, consumer: str | None) -> dict[str, Any]:
+    """Ask about the job with this id, or else about the only one whose id begins so.
+
+    Raises:
+        RequestRefusedError: the consumer did not execute the command, or several ids begin so.
+    """
+    try:
+        return client.ask(command, {"job_id": job_id}, consumer=consumer)
+    except (RequestRefusedError, NoAnswerError) as exc:
+        is_silence = isinstance(exc, NoAnswerError)  # in a group only the owner of a job responds
+        if job_id == CURRENT or (is_silence and len(client.online) < _GROUP):
+            raise
+        ids = {str(job["job_id"]) for job in _all_jobs(client, None, consumer)}
+        meant = sorted(each for each in ids if each.startswith(job_id))
+        if job_id in ids or not meant:
+            raise
+    if len(meant) > 1:
+        shown = text.listed([text.printable(each) for each in meant])
+        raise RequestRefusedError(f"{len(meant)} job ids begin with {job_id}: {shown}.")
+    return client.ask(command, {"job_id": meant[0]}, consumer=consumer)
+
+
+def _all_jobs(client: ControlClient, status: str | None, consumer: str | None) -> list[dict[str, Any]]:
+    """Return the jobs of the consumers, oldest first, each with its consumer."""
+    return [
+        {**job, "consumer": page.get("consumer", each)}
+        for each in client.targets(consumer)
+        for page in _pages(client, status, each)
+        for job in page["jobs"]
+    ]
+
+
+def _print_change(command: str, done: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         out(json.dumps(done, ensure_ascii=False))
-        return ExitCode.OK
+        return
     state = str(done.get("status"))
     sentence = _LATER[command].get(state, f"Job {{}} is {text.printable(state)}.")
     out(sentence.format(text.printable(str(done.get("job_id")))))
-    return ExitCode.OK
 
 
 def pause(settings: Settings, *, on: bool, consumer: str | None, as_json: bool, timeout_s: float) -> ExitCode:
@@ -177,15 +276,15 @@ def _pages(client: ControlClient, status: str | None, consumer: str | None) -> I
             return
 
 
-def _whole_transcript(client: ControlClient, job_id: str, consumer: str | None) -> str:
-    """Return a transcript that does not fit one packet, page by page."""
-    transcript, more, offset = "", True, 0
+def _whole_result(client: ControlClient, job_id: str, result_format: str, consumer: str | None) -> str:
+    """Return a result, which may not fit one packet, page by page."""
+    result, more, offset = "", True, 0
     while more:
-        asked = {"job_id": job_id, "format": "txt", "offset": offset, "length": MAX_RESULT_BYTES}
+        asked = {"job_id": job_id, "format": result_format, "offset": offset, "length": MAX_RESULT_BYTES}
         page = client.ask("result", asked, consumer=consumer)
-        transcript += page["text"]
+        result += page["text"]
         more, offset = page["more"], page["offset"] + page["length"]
-    return transcript
+    return result
 
 
 def _print_jobs(found: list[dict[str, Any]]) -> None:

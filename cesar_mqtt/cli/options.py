@@ -21,6 +21,14 @@ Command = Callable[..., int]
 _BARE_FLAGS: Mapping[str, str] = {"--web": "127.0.0.1:8188", "--wyoming": "127.0.0.1:10300"}
 """Flags whose value may be left out, and what it then is."""
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """Complete the name of a model that can be downloaded."""
+    from cesar_mqtt.whisper.hub import REPOSITORIES  # noqa: PLC0415 - see above
+
+    return [name for name in REPOSITORIES if name.startswith(incomplete)]
+
+
 # Each flag that is a setting, by its parameter's name: the setting's dotted name and the flag's type.
 _FLAGS: Mapping[str, tuple[str, Any]] = {
     "broker": (
@@ -46,7 +54,14 @@ _FLAGS: Mapping[str, tuple[str, Any]] = {
     ),
     "model": (
         "models.default",
-        Annotated[str | None, typer.Option(metavar="NAME", help="The model of jobs that name none.")],
+        Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME",
+                autocompletion=complete_model,
+                help="The model of jobs that name none.",
+            ),
+        ],
     ),
     "name": (
         "consumer.name",

@@ -1,6 +1,7 @@
 """Durations, sizes, times and untrusted text as a person reads them; pure, any thread may call these."""
 
 import math
+from collections.abc import Sequence
 from datetime import datetime
 
 _MINUTE_S = 60
@@ -76,3 +77,9 @@ def number(value: object) -> float | None:
 def many(number: int, noun: str) -> str:
     """Format a number of things: 1 job, 2 jobs."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """List names, of very many only the first: a.wav, b.wav and 7 more."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -4,11 +4,12 @@ Home Assistant renders the templates in here for each message (`value`, `value_j
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from cesar_mqtt import __version__
 from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.languages import CODES
 from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
 
@@ -23,6 +24,8 @@ PAUSE_SWITCH = "pause/set"
 _STATE_CHARACTERS = 255
 """The longest state that Home Assistant accepts; it logs a longer one in full."""
 _PRODUCT = "cesar-mqtt"
+_DETECTED = "auto"
+"""The choice of the default language that has it detected."""
 _JOBS = "jobs"
 
 
@@ -44,10 +47,17 @@ def discovery_filters(consumer: str, *, prefix: str) -> tuple[str, str]:
     return f"{prefix}/device/{device_id(consumer)}/config", f"{prefix}/+/{device_id(consumer)}/+/config"
 
 
-def discovery_messages(topics: Topics, *, mode: Mode, prefix: str, page: str | None = None) -> dict[str, bytes]:
+def discovery_messages(
+    topics: Topics, *, mode: Mode, prefix: str, models: Sequence[str] = (), page: str | None = None
+) -> dict[str, bytes]:
     """Return the retained messages that announce a consumer, by topic.
 
-    `page`: the address of the consumer's web page, which Home Assistant links to; None: it has none.
+    Args:
+        topics: those of the consumer.
+        mode: one message or one for each entity.
+        prefix: Home Assistant's prefix of discovery topics.
+        models: the names to choose the default model from; without any it cannot be chosen.
+        page: the address of the consumer's web page; None: it has none.
 
     Home Assistant rejects a device's whole message if it does not know one key at its root, or an entity has no
     `unique_id`; and keys at the root reach the entities in some versions only. So each entity repeats all keys.
@@ -55,11 +65,11 @@ def discovery_messages(topics: Topics, *, mode: Mode, prefix: str, page: str | N
     common = {"device": _device(topics.consumer, page), "origin": {"name": _PRODUCT, "sw_version": __version__}}
     name = device_id(topics.consumer)
     if mode == "device":
-        components = {key: {"platform": platform, **fields} for key, platform, fields in _entities(topics)}
+        components = {key: {"platform": platform, **fields} for key, platform, fields in _entities(topics, models)}
         return {f"{prefix}/device/{name}/config": _encode({**common, "components": components})}
     return {
         f"{prefix}/{platform}/{name}/{key}/config": _encode({**fields, **common})
-        for key, platform, fields in _entities(topics)
+        for key, platform, fields in _entities(topics, models)
     }
 
 
@@ -79,14 +89,24 @@ def _device(consumer: str, page: str | None) -> dict[str, Any]:
     }
 
 
-def _entities(topics: Topics) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _entities(topics: Topics, models: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield key, platform and configuration of each entity. Keys never change: users' entities depend on them."""
     for platform, entities in (
         ("binary_sensor", _binary_sensors(topics)),
-        ("sensor", {**_queue_sensors(topics), **_total_sensors(topics), **_text_sensors(topics)}),
+        (
+            "sensor",
+            {
+                **_queue_sensors(topics),
+                **_job_sensors(topics),
+                **_total_sensors(topics),
+                **_text_sensors(topics),
+                **_diagnostic_sensors(topics),
+            },
+        ),
         ("event", _events(topics)),
         ("notify", _notifiers(topics)),
         ("switch", _switches(topics)),
+        ("select", _selects(topics, models)),
         ("button", _buttons(topics)),
     ):
         for key, fields in entities.items():
@@ -131,6 +151,38 @@ def _queue_sensors(topics: Topics) -> Entities:
     return {"activity": {**queue_topic, **activity}, "queued": {**queue_topic, **queued}}
 
 
+def _job_sensors(topics: Topics) -> Entities:
+    """Describe the sensors of the running job."""
+    queue_topic = {**_only_online(topics), "state_topic": topics.own("queue")}
+    return {
+        "progress": {
+            **queue_topic,
+            "name": "Progress",
+            "icon": "mdi:percent-circle-outline",
+            "unit_of_measurement": "%",
+            "value_template": "{{ (value_json.progress * 100) | round if value_json.progress is number else 'None' }}",
+        },
+        "eta": {
+            **queue_topic,
+            "name": "Ready at",
+            "device_class": "timestamp",
+            # Ten seconds: an estimate that moves by less is no change of the state.
+            "value_template": (
+                "{% if value_json.eta is number %}"
+                "{% set tens = ((as_timestamp(now()) + value_json.eta) / 10) | round %}"
+                "{{ (tens * 10) | timestamp_utc }}"
+                "{% else %}None{% endif %}"
+            ),
+        },
+        "current_recording": {
+            **queue_topic,
+            "name": "Current recording",
+            "icon": "mdi:file-music",
+            "value_template": f"{{{{ (value_json.audio_source or 'None')[:{_STATE_CHARACTERS}] }}}}",
+        },
+    }
+
+
 def _total_sensors(topics: Topics) -> Entities:
     names = {"completed": "Completed", "error": "Errors", "cancelled": "Cancelled", "rejected": "Rejected"}
     return {
@@ -155,8 +207,17 @@ def _text_sensors(topics: Topics) -> Entities:
         **_kept_text(
             topics.own("last"),
             when="value_json.text is string",
-            text="value_json.text",
-            attributes=("text", "text_truncated", "job_id", "language", "audio_duration", "completed_at"),
+            text="'no speech' if value_json.no_speech else value_json.text",
+            attributes=(
+                "text",
+                "text_truncated",
+                "no_speech",
+                "job_id",
+                "audio_source",
+                "language",
+                "audio_duration",
+                "completed_at",
+            ),
         ),
     }
     failed = {
@@ -164,13 +225,73 @@ def _text_sensors(topics: Topics) -> Entities:
         "icon": "mdi:alert-circle-outline",
         "entity_category": "diagnostic",
         **_kept_text(
-            topics.events,
-            when=f"value_json.event_type == 'error' and value_json.consumer == '{topics.consumer}'",
+            topics.own("last_error"),
+            when="value_json.error_message is string",
             text="value_json.error_message",
-            attributes=("error_code", "error_message", "job_id", "attempt", "time"),
+            attributes=("error_code", "error_message", "job_id", "audio_source", "completed_at"),
         ),
     }
-    return {"last_transcript": transcript, "last_error": failed}
+    rejected = {
+        "name": "Last rejection",
+        "icon": "mdi:email-remove-outline",
+        "entity_category": "diagnostic",
+        **_kept_text(
+            topics.rejected,
+            when="value_json.detail is string",
+            text="value_json.detail",
+            attributes=("reason", "detail", "topic", "job_id", "received_at"),
+        ),
+    }
+    return {"last_transcript": transcript, "last_error": failed, "last_rejection": rejected}
+
+
+def _diagnostic_sensors(topics: Topics) -> Entities:
+    size = {"device_class": "data_size", "unit_of_measurement": "B", "suggested_display_precision": 1}
+    measured = {"state_topic": topics.own("health"), "state_class": "measurement", **_only_online(topics)}
+    info = {"state_topic": topics.own("info")}
+    last = {"state_topic": topics.own("last"), "unit_of_measurement": "s", "device_class": "duration"}
+    sensors = {
+        "oldest_waiting": {
+            **_only_online(topics),
+            "name": "Oldest waiting",
+            "state_topic": topics.own("queue"),
+            "device_class": "duration",
+            "unit_of_measurement": "s",
+            "value_template": "{{ value_json.oldest_age | round if value_json.oldest_age is number else 0 }}",
+        },
+        "disk_free": {
+            **measured,
+            **size,
+            "name": "Free space",
+            "suggested_unit_of_measurement": "GB",
+            "value_template": "{{ value_json.disk_free_bytes if value_json.disk_free_bytes is number else 'None' }}",
+        },
+        "memory": {
+            **measured,
+            **size,
+            "name": "Memory",
+            "suggested_unit_of_measurement": "MB",
+            "value_template": "{{ value_json.rss_bytes }}",
+        },
+        "started": {
+            **info,
+            "name": "Started",
+            "device_class": "timestamp",
+            "value_template": "{{ value_json.started_at }}",
+        },
+        "device": {
+            **info,
+            "name": "Computes on",
+            "icon": "mdi:chip",
+            "value_template": "{{ value_json.device }} {{ value_json.compute_type }}",
+        },
+        "last_duration": {
+            **last,
+            "name": "Length of the last recording",
+            "value_template": "{{ value_json.audio_duration if value_json.audio_duration is number else 'None' }}",
+        },
+    }
+    return {key: {"entity_category": "diagnostic", **fields} for key, fields in sensors.items()}
 
 
 def _kept_text(topic: str, *, when: str, text: str, attributes: tuple[str, ...]) -> dict[str, Any]:
@@ -180,7 +301,8 @@ def _kept_text(topic: str, *, when: str, text: str, attributes: tuple[str, ...])
     `icon`: Home Assistant omits those. `None` is its word for an unknown state.
     """
     kept = "{{ 'None' if this.state in ('unknown', 'unavailable') else this.state }}"
-    start = f"{{{{ {text}[:{_STATE_CHARACTERS}] }}}}"
+    when = f"value != '' and {when}"  # empty: the message was cleared
+    start = f"{{{{ ({text})[:{_STATE_CHARACTERS}] }}}}"
     wanted = ", ".join(f"'{name}': told.get('{name}')" for name in attributes)
     return {
         "state_topic": topic,
@@ -211,9 +333,10 @@ def _notifiers(topics: Topics) -> Entities:
         "icon": "mdi:file-music-outline",
         "command_topic": topics.jobs,
         "command_template": (
-            "{% set is_url = (value | trim | lower).startswith(('http://', 'https://')) %}"
-            "{% set field = 'audio_url' if is_url else 'audio_path' %}"
-            "{{ {field: value} | tojson }}"
+            "{% set text = value | trim %}"
+            "{% if text.startswith('{') %}{{ text }}{% else %}"
+            "{% set is_url = (text | lower).startswith(('http://', 'https://')) %}"
+            "{{ {'audio_url' if is_url else 'audio_path': text} | tojson }}{% endif %}"
         ),
     }
     return {"submit": submit}
@@ -223,6 +346,7 @@ def _switches(topics: Topics) -> Entities:
     paused = {
         **_only_online(topics),
         "name": "Pause",
+        "entity_category": "config",
         "icon": "mdi:pause-circle-outline",
         "state_topic": topics.own("queue"),
         "value_template": "{{ 'ON' if value_json.paused else 'OFF' }}",
@@ -231,15 +355,52 @@ def _switches(topics: Topics) -> Entities:
     return {"paused": paused}
 
 
-def _buttons(topics: Topics) -> Entities:
-    cancel = {
+def _selects(topics: Topics, models: Sequence[str]) -> Entities:
+    """Describe what jobs get that name no model and no language; the command `set` changes it."""
+    choice = {
         **_only_online(topics),
-        "name": "Cancel current job",
-        "icon": "mdi:cancel",
-        "command_topic": f"{topics.prefix}/request/cancel",
-        "payload_press": json.dumps({"job_id": "current", "consumer": topics.consumer}),
+        "entity_category": "config",
+        "state_topic": topics.own("info"),
+        "command_topic": f"{topics.prefix}/request/set",
     }
-    return {"cancel": cancel}
+
+    def choose(field: str) -> str:
+        return f"{{{{ {{'{field}': value, 'consumer': '{topics.consumer}'}} | tojson }}}}"
+
+    language = {
+        **choice,
+        "name": "Default language",
+        "icon": "mdi:translate",
+        "options": [_DETECTED, *CODES],
+        "value_template": f"{{{{ value_json.default_language or '{_DETECTED}' }}}}",
+        "command_template": choose("default_language"),
+    }
+    model = {
+        **choice,
+        "name": "Default model",
+        "icon": "mdi:brain",
+        "options": list(models),
+        "value_template": "{{ value_json.default_model }}",
+        "command_template": choose("default_model"),
+    }
+    return {"default_language": language} | ({"default_model": model} if models else {})
+
+
+def _buttons(topics: Topics) -> Entities:
+    def button(name: str, icon: str, command: str, **fields: str) -> dict[str, Any]:
+        return {
+            **_only_online(topics),
+            "name": name,
+            "icon": f"mdi:{icon}",
+            "command_topic": f"{topics.prefix}/request/{command}",
+            "payload_press": json.dumps({**fields, "consumer": topics.consumer}),
+        }
+
+    return {
+        "cancel": button("Cancel current job", "cancel", "cancel", job_id="current"),
+        "cancel_all": button("Cancel all jobs", "playlist-remove", "cancel_all"),
+        "retry_last": button("Retry last failure", "replay", "retry_last"),
+    }
 
 
 def _only_online(topics: Topics) -> dict[str, Any]:

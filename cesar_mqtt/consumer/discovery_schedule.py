@@ -55,11 +55,10 @@ class DiscoverySchedule:
         self._stale = tuple(stale)
 
     def on_connected(self) -> None:
-        if not self._messages:
-            return
         for topic in self._stale:
             self._own_topics.retain(topic, b"")
-        self._due = self._monotonic() + (_WITHDRAWAL_S if self._stale else 0.0)
+        if self._messages:
+            self._due = self._monotonic() + (_WITHDRAWAL_S if self._stale else 0.0)
         self._stale = ()
 
     def on_birth_message(self) -> None:
@@ -93,7 +92,8 @@ class AnnouncedTopics:
         """The file may be missing."""
         self._path = path
         self._disk = disk or Disk()
-        self._topics: frozenset[str] = frozenset()
+        self._topics: frozenset[str] | None = None
+        """None: `record` was not called."""
 
     def record(self, topics: Iterable[str]) -> frozenset[str]:
         """Record on disk that these topics are used from now on, and return the others, which are stale."""
@@ -104,7 +104,7 @@ class AnnouncedTopics:
 
     def remove_stale(self) -> None:
         """Record that the stale topics have been cleared."""
-        if self._topics:
+        if self._topics is not None:
             self._write(self._topics)
 
     def _read(self) -> frozenset[str]:

@@ -40,8 +40,11 @@ class OwnTopics:
             topic.version += 1
 
     def take_due(self, *, without: Collection[str] = ()) -> Iterator[tuple[str, bytes, int]]:
-        """Yield what has to be sent: name, payload, and the version for `acknowledge`. It counts as in flight then."""
-        for name, topic in self._topics.items():
+        """Yield what has to be sent: name, payload, and the version for `acknowledge`. It counts as in flight then.
+
+        `state` comes last: who sees `online` has the activity of this start then, and not the one before the last stop.
+        """
+        for name, topic in sorted(self._topics.items(), key=lambda item: item[0] == "state"):
             if name not in without and topic.version not in (topic.acknowledged, topic.in_flight):
                 topic.in_flight = topic.version
                 topic.retained = (*topic.retained, (topic.version, topic.payload))

@@ -23,7 +23,15 @@ from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError, Refusal
-from cesar_mqtt.protocol.consumer_payloads import Activity, ConsumerState, Quarantined, last_of, queue_of, totals_of
+from cesar_mqtt.protocol.consumer_payloads import (
+    Activity,
+    ConsumerState,
+    Quarantined,
+    last_error_of,
+    last_of,
+    queue_of,
+    totals_of,
+)
 from cesar_mqtt.protocol.fields import Payload
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection
 from cesar_mqtt.protocol.topics import Topics
@@ -175,7 +183,8 @@ class Publisher(StoppableThread, JobObserver):
         self._discovery = DiscoverySchedule(self._own_topics, monotonic=monotonic)
         self._transient_messages = TransientMessages(monotonic=monotonic)
         self._activity = ActivityTracker()
-        self._last_finished: Job | None = None
+        self._last: dict[JobState, Job] = {}
+        """The last completed job, and the last one that failed."""
         self._progress: tuple[Job, JobProgress] | None = None
         self._progress_is_stale = False
         self._progress_due = 0.0
@@ -270,8 +279,8 @@ class Publisher(StoppableThread, JobObserver):
         self._post(lambda: self._check_retained(payload))
 
     def on_finished(self, job: Job) -> None:
-        """Publish the job that finished last."""
-        self._post(lambda: self._set_last_finished(job))
+        """Publish the job that was completed, or has failed, last."""
+        self._post(lambda: self._set_last(job))
 
     @property
     def in_flight(self) -> int:
@@ -473,13 +482,24 @@ class Publisher(StoppableThread, JobObserver):
         self._activity.draining = True
         self._queue_is_stale = True
 
-    def _set_last_finished(self, job: Job) -> None:
-        self._last_finished = job
-        self._own_topics.retain("last", last_of(job).encode())
+    def _set_last(self, job: Job) -> None:
+        self._last[job.state] = job
+        if job.state is JobState.COMPLETED:
+            self._own_topics.retain("last", last_of(job).encode())
+        elif job.state is JobState.ERROR:
+            self._own_topics.retain("last_error", last_error_of(job).encode())
+
+    def _forget_last(self, seq: int) -> None:
+        """Publish no text and no message of a job any more, which was deleted."""
+        for job in self._last.values():
+            if job.seq == seq and job.state is JobState.COMPLETED:
+                self._own_topics.retain("last", last_of(job._replace(result_text=None)).encode())
+            elif job.seq == seq and job.state is JobState.ERROR:
+                self._own_topics.retain("last_error", b"")
 
     def _set_progress(self, job: Job, progress: JobProgress) -> None:
         self._progress = (job, progress)
-        self._progress_is_stale = True
+        self._progress_is_stale = self._queue_is_stale = True
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -537,7 +557,9 @@ class Publisher(StoppableThread, JobObserver):
             self._queue_is_stale = False
             self._queue_due = self._monotonic() + _MIN_INTERVAL_S
             totals = self._ledger.totals()
-            queue = queue_of(totals, self._activity.current(totals), self._clock())
+            running = None if totals.processing is None else self._ledger.get(totals.processing)
+            progress = None if running is None else self.progress_of(running)
+            queue = queue_of(totals, self._activity.current(totals), self._clock(), running, progress)
             self._own_topics.retain("queue", queue.encode())
         self._discovery.run_once()
         for name, payload, version in self._own_topics.take_due(without=_in_units("own", without)):
@@ -587,8 +609,7 @@ class Publisher(StoppableThread, JobObserver):
             return
         in_flight = {sent.ack.seq for sent in self._in_flight.values() if isinstance(sent.ack, ClearAck)}
         for deleted in self._ledger.pending_clears(self._room, exclude=in_flight | _in_units("clear", without)):
-            if self._last_finished is not None and self._last_finished.seq == deleted.seq:
-                self._set_last_finished(self._last_finished._replace(result_text=None))
+            self._forget_last(deleted.seq)
             if not self._publish_in_order(self._job_messages.of_deletion(deleted), ClearAck(deleted.seq)):
                 return
 

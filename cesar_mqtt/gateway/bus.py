@@ -343,9 +343,14 @@ def _end(future: "Future[T]", *, result: T | None = None, error: BaseException |
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
-    """Return the JSON object of a message; empty for everything else: any client may publish anything."""
+    """Return the JSON object of a message; empty for everything else: any client may publish anything.
+
+    Half a surrogate pair, which neither UTF-8 nor SQLite can hold, becomes a question mark.
+    """
     try:
         document = json.loads(payload or b"null")
+        if b"\\u" in payload:
+            document = json.loads(json.dumps(document, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

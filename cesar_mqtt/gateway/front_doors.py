@@ -1,11 +1,13 @@
 """The front doors that `serve` opens beside its consumer, and what it needs to know of each."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from cesar_mqtt.config import BrokerSettings, Settings, WyomingSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
+from cesar_mqtt.protocol.consumer_payloads import WebhookHealth
 from cesar_mqtt.protocol.topics import Topics
 
 _USER_INFO = re.compile(r"(?<=://)[^/]*@")
@@ -60,7 +62,21 @@ def create_front_doors(settings: Settings, broker: BrokerSettings, topics: Topic
         found.append(("transcript-writer", writer))
     if settings.wyoming.listen is not None:
         found.append(("wyoming", create_wyoming(settings.wyoming, broker, topics)))
+    if settings.webhook.url is not None:
+        from cesar_mqtt.gateway.webhook import Webhook  # noqa: PLC0415 - only where it is wanted
+
+        hosts = settings.webhook.allowed_hosts
+        allowed_hosts = settings.audio.allowed_hosts if hosts is None else hosts
+        webhook = Webhook(settings.webhook, broker, topics, allowed_hosts=allowed_hosts, data_dir=settings.data_dir)
+        found.append(("webhook", webhook))
     return found
+
+
+def webhook_health(front_doors: Sequence[tuple[str, FrontDoor]]) -> WebhookHealth | None:
+    """Return what becomes of the webhook's requests; None: there is no webhook."""
+    from cesar_mqtt.gateway.webhook import Webhook  # noqa: PLC0415 - only where it is wanted
+
+    return next((door.health() for _, door in front_doors if isinstance(door, Webhook)), None)
 
 
 def create_wyoming(settings: WyomingSettings, broker: BrokerSettings, topics: Topics) -> FrontDoor:

@@ -4,7 +4,7 @@ from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from cesar_mqtt.gateway.bus import Bus
-from cesar_mqtt.gateway.session import NoAnswerError
+from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
 
 _PAGE_S = 10.0
 """The longest wait for one page; a consumer answers commands while it transcribes."""
@@ -15,16 +15,17 @@ def fetch_result(bus: Bus, job_id: str, result_format: str, *, consumer: str | N
 
     Raises:
         NoAnswerError: the consumer is not online, or did not answer.
-        RequestRefusedError: there is no such result any more.
+        RequestRefusedError: there is no such result any more, or the response is not the contract's.
     """
-    pages: list[str] = []
-    offset, more = 0, True
+    result, more = bytearray(), True
     while more:
-        fields = {"job_id": job_id, "format": result_format, "offset": offset}
+        fields = {"job_id": job_id, "format": result_format, "offset": len(result)}
         try:
             page = bus.command("result", fields, consumer=consumer, timeout_s=_PAGE_S).result(2 * _PAGE_S)
         except (FutureTimeoutError, CancelledError) as exc:
             raise NoAnswerError("The bus was closed.", "") from exc
-        pages.append(str(page["text"]))
-        offset, more = int(page["offset"]) + int(page["length"]), bool(page["more"])
-    return "".join(pages).encode()
+        text, more = page.get("text"), page.get("more") is True
+        if not isinstance(text, str) or (more and not text):
+            raise RequestRefusedError("The consumer's response cannot be read.")
+        result += text.encode(errors="replace")
+    return bytes(result)

@@ -9,9 +9,9 @@ import queue
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
 
 from cesar_mqtt.config import BrokerSettings, OutputSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError, LedgerError
@@ -23,7 +23,7 @@ from cesar_mqtt.gateway.status_records import StatusRecords
 from cesar_mqtt.gateway.transcript_files import file_name, write_transcripts
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
-from cesar_mqtt.protocol.fields import timestamp
+from cesar_mqtt.protocol.fields import FORMATS, timestamp
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.threads import StoppableThread
 
@@ -63,9 +63,11 @@ class TranscriptWriter(StoppableThread):
         self._formats = settings.formats
         self._has_inbox = has_inbox
         self._status_level = topics.status("")
-        self._arrived: queue.SimpleQueue[tuple[str, Mapping[str, Any]] | None] = queue.SimpleQueue()
-        self._waiting: dict[str, Mapping[str, Any]] = {}
-        """The statuses `completed` whose transcripts are not written yet."""
+        self._arrived: queue.SimpleQueue[_Arrived | None] = queue.SimpleQueue()
+        self._waiting: dict[str, _Completed] = {}
+        """The jobs whose transcripts are not written yet."""
+        self._tried: set[str] = set()
+        """Those of them that wait for the next attempt."""
         self._retry_at = 0.0
         self._records = StatusRecords(data_dir / "output.sqlite", now=timestamp(time.time()))
         self._bus = Bus(
@@ -99,11 +101,16 @@ class TranscriptWriter(StoppableThread):
     def _on_message(self, delivery: Delivery) -> None:
         if delivery.topic.startswith(self._status_level):
             job_id = delivery.topic.removeprefix(self._status_level)
-            self._arrived.put((job_id, json_object(delivery.payload)))
+            status = json_object(delivery.payload)
+            self._arrived.put(_Arrived(job_id, _completed(job_id, status), is_cleared=not delivery.payload))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self.run_once(_RETRY_S)
+            try:
+                self.run_once(_RETRY_S)
+            except LedgerError as exc:
+                log.error("%s", exc, action="output_failed")
+                self._stopping.wait(_RETRY_S)
 
     def run_once(self, timeout_s: float) -> None:
         """Wait for a status, at most so long, and write what is completed."""
@@ -112,46 +119,43 @@ class TranscriptWriter(StoppableThread):
             while True:
                 self._take(self._arrived.get_nowait())
         now = time.monotonic()
-        retry = now >= self._retry_at
-        for job_id, status in list(self._waiting.items()):
+        if now >= self._retry_at:
+            self._retry_at = now + _RETRY_S
+            self._tried.clear()
+        for job_id, job in list(self._waiting.items()):
             if self._stopping.is_set():
                 return
-            if retry or "tried" not in status:
-                self._waiting[job_id] = {**status, "tried": True}
-                self._write(job_id, status)
-        if retry:
-            self._retry_at = now + _RETRY_S
+            if job_id not in self._tried:
+                self._tried.add(job_id)
+                self._write(job_id, job)
 
-    def _take(self, arrived: tuple[str, Mapping[str, Any]] | None) -> None:
+    def _take(self, arrived: "_Arrived | None") -> None:
         if arrived is None:
             return
-        job_id, status = arrived
-        if status.get("status") == "completed" and self._is_wanted(job_id, status):
-            self._waiting[job_id] = status
+        job_id, job, is_cleared = arrived
+        self._tried.discard(job_id)
+        if is_cleared:
+            self._records.remove(job_id)
+        if job is not None and self._is_wanted(job_id, job):
+            self._waiting[job_id] = job
         else:
             self._waiting.pop(job_id, None)
-            if not status:
-                self._records.remove(job_id)
 
-    def _is_wanted(self, job_id: str, status: Mapping[str, Any]) -> bool:
-        if self._has_inbox and _metadata(status).get("source") == SOURCE:
-            return False
-        if str(status.get("completed_at")) < self._records.since:
+    def _is_wanted(self, job_id: str, job: "_Completed") -> bool:
+        if (self._has_inbox and job.is_from_inbox) or job.completed_at < self._records.since:
             return False
         known = self._records.get(job_id)
-        return known is None or known[0] != status.get("completed_at")
+        return known is None or known[0] != job.completed_at
 
-    def _write(self, job_id: str, status: Mapping[str, Any]) -> None:
+    def _write(self, job_id: str, job: "_Completed") -> None:
         # The consumer has stored the times of a job that asked for formats, of every other one the text alone.
-        asked = [str(name) for name in status.get("formats", ())]
-        formats = dict.fromkeys((*self._formats, *asked) if asked else ("txt",))
-        consumer = status.get("consumer")
+        formats = dict.fromkeys((*self._formats, *job.formats) if job.formats else ("txt",))
         known = self._records.get(job_id)
         own = [Path(path) for path in json.loads(known[1])] if known else []
         try:
-            results = {name: fetch_result(self._bus, job_id, name, consumer=consumer) for name in formats}
-            written = write_transcripts(self._folder, _name(job_id, status), results, own=own)
-            self._records.put(job_id, str(status.get("completed_at")), json.dumps([str(path) for path in written]))
+            results = {name: fetch_result(self._bus, job_id, name, consumer=job.consumer) for name in formats}
+            written = write_transcripts(self._folder, job.name, results, own=own)
+            self._records.put(job_id, job.completed_at, json.dumps([str(path) for path in written]))
         except RequestRefusedError as exc:
             log.warning("No transcript is written: %s", exc, action="output_failed", job_id=job_id)
             self._waiting.pop(job_id)
@@ -165,15 +169,40 @@ class TranscriptWriter(StoppableThread):
             log.info("Wrote %s", ", ".join(map(str, written)), action="output_written", job_id=job_id)
 
 
-def _metadata(status: Mapping[str, Any]) -> Mapping[str, Any]:
-    metadata = status.get("metadata")
-    return metadata if isinstance(metadata, dict) else {}
+class _Arrived(NamedTuple):
+    """A status that was published."""
+
+    job_id: str
+    job: "_Completed | None"
+    is_cleared: bool
 
 
-def _name(job_id: str, status: Mapping[str, Any]) -> str:
-    """Return the name of the recording as a file name; of an upload without a name the job's id."""
-    named = _metadata(status).get("file")
-    source = str(status.get("audio_source") or "upload")
+@dataclass(frozen=True, slots=True)
+class _Completed:
+    """What a status says of a completed job; any client may have published it."""
+
+    completed_at: str
+    name: str
+    """The name of the recording, as a file name; of an upload without a name the job's id."""
+    formats: tuple[str, ...]
+    """Those that the job asked for."""
+    consumer: str | None
+    is_from_inbox: bool
+
+
+def _completed(job_id: str, status: Mapping[str, Any]) -> _Completed | None:
+    """Read a status; None: the job is not completed."""
+    if status.get("status") != "completed":
+        return None
+    metadata, formats, consumer = (status.get(name) for name in ("metadata", "formats", "consumer"))
+    metadata = metadata if isinstance(metadata, dict) else {}
+    named, source = metadata.get("file"), str(status.get("audio_source") or "upload")
     if not isinstance(named, str):
-        named = job_id if source == "upload" else urlsplit(source).path if "://" in source else source
-    return file_name(named)
+        named = job_id if source == "upload" else source
+    return _Completed(
+        completed_at=str(status.get("completed_at")),
+        name=file_name(named),
+        formats=tuple(name for name in FORMATS if name in formats) if isinstance(formats, list) else (),
+        consumer=consumer if isinstance(consumer, str) else None,
+        is_from_inbox=metadata.get("source") == SOURCE,
+    )

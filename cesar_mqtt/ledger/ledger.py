@@ -922,10 +922,11 @@ class Ledger:
         row = self._rows.get(str(seq))
         return row is not None and "cancelling" in row
 
-    def last_finished(self) -> Job | None:
-        """Return the job that ended last, rejections aside; None: no finished job is left."""
+    def last_finished(self, state: JobState) -> Job | None:
+        """Return the job that ended last in this state, rejections aside; None: no such job is left."""
         with self._changed:
-            newest = next(reversed(self._index.finished), None)
+            newest_first = reversed(self._index.finished)
+            newest = next((seq for seq in newest_first if self._rows[str(seq)]["state"] == state), None)
             return None if newest is None else self._job(newest)
 
     def windows(self, seq: int) -> tuple[Window, ...]:
@@ -969,6 +970,7 @@ class Ledger:
                 processing=None if processing is None else self._rows[str(processing)]["job_id"],
                 paused=self._paused,
                 deleted_total=index.deleted_total,
+                revision=self._storage.transaction,
             )
 
     # -- transactions; the caller holds the lock ------------------------------------------------------------------

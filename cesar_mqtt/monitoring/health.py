@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cesar_mqtt.protocol.consumer_payloads import HealthMessage, Quarantined
+from cesar_mqtt.protocol.consumer_payloads import HealthMessage, Quarantined, WebhookHealth
 
 _STATM = Path("/proc/self/statm")
 
@@ -25,6 +25,7 @@ class HealthProbe:
         network_alive: Callable[[], bool],
         events_dropped: Callable[[], int],
         quarantined: Callable[[], list[Quarantined]],
+        webhook: Callable[[], WebhookHealth | None] = lambda: None,
     ) -> None:
         """Start the clock of `uptime`.
 
@@ -34,12 +35,14 @@ class HealthProbe:
             network_alive: whether the client is connected to the broker.
             events_dropped: how many changes of jobs have had no event.
             quarantined: the messages that the broker does not accept.
+            webhook: what becomes of its requests; None: there is none.
         """
         self._folder = folder
         self._worker_alive = worker_alive
         self._network_alive = network_alive
         self._events_dropped = events_dropped
         self._quarantined = quarantined
+        self._webhook = webhook
         self._started = time.monotonic()
 
     def measure(self) -> HealthMessage:
@@ -53,6 +56,7 @@ class HealthProbe:
             disk_free_bytes=_free_bytes(self._folder),
             events_dropped=self._events_dropped(),
             quarantined=self._quarantined(),
+            webhook=self._webhook(),
         )
 
     def fields(self) -> dict[str, Any]:

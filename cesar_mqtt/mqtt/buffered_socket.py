@@ -134,6 +134,10 @@ class BufferedSocket:
         self._read_up_to = end
         return first, bytes(self._received[start:end])
 
+    def has_received(self, beginning: bytes) -> bool:
+        """Whether what is received and not read yet begins with these bytes."""
+        return self._received.startswith(beginning, self._read_up_to)
+
     def forward_to_paho(self, first: int, body: bytes) -> None:
         self._for_paho += frame(first, body)
 

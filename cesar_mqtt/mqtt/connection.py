@@ -67,6 +67,10 @@ def log_exceptions(function: Callable[_P, object]) -> Callable[_P, None]:
     return call
 
 
+class _HttpError(Exception):
+    """The port answers in HTTP, as one for WebSockets does."""
+
+
 class Connection:
     """A paho client that is used for one connection.
 
@@ -131,6 +135,8 @@ class Connection:
         self._acks_sent = 0
         self._answer_by = self._ready_since = self._cut_at = self._ping_at = math.inf
         self._disconnecting = self._disconnect_sent = False
+        self._is_refused = False
+        """Whether the broker answered the SUBSCRIBE with a DISCONNECT."""
         self._ahead = self._subscribed_ahead = False
         self._expire_as: str | None = None
         self._wakeup = WakeupPipe()
@@ -154,7 +160,7 @@ class Connection:
     @property
     def refused(self) -> bool:
         """Whether the broker refused the client in a way that another attempt does not change."""
-        return reason_codes.is_final(self.connack)
+        return self._is_refused or reason_codes.is_final(self.connack)
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
@@ -221,6 +227,9 @@ class Connection:
             return False
         try:
             idle = not self._receive()
+        except _HttpError:
+            self.failure = reason_codes.failure_of_http(self._options.address)
+            return False
         except codec.MalformedPacketError as exc:
             self.malformed = True
             self.failure = ConnectionFailure(f"the broker sent a malformed packet: {exc}")
@@ -307,6 +316,8 @@ class Connection:
         readable = self._wait(for_reading=not full)
         if readable:
             self._socket.fill()
+            if self.connack is None and self._socket.has_received(b"HTTP/"):
+                raise _HttpError
             self._dispatch()
         if self._socket.ended:
             self._paho.loop_read()  # paho finds the end, and calls `_on_disconnect` with the reason
@@ -426,6 +437,7 @@ class Connection:
             return
         by_broker = flags.is_disconnect_packet_from_server
         self.malformed = not by_broker and self.connack is not None and reason_codes.is_malformed_packet(reason)
+        self._is_refused = by_broker and self.info is None and reason_codes.is_missing_feature(reason)
         connected_s = self.ready_s and max(self.ready_s, self._previous_s)
         failure = reason_codes.failure_of_disconnect(
             reason, self._options, by_broker=by_broker, connected_s=connected_s

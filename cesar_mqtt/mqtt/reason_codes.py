@@ -7,7 +7,7 @@ import ssl
 
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cesar_mqtt.mqtt.broker_url import Version
+from cesar_mqtt.mqtt.broker_url import BrokerUrl, Version
 from cesar_mqtt.mqtt.messages import ConnectionFailure, ConnectOptions
 
 UNSUPPORTED_VERSION = 132
@@ -23,8 +23,19 @@ _SHUTTING_DOWN = 139
 _KEEP_ALIVE_TIMEOUT = 141
 _TAKEN_OVER = 142
 
+_RETAIN_NOT_SUPPORTED = 154
+_QOS_NOT_SUPPORTED = 155
+_SHARED_NOT_SUPPORTED = 158
+
+_MISSING_FEATURES = {
+    _RETAIN_NOT_SUPPORTED: "Statuses are retained messages: allow these (mosquitto: retain_available true).",
+    _QOS_NOT_SUPPORTED: "Jobs and statuses need QoS 1: allow it in the broker (mosquitto: max_qos 1 or 2).",
+    _SHARED_NOT_SUPPORTED: "Leave consumer.group out, or use a broker with shared subscriptions.",
+}
 _AWAY = frozenset({_UNAVAILABLE, _BUSY, _SHUTTING_DOWN})
-_FINAL = frozenset({UNSUPPORTED_VERSION, _CLIENT_ID_NOT_VALID, _BAD_CREDENTIALS, _NOT_AUTHORIZED, _BANNED})
+_FINAL = frozenset(
+    {UNSUPPORTED_VERSION, _CLIENT_ID_NOT_VALID, _BAD_CREDENTIALS, _NOT_AUTHORIZED, _BANNED, *_MISSING_FEATURES}
+)
 
 _SHORT_S = 60.0
 """A connection that ends within this time is suspicious: two clients of one client id disconnect each other."""
@@ -46,6 +57,19 @@ def is_unsupported(connack: ReasonCode | None) -> bool:
 def is_final(connack: ReasonCode | None) -> bool:
     """Whether CONNACK is a refusal that another attempt does not change."""
     return connack is not None and connack.value in _FINAL
+
+
+def is_missing_feature(reason: ReasonCode) -> bool:
+    """Whether a CONNACK or DISCONNECT says that the broker lacks something that the consumer cannot do without."""
+    return reason.value in _MISSING_FEATURES
+
+
+def failure_of_http(address: BrokerUrl) -> ConnectionFailure:
+    """Return why there is no connection to a port that answers in HTTP."""
+    scheme = "wss" if address.encrypted else "ws"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    advice = f"If that port is for WebSockets, write {scheme}://{host}:{address.port}."
+    return ConnectionFailure(f"{address.redacted} answers in HTTP, not in MQTT", advice)
 
 
 def is_malformed_packet(reason: ReasonCode) -> bool:
@@ -73,6 +97,7 @@ def failure_of_connack(connack: ReasonCode, options: ConnectOptions, version: Ve
     if code == _CLIENT_ID_NOT_VALID:
         return ConnectionFailure(f"{where} rejects the client id '{options.client_id}'", "See consumer.name.", code)
     advice = "Check broker.username and broker.password_file." if is_final(connack) else ""
+    advice = _MISSING_FEATURES.get(code, advice)
     return ConnectionFailure(f"{where} refused this client: {connack}", advice, code)
 
 
@@ -93,7 +118,8 @@ def failure_of_disconnect(
         return ConnectionFailure(f"another client connected with the client id '{name}'", advice, code)
     if by_broker:
         away = code in _AWAY
-        return ConnectionFailure(f"the broker closed the connection: {reason}", reason_code=code, is_broker_away=away)
+        problem, advice = f"the broker closed the connection: {reason}", _MISSING_FEATURES.get(reason.value, "")
+        return ConnectionFailure(problem, advice, code, is_broker_away=away)
     if reason.value == _KEEP_ALIVE_TIMEOUT:
         return ConnectionFailure("the broker did not answer a ping within the keepalive time")
     if is_malformed_packet(reason):

@@ -85,7 +85,8 @@ MESSAGES: Mapping[str, Message] = {
     "failure": Message("A command that was not executed", "Failure", is_response=True, transaction=True),
     "state": Message("Whether the consumer is connected", "ConsumerState"),
     "queue": Message("What it is doing, and the queue", "Queue"),
-    "last": Message("The job that ended last", "Last"),
+    "last": Message("The job that was completed last", "Last"),
+    "last_error": Message("The job that failed last", "LastError"),
     "info": Message("What the consumer is and how it is configured", "Info"),
     "health": Message("The health of the consumer", "Health"),
 }
@@ -94,7 +95,8 @@ MESSAGES: Mapping[str, Message] = {
 _OWN = {
     "state": ("Presence", "At each connect; `offline` is also the last will."),
     "queue": ("Queue", "At each change, at most once a second."),
-    "last": ("Last job", "When a job has ended. It fits into the attributes of a Home Assistant entity."),
+    "last": ("Last transcript", "When a job is completed. It fits into the attributes of a Home Assistant entity."),
+    "last_error": ("Last error", "When a job has failed; cleared when that job is deleted."),
     "info": ("Configuration", "At each start, and when a default was set."),
     "health": ("Health", "Once a minute."),
 }
@@ -102,10 +104,10 @@ _OWN_CHANNELS = {
     name: Channel(
         "{prefix}/consumer/{consumer}/" + name,
         "send",
-        f"publish{name.title()}",
+        f"publish{name.title().replace('_', '')}",
         title,
         description,
-        (name,),
+        (name, "cleared") if name == "last_error" else (name,),
         retain=True,
     )
     for name, (title, description) in _OWN.items()

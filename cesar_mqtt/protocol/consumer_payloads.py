@@ -10,12 +10,15 @@ from cesar_mqtt import __version__
 from cesar_mqtt.jobs import Job, Totals
 from cesar_mqtt.protocol.fields import (
     AudioDuration,
+    AudioName,
     ComputeType,
     CpuThreads,
     DefaultLanguage,
     DefaultModel,
     DetectedLanguage,
     Device,
+    FailureCode,
+    FailureMessage,
     IsPaused,
     JobId,
     Payload,
@@ -27,6 +30,7 @@ from cesar_mqtt.protocol.fields import (
     Workers,
     timestamp,
 )
+from cesar_mqtt.protocol.payloads import JobProgress, audio_source_of
 from cesar_mqtt.protocol.truncate import truncate_text
 
 LAST_TEXT_BYTES = 12_000
@@ -60,10 +64,16 @@ class Queue(Payload):
     cancelled_total: int = Field(description="How many jobs have been cancelled since then.")
     rejected_total: int = Field(description="How many messages have been rejected since then.")
     deleted_total: int = Field(description="How many jobs have been deleted since then, also by retention.")
+    revision: int = Field(description="The number of the ledger's newest transaction: it only grows.")
+    progress: float | None = Field(description="How much of the running job is done, 0 to 1; null if there is none.")
+    eta: float | None = Field(description="In how many seconds the running job will be done; null if not known.")
+    audio_source: AudioName
 
 
-def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
-    """Return the consumer's queue at `now`, in seconds since the epoch."""
+def queue_of(
+    totals: Totals, activity: Activity, now: float, running: Job | None = None, progress: JobProgress | None = None
+) -> Queue:
+    """Return the consumer's queue at `now`, in seconds since the epoch; `running` is the running job."""
     oldest = totals.oldest_queued_at
     return Queue(
         activity=activity,
@@ -76,6 +86,10 @@ def queue_of(totals: Totals, activity: Activity, now: float) -> Queue:
         cancelled_total=totals.cancelled_total,
         rejected_total=totals.rejected_total,
         deleted_total=totals.deleted_total,
+        revision=totals.revision,
+        progress=None if running is None else (0.0 if progress is None else progress.progress),
+        eta=None if running is None or progress is None else progress.eta,
+        audio_source=None if running is None else audio_source_of(running),
     )
 
 
@@ -95,25 +109,39 @@ def totals_in(payload: bytes) -> tuple[Any, ...] | None:
 
 
 class Last(Payload):
-    """The job that ended last."""
+    """The job that was completed last."""
 
     job_id: JobId
-    status: State = Field(description="How it ended.")
+    status: State = Field(description="`completed`.")
+    audio_source: AudioName
+    no_speech: bool | None = Field(description="Whether the recording has no speech.")
     text: str | None = Field(
-        description=f"Its transcript, at most {LAST_TEXT_BYTES:,} bytes of it; null if there is none."
+        description=f"Its transcript, at most {LAST_TEXT_BYTES:,} bytes of it; null if the job was deleted."
     )
     text_truncated: TextTruncated
     language: DetectedLanguage
     audio_duration: AudioDuration
-    completed_at: Timestamp = Field(description="When the job ended, in whatever state.")
+    completed_at: Timestamp = Field(description="When the job ended.")
+
+
+class LastError(Payload):
+    """The job that failed last."""
+
+    job_id: JobId
+    error_code: FailureCode
+    error_message: FailureMessage
+    audio_source: AudioName
+    completed_at: Timestamp = Field(description="When the job ended.")
 
 
 def last_of(job: Job) -> Last:
-    """Return what is published about the job that ended last."""
+    """Return what is published about the job that was completed last."""
     text = None if job.result_text is None else truncate_text(job.result_text, LAST_TEXT_BYTES)
     return Last(
         job_id=job.job_id,
         status=job.state,
+        audio_source=audio_source_of(job),
+        no_speech=job.no_speech,
         text=text,
         text_truncated=text != job.result_text,
         language=job.detected_language,
@@ -133,6 +161,25 @@ class Quarantined(Payload):
     skipped: bool = Field(description="Whether it is skipped for a while; false: it is cut, and published last.")
 
 
+def last_error_of(job: Job) -> LastError:
+    """Return what is published about the job that failed last."""
+    return LastError(
+        job_id=job.job_id,
+        error_code=job.error_code,
+        error_message=job.error_message,
+        audio_source=audio_source_of(job),
+        completed_at=timestamp(job.completed_at or job.updated_at),
+    )
+
+
+class WebhookHealth(Payload):
+    """What becomes of the webhook's requests."""
+
+    pending: int = Field(description="How many are not delivered yet.")
+    given_up: int = Field(description="How many were given up since the start.")
+    problem: str | None = Field(description="Why the last one failed; null: it did not.")
+
+
 class HealthMessage(Payload):
     """The health of the consumer, once a minute."""
 
@@ -148,6 +195,9 @@ class HealthMessage(Payload):
         "change was published."
     )
     quarantined: list[Quarantined] = Field(description="The messages that the broker does not accept.")
+    webhook: WebhookHealth | None = Field(
+        default=None, description="What becomes of the webhook's requests; null: there is no webhook."
+    )
 
 
 class Limits(Payload):

@@ -27,7 +27,15 @@ from cesar_mqtt.protocol.commands import (
     ResultPage,
     summary_of,
 )
-from cesar_mqtt.protocol.consumer_payloads import ConsumerState, HealthMessage, Quarantined, info_of, last_of, queue_of
+from cesar_mqtt.protocol.consumer_payloads import (
+    ConsumerState,
+    HealthMessage,
+    Quarantined,
+    info_of,
+    last_error_of,
+    last_of,
+    queue_of,
+)
 from cesar_mqtt.protocol.fields import FORMATS, Payload, timestamp
 from cesar_mqtt.protocol.payloads import (
     Answer,
@@ -189,6 +197,7 @@ def _about_the_consumer() -> Examples:
         deleted_total=0,
         oldest_queued_at=_STARTED - 12.5,
         processing="porch-17",
+        revision=311,
     )
     settings = Settings(data_dir=Path("/var/lib/cesar-mqtt"), broker=BrokerSettings(url="mqtt://127.0.0.1:1883"))
     info = info_of(
@@ -205,8 +214,9 @@ def _about_the_consumer() -> Examples:
     )
     return {
         "state": [ConsumerState(state="online"), ConsumerState(state="offline")],
-        "queue": [queue_of(totals, "processing", _STARTED)],
+        "queue": [queue_of(totals, "processing", _STARTED, _PROCESSING, _PROGRESS)],
         "last": [last_of(_COMPLETED)],
+        "last_error": [last_error_of(_FAILED)],
         "info": [info],
         "health": [_HEALTH],
     }

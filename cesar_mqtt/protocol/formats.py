@@ -14,7 +14,7 @@ from cesar_mqtt.jobs import Job
 from cesar_mqtt.protocol.cues import Cue, cues_of
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.languages import language_name
-from cesar_mqtt.protocol.payloads import public_source, segment_fields
+from cesar_mqtt.protocol.payloads import audio_source_of, public_source, segment_fields
 from cesar_mqtt.protocol.truncate import most_that_fit
 from cesar_mqtt.transcript import Segment
 
@@ -77,7 +77,7 @@ def content_of(job: Job, segments: Sequence[Segment]) -> Content:
         max_line_width=job.options.get("max_line_width", 42),
         max_line_count=job.options.get("max_line_count", 2),
         title=_title_of(job),
-        source=None if job.audio is None else public_source(job.audio),
+        source=audio_source_of(job),
         model=job.model_size,
     )
 

@@ -27,6 +27,9 @@ _ALIASES = {
     "jv": "jw", "nb": "no", "fil": "tl", "iw": "he", "in": "id", "cmn": "zh",
 }  # fmt: skip
 
+CODES = tuple(_NAMES)
+"""Whisper's codes, sorted."""
+
 DETECT = frozenset({"", "auto"})
 """What stands for "detect it" in place of a language, as other programs send it."""
 

@@ -157,7 +157,7 @@ def status_of(
         "audio_duration": duration,
         "speed": now.speed if now else _speed(job),
         "eta": now.eta if now else None,
-        "audio_source": None if job.audio is None else public_source(job.audio),
+        "audio_source": audio_source_of(job),
         "model_size": job.model_size,
         "language": job.options.get("language"),
         "task": job.options.get("task", "transcribe"),
@@ -178,6 +178,11 @@ def status_of(
     if job.priority:
         status["priority"] = job.priority
     return status
+
+
+def audio_source_of(job: Job) -> str | None:
+    """Return where the recording of a job is, as it is published; None: an invalid request names none."""
+    return None if job.audio is None else public_source(job.audio)
 
 
 def public_source(audio: AudioSource) -> str:
@@ -213,6 +218,8 @@ class Event(TypedDict):
     audio_duration: AudioDuration
     error_code: FailureCode
     error_message: FailureMessage
+    audio_source: AudioName
+    no_speech: Annotated[bool | None, Field(description="Whether a completed job's recording has no speech.")]
     metadata: Metadata
     consumer: Consumer
     time: Annotated[Timestamp, Field(description="When it happened.")]
@@ -231,6 +238,8 @@ def event_of(job: Job, consumer: str) -> Event:
         "audio_duration": job.audio_duration,
         "error_code": job.error_code,
         "error_message": job.error_message,
+        "audio_source": audio_source_of(job),
+        "no_speech": job.no_speech,
         "metadata": dict(job.metadata),
         "consumer": consumer,
         "time": timestamp(job.updated_at),
@@ -249,6 +258,8 @@ def deletion_of(job_id: str, consumer: str, now: float) -> Event:
         "audio_duration": None,
         "error_code": None,
         "error_message": None,
+        "audio_source": None,
+        "no_speech": None,
         "metadata": {},
         "consumer": consumer,
         "time": timestamp(now),

@@ -92,7 +92,7 @@ class Topics:
         return topic[len(head) + 1 :] if topic.startswith(f"{head}/") else None
 
     def own(self, name: str) -> str:
-        """A retained topic about the consumer itself: `state`, `queue`, `last`."""
+        """A retained topic about the consumer itself: `state`, `queue`, `last`, `last_error`."""
         return f"{self.prefix}/consumer/{self.consumer}/{name}"
 
 

@@ -18,7 +18,7 @@ from faster_whisper.feature_extractor import FeatureExtractor
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.vad import Range, find_cut, speech_probabilities, split
-from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, Language, Piece, PieceDecoder, Result
+from cesar_mqtt.whisper.decoding import CERTAIN_ABOVE, DOUBTFUL_BELOW, Language, Piece, PieceDecoder, Result
 from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
 from cesar_mqtt.whisper.features import HOP_SAMPLES, Features, log_mel
 from cesar_mqtt.whisper.timeline import Timeline, join_near
@@ -28,6 +28,13 @@ _DETECTION_PIECES = 4
 """In how many pieces the language is detected until one is certain: the first is often music."""
 _UTTERANCE = 8 * SAMPLE_RATE
 """Where the language may change, it is detected in parts of at most this length."""
+_LEAST_UTTERANCE = 2 * SAMPLE_RATE
+"""In a shorter one the language is guessed."""
+_CHANGES_FROM_FRAMES = 1000
+"""10 s: in a longer piece the language may change, although nobody said so."""
+_RIVAL_ABOVE, _SURE_ABOVE = 0.15, 0.8
+"""A piece in which a second language is so probable may hold two; an utterance that is so surely in another language
+than the recording is in that one."""
 _JOINED_GAP = 8 * SAMPLE_RATE
 """Ranges with a longer gap between them are decoded apart."""
 _MIN_REMAINDER_FRAMES = 20
@@ -134,6 +141,9 @@ class ChunkDecoder:
         self._samples = samples
         self._should_stop = should_stop
         self._batch_size = batch_size
+        self._may_change = decoder.detects_language and not multilingual
+        self._heard: set[str] = set()
+        """The languages of the chunk, as far as it is known that there are several."""
         self.language: Language | None = None if language is None else Language(language, 1.0)
         ranges = [(start, end) for start, end in speech if end - start >= HOP_SAMPLES]
         if multilingual:
@@ -177,10 +187,44 @@ class ChunkDecoder:
         ]
         default = "en" if self.language is None else self.language.code
         languages = [speech.language or default for speech in group]
+        if self._may_change and len(group) == 1 and pieces[0].features.shape[1] >= _CHANGES_FROM_FRAMES:
+            pieces[0], languages[0] = self._in_one_language(group[0], pieces[0], default)
         results = self._decoder.decode(pieces, languages, [speech.prompt for speech in group])
         for speech, result in zip(group, results, strict=True):
             self._add(speech, result)
             speech.first = None
+
+    def _in_one_language(self, speech: _Speech, piece: Piece, default: str) -> tuple[Piece, str]:
+        """Return the next piece of a range, or its beginning if the language changes in it, and its language."""
+        first, second, *_ = self._decoder.languages(piece)
+        if second.probability < _RIVAL_ABOVE and first.code == default:
+            return piece, default
+        if second.probability < _RIVAL_ABOVE and first.probability >= _SURE_ABOVE:
+            return piece, first.code
+        begin, frames = speech.seek * HOP_SAMPLES, piece.features.shape[1]
+        utterances = split(speech.samples[begin : begin + frames * HOP_SAMPLES], _UTTERANCE, search_window=_UTTERANCE)
+        heard = [
+            {
+                language.code: language.probability
+                for language in self._decoder.languages(
+                    self._decoder.encode(piece.features[:, start // HOP_SAMPLES : max(start + 1, end) // HOP_SAMPLES])
+                )
+            }
+            for start, end in utterances
+        ]
+        sure = {
+            code
+            for (start, end), found in zip(utterances, heard, strict=True)
+            for code, probability in found.items()
+            if probability >= _SURE_ABOVE and end - start >= _LEAST_UTTERANCE
+        }
+        self._heard |= {default, *sure}
+        codes = [max(self._heard, key=lambda code: found.get(code, 0.0)) for found in heard]
+        same = next((number for number, code in enumerate(codes) if code != codes[0]), None)
+        if same is None:
+            return piece, codes[0]
+        speech.limit = utterances[same][0] // HOP_SAMPLES
+        return self._decoder.encode(speech.next_features), codes[0]
 
     def _add(self, speech: _Speech, result: Result) -> None:
         """Add the segments of a piece to its range; if the piece is to be cut, only limit the next one."""
@@ -218,7 +262,7 @@ class ChunkDecoder:
         for start in range(0, min(features.shape[1], _DETECTION_PIECES * FULL_FRAMES), FULL_FRAMES):
             piece = self._decoder.encode(features[:, start : start + FULL_FRAMES])
             language = self._decoder.detect_language(piece)
-            if language.probability <= CERTAIN_ABOVE and piece.frames < FULL_FRAMES:
+            if language.probability < DOUBTFUL_BELOW and piece.frames < FULL_FRAMES:
                 piece = self._decoder.encode(piece.features, frames=FULL_FRAMES)
                 language = self._decoder.detect_language(piece)
             if start == 0 and piece.features.shape == first.next_features.shape:

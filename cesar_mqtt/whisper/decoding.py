@@ -22,6 +22,9 @@ WHISPER_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Whisper's own list, each tried where the result of the one before fails the checks."""
 CERTAIN_ABOVE = 0.5
 """The probability from which a detected language counts."""
+DOUBTFUL_BELOW = 0.35
+"""The probability below which a language is detected again at full length. Above it, that takes ten times as long and
+gives no better answer (docs/performance.md)."""
 
 NO_SPEECH_ABOVE, _IMPROBABLE_BELOW, _REPETITIVE_ABOVE = 0.6, -1.0, 2.4
 """Whisper's own limits on `no_speech_prob`, `avg_logprob` and the compression ratio."""
@@ -130,6 +133,7 @@ class PieceDecoder:
 
     Attributes:
         has_words: whether `split` returns the words of segments.
+        detects_language: whether nobody has given the language.
     """
 
     def __init__(self, model: WhisperModel, options: DecodingOptions, should_stop: Callable[[], bool]) -> None:
@@ -137,6 +141,7 @@ class PieceDecoder:
         self._model = model
         self._options = options
         self.has_words = options.word_timestamps
+        self.detects_language = not options.language_given
         self._should_stop = should_stop
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -159,9 +164,13 @@ class PieceDecoder:
         """Detect the language of a piece; an English-only model knows only one."""
         if not self._model.model.is_multilingual:
             return Language("en", 1.0)
+        return self.languages(piece)[0]
+
+    def languages(self, piece: Piece) -> list[Language]:
+        """Return how probable each language is, the most probable one first."""
         self._check_stop()
-        token, probability = self._model.model.detect_language(piece.encoded)[0][0]
-        return Language(token[2:-2], probability)
+        found = self._model.model.detect_language(piece.encoded)[0]
+        return [Language(token[2:-2], probability) for token, probability in found]
 
     def decode(self, pieces: Sequence[Piece], languages: Sequence[str], prompts: Sequence[str | None]) -> list[Result]:
         """Decode pieces, all at once if they were padded to the same length; each until it passes Whisper's checks.
@@ -175,11 +184,14 @@ class PieceDecoder:
         asked = [
             _Question(self._tokenizer(language), prompt) for language, prompt in zip(languages, prompts, strict=True)
         ]
-        # What needs the full length although it is short is hard: a greedy result of it would be decoded again.
-        is_hard = len(pieces) == 1 and self._padded_length(pieces[0].features) < pieces[0].frames
-        beams = self._options.beam_size or (_BEAMS if is_hard else 1)
+        beams = self._options.beam_size or (_BEAMS if len(pieces) == 1 and self._is_hard(pieces[0]) else 1)
         first = self._generate(pieces, asked, first_temperature, beams)
         return [self._settle(result, question, beams) for result, question in zip(first, asked, strict=True)]
+
+    def _is_hard(self, piece: Piece) -> bool:
+        """Whether a greedy result will be decoded again anyway: noise hides the speech, or even the language."""
+        needs_full_length = self._padded_length(piece.features) < piece.frames
+        return needs_full_length or (piece.language is not None and piece.language.probability <= CERTAIN_ABOVE)
 
     def split(self, result: Result, offset_s: float) -> tuple[list[dict[str, Any]], int]:
         """Cut a result into faster-whisper's segments at the times that the model gave.

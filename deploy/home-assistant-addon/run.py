@@ -18,6 +18,10 @@ from typing import Any
 OPTIONS = Path("/data/options.json")
 PASSWORD = Path("/tmp/broker-password")  # noqa: S108 - private to the container
 DRAIN_S = 240
+INGRESS_PORT = 8188
+"""`ingress_port` of config.yaml."""
+INGRESS_PROXY = "172.30.32.2"
+"""Home Assistant's ingress: the only address that may use the page."""
 _WAIT_S = 10.0
 
 
@@ -73,6 +77,9 @@ def settings(options: Mapping[str, Any], found: Mapping[str, Any], password_file
         "CESAR_AUDIO__ALLOWED_HOSTS": json.dumps(options["allowed_hosts"]),
         "CESAR_WORKER__DRAIN_TIMEOUT": str(DRAIN_S),
         "CESAR_LOG__LEVEL": options["log_level"],
+        "CESAR_WEB__LISTEN": f"0.0.0.0:{INGRESS_PORT}",
+        "CESAR_WEB__TRUSTED_PROXIES": INGRESS_PROXY,
+        "CESAR_WEB__URL": "homeassistant://hassio/ingress/local_cesar_mqtt",
     }
     if found["password"]:
         password_file.touch(mode=0o600)

@@ -409,6 +409,8 @@ def _overtaken(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """
     by_priority: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
+        if row.get("retries"):
+            continue
         by_priority.setdefault(row.get("priority", 0), []).append(row)
     overtook = [
         later

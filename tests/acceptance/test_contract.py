@@ -72,6 +72,12 @@ def drive(bus: Bus) -> dict[str, dict[str, Any]]:
     answers["set"] = request(bus, "set", {"default_language": "en"})
     answers["models"] = request(bus, "models", {"transaction": None})
     answers["delete"] = request(bus, "delete", {"job_id": "note"})
+    for job_id in ("gone", "missing"):
+        bus.publish("cesar/jobs", {"job_id": job_id, "audio_path": "missing.wav"})
+        bus.status(job_id, "error")
+        if job_id == "gone":
+            bus.wait("cesar/consumer/cesar/last_error")
+            request(bus, "delete", job_id)
     for command, payload in SHORT.items():
         request(bus, command, payload)
     request(bus, "dance", {"transaction": 1})
@@ -110,7 +116,7 @@ def test_every_kind_of_message_has_been_seen_and_is_as_the_document_says(
     consumer = serve("--broker", mosquitto.url)
     bus = join(mosquitto.port, protocol=MQTTProtocolVersion.MQTTv5)
     answers = drive(bus)
-    for name in ("state", "queue", "last", "info", "health"):
+    for name in ("state", "queue", "last", "last_error", "info", "health"):
         bus.wait(f"cesar/consumer/cesar/{name}")
     assert retained(join, mosquitto.port) == said_to_be_retained()
     assert consumer.stop() == 0

@@ -150,9 +150,15 @@ def test_the_readme_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port
 @pytest.mark.mosquitto
 def test_the_first_job_can_be_followed_from_the_top(mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> None:
     printed = follow(ROOT / "docs" / "first-job.md", mosquitto, free_port, tmp_path)
-    submitted, published, shown, changed = printed.values()
+    submitted, written, published, shown, changed = printed.values()
     assert words(submitted.partition("\n")[0]) == SPOKEN
     assert "00:00:00,000 -->" in submitted
+    assert sorted(Path(line).name for line in written.splitlines()) == [
+        "long.srt",
+        "long.txt",
+        "speech.srt",
+        "speech.txt",
+    ]
     assert words("\n".join(published.splitlines()[2:])) == SPOKEN
     assert "note-3" in shown
     assert "note-5" in changed

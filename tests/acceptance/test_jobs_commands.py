@@ -3,9 +3,11 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from cesar_mqtt.cli.app import run
 from tests.acceptance.harness import PATIENCE_S, SMALL, SPOKEN, Bus, Consumer, command, words
-from tests.conftest import Mosquitto, StartMosquitto, find_free_port
+from tests.conftest import Mosquitto, Process, StartMosquitto, find_free_port
 
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
@@ -131,7 +133,8 @@ def test_a_day_at_the_shell(
     assert json.loads(asked("jobs", "--status", "completed", "--json"))["job_id"] == "first"
     assert asked("retry", "second") == "Job second is queued again.\n"
     bus.wait("cesar/status/second", lambda status: status["status"] == "completed")
-    assert asked("delete", "second") == "Job second is deleted.\n"
+    assert asked("show", "fi", "--format", "txt") == asked("show", "first", "--format", "txt")
+    assert asked("delete", "sec") == "Job second is deleted.\n"
     assert "second" not in asked("jobs")
     healthy = command("health", "--json", "--broker", mosquitto.url)
     assert (healthy.returncode, json.loads(healthy.stdout)["worker_alive"]) == (0, True), healthy.stderr
@@ -173,6 +176,34 @@ def test_watch_says_that_the_broker_is_gone_and_goes_on_when_it_is_back(
 
 
 @pytest.mark.mosquitto
+def test_keys_of_watch_reach_a_consumer_and_the_terminal_is_left_as_it_was(mosquitto: Mosquitto, join: Join) -> None:
+    bus = join(mosquitto.port)
+    bus.publish(
+        "cesar/status/porch-17", {"status": "queued", "consumer": "cesar", "audio_source": "porch.wav"}, retain=True
+    )
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    watching = [sys.executable, "-m", "cesar_mqtt", "watch", "--broker", mosquitto.url]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    with Process(watching, stdin=theirs, stdout=theirs, env=environ) as process:
+        shown = b""
+        while b"q quit" not in shown or b"porch.wav" not in shown:
+            assert select.select([ours], [], [], PATIENCE_S)[0], shown
+            shown += os.read(ours, 4096)
+        os.write(ours, b"c")
+        asked = bus.wait("cesar/request/cancel")
+        assert (asked["job_id"], asked["consumer"]) == ("porch-17", "cesar")
+        os.write(ours, b"q")
+        while process.poll() is None:
+            if select.select([ours], [], [], 0.1)[0]:
+                os.read(ours, 4096)
+        assert process.returncode == 0
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.mosquitto
 def test_errors_help_and_have_their_codes(start_mosquitto: StartMosquitto) -> None:
     broker = start_mosquitto(users={"me": "right"})
     wrong, right = (f"mqtt://me:{password}@127.0.0.1:{broker.port}" for password in ("wr0ng", "right"))
@@ -193,11 +224,17 @@ def test_errors_help_and_have_their_codes(start_mosquitto: StartMosquitto) -> No
         assert ended.stdout == ""
 
 
-def test_a_shell_can_complete_commands_and_flags() -> None:
+def test_a_shell_can_complete_commands_flags_and_models_and_is_silent_without_a_broker(free_port: int) -> None:
     program = Path(sys.executable).with_name("cesar-mqtt")
-    for typed, place, offered in (("cesar-mqtt ca", "1", "cancel"), ("cesar-mqtt jobs --st", "2", "--status")):
+    for typed, place, offered in (
+        ("cesar-mqtt ca", "1", "cancel"),
+        ("cesar-mqtt jobs --st", "2", "--status"),
+        ("cesar-mqtt models pull tiny.", "3", "tiny.en"),
+        ("cesar-mqtt serve --model medium.", "3", "medium.en"),
+        (f"cesar-mqtt show --broker mqtt://127.0.0.1:{free_port} por", "4", ""),
+    ):
         environ = {"_CESAR_MQTT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": place}
         ended = subprocess.run(
             [program], env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
         )
-        assert ended.stdout.split() == [offered], ended.stderr
+        assert (ended.stdout.split(), ended.stderr) == (offered.split(), "")

@@ -372,7 +372,8 @@ def test_a_broker_that_forgot_everything_is_told_everything_again(
     assert words(after.status("good")["result_text"]) == SPOKEN
     assert after.status("junk")["error_code"] == "audio_unreadable"
     after.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
-    assert after.wait("cesar/consumer/cesar/last")["job_id"] == "junk"
+    assert after.wait("cesar/consumer/cesar/last")["job_id"] == "good"
+    assert after.wait("cesar/consumer/cesar/last_error")["job_id"] == "junk"
 
 
 def test_stock_programs_can_read_the_paths_of_a_folder_with_a_space(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -18,7 +19,9 @@ from typing import Any
 import pytest
 
 from cesar_mqtt.cli.app import run
+from cesar_mqtt.cli.producer import new_job_id
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
+from cesar_mqtt.protocol.topics import is_job_id
 from tests.acceptance.harness import PATIENCE_S, SPEECH, Bus
 from tests.conftest import Mosquitto, Process, StartMosquitto
 
@@ -82,12 +85,15 @@ def test_submit_prints_the_file_that_was_asked_for_byte_by_byte(mosquitto: Mosqu
 
 
 @pytest.mark.mosquitto
-def test_the_files_of_several_recordings_come_one_after_the_other_in_the_order_of_the_command_line(
+def test_the_files_of_several_recordings_come_as_they_are_done_each_below_its_name(
     mosquitto: Mosquitto, answers: Answers, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     asked = [answers.soon(f"{name}.wav", {"txt": f"{name}\n".encode()}) for name in ("second", "first")]
     code = run(["submit", "--broker", mosquitto.url, "--format", "txt", "--by-path", "first.wav", "second.wav"])
-    assert (code, *capsysbinary.readouterr()) == (0, b"first\nsecond\n", b"")
+    printed = capsysbinary.readouterr()
+    assert (code, printed.err) == (0, b"")
+    parts = printed.out.decode().split("==> ")[1:]
+    assert sorted(parts) == ["first.wav <==\nfirst\n", "second.wav <==\nsecond\n"]
     assert [request.result()["formats"] for request in asked] == [["txt"], ["txt"]]
 
 
@@ -129,7 +135,7 @@ def test_a_result_that_does_not_come_is_not_waited_for_without_end(
     answers.soon("b.wav", {"srt": b"one"})
     assert run([*flags, "a.wav", "b.wav"]) == 1
     said = capsys.readouterr()
-    assert said.out == "one", "what has come is printed all the same"
+    assert said.out == "==> b.wav <==\none", "what has come is printed all the same"
     assert said.err.startswith("cesar-mqtt: a.wav: job ")
     assert said.err.endswith(" is completed, but its srt result did not arrive.\n")
 
@@ -212,6 +218,136 @@ def test_a_file_comes_through_an_embedded_broker_too(
     answers.close()
 
 
+# -- many recordings -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two recordings, one of them in a sub-folder, and what is none."""
+    for name in ("b.wav", "calls/a.mp3", "notes.txt", ".hidden.wav", "calls/c.wav.part"):
+        path = tmp_path / "recordings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "recordings"
+
+
+def answer_all(bus: Bus, number: int, **status: Any) -> list[str]:
+    """Complete the next uploads, the last one first; returns their file names."""
+    found: list[dict[str, Any]] = []
+    while len(found) < number:
+        found.append(bus.wait("cesar/jobs", lambda request: request not in found))
+    for request in reversed(found):
+        for name in request["formats"]:
+            bus.publish(
+                f"cesar/result/{request['job_id']}/{name}", f"{name} of {request['metadata']['file']}", retain=True
+            )
+        document = {"job_id": request["job_id"], "status": "completed", "result_text": "", "attempt": 1, **status}
+        bus.publish(f"cesar/status/{request['job_id']}", document, retain=True)
+    return [request["metadata"]["file"] for request in found]
+
+
+@pytest.mark.mosquitto
+def test_a_folder_is_searched_and_each_recording_gets_its_files_elsewhere(
+    mosquitto: Mosquitto, join: Join, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
+    with ThreadPoolExecutor() as threads:
+        answered = threads.submit(answer_all, bus, 2)
+        flags = ["--format", "srt", "--format", "txt", "--output-dir", str(tmp_path / "out")]
+        assert run(["submit", "--broker", mosquitto.url, *flags, str(folder)]) == 0
+    assert answered.result() == ["b.wav", "a.mp3"]
+    written = {path.relative_to(tmp_path / "out"): path.read_text() for path in (tmp_path / "out").rglob("*.*")}
+    assert {str(path): text for path, text in written.items()} == {
+        "b.srt": "srt of b.wav",
+        "b.txt": "txt of b.wav",
+        "calls/a.srt": "srt of a.mp3",
+        "calls/a.txt": "txt of a.mp3",
+    }
+    printed = capsys.readouterr()
+    assert [Path(line).relative_to(tmp_path / "out") for line in printed.out.splitlines()[:2]] == [
+        Path("calls/a.srt"),
+        Path("calls/a.txt"),
+    ], "as they are done"
+    assert printed.err == ""
+
+
+@pytest.mark.mosquitto
+def test_a_bad_file_does_not_stop_the_others(
+    mosquitto: Mosquitto, answers: Answers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "nothing").mkdir()
+    asked = answers.soon("upload", {"txt": b"Hello."})
+    bad = [str(tmp_path / name) for name in ("gone.wav", "empty.wav", "nothing")]
+    assert run(["submit", "--broker", mosquitto.url, "--format", "txt", *bad, str(SPEECH)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"==> {SPEECH} <==\nHello."
+    assert printed.err.splitlines() == [
+        f"cesar-mqtt: {bad[0]} cannot be read: there is no such file.",
+        f"cesar-mqtt: {bad[2]} holds no recordings.",
+        f"cesar-mqtt: {bad[1]} is empty: there is nothing to transcribe.",
+    ]
+    assert re.fullmatch("speech-[a-z2-9]{5}", asked.result()["job_id"])
+    assert run(["submit", "--broker", mosquitto.url, "--job-id", "one", str(tmp_path), "--no-wait"]) == 1
+    assert "cannot be read" not in capsys.readouterr().err
+
+
+@pytest.mark.mosquitto
+def test_each_transcript_is_printed_at_once_and_ctrl_c_names_the_files_that_are_open(
+    mosquitto: Mosquitto, join: Join, tmp_path: Path
+) -> None:
+    bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
+    names = [f"{number}.wav" for number in range(5)]
+    submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--by-path", *names]
+    with Process(submit, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        second = bus.wait("cesar/jobs", lambda request: request["audio_path"] == "1.wav")
+        document = {"job_id": second["job_id"], "status": "completed", "result_text": "Hello.", "attempt": 1}
+        bus.publish(f"cesar/status/{second['job_id']}", document, retain=True)
+        assert process.stdout.readline() == b"1.wav: Hello.\n"
+        bus.wait("cesar/jobs", lambda request: request["audio_path"] == "4.wav")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        left = process.stderr.read().decode()
+    assert "jobs go on without this command: 0.wav, 2.wav, 3.wav" in left
+    assert sorted(re.findall(r"\d\.wav", left)) == ["0.wav", "2.wav", "3.wav", "4.wav"], "the last may not be sent yet"
+
+
+@pytest.mark.mosquitto
+def test_more_recordings_than_lines_scroll_with_a_summary_and_a_pause_is_shown(
+    mosquitto: Mosquitto, join: Join
+) -> None:
+    bus = join(mosquitto.port)
+    bus.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
+    ours, theirs = pty.openpty()
+    names = [f"{number:02}.wav" for number in range(40)]
+    submit = [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--by-path", *names]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "10"}
+    with Process(submit, stderr=theirs, stdout=subprocess.DEVNULL, env=environ) as process:
+        os.close(theirs)
+        last = bus.wait("cesar/jobs", lambda request: request["audio_path"] == "39.wav")
+        status = {"job_id": last["job_id"], "status": "processing", "progress": 0.5, "attempt": 1}
+        bus.publish(f"cesar/status/{last['job_id']}", status)
+        shown = _read_until(ours, b"0 of 40 recordings done: 1 processing, 39 sent")
+        frame = shown[shown.rindex(b"39.wav") :]
+        assert b"processing 50%" in frame, "the running one is the first"
+        bus.publish("cesar/consumer/cesar/queue", {"activity": "paused", "paused": True}, retain=True)
+        _read_until(ours, b"paused; `cesar-mqtt resume` continues")
+        process.kill()
+    os.close(ours)
+
+
+def test_ids_are_readable() -> None:
+    ids = {name: new_job_id(name) for name in ("Café au lait.m4a", "запись.wav", "a/b c_d.e.wav", "x" * 300, "-.wav")}
+    beginnings = {name: job_id.rpartition("-")[0] for name, job_id in ids.items()}
+    assert [*beginnings.values()] == ["Cafe-au-lait", "recording", "b-c_d-e", "x" * 40, "recording"]
+    assert all(is_job_id(job_id) for job_id in ids.values())
+    assert new_job_id("a.wav") != new_job_id("a.wav")
+
+
 # -- what goes wrong, and what is worth knowing ------------------------------------------------------------------------
 
 
@@ -244,7 +380,7 @@ def test_a_broker_that_says_nothing_is_time_that_ran_out(capsys: pytest.CaptureF
 
 
 @pytest.mark.mosquitto
-def test_a_recording_may_come_from_stdin_and_has_no_name(
+def test_a_recording_may_come_from_stdin_and_has_no_file_name(
     mosquitto: Mosquitto, answers: Answers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"RIFF")))
@@ -258,11 +394,12 @@ def test_a_recording_may_come_from_stdin_and_has_no_name(
     assert "stdin is empty" in capsys.readouterr().err
 
 
+@pytest.mark.mosquitto
 def test_what_is_over_the_limit_is_not_read_to_its_end(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CESAR_QUEUE__MAX_PAYLOAD_BYTES", "2048")
-    assert run(["submit", "--broker", "mqtt://127.0.0.1:1", "/dev/zero"]) == 1
+    assert run(["submit", "--broker", mosquitto.url, "/dev/zero"]) == 1
     assert "/dev/zero is larger than a message may be, 2.0 kB" in capsys.readouterr().err
 
 
@@ -348,7 +485,8 @@ def test_who_waits_is_told_why_and_who_leaves_how_to_go_on(mosquitto: Mosquitto,
         bus.publish("cesar/status/mine", {"job_id": "mine", "status": "processing", "progress": 0.42, "eta": 5.0})
         shown = _read_until(ours, b"processing 42%, 0:05 left")
         process.send_signal(signal.SIGINT)
-        shown = _read_until(ours, b"job mine is processing: cesar-mqtt show mine")
+        shown = _read_until(ours, b"goes on without this command: cesar-mqtt show mine")
+        assert f"The job of {SPEECH}".encode() in shown
         assert process.wait(30) == 130
     assert b"Traceback" not in shown
     os.close(ours)

@@ -126,7 +126,8 @@ def test_the_same_upload_with_the_same_id_is_the_same_job_and_another_one_is_a_c
     with SPEECH.open("rb") as file:
         other = page.http.post("/api/jobs", files={"file": ("speech.wav", file)}, data={"job_id": "note-1"})
     assert (other.status_code, other.json()["code"]) == (409, "job_id_conflict")
-    assert page.http.get("/api/rejected").json()["rejected"][0]["job_id"] == "note-1"
+    (rejection,) = page.http.get("/api/rejected").json()["rejected"]
+    assert (rejection["job_id"], rejection["reason"]) == ("note-1", "job_id_conflict")
     assert page.http.post("/api/jobs/note-1/cancel").json()["status"] == "cancelled"
     assert page.http.post("/api/jobs/note-1/retry").json()["status"] == "queued"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Route, expect, sync_playwright
 from playwright.sync_api import Page as Tab
 
 from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, words
@@ -310,6 +310,19 @@ def test_the_page_speaks_the_language_of_the_browser(
     expect(tab.locator("#jobs-title")).to_have_text(heading)
     assert tab.evaluate("document.documentElement.lang") == (locale[:2] if locale != "ja-JP" else "en")
     assert tab.locator("[data-text]").filter(has_text=re.compile("^[a-z]+_[a-z_]+$")).count() == 0
+
+
+def test_texts_that_arrive_after_the_queue_are_shown_all_the_same(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("done")
+    tab, held = open_tab(), list[Route]()
+    tab.route("**/languages/*.json", lambda route: held.append(route))  # noqa: PLW0108 - playwright marks the function
+    with tab.expect_response("**/api/events"), tab.expect_request("**/languages/*.json"):
+        tab.goto(shown.url)
+    expect(tab.locator("#workplace")).to_be_attached()
+    held[0].continue_()
+    expect(tab.locator("#consumers button")).to_have_text("Pause")
+    expect(tab.locator("#consumers")).to_contain_text("0 queued")
+    expect(row(tab, "done.wav")).to_contain_text("completed")
 
 
 def test_a_password_is_asked_for(mosquitto: Mosquitto, tmp_path: Path, open_tab: Callable[..., Tab]) -> None:

@@ -1,14 +1,18 @@
 """The broker's configuration in `deploy/mosquitto`, run by a real mosquitto with a real consumer."""
 
 import json
+import os
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.acceptance.harness import CONNECTED, SPEECH, SPOKEN, Consumer, command, words
-from tests.conftest import Certificates
+from tests import template
+from tests.acceptance.harness import CONNECTED, SMALL, SPEECH, SPOKEN, Consumer, FrontDoor, command, words
+from tests.acceptance.web_page import Page, wait_until
+from tests.conftest import Certificates, find_free_port
 from tests.deploy.conftest import DEPLOY, USERS, Client, DeployedMosquitto, StartDeployed, script
 
 pytestmark = [pytest.mark.mosquitto]
@@ -62,6 +66,36 @@ def test_a_producer_hands_in_a_recording_and_reads_the_transcript_and_nobody_is_
     assert json.loads(healthy.stdout)["worker_alive"] is True
     assert cancelled.returncode == 0, cancelled.stderr
     assert json.loads(state.stdout) == {"state": "offline"}
+    assert not denied(broker), denied(broker)
+
+
+@pytest.mark.model
+def test_the_page_submits_follows_and_deletes_a_job_and_is_denied_nothing(
+    broker: DeployedMosquitto, serve: Serve, tmp_path: Path
+) -> None:
+    script("make-passwords.sh", str(broker.folder / "config"), "web")
+    broker.restart()
+    serve(*flags_of(broker, "cesar"), environ=password_of(broker, "cesar"))
+    page = Page(find_free_port())
+    with (tmp_path / "web.log").open("wb") as log:
+        process = template.start(
+            ["web", f"127.0.0.1:{page.port}", *flags_of(broker, "web")],
+            cwd=tmp_path,
+            env={**os.environ, **SMALL, **password_of(broker, "web")},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        with closing(page):
+            page.wait_ready()
+            job_id = page.submit(formats="json")["job_id"]
+            wait_until(lambda: page.http.get(f"/api/jobs/{job_id}").json()["status"] == "completed")
+            assert page.http.get(f"/api/jobs/{job_id}/result.srt").status_code == 200
+            assert page.http.delete(f"/api/jobs/{job_id}").status_code == 200
+            wait_until(lambda: page.http.get(f"/api/jobs/{job_id}").status_code == 404)
+    finally:
+        process.kill()
+        process.wait(60)
     assert not denied(broker), denied(broker)
 
 
@@ -158,6 +192,41 @@ def test_each_front_door_has_a_user_of_its_own(broker: DeployedMosquitto, user: 
     for topic in ("cesar/status/a", "cesar/consumer/cesar/state", "cesar/replies/a", "homeassistant/tag/evil/config"):
         assert "Not authorized" in client.pub(topic, "{}").stderr
     assert client.sub("cesar/status/#", "-C", "1", "-W", "10").stdout == "{}\n"
+
+
+@pytest.mark.model
+def test_front_doors_inside_a_consumer_and_beside_it_need_no_more_rights_than_their_users_have(
+    broker: DeployedMosquitto, serve: Serve, tmp_path: Path
+) -> None:
+    script("make-passwords.sh", str(broker.folder / "config"), "web", "inbox")
+    broker.restart()
+    inside, beside = tmp_path / "inside", tmp_path / "beside"
+    for folder in (inside, beside):
+        folder.mkdir()
+    quick = {"CESAR_INBOX__SETTLE": "0.3"}
+    web = password_of(broker, "web")["CESAR_BROKER__PASSWORD_FILE"]
+    user = {"CESAR_GATEWAY__USERNAME": "web", "CESAR_GATEWAY__PASSWORD_FILE": web}
+    consumer = serve(
+        *flags_of(broker, "cesar"), "--inbox", str(inside), environ={**password_of(broker, "cesar"), **user, **quick}
+    )
+    door = FrontDoor(
+        tmp_path,
+        *("inbox", str(beside), *flags_of(broker, "inbox"), "--data-dir", str(tmp_path / "records")),
+        ready="Watching ",
+        environ={**password_of(broker, "inbox"), **quick},
+    )
+    try:
+        for folder in (inside, beside):
+            (folder / "note.wav").write_bytes(SPEECH.read_bytes())
+        consumer.wait_for_log("Wrote ")
+        door.wait_for_log("Wrote ")
+        assert door.stop() == 0
+    finally:
+        if door.process.poll() is None:
+            door.kill()
+    assert consumer.stop() == 0
+    assert [words((folder / "note.txt").read_text()) for folder in (inside, beside)] == [SPOKEN, SPOKEN]
+    assert not denied(broker), denied(broker)
 
 
 def test_a_wrong_password_is_refused_and_the_consumer_says_what_to_check(

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from cesar_mqtt.cli.app import app
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.consumer.discovery import discovery_messages
+from cesar_mqtt.gateway.web.server import parse_address, rules_of
 from cesar_mqtt.protocol.topics import Topics
 from tests.conftest import need, run
 from tests.deploy.conftest import DEPLOY, USERS
@@ -232,6 +233,9 @@ def test_the_add_on_takes_the_broker_that_the_supervisor_knows(supervisor: str, 
     assert settings.broker.username == "addons"
     assert settings.audio.directories == (Path("/media"), Path("/share"))
     assert settings.models.download is True
+    assert parse_address(settings.web.listen or "")[1] == read(ADDON / "config.yaml")["ingress_port"]
+    assert not rules_of(settings).is_loopback
+    assert [str(proxy) for proxy in rules_of(settings).proxies] == ["172.30.32.2/32"]
     assert "secret" not in str(said)
     assert (tmp_path / "password").read_text() == "secret\n"
     assert stat.S_IMODE((tmp_path / "password").stat().st_mode) == 0o600
@@ -267,7 +271,7 @@ PAGES = [ROOT / "docs" / f"{name}.md" for name in ("homeassistant", "deployment"
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_a_page_names_files_and_commands_that_are_there(page: Path) -> None:
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#:]+)", text):
+    for target in re.findall(r"\]\((?!https?:)([^)#:]+)", text):
         assert (page.parent / target).exists(), target
     for target in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w./-]+\w", text):
         assert (ROOT / target).exists() or "state" in target or target == "deploy/docker/audio", target

@@ -2,10 +2,12 @@
 """What a user sees in Home Assistant. Each test also fails when Home Assistant logs a warning."""
 
 import json
+import time
 from functools import partial
 
 import pytest
 from homeassistant.core import callback
+from homeassistant.util import dt as dt_util
 
 ENTITIES = {
     "binary_sensor.cesar_connection": "on",
@@ -17,11 +19,24 @@ ENTITIES = {
     "sensor.cesar_rejected": "0",
     "sensor.cesar_last_transcript": "unknown",
     "sensor.cesar_last_error": "unknown",
+    "sensor.cesar_last_rejection": "unknown",
+    "sensor.cesar_progress": "unknown",
+    "sensor.cesar_ready_at": "unknown",
+    "sensor.cesar_current_recording": "unknown",
+    "sensor.cesar_oldest_waiting": "0",
+    "sensor.cesar_computes_on": "cpu int8",
+    "sensor.cesar_length_of_the_last_recording": "unknown",
     "event.cesar_job": "unknown",
     "notify.cesar_transcribe": "unknown",
     "switch.cesar_pause": "off",
     "button.cesar_cancel_current_job": "unknown",
+    "button.cesar_cancel_all_jobs": "unknown",
+    "button.cesar_retry_last_failure": "unknown",
+    "select.cesar_default_language": "auto",
+    "select.cesar_default_model": "tiny.en",
 }
+MEASURED = {"sensor.cesar_free_space", "sensor.cesar_memory", "sensor.cesar_started"}
+"""Their states differ from run to run."""
 HEARD = "call the plumber"
 MOST_RECORDED_BYTES = 16_384  # of attributes
 DEVICE = "homeassistant/device/cesar-mqtt_cesar/config"
@@ -54,7 +69,7 @@ async def seen_by(house, bus, topic, when=bool, **how):
 async def test_every_entity_appears_with_its_state(house, serve, mode):
     serve(CESAR_HOMEASSISTANT__DISCOVERY=mode)
     await house.until(shows(house, ENTITIES), "every entity")
-    assert set(house.entities()) == set(ENTITIES)
+    assert set(house.entities()) == set(ENTITIES) | MEASURED
     (device,) = house.devices()
     assert (device.name, device.manufacturer, device.model) == ("cesar", "cesar-mqtt", "Transcription worker")
     assert "processing" in house.attributes("sensor.cesar_activity")["options"]
@@ -98,6 +113,116 @@ async def test_a_url_that_is_notified_is_sent_as_one(house, serve, bus):
     await house.call("notify", "send_message", "notify.cesar_transcribe", message="https://example.org/a.mp3")
     assert json.loads(await seen_by(house, bus, "cesar/jobs")) == {"audio_url": "https://example.org/a.mp3"}
     await house.until_state("sensor.cesar_errors", "1")
+
+
+@pytest.mark.parametrize(
+    ("said", "request_"),
+    [
+        ("  HTTP://example.org/a.mp3\n", {"audio_url": "HTTP://example.org/a.mp3"}),
+        (" notes/a b.wav ", {"audio_path": "notes/a b.wav"}),
+        ('{"audio_path": "a.wav", "language": "en"}', {"audio_path": "a.wav", "language": "en"}),
+    ],
+)
+async def test_blanks_any_case_and_objects_may_be_notified(house, serve, bus, said, request_):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message=said)
+    assert json.loads(await seen_by(house, bus, "cesar/jobs")) == request_
+    await house.until_state("sensor.cesar_errors", "1")
+
+
+async def test_a_running_job_shows_its_recording_its_progress_and_its_end(house, serve, long_recording):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    shown = []
+
+    @callback
+    def note(event):
+        state = event.data["new_state"]
+        if state is not None and event.data["entity_id"] in {"sensor.cesar_progress", "sensor.cesar_ready_at"}:
+            shown.append((event.data["entity_id"], state.state))
+
+    house.hass.bus.async_listen("state_changed", note)
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message=long_recording)
+    await house.until_state("sensor.cesar_current_recording", long_recording)
+    await house.until_state("sensor.cesar_completed", "1")
+    await house.until_state("sensor.cesar_current_recording", "unknown")
+    percent = [float(state) for entity, state in shown if entity == "sensor.cesar_progress" and state != "unknown"]
+    assert percent
+    assert percent == sorted(percent)
+    assert max(percent) <= 100
+    ends = [state for entity, state in shown if entity == "sensor.cesar_ready_at" and state != "unknown"]
+    assert ends
+    assert all(abs(dt_util.parse_datetime(end).timestamp() - time.time()) < 600 for end in ends)
+    await house.until_state("sensor.cesar_progress", "unknown")
+    await house.until_state("sensor.cesar_ready_at", "unknown")
+    assert float(house.state("sensor.cesar_length_of_the_last_recording")) > 60
+
+
+async def test_the_last_transcript_and_the_last_error_survive_a_restart(house, serve):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    for message in ("speech.wav", "missing.wav"):
+        await house.call("notify", "send_message", "notify.cesar_transcribe", message=message)
+    await house.until(lambda: HEARD in house.state("sensor.cesar_last_transcript"), "the transcript")
+    await house.until(lambda: "missing.wav" in house.state("sensor.cesar_last_error"), "the error")
+    for entity in ("sensor.cesar_last_transcript", "sensor.cesar_last_error"):
+        house.hass.states.async_set(entity, "unknown")
+    await house.connect_again()
+    await house.until(lambda: HEARD in house.state("sensor.cesar_last_transcript"), "the transcript again")
+    await house.until(lambda: "missing.wav" in house.state("sensor.cesar_last_error"), "the error again")
+    assert house.attributes("sensor.cesar_last_error")["audio_source"] == "missing.wav"
+
+
+async def test_what_a_failed_job_needs_can_be_put_there_and_the_job_retried(house, serve):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("switch", "turn_on", "switch.cesar_pause")
+    await house.until_state("switch.cesar_pause", "on")
+    for _ in range(2):
+        await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
+    await house.until_state("sensor.cesar_queue_length", "2")
+    await house.call("button", "press", "button.cesar_cancel_all_jobs")
+    await house.until_state("sensor.cesar_cancelled", "2")
+    await house.call("switch", "turn_off", "switch.cesar_pause")
+    await house.call("button", "press", "button.cesar_retry_last_failure")
+    await house.until_state("sensor.cesar_completed", "1")
+
+
+async def test_the_defaults_of_jobs_can_be_chosen(house, serve, bus):
+    serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    assert "base" in house.attributes("select.cesar_default_model")["options"]
+    await house.call("select", "select_option", "select.cesar_default_language", option="en")
+    await house.until_state("select.cesar_default_language", "en")
+    await house.call("select", "select_option", "select.cesar_default_model", option="base")
+    await house.until_state("select.cesar_default_model", "base")
+
+
+async def test_a_consumer_that_announces_no_more_leaves_nothing(house, serve):
+    consumer = serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    consumer.stop()
+    consumer.start(CESAR_HOMEASSISTANT__ENABLED="false")
+    await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+
+
+async def test_a_restart_shows_no_stop(house, serve):
+    consumer = serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    consumer.stop()
+    await house.until_state("binary_sensor.cesar_connection", "off")
+    seen = []
+
+    @callback
+    def note(event):
+        if event.data["entity_id"] == "sensor.cesar_activity" and event.data["new_state"] is not None:
+            seen.append(event.data["new_state"].state)
+
+    house.hass.bus.async_listen("state_changed", note)
+    consumer.start()
+    await house.until(shows(house, ENTITIES), "every entity")
+    assert "draining" not in seen
 
 
 async def test_a_long_transcript_is_cut_in_the_state_and_whole_in_the_attribute(house, serve, long_recording):
@@ -179,7 +304,7 @@ async def test_what_is_removed_leaves_nothing(house, serve, mode):
     await house.until(shows(house, ENTITIES), "every entity")
     consumer.stop()
     said = await house.hass.async_add_executor_job(consumer.command, "discovery", "remove")
-    assert said.count("removed ") == (1 if mode == "device" else len(ENTITIES))
+    assert said.count("removed ") == (1 if mode == "device" else len(ENTITIES) + len(MEASURED))
     await house.until(lambda: not house.entities() and not house.devices(), "nothing")
     assert not [state for state in house.hass.states.async_entity_ids() if "cesar" in state]
     await house.connect_again()
@@ -195,5 +320,5 @@ async def test_consumers_side_by_side_are_devices_side_by_side(house, serve):
     for name in ("kitchen", "attic"):
         theirs = {entity.replace("cesar", f"cesar_{name}"): state for entity, state in ENTITIES.items()}
         await house.until(shows(house, theirs), f"every entity of the one called {name}")
-    assert len(house.entities()) == 3 * len(ENTITIES)
+    assert len(house.entities()) == 3 * (len(ENTITIES) + len(MEASURED))
     assert sorted(device.name for device in house.devices()) == ["cesar", "cesar attic", "cesar kitchen"]

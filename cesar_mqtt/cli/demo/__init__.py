@@ -12,7 +12,7 @@ from typing import Any
 
 from cesar_mqtt import logs
 from cesar_mqtt.cli.console import out, print_line
-from cesar_mqtt.cli.producer import Producer, submission
+from cesar_mqtt.cli.producer import Producer, Recording
 from cesar_mqtt.config import BrokerSettings, Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
@@ -45,19 +45,17 @@ def run() -> ExitCode:
 
 def _submit(url: str, stop: StopSignals) -> ExitCode:
     topics = Topics("cesar", "cesar")
-    item = submission(RECORDING, job_id=_JOB_ID, by_path=False, options={})
-    with Producer(BrokerSettings(url=url), topics, [item]) as producer:
+    seen: list[str] = []
+    item = Recording(_JOB_ID, str(RECORDING), by_path=False, options={})
+    with Producer(BrokerSettings(url=url), topics, [item], on_status=lambda _, status: _show(status, seen)) as producer:
         producer.connect(_CONNECT_S)
         _step("broker", f"an embedded one at {url}")
         producer.wait_for_consumer(time.monotonic() + _CONNECT_S)
         _step("publish", f"{topics.audio(_JOB_ID)}  ({RECORDING.name}, {RECORDING.stat().st_size // 1024} KiB)")
         producer.publish(None)
-        seen: list[str] = []
-        while not stop.is_requested() and not producer.follow(
-            time.monotonic() + _LOOK_S, lambda _, status: _show(status, seen)
-        ):
+        while not stop.is_requested() and not producer.follow(time.monotonic() + _LOOK_S):
             pass
-        status = next(status for _, status in producer.results())
+        status = producer.status(item)
     interrupted = stop.is_requested() and (status is None or status["status"] != "completed")
     return ExitCode.INTERRUPTED if interrupted or status is None else _end(status)
 

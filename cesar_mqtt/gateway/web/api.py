@@ -1,5 +1,6 @@
 """The HTTP API below `/api`: jobs, consumers, rejections, events. Everything runs on the thread of the event loop."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ _BODY_BYTES = 300_000
 """Of a request without a file: two prompts of 65,536 characters fit."""
 _MOST_STREAMS = 500
 _PING_S = 15
+_GATHER_S = 0.05
+"""What changes so soon after an event is sent with the next one: a hundred clients may read a burst of a thousand."""
 _DEFAULT_LIMIT = 100
 
 
@@ -182,6 +185,7 @@ class Api:
                 events, last_id = self._board.events_after(last_id)
                 if events:
                     yield events
+                    await asyncio.sleep(_GATHER_S)
                 await self._board.wait_changed(last_id)
         finally:
             self._streams -= 1

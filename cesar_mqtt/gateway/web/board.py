@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,13 +197,20 @@ class Board:
         document = document_of(payload)
         if document is None:
             return
-        names = ("reason", "detail", "topic", "job_id", "payload_excerpt", "received_at")
-        rejection = {name: _shown(document.get(name)) for name in names}
+        rejection = _rejection(document)
         self.rejected.appendleft(rejection)
         self._append("rejected", rejection)
         job_id = rejection["job_id"]
         if isinstance(job_id, str):
             self._notify(job_id, "rejected", rejection)
+
+    def add_rejections(self, found: Sequence[Document]) -> None:
+        """Add what a consumer remembers of the time before."""
+        known = {json.dumps(each, sort_keys=True): each for each in (*self.rejected, *map(_rejection, found))}
+        newest = sorted(known.values(), key=lambda each: str(each["received_at"]), reverse=True)[:MOST_REJECTIONS]
+        if newest != list(self.rejected):
+            self.rejected = deque(newest, maxlen=MOST_REJECTIONS)
+            self._append("rejections", {"rejected": newest})
 
     def _take_segment(self, job_id: str, payload: bytes) -> None:
         if job_id in self._followers:
@@ -351,6 +358,11 @@ def document_of(payload: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def _rejection(document: Document) -> dict[str, Any]:
+    names = ("reason", "detail", "topic", "job_id", "payload_excerpt", "received_at")
+    return {name: _shown(document.get(name)) for name in names}
 
 
 def _listed(status: Document) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class BusLink:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived: deque[Delivery] = deque()
         self._settling: asyncio.TimerHandle | None = None
+        self._loading: asyncio.Task[None] | None = None
         own = f"{topics.prefix}/consumer/+"
         retained = (topics.status("+"), f"{own}/state", f"{own}/queue", f"{own}/info")
         self._bus = Bus(
@@ -148,6 +149,14 @@ class BusLink:
         self._settling = None
         if (connection := self._bus.connection) is not None:
             self._board.remove_stale(connection.number)
+            self._loading = asyncio.create_task(self._load_rejections())
+
+    async def _load_rejections(self) -> None:
+        """Get the rejections from before the connection: their messages are not retained."""
+        for consumer in [each.name for each in self._board.consumers.values() if each.online]:
+            with suppress(ProblemError):  # an older one does not know the command
+                data = await self.ask("rejected", {}, consumer=consumer)
+                self._board.add_rejections([each for each in data.get("rejected") or () if isinstance(each, dict)])
 
 
 async def _result(future: "Future[T]", timeout_s: float, too_late: str) -> T:

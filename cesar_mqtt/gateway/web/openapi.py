@@ -168,7 +168,7 @@ def _paths() -> dict[str, Any]:
             "get": _operation(
                 "readEvents",
                 "Server-sent events: `snapshot` with everything, then `job`, `job_deleted`, `consumer`, "
-                "`consumer_removed`, `rejected` and `broker` as they happen.",
+                "`consumer_removed`, `rejected`, `rejections` (the latest ones) and `broker` as they happen.",
                 {"type": "string"},
                 parameters=[resume],
                 media="text/event-stream",

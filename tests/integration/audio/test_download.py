@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 
 import pytest
 
-from cesar_mqtt.audio import download
+from cesar_mqtt.audio import pinned_http
 from cesar_mqtt.audio.download import Downloader
 from cesar_mqtt.config import AudioSettings
 from cesar_mqtt.errors import Cancelled, ConfigError, ErrorCode, JobFailedError
@@ -651,7 +651,7 @@ def test_a_cancel_ends_a_download_whatever_the_server_does(tmp_path: Path, serve
 
 
 def test_a_silent_server_is_retried(tmp_path: Path, serve: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_READ_S", 0.3)
+    monkeypatch.setattr(pinned_http, "_READ_S", 0.3)
     server = serve(lambda exchange: exchange.hang(), gives(BODY))
     assert downloader(tmp_path).fetch(server.url(), never).path.read_bytes() == BODY
     server.left.get(timeout=DEADLINE_S)
@@ -671,7 +671,7 @@ def full_backlog() -> Iterator[int]:
 
 
 def test_a_connection_that_does_not_come_about_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_CONNECT_S", 0.2)
+    monkeypatch.setattr(pinned_http, "_CONNECT_S", 0.2)
     with full_backlog() as port:
         fetcher = downloader(tmp_path, download_retries=0)
         failure = failure_of(lambda: fetcher.fetch(f"http://127.0.0.1:{port}/", never), tmp_path)
@@ -680,7 +680,7 @@ def test_a_connection_that_does_not_come_about_ends(tmp_path: Path, monkeypatch:
 
 
 def test_a_tls_handshake_without_an_answer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_CONNECT_S", 0.2)
+    monkeypatch.setattr(pinned_http, "_CONNECT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fetcher = downloader(tmp_path, download_retries=0)
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/"
@@ -694,7 +694,7 @@ def test_a_server_that_pauses_within_a_response_loses_nothing(
     tmp_path: Path, serve: StartServer, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, *, encrypted: bool
 ) -> None:
     """A read that timed out after one step is repeated, also over TLS."""
-    monkeypatch.setattr(download, "_STEP_S", 0.01)
+    monkeypatch.setattr(pinned_http, "_STEP_S", 0.01)
     whole = head(Content_Length=len(BODY)) + BODY
     parts = [whole[:7], whole[7:100], whole[100:100_000], whole[100_000:]]
     server = serve(lambda exchange: exchange.drip(iter(parts), 0.1), tls=showing(certificates) if encrypted else None)
@@ -704,7 +704,7 @@ def test_a_server_that_pauses_within_a_response_loses_nothing(
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_resolver_that_does_not_answer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stop: bool) -> None:
-    monkeypatch.setattr(download, "_CONNECT_S", 60 if stop else 0.2)
+    monkeypatch.setattr(pinned_http, "_CONNECT_S", 60 if stop else 0.2)
     looked, done = itertools.count(), threading.Event()
 
     def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:

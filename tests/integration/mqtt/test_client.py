@@ -1177,6 +1177,52 @@ def test_a_subscription_that_is_refused_or_weakened_is_reported(
     watched.client.close()
 
 
+@pytest.mark.parametrize(("code", "advice"), [(0x9E, "consumer.group"), (0x9A, "retained messages"), (0x9B, "QoS 1")])
+def test_a_disconnect_in_place_of_a_suback_ends_the_client(
+    script: Callable[..., ScriptedBroker], watch: Watch, code: int, advice: str
+) -> None:
+    """ejabberd has no shared subscriptions, and says so with a DISCONNECT."""
+
+    def refuse(client: socket.socket, _connect: bytes) -> None:
+        client.sendall(b"\x20\x03\0\0\0")
+        read_packet(client)
+        client.sendall(b"\xe0\x02" + bytes([code]) + b"\0")
+        client.recv(1)
+
+    watched = watch(script(refuse).url, subscriptions=[Subscription("$share/house/cesar/jobs")])
+    watched.client.start()
+    with pytest.raises(BrokerRefusedError) as caught:
+        watched.client.wait_connected(_WAIT_S)
+    assert advice in caught.value.advice
+    assert caught.value.reason_code == code
+    watched.client.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"), [("retain_available false", "retain_available true"), ("max_qos 0", "max_qos 1 or 2")]
+)
+def test_a_broker_without_retained_messages_or_qos_1_ends_the_client(
+    start_mosquitto: "StartMosquitto", watch: Watch, option: str, advice: str
+) -> None:
+    watched = watch(start_mosquitto(option).url, will=Will("a", b"x"))
+    watched.client.start()
+    with pytest.raises(BrokerRefusedError) as caught:
+        watched.client.wait_connected(_WAIT_S)
+    assert advice in caught.value.advice
+    watched.client.close()
+
+
+def test_a_port_for_websockets_is_named(start_mosquitto: "StartMosquitto", watch: Watch, free_port: int) -> None:
+    start_mosquitto(f"listener {free_port} 127.0.0.1", "protocol websockets")
+    watched = watch(f"mqtt://127.0.0.1:{free_port}")
+    watched.client.start()
+    assert holds(lambda: watched.client.failure)
+    assert f"answers in HTTP, not in MQTT. If that port is for WebSockets, write ws://127.0.0.1:{free_port}." in str(
+        watched.client.failure
+    )
+    watched.client.close()
+
+
 @pytest.mark.parametrize("name", [b"cesar/\xff\xfe", b"cesar/\xc3"])
 def test_a_topic_that_is_not_utf_8_is_delivered(
     script: Callable[..., ScriptedBroker], watch: Watch, name: bytes

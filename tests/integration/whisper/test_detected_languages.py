@@ -4,13 +4,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cesar_mqtt.audio.samples import SAMPLE_RATE
 from cesar_mqtt.config import AudioSettings, ModelSettings
 from cesar_mqtt.transcript import Transcript, TranscriptionOptions
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.transcriber import Transcriber
 from tests.conftest import report_missing
+from tests.recordings import decode, write_wav
 
 pytestmark = [pytest.mark.model]
 
@@ -28,8 +31,12 @@ def transcriber(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transcribe
 
 
 def heard(transcriber: Transcriber, name: str, language: str | None = None) -> Transcript:
+    return heard_in(transcriber, DATA / f"{name}.ogg", language)
+
+
+def heard_in(transcriber: Transcriber, path: Path, language: str | None = None) -> Transcript:
     options = TranscriptionOptions("base", language=language)
-    recording = transcriber.open(DATA / f"{name}.ogg", options)
+    recording = transcriber.open(path, options)
     try:
         return transcriber.transcribe(
             recording,
@@ -56,6 +63,20 @@ def test_a_language_is_detected_and_its_words_are_transcribed(name: str, code: s
     assert transcript.language_probability is not None
     assert transcript.language_probability > 0.5
     assert len(missed) <= len(expected) // 5, transcript.text
+
+
+@pytest.mark.parametrize("first", ["english", "german"])
+def test_a_change_of_the_language_that_nobody_announced_is_followed(
+    first: str, transcriber: Transcriber, tmp_path: Path
+) -> None:
+    english, other = decode(DATA / "long.ogg")[0][: 12 * SAMPLE_RATE], "spanish" if first == "english" else "german"
+    foreign = decode(DATA / f"{other}.ogg")[0]
+    parts = [english, foreign, foreign] if first == "english" else [foreign, english]
+    path = write_wav(tmp_path / "a.wav", np.concatenate(parts), SAMPLE_RATE)
+    text = words(heard_in(transcriber, path).text)
+    spoken = words((DATA / f"{other}.txt").read_text())
+    assert len(set(spoken) & set(text)) >= len(set(spoken)) * 2 // 3, text
+    assert {"recording", "message", "writes"} <= set(text)
 
 
 def test_a_language_that_is_given_is_certain(transcriber: Transcriber) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,31 @@ def test_two_transport_streams_in_one_file_follow_each_other(tmp_path: Path) -> 
         samples, audio = decode(tmp_path / name)
         assert len(samples) / 16_000 == pytest.approx(6.0, abs=0.2), name
         assert audio.warnings == (), name
+
+
+@pytest.mark.parametrize(("container", "warnings"), [("matroska", ("audio_damaged",)), ("mpegts", ())])
+def test_a_long_gap_that_nothing_confirms_is_warned_of_where_it_cannot_be_another_recording(
+    container: str, warnings: tuple[str, ...], tmp_path: Path
+) -> None:
+    rate = 48_000
+    sound = Sound("mp2", rate, [(0.0, tone(3, rate)), (2000.0, tone(3, rate))])
+    options = {"live": "1"} if container == "matroska" else None
+    samples, audio = decode(
+        write(tmp_path / "gap", container, sound, options=options), replace(LIMITS, max_duration_s=9000.0)
+    )
+    assert len(samples) / 16_000 == pytest.approx(6.0, abs=0.2)
+    assert audio.warnings == warnings
+
+
+def test_sound_starts_late_in_an_avi_that_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.avi", "avi", Picture(9.0), Sound("pcm_s16le", 16_000, [(0.0, tone(2, 16_000))]))
+    content = bytearray(path.read_bytes())
+    begin = content.find(b"auds") + 28  # dwStart of the stream's head, in units of dwScale / dwRate
+    content[begin : begin + 4] = (5 * 16_000).to_bytes(4, "little")
+    path.write_bytes(content)
+    samples, audio = decode(path)
+    assert spans(samples) == [pytest.approx((5.0, 7.0), abs=0.1)]
+    assert audio.warnings == ()
 
 
 def test_an_edit_list_that_delays_the_sound_is_honoured(tmp_path: Path) -> None:

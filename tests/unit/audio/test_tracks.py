@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cesar_mqtt.audio import tracks
 from cesar_mqtt.audio.tracks import TrackMixer
 from cesar_mqtt.errors import ErrorCode, JobFailedError
-from tests.recordings import Picture, Sound, decode, frequencies, spans, tone, write
+from tests.recordings import LIMITS, Picture, Sound, decode, frequencies, spans, tone, write, write_wav
 
 LOW = Sound("aac", 44_100, [(0.0, tone(3, 44_100, 440))])
 HIGH = Sound("aac", 44_100, [(0.0, tone(3, 44_100, 1200))])
@@ -122,3 +123,29 @@ def test_tracks_that_come_far_apart_are_mixed_without_keeping_one_back() -> None
     rest = np.concatenate(list(mixer.finish()))
     assert len(rest) == 50 * 16_000
     assert rest.max() == 1.0
+
+
+@pytest.mark.parametrize("channels", [1, 64])
+@pytest.mark.parametrize("rate", [1, 100, 999])
+def test_so_few_samples_a_second_that_some_kilobytes_last_for_hours_are_no_sound(
+    rate: int, channels: int, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(1).integers(-9000, 9000, (20_000 // channels, channels), np.int16)
+    with pytest.raises(JobFailedError) as caught:
+        decode(write_wav(tmp_path / "a.wav", noise, rate), replace(LIMITS, max_duration_s=86_400.0))
+    assert caught.value.code is ErrorCode.AUDIO_UNREADABLE
+
+
+def test_the_slowest_recording_that_can_hold_speech_is_decoded(tmp_path: Path) -> None:
+    assert frequencies(decode(write_wav(tmp_path / "a.wav", tone(3, 4000, 440), 4000))[0]) == [440.0]
+
+
+def test_of_tracks_that_are_all_silent_for_long_the_first_that_speaks_is_heard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tracks, "_LISTEN_S", 5.0)
+    silent = replace(SILENT, pieces=[(0.0, np.zeros(12 * 44_100, np.float32))])
+    late = replace(HIGH, pieces=[(0.0, np.concatenate((np.zeros(9 * 44_100, np.float32), tone(3, 44_100, 1200))))])
+    samples, audio = decode(write(tmp_path / "a.mp4", "mp4", silent, late))
+    assert frequencies(samples) == [1200.0]
+    assert audio.warnings == ()

@@ -164,6 +164,16 @@ def test_blocks_give_what_all_samples_at_once_give() -> None:
         assert np.allclose(found, expected, atol=1e-5)
 
 
+def test_a_minute_of_nothing_is_not_given_to_the_vad(vad: FakeVad) -> None:
+    silence = np.zeros(MINUTE, np.float32)
+    probabilities = speech_probabilities(silence)
+    assert vad.given == []
+    assert probabilities.shape == (MINUTE // CHUNK,)
+    assert not probabilities.any()
+    silence[-1] = 0.1
+    assert speech_probabilities(silence).any()
+
+
 def faster_whispers(samples: Samples) -> list[tuple[int, int]]:
     return [(part["start"], part["end"]) for part in faster_whisper.vad.get_speech_timestamps(samples)]
 

@@ -2,11 +2,15 @@
 
 import json
 import os
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 
 from cesar_mqtt.cli import doctor
 from cesar_mqtt.cli.doctor import Finding, Severity
@@ -263,3 +267,36 @@ def test_the_report_has_each_check_above_its_advice_and_its_code_says_whether_al
     doctor.examine(settings(tmp_path), as_json=True, timeout_s=1)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == {"check": "model", "verdict": "wrong", "detail": "It is gone.", "what_to_do": "Fetch it."}
+
+
+def test_what_the_broker_does_not_accept_of_the_consumer_is_a_fault_with_advice() -> None:
+    found = doctor._not_accepted({"topic": "cesar/events", "size_bytes": 412, "cause": "denied", "skipped": True})
+    assert found.verdict is Severity.WRONG
+    assert "message on cesar/events (412 B), which is skipped" in found.detail
+    assert "access list" in found.what_to_do
+    cut = doctor._not_accepted({"topic": "a", "size_bytes": 5_000_000, "cause": "too_large", "skipped": False})
+    assert "which is cut, and published last" in cut.detail
+    assert "broker.max_packet_bytes" in cut.what_to_do
+
+
+@pytest.mark.mosquitto
+def test_messages_that_mosquitto_has_dropped_are_noted(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
+    broker = start_mosquitto("max_queued_messages 5", "sys_interval 1")
+    reader = Client(CallbackAPIVersion.VERSION2, client_id="slow", clean_session=False)
+    subscribed = threading.Event()
+    reader.on_subscribe = lambda *_: subscribed.set()
+    reader.connect("127.0.0.1", broker.port)
+    reader.loop_start()
+    reader.subscribe("cesar/jobs", qos=1)
+    assert subscribed.wait(10)
+    reader.disconnect()
+    reader.loop_stop()
+    run("mosquitto_pub", "-p", str(broker.port), "-q", "1", "-t", "cesar/jobs", "-l", text="job\n" * 50)
+    asked = settings(tmp_path, broker.url)
+    deadline = time.monotonic() + 20
+    noted: list[Finding] = []
+    while not noted and time.monotonic() < deadline:  # the broker counts once a second
+        noted = [found for found in doctor.check_broker(asked, 0.3) if found.check == "queue of broker"]
+    assert [found.verdict for found in noted] == [Severity.NOTE]
+    assert "has dropped" in noted[0].detail
+    assert "max_queued_messages" in noted[0].what_to_do

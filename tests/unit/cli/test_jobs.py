@@ -34,6 +34,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         class FakeRequester:
             def __init__(self, _settings: Settings, commands: Sequence[str], *, timeout_s: float) -> None:
                 self._commands = commands
+                self.online = list(online)
                 assert timeout_s
 
             def __enter__(self) -> Self:
@@ -80,6 +81,10 @@ def pages(jobs: list[dict[str, Any]], page: int = 3) -> Ask:
         return {"jobs": found, "next": following, "total": len(jobs), "consumer": "cesar"}
 
     return ask
+
+
+def show(settings: Settings, job_id: str, *, result_format: str | None = None, as_json: bool = False) -> ExitCode:
+    return shell.show(settings, job_id, result_format=result_format, consumer=None, as_json=as_json, timeout_s=1)
 
 
 def listed(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -169,11 +174,84 @@ def test_a_long_transcript_is_fetched_in_pieces(
         return {"offset": start, "length": len(piece), "text": piece.decode(), "more": start + 7 < len(text)}
 
     answering(ask)
-    assert shell.show(settings, "job-1", consumer=None, as_json=False, timeout_s=1) is ExitCode.OK
+    assert show(settings, "job-1") is ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["", "A long transcript."]
     assert any(line.split() == ["audio_duration", "1:00"] for line in lines)
     assert not any(line.startswith("error_code") for line in lines), "what is not known is not shown"
+
+
+class Ledger:
+    """A consumer's jobs: knows exact ids only, as a consumer does."""
+
+    def __init__(self, **jobs: str) -> None:
+        self.jobs = {job_id.replace("_", "-"): status for job_id, status in jobs.items()}
+        self.asked: list[tuple[str, str]] = []
+
+    def ask(self, command: str, fields: Mapping[str, Any], _consumer: str | None) -> dict[str, Any]:
+        if command == "list":
+            wanted = [
+                job(1, job_id=job_id, status=status)
+                for job_id, status in self.jobs.items()
+                if fields["status"] in (None, status)
+            ]
+            return pages(wanted, page=2)(command, fields, None)
+        job_id = fields["job_id"]
+        if job_id not in self.jobs:
+            raise RequestRefusedError(f"There is no job {job_id}.")
+        self.asked.append((command, job_id))
+        if command == "result":
+            return {"offset": 0, "length": 3, "text": f"{fields['format']} of {job_id}", "more": False}
+        if self.jobs[job_id] == "processing" and command == "delete":
+            raise RequestRefusedError(f"Job {job_id} is running.")
+        return {"job_id": job_id, "status": "deleted" if command == "delete" else self.jobs[job_id]}
+
+
+def change(settings: Settings, command: str, *job_ids: str, status: str | None = None) -> ExitCode:
+    return shell.change(settings, command, job_ids, status=status, consumer=None, as_json=False, timeout_s=1)
+
+
+@pytest.mark.parametrize("online", [("cesar",), ("attic", "cesar")])
+def test_an_id_may_be_shortened_and_an_exact_one_wins(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str], online: tuple[str, ...]
+) -> None:
+    ledger = Ledger(porch="completed", porch_k7f3q="queued", garden_2="queued", garden_3="error")
+    answering(ledger.ask, online)
+    assert change(settings, "delete", "porch", "porch-") is ExitCode.OK
+    assert ledger.asked == [("delete", "porch"), ("delete", "porch-k7f3q")]
+    assert capsys.readouterr().out.splitlines()[1] == "Job porch-k7f3q is deleted."
+    assert change(settings, "delete", "ga", "shed", "porch") is ExitCode.FAILED
+    told = capsys.readouterr()
+    assert told.out == "Job porch is deleted.\n", "the others are changed all the same"
+    assert "2 job ids begin with ga: garden-2, garden-3." in told.err
+    assert "There is no job shed." in told.err
+
+
+def test_all_jobs_in_a_state_are_changed(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger(a="completed", b="queued", c="completed", d="processing", e="completed")
+    answering(ledger.ask)
+    assert change(settings, "delete", status="completed") is ExitCode.OK
+    assert [job_id for _, job_id in ledger.asked] == ["a", "c", "e"]
+    assert change(settings, "delete", status="processing") is ExitCode.FAILED
+    assert change(settings, "retry", status="error") is ExitCode.OK
+    assert capsys.readouterr().err.splitlines() == ["cesar-mqtt: Job d is running.", "cesar-mqtt: No job is error."]
+
+
+def test_one_result_is_printed_as_it_is(
+    settings: Settings, answering: Callable[..., None], capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    answering(Ledger(porch_k7f3q="completed").ask)
+    assert show(settings, "porch", result_format="srt") is ExitCode.OK
+    assert capsysbinary.readouterr() == (b"srt of porch-k7f3q", b"")
+
+
+def test_a_shell_completes_ids_and_models(settings: Settings, answering: Callable[..., None]) -> None:
+    answering(Ledger(porch_1="completed", garden="queued", porch_2="queued").ask)
+    assert shell.job_ids_that_begin(settings, "po", timeout_s=1) == ["porch-2", "porch-1"]
+    answering(lambda *_: {"models": [{"name": "tiny.en"}, {"name": "base"}]}, online=("attic", "cesar"))
+    assert shell.model_names(settings, timeout_s=1) == ["base", "tiny.en"]
 
 
 @pytest.mark.parametrize(
@@ -278,9 +356,9 @@ def test_times_are_shown_as_in_the_list_with_their_zone(
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
     answering(lambda *_: job(1))
-    shell.show(settings, "job-1", consumer=None, as_json=False, timeout_s=1)
+    show(settings, "job-1")
     assert "2026-01-24 03:15:01 IST\n" in capsys.readouterr().out
-    shell.show(settings, "job-1", consumer=None, as_json=True, timeout_s=1)
+    show(settings, "job-1", as_json=True)
     assert "2026-01-23T21:45:01.000Z" in capsys.readouterr().out
 
 

@@ -19,6 +19,8 @@ from cesar_mqtt.consumer.incoming import MessageParser
 from cesar_mqtt.consumer.own_topics import OwnTopics
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.protocol.consumer_payloads import Activity
+from cesar_mqtt.protocol.languages import language_code
+from cesar_mqtt.protocol.parsing import parse_command
 from cesar_mqtt.protocol.payloads import EVENT_TYPES
 from cesar_mqtt.protocol.topics import Topics
 from tests.factories import delivery
@@ -31,7 +33,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def messages(topics: Topics = KITCHEN, *, mode: Mode = "device", prefix: str = "homeassistant") -> dict[str, Any]:
-    found = discovery_messages(topics, mode=mode, prefix=prefix)
+    found = discovery_messages(topics, mode=mode, prefix=prefix, models=["base", "tiny.en"])
     return {topic: json.loads(payload) for topic, payload in found.items()}
 
 
@@ -66,10 +68,24 @@ def test_the_contract_s_entities_are_there() -> None:
         "rejected_total": "sensor",
         "last_transcript": "sensor",
         "last_error": "sensor",
+        "last_rejection": "sensor",
+        "progress": "sensor",
+        "eta": "sensor",
+        "current_recording": "sensor",
+        "oldest_waiting": "sensor",
+        "disk_free": "sensor",
+        "memory": "sensor",
+        "started": "sensor",
+        "device": "sensor",
+        "last_duration": "sensor",
         "job": "event",
         "submit": "notify",
         "paused": "switch",
+        "default_language": "select",
+        "default_model": "select",
         "cancel": "button",
+        "cancel_all": "button",
+        "retry_last": "button",
     }
 
 
@@ -126,7 +142,7 @@ def test_no_attribute_has_a_name_that_home_assistant_omits() -> None:
     templates = [
         entity["json_attributes_template"] for entity in entities().values() if "json_attributes_topic" in entity
     ]
-    assert len(templates) == 3
+    assert len(templates) == 4
     assert not any(re.search(r"'(state|icon)':", template) for template in templates)
 
 
@@ -135,10 +151,21 @@ def test_submitting_stays_available_while_the_consumer_is_offline() -> None:
     assert entities()["paused"]["availability"][0]["topic"] == "cesar/consumer/kitchen/state"
 
 
-def test_the_button_cancels_only_its_own_consumer_s_job() -> None:
-    button = entities()["cancel"]
-    assert button["command_topic"] == "cesar/request/cancel"
-    assert json.loads(button["payload_press"]) == {"job_id": "current", "consumer": "kitchen"}
+@pytest.mark.parametrize(("key", "fields"), [("cancel", {"job_id": "current"}), ("cancel_all", {}), ("retry_last", {})])
+def test_a_button_commands_only_its_own_consumer(key: str, fields: dict[str, str]) -> None:
+    button = entities()[key]
+    assert button["command_topic"] == f"cesar/request/{key}"
+    assert json.loads(button["payload_press"]) == {**fields, "consumer": "kitchen"}
+    assert parse_command(key, button["payload_press"].encode()).mistakes == ""
+
+
+def test_the_default_model_can_be_chosen_only_if_models_are_known() -> None:
+    assert entities()["default_model"]["options"] == ["base", "tiny.en"]
+    (payload,) = discovery_messages(KITCHEN, mode="device", prefix="homeassistant").values()
+    assert "default_model" not in json.loads(payload)["components"]
+    languages = entities()["default_language"]["options"]
+    assert languages[:2] == ["auto", "af"]
+    assert all(language_code(code) == code for code in languages[1:])
 
 
 # -- what comes in --
@@ -277,6 +304,19 @@ def test_stale_topics_are_cleared_first_and_once(
     assert sent(own_topics) == {"state": b"online", "ha/new/config": b"{}"}
 
 
+def test_without_messages_those_of_an_earlier_start_are_withdrawn(
+    schedule: DiscoverySchedule, own_topics: OwnTopics, tmp_path: Path
+) -> None:
+    AnnouncedTopics(tmp_path / "announced.json").record({DEVICE})
+    announced = AnnouncedTopics(tmp_path / "announced.json")
+    schedule.announce({}, stale=announced.record({}))
+    schedule.on_connected()
+    schedule.run_once()
+    assert sent(own_topics)[DEVICE] == b""
+    announced.remove_stale()
+    assert AnnouncedTopics(tmp_path / "announced.json").record({}) == frozenset()
+
+
 def test_a_withdrawal_that_was_interrupted_is_sent_again_but_not_twice(own_topics: OwnTopics) -> None:
     own_topics.retain("ha/old/config", b"")
     assert ("ha/old/config", b"", 0) in list(own_topics.take_due())
@@ -355,15 +395,29 @@ def test_the_ids_of_entities_do_not_change() -> None:
     assert sorted(entity["unique_id"] for entity in entities().values()) == [
         "cesar-mqtt.kitchen.activity",
         "cesar-mqtt.kitchen.cancel",
+        "cesar-mqtt.kitchen.cancel_all",
         "cesar-mqtt.kitchen.cancelled_total",
         "cesar-mqtt.kitchen.completed_total",
         "cesar-mqtt.kitchen.connection",
+        "cesar-mqtt.kitchen.current_recording",
+        "cesar-mqtt.kitchen.default_language",
+        "cesar-mqtt.kitchen.default_model",
+        "cesar-mqtt.kitchen.device",
+        "cesar-mqtt.kitchen.disk_free",
         "cesar-mqtt.kitchen.error_total",
+        "cesar-mqtt.kitchen.eta",
         "cesar-mqtt.kitchen.job",
+        "cesar-mqtt.kitchen.last_duration",
         "cesar-mqtt.kitchen.last_error",
+        "cesar-mqtt.kitchen.last_rejection",
         "cesar-mqtt.kitchen.last_transcript",
+        "cesar-mqtt.kitchen.memory",
+        "cesar-mqtt.kitchen.oldest_waiting",
         "cesar-mqtt.kitchen.paused",
+        "cesar-mqtt.kitchen.progress",
         "cesar-mqtt.kitchen.queued",
         "cesar-mqtt.kitchen.rejected_total",
+        "cesar-mqtt.kitchen.retry_last",
+        "cesar-mqtt.kitchen.started",
         "cesar-mqtt.kitchen.submit",
     ]

@@ -32,6 +32,7 @@ DEADLINE_S = 10.0
 QUEUE = "cesar/consumer/kitchen/queue"
 STATE = "cesar/consumer/kitchen/state"
 LAST = "cesar/consumer/kitchen/last"
+LAST_ERROR = "cesar/consumer/kitchen/last_error"
 REJECTED = "cesar/rejected"
 DENIED = Refusal(0x87, "Not authorized")
 TOO_LARGE = Refusal(0x95, "Packet too large")
@@ -142,6 +143,10 @@ class Bench:
 
     def complete(self, job: Job, text: str = "Hello.", windows: tuple[Window, ...] = ()) -> Job:
         self.ledger.complete(job.seq, result(text, windows=windows))
+        return self.job(job.job_id)
+
+    def fail(self, job: Job, code: ErrorCode, message: str) -> Job:
+        self.ledger.fail(job.seq, code, message)
         return self.job(job.job_id)
 
     def job(self, job_id: str) -> Job:
@@ -621,7 +626,8 @@ def test_progress_does_not_count_as_the_status_that_the_ledger_waits_for(bench: 
     bench.now += 1
     bench.publisher.on_progress(job, live(0.1))
     bench.acknowledge(queued)
-    [progress] = [message for message in bench.connection.sent if message.fields.get("progress") == 0.1]
+    statuses = [message for message in bench.connection.sent if message.topic == "cesar/status/a"]
+    [progress] = [message for message in statuses if message.fields["progress"] == 0.1]
     bench.acknowledge(progress)
     assert bench.ledger.has_unpublished
     bench.acknowledge(processing)
@@ -1046,9 +1052,10 @@ class AgreementMachine(RuleBasedStateMachine):
                 self.bench.ledger.fail(seq, ErrorCode.INTERNAL, "It failed.")
             else:
                 self.bench.ledger.requeue(seq)
-        last = self.bench.ledger.last_finished()
-        if last is not None:
-            self.bench.publisher.on_finished(last)
+        for state in (JobState.COMPLETED, JobState.ERROR):
+            last = self.bench.ledger.last_finished(state)
+            if last is not None:
+                self.bench.publisher.on_finished(last)
         self._take_turn()
 
     @rule(progress=st.floats(0, 0.999))
@@ -1664,6 +1671,50 @@ def test_the_text_of_a_deleted_job_is_cleared_from_every_topic(bench: Bench) -> 
     assert (last["job_id"], last["status"], last["text"], last["text_truncated"]) == ("b", "completed", None, False)
 
 
+def test_the_last_error_is_retained_until_its_job_is_deleted(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b", "c")
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    bench.publisher.on_finished(bench.fail(bench.claim(), ErrorCode.AUDIO_EMPTY, "There is no sound."))
+    published = bench.settle()
+    [last_error] = on(LAST_ERROR, published)
+    assert (last_error["job_id"], last_error["error_code"], last_error["error_message"]) == (
+        "b",
+        "audio_empty",
+        "There is no sound.",
+    )
+    assert [fields["job_id"] for fields in on(LAST, published)] == ["a"]
+    bench.publisher.on_finished(bench.complete(bench.claim()))
+    assert on(LAST_ERROR, bench.settle()) == []
+    bench.ledger.delete("b")
+    assert [message.payload for message in bench.settle() if message.topic == LAST_ERROR] == [b""]
+
+
+def test_the_queue_tells_how_far_the_running_job_is(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    job = bench.claim()
+    bench.now += 2
+    [fields] = on(QUEUE, bench.settle())[-1:]
+    assert (fields["progress"], fields["eta"], fields["audio_source"]) == (0.0, None, "a.wav")
+    bench.publisher.on_progress(job, live(0.5))
+    bench.now += 2
+    [fields] = on(QUEUE, bench.settle())[-1:]
+    assert (fields["progress"], fields["eta"]) == (0.5, live(0.5).eta)
+    revision = fields["revision"]
+    bench.publisher.on_finished(bench.complete(job))
+    bench.now += 2
+    [fields] = on(QUEUE, bench.settle())[-1:]
+    assert (fields["progress"], fields["eta"], fields["audio_source"]) == (None, None, None)
+    assert fields["revision"] > revision
+
+
+def test_the_state_is_published_after_the_queue_of_this_start(bench: Bench) -> None:
+    bench.publisher.publish_state("online")
+    topics = [message.topic for message in bench.connect()]
+    assert topics.index(QUEUE) < topics.index(STATE)
+
+
 def test_the_text_of_an_event_leaves_room_for_the_metadata(bench: Bench) -> None:
     bench.quiet()
     bench.add("a", metadata={"note": "x" * 4000})
@@ -1686,7 +1737,7 @@ def test_the_deletion_of_a_job_is_an_event_also_when_its_id_is_used_again_at_onc
         bench.add("a")
         bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
     with opened(tmp_path) as bench:
-        last = bench.ledger.last_finished()
+        last = bench.ledger.last_finished(JobState.COMPLETED)
         assert last is not None
         bench.publisher.on_finished(last)
         published = bench.connect()

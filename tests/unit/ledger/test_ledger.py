@@ -300,7 +300,8 @@ def test_every_field_of_a_job_is_read_as_it_was_recorded(folder: LedgerFolder) -
     assert (failed.error_message, failed.result_text) == ("There is no sound.", None)
     assert (waiting.state, waiting.queue_position, waiting.attempt) == (JobState.QUEUED, 1, 0)
     assert folder.ledger.get("d") is None
-    assert folder.ledger.last_finished() == failed
+    assert folder.ledger.last_finished(JobState.ERROR) == failed
+    assert folder.ledger.last_finished(JobState.COMPLETED) == done
 
 
 def test_jobs_share_nothing_mutable_with_the_ledger(folder: LedgerFolder) -> None:
@@ -610,7 +611,7 @@ def test_cancelling_a_queued_job_ends_it_and_moves_the_next_ones_up(folder: Ledg
     for _ in range(2):
         assert (folder.ledger.totals().cancelled_total, folder.ledger.totals().queued) == (1, 2)
         assert folder.ledger.needed_spool_files() == {"a.wav"}, "a retry needs it"
-        assert folder.ledger.last_finished() == job
+        assert folder.ledger.last_finished(JobState.CANCELLED) == job
         folder.crash()
     assert [claim(folder.ledger).job_id for _ in range(2)] == ["b", "c"]
 
@@ -759,7 +760,7 @@ def test_a_retried_job_is_like_a_new_one_except_for_its_attempts(folder: LedgerF
         assert (job.started_at, job.completed_at, job.error_code, job.error_message) == (None, None, None, None)
         assert (job.options, job.metadata, job.formats, job.stream) == tuple(fields.values())
         assert folder.ledger.totals().error_total == 1, "totals count ends, not jobs"
-        assert folder.ledger.last_finished() is None
+        assert folder.ledger.last_finished(JobState.ERROR) is None
         folder.crash()
     assert claim(folder.ledger).attempt == 4
     folder.crash()
@@ -869,8 +870,9 @@ def test_a_finished_job_can_be_deleted(folder: LedgerFolder, state: str) -> None
     deleted = folder.ledger.delete("a")
     assert deleted is not None
     assert deleted[1] == ["a.wav"]
-    assert (folder.ledger.get("a"), folder.ledger.last_finished(), folder.ledger.delete("a")) == (None, None, None)
-    assert folder.crash().totals() == replace(totals, deleted_total=1)
+    assert (folder.ledger.get("a"), folder.ledger.delete("a")) == (None, None)
+    assert all(folder.ledger.last_finished(state) is None for state in JobState if state.final)
+    assert folder.crash().totals() == replace(totals, deleted_total=1, revision=totals.revision + 1)
 
 
 def test_a_processing_job_cannot_be_deleted(folder: LedgerFolder) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cesar_mqtt.jobs import Result
+from cesar_mqtt.jobs import JobState, Result
 from cesar_mqtt.ledger import checkpoint
 from cesar_mqtt.ledger.checkpoint import Snapshot
 from cesar_mqtt.ledger.ledger import Ledger
@@ -88,7 +88,7 @@ def test_rejected_requests_have_a_quota_of_their_own_and_displace_no_finished_jo
         *(f"wrong-{n}" for n in range(15, 20)),
     ]
     assert ledger.totals().error_total == 20
-    last = ledger.last_finished()
+    last = ledger.last_finished(JobState.COMPLETED)
     assert last is not None
     assert last.job_id == "c", "no rejection"
 

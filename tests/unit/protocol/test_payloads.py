@@ -13,7 +13,7 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, Totals
 from cesar_mqtt.json_codec import canonical
 from cesar_mqtt.protocol.commands import summary_of
-from cesar_mqtt.protocol.consumer_payloads import LAST_TEXT_BYTES, ConsumerState, last_of, queue_of
+from cesar_mqtt.protocol.consumer_payloads import LAST_TEXT_BYTES, ConsumerState, last_error_of, last_of, queue_of
 from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.payloads import (
     Event,
@@ -321,6 +321,10 @@ def test_the_queue_has_the_fields_of_the_contract_and_one_more() -> None:
         "cancelled_total": 1,
         "rejected_total": 4,
         "deleted_total": 5,
+        "revision": 0,
+        "progress": None,
+        "eta": None,
+        "audio_source": None,
     }
     assert queue_of(totals, "idle", 900.0).oldest_age == 0.0  # the clock was set back
     assert queue_of(replace(totals, oldest_queued_at=None), "idle", 900.0).oldest_age is None
@@ -330,14 +334,24 @@ def test_the_last_job_has_exactly_the_fields_of_the_contract() -> None:
     assert json.loads(last_of(COMPLETED).encode()) == {
         "job_id": "porch-17",
         "status": "completed",
+        "audio_source": "porch.wav",
+        "no_speech": False,
         "text": "Hello.",
         "text_truncated": False,
         "language": "en",
         "audio_duration": 60.0,
         "completed_at": "2026-01-23T21:45:11.120Z",
     }
-    failed = json.loads(last_of(FAILED).encode())
-    assert (failed["status"], failed["text"], failed["text_truncated"]) == ("error", None, False)
+
+
+def test_the_last_error_has_exactly_the_fields_of_the_contract() -> None:
+    assert json.loads(last_error_of(FAILED).encode()) == {
+        "job_id": "porch-17",
+        "error_code": FAILED.error_code,
+        "error_message": FAILED.error_message,
+        "audio_source": "porch.wav",
+        "completed_at": timestamp(FAILED.completed_at or FAILED.updated_at),
+    }
 
 
 @pytest.mark.parametrize(

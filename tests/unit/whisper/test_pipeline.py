@@ -233,11 +233,22 @@ def test_auto_uses_a_beam_only_for_what_the_model_is_unsure_of(logprob: float, b
 
 
 @pytest.mark.parametrize("logprob", [-0.1, -0.9])
-def test_auto_uses_a_beam_at_once_for_short_speech_that_needs_the_full_length(logprob: float) -> None:
-    model = FakeWhisper(
-        said(at(0), 1, at(4), logprob=logprob), multilingual=True, languages=[("fr", 0.4), ("es", 0.8), ("es", 0.8)]
-    )
+@pytest.mark.parametrize(("detected", "frames"), [([0.2, 0.8], 3000), ([0.4], 700)])
+def test_auto_uses_a_beam_at_once_where_the_language_is_uncertain(
+    logprob: float, detected: list[float], frames: int
+) -> None:
+    languages = [("es", probability) for probability in detected]
+    model = FakeWhisper(said(at(0), 1, at(4), logprob=logprob), multilingual=True, languages=languages)
     segments, _ = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
+    assert list(segments)
+    assert [(asked["frames"], asked["beam_size"]) for asked in model.asked] == [(frames, 5)]
+
+
+@pytest.mark.parametrize("logprob", [-0.1, -0.9])
+def test_auto_uses_a_beam_at_once_in_noise(logprob: float) -> None:
+    model = FakeWhisper(said(at(0), 1, at(4), logprob=logprob))
+    noise = np.random.default_rng(3).normal(scale=0.1, size=4 * SAMPLE_RATE).astype(np.float32)
+    segments, _ = pipeline(model).transcribe(noise, [(0, len(noise))], "en")
     assert list(segments)
     assert [(asked["frames"], asked["beam_size"]) for asked in model.asked] == [(3000, 5)]
 
@@ -414,12 +425,18 @@ def test_the_language_is_detected_once_and_its_encoding_is_used_again(logprob: f
     assert model.asked[0]["prompts"] == [["<es>", "<transcribe>"]]
 
 
-def test_a_language_that_is_uncertain_is_detected_again_at_full_length() -> None:
-    model = FakeWhisper(said(at(0), 1, at(4)), multilingual=True, languages=[("fr", 0.4), ("es", 0.8)])
+@pytest.mark.parametrize(
+    ("detected", "taken", "encoded"),
+    [([("fr", 0.2), ("es", 0.8)], ("es", 0.8), [700, 3000]), ([("fr", 0.4)], ("fr", 0.4), [700])],
+)
+def test_a_language_that_is_doubtful_is_detected_again_at_full_length(
+    detected: list[tuple[str, float]], taken: tuple[str, float], encoded: list[int]
+) -> None:
+    model = FakeWhisper(said(at(0), 1, at(4)), multilingual=True, languages=detected)
     segments, language = pipeline(model).transcribe(sound(10), [(0, 4 * SAMPLE_RATE)], None)
     assert list(segments)
-    assert language == ("es", 0.8)
-    assert (model.encoded, model.asked[0]["frames"]) == ([700, 3000], 3000)
+    assert language == taken
+    assert (model.encoded, model.asked[0]["frames"]) == (encoded, encoded[-1])
 
 
 def test_uncertain_pieces_vote_for_the_language() -> None:

@@ -18,6 +18,8 @@ export const plain = (text) => String(text ?? "").replace(INVISIBLE, "\u00b7");
 
 let texts = {};
 let pageLanguage = "en";
+let consumersDrawn = "";
+let rejectedDrawn = null;
 
 export function t(key, values = {}) {
   const text = texts[key] ?? key;
@@ -75,6 +77,8 @@ async function setLanguage(code) {
   for (const element of document.querySelectorAll("[data-hint]")) element.placeholder = t(element.dataset.hint);
   rows.clear();
   $("jobs").replaceChildren();
+  consumersDrawn = "";
+  rejectedDrawn = null;
   fillOptions();
   showUploads();
   draw();
@@ -191,6 +195,9 @@ const handlers = {
     rejected = [rejection, ...rejected].slice(0, 100);
     uploadRejected(rejection);
   },
+  rejections(data) {
+    rejected = data.rejected;
+  },
   broker(state) {
     broker = state;
   },
@@ -245,7 +252,7 @@ let drawing = false;
 
 // Many events that arrive together are drawn once.
 function draw() {
-  if (drawing) return;
+  if (drawing || !texts._name) return; // without texts there is nothing to read yet
   drawing = true;
   requestAnimationFrame(() => {
     drawing = false;
@@ -267,11 +274,9 @@ function drawConnection() {
   if (where.textContent !== text) where.textContent = text;
 }
 
-let consumersDrawn = "";
-
 function drawConsumers() {
   const list = [...consumers.values()].sort((a, b) => a.name.localeCompare(b.name));
-  const text = JSON.stringify([pageLanguage, list]);
+  const text = JSON.stringify(list);
   if (text === consumersDrawn) return;
   consumersDrawn = text;
   const focused = document.activeElement?.closest("#consumers button")?.dataset.name;
@@ -391,8 +396,6 @@ function textOf(job, passage) {
   const pattern = new RegExp(`(${words.map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|")})`, "giu");
   return text.split(pattern).map((part, number) => (number % 2 ? make("mark", {}, part) : part));
 }
-
-let rejectedDrawn = null;
 
 function drawRejected() {
   $("rejected-count").textContent = rejected.length ? `(${rejected.length})` : "";

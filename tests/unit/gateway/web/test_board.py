@@ -252,6 +252,19 @@ def test_jobs_and_texts_are_bounded(board: Board, monkeypatch: pytest.MonkeyPatc
     assert oldest["is_dropped"] is True
 
 
+def test_the_rejections_that_a_consumer_remembers_are_added_once(board: Board) -> None:
+    live = {"reason": "queue_full", "detail": "new", "received_at": "2026-01-02T00:00:00.000Z"}
+    old = [
+        {"reason": "queue_full", "detail": f"{n}", "received_at": f"2026-01-01T00:00:{n:02d}.000Z"} for n in range(3)
+    ]
+    board.take(message("cesar/rejected", live))
+    _, last = board.events_after(None)
+    for _ in range(2):
+        board.add_rejections([*reversed(old), live])
+    assert [each["detail"] for each in board.rejected] == ["new", "2", "1", "0"]
+    assert [kind for kind, _ in parsed(board.events_after(last)[0])] == ["rejections"]
+
+
 def test_a_follower_gets_what_arrives_about_its_job_only() -> None:
     async def scenario() -> list[str]:
         board = Board(TOPICS)
