@@ -405,7 +405,7 @@ def _undone(watcher: Bus) -> tuple[str, ...]:
 def _overtaken(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """Jobs that ended before one of their priority that was accepted earlier, or started while a higher one waited.
 
-    Those behind a job that was deferred go first.
+    A job that was deferred after a temporary failure lets the others go first meanwhile, as it should.
     """
     by_priority: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
@@ -416,13 +416,11 @@ def _overtaken(rows: list[dict[str, Any]]) -> tuple[str, ...]:
         later
         for equals in by_priority.values()
         for earlier, later in pairwise(equals)
-        if later.get("started_at", 0.0) < earlier.get("completed_at", 0.0) and not earlier.get("retries")
+        if later.get("started_at", 0.0) < earlier.get("completed_at", 0.0)
     ]
     for priority in by_priority.keys() - {0}:
         lower = [row for row in rows if row.get("priority", 0) < priority]
         for higher in by_priority[priority]:
-            if higher.get("retries"):
-                continue
             waited_until = higher.get("started_at", 0.0)
             overtook += [row for row in lower if higher["created_at"] < row.get("started_at", 0.0) < waited_until]
     return tuple(row["job_id"] for row in overtook)
