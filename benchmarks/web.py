@@ -193,7 +193,8 @@ async def _burst(port: int, bus: Bus) -> tuple[int, float]:
 
     def publish() -> None:
         for number in range(JOBS):
-            bus.publish(f"cesar/status/burst-{number}", _status(f"burst-{number}"), retain=True)
+            payload = json.dumps(_status(f"burst-{number}"))
+            bus._client.publish(f"cesar/status/burst-{number}", payload, qos=1, retain=True)  # noqa: SLF001 - no waiting
 
     await loop.run_in_executor(None, publish)
     received = await asyncio.gather(*clients)

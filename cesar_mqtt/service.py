@@ -207,6 +207,8 @@ class Service:
         )
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
         self._front_doors = create_front_doors(settings, broker, self._topics)
+        if self._web is not None:
+            self._front_doors.append(("web", self._web))
         if self._metrics is not None:
             self._observe(self._metrics)
 
@@ -306,8 +308,6 @@ class Service:
         self._worker.start()
         self._intake.start()
         self._client.start()
-        if self._web is not None:
-            self._web.start()
         for _, door in self._front_doors:
             door.start()
         self._notifier.ready()
@@ -377,7 +377,6 @@ class Service:
             "prefetch": self._prefetcher.alive,
             "publisher": self._publisher.alive,
             **{name: door.alive for name, door in self._front_doors},
-            "web": self._web is None or self._web.alive,
         }
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:

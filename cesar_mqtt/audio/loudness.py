@@ -44,27 +44,34 @@ class Loudness:
 
     def level(self, block: Samples) -> Samples:
         """Return the block at a level that the VAD and the model can use, with values from -1 to 1."""
-        if not np.isfinite(block).all():
+        peaks = _peaks(block)
+        if not np.isfinite(peaks).all():
             block = np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
+            peaks = _peaks(block)
         pieces = [block[start : start + _PIECE] for start in range(0, len(block), _PIECE)]
-        gains = self._gains(block, pieces)
-        for gain, piece in zip(gains, pieces, strict=True):
+        gains = self._gains(block, pieces, peaks)
+        for gain, piece, peak in zip(gains, pieces, peaks, strict=True):
             duration_s = len(piece) / SAMPLE_RATE
-            self._sounding_s += duration_s if float(np.abs(piece).max()) > _INAUDIBLE else 0.0
+            self._sounding_s += duration_s if peak > _INAUDIBLE else 0.0
             self._amplified_s += duration_s if gain > 1.0 else 0.0
         if self._gain in {None, 1.0} and all(gain == 1.0 for gain in gains):
             self._gain = 1.0
-            return block.clip(-1.0, 1.0)
+            return block if max(peaks) <= 1.0 else block.clip(-1.0, 1.0)
         amplified: Samples = np.concatenate(
             [self._amplify(gain, piece) for gain, piece in zip(gains, pieces, strict=True)]
         )
         return amplified.clip(-1.0, 1.0)
 
-    def _gains(self, block: Samples, pieces: list[Samples]) -> list[float]:
-        whole = _gain_for(block)
+    def _gains(self, block: Samples, pieces: list[Samples], peaks: list[float]) -> list[float]:
+        powers = _frame_powers(block)
+        whole = _gain_for(block, max(peaks), powers)
         if whole != 1.0:
             return [whole] * len(pieces)
-        own = [_gain_for(piece) for piece in pieces]
+        of_piece = _PIECE // _FRAME
+        own = [
+            _gain_for(piece, peaks[number], powers[number * of_piece : (number + 1) * of_piece])
+            for number, piece in enumerate(pieces)
+        ]
         gains: list[float] = []
         for quiet, run in groupby(own, key=lambda gain: gain > 1.0):
             found = list(run)
@@ -80,14 +87,23 @@ class Loudness:
         return piece * gains
 
 
-def _gain_for(samples: Samples) -> float:
-    if float(np.abs(samples).max(initial=0.0)) > 1.0 and (peak := _peak(samples)) > 1.0:
+def _peaks(block: Samples) -> list[float]:
+    """The highest value of each piece."""
+    return [float(np.abs(block[start : start + _PIECE]).max()) for start in range(0, len(block), _PIECE)]
+
+
+def _frame_powers(block: Samples) -> Samples:
+    framed = block[: len(block) // _FRAME * _FRAME].reshape(-1, _FRAME)
+    powers: Samples = np.einsum("ij,ij->i", framed, framed) / _FRAME
+    return powers
+
+
+def _gain_for(samples: Samples, highest: float, powers: Samples) -> float:
+    if highest > 1.0 and (peak := _peak(samples)) > 1.0:
         return 1.0 / peak
-    frames = len(samples) // _FRAME
-    if not frames:
+    if not powers.size:
         return 1.0
-    framed = samples[: frames * _FRAME].reshape(frames, _FRAME)
-    floor, speech = np.sqrt(np.percentile(np.einsum("ij,ij->i", framed, framed) / _FRAME, (20, 95)))
+    floor, speech = np.sqrt(np.percentile(powers, (20, 95)))
     if not _INAUDIBLE < speech < _QUIET or speech < _MIN_MODULATION * floor:
         return 1.0
     return float(min(_TARGET / speech, 1.0 / max(_peak(samples), 1e-9)))

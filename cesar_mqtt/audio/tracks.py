@@ -52,7 +52,10 @@ _LISTEN_S = 600.0
 _LEAST_RATE = 1000
 """Samples per second. With fewer a file of some KB would last for hours, and speech has no room in it: a frame that
 declares less is damaged."""
-_BATCH = SAMPLE_RATE
+_MAX_PLANES = 7
+"""PyAV crashes on frames with more planes: it counts them up to a null pointer that only shorter lists end with."""
+_BATCH_VALUES = 1 << 20
+"""The most values of all channels that are converted at once; a second, where that is fewer."""
 _SILENCE = 10 * SAMPLE_RATE
 """The most silence that is handed out at once."""
 _MAX_SKEW = 60 * SAMPLE_RATE
@@ -218,6 +221,12 @@ def _peak(frame: av.AudioFrame) -> float:
     return max((float(np.abs(part.to_ndarray()).max(initial=0.0)) for part in converted), default=0.0)
 
 
+def _columns(frame: av.AudioFrame) -> "NDArray[np.float32]":
+    """The samples of a frame of floats, of shape (n, channels)."""
+    samples = cast("NDArray[np.float32]", frame.to_ndarray())
+    return samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+
+
 class Track:
     """A track that is heard: mono samples, contiguous on the file's clock from second 0.
 
@@ -247,10 +256,9 @@ class Track:
         self._clock = clock
         self._max_s = max_s
         self._mixer = ChannelMixer()
-        self._format: tuple[str, str, int] | None = None
+        self._format: tuple[str, str, int, int] | None = None
+        self._frames = av.AudioFifo()
         self._resampler: av.AudioResampler | None = None
-        self._pending: list[NDArray[np.float32]] = []
-        self._pending_samples = 0
         self._start = 0
         self._since_start_s = 0.0
 
@@ -288,7 +296,8 @@ class Track:
         gap_s = self._gap_s(frame)
         if self._heard_s + gap_s + duration_s > self._max_s:
             raise failed(TOO_LONG, most=self._max_s)
-        frame_format = frame.format.name, frame.layout.name, frame.sample_rate
+        layout = frame.layout
+        frame_format = frame.format.name, layout.name, layout.nb_channels, frame.sample_rate
         if gap_s or frame_format != self._format:
             yield from self._end_run()
             if gap_s:
@@ -296,7 +305,10 @@ class Track:
                 yield from self._silence_until(round((self._heard_s + gap_s) * SAMPLE_RATE))
             self._begin_run(frame_format)
         self._since_start_s += duration_s
-        yield from self._convert(frame)
+        frame.pts = None  # the clock has heeded it
+        self._frames.write(frame)
+        if self._frames.samples >= min(frame.sample_rate, _BATCH_VALUES // layout.nb_channels):
+            yield from self._convert()
 
     def _gap_s(self, frame: av.AudioFrame) -> float:
         if self._clock is None or frame.time is None:
@@ -312,46 +324,44 @@ class Track:
         while self.position < end:
             yield self._counted(np.zeros(min(_SILENCE, end - self.position), np.float32))
 
-    def _begin_run(self, frame_format: tuple[str, str, int]) -> None:
-        # Layout and number format stay; only the rate changes. FFmpeg's own way to mono would leave channels out.
-        self._resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE)
+    def _begin_run(self, frame_format: tuple[str, str, int, int]) -> None:
+        # The layout stays: FFmpeg's own way to mono would leave channels out.
+        number_format = "fltp" if frame_format[2] <= _MAX_PLANES else "flt"
+        self._resampler = av.AudioResampler(format=number_format, rate=SAMPLE_RATE)
+        self._frames = av.AudioFifo()
         self._format = frame_format
         self._start, self._since_start_s = self.position, 0.0
 
     def _end_run(self) -> Iterator[Samples]:
-        """Yield what the resampler and the batch still hold."""
-        if self._resampler is not None:
-            yield from self._convert(None)
-        yield from self._flush()
+        """Yield what the batch and the resampler still hold."""
+        yield from self._convert(ends=True)
         self._resampler = self._format = None
 
-    def _convert(self, frame: av.AudioFrame | None) -> Iterator[Samples]:
+    def _convert(self, *, ends: bool = False) -> Iterator[Samples]:
+        """Convert the batch: many frames at once take half the time that they take one by one."""
         if self._resampler is None:
             return
+        batch = self._frames.read()
         try:
-            converted = self._resampler.resample(frame)
+            converted = [] if batch is None else self._resampler.resample(batch)
+            if ends:
+                converted += self._resampler.resample(None)
         except (av.FFmpegError, ValueError) as exc:  # a layout or a rate without a conversion
             if isinstance(exc, av.FFmpegError):
                 check_memory(exc)
             self.damaged = True
             self._resampler = self._format = None
             return
-        for part in converted:
-            samples = cast("NDArray[np.float32]", part.to_ndarray())
-            self._pending.append(samples.reshape(-1, part.layout.nb_channels))
-            self._pending_samples += part.samples
-        if self._pending_samples >= _BATCH:
-            yield from self._flush()
+        if converted:
+            yield self._mix(converted)
 
-    def _flush(self) -> Iterator[Samples]:
-        if self._pending:
-            block = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
-            self._pending.clear()
-            self._pending_samples = 0
-            if block.shape[1] != self._mixer.channels:
-                self._out_of_phase = self.out_of_phase
-                self._mixer = ChannelMixer(block.shape[1])
-            yield self._counted(self._mixer.mix(block))
+    def _mix(self, frames: Sequence[av.AudioFrame]) -> Samples:
+        parts = [_columns(frame) for frame in frames]
+        block = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if block.shape[1] != self._mixer.channels:
+            self._out_of_phase = self.out_of_phase
+            self._mixer = ChannelMixer(block.shape[1])
+        return self._counted(self._mixer.mix(block))
 
     def _counted(self, samples: Samples) -> Samples:
         self.position += len(samples)

@@ -396,7 +396,7 @@ def wyoming(
 @app.command()
 @takes_settings("broker", "topic_prefix")
 def watch(settings: "Settings", *, as_json: Json = False) -> int:
-    """Show jobs and consumers live until Ctrl-C; one line for each change where stdout is no terminal.
+    """Show jobs and consumers live until q or Ctrl-C; one line for each change where stdout is no terminal.
 
     With --json each line is an object with a topic and its payload, null if it was cleared.
     """

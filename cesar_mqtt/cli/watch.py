@@ -4,8 +4,16 @@ For the main thread, which receives messages, draws and checks for signals in tu
 """
 
 import json
+import os
+import re
+import select
+import sys
+import termios
 import time
-from collections.abc import Sequence
+import tty
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
 from rich.console import Console
@@ -14,11 +22,11 @@ from rich.live import Live
 from cesar_mqtt.cli.console import out, print_message
 from cesar_mqtt.cli.jobs import quiet
 from cesar_mqtt.cli.text import printable
-from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow
+from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow, Rejection
 from cesar_mqtt.cli.watch_view import View, line_of
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.gateway.session import Session
+from cesar_mqtt.gateway.session import RequestRefusedError, Session, response_data
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 
@@ -26,6 +34,26 @@ _CONNECT_S = 10.0
 _POLL_S = 0.25
 """The shortest time between two drawings."""
 _CLOCK_S = 1.0
+_KEY_S = 0.1
+"""How often keys are looked for."""
+_KEY = re.compile(r"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
+_PAGE, _ALL = 10, MOST_JOBS
+_STEPS = {
+    "\x1b[A": -1,
+    "\x1bOA": -1,
+    "k": -1,
+    "\x1b[B": 1,
+    "\x1bOB": 1,
+    "j": 1,
+    "\x1b[5~": -_PAGE,
+    "\x1b[6~": _PAGE,
+    "\x1b[H": -_ALL,
+    "g": -_ALL,
+    "\x1b[F": _ALL,
+    "G": _ALL,
+}
+"""By how many rows a key moves the selection; xterm's sequences."""
+_COMMANDS = {"c": "cancel", "r": "retry"}
 
 
 def watch(settings: Settings, *, as_json: bool) -> ExitCode:
@@ -39,6 +67,9 @@ def watch(settings: Settings, *, as_json: bool) -> ExitCode:
     prefix = settings.topic_prefix
     topics = (f"{prefix}/consumer/+/state", f"{prefix}/consumer/+/queue", f"{prefix}/status/+")
     wanted = [Subscription(topic, wants_retained=True) for topic in topics]
+    wanted.append(Subscription(f"{prefix}/rejected"))
+    if console.is_terminal and not as_json:
+        wanted += [Subscription(f"{prefix}/response/{command}") for command in _COMMANDS.values()]
     with handle_stop_signals() as stop, Session(settings.broker, "watch", wanted) as session:
         session.connect(_CONNECT_S)
         if as_json:
@@ -51,12 +82,16 @@ def watch(settings: Settings, *, as_json: bool) -> ExitCode:
 
 
 class Screen:
-    """The board behind the live table."""
+    """The board behind the live table, and which of its jobs the keys are for."""
 
     def __init__(self, prefix: str, address: str) -> None:
         self.board = Board(prefix)
+        self._prefix = prefix
         self._title = f"{prefix} at {address}"
         self._connection = 0
+        self._selected = 0
+        self._message = ""
+        self._transaction: str | None = None
 
     def take(self, deliveries: Sequence[Delivery]) -> None:
         """Update the board; the messages of a new connection replace everything."""
@@ -64,10 +99,53 @@ class Screen:
             if delivery.receipt.connection != self._connection:
                 self._connection = delivery.receipt.connection
                 self.board.clear()
-            self.board.take(delivery.topic, delivery.payload)
+            if delivery.topic.startswith(f"{self._prefix}/response/"):
+                self._take_response(delivery.payload)
+            else:
+                self.board.take(delivery.topic, delivery.payload)
 
-    def view(self, trouble: str | None) -> View:
-        return View(self.board, self._title, trouble, datetime.now().astimezone())
+    def view(self, trouble: str | None, *, has_keys: bool = False) -> View:
+        self._select(self._selected)
+        selected = self._selected if has_keys else None
+        now = datetime.now().astimezone()
+        return View(self.board, self._title, trouble, now, selected=selected, message=self._message)
+
+    def press(self, key: str) -> tuple[str, bytes] | None:
+        """Select a job, or return the topic and the payload of a command for the selected one."""
+        self._message = ""
+        self._select(self._selected + _STEPS.get(key, 0))
+        jobs = self.board.jobs(self._selected + 1)
+        command = _COMMANDS.get(key)
+        if command is None or len(jobs) <= self._selected:
+            return None
+        job = jobs[self._selected]
+        self._transaction = uuid.uuid4().hex
+        self._message = f"{command}: {job.name or job.job_id} ..."
+        payload = {"job_id": job.job_id, "transaction": self._transaction}
+        if job.consumer:
+            payload["consumer"] = job.consumer
+        return f"{self._prefix}/request/{command}", json.dumps(payload).encode()
+
+    def _select(self, number: int) -> None:
+        self._selected = max(0, min(number, sum(self.board.counts().values()) - 1))
+
+    def report(self, message: str) -> None:
+        """Show a message until the next key."""
+        self._message = message
+
+    def _take_response(self, payload: bytes) -> None:
+        try:
+            document = json.loads(payload)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(document, dict) or document.get("transaction") != self._transaction:
+            return
+        try:
+            data = response_data(document)
+        except RequestRefusedError as exc:
+            self._message = printable(str(exc))
+        else:
+            self._message = printable(f"Job {data.get('job_id')} is {data.get('status')}.")
 
 
 class Lines:
@@ -79,6 +157,9 @@ class Lines:
 
     def take(self, delivery: Delivery) -> None:
         row = self._board.take(delivery.topic, delivery.payload)
+        if isinstance(row, Rejection):
+            self._print(line_of(row))
+            return
         if row is None:
             self._forget(delivery)
             return
@@ -123,15 +204,47 @@ class JsonLines:
 
 def _draw(session: Session, stop: StopSignals, screen: Screen, console: Console) -> None:
     drawn_at, changed = 0.0, True
-    with Live(screen.view(None), console=console, screen=True, auto_refresh=False) as live:
+    with (
+        _keyboard() as keyboard,
+        Live(screen.view(None), console=console, screen=True, auto_refresh=False) as live,
+    ):
         while not stop.is_requested():
+            pressed = _pressed(keyboard)
+            if "q" in pressed:
+                return
+            for command in filter(None, map(screen.press, pressed)):
+                if session.publish(*command) is None:
+                    screen.report("There is no connection: nothing was asked.")
             now = time.monotonic()
-            if now - drawn_at >= (_POLL_S if changed else _CLOCK_S):
+            if pressed or now - drawn_at >= (_POLL_S if changed else _CLOCK_S):
                 drawn_at, changed = now, False
-                live.update(screen.view(session.trouble), refresh=True)
-            deliveries = session.receive(_POLL_S)
+                live.update(screen.view(session.trouble, has_keys=keyboard is not None), refresh=True)
+            deliveries = session.receive(_POLL_S if keyboard is None else _KEY_S)
             screen.take(deliveries)
             changed |= bool(deliveries)
+
+
+@contextmanager
+def _keyboard() -> Iterator[int | None]:
+    """Have the terminal pass on each key at once, without showing it; None: stdin is no terminal."""
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, ValueError, termios.error):
+        yield None
+        return
+    tty.setcbreak(descriptor)
+    try:
+        yield descriptor
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _pressed(keyboard: int | None) -> list[str]:
+    """Return the keys that were pressed, an arrow as its sequence."""
+    if keyboard is None or not select.select([keyboard], [], [], 0)[0]:
+        return []
+    return _KEY.findall(os.read(keyboard, 1024).decode(errors="replace"))
 
 
 def _follow(session: Session, stop: StopSignals, lines: Lines | JsonLines) -> None:

@@ -5,8 +5,9 @@ Any client may publish on these topics: a payload that cannot be read is ignored
 
 import heapq
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cesar_mqtt.cli.text import number, printable
@@ -18,6 +19,8 @@ MOST_CONSUMERS = 64
 _NOTE_CHARACTERS = 200
 _NAME_CHARACTERS = 64
 _LAST = 1 << 60
+_UPLOAD = "upload"
+"""The audio source of a recording that came with its job."""
 _STATES = ("processing", "queued", "completed", "error", "cancelled")
 
 
@@ -26,18 +29,21 @@ class JobRow:
     """One job; None: not known yet. Durations are in seconds, times in RFC 3339."""
 
     job_id: str
+    consumer: str
     state: str
     attempt: int
     position: int | None
+    """As the consumer published it: up to date for the first ten only."""
     progress: float | None
     duration_s: float | None
     speed: float | None
     eta_s: float | None
     created_at: str
     ended_at: str
+    name: str
+    """The file's name or what the job names as its audio; empty: neither is known."""
     note: str
-    """The priority of an open job, the file's name if there is one, then the beginning of the transcript or the error.
-    """
+    """The priority of an open job, the beginning of the transcript, or the error."""
 
     @property
     def is_final(self) -> bool:
@@ -46,11 +52,12 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerRow:
-    """One consumer; `queue` holds the fields of its retained `queue` message."""
+    """One consumer; `queue` holds the fields of its retained `queue` message, which came at `received_at`."""
 
     name: str
     online: bool
     queue: Mapping[str, Any]
+    received_at: float = 0.0
 
     @property
     def activity(self) -> str:
@@ -61,11 +68,29 @@ class ConsumerRow:
         value = number(self.queue.get(name))
         return "" if value is None else f"{value:.0f}"
 
+    def oldest_s(self, now: float) -> float | None:
+        """Return how long the oldest job has been queued, `now` being on the board's clock; None: none is."""
+        age_s = number(self.queue.get("oldest_age"))
+        return None if age_s is None else age_s + (max(0.0, now - self.received_at) if self.online else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One message that was rejected, with its time in RFC 3339."""
+
+    received_at: str
+    text: str
+
 
 class Board:
-    """The newest state of each job and each consumer."""
+    """The newest state of each job and each consumer, and the newest rejection."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.rejected = 0
+        """How many rejections were received."""
+        self.rejection: Rejection | None = None
+        self._rejections = f"{prefix}/rejected"
         self._statuses = f"{prefix}/status/"
         self._consumer_topics = f"{prefix}/consumer/"
         self._jobs: dict[str, JobRow] = {}
@@ -76,8 +101,10 @@ class Board:
         self._jobs.clear()
         self._consumers.clear()
 
-    def take(self, topic: str, payload: bytes) -> JobRow | ConsumerRow | None:
-        """Update from a message; return the row of its job or consumer, None if it has none or no longer."""
+    def take(self, topic: str, payload: bytes) -> JobRow | ConsumerRow | Rejection | None:
+        """Update from a message; return what it is about, None if that is nothing or no longer."""
+        if topic == self._rejections:
+            return self._take_rejection(_document(payload))
         if topic.startswith(self._statuses):
             return self._take_status(topic.removeprefix(self._statuses), _document(payload))
         if topic.startswith(self._consumer_topics):
@@ -92,10 +119,24 @@ class Board:
 
     def jobs(self, limit: int) -> list[JobRow]:
         """Return the first `limit` jobs: running, then queued in their order, then final, the newest first."""
-        ended = [row for row in self._jobs.values() if row.is_final]
-        open_ones = [row for row in self._jobs.values() if not row.is_final]
-        found = heapq.nsmallest(limit, open_ones, key=_display_order)
+        rows = self._jobs.values()
+        found = heapq.nsmallest(limit, (row for row in rows if row.state == "processing"), key=_display_order)
+        found += self._queued(limit - len(found))
+        ended = (row for row in rows if row.is_final)
         return found + heapq.nlargest(limit - len(found), ended, key=lambda row: (row.ended_at, row.job_id))
+
+    def _queued(self, limit: int) -> list[JobRow]:
+        """Return the first queued jobs, each with its place in the queue of its consumer.
+
+        The places are counted here: behind the first ten, a status has the position at its last change.
+        """
+        queued = sorted((row for row in self._jobs.values() if row.state == "queued"), key=_display_order)
+        places: dict[str, int] = {}
+        placed = []
+        for row in queued:
+            places[row.consumer] = place = places.get(row.consumer, 0) + 1
+            placed.append((place, row))
+        return [replace(row, position=place) for place, row in heapq.nsmallest(limit, placed, key=lambda pair: pair[0])]
 
     def counts(self) -> dict[str, int]:
         """Return the number of jobs in each state."""
@@ -124,13 +165,22 @@ class Board:
                 return None
             before = ConsumerRow(printable(name), online=False, queue={})
         if what == "state":
-            row = ConsumerRow(before.name, online=document.get("state") == "online", queue=before.queue)
+            row = replace(before, online=document.get("state") == "online")
         elif what == "queue":
-            row = ConsumerRow(before.name, online=before.online, queue=document)
+            row = replace(before, queue=document, received_at=self.clock())
         else:
             return None
         self._consumers[name] = row
         return row
+
+    def _take_rejection(self, document: Mapping[str, Any] | None) -> Rejection | None:
+        if document is None:
+            return None
+        parts = (document.get("reason"), document.get("job_id") or document.get("topic"), document.get("detail"))
+        text = printable(": ".join(str(part) for part in parts if part)[:_NOTE_CHARACTERS])
+        self.rejected += 1
+        self.rejection = Rejection(str(document.get("received_at") or ""), text)
+        return self.rejection
 
 
 def _display_order(row: JobRow) -> tuple[bool, int, str, str]:
@@ -150,6 +200,7 @@ def _row(job_id: str, status: Mapping[str, Any]) -> JobRow:
     progress = number(status.get("progress"))
     return JobRow(
         job_id=job_id,
+        consumer=str(status.get("consumer") or ""),
         state=status["status"],
         attempt=int(number(status.get("attempt")) or 0),
         position=None if position is None else int(position),
@@ -159,14 +210,23 @@ def _row(job_id: str, status: Mapping[str, Any]) -> JobRow:
         eta_s=number(status.get("eta")),
         created_at=str(status.get("created_at") or ""),
         ended_at=str(status.get("completed_at") or ""),
+        name=printable(_name(status)[:_NOTE_CHARACTERS]),
         note=_note(status),
     )
 
 
-def _note(status: Mapping[str, Any]) -> str:
+def _name(status: Mapping[str, Any]) -> str:
+    """Return the last part of the file's name, which came with the job, or of its path or URL."""
     metadata = status.get("metadata")
     file = metadata.get("file") if isinstance(metadata, Mapping) else None
-    parts = (_priority(status), file if isinstance(file, str) else "", _outcome(status))
+    source = file if isinstance(file, str) else status.get("audio_source")
+    if not isinstance(source, str) or source == _UPLOAD:
+        return ""
+    return source.rstrip("/").rpartition("/")[2] or source
+
+
+def _note(status: Mapping[str, Any]) -> str:
+    parts = (_priority(status), _outcome(status))
     return printable(": ".join(part for part in parts if part)[:_NOTE_CHARACTERS])
 
 

@@ -92,9 +92,8 @@ class Quarantine:
     def on_disconnected(self, in_flight: Iterable[Sent]) -> None:
         """Record what was sent and not acknowledged when the connection was lost."""
         refused, self._refused = self._refused, []
-        if (
-            refused and self._monotonic() < self._refused_at + _CLOSES_WITHIN_S
-        ):  # mosquitto 2.0.11 refuses a message, and closes the connection then
+        # mosquitto 2.0.11 refuses a message, and closes the connection then.
+        if refused and self._monotonic() < self._refused_at + _CLOSES_WITHIN_S:
             for each in refused:
                 if each.topic not in self._entries:
                     self._convict(each, can_wait=False)
@@ -128,6 +127,9 @@ class Quarantine:
             entry.passing_bytes = max(size_bytes, entry.passing_bytes)
             return
         del self._entries[topic]
+        for other in self._entries.values():
+            if other.skipped_until is not None:  # the broker may accept more than before
+                other.skipped_until = self._monotonic()
         if entry.limit_bytes is not None:
             self._learned_bytes = entry.limit_bytes
             message = "The broker accepts the message on %s after it was cut: all are cut to %d bytes from now on. %s"
@@ -146,6 +148,9 @@ class Quarantine:
             retry_s = entry.retry.next_s()
             entry.limit_bytes, entry.skipped_until = None, self._monotonic() + retry_s
             outcome = f"it is skipped, and published again in {retry_s:.0f} s"
+            for other in self._entries.values():  # else each of them would cost the connection
+                if other.skipped_until is not None:
+                    other.skipped_until = max(other.skipped_until, entry.skipped_until)
         message = "The broker does not accept the message of %d bytes on %s: %s. %s"
         advice = QUARANTINE_ADVICE[self._cause(sent)]
         log.warning(message, sent.size_bytes, sent.topic, outcome, advice, action="quarantined")

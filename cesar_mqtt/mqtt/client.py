@@ -345,7 +345,9 @@ class MqttClient(StoppableThread):
             self._connection = self._info = None
         connection.close()
         if was_ready and not self._stopping.is_set() and self.on_disconnected is not None:
-            failure = replace(connection.failure, unacknowledged=connection.unacknowledged)
+            failure = connection.failure
+            if not failure.is_timeout:  # then no message is the reason
+                failure = replace(failure, unacknowledged=connection.unacknowledged)
             log_exceptions(self.on_disconnected)(failure)
 
     def _next_delay_s(self, connection: Connection) -> float | None:

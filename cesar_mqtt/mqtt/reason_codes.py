@@ -121,7 +121,7 @@ def failure_of_disconnect(
         problem, advice = f"the broker closed the connection: {reason}", _MISSING_FEATURES.get(reason.value, "")
         return ConnectionFailure(problem, advice, code, is_broker_away=away)
     if reason.value == _KEEP_ALIVE_TIMEOUT:
-        return ConnectionFailure("the broker did not answer a ping within the keepalive time")
+        return ConnectionFailure("the broker did not answer a ping within the keepalive time", is_timeout=True)
     if is_malformed_packet(reason):
         return ConnectionFailure("the broker sent a malformed packet")
     if options.persistent and 0.0 < connected_s < _SHORT_S:

@@ -68,9 +68,8 @@ class _Speech:
     """Ranges of speech that are decoded together.
 
     Attributes:
-        samples: of the ranges.
         timeline: where they lie in the chunk.
-        features: of the samples.
+        features: of the samples of the ranges.
         language: None: not known yet.
         prompt: for its next piece.
         first: the first piece, if it was encoded for the detection.
@@ -79,7 +78,6 @@ class _Speech:
         found: segments that were not yielded yet.
     """
 
-    samples: Samples
     timeline: Timeline
     features: Features
     language: str | None = None
@@ -202,7 +200,8 @@ class ChunkDecoder:
         if second.probability < _RIVAL_ABOVE and first.probability >= _SURE_ABOVE:
             return piece, first.code
         begin, frames = speech.seek * HOP_SAMPLES, piece.features.shape[1]
-        utterances = split(speech.samples[begin : begin + frames * HOP_SAMPLES], _UTTERANCE, search_window=_UTTERANCE)
+        samples = speech.timeline.join(self._samples)[begin : begin + frames * HOP_SAMPLES]
+        utterances = split(samples, _UTTERANCE, search_window=_UTTERANCE)
         heard = [
             {
                 language.code: language.probability
@@ -230,7 +229,8 @@ class ChunkDecoder:
         """Add the segments of a piece to its range; if the piece is to be cut, only limit the next one."""
         if result.should_be_cut:
             first = speech.seek * HOP_SAMPLES
-            most = speech.samples[first : first + result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3]
+            samples = speech.timeline.join(self._samples)
+            most = samples[first : first + result.piece.features.shape[1] * HOP_SAMPLES * 2 // 3]
             cut = find_cut(most, speech_probabilities(most), search_window=len(most))
             speech.limit = cut // HOP_SAMPLES
             return
@@ -301,7 +301,7 @@ class ChunkDecoder:
     def _compute(self, ranges: Sequence[Range], language: str | None = None) -> _Speech:
         timeline = Timeline(ranges)
         samples = timeline.join(self._samples)
-        return _Speech(samples, timeline, log_mel(self._extractor, samples, self._should_stop), language)
+        return _Speech(timeline, log_mel(self._extractor, samples, self._should_stop), language)
 
     def _join(self, ranges: Sequence[Range]) -> list[list[Range]]:
         # What is decoded in batches is cut to pieces before; otherwise each piece goes on where the one before ended.

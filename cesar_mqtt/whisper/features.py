@@ -6,12 +6,8 @@ import numpy as np
 from faster_whisper.feature_extractor import FeatureExtractor
 from numpy.typing import NDArray
 
-from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
+from cesar_mqtt.audio.decoder import Samples
 from cesar_mqtt.errors import Cancelled
-from cesar_mqtt.whisper.hardware import release_memory
-
-LARGE_SAMPLES = 120 * SAMPLE_RATE
-"""From this length on the 40 ms of `release_memory` do not count beside the work itself."""
 
 HOP_SAMPLES = 160
 """From one frame to the next: 10 ms."""
@@ -33,16 +29,13 @@ def log_mel(extractor: FeatureExtractor, samples: Samples, should_stop: Callable
     Raises:
         Cancelled: `should_stop`, which is asked before each block, returned True.
     """
-    if len(samples) > LARGE_SAMPLES:
-        release_memory()  # the VAD has just freed large blocks
-    padded = np.pad(np.pad(samples, (0, HOP_SAMPLES)), extractor.n_fft // 2, mode="reflect")
     frames = len(samples) // HOP_SAMPLES
     spectrum = np.empty((len(extractor.mel_filters), frames), np.float32)
     for first in range(0, frames, _BLOCK_FRAMES):
         if should_stop():
             raise Cancelled
         block = spectrum[:, first : first + _BLOCK_FRAMES]
-        block[:] = _log_mel_of(extractor, padded, first, block.shape[1])
+        block[:] = _log_mel_of(extractor, samples, first, block.shape[1])
     # Whisper's own scale (openai/whisper, `log_mel_spectrogram`): 80 dB below the loudest, then about -1 to 1.
     np.maximum(spectrum, spectrum.max() - 8.0, out=spectrum)
     spectrum += 4.0
@@ -50,10 +43,11 @@ def log_mel(extractor: FeatureExtractor, samples: Samples, should_stop: Callable
     return spectrum
 
 
-def _log_mel_of(extractor: FeatureExtractor, padded: Samples, first: int, count: int) -> Features:
+def _log_mel_of(extractor: FeatureExtractor, samples: Samples, first: int, count: int) -> Features:
     hop, size = HOP_SAMPLES, extractor.n_fft
     window = np.hanning(size + 1)[:-1].astype(np.float32)
-    part = padded[first * hop : (first + count - 1) * hop + size]
+    start = first * hop - size // 2
+    part = _mirrored(samples, start, start + (count - 1) * hop + size)
     transform = extractor.stft(part, size, hop, window=window, center=False, return_complex=True)
     power = np.abs(transform.astype(np.complex64)) ** 2
     mel = np.empty((len(extractor.mel_filters), count), np.float32)
@@ -61,3 +55,16 @@ def _log_mel_of(extractor: FeatureExtractor, padded: Samples, first: int, count:
         frames = slice(begin, begin + _PRODUCT_FRAMES)
         np.matmul(extractor.mel_filters, power[:, frames], out=mel[:, frames])
     return np.log10(np.maximum(mel, 1e-10, out=mel), out=mel)
+
+
+def _mirrored(samples: Samples, start: int, end: int) -> Samples:
+    """Return the samples from `start` to `end`; before the first, and behind a hop of silence, they are mirrored."""
+    if start >= 0 and end <= len(samples):
+        return samples[start:end]
+    last = len(samples) + HOP_SAMPLES - 1
+    places = np.abs(np.arange(start, end))
+    places = np.where(places > last, 2 * last - places, places)
+    found = np.zeros(len(places), np.float32)
+    exists = places < len(samples)
+    found[exists] = samples[places[exists]]
+    return found

@@ -21,8 +21,6 @@ from cesar_mqtt.logs import get_logger
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window, Word
 from cesar_mqtt.whisper.chunk import RawSegment
 from cesar_mqtt.whisper.decoding import Language
-from cesar_mqtt.whisper.features import LARGE_SAMPLES
-from cesar_mqtt.whisper.hardware import release_memory
 from cesar_mqtt.whisper.model_store import ModelStore, is_out_of_memory
 from cesar_mqtt.whisper.ordered_work import OrderedWork
 from cesar_mqtt.whisper.pipeline import PIECE_S, Pipeline, uses_batches
@@ -220,8 +218,6 @@ def _raw_segments(
     length_s = chunk.end_s - chunk.start_s
     try:
         raw_segments, found = pipeline.transcribe(chunk.samples, chunk.speech, language)
-        if len(chunk.samples) > LARGE_SAMPLES:  # VAD and features leave up to 300 MB fragmented, more with each chunk
-            release_memory()
         with closing(raw_segments):
             for raw in raw_segments:
                 if raw.start < length_s:  # Whisper pads with silence to 30 s, and may make up text for it

@@ -3,9 +3,11 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from cesar_mqtt.cli.app import run
 from tests.acceptance.harness import PATIENCE_S, SMALL, SPOKEN, Bus, Consumer, command, words
-from tests.conftest import Mosquitto, StartMosquitto, find_free_port
+from tests.conftest import Mosquitto, Process, StartMosquitto, find_free_port
 
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
@@ -171,6 +173,34 @@ def test_watch_says_that_the_broker_is_gone_and_goes_on_when_it_is_back(
     lines.wait_for("job b queued")
     assert lines.text().count("job a queued") == 1
     assert lines.stop() == 0
+
+
+@pytest.mark.mosquitto
+def test_keys_of_watch_reach_a_consumer_and_the_terminal_is_left_as_it_was(mosquitto: Mosquitto, join: Join) -> None:
+    bus = join(mosquitto.port)
+    bus.publish(
+        "cesar/status/porch-17", {"status": "queued", "consumer": "cesar", "audio_source": "porch.wav"}, retain=True
+    )
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    watching = [sys.executable, "-m", "cesar_mqtt", "watch", "--broker", mosquitto.url]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    with Process(watching, stdin=theirs, stdout=theirs, env=environ) as process:
+        shown = b""
+        while b"q quit" not in shown or b"porch.wav" not in shown:
+            assert select.select([ours], [], [], PATIENCE_S)[0], shown
+            shown += os.read(ours, 4096)
+        os.write(ours, b"c")
+        asked = bus.wait("cesar/request/cancel")
+        assert (asked["job_id"], asked["consumer"]) == ("porch-17", "cesar")
+        os.write(ours, b"q")
+        while process.poll() is None:
+            if select.select([ours], [], [], 0.1)[0]:
+                os.read(ours, 4096)
+        assert process.returncode == 0
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.mosquitto

@@ -4,6 +4,7 @@ Starlette's own forms are kept in memory or in the system's temporary folder, wh
 from there. Everything runs on the thread of the event loop; the disk is written in other threads.
 """
 
+import asyncio
 import hashlib
 import os
 import uuid
@@ -30,6 +31,8 @@ _FIELD_BYTES = 1 << 20
 _MOST_PARTS = 200
 _HEADER_BYTES = 16_384
 _NAME_CHARACTERS = 200
+_DRAIN_BYTES = 64 << 20
+_DRAIN_S = 10.0
 
 
 @dataclass(slots=True)
@@ -73,16 +76,33 @@ async def receive_form(request: Request, folder: Path, *, max_bytes: int, too_la
         )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes + _FIELD_BYTES:
+        await _drain(request)
         raise ProblemError(413, too_large, "payload_too_large", headers={"Connection": "close"})
     reader = _FormReader(folder, boundary, max_bytes=max_bytes, too_large=too_large)
     try:
-        yield await reader.receive(request)
+        try:
+            form = await reader.receive(request)
+        except (ProblemError, MultipartParseError, OSError):
+            await _drain(request)
+            raise
+        yield form
     except OSError as exc:
         raise ProblemError(507, f"The upload cannot be stored: {exc.strerror}.", "storage_full") from exc
     except MultipartParseError as exc:
         raise ProblemError(400, f"The form is damaged: {exc}.", "malformed_form") from exc
     finally:
         reader.close()
+
+
+async def _drain(request: Request) -> None:
+    """Read what the client still sends, within bounds: it reads the response only after that, and else sees a reset."""
+    left = _DRAIN_BYTES
+    with suppress(RuntimeError, ClientDisconnect, TimeoutError):  # RuntimeError: all of it has been read
+        async with asyncio.timeout(_DRAIN_S):
+            async for chunk in request.stream():
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 class _FormReader:

@@ -31,6 +31,17 @@ FORMATS = [
     ("mov", "pcm_s24le", 48_000),
     ("avi", "adpcm_ms", 16_000),
     ("eac3", "eac3", 48_000),
+    ("wav", "g726", 8_000),
+    ("wav", "g722", 16_000),
+    ("flv", "nellymoser", 16_000),
+    ("caf", "adpcm_ima_qt", 44_100),
+    ("caf", "alac", 44_100),
+    ("mp4", "flac", 44_100),
+    ("mp4", "libopus", 48_000),
+    ("mp4", "libmp3lame", 44_100),
+    ("wav", "libmp3lame", 44_100),
+    ("wav", "pcm_s64le", 16_000),
+    ("aiff", "pcm_mulaw", 8_000),
 ]
 
 

@@ -193,14 +193,16 @@ def test_a_row_says_why_a_job_has_no_text() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
-def test_ids_are_shown_whole_and_what_has_no_room_beside_them_goes(width: int) -> None:
+def test_what_has_no_room_goes_and_names_stay(width: int) -> None:
     board = Board("cesar")
     long_id = "9b810e76-6ec9-d286-63ca-828dd5f4b3b2"
     board.take("cesar/consumer/cesar/state", b'{"state": "online"}')
     board.take(f"cesar/status/{long_id}", status("processing", progress=0.42, eta=5.0, metadata={"file": "porch.wav"}))
     lines = drawn(board, width, 24)
-    assert long_id in lines[5]
-    assert ("42%" in lines[5], "porch" in lines[5], "SPEED" in lines[4]) == (width > 40, width > 60, width > 80)
+    assert lines[5].startswith("porch.wav ")
+    assert "42%" in lines[5]
+    assert "processing" in lines[5]
+    assert (long_id in lines[5], "SPEED" in lines[4], "ETA" in lines[4]) == (width > 80, width > 80, width > 40)
     assert ("CANCELLED" in lines[1]) == (width > 60)
 
 
@@ -211,18 +213,130 @@ def test_the_priority_of_an_open_job_is_shown() -> None:
     done = board.take("cesar/status/c", ended(1, result_text="Hello.", priority=9))
     junk = board.take("cesar/status/d", status("queued", priority="high"))
     rows = [row for row in (waits, works, done, junk) if isinstance(row, JobRow)]
-    assert [row.note for row in rows] == ["priority 9: porch.wav", "priority 1", "Hello.", ""]
-    assert line_of(rows[0]) == "job a queued priority 9: porch.wav"
-    assert any("priority 9: porch.wav" in line for line in drawn(board, 100, 24))
+    assert [row.note for row in rows] == ["priority 9", "priority 1", "Hello.", ""]
+    assert line_of(rows[0]) == "job a queued porch.wav: priority 9"
+    assert any(
+        line.split()[:3] == ["porch.wav", "queued", "1"] and "priority 9" in line for line in drawn(board, 100, 24)
+    )
 
 
-def test_a_file_that_came_with_a_job_is_named() -> None:
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"metadata": {"file": "porch.wav"}, "audio_source": "upload"}, "porch.wav"),
+        ({"audio_source": "calls/porch.wav"}, "porch.wav"),
+        ({"audio_source": "upload"}, ""),
+        ({"metadata": {"file": ["x"]}, "audio_source": 3}, ""),
+    ],
+)
+def test_the_name_of_the_recording_comes_first_and_the_id_last(fields: dict[str, Any], name: str) -> None:
     board = Board("cesar")
-    waits = board.take("cesar/status/a", status("queued", metadata={"file": "porch.wav"}))
-    done = board.take("cesar/status/b", ended(1, result_text="Hello.", metadata={"file": "porch.wav"}))
-    junk = board.take("cesar/status/c", ended(1, result_text="Hello.", metadata={"file": ["x"]}))
-    assert [row.note for row in (waits, done, junk) if isinstance(row, JobRow)] == [
-        "porch.wav",
-        "porch.wav: Hello.",
-        "Hello.",
-    ]
+    row = board.take("cesar/status/a-job", ended(1, result_text="Hello.", **fields))
+    assert isinstance(row, JobRow)
+    assert (row.name, row.note) == (name, "Hello.")
+    line = drawn(board, 80, 24)[4]
+    assert line.split() == [name or "a-job", "completed", "Hello.", *(["21:00:01"]), *(["a-job"] if name else [])]
+    assert line_of(row) == f"job a-job completed {name + ': ' if name else ''}Hello."
+
+
+def test_queued_jobs_are_numbered_by_their_place_in_the_queue_of_their_consumer() -> None:
+    """Only the first ten positions are kept up to date: `queued 10` was followed by `queued 25`."""
+    board = Board("cesar")
+    stale = [*range(1, 11), *range(25, 33)]
+    for position in stale:
+        board.take(f"cesar/status/job-{position}", status("queued", queue_position=position, consumer="cesar"))
+    board.take("cesar/status/other", status("queued", queue_position=1, consumer="attic"))
+    rows = board.jobs(30)
+    assert [row.position for row in rows if row.consumer == "cesar"] == list(range(1, 19))
+    assert [(row.job_id, row.position) for row in rows[:3]] == [("job-1", 1), ("other", 1), ("job-2", 2)]
+
+
+def test_the_oldest_age_ticks_between_the_messages() -> None:
+    now = [100.0]
+    board = Board("cesar", clock=lambda: now[0])
+    board.take("cesar/consumer/cesar/state", b'{"state": "online"}')
+    board.take("cesar/consumer/cesar/queue", b'{"activity": "processing", "queued": 1, "oldest_age": 75.0}')
+    assert "1:15" in drawn(board, 80, 24)[2]
+    now[0] += 5
+    assert "1:20" in drawn(board, 80, 24)[2]
+    board.take("cesar/consumer/cesar/state", b'{"state": "offline"}')
+    assert "1:15" in drawn(board, 80, 24)[2]
+
+
+def test_a_rejection_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    board, lines = Board("cesar"), Lines("cesar")
+    document = {
+        "reason": "invalid_request",
+        "detail": "langauge: there is no such field\x1b[2J",
+        "topic": "cesar/jobs",
+        "job_id": None,
+        "received_at": "2026-01-23T21:45:00.000Z",
+    }
+    for _ in range(2):
+        board.take("cesar/rejected", json.dumps(document).encode())
+    board.take("cesar/rejected", b"junk")
+    (line,) = [line for line in drawn(board, 120, 24) if "rejected" in line]
+    assert "rejected (2 since the start): invalid_request: cesar/jobs: langauge: there is no such field" in line
+    lines.take(delivery("cesar/rejected", json.dumps(document).encode()))
+    assert said(capsys)[0].startswith("rejected invalid_request: cesar/jobs: langauge")
+
+
+class Keys:
+    """A screen with a running, three queued and some finished jobs, and what its keys ask for."""
+
+    def __init__(self) -> None:
+        self.screen = Screen("cesar", "mqtt://x")
+        self.screen.board = busy(40)
+
+    def press(self, *keys: str) -> list[tuple[str, str]]:
+        commands = [self.screen.press(key) for key in keys]
+        return [
+            (topic.removeprefix("cesar/request/"), json.loads(asked)["job_id"])
+            for topic, asked in filter(None, commands)
+        ]
+
+    def lines(self, height: int = 12) -> list[str]:
+        console = Console(file=io.StringIO(), width=80, height=height, force_terminal=True, color_system=None)
+        with console.capture() as capture:
+            console.print(self.screen.view(None, has_keys=True))
+        return capture.get().splitlines()
+
+
+def test_keys_select_a_job_scroll_and_change_it() -> None:
+    keys = Keys()
+    assert keys.lines()[-1] == "up/down select, c cancel, r retry, q quit"
+    assert keys.press("\x1b[B", "j", "c", "\x1b[A", "c", "x") == [("cancel", "waits-2"), ("cancel", "waits-1")]
+    assert keys.press("G", "r") == [("retry", "done-0")]
+    lines = keys.lines()
+    assert len(lines) <= 12
+    assert any(line.startswith("done-0 ") for line in lines)
+    assert not any(line.startswith("now ") for line in lines), "it has scrolled out"
+    assert keys.press("k", "\x1b[5~", "\x1b[H", "k", "c") == [("cancel", "now")]
+    assert any(line.startswith("now ") for line in keys.lines())
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        ({"status": "ok", "data": {"job_id": "now", "status": "processing"}}, "Job now is processing."),
+        ({"status": "error", "error": "There is no job now.\x1b[2J"}, "There is no job now."),
+    ],
+)
+def test_the_response_to_a_key_is_shown_until_the_next_one(response: dict[str, Any], message: str) -> None:
+    keys = Keys()
+    command = keys.screen.press("c")
+    assert command is not None
+    transaction = json.loads(command[1])["transaction"]
+    for other in (b"junk", json.dumps({**response, "transaction": "another"}).encode()):
+        keys.screen.take([delivery("cesar/response/cancel", other)])
+        assert keys.lines()[-1] == "cancel: now ..."
+    keys.screen._connection = 1
+    keys.screen.take([delivery("cesar/response/cancel", json.dumps({**response, "transaction": transaction}).encode())])
+    assert keys.lines()[-1].startswith(message)
+    keys.press("j")
+    assert keys.lines()[-1].startswith("up/down")
+
+
+def test_without_jobs_a_key_does_nothing() -> None:
+    screen = Screen("cesar", "mqtt://x")
+    assert [screen.press(key) for key in ("c", "G", "r", "\x1b[6~")] == [None] * 4

@@ -290,6 +290,22 @@ def test_a_size_that_the_broker_has_accepted_is_not_cut() -> None:
     assert [each.cause for each in quarantine.report()] == ["denied"]
 
 
+def test_of_many_skipped_messages_one_at_a_time_is_tried_again() -> None:
+    now = 0.0
+    quarantine = Quarantine(monotonic=lambda: now)
+    for number in range(5):
+        for _ in range(3):
+            quarantine.on_disconnected([Sent(f"status/{number}", 500, ("status", number))])
+    now = 70.0
+    assert len(quarantine.skipped_units()) < 5
+    quarantine.on_disconnected([Sent("status/0", 500, ("status", 0))])
+    assert len(quarantine.skipped_units()) == 5
+    now = 200.0
+    quarantine.on_accepted("status/0", 500)
+    assert quarantine.skipped_units() == set()
+    assert len(quarantine.last_units()) == 4
+
+
 def test_of_several_in_flight_none_is_convicted() -> None:
     quarantine = Quarantine(monotonic=lambda: 0.0)
     both = [Sent("a", 100, ("status", 1)), Sent("b", 100, ("status", 2))]

@@ -177,7 +177,7 @@ class RefusingDisk(Disk):
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         if self.refusals > 0:
             self.refusals -= 1
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.EIO, "Input/output error")
         return super().write(descriptor, data, offset)
 
 

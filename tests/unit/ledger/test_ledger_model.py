@@ -377,6 +377,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
+            self.ledger.republish_moved()
             while self.ledger.has_unpublished:
                 self.publish_some(3, None)
             self.check_that_the_broker_agrees()

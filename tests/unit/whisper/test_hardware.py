@@ -90,3 +90,16 @@ def test_the_heap_has_one_arena_and_returns_large_blocks(monkeypatch: pytest.Mon
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=options.__setitem__))
     limit_heap()
     assert options == {-8: 1, -3: 4 << 20, -1: 4 << 20}
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "16"), ("3", "3")])
+def test_little_is_kept_of_what_is_compiled_for_a_length_of_input(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "DNNL_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    limit_heap()
+    assert os.environ[name] == found

@@ -1,8 +1,11 @@
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cesar_mqtt.whisper import large_steps
 from cesar_mqtt.whisper.large_steps import LargeSteps
 
 WAIT_S = 20.0
@@ -27,8 +30,9 @@ class Steps:
         assert not to_cpu
         return self._step(f"encoded {features}")
 
-    def generate(self, features: str, prompts: list[int], **options: int) -> str:
-        return self._step(f"generated {features} {prompts} {sorted(options.items())}")
+    def generate(self, features: str, prompts: list[int], **options: int) -> list[SimpleNamespace]:
+        text = self._step(f"generated {features} {prompts} {sorted(options.items())}")
+        return [SimpleNamespace(text=text, scores=[-1.0]) for _ in prompts]
 
     def _step(self, result: str) -> str:
         with self._changed:
@@ -82,6 +86,28 @@ def test_arguments_and_results_are_those_of_the_model() -> None:
     steps.go_on.set()
     model = LargeSteps(steps, 1)
     assert model.encode("f", to_cpu=False) == "encoded f"
-    assert model.generate("f", [1], beam_size=5) == "generated f [1] [('beam_size', 5)]"
-    assert model.generate("f", [1], num_hypotheses=5) == "generated f [1] [('num_hypotheses', 5)]"
+    (found,) = model.generate("f", [1], beam_size=5)
+    assert found.text == "generated f [1] [('beam_size', 5)]"
     assert model.is_multilingual
+
+
+def test_many_samples_are_drawn_two_at_a_time_and_the_most_probable_counts() -> None:
+    drawn: list[dict[str, Any]] = []
+
+    def generate(_features: str, prompts: list[str], **options: Any) -> list[SimpleNamespace]:
+        drawn.append(options)
+        scores = {"a": [-3.0, -1.0, -2.0], "b": [-0.5, -2.0, -1.5]}
+        return [SimpleNamespace(name=f"{name}{len(drawn)}", scores=[scores[name][len(drawn) - 1]]) for name in prompts]
+
+    model = LargeSteps(SimpleNamespace(generate=generate), 1)
+    best = model.generate("f", ["a", "b"], num_hypotheses=5, beam_size=1)
+    assert [one.name for one in best] == ["a2", "b1"]
+    assert [options.pop("num_hypotheses") for options in drawn] == [2, 2, 1]
+    assert drawn == [{"beam_size": 1}] * 3
+
+
+def test_the_heap_is_trimmed_before_a_large_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(large_steps, "trim_heap", lambda: order.append("trim"))
+    LargeSteps(SimpleNamespace(encode=lambda _: order.append("encode")), 1).encode("f")
+    assert order == ["trim", "encode"]
