@@ -33,7 +33,7 @@ help:
 	@echo 'make coverage   all tests, and which lines and branches they run'
 	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, wyoming or web for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
-	@echo 'make soak    500 jobs, 50 kills: nothing may be lost (ARGS=--help for more)'
+	@echo 'make soak    500 jobs, 60 kills, failing disk and network: nothing may be lost (ARGS=--help for more)'
 	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
 	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'

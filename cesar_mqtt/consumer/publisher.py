@@ -18,7 +18,7 @@ from cesar_mqtt.consumer.events import JobObserver
 from cesar_mqtt.consumer.job_messages import JobMessage, JobMessages, TransientMessage, TransientMessages
 from cesar_mqtt.consumer.own_topics import ActivityTracker, OwnTopics
 from cesar_mqtt.consumer.quarantine import Quarantine, Sent, Unit
-from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
+from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck, UnprovenJobs
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.logs import get_logger
@@ -179,6 +179,7 @@ class Publisher(StoppableThread, JobObserver):
         self._job_messages = JobMessages(ledger, topics, clock=clock, limit_bytes=self._quarantine.limit_bytes)
         self._own_topics = OwnTopics()
         self._retained_check = RetainedCheck(totals_of(ledger.totals()))
+        self._unproven = UnprovenJobs()
         self._discovery = DiscoverySchedule(self._own_topics, monotonic=monotonic)
         self._transient_messages = TransientMessages(monotonic=monotonic)
         self._activity = ActivityTracker()
@@ -385,6 +386,7 @@ class Publisher(StoppableThread, JobObserver):
         self._job_messages.max_packet_bytes = max_packet_bytes
         retained = self._own_topics.retained("queue")
         unknown = self._retained_check.on_connected(retained, session_present=session_present)
+        self._unproven.on_connected()
         self._own_topics.republish("state")
         self._discovery.on_connected()
         if not session_present:
@@ -414,6 +416,8 @@ class Publisher(StoppableThread, JobObserver):
     def _check_retained(self, payload: bytes | None) -> None:
         loss = self._retained_check.compare(payload, self._own_topics.retained("queue"))
         if loss is None:
+            if payload is not None:
+                self._ledger.republish(self._unproven.take_doubtful())
             return
         message = "The broker has lost retained messages: all are published again"
         log.warning(message, action="broker_went_back")
@@ -457,10 +461,14 @@ class Publisher(StoppableThread, JobObserver):
             match ack:
                 case StatusAck(seq, number) if number:
                     published.append((seq, number))
+                    self._unproven.add(seq)
                 case ClearAck(seq):
                     self._ledger.mark_cleared(seq)
+                    self._unproven.add(seq)
                 case OwnTopicAck(name, version):
                     self._own_topics.acknowledge(name, version)
+                    if name == "queue":
+                        self._unproven.on_queue_acknowledged(version)
                 case _:  # a status with progress, a transient message
                     pass
         if published:
@@ -556,6 +564,8 @@ class Publisher(StoppableThread, JobObserver):
         self._discovery.run_once()
         for name, payload, version in self._own_topics.take_due(without=_in_units("own", without)):
             topic = name if "/" in name else self._topics.own(name)
+            if name == "queue":
+                self._unproven.on_queue_published(version)
             self._publish(topic, payload, OwnTopicAck(name, version))
 
     def _republish_positions(self) -> None:

@@ -66,3 +66,37 @@ class RetainedCheck:
         else:
             is_newest = totals_in(payload) == self._totals
         return None if is_newest else Loss.NEWEST
+
+
+class UnprovenJobs:
+    """The jobs whose messages were acknowledged behind the newest queue message that the broker has.
+
+    Queue messages are a second apart. A broker that is killed and restarted from what it saved in between retains the
+    newest one and may have lost what was published behind it, so `RetainedCheck` finds no loss.
+    """
+
+    def __init__(self) -> None:
+        self._queue_version = -1
+        """The newest queue message that was published."""
+        self._behind: dict[int, int] = {}
+        """By job, the queue message behind which its messages were acknowledged, or an earlier one."""
+        self._doubtful: tuple[int, ...] = ()
+
+    def on_connected(self) -> None:
+        """Begin a connection: what was acknowledged by earlier ones may be lost."""
+        self._doubtful = tuple(self._behind)
+
+    def take_doubtful(self) -> tuple[int, ...]:
+        """Return, once for each connection, what to publish again although the broker has the newest queue message."""
+        doubtful, self._doubtful = self._doubtful, ()
+        return doubtful
+
+    def add(self, seq: int) -> None:
+        """Record that the broker has acknowledged the status, or the clearing, of a job."""
+        self._behind[seq] = self._queue_version
+
+    def on_queue_published(self, version: int) -> None:
+        self._queue_version = version
+
+    def on_queue_acknowledged(self, version: int) -> None:
+        self._behind = {seq: behind for seq, behind in self._behind.items() if behind >= version}

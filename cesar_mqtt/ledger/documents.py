@@ -276,5 +276,4 @@ _FLAT = frozenset({str, int, float, bool, type(None)})
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that shares nothing mutable."""
-    flat = all(type(value) in _FLAT for value in values.values())
-    return dict(values) if flat else copy.deepcopy(dict(values))
+    return dict(values) if _FLAT.issuperset(map(type, values.values())) else copy.deepcopy(dict(values))

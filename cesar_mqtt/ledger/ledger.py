@@ -842,6 +842,19 @@ class Ledger:
                 self._commit([])
             self._notify()
 
+    def republish(self, seqs: Collection[int]) -> None:
+        """Publish the statuses of these jobs again, and clear those that were deleted: the broker may have lost that.
+
+        In memory only, as the broker has acknowledged it.
+        """
+        with self._changed:
+            for seq in seqs:
+                if str(seq) in self._rows:
+                    self._outbox.republish(seq)
+            again = self._index.tombstones.clear_again(seqs)
+            self._piggyback += [Change(GONE, seq, {"cleared": False}) for seq in again]
+            self._notify()
+
     def pending_clears(self, limit: int, *, exclude: Collection[int] = ()) -> list[DeletedJob]:
         """Return deleted jobs whose retained messages have to be cleared, until `mark_cleared`."""
         with self._changed:

@@ -195,27 +195,32 @@ class JournalStorage(Storage):
         number = self.transaction + 1
         watermark = self.watermark if watermark is None else watermark
         operations = [[c.table, c.doc_id, c.fields, *((c.dropped,) if c.dropped else ())] for c in changes]
+        entry = [number, watermark, operations]
         try:
-            self._append([number, watermark, operations], keep_reserve)
+            if self._journal.suspect:
+                self.checkpoint()
+            self._journal.append(entry)
         except OSError as exc:
-            raise LedgerError(f"The ledger {self.path} cannot be written: {exc.strerror}.") from exc
+            self._append_on_full_disk(entry, exc, keep_reserve)
         self.transaction, self.watermark = number, watermark
         for change in changes:
             apply(self._image, change)
 
-    def _append(self, entry: Any, keep_reserve: int | None) -> None:
-        exact = False
-        while True:
-            try:
-                if self._journal.suspect:
-                    self.checkpoint()
-                self._journal.append(entry, exact=exact)
-            except OSError as exc:
-                if not self._make_room(exc, entry, keep_reserve):
-                    raise
-                exact = True
-            else:
-                return
+    def _append_on_full_disk(self, entry: Any, error: OSError, keep_reserve: int | None) -> None:
+        """Append an entry that could not be, if room can be made for it. Raises LedgerError."""
+        try:
+            while self._make_room(error, entry, keep_reserve):
+                try:
+                    if self._journal.suspect:
+                        self.checkpoint()
+                    self._journal.append(entry, exact=True)
+                except OSError as exc:
+                    error = exc
+                else:
+                    return
+        except OSError as exc:
+            error = exc
+        raise LedgerError(f"The ledger {self.path} cannot be written: {error.strerror}.") from error
 
     def _make_room(self, error: OSError, entry: Any, keep_reserve: int | None) -> bool:
         """Do what lets the journal grow all the same; False: nothing does."""

@@ -6,7 +6,7 @@ newest deleted jobs are remembered, and longer those whose requests the broker w
 The ledger serialises every call.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,9 +69,10 @@ class Tombstones:
             self._remove_keys(other)
         return [other.seq for other in evicted]
 
-    def clear_again(self) -> list[int]:
-        """Make the cleared jobs pending again, and return their numbers: the broker came back with an older state."""
-        again = [deleted for deleted in self._cleared.values() if deleted.owns_status or deleted.formats]
+    def clear_again(self, seqs: Collection[int] | None = None) -> list[int]:
+        """Make these cleared jobs (None: all) pending again, and return their numbers: the broker may retain them."""
+        cleared = self._cleared.values() if seqs is None else [self._cleared[s] for s in seqs if s in self._cleared]
+        again = [deleted for deleted in cleared if deleted.owns_status or deleted.formats]
         for deleted in again:
             self.pending[deleted.seq] = replace(deleted, event_pending=False)
             del self._cleared[deleted.seq]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.chaos import _overtaken, run
+from tests.acceptance.chaos import Plan, _overtaken, run
 from tests.conftest import StartMosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -15,7 +15,16 @@ def test_no_job_is_lost_doubled_or_overtaken_whatever_is_killed(
     tmp_path: Path, start_mosquitto: StartMosquitto
 ) -> None:
     mosquitto = start_mosquitto("max_queued_messages 0", persistence=True)
-    report = run(tmp_path, mosquitto, jobs=60, kills=6, broker_restarts=2, seed=20260123)
+    report = run(tmp_path, mosquitto, Plan(jobs=60, kills=6, broker_restarts=2, seed=20260123))
+    assert report.wrong == 0, report
+
+
+@pytest.mark.timeout(400)
+def test_nor_when_the_disk_fails_now_and_then_and_connections_are_cut_and_the_broker_is_killed(
+    tmp_path: Path, start_mosquitto: StartMosquitto
+) -> None:
+    mosquitto = start_mosquitto("max_queued_messages 0", persistence=True)
+    report = run(tmp_path, mosquitto, Plan(jobs=40, kills=2, broker_kills=2, cuts=6, one_in=60, seed=20260124))
     assert report.wrong == 0, report
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck
+from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck, UnprovenJobs
 
 STANDING = (1, 2, 0, 0, 0)
 
@@ -67,3 +67,28 @@ def test_a_message_published_before_the_comparison_hides_the_older_one() -> None
     check.on_connected((b"more",), session_present=True)
     assert not check.on_connected((b"more",), session_present=True), "nothing was published meanwhile"
     assert check.on_connected((b"last",), session_present=True)
+
+
+def test_what_is_acknowledged_behind_the_newest_queue_message_is_unproven() -> None:
+    """A broker was killed between two queue messages, right after it had saved: two statuses stayed what they were."""
+    jobs = UnprovenJobs()
+
+    def doubtful() -> tuple[int, ...]:
+        jobs.on_connected()
+        return jobs.take_doubtful()
+
+    jobs.add(1)
+    jobs.on_queue_published(4)
+    jobs.add(2)
+    assert doubtful() == (1, 2)
+    assert jobs.take_doubtful() == ()
+    jobs.on_queue_published(5)
+    jobs.add(3)
+    jobs.on_queue_acknowledged(4)
+    assert doubtful() == (2, 3)
+    jobs.add(2)
+    jobs.on_queue_acknowledged(5)
+    assert doubtful() == (2, 3)
+    jobs.on_queue_published(6)
+    jobs.on_queue_acknowledged(6)
+    assert not doubtful()
