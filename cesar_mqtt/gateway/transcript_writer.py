@@ -29,7 +29,7 @@ from cesar_mqtt.threads import StoppableThread
 
 log = get_logger(__name__)
 
-_RETRY_S = 30.0
+_RETRY_S = 5.0
 """When what could not be fetched or written is tried again."""
 
 

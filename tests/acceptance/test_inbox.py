@@ -123,7 +123,8 @@ def test_serve_writes_each_finished_transcript_once_also_behind_a_restart(
     assert not any("before" in name for name in first)
     assert consumer.stop() == 0
     consumer.start()
-    assert command("submit", "--job-id", "last", str(SPEECH), *flags).returncode == 0
+    (tmp_path / "last.wav").write_bytes(SPEECH.read_bytes())
+    assert command("submit", "--job-id", "last", str(tmp_path / "last.wav"), *flags).returncode == 0
     consumer.wait_for_log("last.txt")
     assert names() == sorted([*first, "last.txt"])
 
