@@ -140,7 +140,7 @@ def test_a_full_disk_stops_the_acceptance_and_nothing_else_and_room_lets_it_go_o
     for number in range(3):  # their audio does not fit any more
         bus.publish(f"cesar/audio/during-{number}", SPEECH.read_bytes())
     bus.wait("cesar/consumer/cesar/queue", lambda queue: queue["activity"] == "degraded")
-    consumer.wait_for_log("too little room")
+    consumer.wait_for_log("has too little room")
     assert bus.seen("cesar/status/during-0") == [], "nothing is said to be accepted"
 
     filler.unlink()
