@@ -21,6 +21,7 @@ from cesar_mqtt.consumer.quarantine import Quarantine, Sent, Unit
 from cesar_mqtt.consumer.retained_check import Loss, RetainedCheck, UnprovenJobs
 from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, CannotPublishError, PacketTooLargeError, Refusal
 from cesar_mqtt.protocol.consumer_payloads import (
@@ -52,8 +53,8 @@ _MIN_INTERVAL_S = 1.0
 """Between two queue messages, and between two progress statuses of a job."""
 _POSITIONS_QUIET_S = 2.0
 _MOVES = 10
-"""Each finished job moves the first ten of the queue. Their statuses are published if the queue has not moved for 2 s:
-at each end of a longer job; else at every tenth move, which is one status for each finished job."""
+"""Each finished job moves the first ten of the queue. In a longer queue their statuses are published if it has not
+moved for 2 s, at each end of a longer job; else at every tenth move, which is one status for each finished job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -577,7 +578,8 @@ class Publisher(StoppableThread, JobObserver):
         is_quiet = now >= self._moved_at + _POSITIONS_QUIET_S
         if moves != self._moves:
             self._moves, self._moved_at = moves, now
-        if is_quiet or moves - self._moves_published >= _MOVES or self._is_draining:
+        is_short = self._ledger.totals().queued <= POSITIONS_TRACKED
+        if is_short or is_quiet or moves - self._moves_published >= _MOVES or self._is_draining:
             self._ledger.republish_moved()
             self._moves_published = moves
 
