@@ -48,6 +48,14 @@ def repeated_long(path: Path, *, times: int) -> Path:
     return path
 
 
+def wait_until(is_done: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_done():
+        assert time.monotonic() < deadline
+        pause.wait(0.02)
+
+
 def words(text: str) -> list[str]:
     """The words of a text, for comparing what was said with what was heard."""
     return re.findall(r"[a-z]+", text.lower())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cesar_mqtt.ledger.reserve import RESERVE_BYTES
-from tests.acceptance.harness import SPEECH, SPOKEN, Bus, Consumer, command, words
+from tests.acceptance.harness import SPEECH, SPOKEN, Bus, Consumer, command, wait_until, words
 from tests.conftest import Mosquitto, need
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -128,7 +128,7 @@ def test_behind_a_full_disk_commands_are_answered_and_a_delete_lets_jobs_in(
     for number in range(UPLOADS - 4, UPLOADS):
         ended = bus.status(f"note-{number:02}")
         assert (ended["status"], words(ended["result_text"])) == ("completed", SPOKEN)
-    assert accepted() == 0
+    wait_until(lambda: accepted() == 0)
     assert consumer.stop() == 0
 
 

@@ -13,8 +13,8 @@ import httpx2
 import openai
 import pytest
 
-from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, words
-from tests.acceptance.web_page import Page, alone, wait_until
+from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, wait_until, words
+from tests.acceptance.web_page import Page, alone
 from tests.conftest import Mosquitto, StartMosquitto, find_free_port
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.model]

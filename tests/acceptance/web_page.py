@@ -2,9 +2,7 @@
 
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import httpx2
 import openai
 
 from tests import template
-from tests.acceptance.harness import PATIENCE_S, SMALL, SPEECH
+from tests.acceptance.harness import PATIENCE_S, SMALL, SPEECH, wait_until
 from tests.conftest import Mosquitto, find_free_port
 
 
@@ -47,14 +45,6 @@ class Page:
     def close(self) -> None:
         self.http.close()
         self.openai.close()
-
-
-def wait_until(is_done: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_done():
-        assert time.monotonic() < deadline
-        pause.wait(0.02)
 
 
 @contextmanager
