@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import template
-from tests.acceptance.harness import CONNECTED, SMALL, SPEECH, SPOKEN, Consumer, FrontDoor, command, words
-from tests.acceptance.web_page import Page, wait_until
+from tests.acceptance.harness import CONNECTED, SMALL, SPEECH, SPOKEN, Consumer, FrontDoor, command, wait_until, words
+from tests.acceptance.web_page import Page
 from tests.conftest import Certificates, find_free_port
 from tests.deploy.conftest import DEPLOY, USERS, Client, DeployedMosquitto, StartDeployed, script
 
