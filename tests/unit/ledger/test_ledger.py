@@ -1948,7 +1948,9 @@ def test_a_killed_process_keeps_every_promise_it_made(folder: LedgerFolder) -> N
         assert process.stdout is not None
         promised += [tuple(process.stdout.readline().split()) for _ in range(lines)]  # type: ignore[misc]
         os.kill(process.pid, signal.SIGKILL)
-        rest, errors = process.communicate(timeout=30)
+        assert process.stderr is not None
+        with process:  # `communicate` would lose what `readline` has buffered
+            rest, errors = process.stdout.read(), process.stderr.read()
         assert "Traceback" not in errors
         promised += [tuple(line.split()) for line in rest.splitlines() if line.count(" ") == 1]  # type: ignore[misc]
     ledger = folder.open()
