@@ -8,7 +8,7 @@ either.
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -168,6 +168,9 @@ class Publisher(StoppableThread, JobObserver):
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
         self._in_flight: dict[Hashable, _InFlight] = {}
+        self._statuses_in_flight: Counter[int] = Counter()
+        self._clears_in_flight: Counter[int] = Counter()
+        """How many messages of each job's new state, and of its deletion, are in flight."""
         """By the tickets of the client."""
         self._acknowledged: deque[tuple[Hashable, Refusal | None]] = deque()
         self._quarantine = Quarantine(monotonic=monotonic)
@@ -410,6 +413,8 @@ class Publisher(StoppableThread, JobObserver):
         acks = [message.ack for message in self._in_flight.values()]
         lost = [ack.message for ack in acks if isinstance(ack, TransientAck)]
         self._in_flight.clear()
+        self._statuses_in_flight.clear()
+        self._clears_in_flight.clear()
         self._repeated.clear()
         self._transient_messages.on_disconnected(lost)
         self._own_topics.on_disconnected()
@@ -433,6 +438,7 @@ class Publisher(StoppableThread, JobObserver):
             ticket, refusal = self._acknowledged.popleft()
             message = self._in_flight.pop(ticket, None)
             if message is not None:  # a ticket of an earlier connection is unknown
+                self._count_in_flight(message.ack, -1)
                 self._handle_acknowledgement(message, refusal)
                 if message.is_last and not self._is_repeated(message.ack):
                     acks.append(message.ack)
@@ -543,7 +549,19 @@ class Publisher(StoppableThread, JobObserver):
             return False
         can_be_cut = not isinstance(ack, OwnTopicAck) and topic != self._topics.events
         self._in_flight[ticket] = _InFlight(ack, topic, size_bytes, is_last, can_be_cut)
+        self._count_in_flight(ack, 1)
         return True
+
+    def _count_in_flight(self, ack: PendingAck, change: int) -> None:
+        if isinstance(ack, StatusAck) and ack.number:
+            counts = self._statuses_in_flight
+        elif isinstance(ack, ClearAck):
+            counts = self._clears_in_flight
+        else:
+            return
+        counts[ack.seq] += change
+        if not counts[ack.seq]:
+            del counts[ack.seq]
 
     def _publish_in_order(self, messages: Iterable[JobMessage], ack: PendingAck) -> bool:
         """Publish messages that belong together; the PUBACK of the last one stands for all."""
@@ -609,8 +627,8 @@ class Publisher(StoppableThread, JobObserver):
         """Clear the retained topics of deleted jobs."""
         if self._room <= 0:
             return
-        in_flight = {sent.ack.seq for sent in self._in_flight.values() if isinstance(sent.ack, ClearAck)}
-        for deleted in self._ledger.pending_clears(self._room, exclude=in_flight | _in_units("clear", without)):
+        exclude = self._clears_in_flight.keys() | _in_units("clear", without)
+        for deleted in self._ledger.pending_clears(self._room, exclude=exclude):
             self._forget_last(deleted.seq)
             if not self._publish_in_order(self._job_messages.of_deletion(deleted), ClearAck(deleted.seq)):
                 return
@@ -618,10 +636,8 @@ class Publisher(StoppableThread, JobObserver):
     def _publish_statuses(self, without: Collection[Unit]) -> None:
         if self._room <= 0:
             return
-        acks = (sent.ack for sent in self._in_flight.values())
-        in_flight = {ack.seq for ack in acks if isinstance(ack, StatusAck) and ack.number}
         # Most jobs take two messages, the event of the change and the status.
-        exclude = in_flight | _in_units("status", without)
+        exclude = self._statuses_in_flight.keys() | _in_units("status", without)
         for number, job in self._ledger.unpublished((self._room + 1) // 2, exclude=exclude):
             # A state that the job has passed through is returned although the job is excluded.
             only_event = ("status", job.seq) in without
