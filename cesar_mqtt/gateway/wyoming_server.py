@@ -219,7 +219,7 @@ class WyomingServer(StoppableThread):
         ]
         program = AsrProgram(
             name="cesar-mqtt",
-            attribution=Attribution(name="cesar-mqtt", url="https://pypi.org/project/cesar-mqtt/"),
+            attribution=Attribution(name="cesar-mqtt", url=""),
             installed=True,
             description="A durable transcription queue on MQTT",
             version=__version__,
