@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _FORMATS = ("txt", "srt", "vtt", "tsv", "json", "md")
 _TASKS = ("transcribe", "translate")
 _MAX_PRIORITY = 9
+_Priority = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, max=_MAX_PRIORITY, help="0 (default) to 9: jobs of a higher priority go first."),
+]
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
 
 
@@ -278,12 +282,7 @@ def submit(
             callback=lambda value: _check_choice(value, _TASKS),
         ),
     ] = None,
-    priority: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, max=_MAX_PRIORITY, help="0 (default) to 9: jobs of a higher priority go first."
-        ),
-    ] = None,
+    priority: _Priority = None,
     result_format: Annotated[
         list[str] | None,
         typer.Option(
@@ -354,12 +353,7 @@ def inbox(
     ] = False,
     model: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=_complete_model_of_consumer)] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; default: detected.")] = None,
-    priority: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, max=_MAX_PRIORITY, help="0 (default) to 9: jobs of a higher priority go first."
-        ),
-    ] = None,
+    priority: _Priority = None,
     result_format: Annotated[
         list[str] | None,
         typer.Option(
