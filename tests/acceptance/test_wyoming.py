@@ -188,7 +188,7 @@ def test_samples_that_would_fill_the_memory_and_silent_clients_shut_nobody_out(
         try:
             async with AsyncTcpClient("127.0.0.1", port) as client, asyncio.timeout(WAIT_S):
                 await client.write_event(Describe().event())
-                described = await client.read_event()
+                described: Event | None = await client.read_event()
             ended = [await reader.read() for reader, _ in silent[:8]]
             assert ended == [b""] * 8
             return described
