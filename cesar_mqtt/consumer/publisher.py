@@ -168,10 +168,10 @@ class Publisher(StoppableThread, JobObserver):
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
         self._in_flight: dict[Hashable, _InFlight] = {}
+        """By the tickets of the client."""
         self._statuses_in_flight: Counter[int] = Counter()
         self._clears_in_flight: Counter[int] = Counter()
         """How many messages of each job's new state, and of its deletion, are in flight."""
-        """By the tickets of the client."""
         self._acknowledged: deque[tuple[Hashable, Refusal | None]] = deque()
         self._quarantine = Quarantine(monotonic=monotonic)
         self._repeated: set[Unit] = set()
