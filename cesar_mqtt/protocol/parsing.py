@@ -189,7 +189,7 @@ def _audio_field(line: str) -> str:
 
 
 def _request(document: Document) -> Parsed:
-    document |= {name: _without_blanks(document[name]) for name in _WITHOUT_BLANKS & document.keys()}
+    document = document | {name: _without_blanks(document[name]) for name in _WITHOUT_BLANKS & document.keys()}
     parsed = _checked_request(document)
     if isinstance(parsed, Refusal) and parsed.recordable:
         return replace(parsed, metadata=_metadata(document), audio=_source(document))
@@ -369,6 +369,8 @@ def _optional_fields(model: type[Payload]) -> frozenset[str]:
 
 def _without_nulls(model: type[Payload], document: Document) -> Document:
     """Leave out optional fields that are null: Home Assistant and Node-RED write what is not set as null."""
+    if None not in document.values():
+        return document
     optional = _optional_fields(model)
     return {name: value for name, value in document.items() if value is not None or name not in optional}
 
@@ -376,7 +378,7 @@ def _without_nulls(model: type[Payload], document: Document) -> Document:
 def _validated(model: type[Model], document: Document) -> Model | str:
     """Return the model, or a sentence that names the first mistakes and how many there are beside them."""
     fields = model.model_fields
-    unknown = [name for name in document if name not in fields]
+    unknown = [] if document.keys() <= fields.keys() else [name for name in document if name not in fields]
     if unknown:  # a message may bring a million of them, and pydantic would report each
         document = {name: value for name, value in document.items() if name in fields}
     mistakes: dict[str | None, str] = {}
