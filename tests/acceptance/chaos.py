@@ -53,7 +53,7 @@ from cesar_mqtt.consumer import intake, worker
 from cesar_mqtt.mqtt import client
 client._FIRST_RETRY_S, client._MAX_RETRY_S = 0.1, 0.5
 intake._RETRY_FIRST_S, intake._RETRY_MOST_S = 0.1, 0.5
-worker._DISK_RETRY_S, worker._DEFER_FACTOR = 0.2, 1.5
+worker._DISK_RETRY_S, worker._DEFER_FACTOR, worker._MAX_DEFER_S = 0.2, 1.5, 2.0
 """
 
 
@@ -89,6 +89,8 @@ class Report:
     disagreeing: tuple[str, ...]
     falsely_completed: tuple[str, ...]
     """Jobs whose transcript is not that of their recording, or has a warning."""
+    ends: tuple[str, ...]
+    """How the jobs ended that are not completed: state, error code and message, attempts."""
     exits: tuple[str, ...]
     """Why the consumer ended by itself, except for a disk that failed while it opened its files."""
     attempts: int
@@ -364,12 +366,19 @@ def _report(consumer: Consumer, port: int, watcher: Bus, supervisor: Supervisor,
         disagreeing=tuple(i for i, row in by_id.items() if not _agrees(row, retained.get(i)))
         + tuple(i for i in retained if i not in by_id),
         falsely_completed=_falsely_completed(rows),
+        ends=tuple(_end(row) for row in rows if row["state"] != "completed"),
         exits=tuple(str(code) for code in supervisor.codes.elements() if code != ExitCode.LEDGER_FAILED),
         attempts=sum(row["attempt"] for row in rows),
         preemptions=sum(row["attempt"] - 1 - row.get("crashes", 0) - row.get("retries", 0) for row in rows),
         retries=sum(row.get("retries", 0) for row in rows),
         disk_exits=supervisor.codes[ExitCode.LEDGER_FAILED],
     )
+
+
+def _end(row: Mapping[str, Any]) -> str:
+    details = (row["state"], row.get("error_code"), row.get("error_message"))
+    reason = ", ".join(str(detail) for detail in details if detail is not None)
+    return f"{row['job_id']} ({_named(row)}): {reason}, attempt {row['attempt']}, {row.get('retries', 0)} retries"
 
 
 def _retained(port: int) -> dict[str, Mapping[str, Any]]:
@@ -499,7 +508,9 @@ def main() -> int:
         print("  ".join(f"{value:>{len(column)}}" for column, value in zip(columns, values, strict=True)), flush=True)
         for name in FAULTS:
             if found := getattr(report, name):
-                print(f"{name}: {' '.join(found[:10])}")
+                print(f"{name}: {' '.join(found[:10])}", flush=True)
+        for end in report.ends[:10]:
+            print(end, flush=True)
         wrong += report.wrong
         number += 1
     return 1 if wrong else 0
