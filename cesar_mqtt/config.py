@@ -39,7 +39,7 @@ TopicFilter = Annotated[
 ]
 
 
-ResultFormat = Literal["txt", "srt", "vtt", "tsv", "json"]
+ResultFormat = Literal["txt", "srt", "vtt", "tsv", "json", "md"]
 """As `protocol.fields` has them."""
 
 

@@ -493,7 +493,7 @@ def _create_metrics(settings: Settings) -> "Metrics | None":
             raise
         raise ConfigError(
             "metrics.port is set, but prometheus-client is not installed: "
-            "install it with pip install 'cesar-mqtt[metrics]', or leave metrics.port out"
+            "install it with pip install '.[metrics]' in the clone, or leave metrics.port out"
         ) from exc
     return Metrics(settings.metrics.host, settings.metrics.port, consumer=settings.consumer.name)
 

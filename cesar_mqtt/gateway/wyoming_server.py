@@ -29,16 +29,16 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from cesar_mqtt import __version__
 from cesar_mqtt.config import BrokerSettings, WyomingSettings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError
+from cesar_mqtt.errors import CesarError
 from cesar_mqtt.gateway.address import open_port, parse_address
 from cesar_mqtt.gateway.bus import Bus, json_object
+from cesar_mqtt.gateway.bus_client import BusClient
 from cesar_mqtt.gateway.home_assistant import HomeAssistantNames
 from cesar_mqtt.gateway.submission import Submission
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 from cesar_mqtt.protocol.languages import LANGUAGE_CODES
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.threads import StoppableThread
 
 log = get_logger(__name__)
 
@@ -68,7 +68,7 @@ class JobError(Exception):
         self.code = code
 
 
-class WyomingServer(StoppableThread):
+class WyomingServer(BusClient):
     """The server on one address."""
 
     def __init__(self, settings: WyomingSettings, broker: BrokerSettings, topics: Topics) -> None:
@@ -111,20 +111,7 @@ class WyomingServer(StoppableThread):
         self._socket = open_port(self._host, port, setting="wyoming.listen")
         self.port: int = self._socket.getsockname()[1]
 
-    @property
-    def refusal(self) -> BrokerRefusedError | None:
-        """Why the broker refused the connection, for good; None: it did not."""
-        return self._bus.refusal
-
-    def start(self) -> None:
-        self._bus.start()
-        super().start()
-
-    def close(self) -> None:
-        """End all connections and both threads. May be called twice, and before `start`."""
-        self.request_stop()
-        self._bus.close()
-        self.join()
+    def _release(self) -> None:
         self._socket.close()
 
     def _wake(self) -> None:
