@@ -33,7 +33,7 @@ _DISK_RETRY_S = 5.0
 _DEFER_FACTOR = 4.0
 """Each further retry of a job waits this many times as long: 2 s, then 8 s with the default `worker.retry_delay`."""
 _MAX_DEFER_S = 3600.0
-"""The longest wait, unless `worker.retry_delay` is longer: ten retries would take days, and a thousand have no number."""
+"""The longest wait, unless `worker.retry_delay` is longer: that of the tenth retry would be six days."""
 _MAX_DEFER_GROWTH = 30
 _DEFER_JITTER = 0.2
 """Spreads the retries of consumers that were hit by one failure."""

@@ -17,7 +17,7 @@ import threading
 import time
 import wave
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -141,7 +141,8 @@ class Producer:
     Behind a recording with several windows it waits until that is running, so that the next urgent job preempts it.
 
     At QoS 2, so that there is each of them once: at QoS 1, what it sends again is another message to the broker. The
-    consumer gets them at QoS 1.
+    consumer gets them at QoS 1. One at a time: between TCP connection and CONNACK, paho 2.1 sends a new message before
+    those that it has queued.
     """
 
     def __init__(self, port: int, jobs: int, pause_s: float, watcher: Bus) -> None:
@@ -161,12 +162,13 @@ class Producer:
         pause = threading.Event()
         for number in range(self._jobs):
             name = _name(number)
+            self._wait_until_published(self._sent[-1:])
             with self._held:
                 self._sent.append(self._publish(number, name))
             if _is_talk(number):
                 self._watcher.wait(f"cesar/status/{name}", lambda status: status["status"] != "queued", PATIENCE_S)
             pause.wait(self._pause_s)
-        self._wait_until_published()
+        self._wait_until_published(self._sent)
 
     def _publish(self, number: int, name: str) -> MQTTMessageInfo:
         if number % SPEECH_EVERY == 0:
@@ -179,8 +181,8 @@ class Producer:
             request = {"audio_path": "noise.wav", "metadata": {} if name == NAMELESS else {"name": name}}
         return self._client.publish("cesar/jobs", json.dumps(request), qos=2)
 
-    def _wait_until_published(self) -> None:
-        for sent in self._sent:
+    def _wait_until_published(self, messages: Sequence[MQTTMessageInfo]) -> None:
+        for sent in messages:
             # It is "not connected" if it was queued between two connections, which is no failure.
             sent.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
             sent.wait_for_publish(PATIENCE_S)
@@ -189,7 +191,7 @@ class Producer:
     def held(self) -> Iterator[None]:
         """Publish nothing meanwhile; everything that was published is accepted, or a broker that is killed loses it."""
         with self._held:
-            self._wait_until_published()
+            self._wait_until_published(self._sent)
             deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
             while len({status["job_id"] for status in self._watcher.every_status()}) < len(self._sent):
                 if time.monotonic() > deadline:
