@@ -278,7 +278,9 @@ class WyomingSettings(Section):
     language: str | None = None
     """The language where the client names none; None: detected."""
     timeout: float = Field(default=30.0, gt=0)
-    """Seconds that a client waits for its transcript; a job that has not started by then is cancelled."""
+    """Seconds that a client waits for its transcript; the job is cancelled then, as when the client disconnects."""
+    keep_jobs: bool = False
+    """Whether a job goes on when its client disconnects, or has waited too long while it runs."""
     announce: bool = True
     """Whether Home Assistant may find the server by mDNS; not where only this machine reaches it."""
     home_assistant_url: str | None = Field(
