@@ -159,7 +159,7 @@ class WorkerSettings(Section):
     retries: int = Field(default=2, ge=0)
     """How often a job is retried automatically after a temporary failure."""
     retry_delay: float = Field(default=2.0, gt=0)
-    """Seconds before the first retry, in which the jobs behind it run; four times as long before each further one."""
+    """Seconds before the first retry, in which the jobs behind it run; four times as long each, up to an hour."""
     job_timeout: float | None = Field(default=None, gt=0)
     """Seconds that one attempt may take before the job ends as `error` `timeout`; None: no limit."""
     drain_timeout: float | None = Field(default=None, gt=0)
