@@ -1,6 +1,7 @@
 """The server of the page and clients that hold connections: real sockets, small limits."""
 
 import asyncio
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -108,5 +109,5 @@ def test_many_silent_connections_do_not_keep_a_client_out(port: int) -> None:
 
 
 def test_there_are_fewer_connections_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol.resource, "getrlimit", lambda _: (256, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     assert http_protocol.most_connections() == 128

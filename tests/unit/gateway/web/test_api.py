@@ -82,25 +82,25 @@ def test_uploads_count_towards_the_room_until_no_job_needs_them(tmp_path: Path) 
     limit, elsewhere = 3000, [0]
 
     def check_room(size_bytes: int) -> None:
-        if elsewhere[0] + serving.stored_bytes + size_bytes > limit:
+        if elsewhere[0] + page.stored_bytes + size_bytes > limit:
             raise SpoolFullError("Uploaded audio takes all (queue.max_spool_bytes).", needed_bytes=size_bytes)
 
-    serving = Site(tmp_path, stores=True, check_room=check_room)
-    serving.online()
-    assert upload(serving, bytes(1500), job_id="a").status_code == 201
-    full = problem(upload(serving, bytes(1501), job_id="b"), 507)
+    page = Site(tmp_path, stores=True, check_room=check_room)
+    page.online()
+    assert upload(page, bytes(1500), job_id="a").status_code == 201
+    full = problem(upload(page, bytes(1501), job_id="b"), 507)
     assert (full["code"], "queue.max_spool_bytes" in full["detail"]) == ("storage_full", True)
-    assert [item.job_id for item in serving.bus.submitted] == ["a"]
-    assert len(list(serving.folder.iterdir())) == 1
+    assert [item.job_id for item in page.bus.submitted] == ["a"]
+    assert len(list(page.folder.iterdir())) == 1
     elsewhere[0] = 1000  # the spool
-    assert problem(upload(serving, bytes(700), job_id="c"), 507)["code"] == "storage_full"
+    assert problem(upload(page, bytes(700), job_id="c"), 507)["code"] == "storage_full"
     elsewhere[0] = 0
-    serving.needed["a"] = False
-    assert serving.store is not None
-    assert serving.store.sweep() == 1
-    assert (serving.stored_bytes, upload(serving, bytes(2500), job_id="d").status_code) == (0, 201)
-    assert serving.stored_bytes == 2500
-    assert UploadStore(serving.folder, is_needed=lambda _: True).used_bytes == 2500
+    page.needed["a"] = False
+    assert page.store is not None
+    assert page.store.sweep() == 1
+    assert (page.stored_bytes, upload(page, bytes(2500), job_id="d").status_code) == (0, 201)
+    assert page.stored_bytes == 2500
+    assert UploadStore(page.folder, is_needed=lambda _: True).used_bytes == 2500
 
 
 def test_what_stands_around_the_parts_of_a_form_is_bounded(site: Site) -> None:
