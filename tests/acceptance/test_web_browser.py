@@ -220,6 +220,78 @@ def test_everything_can_be_reached_with_the_keyboard(shown: Shown, open_tab: Cal
     expect(tab.locator(":focus")).to_have_text("Delete")
 
 
+SCRIPTS = """async () => {
+    const { clock, languageName, moment, plain, t, verbs } = await import("./page.js");
+    return {
+        clock: [0, 59.9, 60, 3599, 3600, 90061, -5].map(clock),
+        plain: plain("a\\u202eb\\u0000c\\u2066d\\ufeff") + plain(null) + plain(7),
+        moment: [moment("nonsense\\u202e"), moment("2026-01-23T21:45:00Z").includes("2026")],
+        language: [languageName("de"), languageName("!!")],
+        verbs: ["queued", "processing", "completed", "error", "cancelled"].map((status) => verbs({ status }).join("+")),
+        text: [t("counts", { shown: 1, total: "{shown}" }), t("eta"), t("no_such_text"), t("constructor")],
+    };
+}"""
+
+
+def test_the_functions_of_the_scripts(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(timezone_id="UTC")
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs-title")).to_have_text("Jobs")
+    assert tab.evaluate(SCRIPTS) == {
+        "clock": ["00:00", "00:59", "01:00", "59:59", "1:00:00", "25:01:01", "00:00"],
+        "plain": "a\u00b7b\u00b7c\u00b7d\u00b77",
+        "moment": ["nonsense\u00b7", True],
+        "language": ["German", "!!"],
+        "verbs": ["cancel+delete", "cancel", "delete", "retry+delete", "retry+delete"],
+        "text": ["1 of {shown} jobs", " left", "no_such_text", "constructor"],
+    }
+
+
+def test_the_page_has_the_order_of_the_api(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("old", completed_at="2026-01-01T00:00:00.000Z")
+    shown.job("second", "queued", queue_position=2)
+    shown.job("broken", "error", completed_at="2026-01-02T00:00:00.000Z", error_code="internal", result_text=None)
+    shown.job("first", "queued", queue_position=1)
+    shown.job("urgent", "queued", queue_position=3, priority=9)
+    shown.job("behind", "queued", queue_position=None, created_at="2026-01-24T00:00:00.000Z")
+    shown.job("running", "processing")
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(7)
+    listed = [job["job_id"] for job in tab.request.get(f"{shown.url}/api/jobs").json()["jobs"]]
+    assert tab.locator("#jobs > li").evaluate_all("rows => rows.map((row) => row.dataset.id)") == listed
+    assert listed == ["running", "urgent", "first", "second", "behind", "broken", "old"]
+
+
+def test_a_status_with_fields_of_wrong_kinds_stops_nothing(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    names = (
+        "created_at",
+        "completed_at",
+        "audio_source",
+        "detected_language",
+        "warnings",
+        "formats",
+        "progress",
+        "eta",
+    )
+    for number, value in enumerate((7, True, ["x", 7], {"x": 1}, "text", -1e300)):
+        fields = {**dict.fromkeys(names, value), "audio_duration": value, "speakers": value, "metadata": value}
+        shown.job(f"wrong-{number}", **fields)
+        shown.job(f"runs-{number}", "processing", **fields)
+    shown.bus.publish("cesar/consumer/odd/state", {"state": "online"}, retain=True)
+    shown.bus.publish("cesar/consumer/odd/info", {"models": "base", "default_model": ["x"], "limits": 7}, retain=True)
+    shown.bus.publish("cesar/consumer/odd/queue", {"activity": 7, "queued": ["x"], "paused": "no"}, retain=True)
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(12)
+    for number in range(6):
+        tab.locator(f"#jobs > li[data-id=wrong-{number}] button.name").click()
+        expect(tab.locator("#detail")).to_contain_text("Job")
+        tab.keyboard.press("Escape")
+    shown.job("fine")
+    expect(row(tab, "fine.wav")).to_contain_text("completed")
+
+
 HOSTILE = (
     "<script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 1'>",

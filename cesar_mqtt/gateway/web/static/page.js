@@ -23,7 +23,7 @@ let consumersDrawn = "";
 let rejectedDrawn = null;
 
 export function t(key, values = {}) {
-  const text = texts[key] ?? key;
+  const text = Object.hasOwn(texts, key) ? texts[key] : key;
   return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
 }
 
