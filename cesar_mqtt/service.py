@@ -137,7 +137,9 @@ class Service:
         defaults = StoredDefaults(self._ledger, self._models.catalogue)
         self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
-        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(failure.unacknowledged)
+        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(
+            failure.unacknowledged, is_stalled=failure.is_stalled
+        )
         self._client.on_published = self._publisher.on_published
         self._client.on_refused = self._on_refused
         self._transcriber = Transcriber(

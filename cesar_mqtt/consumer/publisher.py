@@ -205,9 +205,12 @@ class Publisher(StoppableThread, JobObserver):
     def on_connected(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
         self._post(lambda: self._start_connection(session_present=session_present, max_packet_bytes=max_packet_bytes))
 
-    def on_disconnected(self, unacknowledged: Collection[Hashable] = ()) -> None:
-        """Handle the loss of the connection; these tickets had been sent and not acknowledged."""
-        self._post(lambda: self._end_connection(unacknowledged))
+    def on_disconnected(self, unacknowledged: Collection[Hashable] = (), *, is_stalled: bool = False) -> None:
+        """Handle the loss of the connection; these tickets had been sent and not acknowledged.
+
+        `is_stalled`: the client has ended it, because the broker acknowledged them no more.
+        """
+        self._post(lambda: self._end_connection(unacknowledged, is_stalled=is_stalled))
 
     def on_published(self, ticket: Hashable, refusal: Refusal | None = None) -> None:
         """Handle a PUBACK, which may be a refusal."""
@@ -403,10 +406,10 @@ class Publisher(StoppableThread, JobObserver):
             self._ledger.republish_all(restored=self._status_refused)
             self._status_refused = False
 
-    def _end_connection(self, unacknowledged: Collection[Hashable] = ()) -> None:
+    def _end_connection(self, unacknowledged: Collection[Hashable] = (), *, is_stalled: bool = False) -> None:
         self._connected = False
         sent = [self._in_flight[ticket].as_sent() for ticket in unacknowledged if ticket in self._in_flight]
-        self._quarantine.on_disconnected(sent)
+        self._quarantine.on_disconnected(sent, is_stalled=is_stalled)
         for message in self._in_flight.values():
             if isinstance(message.ack, StatusAck) and message.topic == self._topics.events:
                 self._lost.append((message.ack.seq, message.ack.number))

@@ -227,6 +227,8 @@ class ConnectionFailure:
     """Whether the broker said that it ends, or is busy."""
     unacknowledged: tuple[PublishTicket, ...] = ()
     """The messages that were sent and not acknowledged when the connection ended: it may have ended because of one."""
+    is_stalled: bool = False
+    """Whether the broker answered pings, and not the messages that are `unacknowledged`."""
 
     def __str__(self) -> str:
         return f"{self.problem}. {self.advice}" if self.advice else f"{self.problem}."
