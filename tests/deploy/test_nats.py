@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paho.mqtt.client import Client
+from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Consumer, command, wait_until, words
@@ -86,11 +86,14 @@ class Mqtt:
         self._client.tls_set(str(server.config / "certificates" / "ca.pem"))
         connected = threading.Event()
         self._client.on_connect = lambda *_: connected.set()
-        self._client.on_message = lambda _client, _data, message: self.received.update({message.topic: message.payload})
+        self._client.on_message = self._on_message
         self._client.on_subscribe = lambda _client, _data, _mid, codes, _: self._granted.append(not codes[0].is_failure)
         self._client.connect("127.0.0.1", server.port)
         self._client.loop_start()
         assert connected.wait(PATIENCE_S)
+
+    def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        self.received[message.topic] = bytes(message.payload)
 
     def publish(self, topic: str, payload: str = "{}", *, retain: bool = False) -> None:
         """Return when the server has acknowledged it, which it also does where it is denied."""
