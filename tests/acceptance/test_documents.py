@@ -269,8 +269,8 @@ def test_the_page_of_the_web_page_can_be_followed(mosquitto: Mosquitto, tmp_path
     command = beside.replace(" web ", f" web 127.0.0.1:{ports[1]} ").replace("mqtt://127.0.0.1:1883", mosquitto.url)
     alone = start(command, environ, other)
     try:
-        for port in ports:
-            wait_until(lambda port=port: "consumers" in get(f"http://127.0.0.1:{port}/api/consumers"))
+        addresses = [f"http://127.0.0.1:{port}/api/consumers" for port in ports]
+        wait_until(lambda: all("consumers" in get(address) for address in addresses))
         (curl,) = blocks(page, "bash")
         need("curl")
         for program in (["/bin/sh", "-ec", curl], [sys.executable, "-c", *blocks(page, "python")]):
