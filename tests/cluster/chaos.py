@@ -22,7 +22,7 @@ from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from tests.acceptance.harness import Consumer
-from tests.cluster.servers import NatsServer, cluster, nats_url, single, start_all
+from tests.cluster.servers import USERS, NatsServer, cluster, nats_url, single, start_all
 from tests.cluster.simulated import VARIABLE
 from tests.proxy import Proxy
 from tests.recordings import tone, write_wav
@@ -111,7 +111,7 @@ class Watcher:
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         if not message.payload or self._seen.get(message.topic) == message.payload:
             return  # it was published, or delivered, again
-        self._seen[message.topic] = message.payload
+        self._seen[message.topic] = bytes(message.payload)
         with self.changed:
             self.statuses.append(json.loads(message.payload))
             self.times.append(time.monotonic())
@@ -222,7 +222,7 @@ class Group:
             if cuts and dice is not None:
                 doors = [Proxy(port, dice, cuts=cuts) for port in (server.port, server.nats_port)]
                 self._proxies += doors
-                urls = [doors[0].url, doors[1].url.replace("mqtt://", "nats://")]
+                urls = [doors[0].url, doors[1].url.replace("mqtt://", f"nats://cesar:{USERS['cesar']}@")]
             environ = settings_of(name, mode, servers, job_s=job_s, url=urls[1])
             own = folder / name
             own.mkdir()
@@ -326,7 +326,9 @@ def run(folder: Path, plan: Plan) -> Report:
         for number in range(plan.consumers):
             group.drain(number)
         statuses = list(watcher.statuses)
-        return _judge(statuses, retained, producer.published, plan, group.codes, time.monotonic() - started)
+        return _judge(
+            statuses, retained, producer.published, plan, codes=group.codes, took_s=time.monotonic() - started
+        )
 
 
 def _publish_all(producer: Producer, plan: Plan) -> None:
@@ -372,13 +374,16 @@ def _judge(
     retained: Mapping[str, Mapping[str, Any]],
     published: Sequence[str],
     plan: Plan,
-    codes: Sequence[str],
-    took_s: float,
+    *,
+    codes: Sequence[str] = (),
+    took_s: float = 0.0,
 ) -> Report:
     order = {job_id: number for number, job_id in enumerate(published)}
     final: dict[str, Mapping[str, Any]] = {}
     newest: dict[str, tuple[int, int]] = {}
-    doubled, out_of_order, overwritten = [], [], []
+    doubled: list[str] = []
+    out_of_order: list[str] = []
+    overwritten: list[str] = []
     first_open = 0
     for status in statuses:
         job_id, state = str(status["job_id"]), str(status["status"])
@@ -401,7 +406,9 @@ def _judge(
         doubled=tuple(doubled),
         out_of_order=tuple(dict.fromkeys(out_of_order)),
         overwritten=tuple(overwritten)
-        + tuple(f"{job_id}: retained {retained.get(job_id)}" for job_id in final if retained.get(job_id) != final[job_id]),
+        + tuple(
+            f"{job_id}: retained {retained.get(job_id)}" for job_id in final if retained.get(job_id) != final[job_id]
+        ),
         wrong_text=tuple(job_id for job_id in done if retained[job_id]["result_text"] != job_id),
         exits=tuple(codes),
         attempts=sum(attempt for attempt, _ in newest.values()),
@@ -419,7 +426,9 @@ ROWS: Mapping[str, Plan] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make soak-cluster ARGS=...", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="make soak-cluster ARGS=...", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(ROWS)}; all of them when left out")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
     parser.add_argument("--jobs", type=int, default=200)

@@ -1,6 +1,6 @@
 """A transcriber that sleeps, so that a few cores can run many consumers: what is left is the queue's own work.
 
-`tests.template` installs it in a consumer whose environment has `PYTEST_TRANSCRIBER_S`, the seconds that each job takes.
+`tests.template` installs it in a consumer whose environment has `PYTEST_TRANSCRIBER_S`: the seconds of each job.
 """
 
 import threading
@@ -40,4 +40,4 @@ def install(seconds: float) -> None:
         return Transcript(text, "en", 1.0, False, 0.5, (window,), ())  # noqa: FBT003 - as it is declared
 
     Transcriber.transcribe = transcribe  # type: ignore[method-assign,assignment]
-    Transcriber.warm_up = lambda _self, _model: None  # type: ignore[method-assign]
+    Transcriber.warm_up = lambda _self, _model: None  # type: ignore[method-assign,assignment]
