@@ -159,7 +159,7 @@ class WorkerSettings(Section):
     retries: int = Field(default=2, ge=0)
     """How often a job is retried automatically after a temporary failure."""
     retry_delay: float = Field(default=2.0, gt=0)
-    """Seconds before the first retry, in which the jobs behind it run; four times as long before each further one."""
+    """Seconds before the first retry, in which the jobs behind it run; four times as long each, up to an hour."""
     job_timeout: float | None = Field(default=None, gt=0)
     """Seconds that one attempt may take before the job ends as `error` `timeout`; None: no limit."""
     drain_timeout: float | None = Field(default=None, gt=0)
@@ -326,7 +326,9 @@ class WebSettings(Section):
     """A file whose first line is the password, hashed with argon2, or plain and readable for its owner only. OpenAI's
     clients send it as their API key. None: there is no password, and only this machine may reach the page."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks of proxies that authenticate the users themselves, such as Home Assistant's ingress."""
+    """Addresses or networks of proxies whose `X-Forwarded-...` headers are believed, as Home Assistant's ingress."""
+    trusted_proxies_authenticate: bool = True
+    """Whether these proxies authenticate the users themselves; false: the page asks for its password."""
     hosts: tuple[str, ...] = ()
     """Names by which the page may be called, beside addresses, `localhost` and the names of this machine."""
 
