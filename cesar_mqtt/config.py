@@ -159,7 +159,7 @@ class WorkerSettings(Section):
     retries: int = Field(default=2, ge=0)
     """How often a job is retried automatically after a temporary failure."""
     retry_delay: float = Field(default=2.0, gt=0)
-    """Seconds before the first retry, in which the jobs behind it run; four times as long before each further one."""
+    """Seconds before the first retry, in which the jobs behind it run; four times as long each, up to an hour."""
     job_timeout: float | None = Field(default=None, gt=0)
     """Seconds that one attempt may take before the job ends as `error` `timeout`; None: no limit."""
     drain_timeout: float | None = Field(default=None, gt=0)
@@ -318,7 +318,9 @@ class WyomingSettings(Section):
     language: str | None = None
     """The language where the client names none; None: detected."""
     timeout: float = Field(default=30.0, gt=0)
-    """Seconds that a client waits for its transcript; a job that has not started by then is cancelled."""
+    """Seconds that a client waits for its transcript; the job is cancelled then, as when the client disconnects."""
+    keep_jobs: bool = False
+    """Whether a job goes on when its client disconnects, or has waited too long while it runs."""
     announce: bool = True
     """Whether Home Assistant may find the server by mDNS; not where only this machine reaches it."""
     home_assistant_url: str | None = Field(
@@ -364,7 +366,9 @@ class WebSettings(Section):
     """A file whose first line is the password, hashed with argon2, or plain and readable for its owner only. OpenAI's
     clients send it as their API key. None: there is no password, and only this machine may reach the page."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks of proxies that authenticate the users themselves, such as Home Assistant's ingress."""
+    """Addresses or networks of proxies whose `X-Forwarded-...` headers are believed, as Home Assistant's ingress."""
+    trusted_proxies_authenticate: bool = True
+    """Whether these proxies authenticate the users themselves; false: the page asks for its password."""
     hosts: tuple[str, ...] = ()
     """Names by which the page may be called, beside addresses, `localhost` and the names of this machine."""
 

@@ -101,7 +101,10 @@ class Service:
         try:
             decoder_process.start()  # it loads its libraries meanwhile
             self._spool = Spool(
-                settings.data_dir / "spool", self._disk("spool"), max_bytes=settings.queue.max_spool_bytes
+                settings.data_dir / "spool",
+                self._disk("spool"),
+                max_bytes=settings.queue.max_spool_bytes,
+                beside=lambda: 0 if self._web is None else self._web.stored_bytes,
             )
             self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
@@ -128,6 +131,7 @@ class Service:
                 gateway_broker(settings, broker),
                 uploads=uploads,
                 is_needed=self._needs_upload,
+                check_room=self._spool.check_room,
                 metrics=self._render_metrics,
             )
         self._refused: BrokerRefusedError | None = None
@@ -141,7 +145,9 @@ class Service:
         defaults = StoredDefaults(self._ledger, self._models.catalogue)
         self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
-        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(failure.unacknowledged)
+        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(
+            failure.unacknowledged, is_stalled=failure.is_stalled
+        )
         self._client.on_published = self._publisher.on_published
         self._client.on_refused = self._on_refused
         self._transcriber = Transcriber(

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from cesar_mqtt.errors import CesarError
@@ -30,6 +29,8 @@ class OnnxModel:
                 f"The speakers cannot be told apart: the model {path.name!r} is not on this machine.",
                 "Fetch it with `cesar-mqtt models pull diarization`.",
             )
+        import onnxruntime  # noqa: PLC0415 - it starts threads at once: a process that is forked later aborts at its end
+
         options = onnxruntime.SessionOptions()
         # More threads take more processor time for the same result, and the models are small.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
