@@ -46,12 +46,18 @@ class TransientMessage:
 
     Attributes:
         keep: whether it waits for a connection, and is sent again if the connection is lost before its PUBACK.
+        retain: whether it is a status that is not in the ledger, which the broker retains after all.
+        is_wanted: asked just before it is sent; if it returns False, the message is dropped.
+        on_acknowledged: called at its PUBACK, by the publisher's thread.
     """
 
     topic: str
     payload: bytes
     keep: bool = True
     correlation_data: bytes | None = None
+    retain: bool = False
+    is_wanted: Callable[[], bool] | None = None
+    on_acknowledged: Callable[[], None] | None = None
 
     @property
     def size_bytes(self) -> int:
