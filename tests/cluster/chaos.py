@@ -76,6 +76,9 @@ class Report:
     """Jobs with the transcript of another one."""
     exits: tuple[str, ...]
     """Consumers that ended by themselves, with their codes."""
+    repeated: tuple[str, ...]
+    """Jobs that ran again after their final status. No fault if servers are killed: one may show a status to subscribers
+    and die before it has stored it."""
     attempts: int
     took_s: float
 
@@ -84,7 +87,7 @@ class Report:
         return sum(len(getattr(self, name)) for name in FAULTS)
 
 
-FAULTS = tuple(field.name for field in fields(Report) if field.name not in {"attempts", "took_s"})
+FAULTS = tuple(field.name for field in fields(Report) if field.name not in {"repeated", "attempts", "took_s"})
 
 
 class Watcher:
@@ -96,7 +99,7 @@ class Watcher:
         self.times: list[float] = []
         """When each was seen, by the monotonic clock."""
         self.changed = threading.Condition()
-        self._seen: dict[str, bytes] = {}
+        self._seen: dict[str, set[bytes]] = {}
         self._subscribed = threading.Event()
         self._client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=not client_id)
         self._client.reconnect_delay_set(1, 1)
@@ -109,9 +112,10 @@ class Watcher:
             raise RuntimeError("the watcher could not subscribe")
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
-        if not message.payload or self._seen.get(message.topic) == message.payload:
-            return  # it was published, or delivered, again
-        self._seen[message.topic] = bytes(message.payload)
+        seen = self._seen.setdefault(message.topic, set())
+        if not message.payload or bytes(message.payload) in seen:
+            return  # it was published, or delivered, again: after a loss of connections behind newer ones
+        seen.add(bytes(message.payload))
         with self.changed:
             self.statuses.append(json.loads(message.payload))
             self.times.append(time.monotonic())
@@ -233,19 +237,13 @@ class Group:
         for member in self.members:
             member.wait_for_log("The queue ")
 
-    def name(self, number: int) -> str:
-        return NAMES[number]
-
-    def number(self, name: str) -> int:
-        return NAMES.index(name)
-
     def supervise(self) -> None:
         """Start those again that have ended by themselves, as systemd does."""
         with self._lock:
             for number, member in enumerate(self.members):
                 code = member.process.poll()
                 if code is not None and number not in self._away:
-                    self.codes.append(f"{self.name(number)} {code}: {member.logged()[-500:]}")
+                    self.codes.append(f"{NAMES[number]} {code}: {member.logged()[-500:]}")
                     member.start(ready=None)
 
     def kill(self, number: int) -> None:
@@ -258,7 +256,7 @@ class Group:
             self._away.add(number)
         code = self.members[number].stop()
         if code != 0:
-            self.codes.append(f"{self.name(number)} {code}: {self.members[number].logged()[-500:]}")
+            self.codes.append(f"{NAMES[number]} {code}: {self.members[number].logged()[-500:]}")
 
     def start(self, number: int) -> None:
         with self._lock:
@@ -304,10 +302,9 @@ def run(folder: Path, plan: Plan) -> Report:
         )
         group.wait_ready()
         producer = stack.enter_context(closing(Producer(servers[-1].port)))
-        ended = threading.Event()
         threads = [
             threading.Thread(target=_publish_all, args=(producer, plan), daemon=True),
-            threading.Thread(target=_disturb, args=(group, servers, dice, plan, ended), daemon=True),
+            threading.Thread(target=_disturb, args=(group, servers, dice, plan), daemon=True),
         ]
         for thread in threads:
             thread.start()
@@ -341,9 +338,7 @@ def _all_final(watcher: Watcher, producer: Producer) -> bool:
     return all(latest.get(job_id, {}).get("status") in FINAL for job_id in producer.published)
 
 
-def _disturb(
-    group: Group, servers: Sequence[NatsServer], dice: random.Random, plan: Plan, _ended: threading.Event
-) -> None:
+def _disturb(group: Group, servers: Sequence[NatsServer], dice: random.Random, plan: Plan) -> None:
     actions = ["kill"] * plan.kills + ["stop"] * plan.stops + ["drain"] * plan.drains + ["server"] * plan.server_kills
     dice.shuffle(actions)
     pause, turn = threading.Event(), 0
@@ -384,11 +379,15 @@ def _judge(
     doubled: list[str] = []
     out_of_order: list[str] = []
     overwritten: list[str] = []
+    repeated: list[str] = []
     first_open = 0
     for status in statuses:
         job_id, state = str(status["job_id"]), str(status["status"])
         rank = (int(status["attempt"]), {"queued": 0, "processing": 1}.get(state, 2))
         # A job that was given back, or whose consumer has died, is queued again before its next attempt.
+        if job_id in final and plan.server_kills and status["attempt"] > final[job_id]["attempt"]:
+            repeated.append(f"{final[job_id]} then {status}")
+            del final[job_id]
         if job_id in final and final[job_id] != status:
             (doubled if state in FINAL else overwritten).append(f"{final[job_id]} then {status}")
         elif rank[0] < newest.get(job_id, rank)[0]:
@@ -411,9 +410,90 @@ def _judge(
         ),
         wrong_text=tuple(job_id for job_id in done if retained[job_id]["result_text"] != job_id),
         exits=tuple(codes),
+        repeated=tuple(repeated),
         attempts=sum(attempt for attempt, _ in newest.values()),
         took_s=took_s,
     )
+
+
+@dataclass(frozen=True)
+class Takeover:
+    """A job whose consumer was killed, and who has it then.
+
+    Attributes:
+        after_s: seconds from the death to the status of the next attempt.
+    """
+
+    killed: str
+    consumer: str
+    attempt: int
+    after_s: float
+
+
+def take_over(folder: Path, stack: ExitStack, *, job_s: float) -> Takeover:
+    """Kill the consumer that runs a job."""
+    servers = start_servers(folder, 1, stack)
+    watcher = stack.enter_context(closing(Watcher(servers[0].port)))
+    group = stack.enter_context(closing(Group(folder, servers, consumers=2, job_s=job_s)))
+    group.wait_ready()
+    producer = stack.enter_context(closing(Producer(servers[0].port)))
+    producer.publish("taken-over")
+    running, _ = watcher.wait_for("taken-over", "processing")
+    killed = time.monotonic()
+    group.kill(NAMES.index(running["consumer"]))
+    again, seen = watcher.wait_for("taken-over", "processing", attempt=running["attempt"] + 1)
+    watcher.wait_for("taken-over", "completed", attempt=again["attempt"])
+    return Takeover(running["consumer"], again["consumer"], again["attempt"], seen - killed)
+
+
+def kill_servers_after_puback(folder: Path, stack: ExitStack, *, rounds: int, burst: int = 10) -> list[str]:
+    """Kill the server at a PUBACK, again and again; the jobs with a PUBACK that do not complete."""
+    (server,) = start_servers(folder, 1, stack)
+    watcher = stack.enter_context(closing(Watcher(server.port)))
+    group = stack.enter_context(closing(Group(folder, [server], consumers=1, mode="parallel", job_s=0.0)))
+    group.wait_ready()
+    acknowledged: list[str] = []
+    for number in range(rounds):
+        acknowledged += _kill_at_puback(server, [f"round-{number}-{job}" for job in range(burst)], number % burst)
+        server.start()
+    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    left = acknowledged
+    while left and time.monotonic() < deadline:
+        pause.wait(0.2)
+        latest = watcher.latest()
+        left = [job_id for job_id in left if latest.get(job_id, {}).get("status") != "completed"]
+    return left
+
+
+def _kill_at_puback(server: NatsServer, job_ids: Sequence[str], after: int) -> list[str]:
+    """Publish all at once, and kill the server when more than `after` have their PUBACK; those that have it."""
+    acknowledged: list[str] = []
+    names: dict[int, str] = {}
+    known, dead = threading.Event(), threading.Event()
+
+    def on_publish(_client: Client, _data: object, mid: int, *_: object) -> None:
+        known.wait(PATIENCE_S)
+        if not dead.is_set():
+            acknowledged.append(names[mid])
+            if len(acknowledged) > after:
+                os.kill(server.pid, signal.SIGKILL)
+                dead.set()
+
+    client = Client(CallbackAPIVersion.VERSION2, reconnect_on_failure=False)
+    client.on_publish = on_publish
+    connected = threading.Event()
+    client.on_connect = lambda *_: connected.set()
+    client.connect("127.0.0.1", server.port)
+    client.loop_start()
+    connected.wait(PATIENCE_S)
+    for job_id in job_ids:
+        request = {"job_id": job_id, "audio_path": "noise.wav", "initial_prompt": job_id}
+        names[client.publish("cesar/jobs", json.dumps(request), qos=1).mid] = job_id
+    known.set()
+    dead.wait(PATIENCE_S)
+    client.loop_stop()
+    server.kill()
+    return acknowledged
 
 
 ROWS: Mapping[str, Plan] = {
@@ -445,7 +525,10 @@ def main() -> None:
             report = run(Path(folder), plan)
         wrong += report.wrong
         counts = ", ".join(f"{name.replace('_', ' ')} {len(getattr(report, name))}" for name in FAULTS)
-        print(f"{row}: {plan.jobs} jobs, seed {plan.seed}: {counts}; {report.attempts} attempts, {report.took_s:.0f} s")
+        print(
+            f"{row}: {plan.jobs} jobs, seed {plan.seed}: {counts}; {report.attempts} attempts, "
+            f"{len(report.repeated)} ran again after their end, {report.took_s:.0f} s"
+        )
         for name in FAULTS:
             for line in getattr(report, name)[:10]:
                 print(f"  {name}: {line}")
