@@ -4,6 +4,7 @@ Any thread may call it.
 """
 
 import contextlib
+import errno
 import os
 import resource
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from cesar_mqtt.errors import LedgerError, SpoolFullError
+from cesar_mqtt.errors import LedgerError, SpoolFullError, UploadRefusedError
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.reserve import RESERVE_BYTES
 
@@ -113,6 +114,7 @@ class Spool:
 
         Raises:
             SpoolFullError: there is no room for them; nothing was written.
+            UploadRefusedError: one of them never fits, or not with those before it; no file is left behind.
             LedgerError: the disk failed; no file is left behind.
         """
         needed = sum(map(len, files))
@@ -127,9 +129,16 @@ class Spool:
                 self._disk.sync_folder(self._folder)
         except OSError as exc:
             self.remove(names)
-            raise LedgerError(f"The spool folder {self._folder} cannot be written: {exc.strerror}.") from exc
+            problem = f"The spool folder {self._folder} cannot be written: {exc.strerror}."
+            if self._is_refusal(exc, index=len(names) - 1):
+                raise UploadRefusedError(problem, index=len(names) - 1) from exc
+            raise LedgerError(problem) from exc
         self._add({name: len(content) for name, content in zip(names, files, strict=True)})
         return names
+
+    def _is_refusal(self, error: OSError, *, index: int) -> bool:
+        """Whether it does not help to wait for room: `statvfs` knows neither quotas nor the largest size of a file."""
+        return error.errno == errno.EFBIG or (error.errno == errno.EDQUOT and (index > 0 or not self._used_bytes))
 
     def _raise_full(self, needed_bytes: int) -> None:
         if needed_bytes > self._max_bytes - self._used_bytes:
