@@ -122,6 +122,9 @@ class Spool:
             self._raise_full(needed)
         names: list[str] = []
         try:
+            if files and not self._folder.is_dir():  # it was removed meanwhile
+                self._folder.mkdir(mode=0o700)
+                self._disk.sync_folder(self._folder.parent)
             for content in files:
                 names.append(uuid.uuid4().hex)
                 self._disk.create(self.path(names[-1]), (content,))
@@ -130,8 +133,9 @@ class Spool:
         except OSError as exc:
             self.remove(names)
             problem = f"The spool folder {self._folder} cannot be written: {exc.strerror}."
-            if self._is_refusal(exc, index=len(names) - 1):
-                raise UploadRefusedError(problem, index=len(names) - 1) from exc
+            index = max(0, len(names) - 1)
+            if self._is_refusal(exc, index=index):
+                raise UploadRefusedError(problem, index=index) from exc
             raise LedgerError(problem) from exc
         self._add({name: len(content) for name, content in zip(names, files, strict=True)})
         return names
