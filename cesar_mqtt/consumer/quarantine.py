@@ -170,6 +170,8 @@ class Quarantine:
 
     def limit_bytes(self, topic: str) -> int | None:
         """Return the size that a message has to be cut to; None: none is known. Any thread may call it."""
+        if not self._entries:
+            return self._learned_bytes
         entry = self._entries.get(topic)
         limits = (self._learned_bytes, entry.limit_bytes if entry is not None else None)
         return min((limit for limit in limits if limit is not None), default=None)
