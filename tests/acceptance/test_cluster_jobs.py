@@ -101,7 +101,7 @@ def test_one_id_is_one_job_in_the_whole_group(nats: NatsServer, serve: Serve, jo
     for _ in range(3):
         bus.publish("cesar/jobs", request)
     bus.publish("cesar/jobs", {**request, "audio_path": str(LONG)})
-    bus.publish("cesar/jobs", b"no JSON")
+    bus.publish("cesar/jobs", b"{")
     bus.publish("cesar/jobs", {"job_id": "other", "audio_path": str(SPEECH)})
     assert bus.status("same", "completed")["warnings"] == ["priority_ignored"]
     bus.status("other", "completed")
@@ -133,3 +133,48 @@ def test_a_queue_with_other_settings_ends_the_start_with_what_to_change(nats: Na
     other = serve(name="second", environ=nats.environ("second", mode="parallel"), ready=None)
     assert other.wait() == ExitCode.CONFIG
     assert "all consumers of a group have one mode" in other.logged()
+
+
+def respond(bus: Bus, command: str, job_id: str) -> dict[str, Any]:
+    transaction = f"{command} {job_id}"
+    bus.publish(f"cesar/request/{command}", {"job_id": job_id, "transaction": transaction})
+    return bus.wait(f"cesar/response/{command}", lambda response: response["transaction"] == transaction)
+
+
+def test_commands_reach_waiting_running_and_ended_jobs_wherever_they_are(
+    nats: NatsServer, serve: Serve, join: Join
+) -> None:
+    bus = join(nats.mqtt_port)
+    start_pair(nats, serve)
+    bus.publish("cesar/jobs", {"job_id": "running", "audio_path": str(LONG)})
+    for job_id in ("waiting", "gone", "kept"):
+        bus.publish("cesar/jobs", {"job_id": job_id, "audio_path": str(SPEECH), "metadata": {"note": job_id}})
+    bus.status("running", "processing")
+    assert bus.status("kept", "queued")["queue_position"] == 3
+    assert respond(bus, "get", "waiting")["data"]["status"] == "queued"
+    assert respond(bus, "get", "unknown")["status"] == "error"
+    assert respond(bus, "cancel", "waiting")["data"]["status"] == "cancelled"
+    assert respond(bus, "delete", "gone")["data"]["status"] == "deleted"
+    assert respond(bus, "cancel", "running")["data"]["status"] == "processing"
+    assert bus.status("running")["status"] == bus.status("waiting")["status"] == "cancelled"
+    bus.status("kept", "completed")
+    assert respond(bus, "retry", "waiting")["data"]["status"] == "queued"
+    again = bus.status("waiting", "completed")
+    assert (again["metadata"], words(again["result_text"])) == ({"note": "waiting"}, SPOKEN)
+    assert bus.states("gone") == ["queued", "cancelled"]
+    bus.publish("cesar/jobs", {"job_id": "gone", "audio_path": str(LONG)})
+    bus.status("gone", "processing")
+
+
+def test_a_pause_holds_for_a_consumer_that_joins_later(nats: NatsServer, serve: Serve, join: Join) -> None:
+    bus = join(nats.mqtt_port)
+    serve(name="first", environ=nats.environ("first"), ready=READY)
+    bus.publish("cesar/request/pause", "")
+    bus.wait("cesar/consumer/first/queue", lambda queue: queue["paused"])
+    bus.publish("cesar/jobs", {"job_id": "held", "audio_path": str(SPEECH)})
+    bus.status("held", "queued")
+    serve(name="second", environ=nats.environ("second"), ready=READY)
+    bus.wait("cesar/consumer/second/queue", lambda queue: queue["paused"])
+    assert bus.states("held") == ["queued"]
+    bus.publish("cesar/request/resume", "")
+    bus.status("held", "completed")
