@@ -156,8 +156,8 @@ class JobMessages:
         return message.payload if limit is None else truncate_response(message.payload, limit)
 
     def _payload_limit(self, topic: str, properties_bytes: int = 0) -> int | None:
-        limits = (self.max_packet_bytes, self._limit_bytes(topic))
-        limit = min((each for each in limits if each is not None), default=None)
+        announced, other = self.max_packet_bytes, self._limit_bytes(topic)
+        limit = announced if other is None else other if announced is None else min(announced, other)
         return None if limit is None else limit - len(topic.encode()) - properties_bytes - _PACKET_OVERHEAD_BYTES
 
 

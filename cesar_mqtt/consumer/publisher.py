@@ -595,7 +595,9 @@ class Publisher(StoppableThread, JobObserver):
         return Sent(topic, message.size_bytes, ack.unit, is_last=message.is_last, can_be_cut=can_be_cut)
 
     def _count_in_flight(self, ack: PendingAck, change: int) -> None:
-        if isinstance(ack, StatusAck) and ack.number:
+        if isinstance(ack, StatusAck):
+            if not ack.number:
+                return
             counts = self._statuses_in_flight
         elif isinstance(ack, ClearAck):
             counts = self._clears_in_flight
