@@ -166,7 +166,7 @@ class Spool:
 
     def _is_refusal(self, error: OSError, *, index: int) -> bool:
         """Whether it does not help to wait for room: `statvfs` knows neither quotas nor the largest size of a file."""
-        return error.errno == errno.EFBIG or (error.errno == errno.EDQUOT and (index > 0 or not self._used_bytes))
+        return error.errno == errno.EFBIG or (error.errno == errno.EDQUOT and (index > 0 or not self.used_bytes))
 
     def remove(self, names: Collection[str]) -> None:
         """Delete files; those that cannot be deleted now are swept at the next start."""
