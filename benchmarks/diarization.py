@@ -32,6 +32,7 @@ LIBRIVOX = SPEECH / "usr" / "share" / "pocketsphinx" / "test" / "data" / "libriv
 CLONE = SPEECH / "moonshine_voice" / "assets" / "clone-test.wav"
 SHERPA = ROOT / "build" / "sherpa"
 
+_READERS: tuple[str, ...] = ("LibriVox", "two cities")
 _FRAME = SAMPLE_RATE // 100
 _SEEDS = (1, 2, 3)
 _TURN_S = (2.0, 20.0)
@@ -89,7 +90,7 @@ def _recordings() -> Iterator[tuple[float | None, list[Recording]]]:
     voices = voices_of_packages()
     call = decode(CALL)
     yield 0.12, [Recording("a telephone call", call, _call_reference(len(call)))]
-    readers = {name: voices[name] for name in ("LibriVox", "two cities") if name in voices}
+    readers: dict[str, Samples] = {name: voices[name] for name in _READERS if name in voices}
     if len(readers) == 2:
         for noise_db, bound in ((None, 0.10), (15.0, 0.15)):
             title = "two readers in turn, 75 s" + ("" if noise_db is None else f", {noise_db:g} dB of noise")

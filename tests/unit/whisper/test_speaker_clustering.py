@@ -1,10 +1,12 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
 from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import speaker_clustering
-from cesar_mqtt.whisper.speaker_clustering import Voices, best_path, find_speakers, unit
+from cesar_mqtt.whisper.speaker_clustering import Embeddings, Voices, best_path, find_speakers, unit
 
 
 def _voices(*counts: int, alike: float = 0.0, seconds: float = 1.0, seed: int = 1) -> tuple[Voices, np.ndarray]:
@@ -56,14 +58,15 @@ def test_what_is_left_over_of_several_voices_is_no_speaker() -> None:
 
 
 def test_a_long_recording_is_condensed_before_all_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
+    sizes: list[int] = []
     agglomerate = speaker_clustering._agglomerate
+
+    def recorded(sums: Embeddings, *rest: Any, **limits: Any) -> Any:
+        sizes.append(len(sums))
+        return agglomerate(sums, *rest, **limits)
+
     monkeypatch.setattr(speaker_clustering, "_MOST_AT_ONCE", 100)
-    monkeypatch.setattr(
-        speaker_clustering,
-        "_agglomerate",
-        lambda sums, *rest, **limits: (sizes.append(len(sums)), agglomerate(sums, *rest, **limits))[1],
-    )
+    monkeypatch.setattr(speaker_clustering, "_agglomerate", recorded)
     assert _count(_voices(300, 200, 100)[0]) == 3
     assert max(sizes) <= 100
 
