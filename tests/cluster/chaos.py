@@ -77,8 +77,8 @@ class Report:
     exits: tuple[str, ...]
     """Consumers that ended by themselves, with their codes."""
     repeated: tuple[str, ...]
-    """Jobs that ran again after their final status. No fault if servers are killed: one may show a status to subscribers
-    and die before it has stored it."""
+    """Jobs that ran again after their final status. No fault where servers are killed: one may show a status to a
+    subscriber, and die before it has stored it."""
     attempts: int
     took_s: float
 
