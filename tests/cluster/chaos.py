@@ -170,6 +170,10 @@ class Producer:
             pause.wait(0.002)
         self.published.append(job_id)
 
+    def command(self, name: str) -> None:
+        """Return at the PUBACK of a command for everybody."""
+        self._client.publish(f"cesar/request/{name}", "", qos=1).wait_for_publish(PATIENCE_S)
+
     def close(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
@@ -209,12 +213,14 @@ class Group:
         mode: str = "strict",
         consumers: int = 3,
         job_s: float | None = 0.2,
+        engine: str = "jetstream",
         cuts: int = 0,
         dice: random.Random | None = None,
     ) -> None:
         self.members: list[Consumer] = []
         self.codes: list[str] = []
         self._proxies: list[Proxy] = []
+        self._engine = engine
         self._lock = threading.Lock()
         self._away: set[int] = set()
         audio = folder / "audio"
@@ -227,7 +233,7 @@ class Group:
                 doors = [Proxy(port, dice, cuts=cuts) for port in (server.port, server.nats_port)]
                 self._proxies += doors
                 urls = [doors[0].url, doors[1].url.replace("mqtt://", f"nats://cesar:{USERS['cesar']}@")]
-            environ = settings_of(name, mode, servers, job_s=job_s, url=urls[1])
+            environ = settings_of(name, mode, servers, job_s=job_s, url=urls[1]) | {"CESAR_QUEUE__ENGINE": engine}
             own = folder / name
             own.mkdir()
             flags = ("--broker", urls[0] or "", "--audio-dir", str(audio))
@@ -235,7 +241,7 @@ class Group:
 
     def wait_ready(self) -> None:
         for member in self.members:
-            member.wait_for_log("The queue ")
+            member.wait_for_log("Connected to " if self._engine == "mqtt" else "The queue ")
 
     def supervise(self) -> None:
         """Start those again that have ended by themselves, as systemd does."""
