@@ -26,6 +26,7 @@ HOME_STAMP := $(HOME_VENV)/.installed
 .PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
 .PHONY: diarization-models
 .PHONY: test-homeassistant install-homeassistant test-node-red install-node-red test-brokers install-brokers
+.PHONY: test-images install-images
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -43,6 +44,7 @@ help:
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
+	@echo 'make test-images   the images of deploy/, built and run by podman, which is installed where apt is'
 	@echo 'make install   everything that the tests need, without running them'
 	@echo 'make diarization-models   the models that tell speakers apart, for tests and benchmarks where the hub cannot be reached'
 	@echo 'make requirements   write requirements/*.txt: the versions of constraints.txt with their hashes'
@@ -94,28 +96,32 @@ test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 test-brokers: $(TEST_STAMP) install-brokers
 	@$(RUN) pytest tests/brokers/matrix.py --timeout 600 $(ARGS)
 
+# As root, with Debian's podman; where it cannot be installed, the test says so.
+test-images: $(TEST_STAMP) install-images
+	@$(RUN) pytest tests/deploy/images.py -rs $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Names, versions and hashes of everything that is installed: nothing else is accepted from a package index.
 #   build    what installs and builds: uv and hatchling
-#   offline  the extra `offline`, for `make demo`
+#   run      the extra `all`, for `make demo`
 #   all      every extra, for the tests; Docker's images take from it what their extras need
 requirements:
 	@mkdir -p requirements
 	@printf 'hatchling\neditables\nuv\n' | $(COMPILE) --output-file requirements/build.txt -
-	@$(COMPILE) --extra offline --output-file requirements/offline.txt pyproject.toml
+	@$(COMPILE) --extra all --output-file requirements/run.txt pyproject.toml
 	@$(COMPILE) --all-extras --output-file requirements/all.txt pyproject.toml
 
 # For every supported Python and machine; the two packages are for Windows and for browsers.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
     --no-emit-package colorama --no-emit-package httpx2-jsfetch --constraint constraints.txt
 
-$(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/offline.txt
+$(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/run.txt
 	@echo 'installing into $(VENV) what the demo needs: downloads up to 295 MB (the model base 130, CTranslate2 41, PyAV 34,'
 	@echo 'ONNX Runtime 27, uv 20, NumPy 16, others 25), 590 MB on disk'
-	@$(call install,$(VENV),--require-hashes --requirement requirements/offline.txt,editable)
+	@$(call install,$(VENV),--require-hashes --requirement requirements/run.txt,editable)
 	@touch $@
 
 $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/all.txt
@@ -132,6 +138,12 @@ install-brokers: $(TEST_STAMP)
 	@cd build/aedes && npm install --no-package-lock --no-audit --no-fund --loglevel=error || \
 	    echo 'left out: aedes could not be installed'
 	@PATH="$$PATH:/usr/sbin"; for package in mosquitto rabbitmq-server ejabberd; do \
+	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
+	done
+
+install-images: $(TEST_STAMP)
+	@for package in podman runc debootstrap mosquitto; do \
 	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
 	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
 	done

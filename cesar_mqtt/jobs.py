@@ -76,6 +76,15 @@ def request_key(job_id: str | None, fingerprint: str) -> str:
     return fingerprint if job_id is None else f"{job_id} {fingerprint}"
 
 
+class Claim(NamedTuple):
+    """The delivery of a job by a queue that consumers share: the greater one of a job is the newer one."""
+
+    seq: int
+    """The number of the job's message in the queue."""
+    delivery: int
+    """How often that was delivered, from 1: it is the attempt of the job."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A validated request, ready to be appended to the ledger."""
@@ -104,6 +113,10 @@ class NewJob:
     """Whether the consumer generated the id, because the request had none."""
     retained: bool = False
     """Whether the request came from the broker's retained messages."""
+    claim: "Claim | None" = None
+    """The delivery by a queue that consumers share; None: the ledger is the queue."""
+    warnings: tuple[str, ...] = ()
+    """Known when the job is accepted; those of the result are added to them."""
     failure: str | None = None
     """Why the job is recorded as `error` `invalid_request` without being run; None for a valid request."""
 
@@ -160,6 +173,8 @@ class Job(NamedTuple):
     """How many were told apart; None: that was not asked for, failed, or is not done yet."""
     diarization_error: str | None = None
     """Why the speakers could not be told apart, as a sentence."""
+    claim: Claim | None = None
+    """As in `NewJob`."""
 
     @property
     def may_need_audio(self) -> bool:

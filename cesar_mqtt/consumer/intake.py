@@ -382,11 +382,11 @@ class Intake(StoppableThread):
             if message.job is not None:
                 admission, job_id = next(admissions)
                 log.debug("Request %s", admission, action="taken_in", job_id=job_id)
-                refusal = refusal or _refusal(None if message.job.has_generated_id else job_id, admission)
+                refusal = refusal or refusal_of(None if message.job.has_generated_id else job_id, admission)
             if message.is_birth:
                 self._on_birth()
-            audio_id = self._topics.audio_job_id(message.delivery.topic)
-            if audio_id is not None and not message.delivery.payload:
+            audio_id = None if message.delivery.payload else self._topics.audio_job_id(message.delivery.topic)
+            if audio_id is not None:
                 log.info("Empty upload ignored: no job is created", action="empty_ignored", job_id=shorten(audio_id))
             if message.queue_message is not None:
                 self._publisher.on_queue_message_received(message.queue_message if message.delivery.retain else None)
@@ -399,18 +399,23 @@ class Intake(StoppableThread):
                 self._respond(message.delivery, to_json(answer))
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
-        rejection = Rejection(
-            reason=refusal.reason,
-            detail=refusal.detail,
-            topic=shorten(redact_value(delivery.topic)),
-            job_id=refusal.job_id,
-            payload_excerpt=excerpt(delivery.payload),
-            received_at=timestamp(delivery.received_at),
-        )
-        details = (rejection.topic, rejection.reason, rejection.detail)
-        log.warning("Rejected on %s: %s: %s", *details, action="rejected", job_id=refusal.job_id)
-        self._events.rejected(rejection)
-        return rejection
+        return reject(self._events, delivery, refusal)
+
+
+def reject(events: JobEvents, delivery: Delivery, refusal: Refusal) -> Rejection:
+    """Report a rejected message, and return its rejection."""
+    rejection = Rejection(
+        reason=refusal.reason,
+        detail=refusal.detail,
+        topic=shorten(redact_value(delivery.topic)),
+        job_id=refusal.job_id,
+        payload_excerpt=excerpt(delivery.payload),
+        received_at=timestamp(delivery.received_at),
+    )
+    details = (rejection.topic, rejection.reason, rejection.detail)
+    log.warning("Rejected on %s: %s: %s", *details, action="rejected", job_id=refusal.job_id)
+    events.rejected(rejection)
+    return rejection
 
 
 def _never_fits(message: IncomingMessage, capacity_bytes: int) -> IncomingMessage:
@@ -423,7 +428,7 @@ def _never_fits(message: IncomingMessage, capacity_bytes: int) -> IncomingMessag
     return replace(message, job=None, audio=None, refusal=Refusal("storage_full", detail, job_id))
 
 
-def _refusal(job_id: str | None, admission: Admission) -> Refusal | None:
+def refusal_of(job_id: str | None, admission: Admission) -> Refusal | None:
     if admission is Admission.CONFLICT:
         detail = (
             f"The job id {job_id} belongs to a different request, whose job stays unchanged. "

@@ -33,6 +33,9 @@ _DISK_RETRY_S = 5.0
 """Between two attempts while the disk refuses. Constant: the queue waits for it, and one attempt is one small write."""
 _DEFER_FACTOR = 4.0
 """Each further retry of a job waits this many times as long: 2 s, then 8 s with the default `worker.retry_delay`."""
+_MAX_DEFER_S = 3600.0
+"""The longest wait, unless `worker.retry_delay` is longer: that of the tenth retry would be six days."""
+_MAX_DEFER_GROWTH = 30
 _DEFER_JITTER = 0.2
 """Spreads the retries of consumers that were hit by one failure."""
 _TRANSIENT = frozenset({ErrorCode.AUDIO_IO_ERROR, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
@@ -129,6 +132,7 @@ class Worker(StoppableThread):
         timeout_s: float | None = None,
         idle_s: float | None = None,
         on_idle: Callable[[], object] = lambda: None,
+        may_end: Callable[[Job], bool] = lambda _job: True,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing runs before `start`.
@@ -146,6 +150,7 @@ class Worker(StoppableThread):
             timeout_s: the longest that one attempt may take; None: no limit.
             idle_s: after so many seconds without a job `on_idle` is called, in the worker's thread; None: never.
             on_idle: frees what is held only for the next job.
+            may_end: asked before the end of an attempt is written; False: another consumer has the job.
             monotonic: seconds that never go back.
         """
         super().__init__("worker")
@@ -161,6 +166,7 @@ class Worker(StoppableThread):
         self._timeout_s = timeout_s
         self._idle_s = idle_s
         self._on_idle = on_idle
+        self._may_end = may_end
         self._monotonic = monotonic
         self._abandoned = threading.Event()
 
@@ -381,6 +387,8 @@ class Worker(StoppableThread):
 
     def _persist(self, job: Job, outcome: _Outcome) -> None:
         """Write the end of the attempt, until the disk takes it or a forced stop requeues the job; then report it."""
+        if not self._may_end(job):
+            return
         while not self._abandoned.is_set():
             try:
                 self._write(job, outcome)
@@ -423,7 +431,8 @@ class Worker(StoppableThread):
 
     def _defer(self, job: Job, outcome: _Outcome) -> None:
         spread = random.uniform(1.0 - _DEFER_JITTER, 1.0 + _DEFER_JITTER)  # noqa: S311 - no secret
-        delay_s = self._retry_delay_s * _DEFER_FACTOR**job.retries * spread
+        delay_s = self._retry_delay_s * _DEFER_FACTOR ** min(job.retries, _MAX_DEFER_GROWTH)
+        delay_s = min(delay_s, max(self._retry_delay_s, _MAX_DEFER_S)) * spread
         self._ledger.defer(job.seq, delay_s)
         message = "Job deferred for %.1f s (%s): %s"
         log.warning(message, delay_s, outcome.code, outcome.message, action="deferred", job_id=job.job_id)

@@ -13,6 +13,7 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import (
     STATES,
     AudioSource,
+    Claim,
     DeletedJob,
     Job,
     JobState,
@@ -76,6 +77,12 @@ def _add_rare_fields(document: dict[str, Any], request: NewJob) -> None:
         document["anonymous"] = True
     if request.retained:
         document["retained"] = True
+    if request.warnings:
+        document["warnings"] = list(request.warnings)
+    if request.claim is not None:
+        document["claim"] = list(request.claim)
+        if request.failure is None:
+            document["attempt"] = request.claim.delivery - 1
 
 
 def result_fields(result: Result) -> dict[str, Any]:
@@ -135,6 +142,7 @@ def job_from(seq: int, document: Mapping[str, Any], position: int | None, since:
         queue_position=position,
         speakers=get("speakers"),
         diarization_error=get("diarization_error"),
+        claim=Claim(*document["claim"]) if "claim" in document else None,
     )
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -407,6 +408,68 @@ class Ledger:
             if self._index.deduplication.released_until != self._released_on_disk:
                 self._commit([])
 
+    # -- a queue that consumers share ------------------------------------------------------------------------------
+
+    def append_claimed(self, request: NewJob, *, crashes: int) -> Job:
+        """Admit a job that the shared queue delivered, and return it.
+
+        Args:
+            request: has a claim; no other job has its id.
+            crashes: how many of its consumers died; `max_attempts` of them, and the job ends as `crashed`.
+
+        Raises:
+            LedgerError: the disk failed.
+        """
+        with self._changed:
+            self._insert({request.job_id: request}, {})
+            seq = self._index.last_seq
+            if crashes >= self._max_attempts:
+                self._transition(seq, JobState.PROCESSING, {"crashes": crashes})
+                self._fail(
+                    seq,
+                    ErrorCode.CRASHED,
+                    f"{crashes} consumers died or lost their connection while they ran this job. Check the audio, then "
+                    "retry.",
+                    {},
+                )
+            self._notify()
+            return self._job(seq)
+
+    def claimed(self) -> list[Job]:
+        """Return the jobs of a shared queue that have not ended, or whose status the broker has not acknowledged."""
+        with self._changed:
+            rows = ((int(key), row) for key, row in self._rows.items() if "claim" in row)
+            return [
+                self._job(seq) for seq, row in rows if not STATES[row["state"]].final or self._outbox.is_pending(seq)
+            ]
+
+    def is_unpublished(self, seq: int) -> bool:
+        """Whether the broker has not acknowledged the newest status of a job."""
+        with self._changed:
+            return self._outbox.is_pending(seq)
+
+    def forget(self, seq: int) -> list[str]:
+        """Remove a job that another consumer has now; its retained messages stay, which are that consumer's.
+
+        Returns:
+            Its files in the spool folder, for the caller to delete; none if there is no such job.
+
+        Raises:
+            LedgerError: the disk failed; the job stays.
+        """
+        with self._changed:
+            row = self._rows.get(str(seq))
+            if row is None:
+                return []
+            changes = [Change(JOBS, seq, None), *self._without_windows(seq)]
+            changes.append(Change(COUNTERS, 1, {"last_seq": self._index.last_seq}))
+            self._commit(changes, keep_reserve=0)
+            self._index.forget(seq, row)
+            self._outbox.drop([seq])
+            self._update_positions()
+            self._notify()
+            return list(spool_files(row))
+
     # -- run jobs -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:
@@ -516,7 +579,9 @@ class Ledger:
             missing = list(enumerate(kept))[stored:]
             also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
             also += self._without_windows(seq, start=len(kept))
-            fields = {"completed_at": self._clock(), **result_fields(result)}
+            early = self._rows.get(str(seq), {}).get("warnings", ())
+            warnings = tuple(dict.fromkeys((*early, *result.warnings)))
+            fields = {"completed_at": self._clock(), **result_fields(replace(result, warnings=warnings))}
             self._transition(seq, JobState.COMPLETED, fields, dropped=_CLEARED_BY_COMPLETION, also=also)
             self._index.set_window_count(seq, len(kept))
 
@@ -540,7 +605,9 @@ class Ledger:
             known = {} if identity is None else {"identity": identity}
             missing = list(enumerate(result.windows))[self._index.windows.get(seq, 0) :]
             changes = [Change(WINDOWS, window_id(seq, number), window_document(one) | known) for number, one in missing]
-            self._commit([*changes, Change(JOBS, seq, result_fields(result))])
+            early = self._rows[str(seq)].get("warnings", ())
+            fields = result_fields(replace(result, warnings=tuple(dict.fromkeys((*early, *result.warnings)))))
+            self._commit([*changes, Change(JOBS, seq, fields)])
             self._index.set_window_count(seq, len(result.windows))
             return self._job(seq)
 
@@ -994,9 +1061,12 @@ class Ledger:
             return tuple(self._index.processing)
 
     def is_cancelling(self, seq: int) -> bool:
-        """Whether a running job is to be cancelled. Takes no lock, since it is called many times a second."""
+        """Whether a running job is to be cancelled, or was forgotten.
+
+        Takes no lock, since it is called many times a second.
+        """
         row = self._rows.get(str(seq))
-        return row is not None and "cancelling" in row
+        return row is None or "cancelling" in row
 
     def last_finished(self, state: JobState) -> Job | None:
         """Return the job that ended last in this state, rejections aside; None: no such job is left."""

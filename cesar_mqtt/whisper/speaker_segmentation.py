@@ -40,11 +40,13 @@ class AudioWindow:
         number: from 0; it begins `number * HOP_SAMPLES` samples after the recording.
         samples: `WINDOW_SAMPLES`, silence after the end of the recording.
         length: how many of the samples are the recording's.
+        is_last: whether no other follows.
     """
 
     number: int
     samples: Samples
     length: int
+    is_last: bool
 
 
 def windows(blocks: Iterable[Samples]) -> Iterator[AudioWindow]:
@@ -53,13 +55,11 @@ def windows(blocks: Iterable[Samples]) -> Iterator[AudioWindow]:
     number = 0
     for block in blocks:
         held = np.concatenate((held, block))
-        while len(held) > WINDOW_SAMPLES:
-            yield AudioWindow(number, held[:WINDOW_SAMPLES], WINDOW_SAMPLES)
+        while len(held) > WINDOW_SAMPLES:  # so that another one follows
+            yield AudioWindow(number, held[:WINDOW_SAMPLES], WINDOW_SAMPLES, is_last=False)
             held = held[HOP_SAMPLES:]
             number += 1
-    # What the window before has seen whole needs no further one.
-    if number == 0 or len(held) > WINDOW_SAMPLES - HOP_SAMPLES:
-        yield AudioWindow(number, np.pad(held, (0, WINDOW_SAMPLES - len(held))), len(held))
+    yield AudioWindow(number, np.pad(held, (0, WINDOW_SAMPLES - len(held))), len(held), is_last=True)
 
 
 class Segmentation:
