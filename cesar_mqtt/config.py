@@ -113,7 +113,7 @@ class AudioSettings(Section):
     """Seconds that one download may take, retries included."""
     download_retries: int = Field(default=2, ge=0)
     """How often a download is retried after a temporary failure."""
-    downloads_ahead: int = Field(default=8, ge=1, le=64)
+    downloads_ahead: int = Field(default=12, ge=1, le=64)
     """How many of the next jobs' URLs are downloaded while another job is running."""
 
 

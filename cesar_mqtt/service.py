@@ -25,6 +25,7 @@ from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
+from cesar_mqtt.consumer.shared_commands import SharedCommands
 from cesar_mqtt.consumer.shared_queue import Admissions, Claims, RequestReader
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
@@ -205,6 +206,8 @@ class Service:
                 rejections=rejections,
                 defaults=defaults,
                 on_defaults_set=self._publish_info,
+                on_deleted=lambda job_id: None if self._claims is None else self._claims.release(job_id),
+                resubmit=None if self._queue is None else self._resubmit,
                 grouped=settings.consumer.group is not None or self._queue is not None,
             ),
             response_topics=ResponseTopics(
@@ -235,6 +238,14 @@ class Service:
         admissions = Admissions(
             queue,
             reader,
+            commands=SharedCommands(
+                queue,
+                reader.read,
+                ledger=self._ledger,
+                spool=self._spool,
+                publisher=self._publisher,
+                topics=self._topics,
+            ),
             ledger=self._ledger,
             publisher=self._publisher,
             events=self._events,
@@ -252,6 +263,10 @@ class Service:
             is_working=lambda: self._worker.alive,
         )
         return admissions, claims
+
+    def _resubmit(self, job: Job) -> None:
+        if self._claims is not None:
+            self._claims.resubmit(job)
 
     def _create_client(self, settings: Settings, broker: BrokerSettings) -> MqttClient:
         births = birth_topics(settings.homeassistant.prefix) if settings.homeassistant.enabled else ()
@@ -578,7 +593,7 @@ def _create_queue(settings: Settings, topics: Topics) -> "JetStreamQueue | None"
     return JetStreamQueue(
         settings.queue.jetstream,
         mode=settings.queue.mode,
-        topics=(topics.jobs, topics.audio_filter),
+        topics=(topics.jobs, topics.audio_filter, topics.request_filter),
         name=topics.consumer,
         records_s=settings.retention.days * _DAY_S,
     )

@@ -406,9 +406,27 @@ class JetStreamQueue(StoppableThread):
         }
         self._call(self._js.publish(self._job_subject(job_id), request.payload, headers=headers))
 
+    def job(self, job_id: str) -> Message | None:
+        """Return the message of a job in the queue, waiting or delivered; None: there is none."""
+        message = self._call(self._last(self._settings.stream, self._job_subject(job_id)))
+        return None if message is None else _stored_job_of(message)
+
+    def job_behind(self, seq: int) -> Message | None:
+        """Return the first message in the queue whose number is greater than `seq`; None: there is none."""
+        message = self._call(self._behind(seq))
+        return None if message is None else _stored_job_of(message)
+
+    async def _behind(self, seq: int) -> Any:
+        try:
+            return await self._js.get_msg(
+                self._settings.stream, seq=seq + 1, subject=f"{self._settings.stream}.job.>", next=True
+            )
+        except NotFoundError:
+            return None
+
     def is_enqueued(self, job_id: str) -> bool:
         """Whether the queue has a message of this job, waiting or delivered."""
-        return self._call(self._last(self._settings.stream, self._job_subject(job_id))) is not None
+        return self.job(job_id) is not None
 
     def remove(self, job_id: str) -> None:
         """Remove the message of a job from the queue."""
@@ -465,6 +483,10 @@ class JetStreamQueue(StoppableThread):
             raise
         return Record(revision, values)
 
+    def put_record(self, key: str, values: Mapping[str, Any]) -> None:
+        """Write a record, whether there is one or not."""
+        self._call(self._records.put(key, json.dumps(values).encode()))
+
     def delete_record(self, key: str) -> None:
         """Delete a record, if there is one."""
         self._call(self._records.purge(key))
@@ -493,6 +515,19 @@ def _job_of(message: Msg) -> Message:
         received_at=float(headers.get(_RECEIVED, data.timestamp.timestamp())),
         job_id=headers.get(_JOB_ID) or message.subject.rpartition(".")[2],
         reply=message.reply,
+    )
+
+
+def _stored_job_of(message: Any) -> Message:
+    headers = message.headers or {}
+    return Message(
+        topic=headers.get(_TOPIC, ""),
+        payload=message.data or b"",
+        seq=message.seq,
+        deliveries=0,
+        received_at=float(headers.get(_RECEIVED, 0.0)),
+        job_id=headers.get(_JOB_ID) or message.subject.rpartition(".")[2],
+        reply="",
     )
 
 

@@ -82,7 +82,7 @@ def _add_rare_fields(document: dict[str, Any], request: NewJob) -> None:
     if request.claim is not None:
         document["claim"] = list(request.claim)
         if request.failure is None:
-            document["attempt"] = request.claim.delivery - 1
+            document["attempt"] = max(0, request.claim.delivery - 1)
 
 
 def result_fields(result: Result) -> dict[str, Any]:

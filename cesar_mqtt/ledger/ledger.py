@@ -435,6 +435,22 @@ class Ledger:
             self._notify()
             return self._job(seq)
 
+    def append_cancelled(self, request: NewJob) -> Job:
+        """Admit a job of the shared queue that was cancelled there, and return it. Raises LedgerError."""
+        with self._changed:
+            self._insert({request.job_id: request}, {})
+            seq = self._index.last_seq
+            self._cancel(seq)
+            return self._job(seq)
+
+    def check_retry(self, job_id: str) -> None:
+        """Raise IllegalTransitionError, with a sentence for the user, if a job of the ledger cannot be retried."""
+        with self._changed:
+            seq = self._index.deduplication.seq(job_id)
+            rejection = None if seq is None else retry_rejection(self._rows[str(seq)])
+            if rejection is not None:
+                raise IllegalTransitionError(rejection)
+
     def claimed(self) -> list[Job]:
         """Return the jobs of a shared queue that have not ended, or whose status the broker has not acknowledged."""
         with self._changed:
