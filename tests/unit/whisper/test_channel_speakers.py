@@ -51,8 +51,8 @@ def voice() -> Samples:
 
 def test_each_channel_is_a_speaker_also_where_one_leaks_into_the_other(voice: Samples, tmp_path: Path) -> None:
     silence = np.zeros(len(voice), np.float32)
-    left = np.concatenate((voice, 0.1 * voice)) * 0.3
-    right = np.concatenate((0.1 * voice, voice)) * 0.9
+    left = (np.concatenate((voice, 0.1 * voice)) * 0.3).astype(np.float32)
+    right = (np.concatenate((0.1 * voice, voice)) * 0.9).astype(np.float32)
     for path in (
         write(tmp_path / "apart.wav", np.concatenate((voice, silence)), np.concatenate((silence, voice))),
         write(tmp_path / "leaking.wav", left, right),
