@@ -113,6 +113,8 @@ class NewJob:
     """Whether the consumer generated the id, because the request had none."""
     retained: bool = False
     """Whether the request came from the broker's retained messages."""
+    received_at: float | None = None
+    """When a shared queue received the request (seconds since the epoch); None: when the ledger accepts it."""
     claim: "Claim | None" = None
     """The delivery by a queue that consumers share; None: the ledger is the queue."""
     warnings: tuple[str, ...] = ()

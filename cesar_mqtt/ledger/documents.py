@@ -43,7 +43,7 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         "job_id": request.job_id,
         "state": (JobState.QUEUED if request.failure is None else JobState.ERROR).value,
         "revision": revision,
-        "created_at": now,
+        "created_at": now if request.received_at is None else request.received_at,
         "updated_at": now,
         "fingerprint": request.fingerprint,
         "model_size": request.model_size,
