@@ -25,12 +25,13 @@ from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
+from cesar_mqtt.consumer.shared_commands import SharedCommands
 from cesar_mqtt.consumer.shared_queue import Admissions, Claims, RequestReader
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
 from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
-from cesar_mqtt.jobs import Job, JobState, may_need_audio
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -47,6 +48,7 @@ from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import uses_batches
+from cesar_mqtt.whisper.speakers import SpeakerLabeller, models_folder
 from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -168,6 +170,7 @@ class Service:
             self._ledger,
             self._transcriber,
             prefetcher=self._prefetcher,
+            labeller=SpeakerLabeller(lambda: models_folder(settings.models.directory, settings.data_dir / "models")),
             spool=self._spool,
             events=self._events,
             warm_up=self._models.default_name(),
@@ -203,6 +206,8 @@ class Service:
                 rejections=rejections,
                 defaults=defaults,
                 on_defaults_set=self._publish_info,
+                on_deleted=lambda job_id: None if self._claims is None else self._claims.release(job_id),
+                resubmit=None if self._queue is None else self._resubmit,
                 grouped=settings.consumer.group is not None or self._queue is not None,
             ),
             response_topics=ResponseTopics(
@@ -233,6 +238,14 @@ class Service:
         admissions = Admissions(
             queue,
             reader,
+            commands=SharedCommands(
+                queue,
+                reader.read,
+                ledger=self._ledger,
+                spool=self._spool,
+                publisher=self._publisher,
+                topics=self._topics,
+            ),
             ledger=self._ledger,
             publisher=self._publisher,
             events=self._events,
@@ -250,6 +263,10 @@ class Service:
             is_working=lambda: self._worker.alive,
         )
         return admissions, claims
+
+    def _resubmit(self, job: Job) -> None:
+        if self._claims is not None:
+            self._claims.resubmit(job)
 
     def _create_client(self, settings: Settings, broker: BrokerSettings) -> MqttClient:
         births = birth_topics(settings.homeassistant.prefix) if settings.homeassistant.enabled else ()
@@ -276,7 +293,7 @@ class Service:
 
     def _needs_upload(self, job_id: str) -> bool | None:
         job = self._ledger.get(job_id)
-        return None if job is None else may_need_audio(job.state, job.error_code)
+        return None if job is None else job.may_need_audio
 
     def _render_metrics(self) -> bytes:
         return b"" if self._metrics is None else self._metrics.render()
@@ -576,7 +593,7 @@ def _create_queue(settings: Settings, topics: Topics) -> "JetStreamQueue | None"
     return JetStreamQueue(
         settings.queue.jetstream,
         mode=settings.queue.mode,
-        topics=(topics.jobs, topics.audio_filter),
+        topics=(topics.jobs, topics.audio_filter, topics.request_filter),
         name=topics.consumer,
         records_s=settings.retention.days * _DAY_S,
     )

@@ -23,10 +23,10 @@ from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.incoming import IncomingMessage, MessageParser, ModelNames
 from cesar_mqtt.consumer.intake import refusal_of, reject
 from cesar_mqtt.consumer.publisher import Permit, Publisher
+from cesar_mqtt.consumer.shared_commands import PAUSED_KEY, SharedCommands, record_key, request_payload, waiting_job
 from cesar_mqtt.engines.messages import Message, QueueUnavailableError, Record
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import STATES, Admission, AudioSource, Claim, Job, JobState, NewJob
-from cesar_mqtt.ledger.documents import job_document, job_from
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
@@ -40,6 +40,8 @@ _RETRY_S = 0.5
 """Between two attempts while the server or the disk refuses."""
 _POLL_S = 0.5
 """How often a wait looks at what no event reports."""
+_ANNOUNCE_S = 5.0
+"""How long a retry waits for the PUBACK of `queued` before the job is in the queue, where others publish it."""
 _RENEWALS = 3
 """How often a delivery is renewed within the time after which another consumer gets it."""
 _IDS = uuid.UUID("a1f0a4d3-5f4c-4d5e-9a51-0f5b2c6f3f0e")
@@ -92,6 +94,9 @@ class SharedQueue(Protocol):
     def update_record(self, key: str, record: Record, values: Mapping[str, Any]) -> Record | None:
         """Replace a record that has not changed; None: it has."""
 
+    def delete_record(self, key: str) -> None:
+        """Delete a record."""
+
 
 class Lease:
     """A delivered message that is this consumer's until the server may have given it to another one.
@@ -135,11 +140,6 @@ class Lease:
         self._lost = True
 
 
-def record_key(job_id: str) -> str:
-    """Return the key of a job's record."""
-    return f"job.{job_id}"
-
-
 class RequestReader:
     """Reads requests and jobs of the queue as the intake reads messages of the broker."""
 
@@ -170,7 +170,7 @@ class RequestReader:
             job = replace(job, job_id=message.job_id or str(uuid.uuid5(_IDS, f"{message.seq} {message.received_at!r}")))
         if job.priority:
             job = replace(job, priority=0, warnings=("priority_ignored",))
-        return replace(parsed, job=replace(job, packet_id=None))
+        return replace(parsed, job=replace(job, packet_id=None, received_at=message.received_at))
 
 
 class Admissions(StoppableThread):
@@ -185,6 +185,7 @@ class Admissions(StoppableThread):
         queue: SharedQueue,
         reader: RequestReader,
         *,
+        commands: SharedCommands,
         ledger: Ledger,
         publisher: Publisher,
         events: JobEvents,
@@ -195,6 +196,7 @@ class Admissions(StoppableThread):
         super().__init__("admission")
         self._queue = queue
         self._reader = reader
+        self._commands = commands
         self._ledger = ledger
         self._publisher = publisher
         self._events = events
@@ -233,6 +235,9 @@ class Admissions(StoppableThread):
         """Return whether the request has been dealt with."""
         parsed = self._reader.read(lease.message)
         job = parsed.job
+        if parsed.command is not None:
+            self._commands.handle(parsed.command, lease.message.payload)
+            return True
         if job is None:
             if parsed.refusal is not None:
                 reject(self._events, parsed.delivery, parsed.refusal)
@@ -270,7 +275,7 @@ class Admissions(StoppableThread):
     def _announce(self, lease: Lease, job: NewJob) -> bool:
         """Publish `queued` and wait for its PUBACK: behind it another consumer may publish; False: not in time."""
         accepted = threading.Event()
-        waiting = job_from(0, job_document(job, lease.message.received_at, 0), self._queue.waiting() + 1, None)
+        waiting = waiting_job(job, lease.message.received_at, self._queue.waiting() + 1)
         self._publisher.publish_status_of(waiting, is_wanted=lambda: lease.is_current, on_acknowledged=accepted.set)
         while not accepted.wait(self._ack_wait_s / _RENEWALS / 2):
             if self._stopping.is_set() or not lease.is_current:
@@ -331,9 +336,12 @@ class Claims(StoppableThread):
         self._lease: Lease | None = None
         self._changed = threading.Event()
         self._waiting = 0
+        self._has_joined = False
         self._unproven: dict[int, Job] = {}
         """Jobs of an earlier process that have ended, and whose last status may not have been published."""
         for job in ledger.claimed():
+            if job.state.final and job.claim is not None and not job.claim.delivery:
+                continue  # it was cancelled in the queue
             if job.state.final:
                 self._unproven[job.seq] = job
             else:
@@ -386,6 +394,59 @@ class Claims(StoppableThread):
         lease.lose()
         return None
 
+    def resubmit(self, job: Job) -> None:
+        """Put a job that has ended, and may be retried, at the end of the queue: any consumer may run it.
+
+        For the thread of commands. On return it is in the queue and no longer in this ledger.
+
+        Raises:
+            QueueUnavailableError: the server does not answer, or refuses the message; the job stays as it is, or is
+                in the queue already.
+            LedgerError: the disk refuses; the job is in the queue.
+        """
+        audio = None
+        if job.audio is not None and job.audio.kind == "spool":
+            audio = self._spool.path(job.audio.name).read_bytes()
+        key = record_key(job.job_id)
+        record = self._queue.record(key)
+        kept = {} if record is None else {name: record.values[name] for name in ("request", "fingerprint")}
+        values = {**kept, "state": JobState.QUEUED.value, "consumer": self._topics.consumer}
+        queued = (
+            self._queue.create_record(key, values) if record is None else self._queue.update_record(key, record, values)
+        )
+        if queued is None:
+            raise QueueUnavailableError("Another consumer changes the job at this moment.")
+        accepted = threading.Event()
+        position = self._queue.waiting() + 1
+        waiting = job._replace(
+            state=JobState.QUEUED,
+            queue_position=position,
+            updated_at=time.time(),
+            started_at=None,
+            completed_at=None,
+            error_code=None,
+            error_message=None,
+        )
+        self._publisher.publish_status_of(waiting, is_wanted=lambda: True, on_acknowledged=accepted.set)
+        accepted.wait(_ANNOUNCE_S)
+        raw = audio is not None and not (job.options or job.metadata or job.formats or job.stream)
+        message = Message(
+            topic=self._topics.audio(job.job_id) if raw else self._topics.jobs,
+            payload=audio if raw and audio is not None else request_payload(job, audio),
+            seq=queued.revision,  # names this retry: the server recognises what is enqueued twice
+            deliveries=0,
+            received_at=job.created_at,
+            job_id=job.job_id,
+            reply="",
+        )
+        self._queue.enqueue(job.job_id, message)
+        self._forget(job.seq)
+
+    def release(self, job_id: str) -> None:
+        """Make the id of a deleted job free for another request; if the server does not answer, it is so later."""
+        with suppress(QueueUnavailableError):
+            self._queue.delete_record(record_key(job_id))
+
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
@@ -408,6 +469,7 @@ class Claims(StoppableThread):
         if not self._queue.wait_ready(_RETRY_S):
             return False
         self._prove_earlier()
+        self._join_pause()
         if self._ledger.is_paused or self._ledger.count((JobState.QUEUED, JobState.PROCESSING)):
             self._changed.wait(_POLL_S)
             self._changed.clear()
@@ -441,6 +503,16 @@ class Claims(StoppableThread):
                 self._forget(seq)
             del self._unproven[seq]
             self._publisher.refresh_queue()
+
+    def _join_pause(self) -> None:
+        """Pause at the start if the group is paused: the command may have come before this consumer was there."""
+        if self._has_joined:
+            return
+        record = self._queue.record(PAUSED_KEY)
+        if record is not None:
+            with suppress(LedgerError):
+                self._ledger.pause(on=bool(record.values.get("paused")))
+        self._has_joined = True
 
     def _claim(self, lease: Lease) -> bool:
         """Write the claim into the job's record, and append the job; False: there is nothing to run."""
@@ -534,7 +606,7 @@ class Claims(StoppableThread):
                 try:
                     lease.renew(self._queue)
                 except QueueUnavailableError as exc:
-                    log.warning("%s", exc, action="queue_unavailable", job_id=job.job_id)
+                    log.debug("%s", exc, action="queue_unavailable", job_id=job.job_id)
             self._changed.wait(min(_POLL_S, self._ack_wait_s / _RENEWALS / 2))
 
     def _acknowledge(self, lease: Lease) -> bool:

@@ -105,7 +105,10 @@ class JetStreamQueue(StoppableThread):
         self._options = _connect_options(settings)
         self.refusal: ConfigError | None = None
         self.max_payload_bytes = 0
+        self._trouble = ""
+        """Why the first connection failed last."""
         self._ready = threading.Event()
+        self._connected = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
         self._connection = Client()
@@ -136,32 +139,50 @@ class JetStreamQueue(StoppableThread):
         try:
             self._loop.run_until_complete(self._serve())
         finally:
-            self._ready.clear()
+            self._connected.clear()
             self._loop.close()
 
     async def _serve(self) -> None:
         backoff = Backoff(0.5, 5.0, jitter=0.5)
         while not self._stopping.is_set():
             try:
-                await self._open()
+                if not await self._open_unless_stopped():
+                    break
             except ConfigError as exc:
                 self.refusal = exc
                 break
             except _ERRORS as exc:
                 log.warning("The queue on %s is not available: %s", self._where, exc, action="queue_unavailable")
-                await self._connection.close()
+                await self._close()
                 self._connection = Client()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), backoff.next_s())
             else:
                 self._ready.set()
+                self._connected.set()
                 log.info(
                     "The queue %s on %s is open (%s)", self._settings.stream, self._where, self._mode, action="queue"
                 )
                 break
         await self._stopped.wait()
-        with suppress(*_ERRORS):
+        await self._close()
+
+    async def _close(self) -> None:
+        with suppress(*_ERRORS, AssertionError):  # nats-py asserts that there was a connection
             await self._connection.close()
+
+    async def _open_unless_stopped(self) -> bool:
+        """Open the queue; the library tries to connect for as long as that takes. False: stopped meanwhile."""
+        opening, stopped = asyncio.ensure_future(self._open()), asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait((opening, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if opening.done():
+            await opening
+            return True
+        opening.cancel()
+        with suppress(asyncio.CancelledError, AssertionError):
+            await opening
+        return False
 
     @property
     def _where(self) -> str:
@@ -190,13 +211,32 @@ class JetStreamQueue(StoppableThread):
         self._jobs = await self._js.pull_subscribe_bind(self.jobs_name, self._settings.stream)
 
     async def _on_error(self, error: Exception) -> None:
-        log.debug("NATS: %s", error, action="queue_unavailable")
+        """Handle an error of the library. While the first connection is made, it hands every failed attempt over here.
+
+        Raises:
+            ConfigError: the server refuses the credentials; the attempt to connect ends with it.
+        """
+        if self._ready.is_set():
+            log.debug("NATS: %s", error, action="queue_unavailable")
+            return
+        if "authorization" in str(error).lower():
+            raise ConfigError(
+                f"The queue's server at {self._where} refuses the user or the password.",
+                "Set queue.jetstream.username and password_file, or credentials_file, to a user of its account.",
+            )
+        trouble = str(error) or type(error).__name__
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("The queue on %s is not available: %s", self._where, trouble, action="queue_unavailable")
 
     async def _on_disconnected(self) -> None:
-        if not self._stopping.is_set():
+        self._connected.clear()
+        if self._ready.is_set() and not self._stopping.is_set():
             log.warning("The connection to the queue is lost; reconnecting", action="queue_unavailable")
 
     async def _on_reconnected(self) -> None:
+        if self._ready.is_set():
+            self._connected.set()
         log.info("The queue %s on %s is open again", self._settings.stream, self._where, action="queue")
 
     def _largest_payload(self, server_bytes: int) -> int:
@@ -348,13 +388,13 @@ class JetStreamQueue(StoppableThread):
     # -- calls of other threads ------------------------------------------------------------------------------------
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until the queue is open; False: not in time."""
-        return self._ready.wait(timeout_s)
+        """Wait until the queue is open and connected; False: not in time."""
+        return self._connected.wait(timeout_s)
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float = _CALL_S) -> T:
-        if not self._ready.is_set():
+        if not self._connected.is_set():
             work.close()
-            raise QueueUnavailableError("The queue is not open.")
+            raise QueueUnavailableError("The queue's server is out of reach.")
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), self._loop)
         try:
             return future.result(timeout_s + 1.0)
@@ -406,9 +446,27 @@ class JetStreamQueue(StoppableThread):
         }
         self._call(self._js.publish(self._job_subject(job_id), request.payload, headers=headers))
 
+    def job(self, job_id: str) -> Message | None:
+        """Return the message of a job in the queue, waiting or delivered; None: there is none."""
+        message = self._call(self._last(self._settings.stream, self._job_subject(job_id)))
+        return None if message is None else _stored_job_of(message)
+
+    def job_behind(self, seq: int) -> Message | None:
+        """Return the first message in the queue whose number is greater than `seq`; None: there is none."""
+        message = self._call(self._behind(seq))
+        return None if message is None else _stored_job_of(message)
+
+    async def _behind(self, seq: int) -> Any:
+        try:
+            return await self._js.get_msg(
+                self._settings.stream, seq=seq + 1, subject=f"{self._settings.stream}.job.>", next=True
+            )
+        except NotFoundError:
+            return None
+
     def is_enqueued(self, job_id: str) -> bool:
         """Whether the queue has a message of this job, waiting or delivered."""
-        return self._call(self._last(self._settings.stream, self._job_subject(job_id))) is not None
+        return self.job(job_id) is not None
 
     def remove(self, job_id: str) -> None:
         """Remove the message of a job from the queue."""
@@ -465,6 +523,10 @@ class JetStreamQueue(StoppableThread):
             raise
         return Record(revision, values)
 
+    def put_record(self, key: str, values: Mapping[str, Any]) -> None:
+        """Write a record, whether there is one or not."""
+        self._call(self._records.put(key, json.dumps(values).encode()))
+
     def delete_record(self, key: str) -> None:
         """Delete a record, if there is one."""
         self._call(self._records.purge(key))
@@ -493,6 +555,19 @@ def _job_of(message: Msg) -> Message:
         received_at=float(headers.get(_RECEIVED, data.timestamp.timestamp())),
         job_id=headers.get(_JOB_ID) or message.subject.rpartition(".")[2],
         reply=message.reply,
+    )
+
+
+def _stored_job_of(message: Any) -> Message:
+    headers = message.headers or {}
+    return Message(
+        topic=headers.get(_TOPIC, ""),
+        payload=message.data or b"",
+        seq=message.seq,
+        deliveries=0,
+        received_at=float(headers.get(_RECEIVED, 0.0)),
+        job_id=headers.get(_JOB_ID) or message.subject.rpartition(".")[2],
+        reply="",
     )
 
 
