@@ -170,7 +170,7 @@ class RequestReader:
             job = replace(job, job_id=message.job_id or str(uuid.uuid5(_IDS, f"{message.seq} {message.received_at!r}")))
         if job.priority:
             job = replace(job, priority=0, warnings=("priority_ignored",))
-        return replace(parsed, job=replace(job, packet_id=None))
+        return replace(parsed, job=replace(job, packet_id=None, received_at=message.received_at))
 
 
 class Admissions(StoppableThread):
@@ -606,7 +606,7 @@ class Claims(StoppableThread):
                 try:
                     lease.renew(self._queue)
                 except QueueUnavailableError as exc:
-                    log.warning("%s", exc, action="queue_unavailable", job_id=job.job_id)
+                    log.debug("%s", exc, action="queue_unavailable", job_id=job.job_id)
             self._changed.wait(min(_POLL_S, self._ack_wait_s / _RENEWALS / 2))
 
     def _acknowledge(self, lease: Lease) -> bool:

@@ -105,7 +105,10 @@ class JetStreamQueue(StoppableThread):
         self._options = _connect_options(settings)
         self.refusal: ConfigError | None = None
         self.max_payload_bytes = 0
+        self._trouble = ""
+        """Why the first connection failed last."""
         self._ready = threading.Event()
+        self._connected = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
         self._connection = Client()
@@ -136,32 +139,50 @@ class JetStreamQueue(StoppableThread):
         try:
             self._loop.run_until_complete(self._serve())
         finally:
-            self._ready.clear()
+            self._connected.clear()
             self._loop.close()
 
     async def _serve(self) -> None:
         backoff = Backoff(0.5, 5.0, jitter=0.5)
         while not self._stopping.is_set():
             try:
-                await self._open()
+                if not await self._open_unless_stopped():
+                    break
             except ConfigError as exc:
                 self.refusal = exc
                 break
             except _ERRORS as exc:
                 log.warning("The queue on %s is not available: %s", self._where, exc, action="queue_unavailable")
-                await self._connection.close()
+                await self._close()
                 self._connection = Client()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), backoff.next_s())
             else:
                 self._ready.set()
+                self._connected.set()
                 log.info(
                     "The queue %s on %s is open (%s)", self._settings.stream, self._where, self._mode, action="queue"
                 )
                 break
         await self._stopped.wait()
-        with suppress(*_ERRORS):
+        await self._close()
+
+    async def _close(self) -> None:
+        with suppress(*_ERRORS, AssertionError):  # nats-py asserts that there was a connection
             await self._connection.close()
+
+    async def _open_unless_stopped(self) -> bool:
+        """Open the queue; the library tries to connect for as long as that takes. False: stopped meanwhile."""
+        opening, stopped = asyncio.ensure_future(self._open()), asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait((opening, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if opening.done():
+            await opening
+            return True
+        opening.cancel()
+        with suppress(asyncio.CancelledError, AssertionError):
+            await opening
+        return False
 
     @property
     def _where(self) -> str:
@@ -190,13 +211,32 @@ class JetStreamQueue(StoppableThread):
         self._jobs = await self._js.pull_subscribe_bind(self.jobs_name, self._settings.stream)
 
     async def _on_error(self, error: Exception) -> None:
-        log.debug("NATS: %s", error, action="queue_unavailable")
+        """Handle an error of the library. While the first connection is made, it hands every failed attempt over here.
+
+        Raises:
+            ConfigError: the server refuses the credentials; the attempt to connect ends with it.
+        """
+        if self._ready.is_set():
+            log.debug("NATS: %s", error, action="queue_unavailable")
+            return
+        if "authorization" in str(error).lower():
+            raise ConfigError(
+                f"The queue's server at {self._where} refuses the user or the password.",
+                "Set queue.jetstream.username and password_file, or credentials_file, to a user of its account.",
+            )
+        trouble = str(error) or type(error).__name__
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.warning("The queue on %s is not available: %s", self._where, trouble, action="queue_unavailable")
 
     async def _on_disconnected(self) -> None:
-        if not self._stopping.is_set():
+        self._connected.clear()
+        if self._ready.is_set() and not self._stopping.is_set():
             log.warning("The connection to the queue is lost; reconnecting", action="queue_unavailable")
 
     async def _on_reconnected(self) -> None:
+        if self._ready.is_set():
+            self._connected.set()
         log.info("The queue %s on %s is open again", self._settings.stream, self._where, action="queue")
 
     def _largest_payload(self, server_bytes: int) -> int:
@@ -348,13 +388,13 @@ class JetStreamQueue(StoppableThread):
     # -- calls of other threads ------------------------------------------------------------------------------------
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until the queue is open; False: not in time."""
-        return self._ready.wait(timeout_s)
+        """Wait until the queue is open and connected; False: not in time."""
+        return self._connected.wait(timeout_s)
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float = _CALL_S) -> T:
-        if not self._ready.is_set():
+        if not self._connected.is_set():
             work.close()
-            raise QueueUnavailableError("The queue is not open.")
+            raise QueueUnavailableError("The queue's server is out of reach.")
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), self._loop)
         try:
             return future.result(timeout_s + 1.0)

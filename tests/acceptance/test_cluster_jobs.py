@@ -59,6 +59,7 @@ def test_the_job_of_a_killed_consumer_goes_to_another_one_ahead_of_the_rest(
     running.kill()
     taken = bus.status("long", "completed")
     assert taken["attempt"] == 2
+    assert {status["created_at"] for status in bus.seen("cesar/status/long")} == {taken["created_at"]}
     bus.status("short-2", "completed")
     ended = [status["job_id"] for status in bus.every_status() if status["status"] == "completed"]
     assert ended == ["long", "short-0", "short-1", "short-2"]
