@@ -46,9 +46,10 @@ from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE
+from cesar_mqtt.whisper.known_voices import KnownVoices
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import uses_batches
-from cesar_mqtt.whisper.speakers import SpeakerLabeller, models_folder
+from cesar_mqtt.whisper.speakers import SpeakerLabeller
 from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Service:
             self._ledger,
             self._transcriber,
             prefetcher=self._prefetcher,
-            labeller=SpeakerLabeller(lambda: models_folder(settings.models.directory, settings.data_dir / "models")),
+            labeller=_create_labeller(settings),
             spool=self._spool,
             events=self._events,
             warm_up=self._models.default_name(),
@@ -597,6 +598,12 @@ def _create_queue(settings: Settings, topics: Topics) -> "JetStreamQueue | None"
         name=topics.consumer,
         records_s=settings.retention.days * _DAY_S,
     )
+
+
+def _create_labeller(settings: Settings) -> SpeakerLabeller:
+    speakers = settings.speakers
+    known = None if speakers.directory is None else KnownVoices(speakers.directory, speakers.threshold)
+    return SpeakerLabeller(settings.models, known_voices=known)
 
 
 def _open_ledger(settings: Settings, disk: Disk) -> Ledger:

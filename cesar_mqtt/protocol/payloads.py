@@ -105,7 +105,7 @@ class Status(TypedDict):
         ),
     ]
     speakers: Annotated[
-        int | None, Field(description="How many speakers were told apart; null without `diarize`, or not known yet.")
+        int | None, Field(description="How many speakers were distinguished; null without `diarize`, or not known yet.")
     ]
     diarization_error: Annotated[
         str | None,
@@ -115,7 +115,9 @@ class Status(TypedDict):
         ),
     ]
     diarization_progress: NotRequired[
-        Annotated[float, Field(description="0 to 1; only while the speakers are told apart, after the transcription.")]
+        Annotated[
+            float, Field(description="0 to 1; only while the speakers are distinguished, after the transcription.")
+        ]
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]
     result_truncated: Annotated[

@@ -269,18 +269,18 @@ class JobRequest(Payload):
     )
     diarize: bool | Literal["channels"] = Field(
         default=False,
-        description="Whether the speakers are told apart and named in the results; `channels`: one speaker for each "
+        description="Whether the speakers are distinguished and named in the results; `channels`: one speaker for each "
         "channel of the recording.",
         json_schema_extra={MUST: "true, false or 'channels'"},
     )
     min_speakers: _Speakers | None = Field(
         default=None,
-        description="At least so many speakers are told apart, as far as there are voices for them.",
+        description="At least so many speakers are distinguished, as far as there are voices for them.",
         json_schema_extra={MUST: f"a whole number from 1 to {_SPEAKERS}"},
     )
     max_speakers: _Speakers | None = Field(
         default=None,
-        description="At most so many speakers are told apart; not less than `min_speakers`.",
+        description="At most so many speakers are distinguished; not less than `min_speakers`.",
         json_schema_extra={MUST: f"a whole number from 1 to {_SPEAKERS}"},
     )
     metadata: Annotated[dict[str, Any], AfterValidator(_small_metadata)] = Field(

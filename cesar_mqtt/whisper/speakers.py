@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.windows import Recording
+from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.transcript import TranscriptionOptions, Window
 from cesar_mqtt.whisper.channel_speakers import levels_of, turns_of
-from cesar_mqtt.whisper.diarization import Diarization, DiarizationError, Diarizer, Turn
+from cesar_mqtt.whisper.diarization import DiarizationError, Turn
+from cesar_mqtt.whisper.diarization_models import load
+from cesar_mqtt.whisper.known_voices import KnownVoices
 from cesar_mqtt.whisper.speaker_labels import SpokenTurn, label_windows
 
 _MAX_CHANNELS = 20
@@ -41,18 +43,18 @@ class SpeakerLabeller:
 
     def __init__(
         self,
-        models: Callable[[], Path],
+        models: ModelSettings,
         *,
-        names_of: Callable[[Diarization], Mapping[int, str]] = lambda _: {},
+        known_voices: KnownVoices | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
         Args:
-            models: returns the folder of the models; may raise DiarizationError.
-            names_of: returns the names of those speakers whose voices are known.
+            models: where the models are, and whether they may be downloaded.
+            known_voices: names the speakers that are known; None: nobody is.
         """
         self._models = models
-        self._names_of = names_of
+        self._known_voices = known_voices
 
     def label(
         self,
@@ -81,20 +83,18 @@ class SpeakerLabeller:
             return LabelledWindows(tuple(windows), 0)
         if options.diarize == "channels":
             return _by_channels(recording, windows, on_progress, should_stop)
-        found = Diarizer.load(self._models()).diarize(
+        diarizer = load(self._models, should_stop=should_stop)
+        found = diarizer.diarize(
             _only_clips(recording.samples(should_stop), options.clips),
             min_speakers=options.min_speakers,
             max_speakers=options.max_speakers,
             on_progress=on_progress,
             should_stop=should_stop,
         )
-        return _labelled(windows, found.turns, self._names_of(found))
-
-
-def models_folder(*folders: Path | None) -> Path:
-    """Return where the models are: the folder `diarization` of the first of the folders that has it, or of the last."""
-    found = [folder / "diarization" for folder in folders if folder is not None]
-    return next((folder for folder in found if folder.is_dir()), found[-1])
+        names: Mapping[int, str] = {}
+        if self._known_voices is not None:
+            names = self._known_voices.names_of(found.voices, diarizer, should_stop=should_stop)
+        return _labelled(windows, found.turns, names)
 
 
 def _by_channels(

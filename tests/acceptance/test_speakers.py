@@ -75,18 +75,19 @@ def test_each_side_of_a_call_is_a_speaker_in_every_format(
 
 
 def test_missing_and_damaged_models_cost_no_text_and_a_retry_repeats_the_diarization_alone(
-    mosquitto: Mosquitto, serve: Serve, join: Join
+    mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
 ) -> None:
-    consumer = serve("--broker", mosquitto.url)
+    own = {"CESAR_MODELS__DIRECTORY": str(tmp_path), "CESAR_MODELS__DOWNLOAD": "false"}
+    consumer = serve("--broker", mosquitto.url, environ=own)
     bus = join(mosquitto.port)
     bus.publish("cesar/jobs", json.dumps({"job_id": "a", "audio_path": "speech.wav", "diarize": True}))
     status = bus.status("a")
     assert (status["status"], status["error_code"], status["speakers"]) == ("completed", None, None)
     assert words(status["result_text"]) == SPOKEN
     assert "diarization_failed" in status["warnings"]
-    assert "is not on this machine. Fetch it with" in status["diarization_error"]
+    assert "are not on this machine, and may not be downloaded" in status["diarization_error"]
 
-    damaged = consumer.data_dir / "models" / "diarization"
+    damaged = tmp_path / "diarization"
     damaged.mkdir()
     for name in ("segmentation.onnx", "embedding.onnx"):
         (damaged / name).write_bytes(b"no model")

@@ -257,7 +257,7 @@ def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tu
             ledger,
             transcriber,
             prefetcher=prefetcher,
-            labeller=SpeakerLabeller(lambda: folder),
+            labeller=SpeakerLabeller(ModelSettings()),
             spool=spool,
             events=JobEvents(observed),
         )

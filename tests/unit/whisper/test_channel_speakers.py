@@ -6,6 +6,7 @@ import pytest
 
 from cesar_mqtt.audio.decoder import AudioLimits, Samples
 from cesar_mqtt.audio.windows import Recording
+from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.transcript import TranscriptionOptions, Word
@@ -35,7 +36,9 @@ def label(path: Path, *, until_s: float) -> LabelledWindows:
     recording = Recording(path, limits=AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0), window_s=60.0)
     recording.close()
     done: list[float] = []
-    found = SpeakerLabeller(Path).label(recording, OPTIONS, [window], on_progress=done.append, should_stop=never_stop)
+    found = SpeakerLabeller(ModelSettings()).label(
+        recording, OPTIONS, [window], on_progress=done.append, should_stop=never_stop
+    )
     assert done == sorted(done)
     return found
 
@@ -93,13 +96,15 @@ def test_a_stop_is_noticed(voice: Samples, tmp_path: Path) -> None:
     recording.close()
     window = factories.window(0, factories.segment(1))
     with pytest.raises(Cancelled):
-        SpeakerLabeller(Path).label(recording, OPTIONS, [window], on_progress=lambda _: None, should_stop=lambda: True)
+        SpeakerLabeller(ModelSettings()).label(
+            recording, OPTIONS, [window], on_progress=lambda _: None, should_stop=lambda: True
+        )
 
 
 def test_nothing_is_decoded_where_nobody_speaks(tmp_path: Path) -> None:
     recording = Recording(tmp_path / "none", limits=AudioLimits(max_bytes=1, max_duration_s=1.0), window_s=60.0)
     recording.close()
-    found = SpeakerLabeller(Path).label(
+    found = SpeakerLabeller(ModelSettings()).label(
         recording, OPTIONS, [factories.window(0)], on_progress=lambda _: None, should_stop=never_stop
     )
     assert (found.speakers, found.problem) == (0, None)
