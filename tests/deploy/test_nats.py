@@ -159,12 +159,12 @@ def test_a_producer_submits_and_gets_its_transcript_and_nobody_is_denied_anythin
     consumer = serve(*deployed.flags("cesar"), environ=environ, ready=ready)
     submitted = command("submit", str(SPEECH), *deployed.flags("producer"), environ=deployed.environ("producer"))
     healthy = command("health", *deployed.flags("cesar"), environ=deployed.environ("cesar"))
-    people = {"environ": deployed.environ("homeassistant")}
-    paused = command("pause", *deployed.flags("homeassistant"), **people)
+    people = deployed.environ("homeassistant")
+    paused = command("pause", *deployed.flags("homeassistant"), environ=people)
     join_in = command(
         "submit", str(SPEECH), "--no-wait", "--job-id", "late", *deployed.flags("homeassistant"), **people
     )
-    deleted = command("delete", "late", *deployed.flags("homeassistant"), **people)
+    deleted = command("delete", "late", *deployed.flags("homeassistant"), environ=people)
     assert consumer.stop() == 0
 
     assert submitted.returncode == 0, submitted.stderr
