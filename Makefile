@@ -23,7 +23,7 @@ DIARIZATION ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cesar-mqtt/models/diarizat
 HOME_STAMP := $(HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
+.PHONY: help demo install requirements test coverage check bench bench-peers soak soak-cluster inbox-trial fuzz mutants clean
 .PHONY: diarization-models
 .PHONY: test-homeassistant install-homeassistant test-node-red install-node-red test-brokers install-brokers
 .PHONY: test-images install-images
@@ -35,9 +35,10 @@ help:
 	@echo 'make test    the checks, then all tests, in WORKERS=4 processes'
 	@echo 'make check   format, lint and types'
 	@echo 'make coverage   all tests, and which lines and branches they run'
-	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, wyoming, web or diarization for a part)'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, cluster, wyoming, web or diarization for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 60 kills, failing disk and network: nothing may be lost (ARGS=--help for more)'
+	@echo 'make soak-cluster   consumers that share a queue, and their servers, are killed, stopped and cut off: nothing may be lost'
 	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
 	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
@@ -75,6 +76,9 @@ bench-peers: $(TEST_STAMP) build/speech build/peers
 
 soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
+
+soak-cluster: $(TEST_STAMP)
+	@$(RUN) tests.cluster.chaos $(ARGS)
 
 inbox-trial: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.inbox_trial $(ARGS)

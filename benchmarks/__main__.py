@@ -4,7 +4,20 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, decoding, diarization, jobs, ledger, memory, peers, transcription, web, wyoming
+from benchmarks import (
+    bus,
+    clips,
+    cluster,
+    decoding,
+    diarization,
+    jobs,
+    ledger,
+    memory,
+    peers,
+    transcription,
+    web,
+    wyoming,
+)
 from benchmarks.table import show
 
 PARTS = {
@@ -15,6 +28,7 @@ PARTS = {
     "clips": clips.run,
     "jobs": jobs.run,
     "memory": memory.run,
+    "cluster": cluster.run,
     "wyoming": wyoming.run,
     "web": web.run,
 }

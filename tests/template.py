@@ -216,6 +216,10 @@ class _Children:
 
 
 def _run(arguments: list[str], folder: str, environ: dict[str, str]) -> None:
+    if seconds := environ.get("PYTEST_TRANSCRIBER_S"):
+        from tests.cluster import simulated  # noqa: PLC0415 - most consumers have the real transcriber
+
+        simulated.install(float(seconds))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()

@@ -76,8 +76,9 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page: str, argu
 
 FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
 """Their commands are run by the tests below, those of all other pages by tests/deploy/test_pages.py."""
-LANGUAGES = {"sh", "bash", "toml", "ini", "json", "yaml", "python"}
-"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `sh` and `bash` see above, the others here."""
+LANGUAGES = {"sh", "bash", "toml", "ini", "json", "yaml", "python", "nginx"}
+"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `nginx` by test_nginx.py, `sh` and `bash` see
+above, the others here."""
 
 
 def every_block(language: str) -> list[Any]:

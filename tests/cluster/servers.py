@@ -103,7 +103,7 @@ class NatsServer:
 
 def _config(folder: Path, name: str, ports: tuple[int, int], *, replicas: int, more: str = "") -> str:
     port, nats_port = ports
-    users = " ".join(f"{{user: {user}, password: {password}}}" for user, password in USERS.items())
+    users = ", ".join(f"{{user: {user}, password: {password}}}" for user, password in USERS.items())
     return f"""
         server_name: {name}
         host: 127.0.0.1
@@ -145,4 +145,4 @@ def start_all(servers: Sequence[NatsServer]) -> None:
 
 def nats_url(servers: Sequence[NatsServer]) -> str:
     """Where consumers get their jobs."""
-    return ",".join(f"nats://127.0.0.1:{server.nats_port}" for server in servers)
+    return ",".join(f"nats://cesar:{USERS['cesar']}@127.0.0.1:{server.nats_port}" for server in servers)

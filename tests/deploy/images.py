@@ -236,6 +236,13 @@ def test_a_recording_is_transcribed_beside_a_broker_with_passwords(
     assert podman("inspect", "--format", "{{.State.ExitCode}}", consumer).strip() == "0", podman.log(consumer)
     assert (set_up.folder / "state/data/ledger.json").is_file()
 
+    password = (set_up.folder / "state/config/cesar.password").read_text()
+    done = set_up.run("--broker", f"mqtt://cesar@{address}", typed=password)
+    assert done.returncode == 0, done.stderr
+    again = files.up("cesar-mqtt", image)
+    wait_until(lambda: "Connected to" in podman.log(again) or not _is_running(podman, again))
+    assert _is_running(podman, again), "for the broker that is there"
+
 
 def _is_running(podman: Runtime, container: str) -> bool:
     return podman("inspect", "--format", "{{.State.Running}}", container).strip() == "true"

@@ -13,6 +13,7 @@ import pytest
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
+from cesar_mqtt.config import load_settings
 from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Consumer, command, wait_until, words
 from tests.cluster.servers import NatsServer, nats_server
 from tests.conftest import find_free_port, need, run
@@ -284,3 +285,12 @@ def test_the_images_are_those_of_the_consumer_and_of_the_tests() -> None:
     version = re.search(r"cesar-mqtt-nats:(\S+) ", text)
     assert version is not None
     assert f"cesar-mqtt-nats:{version[1]}" in (NATS / "compose.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["attic", "cellar"])
+def test_the_consumers_of_compose_have_settings_that_are_valid(name: str) -> None:
+    environment = read(NATS / "compose.yaml")["services"][name]["environment"]
+    said = {key: re.sub(r"\$\{\w+:-(\w+)\}", r"\1", value) for key, value in environment.items() if key != "HF_HOME"}
+    settings = load_settings(flags={}, config_file=None, environ=said, cwd=Path("/nowhere"))
+    assert settings.consumer.name == name
+    assert settings.broker.url.startswith("mqtts://cesar@nats-")

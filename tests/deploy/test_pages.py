@@ -17,17 +17,30 @@ from tests.conftest import Mosquitto, need
 ROOT = Path(__file__).parents[2]
 FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
 """Their blocks `sh` are run for real by tests/acceptance/test_documents.py."""
-STAND_INS = ("systemctl", "systemd-sysusers", "journalctl", "docker", "chown", "python3", "pip", "cesar-mqtt")
+STAND_INS = (
+    "nats-server",
+    "systemctl",
+    "systemd-sysusers",
+    "journalctl",
+    "docker",
+    "chown",
+    "python3",
+    "pip",
+    "cesar-mqtt",
+)
 
 pytestmark = [pytest.mark.mosquitto]
 
 
 def shown(page: str) -> str:
-    """All that a page tells the reader to type, as one script; each block is typed in the root of the clone."""
-    text = (ROOT / page).read_text()
+    """All that a page tells the reader to type, as one script; each section begins in the root of the clone."""
     language = "bash" if page == "README.md" else "sh"
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    return "".join(line.removeprefix(indent) for indent, block in found for line in block.splitlines(keepends=True))
+    script = ""
+    for section in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
+        found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL)
+        lines = [line.removeprefix(indent) for indent, block in found for line in block.splitlines(keepends=True)]
+        script += "".join(['cd "$CLONE"\n', *lines] if lines else [])
+    return script
 
 
 def pages() -> list[str]:
@@ -59,7 +72,12 @@ def machine(tmp_path: Path, mosquitto: Mosquitto) -> dict[str, str]:
     (work / ".venv/bin/cesar-mqtt").symlink_to(programs / "cesar-mqtt")
     (tmp_path / "cesar-mqtt").mkdir()
     (tmp_path / "cesar-mqtt" / "bin").symlink_to(programs)
-    return {**os.environ, "HOME": str(tmp_path), "PATH": f"{programs}:/usr/sbin:{os.environ['PATH']}"}
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "CLONE": str(work),
+        "PATH": f"{programs}:/usr/sbin:{os.environ['PATH']}",
+    }
 
 
 @pytest.mark.parametrize("page", pages())
