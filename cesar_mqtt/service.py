@@ -261,6 +261,7 @@ class Service:
             publisher=self._publisher,
             topics=self._topics,
             ack_wait_s=ack_wait_s,
+            is_strict=settings.queue.mode == "strict",
             is_working=lambda: self._worker.alive,
         )
         return admissions, claims

@@ -63,9 +63,9 @@ def record_key(job_id: str) -> str:
     return f"job.{job_id}"
 
 
-def waiting_job(job: NewJob, received_at: float, position: int | None) -> Job:
-    """Return a job that waits in the queue as a ledger would have it."""
-    return job_from(0, job_document(job, received_at, 0), position, None)
+def waiting_job(job: NewJob, received_at: float, position: int | None, since: float | None = None) -> Job:
+    """Return a job that waits in the queue as a ledger would have it, since when with this position."""
+    return job_from(0, job_document(job, received_at, 0), position, since)
 
 
 def request_payload(job: Job, audio: bytes | None) -> bytes:
@@ -182,12 +182,13 @@ class SharedCommands:
         """Cancel a waiting job; None: a consumer has claimed it."""
         job_id = message.job_id or ""
         key = record_key(job_id)
-        record = self._queue.record(key)
-        if record is None or "claim" in record.values:
-            return None
-        values = {**record.values, "state": JobState.CANCELLED.value, "consumer": self._topics.consumer}
-        if self._queue.update_record(key, record, values) is None:
-            return None
+        written = None
+        while written is None:
+            record = self._queue.record(key)
+            if record is None or "claim" in record.values:
+                return None
+            values = {**record.values, "state": JobState.CANCELLED.value, "consumer": self._topics.consumer}
+            written = self._queue.update_record(key, record, values)
         parsed = self._read(message)
         job = parsed.job or NewJob(job_id, "", None, "")
         if parsed.audio is not None:

@@ -11,6 +11,7 @@ job id was changed, which fails if another consumer has changed it since.
 """
 
 import json
+import math
 import threading
 import time
 import uuid
@@ -28,6 +29,7 @@ from cesar_mqtt.engines.messages import Message, QueueUnavailableError, Record
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import STATES, Admission, AudioSource, Claim, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
@@ -40,6 +42,8 @@ _RETRY_S = 0.5
 """Between two attempts while the server or the disk refuses."""
 _POLL_S = 0.5
 """How often a wait looks at what no event reports."""
+_POSITIONS_S = 2.0
+"""After so long a job is no short one: the positions of those behind it are published."""
 _ANNOUNCE_S = 5.0
 """How long a retry waits for the PUBACK of `queued` before the job is in the queue, where others publish it."""
 _RENEWALS = 3
@@ -78,6 +82,9 @@ class SharedQueue(Protocol):
 
     def is_enqueued(self, job_id: str) -> bool:
         """Whether the queue has the job."""
+
+    def job_behind(self, seq: int) -> Message | None:
+        """Return the first message of the queue whose number is greater."""
 
     def waiting(self) -> int:
         """Return how many jobs wait."""
@@ -304,6 +311,7 @@ class Claims(StoppableThread):
         publisher: Publisher,
         topics: Topics,
         ack_wait_s: float,
+        is_strict: bool,
         is_working: Callable[[], bool],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -317,6 +325,7 @@ class Claims(StoppableThread):
             publisher: publishes what `permit_of` allows.
             topics: of the consumer.
             ack_wait_s: as the queue has it.
+            is_strict: whether only one job of the group runs at a time, so that no other leaves the queue meanwhile.
             is_working: whether the worker may still run a job.
             monotonic: seconds that never go back.
 
@@ -331,6 +340,7 @@ class Claims(StoppableThread):
         self._publisher = publisher
         self._topics = topics
         self._ack_wait_s = ack_wait_s
+        self._is_strict = is_strict
         self._is_working = is_working
         self._monotonic = monotonic
         self._lease: Lease | None = None
@@ -590,6 +600,7 @@ class Claims(StoppableThread):
 
     def _attend(self, lease: Lease) -> None:
         """Renew the delivery until the job has ended and is published, is given back, or is lost."""
+        positions_due = self._monotonic() + _POSITIONS_S if self._is_strict else math.inf
         while True:
             self._changed.clear()
             job = self._ledger.get(lease.message.job_id or "")
@@ -607,7 +618,32 @@ class Claims(StoppableThread):
                     lease.renew(self._queue)
                 except QueueUnavailableError as exc:
                     log.debug("%s", exc, action="queue_unavailable", job_id=job.job_id)
+            elif self._monotonic() >= positions_due and not self._stopping.is_set():
+                positions_due = math.inf
+                with suppress(QueueUnavailableError):
+                    self._publish_positions(lease)
             self._changed.wait(min(_POLL_S, self._ack_wait_s / _RENEWALS / 2))
+
+    def _publish_positions(self, lease: Lease) -> None:
+        """Publish the positions of the first waiting jobs: none of them can be claimed while the lease is current.
+
+        One may be cancelled by another consumer. Its record is written before either of them publishes.
+        """
+        behind = lease.message.seq
+        for position in range(1, POSITIONS_TRACKED + 1):
+            message = self._queue.job_behind(behind)
+            if message is None or not lease.is_current or lease.is_due:
+                return
+            behind = message.seq
+            key = record_key(message.job_id or "")
+            record, job = self._queue.record(key), self._reader.read(message).job
+            if job is None or record is None or record.values.get("state") != JobState.QUEUED:
+                continue
+            if self._queue.update_record(key, record, {**record.values, "position": position}) is not None:
+                waiting = waiting_job(job, message.received_at, position, time.time())
+                self._publisher.publish_status_of(
+                    waiting, is_wanted=lambda: lease.is_current, on_acknowledged=lambda: None, is_new=False
+                )
 
     def _acknowledge(self, lease: Lease) -> bool:
         try:

@@ -162,7 +162,7 @@ def test_a_producer_submits_and_gets_its_transcript_and_nobody_is_denied_anythin
     people = deployed.environ("homeassistant")
     paused = command("pause", *deployed.flags("homeassistant"), environ=people)
     join_in = command(
-        "submit", str(SPEECH), "--no-wait", "--job-id", "late", *deployed.flags("homeassistant"), **people
+        "submit", str(SPEECH), "--no-wait", "--job-id", "late", *deployed.flags("homeassistant"), environ=people
     )
     deleted = command("delete", "late", *deployed.flags("homeassistant"), environ=people)
     assert consumer.stop() == 0
