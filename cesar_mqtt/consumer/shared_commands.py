@@ -150,12 +150,23 @@ class SharedCommands:
         if record is None:
             return f"There is no job {job_id}: it never existed, or it was deleted."
         if message is None or "claim" in record.values:
+            if message is not None and command == "cancel":
+                self._mark_cancelling(record_key(job_id))
             return None
         if command == "get":
             return self._status(message)
         if command in ("cancel", "delete"):
             return self._end(command, message)
         return f"Job {job_id} is queued."
+
+    def _mark_cancelling(self, key: str) -> None:
+        """Have a claimed job cancelled by the consumer that takes it over, if the one that has it does not answer."""
+        written = None
+        while written is None:
+            record = self._queue.record(key)
+            if record is None or record.values.get("state") != JobState.PROCESSING:
+                return
+            written = self._queue.update_record(key, record, {**record.values, "cancelling": True})
 
     def _end(self, command: str, message: Message) -> Mapping[str, Any] | None:
         cancelled = self._cancel(message)
@@ -185,7 +196,10 @@ class SharedCommands:
         written = None
         while written is None:
             record = self._queue.record(key)
-            if record is None or "claim" in record.values:
+            if record is None:
+                return None
+            if "claim" in record.values:
+                self._mark_cancelling(key)
                 return None
             values = {**record.values, "state": JobState.CANCELLED.value, "consumer": self._topics.consumer}
             written = self._queue.update_record(key, record, values)

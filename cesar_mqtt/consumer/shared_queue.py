@@ -27,7 +27,7 @@ from cesar_mqtt.consumer.publisher import Permit, Publisher
 from cesar_mqtt.consumer.shared_commands import PAUSED_KEY, SharedCommands, record_key, request_payload, waiting_job
 from cesar_mqtt.engines.messages import Message, QueueUnavailableError, Record
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.jobs import STATES, Admission, AudioSource, Claim, Job, JobState, NewJob
+from cesar_mqtt.jobs import STATES, Admission, AudioSource, Claim, IllegalTransitionError, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.ledger.spool import Spool
@@ -594,8 +594,11 @@ class Claims(StoppableThread):
         if parsed.audio is not None:
             (name,) = self._spool.store([parsed.audio])
             job = replace(job, audio=AudioSource("spool", name))
-        crashes = 0 if lease.record is None else lease.record.values.get("crashes", 0)
-        self._ledger.append_claimed(replace(job, claim=lease.claim), crashes=crashes)
+        values: Mapping[str, Any] = {} if lease.record is None else lease.record.values
+        self._ledger.append_claimed(replace(job, claim=lease.claim), crashes=values.get("crashes", 0))
+        if values.get("cancelling"):
+            with suppress(IllegalTransitionError):  # it has just crashed too often
+                self._ledger.cancel(job_id)
         return True
 
     def _attend(self, lease: Lease) -> None:

@@ -195,7 +195,22 @@ def test_positions_follow_a_long_job(nats: NatsServer, serve: Serve, join: Join,
     bus.wait("cesar/status/a", lambda status: status["queue_position"] == 1)
     bus.wait("cesar/consumer/first/queue", lambda queue: queue["queued"] == 2)
     events = [event for event in bus.seen("cesar/events") if event["job_id"] == "b"]
-    assert [event["status"] for event in events] == ["queued"]
+    assert [event["event_type"] for event in events] == ["queued"]
     bus.publish("cesar/request/cancel_all", "")
     for job_id in ("long", "a", "b"):
         assert bus.status(job_id)["status"] == "cancelled"
+
+
+def test_a_cancel_reaches_the_job_of_a_consumer_that_hangs(nats: NatsServer, serve: Serve, join: Join) -> None:
+    bus = join(nats.mqtt_port)
+    consumers = start_pair(nats, serve)
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(LONG)})
+    stopped = bus.status("long", "processing")["consumer"]
+    consumers[stopped].signal(signal.SIGSTOP)
+    bus.publish("cesar/request/cancel", {"job_id": "long"})
+    cancelled = bus.status("long")
+    consumers[stopped].signal(signal.SIGCONT)
+    bus.publish("cesar/jobs", {"job_id": "next", "audio_path": str(SPEECH)})
+    bus.status("next", "completed")
+    assert (cancelled["status"], cancelled["consumer"] != stopped) == ("cancelled", True)
+    assert bus.seen("cesar/status/long")[-1] == cancelled
