@@ -414,19 +414,21 @@ class Claims(StoppableThread):
                 in the queue already.
             LedgerError: the disk refuses; the job is in the queue.
         """
-        audio = None
-        if job.audio is not None and job.audio.kind == "spool":
-            audio = self._spool.path(job.audio.name).read_bytes()
+        request = self._request_of(job)
         key = record_key(job.job_id)
         record = self._queue.record(key)
-        kept = {} if record is None else {name: record.values[name] for name in ("request", "fingerprint")}
+        kept = (
+            {}
+            if record is None
+            else {name: value for name, value in record.values.items() if name in ("request", "fingerprint")}
+        )
         values = {**kept, "state": JobState.QUEUED.value, "consumer": self._topics.consumer}
         queued = (
             self._queue.create_record(key, values) if record is None else self._queue.update_record(key, record, values)
         )
         if queued is None:
             raise QueueUnavailableError("Another consumer changes the job at this moment.")
-        accepted = threading.Event()
+        accepted, given_up = threading.Event(), threading.Event()
         position = self._queue.waiting() + 1
         waiting = job._replace(
             state=JobState.QUEUED,
@@ -437,20 +439,31 @@ class Claims(StoppableThread):
             error_code=None,
             error_message=None,
         )
-        self._publisher.publish_status_of(waiting, is_wanted=lambda: True, on_acknowledged=accepted.set)
-        accepted.wait(_ANNOUNCE_S)
-        raw = audio is not None and not (job.options or job.metadata or job.formats or job.stream)
-        message = Message(
-            topic=self._topics.audio(job.job_id) if raw else self._topics.jobs,
-            payload=audio if raw and audio is not None else request_payload(job, audio),
-            seq=queued.revision,  # names this retry: the server recognises what is enqueued twice
-            deliveries=0,
-            received_at=job.created_at,
-            job_id=job.job_id,
-            reply="",
+        self._publisher.publish_status_of(
+            waiting, is_wanted=lambda: not given_up.is_set(), on_acknowledged=accepted.set
         )
-        self._queue.enqueue(job.job_id, message)
+        if not accepted.wait(_ANNOUNCE_S):
+            given_up.set()  # it must not come behind what the next consumer publishes
+        # The revision names this retry: the server recognises what is enqueued twice.
+        self._queue.enqueue(job.job_id, replace(request, seq=queued.revision))
         self._forget(job.seq)
+
+    def _request_of(self, job: Job) -> Message:
+        """Return a request that becomes this job. Raises IllegalTransitionError if it is too large for the queue."""
+        audio = None
+        if job.audio is not None and job.audio.kind == "spool":
+            audio = self._spool.path(job.audio.name).read_bytes()
+        request = Message(self._topics.jobs, request_payload(job, audio), 0, 0, job.created_at, job.job_id, "")
+        if audio is not None:
+            upload = replace(request, topic=self._topics.audio(job.job_id), payload=audio)
+            read = self._reader.read(upload).job
+            if read is not None and _settings_of(read) == _settings_of(job):
+                return upload
+        if len(request.payload) > self._queue.max_payload_bytes:
+            raise IllegalTransitionError(
+                f"The recording of job {job.job_id} is too large to go back into the queue: submit it under a new id."
+            )
+        return request
 
     def release(self, job_id: str) -> None:
         """Make the id of a deleted job free for another request; if the server does not answer, it is so later."""
@@ -691,3 +704,7 @@ class Claims(StoppableThread):
             log.error("%s", exc, action="intake_degraded")
             return False
         return True
+
+
+def _settings_of(job: Job | NewJob) -> tuple[Any, ...]:
+    return job.model_size, dict(job.options), dict(job.metadata), tuple(job.formats), job.stream
