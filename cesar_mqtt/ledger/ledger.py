@@ -12,6 +12,7 @@ import threading
 import time
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +39,7 @@ from cesar_mqtt.ledger.documents import (
     WINDOWS,
     deleted_job,
     document_may_need_audio,
+    has_text,
     job_document,
     job_from,
     needs_windows,
@@ -65,7 +67,19 @@ _MANY_JOBS = 10_000
 """From here on the garbage collector's passes over all documents take noticeable time."""
 
 _CLEARED_BY_REQUEUE = ("started_at",)
-_CLEARED_BY_RETRY = ("started_at", "completed_at", "error_code", "error_message", "cancelling", "expires_at")
+_CLEARED_BY_RETRY = (
+    "started_at",
+    "completed_at",
+    "error_code",
+    "error_message",
+    "cancelling",
+    "expires_at",
+    "diarization_error",
+    "speakers",
+)
+_CLEARED_BY_COMPLETION = ("cancelling", "was_completed")
+_DIED = "The process died while it told the speakers apart; the text is complete. Retry the job to have them labelled."
+_NOT_LABELLED = "Telling the speakers apart was cancelled; the text is complete. Retry the job to have them labelled."
 _EXPIRED = {
     "error_code": ErrorCode.EXPIRED.value,
     "error_message": "The job did not start within its `expires_in`. Retry it, or submit it with a longer time.",
@@ -212,6 +226,11 @@ class Ledger:
             crashes = row.get("crashes", 0) + 1
             if row.get("cancelling"):
                 self._cancel(seq)
+            elif has_text(row):
+                self._complete_without_speakers(seq, _DIED)
+                log.warning(
+                    "Job completed without speakers: the process died", action="recovered", job_id=row["job_id"]
+                )
             elif crashes < self._max_attempts:
                 self._transition(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_CLEARED_BY_REQUEUE)
                 log.warning("Job was running when the process died: requeued", action="recovered", job_id=row["job_id"])
@@ -389,6 +408,84 @@ class Ledger:
             if self._index.deduplication.released_until != self._released_on_disk:
                 self._commit([])
 
+    # -- a queue that consumers share ------------------------------------------------------------------------------
+
+    def append_claimed(self, request: NewJob, *, crashes: int) -> Job:
+        """Admit a job that the shared queue delivered, and return it.
+
+        Args:
+            request: has a claim; no other job has its id.
+            crashes: how many of its consumers died; `max_attempts` of them, and the job ends as `crashed`.
+
+        Raises:
+            LedgerError: the disk failed.
+        """
+        with self._changed:
+            self._insert({request.job_id: request}, {})
+            seq = self._index.last_seq
+            if crashes >= self._max_attempts:
+                self._transition(seq, JobState.PROCESSING, {"crashes": crashes})
+                self._fail(
+                    seq,
+                    ErrorCode.CRASHED,
+                    f"{crashes} consumers died or lost their connection while they ran this job. Check the audio, then "
+                    "retry.",
+                    {},
+                )
+            self._notify()
+            return self._job(seq)
+
+    def append_cancelled(self, request: NewJob) -> Job:
+        """Admit a job of the shared queue that was cancelled there, and return it. Raises LedgerError."""
+        with self._changed:
+            self._insert({request.job_id: request}, {})
+            seq = self._index.last_seq
+            self._cancel(seq)
+            return self._job(seq)
+
+    def check_retry(self, job_id: str) -> None:
+        """Raise IllegalTransitionError, with a sentence for the user, if a job of the ledger cannot be retried."""
+        with self._changed:
+            seq = self._index.deduplication.seq(job_id)
+            rejection = None if seq is None else retry_rejection(self._rows[str(seq)])
+            if rejection is not None:
+                raise IllegalTransitionError(rejection)
+
+    def claimed(self) -> list[Job]:
+        """Return the jobs of a shared queue that have not ended, or whose status the broker has not acknowledged."""
+        with self._changed:
+            rows = ((int(key), row) for key, row in self._rows.items() if "claim" in row)
+            return [
+                self._job(seq) for seq, row in rows if not STATES[row["state"]].final or self._outbox.is_pending(seq)
+            ]
+
+    def is_unpublished(self, seq: int) -> bool:
+        """Whether the broker has not acknowledged the newest status of a job."""
+        with self._changed:
+            return self._outbox.is_pending(seq)
+
+    def forget(self, seq: int) -> list[str]:
+        """Remove a job that another consumer has now; its retained messages stay, which are that consumer's.
+
+        Returns:
+            Its files in the spool folder, for the caller to delete; none if there is no such job.
+
+        Raises:
+            LedgerError: the disk failed; the job stays.
+        """
+        with self._changed:
+            row = self._rows.get(str(seq))
+            if row is None:
+                return []
+            changes = [Change(JOBS, seq, None), *self._without_windows(seq)]
+            changes.append(Change(COUNTERS, 1, {"last_seq": self._index.last_seq}))
+            self._commit(changes, keep_reserve=0)
+            self._index.forget(seq, row)
+            self._outbox.drop([seq])
+            self._update_positions()
+            self._notify()
+            return list(spool_files(row))
+
     # -- run jobs -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:
@@ -490,14 +587,65 @@ class Ledger:
             IllegalTransitionError: the job is not processing.
         """
         with self._changed:
-            stored = self._index.windows.get(seq, 0)
+            if seq not in self._index.processing:
+                raise IllegalTransitionError(f"Job number {seq} is not processing and cannot be completed.")
+            # Windows with speakers replace those without.
+            stored = 0 if result.speakers is not None else self._index.windows.get(seq, 0)
             kept = result.windows if needs_windows(self._rows.get(str(seq), {})) else ()
             missing = list(enumerate(kept))[stored:]
             also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
             also += self._without_windows(seq, start=len(kept))
-            fields = result_fields(result, self._clock())
-            self._transition(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
+            early = self._rows.get(str(seq), {}).get("warnings", ())
+            warnings = tuple(dict.fromkeys((*early, *result.warnings)))
+            fields = {"completed_at": self._clock(), **result_fields(replace(result, warnings=warnings))}
+            self._transition(seq, JobState.COMPLETED, fields, dropped=_CLEARED_BY_COMPLETION, also=also)
             self._index.set_window_count(seq, len(kept))
+
+    def record_text(self, seq: int, result: Result, *, identity: str | None = None) -> Job:
+        """Record the transcript of a job in `processing` whose speakers are still to be told apart, and return the job.
+
+        From here on the job is never transcribed again: it ends `completed` even if the process dies.
+
+        Args:
+            seq: the job.
+            result: the transcript, with all windows.
+            identity: of the audio, as in `add_window`.
+
+        Raises:
+            LedgerError: the disk failed; nothing is recorded.
+            IllegalTransitionError: the job is not processing.
+        """
+        with self._changed:
+            if seq not in self._index.processing:
+                raise IllegalTransitionError(f"Job number {seq} is not processing and has no use for a transcript.")
+            known = {} if identity is None else {"identity": identity}
+            missing = list(enumerate(result.windows))[self._index.windows.get(seq, 0) :]
+            changes = [Change(WINDOWS, window_id(seq, number), window_document(one) | known) for number, one in missing]
+            early = self._rows[str(seq)].get("warnings", ())
+            fields = result_fields(replace(result, warnings=tuple(dict.fromkeys((*early, *result.warnings)))))
+            self._commit([*changes, Change(JOBS, seq, fields)])
+            self._index.set_window_count(seq, len(result.windows))
+            return self._job(seq)
+
+    def is_of_audio(self, seq: int, identity: str | None) -> bool:
+        """Whether a job's windows are of the audio with this identity, as far as that was recorded."""
+        with self._changed:
+            first = self._storage.rows(WINDOWS).get(str(window_id(seq, 0)), {})
+            return first.get("identity", identity) == identity
+
+    def complete_without_speakers(self, seq: int, error: str) -> None:
+        """Record that the speakers of a job in `processing`, whose text is recorded, were not told apart, and why.
+
+        Raises as `complete`.
+        """
+        with self._changed:
+            if seq not in self._index.processing:
+                raise IllegalTransitionError(f"Job number {seq} is not processing.")
+            self._complete_without_speakers(seq, error)
+
+    def _complete_without_speakers(self, seq: int, error: str, *, keep_reserve: int = KEPT_FOR_COMMANDS) -> None:
+        fields = {"completed_at": self._clock(), "diarization_error": error}
+        self._transition(seq, JobState.COMPLETED, fields, dropped=_CLEARED_BY_COMPLETION, keep_reserve=keep_reserve)
 
     def fail(self, seq: int, code: ErrorCode, message: str) -> None:
         """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
@@ -556,6 +704,9 @@ class Ledger:
             self._cancel(seq)
 
     def _cancel(self, seq: int) -> None:
+        if "was_completed" in self._rows.get(str(seq), {}):
+            self._complete_without_speakers(seq, _NOT_LABELLED, keep_reserve=0)
+            return
         fields = {"completed_at": self._clock()}
         self._transition(seq, JobState.CANCELLED, fields, dropped=("cancelling",), keep_reserve=0)
 
@@ -586,7 +737,7 @@ class Ledger:
             return self._job(seq)
 
     def retry(self, job_id: str) -> Job | None:
-        """Queue a job that ended as `error` or `cancelled` again, with the same options.
+        """Queue a job that ended as `error` or `cancelled` again, with the same options; or to tell its speakers apart.
 
         Its position in the queue follows from its priority and its sequence number. With uploaded audio the finished
         windows are kept; a file or URL may have changed since.
@@ -605,10 +756,13 @@ class Ledger:
             row = self._rows[str(seq)]
             if rejection := retry_rejection(row):
                 raise IllegalTransitionError(rejection)
-            spooled = row["audio"][0] == "spool"
-            also = [] if spooled else self._without_windows(seq)
-            self._transition(seq, JobState.QUEUED, {"crashes": 0, "retries": 0}, dropped=_CLEARED_BY_RETRY, also=also)
-            if not spooled:
+            keeps_windows = row["audio"][0] == "spool" or has_text(row)
+            also = [] if keeps_windows else self._without_windows(seq)
+            fields = {"crashes": 0, "retries": 0}
+            if row["state"] == JobState.COMPLETED:
+                fields["was_completed"] = True
+            self._transition(seq, JobState.QUEUED, fields, dropped=_CLEARED_BY_RETRY, also=also)
+            if not keeps_windows:
                 self._index.set_window_count(seq, 0)
             return self._job(seq)
 
@@ -649,6 +803,11 @@ class Ledger:
             seqs = list(islice(self._index.queue, limit))
             if not seqs:
                 return []
+            completed = [seq for seq in seqs if "was_completed" in self._rows[str(seq)]]
+            for seq in completed:
+                self._cancel(seq)
+            if completed:
+                return [self._job(seq) for seq in completed]
             now, state = self._clock(), JobState.CANCELLED
             fields = {"state": state.value, "updated_at": now, "completed_at": now}
             fields["revision"] = self._storage.transaction + 1
@@ -918,9 +1077,12 @@ class Ledger:
             return tuple(self._index.processing)
 
     def is_cancelling(self, seq: int) -> bool:
-        """Whether a running job is to be cancelled. Takes no lock, since it is called many times a second."""
+        """Whether a running job is to be cancelled, or was forgotten.
+
+        Takes no lock, since it is called many times a second.
+        """
         row = self._rows.get(str(seq))
-        return row is not None and "cancelling" in row
+        return row is None or "cancelling" in row
 
     def last_finished(self, state: JobState) -> Job | None:
         """Return the job that ended last in this state, rejections aside; None: no such job is left."""

@@ -4,6 +4,7 @@ Any thread may call it.
 """
 
 import contextlib
+import errno
 import os
 import resource
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from cesar_mqtt.errors import LedgerError, SpoolFullError
+from cesar_mqtt.errors import LedgerError, SpoolFullError, UploadRefusedError
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.reserve import RESERVE_BYTES
 
@@ -139,11 +140,15 @@ class Spool:
 
         Raises:
             SpoolFullError: there is no room for them; nothing was written.
+            UploadRefusedError: one of them never fits, or not with those before it; no file is left behind.
             LedgerError: the disk failed; no file is left behind.
         """
         self.check_room(sum(map(len, files)))
         names: list[str] = []
         try:
+            if files and not self._folder.is_dir():  # it was removed meanwhile
+                self._folder.mkdir(mode=0o700)
+                self._disk.sync_folder(self._folder.parent)
             for content in files:
                 names.append(uuid.uuid4().hex)
                 self._disk.create(self.path(names[-1]), (content,))
@@ -151,9 +156,17 @@ class Spool:
                 self._disk.sync_folder(self._folder)
         except OSError as exc:
             self.remove(names)
-            raise LedgerError(f"The spool folder {self._folder} cannot be written: {exc.strerror}.") from exc
+            problem = f"The spool folder {self._folder} cannot be written: {exc.strerror}."
+            index = max(0, len(names) - 1)
+            if self._is_refusal(exc, index=index):
+                raise UploadRefusedError(problem, index=index) from exc
+            raise LedgerError(problem) from exc
         self._add({name: len(content) for name, content in zip(names, files, strict=True)})
         return names
+
+    def _is_refusal(self, error: OSError, *, index: int) -> bool:
+        """Whether it does not help to wait for room: `statvfs` knows neither quotas nor the largest size of a file."""
+        return error.errno == errno.EFBIG or (error.errno == errno.EDQUOT and (index > 0 or not self.used_bytes))
 
     def remove(self, names: Collection[str]) -> None:
         """Delete files; those that cannot be deleted now are swept at the next start."""

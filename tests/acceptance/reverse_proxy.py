@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.acceptance.harness import wait_until
+from tests.acceptance.test_documents import blocks
 from tests.conftest import find_free_port, need
 
+_PAGE = Path(__file__).parents[2] / "docs" / "web.md"
 _CONFIGURATION = """
 daemon off;
 pid {folder}/nginx.pid;
@@ -23,17 +25,7 @@ http {{
     scgi_temp_path {folder}/scgi;
     server {{
         listen 127.0.0.1:{port};
-        location /cesar/ {{
-            proxy_pass http://127.0.0.1:{page}/;
-            proxy_set_header X-Forwarded-Host $http_host;
-            proxy_set_header X-Forwarded-Proto {scheme};
-            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection $http_connection;
-            proxy_http_version 1.1;
-            proxy_request_buffering off;
-            client_max_body_size 256m;
-        }}
+        {location}
     }}
 }}
 """
@@ -50,7 +42,9 @@ def reverse_proxy(page: int, folder: Path, *, scheme: str = "$scheme") -> Iterat
     """
     port = find_free_port()
     file = folder / "nginx.conf"
-    file.write_text(_CONFIGURATION.format(folder=folder, port=port, page=page, scheme=scheme))
+    (shown,) = blocks(_PAGE, "nginx")
+    location = shown.replace("127.0.0.1:8188", f"127.0.0.1:{page}").replace("$scheme", scheme)
+    file.write_text(_CONFIGURATION.format(folder=folder, port=port, location=location))
     process = subprocess.Popen(
         [need("nginx"), "-c", str(file), "-p", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
