@@ -77,8 +77,8 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page: str, argu
 FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
 """Their commands are run by the tests below, those of all other pages by tests/deploy/test_pages.py."""
 LANGUAGES = {"sh", "bash", "toml", "ini", "json", "yaml", "python", "nginx"}
-"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `nginx` by test_web_proxy.py, `sh` and `bash` see
-above, the others here."""
+"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `nginx` by test_web_proxy.py, `sh` and `bash`
+see above, the others here."""
 
 
 def every_block(language: str) -> list[Any]:
