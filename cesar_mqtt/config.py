@@ -39,7 +39,7 @@ TopicFilter = Annotated[
 ]
 
 
-ResultFormat = Literal["txt", "srt", "vtt", "tsv", "json"]
+ResultFormat = Literal["txt", "srt", "vtt", "tsv", "json", "md"]
 """As `protocol.fields` has them."""
 
 
@@ -159,7 +159,7 @@ class WorkerSettings(Section):
     retries: int = Field(default=2, ge=0)
     """How often a job is retried automatically after a temporary failure."""
     retry_delay: float = Field(default=2.0, gt=0)
-    """Seconds before the first retry, in which the jobs behind it run; four times as long before each further one."""
+    """Seconds before the first retry, in which the jobs behind it run; four times as long each, up to an hour."""
     job_timeout: float | None = Field(default=None, gt=0)
     """Seconds that one attempt may take before the job ends as `error` `timeout`; None: no limit."""
     drain_timeout: float | None = Field(default=None, gt=0)
@@ -278,7 +278,9 @@ class WyomingSettings(Section):
     language: str | None = None
     """The language where the client names none; None: detected."""
     timeout: float = Field(default=30.0, gt=0)
-    """Seconds that a client waits for its transcript; a job that has not started by then is cancelled."""
+    """Seconds that a client waits for its transcript; the job is cancelled then, as when the client disconnects."""
+    keep_jobs: bool = False
+    """Whether a job goes on when its client disconnects, or has waited too long while it runs."""
     announce: bool = True
     """Whether Home Assistant may find the server by mDNS; not where only this machine reaches it."""
     home_assistant_url: str | None = Field(

@@ -137,7 +137,9 @@ class Service:
         defaults = StoredDefaults(self._ledger, self._models.catalogue)
         self._announced_topics = AnnouncedTopics(settings.data_dir / "homeassistant.json")
         self._client.on_connected = self._on_connected
-        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(failure.unacknowledged)
+        self._client.on_disconnected = lambda failure: self._publisher.on_disconnected(
+            failure.unacknowledged, is_stalled=failure.is_stalled
+        )
         self._client.on_published = self._publisher.on_published
         self._client.on_refused = self._on_refused
         self._transcriber = Transcriber(
@@ -493,7 +495,7 @@ def _create_metrics(settings: Settings) -> "Metrics | None":
             raise
         raise ConfigError(
             "metrics.port is set, but prometheus-client is not installed: "
-            "install it with pip install 'cesar-mqtt[metrics]', or leave metrics.port out"
+            "install it with pip install '.[metrics]' in the clone, or leave metrics.port out"
         ) from exc
     return Metrics(settings.metrics.host, settings.metrics.port, consumer=settings.consumer.name)
 

@@ -6,9 +6,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from cesar_mqtt.mqtt.codec import PUBLISH, decode_number
@@ -29,28 +30,15 @@ class _Doom:
     after_bytes: int
 
 
-class Proxy:
-    """Passes connections on to a port of 127.0.0.1; the first `cuts` of them end badly, often within a packet.
-
-    `cut` closes both ends; `reset` does so without a word; `swallow` first takes for a while what comes, and passes
-    nothing on; `forget` closes the client's end and leaves the broker's open.
+class _Door:
+    """Accepts connections, and makes one to a port of 127.0.0.1 for each.
 
     Attributes:
         url: where to connect to.
-        spent: set when the last bad end has come; who connects after that is left alone.
     """
 
-    def __init__(self, port: int, dice: random.Random, *, cuts: int) -> None:
-        self.spent = threading.Event()
+    def __init__(self, port: int) -> None:
         self._port = port
-        self._dooms = [
-            _Doom(
-                fate=dice.choice(("cut", "reset", "swallow", "forget")),
-                upwards=dice.random() < 0.5,
-                after_bytes=int(10 ** dice.uniform(1.0, 4.5)),
-            )
-            for _ in range(cuts)
-        ]
         self._ends: list[socket.socket] = []
         self._door = socket.create_server(("127.0.0.1", 0))
         self.url = f"mqtt://127.0.0.1:{self._door.getsockname()[1]}"
@@ -59,7 +47,12 @@ class Proxy:
 
     def close(self) -> None:
         """End every connection."""
-        _end_all([self._door, *self._ends], self._threads)
+        ends = [self._door, *self._ends]
+        _shut(*ends)
+        for thread in self._threads:
+            thread.join(_WAIT_S)
+        for end in ends:
+            end.close()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -71,13 +64,42 @@ class Proxy:
                     client.close()
                     continue
                 self._ends += [client, broker]
-                doom = self._dooms.pop(0) if self._dooms else None
-                last = doom is not None and not self._dooms
-                thread = threading.Thread(target=self._carry, args=(client, broker, doom, last), daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                for carry in self._carriers(client, broker):
+                    self._threads.append(threading.Thread(target=carry, daemon=True))
+                    self._threads[-1].start()
 
-    def _carry(self, client: socket.socket, broker: socket.socket, doom: _Doom | None, last: bool) -> None:  # noqa: FBT001
+    def _carriers(self, client: socket.socket, broker: socket.socket) -> Sequence[Callable[[], None]]:
+        """What passes the bytes on between the two, each in a thread."""
+        raise NotImplementedError
+
+
+class Proxy(_Door):
+    """Passes connections on to a port of 127.0.0.1; the first `cuts` of them end badly, often within a packet.
+
+    `cut` closes both ends; `reset` does so without a word; `swallow` first takes for a while what comes, and passes
+    nothing on; `forget` closes the client's end and leaves the broker's open.
+
+    Attributes:
+        spent: set when the last bad end has come; who connects after that is left alone.
+    """
+
+    def __init__(self, port: int, dice: random.Random, *, cuts: int) -> None:
+        self.spent = threading.Event()
+        self._dooms = [
+            _Doom(
+                fate=dice.choice(("cut", "reset", "swallow", "forget")),
+                upwards=dice.random() < 0.5,
+                after_bytes=int(10 ** dice.uniform(1.0, 4.5)),
+            )
+            for _ in range(cuts)
+        ]
+        super().__init__(port)
+
+    def _carriers(self, client: socket.socket, broker: socket.socket) -> Sequence[Callable[[], None]]:
+        doom = self._dooms.pop(0) if self._dooms else None
+        return [partial(self._carry, client, broker, doom, last=doom is not None and not self._dooms)]
+
+    def _carry(self, client: socket.socket, broker: socket.socket, doom: _Doom | None, *, last: bool) -> None:
         with broker:
             with client, suppress(OSError):
                 _pass_on(client, broker, doom)
@@ -122,40 +144,23 @@ def _swallow(*ends: socket.socket, for_s: float) -> None:
                 return
 
 
-class PickyProxy:
+class PickyProxy(_Door):
     """Passes connections on to a port of 127.0.0.1, and ends one as soon as the client publishes what is not accepted.
 
     So do brokers that no package has, or only behind an account.
 
     Attributes:
-        url: where to connect to.
         ended: the topics at which it has ended a connection, in order.
     """
 
     def __init__(self, port: int, accepts: Callable[[str, int], bool]) -> None:
         """`accepts` gets the topic and the size of the packet in bytes."""
         self.ended: list[str] = []
-        self._port = port
         self._accepts = accepts
-        self._ends: list[socket.socket] = []
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self.url = f"mqtt://127.0.0.1:{self._door.getsockname()[1]}"
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        super().__init__(port)
 
-    def close(self) -> None:
-        """End every connection."""
-        _end_all([self._door, *self._ends], self._threads)
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._door.accept()
-                broker = socket.create_connection(("127.0.0.1", self._port))
-                self._ends += [client, broker]
-                for carry in (self._upwards, self._downwards):
-                    self._threads.append(threading.Thread(target=carry, args=(client, broker), daemon=True))
-                    self._threads[-1].start()
+    def _carriers(self, client: socket.socket, broker: socket.socket) -> Sequence[Callable[[], None]]:
+        return [partial(self._upwards, client, broker), partial(self._downwards, client, broker)]
 
     def _upwards(self, client: socket.socket, broker: socket.socket) -> None:
         received = bytearray()
@@ -200,11 +205,3 @@ def _shut(*ends: socket.socket) -> None:
     for end in ends:
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
-
-
-def _end_all(ends: list[socket.socket], threads: list[threading.Thread]) -> None:
-    _shut(*ends)
-    for thread in threads:
-        thread.join(_WAIT_S)
-    for end in ends:
-        end.close()

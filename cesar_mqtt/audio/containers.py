@@ -251,11 +251,19 @@ _MP3_FRAME = re.compile(rb"\xff[\xe2-\xe3\xf2-\xf3\xfa-\xfb][\x00-\xff][\x00-\xf
 """The head of a frame of MPEG audio, layer III, of the versions 2.5, 2 and 1."""
 _MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _MP3_FRAME_SAMPLES = {3: 1152, 2: 576, 0: 576}
-_MP3_TAG = re.compile(rb"(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f](....)|VBRI.{10}(....)", re.DOTALL)
+_MP3_LOWEST_BIT_RATES = {3: 32_000, 2: 8_000, 0: 8_000}
+_MP3_TAG = re.compile(
+    rb"(?:Xing|Info)...(?:[\x03\x07\x0b\x0f](?P<frames>....)(?P<bytes>....)|[\x01\x05\x09\x0d](?P<alone>....))"
+    rb"|VBRI.{6}(?P<vbri_bytes>....)(?P<vbri>....)",
+    re.DOTALL,
+)
 
 
 def _mp3_s(head: bytes) -> float | None:
-    """The duration in a Xing, Info or VBRI tag; it is that of the first file, if several were joined."""
+    """The duration in a Xing, Info or VBRI tag; it is that of the first file, if several were joined.
+
+    None: there is no tag, or it counts more frames than its bytes can hold.
+    """
     frame = _MP3_FRAME.search(head)
     tag = _MP3_TAG.search(head, frame.start(), frame.start() + 64) if frame else None
     if frame is None or tag is None:
@@ -263,8 +271,11 @@ def _mp3_s(head: bytes) -> float | None:
     version, rate = frame[0][1] >> 3 & 3, frame[0][2] >> 2 & 3
     if rate >= len(_MP3_RATES[version]):
         return None
-    frames = int.from_bytes(tag[1] or tag[2], "big")
-    return frames * _MP3_FRAME_SAMPLES[version] / _MP3_RATES[version][rate] or None
+    frames = int.from_bytes(tag["frames"] or tag["alone"] or tag["vbri"], "big")
+    size = int.from_bytes(tag["bytes"] or tag["vbri_bytes"] or b"", "big")
+    tagged_s = frames * _MP3_FRAME_SAMPLES[version] / _MP3_RATES[version][rate]
+    is_wrong = 0 < 8 * size < tagged_s * _MP3_LOWEST_BIT_RATES[version]
+    return None if is_wrong else tagged_s or None
 
 
 def _wav_s(file: FileReader) -> float | None:

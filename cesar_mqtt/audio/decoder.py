@@ -109,9 +109,13 @@ def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice 
 
 
 def _file_at(descriptor: int, start: int) -> FileReader:
-    """The file that begins there, behind any tag, as far as no other one was joined to it."""
-    start += id3_bytes(FileReader(descriptor, start=start))
-    length = next_start(FileReader(descriptor, start=start))
+    """The file that begins there, behind any tag, as far as no other one was joined to it. Raises JobFailedError."""
+    tagged = FileReader(descriptor, start=start)
+    start += id3_bytes(tagged)
+    whole = FileReader(descriptor, start=start)
+    length = next_start(whole)
+    for file in (tagged, whole):  # a failed read looks like the end of the file: a joined one would be left out
+        file.raise_error()
     return FileReader(descriptor, start=start, end=None if length is None else start + length)
 
 

@@ -78,6 +78,9 @@ class MessageParser:
 
     def parse(self, delivery: Delivery) -> IncomingMessage:
         """Read one message; an invalid one yields a refusal."""
+        if self._topics.is_submission(delivery.topic):
+            # An empty payload clears a retained submission.
+            return self._submission(delivery) if delivery.payload else IncomingMessage(delivery)
         if delivery.topic == self._topics.own("queue"):
             # A redelivery shows the queue at an earlier connection.
             return IncomingMessage(delivery, queue_message=None if delivery.dup else delivery.payload)
@@ -86,11 +89,8 @@ class MessageParser:
             return IncomingMessage(delivery, command=command)
         if delivery.topic == self._topics.own(PAUSE_SWITCH):
             return _pause_command(delivery)
-        if not self._topics.is_submission(delivery.topic):  # a birth topic, or one of an earlier configuration
-            return IncomingMessage(delivery, is_birth=delivery.payload == BIRTH_PAYLOAD and not delivery.retain)
-        if not delivery.payload:  # clears a retained submission
-            return IncomingMessage(delivery)
-        return self._submission(delivery)
+        # A birth topic, or one of an earlier configuration.
+        return IncomingMessage(delivery, is_birth=delivery.payload == BIRTH_PAYLOAD and not delivery.retain)
 
     def _submission(self, delivery: Delivery) -> IncomingMessage:
         parsed = self._parse_request(delivery)

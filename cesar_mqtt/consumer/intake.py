@@ -385,8 +385,8 @@ class Intake(StoppableThread):
                 refusal = refusal or _refusal(None if message.job.has_generated_id else job_id, admission)
             if message.is_birth:
                 self._on_birth()
-            audio_id = self._topics.audio_job_id(message.delivery.topic)
-            if audio_id is not None and not message.delivery.payload:
+            audio_id = None if message.delivery.payload else self._topics.audio_job_id(message.delivery.topic)
+            if audio_id is not None:
                 log.info("Empty upload ignored: no job is created", action="empty_ignored", job_id=shorten(audio_id))
             if message.queue_message is not None:
                 self._publisher.on_queue_message_received(message.queue_message if message.delivery.retain else None)

@@ -8,7 +8,7 @@ either.
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -116,10 +116,6 @@ class _InFlight(NamedTuple):
     topic: str
     size_bytes: int
     is_last: bool
-    can_be_cut: bool
-
-    def as_sent(self) -> Sent:
-        return Sent(self.topic, self.size_bytes, self.ack.unit, is_last=self.is_last, can_be_cut=self.can_be_cut)
 
 
 class Connection(Protocol):
@@ -168,10 +164,10 @@ class Publisher(StoppableThread, JobObserver):
         self._events: deque[Callable[[], None]] = deque()
         self._connected = False
         self._in_flight: dict[Hashable, _InFlight] = {}
-        self._statuses_in_flight: Counter[int] = Counter()
-        self._clears_in_flight: Counter[int] = Counter()
-        """How many messages of each job's new state, and of its deletion, are in flight."""
         """By the tickets of the client."""
+        self._statuses_in_flight: dict[int, int] = {}
+        self._clears_in_flight: dict[int, int] = {}
+        """How many messages of each job's new state, and of its deletion, are in flight."""
         self._acknowledged: deque[tuple[Hashable, Refusal | None]] = deque()
         self._quarantine = Quarantine(monotonic=monotonic)
         self._repeated: set[Unit] = set()
@@ -205,9 +201,12 @@ class Publisher(StoppableThread, JobObserver):
     def on_connected(self, *, session_present: bool, max_packet_bytes: int | None) -> None:
         self._post(lambda: self._start_connection(session_present=session_present, max_packet_bytes=max_packet_bytes))
 
-    def on_disconnected(self, unacknowledged: Collection[Hashable] = ()) -> None:
-        """Handle the loss of the connection; these tickets had been sent and not acknowledged."""
-        self._post(lambda: self._end_connection(unacknowledged))
+    def on_disconnected(self, unacknowledged: Collection[Hashable] = (), *, is_stalled: bool = False) -> None:
+        """Handle the loss of the connection; these tickets had been sent and not acknowledged.
+
+        `is_stalled`: the client has ended it, because the broker acknowledged them no more.
+        """
+        self._post(lambda: self._end_connection(unacknowledged, is_stalled=is_stalled))
 
     def on_published(self, ticket: Hashable, refusal: Refusal | None = None) -> None:
         """Handle a PUBACK, which may be a refusal."""
@@ -403,10 +402,10 @@ class Publisher(StoppableThread, JobObserver):
             self._ledger.republish_all(restored=self._status_refused)
             self._status_refused = False
 
-    def _end_connection(self, unacknowledged: Collection[Hashable] = ()) -> None:
+    def _end_connection(self, unacknowledged: Collection[Hashable] = (), *, is_stalled: bool = False) -> None:
         self._connected = False
-        sent = [self._in_flight[ticket].as_sent() for ticket in unacknowledged if ticket in self._in_flight]
-        self._quarantine.on_disconnected(sent)
+        sent = [self._sent(self._in_flight[ticket]) for ticket in unacknowledged if ticket in self._in_flight]
+        self._quarantine.on_disconnected(sent, is_stalled=is_stalled)
         for message in self._in_flight.values():
             if isinstance(message.ack, StatusAck) and message.topic == self._topics.events:
                 self._lost.append((message.ack.seq, message.ack.number))
@@ -447,14 +446,14 @@ class Publisher(StoppableThread, JobObserver):
     def _handle_acknowledgement(self, message: _InFlight, refusal: Refusal | None) -> None:
         if refusal is None:
             self._quarantine.on_accepted(message.topic, message.size_bytes)
-        elif self._quarantine.on_refused(message.as_sent(), is_too_large=refusal.is_too_large):
+        elif self._quarantine.on_refused(self._sent(message), is_too_large=refusal.is_too_large):
             self._repeated.add(message.ack.unit)
         else:
             self._status_refused |= isinstance(message.ack, StatusAck | ClearAck)
 
     def _is_repeated(self, ack: PendingAck) -> bool:
         """Whether a message of a unit, whose last one is acknowledged now, was too large: it is published again."""
-        if ack.unit not in self._repeated:
+        if not self._repeated or ack.unit not in self._repeated:
             return False
         self._repeated.discard(ack.unit)
         if isinstance(ack, TransientAck):
@@ -547,10 +546,14 @@ class Publisher(StoppableThread, JobObserver):
         if ticket is None:
             self._connected = False
             return False
-        can_be_cut = not isinstance(ack, OwnTopicAck) and topic != self._topics.events
-        self._in_flight[ticket] = _InFlight(ack, topic, size_bytes, is_last, can_be_cut)
+        self._in_flight[ticket] = _InFlight(ack, topic, size_bytes, is_last)
         self._count_in_flight(ack, 1)
         return True
+
+    def _sent(self, message: _InFlight) -> Sent:
+        ack, topic = message.ack, message.topic
+        can_be_cut = not isinstance(ack, OwnTopicAck) and topic != self._topics.events
+        return Sent(topic, message.size_bytes, ack.unit, is_last=message.is_last, can_be_cut=can_be_cut)
 
     def _count_in_flight(self, ack: PendingAck, change: int) -> None:
         if isinstance(ack, StatusAck) and ack.number:
@@ -559,9 +562,9 @@ class Publisher(StoppableThread, JobObserver):
             counts = self._clears_in_flight
         else:
             return
-        counts[ack.seq] += change
-        if not counts[ack.seq]:
-            del counts[ack.seq]
+        count = counts.pop(ack.seq, 0) + change
+        if count:
+            counts[ack.seq] = count
 
     def _publish_in_order(self, messages: Iterable[JobMessage], ack: PendingAck) -> bool:
         """Publish messages that belong together; the PUBACK of the last one stands for all."""

@@ -4,6 +4,9 @@ Some brokers close the connection when they do not accept a message: RabbitMQ, a
 `max_queued_messages 0`, if the access list denies the topic; NATS and rumqttd, if the packet exceeds a limit that they
 have not announced. Such a message would be published again at every connection, and what follows it never.
 
+RabbitMQ 3.10 keeps the connection, and never acknowledges a message over its limit, nor those around it; there the
+client ends the connection (`ConnectionFailure.is_stalled`).
+
 For the publisher's thread, except `limit_bytes`, which any thread may call.
 """
 
@@ -89,8 +92,11 @@ class Quarantine:
 
     # -- what becomes of messages --------------------------------------------------------------------------------------
 
-    def on_disconnected(self, in_flight: Iterable[Sent]) -> None:
-        """Record what was sent and not acknowledged when the connection was lost."""
+    def on_disconnected(self, in_flight: Iterable[Sent], *, is_stalled: bool = False) -> None:
+        """Record what was sent and not acknowledged when the connection was lost.
+
+        `is_stalled`: the broker kept the connection and acknowledged nothing any more; it takes long to notice that.
+        """
         refused, self._refused = self._refused, []
         # mosquitto 2.0.11 refuses a message, and closes the connection then.
         if refused and self._monotonic() < self._refused_at + _CLOSES_WITHIN_S:
@@ -102,7 +108,7 @@ class Quarantine:
         if not sent:
             return
         if len(sent) == 1 and self.is_sent_alone(sent[0].topic):
-            self._convict(sent[0], can_wait=True)
+            self._convict(sent[0], can_wait=not is_stalled)
         self._suspects = {each.topic for each in sent}
 
     def on_refused(self, sent: Sent, *, is_too_large: bool) -> bool:
@@ -163,6 +169,8 @@ class Quarantine:
 
     def limit_bytes(self, topic: str) -> int | None:
         """Return the size that a message has to be cut to; None: none is known. Any thread may call it."""
+        if not self._entries:
+            return self._learned_bytes
         entry = self._entries.get(topic)
         limits = (self._learned_bytes, entry.limit_bytes if entry is not None else None)
         return min((limit for limit in limits if limit is not None), default=None)

@@ -32,6 +32,9 @@ _DISK_RETRY_S = 5.0
 """Between two attempts while the disk refuses. Constant: the queue waits for it, and one attempt is one small write."""
 _DEFER_FACTOR = 4.0
 """Each further retry of a job waits this many times as long: 2 s, then 8 s with the default `worker.retry_delay`."""
+_MAX_DEFER_S = 3600.0
+"""The longest wait, unless `worker.retry_delay` is longer: that of the tenth retry would be six days."""
+_MAX_DEFER_GROWTH = 30
 _DEFER_JITTER = 0.2
 """Spreads the retries of consumers that were hit by one failure."""
 _TRANSIENT = frozenset({ErrorCode.AUDIO_IO_ERROR, ErrorCode.MODEL_UNAVAILABLE, ErrorCode.INTERNAL})
@@ -333,7 +336,8 @@ class Worker(StoppableThread):
 
     def _defer(self, job: Job, outcome: _Outcome) -> None:
         spread = random.uniform(1.0 - _DEFER_JITTER, 1.0 + _DEFER_JITTER)  # noqa: S311 - no secret
-        delay_s = self._retry_delay_s * _DEFER_FACTOR**job.retries * spread
+        delay_s = self._retry_delay_s * _DEFER_FACTOR ** min(job.retries, _MAX_DEFER_GROWTH)
+        delay_s = min(delay_s, max(self._retry_delay_s, _MAX_DEFER_S)) * spread
         self._ledger.defer(job.seq, delay_s)
         message = "Job deferred for %.1f s (%s): %s"
         log.warning(message, delay_s, outcome.code, outcome.message, action="deferred", job_id=job.job_id)

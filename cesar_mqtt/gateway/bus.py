@@ -140,11 +140,8 @@ class Bus(StoppableThread):
 
     @property
     def trouble(self) -> str | None:
-        """Why there is no connection, as a clause; None: there is one."""
-        if self._client.connected:
-            return None
-        failure = self._client.failure
-        return failure.problem if failure else "the connection is being made"
+        """See `MqttClient.trouble`."""
+        return self._client.trouble
 
     @property
     def consumers(self) -> dict[str, bool]:

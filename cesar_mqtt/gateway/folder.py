@@ -182,7 +182,7 @@ class FolderWatch(StoppableThread):
         except ModuleNotFoundError as exc:
             raise ConfigError(
                 "A folder is to be watched, but watchfiles is not installed.",
-                "Install it with pip install 'cesar-mqtt[inbox]'.",
+                "Install it with pip install '.[inbox]' in the clone of cesar-mqtt.",
             ) from exc
         self._folders = folders
         self._on_changed = on_changed

@@ -88,7 +88,7 @@ def create_wyoming(settings: WyomingSettings, broker: BrokerSettings, topics: To
             raise
         raise ConfigError(
             f"A Wyoming server is to run, but {exc.name} is not installed.",
-            "Install it with pip install 'cesar-mqtt[wyoming]'.",
+            "Install it with pip install '.[wyoming]' in the clone of cesar-mqtt.",
         ) from exc
     return WyomingServer(settings, broker, topics)
 

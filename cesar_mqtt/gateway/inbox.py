@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from cesar_mqtt.config import BrokerSettings, InboxSettings, OutputSettings
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, LedgerError
 from cesar_mqtt.gateway.bus import Bus, json_object
+from cesar_mqtt.gateway.bus_client import BusClient
 from cesar_mqtt.gateway.folder import FileState, FolderWatch, Settling, scan
 from cesar_mqtt.gateway.records import InboxRecords, Record, RecordState
 from cesar_mqtt.gateway.results import fetch_result
@@ -37,7 +38,6 @@ from cesar_mqtt.gateway.transcript_files import write_transcripts
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, Delivery, Subscription
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.threads import StoppableThread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -83,7 +83,7 @@ class _Job:
     """When it is written, on the monotonic clock."""
 
 
-class Inbox(StoppableThread):
+class Inbox(BusClient):
     """Watches folders, submits what is complete in them, and writes the transcripts."""
 
     def __init__(
@@ -161,27 +161,17 @@ class Inbox(StoppableThread):
             elif record.state is RecordState.FAILED:
                 self._failed[record.job_id] = record
 
-    @property
-    def refusal(self) -> BrokerRefusedError | None:
-        """Why the broker refused the connection, for good; None: it did not."""
-        return self._bus.refusal
-
     def start(self) -> None:
-        self._bus.start()
         self._watch.start()
         super().start()
         log.info("Watching %s, %d jobs open", ", ".join(map(str, self._folders)), len(self._jobs), action="inbox")
 
-    def close(self) -> None:
-        """End the threads; the next start goes on with what is on disk. May be called twice."""
-        self._watch.request_stop()
-        self.request_stop()
-        self._bus.close()
-        self.join()
+    def _release(self) -> None:
         self._watch.join()
         self._store.close()
 
     def _wake(self) -> None:
+        self._watch.request_stop()
         self._events.put(lambda: None)
 
     def _run(self) -> None:

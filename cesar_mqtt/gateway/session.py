@@ -124,11 +124,8 @@ class Session:
 
     @property
     def trouble(self) -> str | None:
-        """Why there is no connection; None: there is one."""
-        if self._client.connected:
-            return None
-        failure = self._client.failure
-        return failure.problem if failure else "the connection was lost"
+        """See `MqttClient.trouble`."""
+        return self._client.trouble
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait for the next connection, at most so long."""

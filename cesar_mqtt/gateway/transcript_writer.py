@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cesar_mqtt.config import BrokerSettings, OutputSettings
-from cesar_mqtt.errors import BrokerRefusedError, ConfigError, LedgerError
+from cesar_mqtt.errors import ConfigError, LedgerError
 from cesar_mqtt.gateway.bus import Bus, json_object
+from cesar_mqtt.gateway.bus_client import BusClient
 from cesar_mqtt.gateway.inbox import SOURCE
 from cesar_mqtt.gateway.results import fetch_result
 from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
@@ -25,7 +26,6 @@ from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 from cesar_mqtt.protocol.fields import FORMATS, timestamp
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.threads import StoppableThread
 
 log = get_logger(__name__)
 
@@ -33,7 +33,7 @@ _RETRY_S = 5.0
 """When what could not be fetched or written is tried again."""
 
 
-class TranscriptWriter(StoppableThread):
+class TranscriptWriter(BusClient):
     """Writes the transcript of each job that completes."""
 
     def __init__(
@@ -79,20 +79,7 @@ class TranscriptWriter(StoppableThread):
             on_message=self._on_message,
         )
 
-    @property
-    def refusal(self) -> BrokerRefusedError | None:
-        """Why the broker refused the connection, for good; None: it did not."""
-        return self._bus.refusal
-
-    def start(self) -> None:
-        self._bus.start()
-        super().start()
-
-    def close(self) -> None:
-        """End the threads; what is not written is written at the next start. May be called twice."""
-        self.request_stop()
-        self._bus.close()
-        self.join()
+    def _release(self) -> None:
         self._records.close()
 
     def _wake(self) -> None:

@@ -27,8 +27,9 @@ from cesar_mqtt import __version__
 from cesar_mqtt.audio.allowed_hosts import AllowedHosts, parse_url
 from cesar_mqtt.audio.pinned_http import Deadline, PinnedClient, TemporaryHttpError
 from cesar_mqtt.config import BrokerSettings, WebhookSettings
-from cesar_mqtt.errors import BrokerRefusedError, Cancelled, ConfigError, JobFailedError, LedgerError
+from cesar_mqtt.errors import Cancelled, ConfigError, JobFailedError, LedgerError
 from cesar_mqtt.gateway.bus import Bus, json_object
+from cesar_mqtt.gateway.bus_client import BusClient
 from cesar_mqtt.gateway.database import Database
 from cesar_mqtt.gateway.status_records import StatusRecords
 from cesar_mqtt.logs import get_logger
@@ -36,7 +37,6 @@ from cesar_mqtt.mqtt.messages import Delivery, Subscription
 from cesar_mqtt.protocol.consumer_payloads import WebhookHealth
 from cesar_mqtt.protocol.fields import timestamp
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.threads import StoppableThread
 
 log = get_logger(__name__)
 
@@ -62,7 +62,7 @@ class _Pending(NamedTuple):
     attempts: int
 
 
-class Webhook(StoppableThread):
+class Webhook(BusClient):
     """Delivers changes of jobs to one URL."""
 
     def __init__(
@@ -120,20 +120,7 @@ class Webhook(StoppableThread):
             on_message=self._on_message,
         )
 
-    @property
-    def refusal(self) -> BrokerRefusedError | None:
-        """Why the broker refused the connection, for good; None: it did not."""
-        return self._bus.refusal
-
-    def start(self) -> None:
-        self._bus.start()
-        super().start()
-
-    def close(self) -> None:
-        """End the threads; what is not delivered is at the next start. May be called twice."""
-        self.request_stop()
-        self._bus.close()
-        self.join()
+    def _release(self) -> None:
         self._records.close()
         self._deliveries.close()
 

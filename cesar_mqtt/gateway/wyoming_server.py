@@ -3,7 +3,7 @@
 The thread `wyoming` has an event loop with a task for each connection; the thread of its bus brings the statuses.
 
 Wyoming has no authentication: every client that reaches the port has speech transcribed. What one client may use is
-bounded: the length of an utterance, the size of an event, the number of connections.
+bounded: the length of an utterance, the size of an event, what its samples grow to, the number of connections.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import ipaddress
 import socket
 import uuid
 import wave
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -29,16 +29,16 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from cesar_mqtt import __version__
 from cesar_mqtt.config import BrokerSettings, WyomingSettings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError
+from cesar_mqtt.errors import CesarError
 from cesar_mqtt.gateway.address import open_port, parse_address
 from cesar_mqtt.gateway.bus import Bus, json_object
+from cesar_mqtt.gateway.bus_client import BusClient
 from cesar_mqtt.gateway.home_assistant import HomeAssistantNames
 from cesar_mqtt.gateway.submission import Submission
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 from cesar_mqtt.protocol.languages import LANGUAGE_CODES
 from cesar_mqtt.protocol.topics import Topics
-from cesar_mqtt.threads import StoppableThread
 
 log = get_logger(__name__)
 
@@ -50,6 +50,11 @@ _MAX_AUDIO_S = 300
 """The longest utterance: 10 MB. Longer speech is a recording, for the watch folder or `submit`."""
 _MAX_EVENT_BYTES = 1 << 20
 _MAX_CONNECTIONS = 32
+"""Beyond it the client is disconnected that has waited longest without sending anything."""
+_RATES = range(4_000, 192_001)
+_WIDTHS = range(1, 5)
+_CHANNELS = range(1, 3)
+"""Of the samples that a client may send: audioop makes 16 GB of an event of 1 MiB at one sample a second."""
 _NAMES_S = 300.0
 """How long names of Home Assistant are used before they are asked for again."""
 _NAMES_CHARACTERS = 800
@@ -68,7 +73,7 @@ class JobError(Exception):
         self.code = code
 
 
-class WyomingServer(StoppableThread):
+class WyomingServer(BusClient):
     """The server on one address."""
 
     def __init__(self, settings: WyomingSettings, broker: BrokerSettings, topics: Topics) -> None:
@@ -92,6 +97,10 @@ class WyomingServer(StoppableThread):
         self._rejected_topic, self._status_level = topics.rejected, topics.status("")
         self._waiting: dict[str, tuple[Submission, Future[Mapping[str, Any]]]] = {}
         """The submissions without a final status, by the id of the job."""
+        self._owners: dict[str, str] = {}
+        """The consumer of each of them that was accepted."""
+        self._abandoned: set[str] = set()
+        """Jobs for which no client waits, and which no consumer has accepted yet."""
         self._models: dict[str, list[str]] = {}
         """The models of each consumer, its default first, by the topic that names them."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,26 +114,14 @@ class WyomingServer(StoppableThread):
                 Subscription(topics.rejected),
                 Subscription(f"{topics.prefix}/consumer/+/info", wants_retained=True),
             ],
+            sends_commands=True,
             on_message=self._on_message,
             on_connected=self._on_connected,
         )
         self._socket = open_port(self._host, port, setting="wyoming.listen")
         self.port: int = self._socket.getsockname()[1]
 
-    @property
-    def refusal(self) -> BrokerRefusedError | None:
-        """Why the broker refused the connection, for good; None: it did not."""
-        return self._bus.refusal
-
-    def start(self) -> None:
-        self._bus.start()
-        super().start()
-
-    def close(self) -> None:
-        """End all connections and both threads. May be called twice, and before `start`."""
-        self.request_stop()
-        self._bus.close()
-        self.join()
+    def _release(self) -> None:
         self._socket.close()
 
     def _wake(self) -> None:
@@ -144,13 +141,24 @@ class WyomingServer(StoppableThread):
         if delivery.topic == self._rejected_topic:
             self._finish(str(document.get("job_id")), {**document, "status": "rejected"})
         elif delivery.topic.startswith(self._status_level):
+            job_id = delivery.topic.removeprefix(self._status_level)
             if not document or document.get("status") in ("completed", "error", "cancelled"):
-                self._finish(delivery.topic.removeprefix(self._status_level), document)
+                self._finish(job_id, document)
+            else:
+                self._note_owner(job_id, document.get("consumer"))
         elif delivery.topic.endswith("/info") and isinstance(document.get("models"), list):
             names = dict.fromkeys((document.get("default_model"), *document["models"]))
             self._models[delivery.topic] = [name for name in names if isinstance(name, str)]
 
+    def _note_owner(self, job_id: str, consumer: object) -> None:
+        if isinstance(consumer, str) and job_id in self._waiting:
+            self._owners[job_id] = consumer
+        if isinstance(consumer, str) and job_id in self._abandoned:
+            self._abandoned.discard(job_id)
+            self._bus.command("cancel", {"job_id": job_id}, consumer=consumer)
+
     def _finish(self, job_id: str, status: Mapping[str, Any]) -> None:
+        self._abandoned.discard(job_id)
         found = self._waiting.pop(job_id, None)
         if found is not None and found[1].set_running_or_notify_cancel():
             found[1].set_result(status)
@@ -164,21 +172,26 @@ class WyomingServer(StoppableThread):
         self._loop = asyncio.get_running_loop()
         if self._stopping.is_set():
             return
-        handlers: set[_Handler] = set()
+        handlers: dict[_Handler, None] = {}  # the one that has sent nothing for longest comes first
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if len(handlers) >= _MAX_CONNECTIONS:
+            if len(handlers) >= _MAX_CONNECTIONS and not await _end_idle(handlers):
                 writer.close()
                 return
-            handler = _Handler(reader, writer, self)
-            handlers.add(handler)
+
+            def on_event() -> None:
+                if handler in handlers:
+                    handlers[handler] = handlers.pop(handler)
+
+            handler = _Handler(reader, writer, self, on_event=on_event)
+            handlers[handler] = None
             try:
                 await handler.run()
-            except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as exc:
+            except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
                 # A client that is gone, or that does not speak the protocol.
                 log.debug("A client of Wyoming was disconnected: %r", exc, action="wyoming_refused")
             finally:
-                handlers.discard(handler)
+                handlers.pop(handler, None)
                 writer.close()
 
         async with await asyncio.start_server(handle, sock=self._socket, limit=_MAX_EVENT_BYTES):
@@ -228,7 +241,7 @@ class WyomingServer(StoppableThread):
         return Info(asr=[program])
 
     async def transcribe(self, audio: bytes, request: Transcribe) -> Transcript:
-        """Submit an utterance and wait for its transcript.
+        """Submit an utterance and wait for its transcript; without one in the end the job is cancelled.
 
         Args:
             audio: mono samples of 16 bits at 16 kHz.
@@ -247,14 +260,27 @@ class WyomingServer(StoppableThread):
         try:
             status = await asyncio.wait_for(asyncio.wrap_future(future), self._settings.timeout)
         except TimeoutError as exc:
+            self._cancel(job_id)
             raise JobError(f"There was no transcript within {self._settings.timeout:g} s.", "timeout") from exc
+        except asyncio.CancelledError:
+            self._cancel(job_id)
+            raise
         finally:
             self._waiting.pop(job_id, None)
+            self._owners.pop(job_id, None)
         if status.get("status") == "completed":
             language = status.get("detected_language") or status.get("language")
             return Transcript(text=str(status.get("result_text") or "").strip(), language=language)
         text = status.get("error_message") or status.get("detail") or "The job was cancelled."
         raise JobError(str(text), str(status.get("error_code") or status.get("reason") or "cancelled"))
+
+    def _cancel(self, job_id: str) -> None:
+        """Cancel a job for which no client waits any more, unless `wyoming.keep_jobs` is set or the server stops."""
+        if self._settings.keep_jobs or self._stopping.is_set():
+            return
+        log.info("Cancelling: no client waits for the transcript any more", action="wyoming_cancelled", job_id=job_id)
+        self._abandoned.add(job_id)
+        self._note_owner(job_id, self._owners.get(job_id))
 
     def _on_sent(self, job_id: str, sent: "Future[bool]") -> None:
         error = None if sent.cancelled() else sent.exception()
@@ -278,16 +304,33 @@ class WyomingServer(StoppableThread):
 
 
 class _Handler(AsyncEventHandler):
-    """One connection: any number of utterances, one after the other."""
+    """One connection: any number of utterances, answered one after the other.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, server: WyomingServer) -> None:
+    While one is transcribed the connection is read on, so that the end of it is noticed.
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        server: WyomingServer,
+        *,
+        on_event: Callable[[], None],
+    ) -> None:
         super().__init__(_BoundedReader(reader), writer)  # type: ignore[arg-type]
         self._server = server
+        self._on_event = on_event
         self._request = Transcribe()
         self._audio = bytearray()
         self._converter = _converter()
+        self._answer: asyncio.Task[None] | None = None
+
+    @property
+    def is_answering(self) -> bool:
+        return self._answer is not None and not self._answer.done()
 
     async def handle_event(self, event: Event) -> bool:
+        self._on_event()
         if Describe.is_type(event.type):
             await self.write_event(self._server.info().event())
         elif Ping.is_type(event.type):
@@ -298,27 +341,54 @@ class _Handler(AsyncEventHandler):
             self._audio.clear()
             self._converter = _converter()
         elif AudioChunk.is_type(event.type):
-            self._audio += self._converter.convert(AudioChunk.from_event(event)).audio
-            if len(self._audio) > _MAX_AUDIO_S * _SAMPLE_RATE * _SAMPLE_BYTES:
-                error = Error(text=f"An utterance has at most {_MAX_AUDIO_S} s.", code="too_long")
-                await self.write_event(error.event())
-                return False
+            return await self._append(AudioChunk.from_event(event))
         elif AudioStop.is_type(event.type):
-            return await self._transcribe()
+            if self._answer is not None:
+                await self._answer
+            audio, self._audio = bytes(self._audio), bytearray()
+            request, self._request = self._request, Transcribe()
+            self._answer = asyncio.create_task(self._transcribe(audio, request))
         return True
 
-    async def _transcribe(self) -> bool:
+    async def disconnect(self) -> None:
+        """End the answer that nobody reads."""
+        if self._answer is not None:
+            self._answer.cancel()
+
+    async def _append(self, chunk: AudioChunk) -> bool:
+        """Add samples to the utterance; a client that sends too many is told so, and disconnected."""
+        if chunk.rate not in _RATES or chunk.width not in _WIDTHS or chunk.channels not in _CHANNELS:
+            raise ValueError(f"samples of {chunk.width} bytes at {chunk.rate} Hz, {chunk.channels} channels")
+        frame_bytes = chunk.width * chunk.channels
+        whole = AudioChunk(
+            chunk.rate, chunk.width, chunk.channels, chunk.audio[: len(chunk.audio) // frame_bytes * frame_bytes]
+        )
+        self._audio += self._converter.convert(whole).audio
+        if len(self._audio) <= _MAX_AUDIO_S * _SAMPLE_RATE * _SAMPLE_BYTES:
+            return True
+        await self.write_event(Error(text=f"An utterance has at most {_MAX_AUDIO_S} s.", code="too_long").event())
+        return False
+
+    async def _transcribe(self, audio: bytes, request: Transcribe) -> None:
         """Answer an utterance; a client that gets no transcript is disconnected, so that it waits no longer."""
-        audio, self._audio = bytes(self._audio), bytearray()
-        request, self._request = self._request, Transcribe()
-        try:
-            transcript = await self._server.transcribe(audio, request) if audio else Transcript(text="")
-        except JobError as exc:
-            log.warning("No transcript for a client of Wyoming: %s", exc, action="wyoming_failed")
-            await self.write_event(Error(text=str(exc), code=exc.code).event())
-            return False
-        await self.write_event(transcript.event())
-        return True
+        with suppress(OSError):  # the client is gone
+            try:
+                transcript = await self._server.transcribe(audio, request) if audio else Transcript(text="")
+            except JobError as exc:
+                log.warning("No transcript for a client of Wyoming: %s", exc, action="wyoming_failed")
+                await self.write_event(Error(text=str(exc), code=exc.code).event())
+                await self.stop()
+            else:
+                await self.write_event(transcript.event())
+
+
+async def _end_idle(handlers: dict[_Handler, None]) -> bool:
+    """Disconnect the first client that waits for no transcript; False: all do."""
+    idle = next((each for each in handlers if not each.is_answering), None)
+    if idle is not None:
+        del handlers[idle]
+        await idle.stop()
+    return idle is not None
 
 
 class _BoundedReader:

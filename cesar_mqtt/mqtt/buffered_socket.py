@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from paho.mqtt.client import Client
 
-from cesar_mqtt.mqtt.codec import decode_number, frame
+from cesar_mqtt.mqtt.codec import PINGREQ, decode_number, frame
 
 if TYPE_CHECKING:
     from paho.mqtt.client import SocketLike
@@ -35,10 +35,12 @@ class BufferedSocket:
 
     Attributes:
         ended: whether the other side has closed, or the connection broke.
+        pings_sent: how many pings were written or wait for `flush`; paho sends some of its own.
     """
 
     def __init__(self, inner: "SocketLike") -> None:
         self.ended = False
+        self.pings_sent = 0
         self._socket = inner
         self._received = bytearray()
         self._read_up_to = 0
@@ -65,6 +67,7 @@ class BufferedSocket:
                 raise BlockingIOError
             self._disconnect_sent = True
             return self._socket.send(buffer)
+        self.pings_sent += buffer == PINGREQ
         self._unsent += buffer
         return len(buffer)
 

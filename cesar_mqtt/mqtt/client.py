@@ -173,6 +173,14 @@ class MqttClient(StoppableThread):
         """Why the client is not connected; None: it is, or nothing has failed yet."""
         return self._failure
 
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no connection, as a clause; None: there is one."""
+        if self._info is not None:
+            return None
+        failure = self._failure
+        return failure.problem if failure else "the connection is being made"
+
     def receive(self, timeout_s: float | None = None) -> list[Delivery]:
         """Take all received messages, in order; empty: none arrived in time, or closed. For one thread."""
         return self._buffer.take(timeout_s)

@@ -21,6 +21,7 @@ QOS_MASK = 0x06
 """The bits of a PUBLISH's first byte that give its QoS."""
 QOS_2 = 0x04
 PINGREQ = b"\xc0\x00"
+PINGRESP = 0xD0
 
 _RETAIN, _DUP = 0x01, 0x08
 _MAX_LENGTH_BYTES = 4

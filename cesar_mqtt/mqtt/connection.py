@@ -45,6 +45,11 @@ MAX_WAIT_S = 1.0
 _SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 _ANSWER_S = 15.0
 """How long the broker may take from the TCP connection to the SUBACK."""
+_PROBE_S = 5.0
+"""When the oldest message has not been acknowledged for so long, the broker gets a ping."""
+_STALLED_S = 10.0
+"""RabbitMQ 3.10 never acknowledges a message over its `max_message_size`, nor those around it, and answers pings. The
+PUBACK has so long after a ping: a broker that stores what it acknowledges may answer the ping before."""
 _PING_AFTER = 0.25
 """The part of the keepalive time after which an idle connection sends a ping."""
 
@@ -139,6 +144,13 @@ class Connection:
         """Whether the broker answered the SUBSCRIBE with a DISCONNECT."""
         self._ahead = self._subscribed_ahead = False
         self._expire_as: str | None = None
+        self._oldest: PublishTicket | None = None
+        """The oldest message in flight, since `_oldest_at`; the answer to the ping `_probe` shows that it was read."""
+        self._oldest_at = 0.0
+        self._probe: int | None = None
+        self._probed_at = 0.0
+        """When that ping was answered, or sent."""
+        self._pings_answered = 0
         self._wakeup = WakeupPipe()
         self._socket: BufferedSocket
         self._paho = _make_paho_client(options, version)
@@ -246,7 +258,7 @@ class Connection:
         if self.info is None and now >= self._answer_by:
             self.failure = ConnectionFailure(f"the broker did not answer within {_ANSWER_S:.0f} s", is_timeout=True)
             return False
-        return now < self._cut_at
+        return now < self._cut_at and not self._is_stalled(now)
 
     def take_published(self) -> list[tuple[PublishTicket, Refusal | None]]:
         """Return the messages that the broker has accepted (None) or refused since the last call."""
@@ -343,6 +355,7 @@ class Connection:
         while self._undelivered is None and (packet := self._socket.next_packet()) is not None:
             first, body = packet
             packet_type = first & codec.TYPE_MASK
+            self._pings_answered += packet_type == codec.PINGRESP
             if packet_type == codec.PUBLISH and first & codec.QOS_MASK != codec.QOS_2:
                 self._deliver(codec.decode_publish(first, body, five=self._five, connection=self._number))
             elif packet_type == codec.PUBACK:
@@ -371,6 +384,25 @@ class Connection:
         else:
             self._socket.send(codec.PINGREQ)
         self._ping_at = now + _PING_AFTER * self._options.keepalive_s
+
+    def _is_stalled(self, now: float) -> bool:
+        """Whether the broker answers, but does not acknowledge the message that is next."""
+        oldest = self._send_queue.oldest_in_flight
+        ticket = None if oldest is None else oldest[0]
+        if ticket != self._oldest or self._undelivered is not None:  # behind a message without room nothing is read
+            self._oldest, self._oldest_at, self._probe = ticket, now, None
+        if oldest is None or now < self._oldest_at + _PROBE_S:
+            return False
+        if self._probe is None:
+            self._socket.send(codec.PINGREQ)
+            self._probe, self._probed_at = self._socket.pings_sent, now
+        if self._pings_answered < self._probe:
+            self._probed_at = now
+        if now <= self._probed_at + _STALLED_S:
+            return False
+        problem = f"the broker answers, but does not acknowledge a message on {oldest[1]}, nor what follows it"
+        self.failure = ConnectionFailure(problem, is_stalled=True)
+        return True
 
     # -- callbacks of paho ---------------------------------------------------------------------------------------------
 

@@ -126,6 +126,13 @@ class SendQueue:
         """The messages that are in flight, oldest first."""
         return tuple(ticket for ticket, _, _ in self._in_flight.values())
 
+    @property
+    def oldest_in_flight(self) -> tuple[PublishTicket, str] | None:
+        """The message that the broker has to acknowledge next, with its topic (MQTT 5, section 4.6); None: none is."""
+        for ticket, publication, _ in self._in_flight.values():
+            return ticket, publication.topic
+        return None
+
     def take_published(self) -> list[tuple[PublishTicket, Refusal | None]]:
         """Return the messages that the broker has accepted (None) or refused since the last call."""
         published, self._published = self._published, []

@@ -165,8 +165,7 @@ def source_of(request: JobRequest) -> AudioSource | None:
 def fingerprint(parsed: Accepted) -> str:
     """Return 128 bits that are equal for requests with the same options and the same audio."""
     request = parsed.request
-    names = sorted(request.model_fields_set - _NOT_IN_FINGERPRINT)
-    values = {name: getattr(request, name) for name in names}
+    values = {name: getattr(request, name) for name in request.model_fields_set - _NOT_IN_FINGERPRINT}
     if values.get("beam_size") == _FORMER_BEAM_SIZE:
         del values["beam_size"]
     digest = hashlib.sha256(canonical({name: value for name, value in values.items() if value != _DEFAULTS[name]}))
@@ -190,7 +189,7 @@ def _audio_field(line: str) -> str:
 
 
 def _request(document: Document) -> Parsed:
-    document = {name: _without_blanks(name, value) for name, value in document.items()}
+    document = document | {name: _without_blanks(document[name]) for name in _WITHOUT_BLANKS & document.keys()}
     parsed = _checked_request(document)
     if isinstance(parsed, Refusal) and parsed.recordable:
         return replace(parsed, metadata=_metadata(document), audio=_source(document))
@@ -217,10 +216,8 @@ def _with_audio(request: JobRequest) -> Parsed:
         return Refusal("invalid_request", detail, request.job_id, recordable=request.job_id is not None)
 
 
-def _without_blanks(name: str, value: Any) -> Any:
+def _without_blanks(value: Any) -> Any:
     """Remove the blanks around a text that is a name, as shells and templates leave them."""
-    if name not in _WITHOUT_BLANKS:
-        return value
     if isinstance(value, list):
         return [each.strip() if isinstance(each, str) else each for each in value]
     return value.strip() if isinstance(value, str) else value
@@ -372,6 +369,8 @@ def _optional_fields(model: type[Payload]) -> frozenset[str]:
 
 def _without_nulls(model: type[Payload], document: Document) -> Document:
     """Leave out optional fields that are null: Home Assistant and Node-RED write what is not set as null."""
+    if None not in document.values():
+        return document
     optional = _optional_fields(model)
     return {name: value for name, value in document.items() if value is not None or name not in optional}
 
@@ -379,7 +378,7 @@ def _without_nulls(model: type[Payload], document: Document) -> Document:
 def _validated(model: type[Model], document: Document) -> Model | str:
     """Return the model, or a sentence that names the first mistakes and how many there are beside them."""
     fields = model.model_fields
-    unknown = [name for name in document if name not in fields]
+    unknown = [] if document.keys() <= fields.keys() else [name for name in document if name not in fields]
     if unknown:  # a message may bring a million of them, and pydantic would report each
         document = {name: value for name, value in document.items() if name in fields}
     mistakes: dict[str | None, str] = {}

@@ -17,7 +17,7 @@ import threading
 import time
 import wave
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,7 +53,7 @@ from cesar_mqtt.consumer import intake, worker
 from cesar_mqtt.mqtt import client
 client._FIRST_RETRY_S, client._MAX_RETRY_S = 0.1, 0.5
 intake._RETRY_FIRST_S, intake._RETRY_MOST_S = 0.1, 0.5
-worker._DISK_RETRY_S, worker._DEFER_FACTOR = 0.2, 1.5
+worker._DISK_RETRY_S, worker._DEFER_FACTOR, worker._MAX_DEFER_S = 0.2, 1.5, 2.0
 """
 
 
@@ -89,6 +89,8 @@ class Report:
     disagreeing: tuple[str, ...]
     falsely_completed: tuple[str, ...]
     """Jobs whose transcript is not that of their recording, or has a warning."""
+    ends: tuple[str, ...]
+    """How the jobs ended that are not completed: state, error code and message, attempts."""
     exits: tuple[str, ...]
     """Why the consumer ended by itself, except for a disk that failed while it opened its files."""
     attempts: int
@@ -139,7 +141,8 @@ class Producer:
     Behind a recording with several windows it waits until that is running, so that the next urgent job preempts it.
 
     At QoS 2, so that there is each of them once: at QoS 1, what it sends again is another message to the broker. The
-    consumer gets them at QoS 1.
+    consumer gets them at QoS 1. One at a time: between TCP connection and CONNACK, paho 2.1 sends a new message before
+    those that it has queued.
     """
 
     def __init__(self, port: int, jobs: int, pause_s: float, watcher: Bus) -> None:
@@ -159,12 +162,13 @@ class Producer:
         pause = threading.Event()
         for number in range(self._jobs):
             name = _name(number)
+            self._wait_until_published(self._sent[-1:])
             with self._held:
                 self._sent.append(self._publish(number, name))
             if _is_talk(number):
                 self._watcher.wait(f"cesar/status/{name}", lambda status: status["status"] != "queued", PATIENCE_S)
             pause.wait(self._pause_s)
-        self._wait_until_published()
+        self._wait_until_published(self._sent)
 
     def _publish(self, number: int, name: str) -> MQTTMessageInfo:
         if number % SPEECH_EVERY == 0:
@@ -177,8 +181,8 @@ class Producer:
             request = {"audio_path": "noise.wav", "metadata": {} if name == NAMELESS else {"name": name}}
         return self._client.publish("cesar/jobs", json.dumps(request), qos=2)
 
-    def _wait_until_published(self) -> None:
-        for sent in self._sent:
+    def _wait_until_published(self, messages: Sequence[MQTTMessageInfo]) -> None:
+        for sent in messages:
             # It is "not connected" if it was queued between two connections, which is no failure.
             sent.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
             sent.wait_for_publish(PATIENCE_S)
@@ -187,7 +191,7 @@ class Producer:
     def held(self) -> Iterator[None]:
         """Publish nothing meanwhile; everything that was published is accepted, or a broker that is killed loses it."""
         with self._held:
-            self._wait_until_published()
+            self._wait_until_published(self._sent)
             deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
             while len({status["job_id"] for status in self._watcher.every_status()}) < len(self._sent):
                 if time.monotonic() > deadline:
@@ -364,12 +368,19 @@ def _report(consumer: Consumer, port: int, watcher: Bus, supervisor: Supervisor,
         disagreeing=tuple(i for i, row in by_id.items() if not _agrees(row, retained.get(i)))
         + tuple(i for i in retained if i not in by_id),
         falsely_completed=_falsely_completed(rows),
+        ends=tuple(_end(row) for row in rows if row["state"] != "completed"),
         exits=tuple(str(code) for code in supervisor.codes.elements() if code != ExitCode.LEDGER_FAILED),
         attempts=sum(row["attempt"] for row in rows),
         preemptions=sum(row["attempt"] - 1 - row.get("crashes", 0) - row.get("retries", 0) for row in rows),
         retries=sum(row.get("retries", 0) for row in rows),
         disk_exits=supervisor.codes[ExitCode.LEDGER_FAILED],
     )
+
+
+def _end(row: Mapping[str, Any]) -> str:
+    details = (row["state"], row.get("error_code"), row.get("error_message"))
+    reason = ", ".join(str(detail) for detail in details if detail is not None)
+    return f"{row['job_id']} ({_named(row)}): {reason}, attempt {row['attempt']}, {row.get('retries', 0)} retries"
 
 
 def _retained(port: int) -> dict[str, Mapping[str, Any]]:
@@ -499,7 +510,9 @@ def main() -> int:
         print("  ".join(f"{value:>{len(column)}}" for column, value in zip(columns, values, strict=True)), flush=True)
         for name in FAULTS:
             if found := getattr(report, name):
-                print(f"{name}: {' '.join(found[:10])}")
+                print(f"{name}: {' '.join(found[:10])}", flush=True)
+        for end in report.ends[:10]:
+            print(end, flush=True)
         wrong += report.wrong
         number += 1
     return 1 if wrong else 0

@@ -107,6 +107,7 @@ def test_a_client_learns_why_there_is_no_transcript_and_waits_no_longer(
     late, end = ask(port, *_utterance(), answers=2)
     assert error(late).code == "timeout"
     assert end is None
+    assert bus.status(bus.every_status()[-1]["job_id"], "cancelled")["attempt"] == 0
     silence, *_ = ask(port, AudioStart(16_000, 2, 1).event(), AudioStop().event())
     assert said(silence) == ""
 
@@ -127,7 +128,15 @@ def test_what_a_client_sends_is_bounded_and_nonsense_ends_its_connection_only(
         return received
 
     greedy = json.dumps({"type": "audio-chunk", "payload_length": 1 << 40}).encode() + b"\n"
-    wrong = (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096 + b"\n", b'{"type": "transcribe", "data": 7}\n', b"[]\n", greedy)
+    deep = b"[" * 500_000 + b"\n"
+    wrong = (
+        deep,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00" * 4096 + b"\n",
+        b'{"type": "transcribe", "data": 7}\n',
+        b"[]\n",
+        greedy,
+    )
     for nonsense in wrong:
         assert asyncio.run(send(nonsense)) == b"", nonsense
     second = AudioChunk(rate=16_000, width=2, channels=1, audio=bytes(32_000)).event()
@@ -137,6 +146,62 @@ def test_what_a_client_sends_is_bounded_and_nonsense_ends_its_connection_only(
     assert described is not None
     assert consumer.stop() == 0
     assert "Traceback" not in consumer.logged()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_client_that_leaves_cancels_its_job_unless_it_is_kept(
+    mosquitto: Mosquitto, serve: Serve, join: Callable[..., Bus], *, keep: bool
+) -> None:
+    port = find_free_port()
+    settings = {"CESAR_WYOMING__KEEP_JOBS": str(keep).lower()}
+    consumer = serve("--broker", mosquitto.url, "--wyoming", f"127.0.0.1:{port}", environ=settings)
+    consumer.wait_for_log("Wyoming is on ")
+    bus = join(mosquitto.port)
+    bus.wait("cesar/consumer/cesar/state", lambda state: state["state"] == "online")
+    bus.publish("cesar/request/pause", "")
+    bus.wait("cesar/response/pause")
+
+    ask(port, *_utterance(), answers=0)
+    accepted = bus.wait("cesar/events", lambda event: event["event_type"] == "queued")
+    if keep:
+        bus.publish("cesar/request/resume", "")
+        assert words(bus.status(accepted["job_id"], "completed")["result_text"]) == SPOKEN
+    else:
+        assert bus.status(accepted["job_id"], "cancelled")["attempt"] == 0
+
+
+def test_samples_that_would_fill_the_memory_and_silent_clients_shut_nobody_out(
+    mosquitto: Mosquitto, serve: Serve
+) -> None:
+    port = find_free_port()
+    consumer = serve("--broker", mosquitto.url, "--wyoming", f"127.0.0.1:{port}")
+    consumer.wait_for_log("Wyoming is on ")
+    bombs: list[tuple[int, int, int]] = [(1, 2, 1), (0, 2, 1), (16_000, 0, 1), (16_000, 2, 3), (1 << 40, 2, 1)]
+    for rate, width, channels in bombs:
+        event = AudioChunk(rate=rate, width=width, channels=channels, audio=bytes(1 << 20)).event()
+        (end,) = ask(port, AudioStart(rate, width, channels).event(), event)
+        assert end is None
+
+    async def crowd() -> Event | None:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
+        try:
+            async with AsyncTcpClient("127.0.0.1", port) as client, asyncio.timeout(WAIT_S):
+                await client.write_event(Describe().event())
+                described: Event | None = await client.read_event()
+            ended = [await reader.read() for reader, _ in silent[:8]]
+            assert ended == [b""] * 8
+            return described
+        finally:
+            for _, writer in silent:
+                writer.close()
+
+    described = asyncio.run(crowd())
+    assert described is not None
+    assert Info.from_event(described).asr[0].name == "cesar-mqtt"
+    assert consumer.stop() == 0
+    assert "Traceback" not in consumer.logged()
+    assert "exception was never retrieved" not in consumer.logged()
 
 
 @pytest.mark.model

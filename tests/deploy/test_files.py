@@ -3,7 +3,9 @@
 import json
 import re
 import runpy
+import shutil
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -25,7 +27,7 @@ from tests.deploy.conftest import DEPLOY, USERS
 
 ROOT = DEPLOY.parent
 ADDON = DEPLOY / "home-assistant-addon"
-COMPOSE = DEPLOY / "docker" / "compose.yaml"
+COMPOSE = sorted((DEPLOY / "docker").glob("compose*.yaml"))
 BLUEPRINT = DEPLOY / "home-assistant" / "blueprints" / "cesar_transcribe.yaml"
 PACKAGE = DEPLOY / "home-assistant" / "package.yaml"
 FLOW = DEPLOY / "node-red" / "flow.json"
@@ -96,7 +98,8 @@ def test_the_image_is_made_of_what_the_context_lets_through() -> None:
 
 
 def test_every_image_of_others_is_named_by_version_and_digest() -> None:
-    images = [service["image"] for service in read(COMPOSE)["services"].values() if "build" not in service]
+    services = [service for path in COMPOSE for service in read(path)["services"].values()]
+    images = [service["image"] for service in services if "image" in service and "build" not in service]
     images += re.findall(r"eclipse-mosquitto:\S+", (DEPLOY / "docker" / "setup.sh").read_text())
     for path in DEPLOY.rglob("Dockerfile"):
         steps = instructions(path)
@@ -110,38 +113,156 @@ def test_every_image_of_others_is_named_by_version_and_digest() -> None:
     assert len({image for image in images if "python" in image}) == 1
 
 
-def test_compose_and_setup_agree_on_their_files(tmp_path: Path) -> None:
-    need("mosquitto_passwd")
-    (tmp_path / "docker").mkdir()
-    for name in ("docker/setup.sh", *(f"mosquitto/{path.name}" for path in (DEPLOY / "mosquitto").iterdir())):
-        target = tmp_path / name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes((DEPLOY / name).read_bytes())
-        target.chmod(0o700)
+class SetUp:
+    """A copy of `deploy/docker`, what its setup.sh makes there, and what Compose reads of it."""
 
-    done = run(str(tmp_path / "docker" / "setup.sh"), "broker.home.arpa", timeout_s=60)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "docker"
+        for name in ("docker", "mosquitto"):
+            shutil.copytree(DEPLOY / name, folder / name, ignore=shutil.ignore_patterns("state", "audio", ".env"))
+
+    def run(self, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        return run(str(self.folder / "setup.sh"), *arguments, text=typed, timeout_s=60)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in (self.folder / ".env").read_text().splitlines())
+
+    @property
+    def documents(self) -> list[dict[str, Any]]:
+        return [read(self.folder / name) for name in self.variables["COMPOSE_FILE"].split(":")]
+
+    def missing(self) -> list[str]:
+        """What Compose would mount, and is not there: Docker would make a folder of it, owned by root."""
+        mounted = [
+            volume
+            for document in self.documents
+            for service in document["services"].values()
+            for volume in service.get("volumes", [])
+        ]
+        mounted += [secret["file"] for document in self.documents for secret in document.get("secrets", {}).values()]
+        return [source for source in mounted if not (self.folder / source.split(":")[0]).exists()]
+
+    def settings(self) -> Settings:
+        """The consumer's settings, as Compose gives them to it."""
+        said: dict[str, str] = {}
+        for document in self.documents:
+            said |= document["services"].get("cesar-mqtt", {}).get("environment", {})
+        filled = {name: self.filled(value) for name, value in said.items() if name != "HF_HOME"}
+        return load_settings(flags={}, config_file=None, environ=filled, cwd=Path("/nowhere"))
+
+    def filled(self, text: str) -> str:
+        return re.sub(r"\$\{(\w+)[^}]*\}", lambda found: self.variables[found[1]], text)
+
+
+@pytest.fixture
+def set_up(tmp_path: Path) -> SetUp:
+    return SetUp(tmp_path)
+
+
+def test_set_up_for_ones_own_broker_asks_for_its_password(set_up: SetUp) -> None:
+    done = set_up.run("--broker", "mqtt://me@broker.lan:1884", typed="geheim\n")
 
     assert done.returncode == 0, done.stderr
-    made = set((tmp_path / "docker" / ".env").read_text().split())
-    assert {line.split("=")[0] for line in made} == {"CESAR_UID", "CESAR_GID"}
-    assert "CESAR_UID=0" not in made
-    for name in ("compose.yaml", "compose.tls.yaml"):
-        document = read(DEPLOY / "docker" / name)
-        mounted = [volume for service in document["services"].values() for volume in service.get("volumes", [])]
-        mounted += [secret["file"] for secret in document.get("secrets", {}).values()]
-        for source in mounted:
-            assert (tmp_path / "docker" / source.split(":")[0]).exists(), source
+    assert set_up.missing() == []
+    assert [list(document["services"]) for document in set_up.documents] == [["cesar-mqtt"]]
+    assert set_up.settings().broker.url == "mqtt://me@broker.lan:1884"
+    assert set_up.settings().broker.password_file == Path("/run/secrets/broker-password")
+    password = set_up.folder / "state/config/broker-password"
+    assert password.read_text() == "geheim\n"
+    assert stat.S_IMODE(password.stat().st_mode) == 0o600
+    assert set_up.variables["CESAR_UID"] != "0"
+
+
+def test_set_up_again_keeps_the_password_and_the_lines_of_others(set_up: SetUp) -> None:
+    assert set_up.run("--broker", "mqtt://me@broker.lan", typed="geheim\n").returncode == 0
+    with (set_up.folder / ".env").open("a") as file:
+        file.write("CESAR_MEMORY=4g\n")
+
+    done = set_up.run("--broker", "mqtt://me@broker.lan", typed="")
+
+    assert done.returncode == 0, done.stderr
+    assert "delete that file" in done.stderr
+    assert (set_up.folder / "state/config/broker-password").read_text() == "geheim\n"
+    assert set_up.variables["CESAR_MEMORY"] == "4g"
+
+
+def test_another_broker_has_another_password(set_up: SetUp) -> None:
+    assert set_up.run("--broker", "mqtt://me@broker.lan", typed="geheim\n").returncode == 0
+    assert set_up.run("--broker", "mqtt://me@other.lan", typed="anders\n").returncode == 0
+    assert (set_up.folder / "state/config/broker-password").read_text() == "anders\n"
+    assert set_up.settings().broker.url == "mqtt://me@other.lan"
+    need("mosquitto_passwd")
+    assert set_up.run().returncode == 0
+    made = (set_up.folder / "state/config/cesar.password").read_text()
+    assert (set_up.folder / "state/config/broker-password").read_text() == made
+
+
+def test_a_broker_without_passwords_needs_none(set_up: SetUp) -> None:
+    assert set_up.run("--broker", "mqtt://broker.lan").returncode == 0
+    assert set_up.missing() == []
+    assert set_up.settings().broker.password_file is None
+
+
+def test_the_authority_of_a_broker_is_copied(set_up: SetUp, tmp_path: Path) -> None:
+    (tmp_path / "own.pem").write_text("PEM\n")
+    done = set_up.run("--broker", "mqtts://me@broker.lan", "--ca", str(tmp_path / "own.pem"), typed="geheim")
+    assert done.returncode == 0, done.stderr
+    assert set_up.settings().broker.ca_file == Path("/run/ca/ca.pem")
+    assert (set_up.folder / "state/ca/ca.pem").read_text() == "PEM\n"
+    assert "./state/ca:/run/ca:ro" in set_up.documents[0]["services"]["cesar-mqtt"]["volumes"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("mqtt://me@127.0.0.1", "the container itself"),
+        ("mqtt://localhost:1883", "the container itself"),
+        ("mqtt://me:geheim@broker.lan", "leave the password out"),
+        ("broker.lan", "must be a URL"),
+    ],
+)
+def test_an_address_that_cannot_work_is_rejected(set_up: SetUp, url: str, sentence: str) -> None:
+    done = set_up.run("--broker", url)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (set_up.folder / "state/config/broker-password").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--broker"], ["--ca", "x"], ["--help"], ["--broker", "mqtt://b", "host"]])
+def test_a_wrong_call_shows_the_usage(set_up: SetUp, arguments: list[str]) -> None:
+    done = set_up.run(*arguments)
+    assert done.returncode == 2
+    assert "setup.sh --broker URL" in done.stderr
+    assert "setup.sh [HOST]" in done.stderr
+
+
+def test_set_up_with_mosquitto_and_its_certificate(set_up: SetUp) -> None:
+    need("mosquitto_passwd")
+    assert set_up.run().returncode == 0
+    assert set_up.missing() == []
+    assert set_up.settings().broker.url == "mqtt://cesar@mosquitto:1883"
+    assert set_up.settings().broker.ca_file is None
+
+    done = set_up.run("broker.home.arpa")
+
+    assert done.returncode == 0, done.stderr
+    assert set_up.missing() == []
+    assert set_up.settings().broker.url == "mqtts://cesar@mosquitto:8883"
+    assert set_up.settings().broker.ca_file == Path("/run/ca/ca.pem")
     certificate = run(
-        need("openssl"), "x509", "-noout", "-text", "-in", str(tmp_path / "docker/state/certificates/broker.pem")
+        need("openssl"), "x509", "-noout", "-text", "-in", str(set_up.folder / "state/certificates/broker.pem")
     )
     assert "DNS:mosquitto, DNS:broker.home.arpa" in certificate.stdout
 
 
-def test_what_compose_tells_the_consumer_are_settings() -> None:
-    said = dict(read(COMPOSE)["services"]["cesar-mqtt"]["environment"])
-    said |= read(DEPLOY / "docker" / "compose.tls.yaml")["services"]["cesar-mqtt"]["environment"]
-    settings = load_settings(flags={}, config_file=None, environ=said, cwd=Path("/nowhere"))
-    assert settings.broker.url == "mqtts://cesar@mosquitto:8883"
+def test_every_container_has_a_limit_of_memory_and_no_rights() -> None:
+    services = [service for path in COMPOSE for service in read(path)["services"].values() if "image" in service]
+    assert len(services) == 2
+    for service in services:
+        assert service["mem_limit"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["read_only"] is True
 
 
 def test_the_acl_knows_the_users_that_get_passwords_and_the_front_doors() -> None:

@@ -57,9 +57,10 @@ def test_what_a_page_shows_can_be_typed_from_its_top_to_its_end(
 ) -> None:
     script = re.sub(r"(?<=[ >|=])/(?=(etc|opt|var)/)", f"{tmp_path}/", shown(page))
     script = re.sub(r"^/opt/", f"{tmp_path}/opt/", script, flags=re.MULTILINE).replace("HOST", "broker.example")
+    (tmp_path / "typed").write_text(script)
     done = subprocess.run(
-        ["/bin/sh", "-eu"],
-        input=script,
+        ["/bin/sh", "-eu", str(tmp_path / "typed")],
+        input="a password\n",
         cwd=tmp_path / "work",
         env=machine,
         capture_output=True,

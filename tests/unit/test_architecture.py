@@ -47,6 +47,7 @@ _WALLS = {
     "httpx2": {"audio", "gateway", "whisper"},  # whisper/hub.py catches its errors
     "faster_whisper": {"whisper"},
     "ctranslate2": {"whisper"},
+    "onnxruntime": {"whisper"},
     "huggingface_hub": {"whisper"},
     "prometheus_client": {"monitoring"},
     "argon2": {"gateway"},

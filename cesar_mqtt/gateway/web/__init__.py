@@ -37,5 +37,6 @@ def _missing(error: ModuleNotFoundError) -> Exception:
     if (error.name or "").partition(".")[0] not in _LIBRARIES:
         return error
     return ConfigError(
-        f"The web page needs {error.name}, which is not installed: install it with pip install 'cesar-mqtt[web]'"
+        f"The web page needs {error.name}, which is not installed.",
+        "Install it with pip install '.[web]' in the clone of cesar-mqtt.",
     )

@@ -64,7 +64,7 @@ def consumer(mosquitto: Mosquitto) -> Iterator[FakeConsumer]:
 def writer(mosquitto: Mosquitto, consumer: FakeConsumer, tmp_path: Path) -> Iterator[TranscriptWriter]:
     assert consumer
     made = TranscriptWriter(
-        OutputSettings(directory=tmp_path / "texts", formats=("txt", "srt")),
+        OutputSettings(directory=tmp_path / "texts", formats=("txt", "srt", "md")),
         BrokerSettings(url=mosquitto.url),
         Topics("cesar", "cesar"),
         data_dir=tmp_path / "data",
@@ -112,6 +112,7 @@ def test_hostile_statuses_and_responses_write_nothing_elsewhere_and_stop_nothing
 
     assert wait_for(tmp_path / "texts" / "talk.srt") == "srt ü+6".encode()
     assert wait_for(tmp_path / "texts" / "talk.txt") == "txt ü+6".encode()
+    assert wait_for(tmp_path / "texts" / "talk.md") == "md ü+5".encode()
     assert not list(tmp_path.glob("escaped*"))
     assert {path.parent for path in tmp_path.rglob("*.srt")} == {tmp_path / "texts"}
     assert writer.alive

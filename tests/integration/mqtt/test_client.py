@@ -24,6 +24,7 @@ from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 from cesar_mqtt.mqtt.messages import (
     CannotPublishError,
+    ConnectionFailure,
     ConnectionInfo,
     Delivery,
     PacketTooLargeError,
@@ -1094,6 +1095,59 @@ def test_the_brokers_receive_maximum_is_respected(script: Callable[..., Scripted
     watched.client.close()
     broker.close()
     assert sent.empty()
+
+
+def answer_in_order(client: socket.socket, acknowledges: Callable[[bytes], bool]) -> None:
+    """Accept the client and answer its pings and messages, but not those that are not to be acknowledged."""
+    client.sendall(b"\x20\x03\0\0\0")
+    with suppress(OSError):
+        while (packet := read_packet(client))[0] != 0xE0:
+            if packet[0] == 0xC0:
+                client.sendall(b"\xd0\0")
+            elif acknowledges(packet):
+                client.sendall(b"\x40\2" + packet[4:6])
+
+
+def test_a_broker_that_answers_pings_and_not_a_message_is_disconnected_because_of_it(
+    script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ 3.10 does so with a message over its limit, and acknowledges none behind it."""
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection._PROBE_S", 0.1)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection._STALLED_S", 0.1)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.05)
+    stalled = threading.Event()
+
+    def stall(client: socket.socket, _connect: bytes) -> None:
+        def acknowledges(packet: bytes) -> bool:
+            if packet.endswith(b"large"):
+                stalled.set()
+            return not stalled.is_set()
+
+        answer_in_order(client, acknowledges)
+
+    watched = watch(script(stall, stall).url)
+    failures: queue.Queue[ConnectionFailure] = queue.Queue()
+    watched.client.on_disconnected = failures.put
+    watched.start()
+    first, large, behind = (watched.publish("a", payload) for payload in (b"small", b"large", b"small"))
+    assert watched.published_next() == (first, None)
+    failure = failures.get(timeout=_WAIT_S)
+    assert (failure.is_stalled, failure.unacknowledged) == (True, (large, behind))
+    assert "does not acknowledge a message on a" in failure.problem
+    watched.client.close()
+
+
+def test_a_broker_that_answers_in_order_is_never_taken_for_a_stalled_one(
+    script: Callable[..., ScriptedBroker], watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection._PROBE_S", 0.0)
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection._STALLED_S", 0.0)
+    watched = watch(script(lambda client, _connect: answer_in_order(client, lambda _packet: True)).url)
+    watched.start()
+    tickets = [watched.publish("a", b"x" * 5000) for _ in range(100)]
+    assert [watched.published_next() for _ in tickets] == [(ticket, None) for ticket in tickets]
+    assert watched.lost.empty()
+    watched.client.close()
 
 
 def test_an_acknowledgement_has_been_received_once_a_message_behind_it_is_acknowledged(

@@ -746,6 +746,17 @@ def test_a_tag_before_the_sound_does_not_hide_the_declared_duration(tmp_path: Pa
     assert audio.warnings == ("audio_truncated",)
 
 
+def test_a_count_of_frames_that_cannot_be_in_the_file_is_no_declaration(tmp_path: Path) -> None:
+    path = encode(tmp_path / "count.mp3", "mp3", "libmp3lame", tone(12, 44_100), rate=44_100)
+    content = path.read_bytes()
+    at = max(content.find(b"Xing"), content.find(b"Info")) + 8
+    frames = int.from_bytes(content[at : at + 4], "big")
+    path.write_bytes(content[:at] + (10 * frames).to_bytes(4, "big") + content[at + 4 :])
+    samples, audio = decode(path)
+    assert len(samples) / SAMPLE_RATE == pytest.approx(12.0, abs=0.1)
+    assert audio.warnings == ()
+
+
 def test_a_picture_that_lasts_longer_than_the_sound_is_no_truncation(tmp_path: Path) -> None:
     samples, audio = decode(film(tmp_path / "film.mp4", picture_s=10, sound_s=3))
     assert len(samples) / SAMPLE_RATE == pytest.approx(3.0, abs=0.1)

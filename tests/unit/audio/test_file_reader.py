@@ -88,6 +88,41 @@ def test_a_failing_disk_is_no_damage_wherever_it_fails(
     assert os.strerror(code) in caught.value.message
 
 
+@pytest.mark.parametrize("kind", ["joined.wav", "joined.flac", "tagged.wav", "note.m4a", "note.ogg", "note.mka"])
+def test_whichever_read_fails_it_is_reported_and_never_taken_for_the_end(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for a second file behind the first took it for that: the second one was left out in silence."""
+    path = tmp_path / kind
+    once = path.with_stem("once")
+    codec = {".wav": "pcm_s16le", ".flac": "flac", ".m4a": "aac", ".ogg": "libopus", ".mka": "aac"}[path.suffix]
+    pictures.encode(once, codec, TONE)
+    prefix = b"ID3\x04\0\0\0\0\x7f\x7f" + bytes(0x3FFF) if "tagged" in kind else b""
+    path.write_bytes(prefix + once.read_bytes() * (2 if "joined" in kind else 1))
+    calls, fails_at, pread = 0, -1, os.pread
+
+    def counting(descriptor: int, size: int, position: int) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, size, position)
+
+    def decoded() -> int:
+        nonlocal calls
+        calls = 0
+        with open_audio(path, LIMITS) as audio:
+            return sum(len(block) for block in audio.blocks())
+
+    monkeypatch.setattr(os, "pread", counting)
+    whole, total = decoded(), calls
+    assert whole >= len(TONE) * (2 if "joined" in kind else 1)
+    for fails_at in range(total):
+        with pytest.raises(JobFailedError) as caught:
+            pytest.fail(f"read {fails_at} of {total}: {decoded()} of {whole} samples")
+        assert caught.value.code is ErrorCode.AUDIO_IO_ERROR, fails_at
+
+
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOTCONN])
 def test_a_file_that_cannot_be_opened_for_now_is_no_damage(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

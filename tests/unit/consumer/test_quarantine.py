@@ -28,7 +28,7 @@ TEXT = "There is a parcel at the door. " * 20_000
 
 
 class Broker:
-    """Retains what it accepts, and closes the connection at any other message.
+    """Retains what it accepts, and closes the connection at any other message, or acknowledges nothing any more.
 
     Attributes:
         accepts: decides about each message.
@@ -36,8 +36,9 @@ class Broker:
         losses: how often it has closed the connection.
     """
 
-    def __init__(self, bench: Bench, accepts: Callable[[Message], bool]) -> None:
+    def __init__(self, bench: Bench, accepts: Callable[[Message], bool], *, stalls: bool = False) -> None:
         self.bench = bench
+        self._stalls = stalls
         self.accepts = accepts
         self.retained: dict[str, bytes] = {}
         self.received: list[Message] = []
@@ -69,7 +70,8 @@ class Broker:
                     # What was received before is not acknowledged any more.
                     self.losses += 1
                     self.bench.connection.up = False
-                    self.bench.publisher.on_disconnected([each.ticket for each in in_flight])
+                    unacknowledged = [each.ticket for each in in_flight]
+                    self.bench.publisher.on_disconnected(unacknowledged, is_stalled=self._stalls)
                     self.bench.turn()
                     return False
                 self.received.append(message)
@@ -108,6 +110,27 @@ def test_a_status_over_an_unannounced_limit_is_cut_to_what_passes(bench: Bench, 
     assert b'"result_truncated":true' in cut
     assert not bench.ledger.has_unpublished
     assert broker.losses <= 2 + 9 + 7, "it is cut to half each time, and its event is skipped"
+
+
+@pytest.mark.parametrize("limit_bytes", [1_000_000, 4_000])
+def test_a_message_that_is_never_acknowledged_is_cut_and_holds_up_nothing_else(bench: Bench, limit_bytes: int) -> None:
+    complete(bench, "long", TEXT * 3)
+    for number in range(50):
+        complete(bench, f"short-{number}")
+    broker = Broker(bench, accepts_up_to(limit_bytes), stalls=True)
+    broker.serve()
+    assert {f"cesar/status/short-{number}" for number in range(50)} <= broker.retained.keys()
+    assert limit_bytes / 3 < len(broker.retained["cesar/status/long"]) <= limit_bytes
+    assert not bench.ledger.has_unpublished
+    assert broker.losses <= 2 + 9 + 2
+
+
+def test_what_is_never_acknowledged_at_any_size_is_skipped_at_the_second_time(bench: Bench) -> None:
+    complete(bench, "one")
+    broker = Broker(bench, lambda message: message.topic != "cesar/events", stalls=True)
+    broker.serve()
+    assert broker.losses == 2
+    assert b'"completed"' in broker.retained["cesar/status/one"]
 
 
 def test_what_was_learned_from_one_message_holds_for_all(bench: Bench) -> None:

@@ -925,6 +925,31 @@ def test_each_retry_waits_four_times_as_long_within_a_fifth(bench: Bench, monkey
     assert delays == [pytest.approx(seconds, rel=0.2) for seconds in (2.0, 8.0, 32.0)]
 
 
+def test_no_retry_waits_longer_than_an_hour_however_many_there_were(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delay of the 512th has no number: the worker's thread ended with OverflowError."""
+    delays: list[float] = []
+    defer = bench.ledger.defer
+
+    def noted(seq: int, delay_s: float) -> None:
+        delays.append(delay_s)
+        defer(seq, 0.0)
+
+    monkeypatch.setattr(bench.ledger, "defer", noted)
+    worker = bench.make_worker(retries=600, retry_delay_s=2.0)
+    bench.add("a")
+    bench.fails_with(JobFailedError(ErrorCode.INTERNAL, "Not now."))
+    while worker.run_once():
+        pass
+    assert len(delays) == 600
+    assert max(delays) <= 1.2 * 3600.0
+    patient = bench.make_worker(retries=1, retry_delay_s=86_400.0)
+    bench.add("b")
+    assert patient.run_once()
+    assert delays[-1] == pytest.approx(86_400.0, rel=0.2)
+
+
 def test_a_permanent_failure_is_not_retried(bench: Bench) -> None:
     worker = patient(bench, retries=2)
     bench.add("a")
