@@ -29,8 +29,8 @@ ENTITIES = {
     "event.cesar_job": "unknown",
     "notify.cesar_transcribe": "unknown",
     "switch.cesar_pause": "off",
-    "button.cesar_cancel_current_job": "unknown",
-    "button.cesar_cancel_all_jobs": "unknown",
+    "button.cesar_cancel_current_job": "unavailable",
+    "button.cesar_cancel_all_jobs": "unavailable",
     "button.cesar_retry_last_failure": "unknown",
     "select.cesar_default_language": "auto",
     "select.cesar_default_model": "tiny.en",
@@ -182,6 +182,7 @@ async def test_what_a_failed_job_needs_can_be_put_there_and_the_job_retried(hous
     for _ in range(2):
         await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
     await house.until_state("sensor.cesar_queue_length", "2")
+    await house.until_state("button.cesar_cancel_all_jobs", "unknown")
     await house.call("button", "press", "button.cesar_cancel_all_jobs")
     await house.until_state("sensor.cesar_cancelled", "2")
     await house.call("switch", "turn_off", "switch.cesar_pause")
@@ -256,6 +257,7 @@ async def test_the_switch_pauses_and_the_button_cancels(house, serve, long_recor
     await house.call("switch", "turn_off", "switch.cesar_pause")
     await house.until_state("sensor.cesar_activity", "processing")
     assert house.state("switch.cesar_pause") == "off"
+    await house.until_state("button.cesar_cancel_current_job", "unknown")
     await house.call("button", "press", "button.cesar_cancel_current_job")
     await house.until_state("sensor.cesar_cancelled", "1")
     await house.until(lambda: house.attributes("event.cesar_job").get("event_type") == "cancelled", "the event")

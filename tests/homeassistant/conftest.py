@@ -218,23 +218,50 @@ class House:
         await self.hass.services.async_call(domain, service, {"entity_id": entity_id, **data}, blocking=True)
 
 
+class Broker:
+    """A mosquitto, which keeps what it retains when it is restarted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self._config = folder / "mosquitto.conf"
+        self._config.write_text(
+            f"user {getpass.getuser()}\nlistener {self.port} 127.0.0.1\nallow_anonymous true\n"
+            f"persistence true\npersistence_location {folder}/\n"
+        )
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [program("mosquitto"), "-v", "-c", str(self._config)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        self._drain = threading.Thread(target=self._process.stderr.read, daemon=True)
+        self._drain.start()
+        wait_for_listener(self.port, self._process)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(PATIENCE_S)
+        self._drain.join(PATIENCE_S)
+        self._process.stderr.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
 @pytest.fixture
-def port(tmp_path: Path, socket_enabled: None) -> int:
-    """A mosquitto's."""
-    number = free_port()
-    config = tmp_path / "mosquitto.conf"
-    config.write_text(f"user {getpass.getuser()}\nlistener {number} 127.0.0.1\nallow_anonymous true\n")
-    process = subprocess.Popen(
-        [program("mosquitto"), "-v", "-c", str(config)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    drain = threading.Thread(target=process.stderr.read, daemon=True)
-    drain.start()
-    wait_for_listener(number, process)
-    yield number
-    process.kill()
-    process.wait(PATIENCE_S)
-    drain.join(PATIENCE_S)
-    process.stderr.close()
+def broker(tmp_path: Path, socket_enabled: None) -> Broker:
+    started = Broker(tmp_path)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def port(broker: Broker) -> int:
+    return broker.port
 
 
 @pytest.fixture
