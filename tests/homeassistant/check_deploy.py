@@ -42,13 +42,24 @@ async def _shows_notifications(house):
     assert await async_setup_component(house.hass, "persistent_notification", {})
 
 
-async def loaded(house):
-    """Load the package, also for a reload."""
-    shutil.copy(DEPLOY / "package.yaml", house.hass.config.path("configuration.yaml"))
+async def loaded(house, *automations):
+    """Load the package, beside other automations."""
     config = load_yaml(str(DEPLOY / "package.yaml"))
+    config["automation"] = [*config["automation"], *automations]
+    await configured(house, config)
+
+
+def write(path, config):
+    Path(path).write_text(json.dumps(config))
+
+
+async def configured(house, config):
+    """Load a configuration, also for a reload. JSON is YAML."""
+    write(house.hass.config.path("configuration.yaml"), config)
     for domain in config:
         assert await async_setup_component(house.hass, domain, config), domain
     await house.hass.async_block_till_done()
+    await house.until_subscribed()
 
 
 @pytest.fixture
@@ -80,20 +91,22 @@ def submit(bus, job_id, path="speech.wav", **fields):
 def blueprinted(house, tmp_path):
     """Set an automation up from the blueprint."""
 
-    async def set_up(**inputs):
+    async def set_up(*, with_package=False, **inputs):
         target = tmp_path / "blueprints" / "automation" / BLUEPRINT
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True)
         shutil.copy(DEPLOY / "blueprints" / "cesar_transcribe.yaml", target)
         used = {"path": BLUEPRINT, "input": {"trigger_input": NEW_FILE, **inputs}}
-        config = {"automation": {"id": "notes", "alias": "notes", "use_blueprint": used}}
-        assert await async_setup_component(house.hass, "automation", config)
-        await house.hass.async_block_till_done()
+        automation = {"id": "notes", "alias": "notes", "use_blueprint": used}
+        if with_package:
+            await loaded(house, automation)
+        else:
+            await configured(house, {"automation": [automation]})
         assert house.state("automation.notes") == "on"
-        (tmp_path / "configuration.yaml").write_text(json.dumps(config))  # JSON is YAML
 
     async def load_again():
         await house.hass.services.async_call("automation", "reload", blocking=True)
         assert house.state("automation.notes") == "on"
+        await house.until_subscribed()
 
     set_up.reload = load_again
     return set_up
@@ -137,6 +150,7 @@ async def test_the_blueprint_gives_up_after_the_time_it_was_given(house, bluepri
     await house.until(shown(house, "Nobody there", "No transcript came in time"), "the notification")
 
 
+@pytest.mark.broker_restarts
 async def test_the_package_notifies_once_for_each_job_over_restarts(house, serve, bus, broker):
     consumer = serve()
     await house.until_state("binary_sensor.cesar_connection", "on")
@@ -151,9 +165,11 @@ async def test_the_package_notifies_once_for_each_job_over_restarts(house, serve
     await shown_once("first")
     await shown_once("failed", "missing.wav")
     await house.connect_again()
+    await house.until_subscribed()
     await shown_once("after-home-assistant")
     await house.hass.services.async_call("automation", "reload", blocking=True)
-    await house.hass.async_add_executor_job(broker.restart)
+    await house.until_subscribed()
+    await house.restart(broker)
     await house.until_state("binary_sensor.cesar_connection", "on")
     await shown_once("after-the-broker")
     await house.hass.async_add_executor_job(consumer.stop)
@@ -198,9 +214,8 @@ async def test_the_notice_that_the_consumer_is_offline_goes_when_it_is_back(hous
 
 async def test_package_and_blueprint_show_one_notification_for_a_job_of_the_blueprint(house, serve, blueprinted, bus):
     await served(house, serve)
-    await loaded(house)
+    await blueprinted(with_package=True)
     seen = created(house)
-    await blueprinted()
     house.hass.bus.async_fire("folder_watcher", {"event_type": "closed", "path": str(DATA / "speech.wav")})
     await house.until(shown(house, "Voice note", HEARD), "the notification")
     await house.hass.async_add_executor_job(submit, bus, "another")
@@ -208,12 +223,13 @@ async def test_package_and_blueprint_show_one_notification_for_a_job_of_the_blue
     assert seen == [None, "cesar_another"]
 
 
+@pytest.mark.broker_restarts
 async def test_the_blueprint_s_actions_run_once_for_each_job_over_restarts(house, serve, blueprinted, bus, broker):
     consumer = serve()
     await house.until_state("binary_sensor.cesar_connection", "on")
     told = []
     house.hass.bus.async_listen("told", callback(lambda event: told.append(event.data["of"])))
-    action = {"event": "told", "event_data": {"of": "{{ title }}: {{ status.audio_source }}"}}
+    action = {"event": "told", "event_data": {"of": "{{ title }}: {{ status.audio_source.split('/') | last }}"}}
     await blueprinted(actions_input=[action])
 
     async def restart_home_assistant():
@@ -221,7 +237,7 @@ async def test_the_blueprint_s_actions_run_once_for_each_job_over_restarts(house
         await blueprinted.reload()
 
     async def restart_broker():
-        await house.hass.async_add_executor_job(broker.restart)
+        await house.restart(broker)
 
     async def restart_consumer():
         await house.hass.async_add_executor_job(consumer.stop)

@@ -208,6 +208,34 @@ async def test_a_consumer_that_announces_no_more_leaves_nothing(house, serve):
     await house.until(lambda: not house.entities() and not house.devices(), "nothing")
 
 
+@pytest.mark.parametrize(
+    ("changed", "ids"),
+    [
+        ({"CESAR_CONSUMER__NAME": "attic"}, "cesar_attic"),
+        ({"CESAR_TOPIC_PREFIX": "voices"}, "cesar"),
+        ({"CESAR_HOMEASSISTANT__PREFIX": "homeassistant/house"}, None),
+    ],
+)
+async def test_a_changed_name_or_prefix_leaves_nothing(house, serve, bus, changed, ids):
+    consumer = serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
+    await house.until_state("sensor.cesar_completed", "1")
+    consumer.stop()
+    consumer.start(**changed)
+    if ids is None:
+        await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+    else:
+        connection = f"binary_sensor.{ids}_connection"
+        await house.until(lambda: len(house.devices()) == 1 and house.state(connection) == "on", "one device")
+        assert {entity.partition(".")[2].startswith(f"{ids}_") for entity in house.entities()} == {True}
+        assert len(house.entities()) == len(ENTITIES) + len(MEASURED)
+    consumer.stop()
+    await house.hass.async_add_executor_job(consumer.command, "discovery", "remove", "--all")
+    await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+    assert await house.hass.async_add_executor_job(bus.retained_topics) == []
+
+
 async def test_a_restart_shows_no_stop(house, serve):
     consumer = serve()
     await house.until(shows(house, ENTITIES), "every entity")

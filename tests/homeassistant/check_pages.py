@@ -13,7 +13,7 @@ import pytest
 from homeassistant.components.folder_watcher.const import DOMAIN as FOLDER_WATCHER
 from homeassistant.config import async_hass_config_yaml
 from homeassistant.config_entries import ConfigEntryState
-from homeassistant.core import callback
+from homeassistant.core import Context, callback
 from homeassistant.core_config import async_process_ha_core_config
 from homeassistant.helpers import config_validation as cv
 from homeassistant.helpers.script import Script
@@ -80,7 +80,7 @@ def calls(house, domain, service):
 async def act(house, text):
     """Run the actions as the developer tools do."""
     sequence = cv.SCRIPT_SCHEMA([parse_yaml(text)])
-    await Script(house.hass, sequence, "shown", "script").async_run()
+    await Script(house.hass, sequence, "shown", "script").async_run(context=Context())
 
 
 async def automate(house, *texts):
@@ -89,6 +89,7 @@ async def automate(house, *texts):
     await house.hass.async_block_till_done()
     states = house.hass.states.async_all("automation")
     assert [state.state for state in states] == ["on"] * len(configs)
+    await house.until_subscribed()
 
 
 def fires(house):
@@ -116,6 +117,7 @@ async def test_an_action_that_submits_ends_in_a_transcript(served, heading, page
     await served.until(lambda: HEARD in served.state("sensor.cesar_last_transcript"), "the transcript")
 
 
+@pytest.mark.broker_restarts
 async def test_the_phone_gets_each_transcript_once_over_restarts(served, bus, broker, tmp_path):
     sent = calls(served, "notify", "mobile_app_telephone")
     await automate(served, shown("Notify a phone"))
@@ -131,8 +133,9 @@ async def test_the_phone_gets_each_transcript_once_over_restarts(served, bus, br
     await received(1)
     await served.connect_again()
     await served.hass.services.async_call("automation", "reload", blocking=True)
+    await served.until_subscribed()
     await received(2)
-    await served.hass.async_add_executor_job(broker.restart)
+    await served.restart(broker)
     await served.until_state("binary_sensor.cesar_connection", "on")
     await submit(served, bus, "silent", "missing.wav")  # does not notify
     await received(3)
@@ -225,6 +228,7 @@ async def test_what_frigate_hears_comes_back_to_it_as_text(served, bus, frigate)
     for domain in config:
         assert await async_setup_component(served.hass, domain, config), domain
     await served.hass.async_block_till_done()
+    await served.until_subscribed()
     fired = fires(served)
     heard = {"id": "1718987129.308396-fqk5ka", "camera": "porch", "label": "speech", "has_clip": True}
     for kind, after in (("new", heard), ("end", {**heard, "label": "person"}), ("end", heard), ("end", heard)):
@@ -244,10 +248,10 @@ async def test_a_new_file_in_a_folder_that_may_be_watched_runs_the_blueprint(ser
     """With Home Assistant's own Folder watcher, which refuses a folder outside of the list."""
     folder = tmp_path / "voice-notes"
     folder.mkdir()
-    allowed = parse_yaml(shown("Blueprint or package").replace("/media/voice-notes", str(folder)))
+    allowed = parse_yaml(shown("Blueprint or package").replace("/share/voice-notes", str(folder)))
     await async_process_ha_core_config(served.hass, allowed["homeassistant"])
     assert served.hass.config.is_allowed_path(str(folder / "note.wav"))
-    assert not served.hass.config.is_allowed_path("/media/voice-notes")
+    assert not served.hass.config.is_allowed_path(str(tmp_path / "elsewhere" / "note.wav"))
     target = tmp_path / "blueprints" / "automation" / "cesar-mqtt" / "cesar_transcribe.yaml"
     target.parent.mkdir(parents=True)
     shutil.copy(ROOT / "deploy" / "home-assistant" / "blueprints" / "cesar_transcribe.yaml", target)
