@@ -189,7 +189,7 @@ def _total_sensors(topics: Topics) -> Entities:
             "icon": "mdi:counter",
             "entity_category": "diagnostic",
             "state_class": "total_increasing",
-                "state_topic": topics.own("queue"),
+            "state_topic": topics.own("queue"),
             "value_template": f"{{{{ value_json.{what}_total }}}}",
         }
         for what, name in names.items()

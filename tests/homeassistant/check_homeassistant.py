@@ -222,6 +222,7 @@ async def test_a_changed_name_or_prefix_leaves_nothing(house, serve, bus, change
     await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
     await house.until_state("sensor.cesar_completed", "1")
     consumer.stop()
+    await house.until_state("binary_sensor.cesar_connection", "off")
     consumer.start(**changed)
     if ids is None:
         await house.until(lambda: not house.entities() and not house.devices(), "nothing")

@@ -60,11 +60,11 @@ def test_every_yaml_of_every_page_has_a_test():
 
 
 @pytest.fixture
-async def served(house, serve, tmp_path):
+async def served(house, serve, frigate, tmp_path):
     """A consumer whose audio directories have a recording called porch.wav; what the scripts submit is short."""
     for name in ("porch.wav", "doorbell.wav"):
         shutil.copy(DATA / "speech.wav", tmp_path / name)
-    serve(CESAR_AUDIO__ALLOWED_HOSTS='["127.0.0.1"]')
+    serve(CESAR_AUDIO__ALLOWED_HOSTS=json.dumps([frigate.host]))
     await house.until_state("binary_sensor.cesar_connection", "on")
     await house.until_state("sensor.cesar_activity", "idle")
     return house
@@ -206,6 +206,7 @@ class Frigate:
                 """Keep quiet."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.host = f"127.0.0.1:{self.server.server_address[1]}"
         self._thread = threading.Thread(target=self.server.serve_forever)
         self._thread.start()
 
@@ -223,7 +224,7 @@ def frigate(socket_enabled):
 
 
 async def test_what_frigate_hears_comes_back_to_it_as_text(served, bus, frigate):
-    text = shown("Frigate").replace("frigate.home.arpa:5000", f"127.0.0.1:{frigate.server.server_address[1]}")
+    text = shown("Frigate").replace("frigate.home.arpa:5000", frigate.host)
     config = parse_yaml(text)
     for domain in config:
         assert await async_setup_component(served.hass, domain, config), domain

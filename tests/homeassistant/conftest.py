@@ -121,13 +121,14 @@ class Consumer:
         self._environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("CESAR_", "PYTHON"))},
             "CESAR_BROKER__URL": f"mqtt://127.0.0.1:{port}",
+            "CESAR_DATA_DIR": "data",
             "CESAR_MODELS__DEFAULT": "tiny.en",
             **settings,
         }
 
     def start(self, **settings: str) -> None:
         self._environ |= settings
-        folders = ("--data-dir", "data", "--audio-dir", str(DATA), "--audio-dir", str(self._folder.parent))
+        folders = ("--audio-dir", str(DATA), "--audio-dir", str(self._folder.parent))
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [os.environ["CESAR_MQTT"], "serve", *folders],
