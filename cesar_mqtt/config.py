@@ -6,7 +6,7 @@ main thread calls `load_settings`. `config_sources` reads the sources.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ LOCAL_BROKER = "mqtt://127.0.0.1:1883"
 """The broker of the other commands when no source names one."""
 
 _HIDDEN = "***"
-_SECRET = frozenset({"broker.url", "webhook.url"})
+_SECRET = frozenset({"broker.url", "queue.jetstream.url", "webhook.url"})
 _PUBLIC_URL = re.compile(
     r"(?P<scheme>[a-z]+://)(?P<credentials>.*@)?"
     r"(?P<address>([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w./-]*)?)",
@@ -113,7 +113,7 @@ class AudioSettings(Section):
     """Seconds that one download may take, retries included."""
     download_retries: int = Field(default=2, ge=0)
     """How often a download is retried after a temporary failure."""
-    downloads_ahead: int = Field(default=8, ge=1, le=64)
+    downloads_ahead: int = Field(default=12, ge=1, le=64)
     """How many of the next jobs' URLs are downloaded while another job is running."""
 
 
@@ -166,9 +166,49 @@ class WorkerSettings(Section):
     """Seconds that a stop waits for the current job before it is requeued; None: no limit."""
 
 
-class QueueSettings(Section):
-    """Limits on what is accepted from the bus."""
+class JetStreamSettings(Section):
+    """The NATS server of `queue.engine = "jetstream"`; needs the extra `cluster`."""
 
+    url: str = Field(
+        default="nats://127.0.0.1:4222",
+        repr=False,
+        pattern=r"^(nats|tls|ws|wss)://[^\s,]+(,\s*(nats|tls|ws|wss)://[^\s,]+)*$",
+        description="the nats://, tls://, ws:// or wss:// addresses of the servers, joined by commas",
+    )
+    """The servers of the cluster, joined by commas; may hold a password."""
+    username: str | None = None
+    password_file: Path | None = None
+    """A file whose first line is that user's password."""
+    credentials_file: Path | None = None
+    """A file of NATS with a user's JWT and key, instead of user name and password."""
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    stream: str = Field(
+        default="CESAR",
+        pattern=r"^[A-Za-z0-9_-]{1,32}$",
+        description="1 to 32 letters, digits, underscores or hyphens",
+    )
+    """The name of the queue, which all its consumers share: a stream, a bucket of keys, and the first token of the
+    subjects. It is made where it is missing."""
+    replicas: int = Field(default=1, ge=1, le=5)
+    """On how many servers the queue is stored."""
+    max_message_bytes: int | None = Field(default=None, ge=1024)
+    """The largest request or upload; a larger one is rejected as `payload_too_large`. None: the server's `max_payload`,
+    which has to leave 4 KiB for the queue's own headers."""
+    ack_wait: float = Field(default=30.0, ge=1.0, le=3600.0)
+    """Seconds without a sign of life after which the job of a consumer goes to another one."""
+
+
+class QueueSettings(Section):
+    """Where jobs come from, and limits on what is accepted from the bus."""
+
+    engine: Literal["mqtt", "jetstream"] = "mqtt"
+    """`mqtt`: this consumer subscribes to the jobs, and its ledger is the queue. `jetstream`: consumers on many
+    machines share one queue on a NATS server, which is their broker, too."""
+    mode: Literal["strict", "parallel"] = "strict"
+    """With `jetstream`. `strict`: one job at a time in the whole group, in order; `parallel`: one in each consumer."""
+    jetstream: JetStreamSettings = JetStreamSettings()
     max_queued: int = Field(default=100_000, ge=1)
     """The most queued jobs; the next is rejected as `queue_full`."""
     max_priority: int = Field(default=9, ge=0, le=9)
@@ -326,7 +366,9 @@ class WebSettings(Section):
     """A file whose first line is the password, hashed with argon2, or plain and readable for its owner only. OpenAI's
     clients send it as their API key. None: there is no password, and only this machine may reach the page."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks of proxies that authenticate the users themselves, such as Home Assistant's ingress."""
+    """Addresses or networks of proxies whose `X-Forwarded-...` headers are believed, as Home Assistant's ingress."""
+    trusted_proxies_authenticate: bool = True
+    """Whether these proxies authenticate the users themselves; false: the page asks for its password."""
     hosts: tuple[str, ...] = ()
     """Names by which the page may be called, beside addresses, `localhost` and the names of this machine."""
 
@@ -368,9 +410,12 @@ class Settings(Section):
         values["broker"]["url"] = _without_credentials(self.broker.url)
         if self.webhook.url is not None:
             values["webhook"]["url"] = _HIDDEN
-        for section in ("broker", "gateway"):
-            if values[section]["username"] is not None:
-                values[section]["username"] = _HIDDEN
+        jetstream = values["queue"]["jetstream"]
+        urls = self.queue.jetstream.url.split(",")
+        jetstream["url"] = ",".join(_without_credentials(url.strip()) for url in urls)
+        for section in (values["broker"], values["gateway"], jetstream):
+            if section["username"] is not None:
+                section["username"] = _HIDDEN
         return values
 
 
@@ -424,8 +469,11 @@ def nest(values: Mapping[str, object]) -> dict[str, Any]:
     """Return values by dotted name as the settings nest them."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        section, _, leaf = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+        *sections, leaf = name.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
     return tree
 
 
@@ -433,7 +481,7 @@ def _first_error(error: ValidationError, given: Mapping[str, SettingValue]) -> C
     """Translate the first error of pydantic; the next start shows the next one."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = [str(part) for part in first["loc"]]
-    name = next((name for name in (".".join(path[:2]), ".".join(path[:1])) if name in given), None)
+    name = next((name for end in range(len(path), 0, -1) if (name := ".".join(path[:end])) in given), None)
     if name is not None and first["type"] != "value_error":
         return _schema().wrong_value(name, given[name])
     origin = (".".join(path) or "the settings") if name is None else given[name].origin
@@ -443,15 +491,16 @@ def _first_error(error: ValidationError, given: Mapping[str, SettingValue]) -> C
 @cache
 def _schema() -> SettingsSchema:
     """Collect every setting's dotted name and the JSON Schema of its value."""
-    schemas: dict[str, Any] = {}
-    for name, schema in Settings.model_json_schema()["properties"].items():
-        kind = Settings.model_fields[name].annotation
+    return SettingsSchema(dict(_value_schemas(Settings, "")), secret=_SECRET)
+
+
+def _value_schemas(section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, schema in section.model_json_schema()["properties"].items():
+        kind = section.model_fields[name].annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            inner = kind.model_json_schema()["properties"]
-            schemas |= {f"{name}.{key}": value for key, value in inner.items()}
+            yield from _value_schemas(kind, f"{prefix}{name}.")
         else:
-            schemas[name] = schema
-    return SettingsSchema(schemas, secret=_SECRET)
+            yield f"{prefix}{name}", schema
 
 
 def _without_credentials(url: str) -> str:

@@ -6,6 +6,7 @@ thread uses this once at start.
 
 import json
 import os
+import re
 import reprlib
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -60,15 +61,15 @@ class SettingsSchema:
     """The names of all settings and the JSON Schema of each value.
 
     Attributes:
-        sections: the names before the dot.
+        sections: the names before a dot.
         variables: the name of each setting by its environment variable.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]], *, secret: Collection[str] = ()) -> None:
-        """Take the schemas by dotted name, at most one dot deep, and the names whose values no message may show."""
+        """Take the schemas by dotted name, and the names whose values no message may show."""
         self._schemas = {name: _without_null(schema) for name, schema in schemas.items()}
         self._secret = frozenset(secret)
-        self.sections = frozenset(name.partition(".")[0] for name in schemas if "." in name)
+        self.sections = frozenset(name[: dot.start()] for name in schemas for dot in re.finditer(r"\.", name))
         self.variables = {variable_name(name): name for name in schemas}
 
     def schema(self, name: str) -> Mapping[str, Any] | None:
@@ -181,11 +182,14 @@ def _read_toml(path: Path, label: str, *, required: bool) -> dict[str, Any] | No
 
 
 def _leaves(known: SettingsSchema, tree: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield dotted names and values; settings are two levels deep, so a deeper table is a value (and refused)."""
+    """Yield dotted names and values; a table that is no section is a value, or the values of unknown settings."""
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
-        elif not (isinstance(value, Mapping) and key in known.sections):
+        if isinstance(value, Mapping) and key in known.sections:
+            inner = ((f"{key}.{name}", inner_value) for name, inner_value in value.items())
+            yield from _leaves(known, dict(inner))
+        elif isinstance(value, Mapping) and value and "." not in key:
+            yield from ((f"{key}.{name}", inner_value) for name, inner_value in value.items())
+        else:
             yield key, value
 
 

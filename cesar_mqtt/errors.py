@@ -128,6 +128,18 @@ class SpoolFullError(LedgerError):
         self.needed_bytes = needed_bytes
 
 
+class UploadRefusedError(LedgerError):
+    """The file system does not take a file, whose size it does not allow, or which is over a quota with others.
+
+    Attributes:
+        index: the number of the file among those that were to be stored; if it is 0, the file never fits.
+    """
+
+    def __init__(self, problem: str, advice: str = "", *, index: int) -> None:
+        super().__init__(problem, advice)
+        self.index = index
+
+
 class LedgerInUseError(CesarError):
     """Another consumer holds the ledger's lock."""
 

@@ -72,6 +72,15 @@ def request_key(job_id: str | None, fingerprint: str) -> str:
     return fingerprint if job_id is None else f"{job_id} {fingerprint}"
 
 
+class Claim(NamedTuple):
+    """The delivery of a job by a queue that consumers share: the greater one of a job is the newer one."""
+
+    seq: int
+    """The number of the job's message in the queue."""
+    delivery: int
+    """How often that was delivered, from 1: it is the attempt of the job."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A validated request, ready to be appended to the ledger."""
@@ -100,6 +109,12 @@ class NewJob:
     """Whether the consumer generated the id, because the request had none."""
     retained: bool = False
     """Whether the request came from the broker's retained messages."""
+    received_at: float | None = None
+    """When a shared queue received the request (seconds since the epoch); None: when the ledger accepts it."""
+    claim: "Claim | None" = None
+    """The delivery by a queue that consumers share; None: the ledger is the queue."""
+    warnings: tuple[str, ...] = ()
+    """Known when the job is accepted; those of the result are added to them."""
     failure: str | None = None
     """Why the job is recorded as `error` `invalid_request` without being run; None for a valid request."""
 
@@ -152,6 +167,8 @@ class Job(NamedTuple):
     warnings: tuple[str, ...] = ()
     queue_position: int | None = None
     """From 1 while queued, else None."""
+    claim: Claim | None = None
+    """As in `NewJob`."""
 
 
 @dataclass(frozen=True, slots=True)

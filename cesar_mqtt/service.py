@@ -25,6 +25,8 @@ from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
+from cesar_mqtt.consumer.shared_commands import SharedCommands
+from cesar_mqtt.consumer.shared_queue import Admissions, Claims, RequestReader
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
@@ -50,12 +52,14 @@ from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording
+    from cesar_mqtt.engines.jetstream import JetStreamQueue
     from cesar_mqtt.gateway.web.server import WebServer
     from cesar_mqtt.monitoring.metrics import Metrics
     from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
 log = get_logger(__name__)
 
+_DAY_S = 24 * 3600.0
 _DEFAULT_PORT = 1883  # mosquitto_pub's
 _TICK_S = 1.0
 """How often the main thread checks the threads and does maintenance; a systemd watchdog is notified as often."""
@@ -98,7 +102,10 @@ class Service:
         try:
             decoder_process.start()  # it loads its libraries meanwhile
             self._spool = Spool(
-                settings.data_dir / "spool", self._disk("spool"), max_bytes=settings.queue.max_spool_bytes
+                settings.data_dir / "spool",
+                self._disk("spool"),
+                max_bytes=settings.queue.max_spool_bytes,
+                beside=lambda: 0 if self._web is None else self._web.stored_bytes,
             )
             self._spool.sweep(self._ledger.needed_spool_files())
             if address.scheme == "embedded":
@@ -125,10 +132,12 @@ class Service:
                 gateway_broker(settings, broker),
                 uploads=uploads,
                 is_needed=self._needs_upload,
+                check_room=self._spool.check_room,
                 metrics=self._render_metrics,
             )
         self._refused: BrokerRefusedError | None = None
         self.refusal_is_logged = False
+        self._queue = _create_queue(settings, self._topics)
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._events = JobEvents(self._publisher)
@@ -168,6 +177,7 @@ class Service:
             timeout_s=settings.worker.job_timeout,
             idle_s=settings.models.idle_timeout,
             on_idle=self._models.unload_if_idle,
+            may_end=lambda job: self._claims is None or self._claims.may_end(job),
         )
         self._health = HealthProbe(
             settings.data_dir,
@@ -194,7 +204,9 @@ class Service:
                 rejections=rejections,
                 defaults=defaults,
                 on_defaults_set=self._publish_info,
-                grouped=settings.consumer.group is not None,
+                on_deleted=lambda job_id: None if self._claims is None else self._claims.release(job_id),
+                resubmit=None if self._queue is None else self._resubmit,
+                grouped=settings.consumer.group is not None or self._queue is not None,
             ),
             response_topics=ResponseTopics(
                 self._topics,
@@ -207,12 +219,52 @@ class Service:
             publisher=self._publisher,
             on_birth=self._publisher.on_home_assistant_started,
         )
+        self._admissions, self._claims = self._share_queue(settings)
         self._maintenance = Maintenance(settings.retention, self._ledger, self._spool, on_expired=self._events.finished)
         self._front_doors = create_front_doors(settings, broker, self._topics)
         if self._web is not None:
             self._front_doors.append(("web", self._web))
         if self._metrics is not None:
             self._observe(self._metrics)
+
+    def _share_queue(self, settings: Settings) -> tuple[Admissions | None, Claims | None]:
+        queue = self._queue
+        if queue is None:
+            return None, None
+        ack_wait_s = settings.queue.jetstream.ack_wait
+        reader = RequestReader(queue, self._topics, self._models, max_payload_bytes=settings.queue.max_payload_bytes)
+        admissions = Admissions(
+            queue,
+            reader,
+            commands=SharedCommands(
+                queue,
+                reader.read,
+                ledger=self._ledger,
+                spool=self._spool,
+                publisher=self._publisher,
+                topics=self._topics,
+            ),
+            ledger=self._ledger,
+            publisher=self._publisher,
+            events=self._events,
+            consumer=settings.consumer.name,
+            ack_wait_s=ack_wait_s,
+        )
+        claims = Claims(
+            queue,
+            reader,
+            ledger=self._ledger,
+            spool=self._spool,
+            publisher=self._publisher,
+            topics=self._topics,
+            ack_wait_s=ack_wait_s,
+            is_working=lambda: self._worker.alive,
+        )
+        return admissions, claims
+
+    def _resubmit(self, job: Job) -> None:
+        if self._claims is not None:
+            self._claims.resubmit(job)
 
     def _create_client(self, settings: Settings, broker: BrokerSettings) -> MqttClient:
         births = birth_topics(settings.homeassistant.prefix) if settings.homeassistant.enabled else ()
@@ -222,12 +274,15 @@ class Service:
             persistent=True,
             will=Will(self._topics.own("state"), ConsumerState(state="offline").encode()),
             subscriptions=(
-                *group.subscriptions(self._topics, settings.consumer.group),
+                *group.subscriptions(self._topics, settings.consumer.group, jobs=self._queue is None),
                 Subscription(self._topics.own(PAUSE_SWITCH), may_go_ahead=True),
                 *map(Subscription, births),
             ),
             unwanted_filters=group.unwanted_filters(
-                self._topics, settings.consumer.group, known=settings.data_dir / "subscriptions"
+                self._topics,
+                settings.consumer.group,
+                known=settings.data_dir / "subscriptions",
+                jobs=self._queue is None,
             ),
         )
 
@@ -310,6 +365,9 @@ class Service:
         self._worker.start()
         self._intake.start()
         self._client.start()
+        for thread in (self._queue, self._admissions, self._claims):
+            if thread is not None:
+                thread.start()
         for _, door in self._front_doors:
             door.start()
         self._notifier.ready()
@@ -359,7 +417,8 @@ class Service:
         """Check the threads, publish health and do maintenance until a stop is requested."""
         health_due = time.monotonic()
         while not stop.wait(_TICK_S):
-            refusals = (self._refused, *(door.refusal for _, door in self._front_doors))
+            queue_refusal = None if self._queue is None else self._queue.refusal
+            refusals = (self._refused, queue_refusal, *(door.refusal for _, door in self._front_doors))
             for refusal in refusals:
                 if refusal is not None:
                     raise refusal
@@ -380,6 +439,8 @@ class Service:
             "publisher": self._publisher.alive,
             **{name: door.alive for name, door in self._front_doors},
         }
+        if self._admissions is not None and self._claims is not None:
+            alive |= {"admission": self._admissions.alive, "claims": self._claims.alive}
         dead = [name for name, is_alive in alive.items() if not is_alive]
         if dead:
             raise ThreadDiedError(
@@ -403,6 +464,9 @@ class Service:
         self._notifier.stopping()
         self._publisher.set_draining()
         self._worker.request_stop()
+        for thread in (self._admissions, self._claims):
+            if thread is not None:
+                thread.request_stop()
         forced = not self._wait_for_job(stop)
         if forced:
             self._abandon_job()
@@ -435,6 +499,9 @@ class Service:
     def _shut_down(self, stop: StopSignals, drain_s: float) -> bool:
         """Do steps 2 to 8 of `_stop`; return whether the broker has acknowledged every status."""
         self._worker.request_stop()
+        for thread in (self._admissions, self._claims):
+            if thread is not None:
+                thread.request_stop()
         if self._web is not None:
             self._web.request_stop()
         self._prefetcher.stop()
@@ -442,6 +509,8 @@ class Service:
         self._intake.stop()
         if not self._drain(stop, drain_s) and drain_s:
             log.warning("The broker has not acknowledged everything; the next start publishes the rest", action="drain")
+        if self._claims is not None:
+            self._claims.join(_FORCED_DRAIN_S)
         for _, door in self._front_doors:
             door.close()
         self._publisher.publish_state("offline")
@@ -449,6 +518,8 @@ class Service:
             self._announced_topics.remove_stale()
         self._publisher.stop()
         self._client.close()
+        if self._queue is not None:
+            self._queue.stop(_FORCED_DRAIN_S)
         acknowledged = not self._ledger.has_unpublished
         self._close_files()
         log.info("Stopped; jobs in the queue: %d", self._ledger.totals().queued, action="stopped")
@@ -498,6 +569,32 @@ def _create_metrics(settings: Settings) -> "Metrics | None":
             "install it with pip install '.[metrics]' in the clone, or leave metrics.port out"
         ) from exc
     return Metrics(settings.metrics.host, settings.metrics.port, consumer=settings.consumer.name)
+
+
+def _create_queue(settings: Settings, topics: Topics) -> "JetStreamQueue | None":
+    """Create the queue that consumers share; None: the ledger is the queue.
+
+    Raises:
+        ConfigError: the extra `cluster` is not installed, or a file of the settings cannot be used.
+    """
+    if settings.queue.engine == "mqtt":
+        return None
+    try:
+        from cesar_mqtt.engines.jetstream import JetStreamQueue  # noqa: PLC0415 - nats-py is an extra
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] != "nats":
+            raise
+        raise ConfigError(
+            "queue.engine is 'jetstream', but nats-py is not installed: "
+            "install it with pip install '.[cluster]' in the clone, or leave queue.engine out"
+        ) from exc
+    return JetStreamQueue(
+        settings.queue.jetstream,
+        mode=settings.queue.mode,
+        topics=(topics.jobs, topics.audio_filter, topics.request_filter),
+        name=topics.consumer,
+        records_s=settings.retention.days * _DAY_S,
+    )
 
 
 def _open_ledger(settings: Settings, disk: Disk) -> Ledger:

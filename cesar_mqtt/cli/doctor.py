@@ -171,6 +171,9 @@ def _check_consumer(client: ControlClient) -> Iterator[Finding]:
     yield Finding("consumer", Severity.OK, f"{names} is online and answers; uptime {uptime}")
     for message in health.get("quarantined") or ():
         yield _not_accepted(message)
+    webhook = health.get("webhook")
+    if isinstance(webhook, Mapping):
+        yield _check_webhook(webhook)
 
 
 def _check_dropped(client: ControlClient) -> Iterator[Finding]:
@@ -183,6 +186,19 @@ def _check_dropped(client: ControlClient) -> Iterator[Finding]:
         "Raise max_queued_messages in mosquitto.conf: by default it queues 1,000 for a client, also for one online."
     )
     yield Finding("queue of broker", Severity.NOTE, detail, advice)
+
+
+def _check_webhook(webhook: Mapping[str, Any]) -> Finding:
+    """Return the finding about the consumer's webhook, as `health` has it."""
+    pending, given_up = (int(number(webhook.get(name)) or 0) for name in ("pending", "given_up"))
+    problem = webhook.get("problem")
+    detail = f"{many(given_up, 'request')} given up since the start, {pending} pending"
+    if not problem and not given_up:
+        return Finding("webhook", Severity.OK, detail)
+    if problem:
+        detail += f". The last one failed: {printable(str(problem))}"
+    verdict = Severity.WRONG if problem else Severity.NOTE
+    return Finding("webhook", verdict, detail, "Check the receiver, and webhook.url; what is pending is sent again.")
 
 
 def _not_accepted(message: Mapping[str, Any]) -> Finding:

@@ -14,8 +14,9 @@ from cesar_mqtt.cli.console import new_table, out, print_message, print_table
 from cesar_mqtt.cli.text import size
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode, JobFailedError
-from cesar_mqtt.whisper import hub
+from cesar_mqtt.whisper import diarization_models, hub
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
+from cesar_mqtt.whisper.onnx_models import DiarizationError
 
 _LINE_EVERY_S = 5.0
 _LANGUAGES = {True: "multilingual", False: "English", None: "unknown"}
@@ -25,13 +26,20 @@ def list_models(settings: Settings, *, as_json: bool) -> ExitCode:
     """Print the models on this machine and those that may be downloaded. Raises ConfigError."""
     catalogue = _catalogue(settings)
     entries = catalogue.entries()
+    speakers = diarization_models.find(settings.models)
     others = [entry.name for entry in entries if entry.origin is None and catalogue.may_download(entry.name)]
+    if speakers is None and settings.models.download:
+        others.append(diarization_models.NAME)
     here = [entry for entry in entries if entry.origin is not None]
     if as_json:
         models = [_plain(entry) for entry in here]
-        out(json.dumps({"default": catalogue.default_name(), "models": models, "downloadable": others}))
+        diarization = None if speakers is None else {"origin": speakers.origin, "size_bytes": speakers.size_bytes}
+        found = {"default": catalogue.default_name(), "models": models, "diarization": diarization}
+        out(json.dumps(found | {"downloadable": others}))
         return ExitCode.OK
     _print_table(here)
+    if speakers is not None:
+        out(f"For speaker labels: {diarization_models.NAME}, from {speakers.origin}, {size(speakers.size_bytes)}.")
     if not any(entry.default for entry in here):
         out(f"The default is {catalogue.default_name()}, which is not on this machine.")
     if others:
@@ -52,6 +60,8 @@ def pull(name: str, settings: Settings) -> ExitCode:
         ConfigError: a setting names an impossible model.
     """
     logs.configure(settings.log.format, "error")  # the command prints sentences of its own
+    if name == diarization_models.NAME:
+        return _pull_diarization(settings)
     catalogue = _catalogue(settings)
     if not catalogue.is_allowed(name):
         print_message(f"{catalogue.explain_unknown(name)}.")
@@ -69,6 +79,22 @@ def pull(name: str, settings: Settings) -> ExitCode:
         print_message(exc.message)
         return ExitCode.FAILED
     out(str(path))
+    return ExitCode.OK
+
+
+def _pull_diarization(settings: Settings) -> ExitCode:
+    name = diarization_models.NAME
+    try:
+        if diarization_models.find(settings.models) is not None:
+            models = diarization_models.obtain(settings.models)
+            print_message(f"{name} is already here.")
+        else:
+            with _shown(name, "downloading it") as view:
+                models = diarization_models.obtain(settings.models, on_progress=view.show)
+    except DiarizationError as exc:
+        print_message(str(exc))
+        return ExitCode.FAILED
+    out(f"{models.segmentation}\n{models.embedding}")
     return ExitCode.OK
 
 

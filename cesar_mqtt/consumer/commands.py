@@ -12,6 +12,7 @@ from pydantic_core import from_json
 
 from cesar_mqtt.consumer.defaults import StoredDefaults
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
+from cesar_mqtt.engines.messages import QueueUnavailableError
 from cesar_mqtt.errors import LedgerError
 from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, may_need_audio
 from cesar_mqtt.json_codec import encode
@@ -119,6 +120,8 @@ class CommandHandlers:
         rejections: RecentRejections,
         defaults: StoredDefaults,
         on_defaults_set: Callable[[], None] = lambda: None,
+        on_deleted: Callable[[str], None] = lambda _job_id: None,
+        resubmit: Callable[[Job], None] | None = None,
         grouped: bool = False,
     ) -> None:
         """Build the table of commands.
@@ -134,6 +137,8 @@ class CommandHandlers:
             rejections: those that `rejected` returns.
             defaults: what `set` changes.
             on_defaults_set: called when it has.
+            on_deleted: called with the id of a job that was deleted.
+            resubmit: returns a job to the queue that consumers share, for a retry; None: the ledger is the queue.
             grouped: whether other consumers receive the same commands and share the jobs.
         """
         self._ledger = ledger
@@ -146,6 +151,8 @@ class CommandHandlers:
         self._rejections = rejections
         self._defaults = defaults
         self._on_defaults_set = on_defaults_set
+        self._on_deleted = on_deleted
+        self._resubmit = resubmit
         self._grouped = grouped
         self._handlers: dict[str, Callable[[Any], _Outcome]] = {
             "cancel": lambda command: self._for_job(command, self._cancel),
@@ -200,6 +207,9 @@ class CommandHandlers:
         except LedgerError as exc:  # its message has a path in it
             log.error("Command %s failed: %s", command, exc, action="control_failed")
             problem = "The consumer's disk refuses to write, so nothing was changed. See its log, then try again."
+        except QueueUnavailableError as exc:
+            log.error("Command %s failed: %s", command, exc, action="control_failed")
+            problem = "The queue's server does not answer, so this may not have been done. Try again."
         except OSError as exc:
             log.error("Command %s failed: %s", command, exc, action="control_failed")
             problem = "The consumer cannot read the files that this needs. See its log, then try again."
@@ -238,7 +248,11 @@ class CommandHandlers:
                 f"The recording that came with job {job_id} was removed to make room for newer ones "
                 "(queue.max_spool_bytes, or a full disk): submit it again under a new id."
             )
-        return self._state_of(self._ledger.retry(job_id), job_id)
+        if job is None or job.claim is None or self._resubmit is None:
+            return self._state_of(self._ledger.retry(job_id), job_id)
+        self._ledger.check_retry(job_id)
+        self._resubmit(job)
+        return CommandResult(job_id=job_id, status=JobState.QUEUED.value, consumer=self._consumer)
 
     def _was_evicted(self, job: Job) -> bool:
         """Whether only the missing upload keeps a job from being retried."""
@@ -252,6 +266,7 @@ class CommandHandlers:
             return _unknown(job_id)
         _, spool_files = deleted
         self._spool.remove(spool_files)
+        self._on_deleted(job_id)
         return CommandResult(job_id=job_id, status="deleted", consumer=self._consumer)
 
     def _get(self, job_id: str) -> _Outcome:

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from cesar_mqtt.consumer.events import JobEvents
 from cesar_mqtt.consumer.incoming import IncomingMessage, MessageParser, ModelNames
 from cesar_mqtt.consumer.redelivery import RedeliveryTracker
-from cesar_mqtt.errors import Cancelled, LedgerError, SpoolFullError
+from cesar_mqtt.errors import Cancelled, LedgerError, SpoolFullError, UploadRefusedError
 from cesar_mqtt.jobs import Admission, AudioSource, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -185,10 +185,21 @@ class Intake(StoppableThread):
                 self._execute_commands(messages)
                 self._acknowledge(messages)
                 continue
+            most = len(messages)
             while messages:
-                count = self._count_fitting(messages)
+                count = min(most, self._count_fitting(messages))
+                try:
+                    job_ids = self._persist_jobs(messages[:count])
+                except UploadRefusedError as exc:
+                    refused = [place for place, message in enumerate(messages) if message.audio is not None][exc.index]
+                    if exc.index == 0:
+                        messages[refused] = _never_fits(messages[refused])
+                    else:  # alone it may fit
+                        most = refused
+                    continue
                 fitting, messages = messages[:count], messages[count:]
-                self._acknowledge(fitting, self._persist_jobs(fitting))
+                most = len(messages)
+                self._acknowledge(fitting, job_ids)
 
     def _acknowledge(self, messages: Sequence[IncomingMessage], job_ids: Sequence[str] = ()) -> None:
         self._source.acknowledge([message.delivery for message in messages])
@@ -295,6 +306,7 @@ class Intake(StoppableThread):
 
         Raises:
             Cancelled: the intake was stopped before the disk took the batch.
+            UploadRefusedError: one recording never fits, or not with those before it; nothing is stored.
         """
         jobs = self._until_stored(lambda: self._store_audio(messages))
         admissions = self._until_stored(lambda: self._ledger.append(jobs))
@@ -356,11 +368,16 @@ class Intake(StoppableThread):
         return jobs
 
     def _until_stored(self, store: Callable[[], T]) -> T:
-        """Return the result of `store`, which is tried until the disk takes it. Raises Cancelled on a stop."""
+        """Return the result of `store`, which is tried until the disk takes it.
+
+        Raises Cancelled on a stop, and UploadRefusedError, since trying again does not help.
+        """
         backoff = Backoff(_RETRY_FIRST_S, _RETRY_MOST_S)
         while True:
             try:
                 return store()
+            except UploadRefusedError:
+                raise
             except LedgerError as exc:
                 delay_s = backoff.next_s()
                 self._events.degraded("intake", on=True)
@@ -382,7 +399,7 @@ class Intake(StoppableThread):
             if message.job is not None:
                 admission, job_id = next(admissions)
                 log.debug("Request %s", admission, action="taken_in", job_id=job_id)
-                refusal = refusal or _refusal(None if message.job.has_generated_id else job_id, admission)
+                refusal = refusal or refusal_of(None if message.job.has_generated_id else job_id, admission)
             if message.is_birth:
                 self._on_birth()
             audio_id = None if message.delivery.payload else self._topics.audio_job_id(message.delivery.topic)
@@ -399,31 +416,37 @@ class Intake(StoppableThread):
                 self._respond(message.delivery, to_json(answer))
 
     def _reject(self, delivery: Delivery, refusal: Refusal) -> Rejection:
-        rejection = Rejection(
-            reason=refusal.reason,
-            detail=refusal.detail,
-            topic=shorten(redact_value(delivery.topic)),
-            job_id=refusal.job_id,
-            payload_excerpt=excerpt(delivery.payload),
-            received_at=timestamp(delivery.received_at),
-        )
-        details = (rejection.topic, rejection.reason, rejection.detail)
-        log.warning("Rejected on %s: %s: %s", *details, action="rejected", job_id=refusal.job_id)
-        self._events.rejected(rejection)
-        return rejection
+        return reject(self._events, delivery, refusal)
 
 
-def _never_fits(message: IncomingMessage, capacity_bytes: int) -> IncomingMessage:
+def reject(events: JobEvents, delivery: Delivery, refusal: Refusal) -> Rejection:
+    """Report a rejected message, and return its rejection."""
+    rejection = Rejection(
+        reason=refusal.reason,
+        detail=refusal.detail,
+        topic=shorten(redact_value(delivery.topic)),
+        job_id=refusal.job_id,
+        payload_excerpt=excerpt(delivery.payload),
+        received_at=timestamp(delivery.received_at),
+    )
+    details = (rejection.topic, rejection.reason, rejection.detail)
+    log.warning("Rejected on %s: %s: %s", *details, action="rejected", job_id=refusal.job_id)
+    events.rejected(rejection)
+    return rejection
+
+
+def _never_fits(message: IncomingMessage, capacity_bytes: int | None = None) -> IncomingMessage:
+    """Return a recording as a refusal; None: the file system does not tell how much it takes."""
     job = message.job
     job_id = None if job is None or job.has_generated_id else job.job_id
-    detail = (
-        f"The recording has {len(message.audio or b'')} bytes; the consumer can store at most {capacity_bytes} "
-        "(queue.max_spool_bytes, or its disk): submit its path or URL."
-    )
+    limit = "the consumer's file system, or a quota there, does not allow that much"
+    if capacity_bytes is not None:
+        limit = f"the consumer can store at most {capacity_bytes} (queue.max_spool_bytes, or its disk)"
+    detail = f"The recording has {len(message.audio or b'')} bytes; {limit}: submit its path or URL."
     return replace(message, job=None, audio=None, refusal=Refusal("storage_full", detail, job_id))
 
 
-def _refusal(job_id: str | None, admission: Admission) -> Refusal | None:
+def refusal_of(job_id: str | None, admission: Admission) -> Refusal | None:
     if admission is Admission.CONFLICT:
         detail = (
             f"The job id {job_id} belongs to a different request, whose job stays unchanged. "

@@ -46,12 +46,18 @@ class TransientMessage:
 
     Attributes:
         keep: whether it waits for a connection, and is sent again if the connection is lost before its PUBACK.
+        retain: whether it is a status that is not in the ledger, which the broker retains after all.
+        is_wanted: asked just before it is sent; if it returns False, the message is dropped.
+        on_acknowledged: called at its PUBACK, by the publisher's thread.
     """
 
     topic: str
     payload: bytes
     keep: bool = True
     correlation_data: bytes | None = None
+    retain: bool = False
+    is_wanted: Callable[[], bool] | None = None
+    on_acknowledged: Callable[[], None] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -150,8 +156,8 @@ class JobMessages:
         return message.payload if limit is None else truncate_response(message.payload, limit)
 
     def _payload_limit(self, topic: str, properties_bytes: int = 0) -> int | None:
-        limits = (self.max_packet_bytes, self._limit_bytes(topic))
-        limit = min((each for each in limits if each is not None), default=None)
+        announced, other = self.max_packet_bytes, self._limit_bytes(topic)
+        limit = announced if other is None else other if announced is None else min(announced, other)
         return None if limit is None else limit - len(topic.encode()) - properties_bytes - _PACKET_OVERHEAD_BYTES
 
 

@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Literal, NamedTuple, Protocol
 
 from cesar_mqtt.consumer.discovery_schedule import DiscoverySchedule
@@ -109,6 +110,16 @@ PendingAck = StatusAck | ClearAck | OwnTopicAck | TransientAck
 message. Brokers acknowledge in the order in which they receive (MQTT 5, section 4.6), so it stands for all of them."""
 
 
+class Permit(Enum):
+    """Whether the status of a job may be published."""
+
+    PUBLISH = "publish"
+    SKIP = "skip"
+    """It need not be: it counts as published."""
+    HOLD = "hold"
+    """Not now, and perhaps never: another consumer may have the job."""
+
+
 class _InFlight(NamedTuple):
     """A message in flight; `ack` is that of its unit."""
 
@@ -143,6 +154,11 @@ class Publisher(StoppableThread, JobObserver):
     while the client was offline are not published. At the PUBACK the ledger marks the status as published. After a
     reconnect everything unacknowledged is published again; when the broker has lost the session, everything is. A
     message at which the broker closes the connection is kept apart, see `Quarantine`.
+
+    Attributes:
+        permit_of: whether a job is this consumer's to publish; set it before the threads start, as the others.
+        waiting: how many jobs wait in a queue that consumers share, beside those of the ledger.
+        on_status_acknowledged: called when statuses of jobs were acknowledged.
     """
 
     def __init__(
@@ -190,6 +206,9 @@ class Publisher(StoppableThread, JobObserver):
         self._progress_due = 0.0
         self._queue_is_stale = True
         self._queue_due = 0.0
+        self.permit_of: Callable[[Job], Permit] = lambda _job: Permit.PUBLISH
+        self.waiting: Callable[[], int] = lambda: 0
+        self.on_status_acknowledged: Callable[[], None] = lambda: None
         self._moves = self._moves_published = 0
         self._moved_at = -math.inf
         self._drained = threading.Condition()
@@ -228,6 +247,23 @@ class Publisher(StoppableThread, JobObserver):
     def publish_response(self, topic: str, payload: bytes, *, correlation_data: bytes | None = None) -> None:
         """Publish the response to a request; while offline it is kept like a rejection."""
         self._enqueue(TransientMessage(topic, payload, correlation_data=correlation_data))
+
+    def publish_status_of(
+        self, job: Job, *, is_wanted: Callable[[], bool], on_acknowledged: Callable[[], None], is_new: bool = True
+    ) -> None:
+        """Publish the status of a job that is not in the ledger, and if it `is_new` the event before it."""
+        *others, status = self._job_messages.of_job(job, None, is_new=is_new)
+        for topic, payload, retain in others:
+            self._enqueue(TransientMessage(topic, payload, retain=retain, is_wanted=is_wanted))
+        self._enqueue(
+            TransientMessage(
+                status.topic, status.payload, retain=True, is_wanted=is_wanted, on_acknowledged=on_acknowledged
+            )
+        )
+
+    def refresh_queue(self) -> None:
+        """Publish the consumer's queue message again: the shared queue has changed."""
+        self._on_ledger_changed()
 
     def on_segment(self, job: Job, segment: Segment) -> None:
         """Publish a segment; it is dropped while offline."""
@@ -475,10 +511,13 @@ class Publisher(StoppableThread, JobObserver):
                     self._own_topics.acknowledge(name, version)
                     if name == "queue":
                         self._unproven.on_queue_acknowledged(version)
-                case _:  # a status with progress, a transient message
+                case TransientAck(message) if message.on_acknowledged is not None:
+                    message.on_acknowledged()
+                case _:  # a status with progress, another transient message
                     pass
         if published:
             self._ledger.mark_published(published)
+            self.on_status_acknowledged()
 
     def _set_activity(self, activity: Activity) -> None:
         self._activity.worker = activity
@@ -556,7 +595,9 @@ class Publisher(StoppableThread, JobObserver):
         return Sent(topic, message.size_bytes, ack.unit, is_last=message.is_last, can_be_cut=can_be_cut)
 
     def _count_in_flight(self, ack: PendingAck, change: int) -> None:
-        if isinstance(ack, StatusAck) and ack.number:
+        if isinstance(ack, StatusAck):
+            if not ack.number:
+                return
             counts = self._statuses_in_flight
         elif isinstance(ack, ClearAck):
             counts = self._clears_in_flight
@@ -579,6 +620,7 @@ class Publisher(StoppableThread, JobObserver):
             self._queue_is_stale = False
             self._queue_due = self._monotonic() + _MIN_INTERVAL_S
             totals = self._ledger.totals()
+            totals = replace(totals, queued=totals.queued + self.waiting())
             running = None if totals.processing is None else self._ledger.get(totals.processing)
             progress = None if running is None else self.progress_of(running)
             queue = queue_of(totals, self._activity.current(totals), self._clock(), running, progress)
@@ -617,12 +659,16 @@ class Publisher(StoppableThread, JobObserver):
             if self._room <= 0:
                 return
             message = self._transient_messages.first
+            if message.is_wanted is not None and not message.is_wanted():
+                self._transient_messages.remove_first()
+                continue
             payload, data = self._job_messages.fit(message), message.correlation_data
             size_bytes = len(message.topic) + len(payload)
             if ("transient", message.topic) in without and not self._quarantine.is_skipped(message.topic, size_bytes):
                 self._transient_messages.move_to_end()
                 continue
-            if not self._publish(message.topic, payload, TransientAck(message), retain=False, correlation_data=data):
+            ack, retain = TransientAck(message), message.retain
+            if not self._publish(message.topic, payload, ack, retain=retain, correlation_data=data):
                 return
             self._transient_messages.remove_first()
 
@@ -670,6 +716,11 @@ class Publisher(StoppableThread, JobObserver):
         if job.state is JobState.PROCESSING:
             self._progress_due = self._monotonic() + _MIN_INTERVAL_S
         ack = StatusAck(job.seq, number)
+        permit = self.permit_of(job)
+        if permit is not Permit.PUBLISH:
+            if permit is Permit.SKIP:
+                self._complete([ack])
+            return True
         try:
             messages = self._job_messages.of_job(job, self.progress_of(job), is_new=number == job.revision)
         except ValueError as exc:

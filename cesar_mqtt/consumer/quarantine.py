@@ -136,7 +136,8 @@ class Quarantine:
         for other in self._entries.values():
             if other.skipped_until is not None:  # the broker may accept more than before
                 other.skipped_until = self._monotonic()
-        if entry.limit_bytes is not None:
+        # It may have been cut further, to a size that was learned from another message meanwhile.
+        if entry.limit_bytes is not None and entry.limit_bytes < (self._learned_bytes or math.inf):
             self._learned_bytes = entry.limit_bytes
             message = "The broker accepts the message on %s after it was cut: all are cut to %d bytes from now on. %s"
             log.warning(message, topic, entry.limit_bytes, QUARANTINE_ADVICE["too_large"], action="quarantined")

@@ -108,6 +108,7 @@ class Worker(StoppableThread):
         timeout_s: float | None = None,
         idle_s: float | None = None,
         on_idle: Callable[[], object] = lambda: None,
+        may_end: Callable[[Job], bool] = lambda _job: True,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing runs before `start`.
@@ -124,6 +125,7 @@ class Worker(StoppableThread):
             timeout_s: the longest that one attempt may take; None: no limit.
             idle_s: after so many seconds without a job `on_idle` is called, in the worker's thread; None: never.
             on_idle: frees what is held only for the next job.
+            may_end: asked before the end of an attempt is written; False: another consumer has the job.
             monotonic: seconds that never go back.
         """
         super().__init__("worker")
@@ -138,6 +140,7 @@ class Worker(StoppableThread):
         self._timeout_s = timeout_s
         self._idle_s = idle_s
         self._on_idle = on_idle
+        self._may_end = may_end
         self._monotonic = monotonic
         self._abandoned = threading.Event()
 
@@ -298,6 +301,8 @@ class Worker(StoppableThread):
 
     def _persist(self, job: Job, outcome: _Outcome) -> None:
         """Write the end of the attempt, until the disk takes it or a forced stop requeues the job; then report it."""
+        if not self._may_end(job):
+            return
         while not self._abandoned.is_set():
             try:
                 self._write(job, outcome)

@@ -13,6 +13,7 @@ from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import (
     STATES,
     AudioSource,
+    Claim,
     DeletedJob,
     Job,
     JobState,
@@ -42,7 +43,7 @@ def job_document(request: NewJob, now: float, revision: int) -> dict[str, Any]:
         "job_id": request.job_id,
         "state": (JobState.QUEUED if request.failure is None else JobState.ERROR).value,
         "revision": revision,
-        "created_at": now,
+        "created_at": now if request.received_at is None else request.received_at,
         "updated_at": now,
         "fingerprint": request.fingerprint,
         "model_size": request.model_size,
@@ -76,6 +77,12 @@ def _add_rare_fields(document: dict[str, Any], request: NewJob) -> None:
         document["anonymous"] = True
     if request.retained:
         document["retained"] = True
+    if request.warnings:
+        document["warnings"] = list(request.warnings)
+    if request.claim is not None:
+        document["claim"] = list(request.claim)
+        if request.failure is None:
+            document["attempt"] = max(0, request.claim.delivery - 1)
 
 
 def result_fields(result: Result, now: float) -> dict[str, Any]:
@@ -130,6 +137,7 @@ def job_from(seq: int, document: Mapping[str, Any], position: int | None, since:
         error_message=get("error_message"),
         warnings=tuple(get("warnings", ())),
         queue_position=position,
+        claim=Claim(*document["claim"]) if "claim" in document else None,
     )
 
 

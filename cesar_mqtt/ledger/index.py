@@ -119,6 +119,20 @@ class Index:
         self.deduplication.remove(deleted.seq, document)
         self.set_window_count(deleted.seq, 0)
 
+    def forget(self, seq: int, document: Mapping[str, Any]) -> None:
+        """Remove a job without a trace."""
+        if seq in self.processing:
+            self.processing.remove(seq)
+        elif seq in self.finished:
+            del self.finished[seq]
+        elif seq in self.rejected:
+            del self.rejected[seq]
+        else:
+            self.queue.remove(seq)
+        self.queue.drop_expiry(seq)
+        self.deduplication.remove(seq, document)
+        self.set_window_count(seq, 0)
+
     def set_window_count(self, seq: int, count: int) -> None:
         """Record that the first `count` windows of a job are stored."""
         if count:

@@ -55,6 +55,15 @@ class Journal:
         self._disk = disk
         self._reserved = 0
         self._descriptor: int | None = None
+        self._identity: tuple[int, int] | None = None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the open file still has its name: what is appended to another one is lost at the next start."""
+        try:
+            return _identity(os.stat(self.path)) == self._identity  # noqa: PTH116 - asked for each transaction
+        except OSError:
+            return False
 
     @property
     def has_begun(self) -> bool:
@@ -85,7 +94,8 @@ class Journal:
             self._disk.truncate(self._descriptor, end)
         self._disk.sync(self._descriptor)
         self._disk.sync_folder(self.path.parent)
-        self.size, self._reserved = end, os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        self.size, self._reserved, self._identity = end, status.st_size, _identity(status)
 
     def _replay(self, used: bytes, replay: Callable[[int, Any], None]) -> tuple[int, int]:
         """Return where the last complete line begins and ends, as if it had its line feed."""
@@ -168,6 +178,7 @@ class Journal:
         # From here on the old file has no name: no line may be appended to it, even if the folder's sync fails.
         self.close()
         self._descriptor, self.size, self._reserved, self.suspect = descriptor, size, size, True
+        self._identity = _identity(os.fstat(descriptor))
         self._disk.sync_folder(self.path.parent)
         self.suspect = False
 
@@ -199,6 +210,10 @@ class Journal:
         if self._descriptor is None:
             raise LedgerError(f"The ledger's journal {self.path} is closed.")
         return self._descriptor
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 _PREFIX_BYTES = 9

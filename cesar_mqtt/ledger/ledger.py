@@ -12,6 +12,7 @@ import threading
 import time
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -389,6 +390,84 @@ class Ledger:
             if self._index.deduplication.released_until != self._released_on_disk:
                 self._commit([])
 
+    # -- a queue that consumers share ------------------------------------------------------------------------------
+
+    def append_claimed(self, request: NewJob, *, crashes: int) -> Job:
+        """Admit a job that the shared queue delivered, and return it.
+
+        Args:
+            request: has a claim; no other job has its id.
+            crashes: how many of its consumers died; `max_attempts` of them, and the job ends as `crashed`.
+
+        Raises:
+            LedgerError: the disk failed.
+        """
+        with self._changed:
+            self._insert({request.job_id: request}, {})
+            seq = self._index.last_seq
+            if crashes >= self._max_attempts:
+                self._transition(seq, JobState.PROCESSING, {"crashes": crashes})
+                self._fail(
+                    seq,
+                    ErrorCode.CRASHED,
+                    f"{crashes} consumers died or lost their connection while they ran this job. Check the audio, then "
+                    "retry.",
+                    {},
+                )
+            self._notify()
+            return self._job(seq)
+
+    def append_cancelled(self, request: NewJob) -> Job:
+        """Admit a job of the shared queue that was cancelled there, and return it. Raises LedgerError."""
+        with self._changed:
+            self._insert({request.job_id: request}, {})
+            seq = self._index.last_seq
+            self._cancel(seq)
+            return self._job(seq)
+
+    def check_retry(self, job_id: str) -> None:
+        """Raise IllegalTransitionError, with a sentence for the user, if a job of the ledger cannot be retried."""
+        with self._changed:
+            seq = self._index.deduplication.seq(job_id)
+            rejection = None if seq is None else retry_rejection(self._rows[str(seq)])
+            if rejection is not None:
+                raise IllegalTransitionError(rejection)
+
+    def claimed(self) -> list[Job]:
+        """Return the jobs of a shared queue that have not ended, or whose status the broker has not acknowledged."""
+        with self._changed:
+            rows = ((int(key), row) for key, row in self._rows.items() if "claim" in row)
+            return [
+                self._job(seq) for seq, row in rows if not STATES[row["state"]].final or self._outbox.is_pending(seq)
+            ]
+
+    def is_unpublished(self, seq: int) -> bool:
+        """Whether the broker has not acknowledged the newest status of a job."""
+        with self._changed:
+            return self._outbox.is_pending(seq)
+
+    def forget(self, seq: int) -> list[str]:
+        """Remove a job that another consumer has now; its retained messages stay, which are that consumer's.
+
+        Returns:
+            Its files in the spool folder, for the caller to delete; none if there is no such job.
+
+        Raises:
+            LedgerError: the disk failed; the job stays.
+        """
+        with self._changed:
+            row = self._rows.get(str(seq))
+            if row is None:
+                return []
+            changes = [Change(JOBS, seq, None), *self._without_windows(seq)]
+            changes.append(Change(COUNTERS, 1, {"last_seq": self._index.last_seq}))
+            self._commit(changes, keep_reserve=0)
+            self._index.forget(seq, row)
+            self._outbox.drop([seq])
+            self._update_positions()
+            self._notify()
+            return list(spool_files(row))
+
     # -- run jobs -------------------------------------------------------------------------------------------------
 
     def claim(self) -> Job | None:
@@ -495,7 +574,8 @@ class Ledger:
             missing = list(enumerate(kept))[stored:]
             also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
             also += self._without_windows(seq, start=len(kept))
-            fields = result_fields(result, self._clock())
+            early = self._rows.get(str(seq), {}).get("warnings", ())
+            fields = result_fields(replace(result, warnings=(*early, *result.warnings)), self._clock())
             self._transition(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
             self._index.set_window_count(seq, len(kept))
 
@@ -918,9 +998,12 @@ class Ledger:
             return tuple(self._index.processing)
 
     def is_cancelling(self, seq: int) -> bool:
-        """Whether a running job is to be cancelled. Takes no lock, since it is called many times a second."""
+        """Whether a running job is to be cancelled, or was forgotten.
+
+        Takes no lock, since it is called many times a second.
+        """
         row = self._rows.get(str(seq))
-        return row is not None and "cancelling" in row
+        return row is None or "cancelling" in row
 
     def last_finished(self, state: JobState) -> Job | None:
         """Return the job that ended last in this state, rejections aside; None: no such job is left."""

@@ -60,6 +60,10 @@ class Outbox:
         """Whether anything is to be published of a job that is not in `exclude`."""
         return any(seq not in exclude for seq in self._pending)
 
+    def is_pending(self, seq: int) -> bool:
+        """Whether anything is to be published of a job."""
+        return seq in self._pending
+
     # -- enqueue -----------------------------------------------------------------------------------------------------
 
     def enqueue(self, seq: int, revision: int, state: Snapshot) -> None:

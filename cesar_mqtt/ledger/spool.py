@@ -4,16 +4,17 @@ Any thread may call it.
 """
 
 import contextlib
+import errno
 import os
 import resource
 import sys
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from cesar_mqtt.errors import LedgerError, SpoolFullError
+from cesar_mqtt.errors import LedgerError, SpoolFullError, UploadRefusedError
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.reserve import RESERVE_BYTES
 
@@ -28,17 +29,26 @@ class Spool:
     and size have limits of their own.
     """
 
-    def __init__(self, folder: Path, disk: Disk | None = None, *, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        disk: Disk | None = None,
+        *,
+        max_bytes: int | None = None,
+        beside: Callable[[], int] = lambda: 0,
+    ) -> None:
         """Create the folder, durably, if it is missing. Raises LedgerError if that fails.
 
         Args:
             folder: the spool folder, in the data directory.
             disk: the durable writes; for tests.
             max_bytes: the size of all files together; None: what the disk holds.
+            beside: the bytes of uploads that are stored elsewhere and count towards `max_bytes`.
         """
         self._folder = folder.resolve()
         self._disk = disk or Disk()
         self._max_bytes = sys.maxsize if max_bytes is None else max_bytes
+        self._beside = beside
         self._lock = threading.Lock()
         """Guards the sizes."""
         self._sizes: dict[str, int] = {}
@@ -63,9 +73,14 @@ class Spool:
     # -- room --------------------------------------------------------------------------------------------------------
 
     @property
+    def used_bytes(self) -> int:
+        """How much of the limit is taken."""
+        return self._used_bytes + self._beside()
+
+    @property
     def room_bytes(self) -> int:
         """How much can be stored now; may be negative."""
-        return min(self._max_bytes - self._used_bytes, self._free_bytes())
+        return min(self._max_bytes - self.used_bytes, self._free_bytes())
 
     def _free_bytes(self) -> int:
         try:
@@ -100,6 +115,18 @@ class Spool:
         with self._lock:
             return sum(self._sizes.get(name, 0) for name in names)
 
+    def check_room(self, needed_bytes: int) -> None:
+        """Raise SpoolFullError if so much cannot be stored now."""
+        if not needed_bytes or needed_bytes <= self.room_bytes:
+            return
+        if needed_bytes > self._max_bytes - self.used_bytes:
+            problem = f"Uploaded audio takes {self.used_bytes} of {self._max_bytes} bytes (queue.max_spool_bytes)"
+            advice = "Wait until jobs have ended, delete some, or raise the limit."
+        else:
+            problem = f"The disk of the spool folder {self._folder} has too little room"
+            advice = "Make room, or delete jobs."
+        raise SpoolFullError(f"{problem}: {needed_bytes} more do not fit.", advice, needed_bytes=needed_bytes)
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     def path(self, name: str) -> Path:
@@ -113,13 +140,15 @@ class Spool:
 
         Raises:
             SpoolFullError: there is no room for them; nothing was written.
+            UploadRefusedError: one of them never fits, or not with those before it; no file is left behind.
             LedgerError: the disk failed; no file is left behind.
         """
-        needed = sum(map(len, files))
-        if files and needed > self.room_bytes:
-            self._raise_full(needed)
+        self.check_room(sum(map(len, files)))
         names: list[str] = []
         try:
+            if files and not self._folder.is_dir():  # it was removed meanwhile
+                self._folder.mkdir(mode=0o700)
+                self._disk.sync_folder(self._folder.parent)
             for content in files:
                 names.append(uuid.uuid4().hex)
                 self._disk.create(self.path(names[-1]), (content,))
@@ -127,18 +156,17 @@ class Spool:
                 self._disk.sync_folder(self._folder)
         except OSError as exc:
             self.remove(names)
-            raise LedgerError(f"The spool folder {self._folder} cannot be written: {exc.strerror}.") from exc
+            problem = f"The spool folder {self._folder} cannot be written: {exc.strerror}."
+            index = max(0, len(names) - 1)
+            if self._is_refusal(exc, index=index):
+                raise UploadRefusedError(problem, index=index) from exc
+            raise LedgerError(problem) from exc
         self._add({name: len(content) for name, content in zip(names, files, strict=True)})
         return names
 
-    def _raise_full(self, needed_bytes: int) -> None:
-        if needed_bytes > self._max_bytes - self._used_bytes:
-            problem = f"The spool holds {self._used_bytes} of {self._max_bytes} bytes (queue.max_spool_bytes)"
-            advice = "Wait until jobs have ended, delete some, or raise the limit."
-        else:
-            problem = f"The disk of the spool folder {self._folder} has too little room"
-            advice = "Make room, or delete jobs."
-        raise SpoolFullError(f"{problem}: {needed_bytes} more do not fit.", advice, needed_bytes=needed_bytes)
+    def _is_refusal(self, error: OSError, *, index: int) -> bool:
+        """Whether it does not help to wait for room: `statvfs` knows neither quotas nor the largest size of a file."""
+        return error.errno == errno.EFBIG or (error.errno == errno.EDQUOT and (index > 0 or not self.used_bytes))
 
     def remove(self, names: Collection[str]) -> None:
         """Delete files; those that cannot be deleted now are swept at the next start."""

@@ -7,6 +7,7 @@ may run in parallel with commits.
 
 import copy
 import errno
+import os
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,9 @@ from cesar_mqtt.ledger.checkpoint import RESERVED, Document, Image, Snapshot
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.journal import FORMAT, REPAIR_ADVICE, Journal, check_format
 from cesar_mqtt.ledger.reserve import Reserve
+from cesar_mqtt.logs import get_logger
+
+log = get_logger(__name__)
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OPENING_BYTES = 64 << 10
@@ -199,12 +203,23 @@ class JournalStorage(Storage):
         try:
             if self._journal.suspect:
                 self.checkpoint()
+            elif not self._journal.is_in_place or not self._is_in_place():
+                log.error("The ledger's files were removed or replaced: writing them again", action="ledger_rewritten")
+                self.checkpoint()
             self._journal.append(entry)
         except OSError as exc:
             self._append_on_full_disk(entry, exc, keep_reserve)
         self.transaction, self.watermark = number, watermark
         for change in changes:
             apply(self._image, change)
+
+    def _is_in_place(self) -> bool:
+        """Whether the checkpoint is there: the journal alone is no ledger."""
+        try:
+            os.stat(self.path)  # noqa: PTH116 - asked for each transaction
+        except FileNotFoundError:
+            return False
+        return True
 
     def _append_on_full_disk(self, entry: Any, error: OSError, keep_reserve: int | None) -> None:
         """Append an entry that could not be, if room can be made for it. Raises LedgerError."""

@@ -73,6 +73,26 @@ REVISIONS = {
 }
 """The commit of each repository that is used: what its owner changes later is never loaded unseen."""
 
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """One file of a repository.
+
+    Attributes:
+        repository: its owner and name.
+        revision: the commit that is used.
+        name: of the file.
+        sha256: of its content.
+        size_bytes: of its content.
+    """
+
+    repository: str
+    revision: str
+    name: str
+    sha256: str
+    size_bytes: int
+
+
 STALL_S = 30.0
 """A download that receives nothing for so long is given up; huggingface_hub has then tried to resume it twice."""
 _ANSWER_S = 5.0
@@ -113,6 +133,33 @@ def cached(name: str) -> Path | None:
     return None
 
 
+def cached_file(file: HubFile) -> Path | None:
+    """Return where a file is in the hub's cache; uses no network."""
+    options: dict[str, Any] = {"revision": file.revision, "local_files_only": True}
+    with suppress(OSError, ValueError):
+        return Path(hf_hub_download(file.repository, file.name, **options))
+    return None
+
+
+def download_file(
+    file: HubFile, title: str, *, should_stop: Callable[[], bool], on_progress: Callable[[int, int], None]
+) -> Path:
+    """Download one file as `download` does, and return where it is.
+
+    Args:
+        file: of any repository.
+        title: what messages call it.
+        should_stop: asked ten times a second.
+        on_progress: called in this thread with the bytes downloaded and the bytes in all.
+
+    Raises:
+        JobFailedError: as `download`.
+        Cancelled: `should_stop` returned True.
+    """
+    wanted = _Repository(file.repository, file.revision, (file.name,))
+    return _fetch(title, wanted, should_stop, on_progress, STALL_S) / file.name
+
+
 def download(
     name: str,
     *,
@@ -135,10 +182,36 @@ def download(
         JobFailedError: `model_unavailable`: offline, no answer, refused, no room, stalled or failed.
         Cancelled: `should_stop` returned True.
     """
+    repository = REPOSITORIES[name]
+    wanted = _Repository(repository, REVISIONS[repository], PATTERNS, ", or choose a model that is already here")
+    return _fetch(name, wanted, should_stop, on_progress, stall_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Repository:
+    """What is wanted of a repository: one commit of the files that match a pattern.
+
+    Attributes:
+        alternative: what else than a download a message offers.
+    """
+
+    name: str
+    revision: str
+    patterns: tuple[str, ...]
+    alternative: str = ""
+
+
+def _fetch(
+    name: str,
+    wanted: _Repository,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[int, int], None],
+    stall_s: float,
+) -> Path:
     if is_offline():
-        raise _failure(name, "offline")
+        raise _failure(name, "offline", wanted)
     progress = _Progress(name, on_progress)
-    running = _Download(REPOSITORIES[name])
+    running = _Download(wanted)
 
     def is_over(timeout_s: float) -> bool:
         done = bool(wait_for_futures([running.future], timeout_s).done)
@@ -156,7 +229,7 @@ def download(
     reason, detail = _reason(exc), f"{type(exc).__name__}: {exc}"
     message = "Model %s cannot be downloaded: %s (%s)"
     log.warning(message, name, _REASONS[reason], detail, action="model_download_failed")
-    raise _failure(name, reason) from exc
+    raise _failure(name, reason, wanted) from exc
 
 
 class _StalledError(Exception):
@@ -207,10 +280,12 @@ class _Download:
     that an abandoned one would hold up the end of the process.
     """
 
-    def __init__(self, repository: str) -> None:
+    def __init__(self, wanted: _Repository) -> None:
         _configure_client()
+        repository = wanted.name
         self._repository = repository
-        self._revision = REVISIONS[repository]
+        self._revision = wanted.revision
+        self._patterns = wanted.patterns
         self._folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
         self._files: tuple[_File, ...] = ()
         self._abandoned = threading.Event()
@@ -245,7 +320,7 @@ class _Download:
         self._files = tuple(
             _File(sibling.rfilename, sibling.size or 0, folder / sibling.rfilename)
             for sibling in info.siblings or ()
-            if any(fnmatch(sibling.rfilename, pattern) for pattern in PATTERNS)
+            if any(fnmatch(sibling.rfilename, pattern) for pattern in self._patterns)
         )
         self._remove_stale_files()
         self._check_room()
@@ -319,7 +394,5 @@ def _reason(exc: BaseException) -> str:
     return "failed"
 
 
-def _failure(name: str, reason: str) -> JobFailedError:
-    return unavailable(
-        f"The model {name!r} is not on this machine and {_REASONS[reason]}, or choose a model that is already here."
-    )
+def _failure(name: str, reason: str, wanted: _Repository) -> JobFailedError:
+    return unavailable(f"The model {name!r} is not on this machine and {_REASONS[reason]}{wanted.alternative}.")

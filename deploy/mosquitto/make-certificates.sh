@@ -56,7 +56,8 @@ for name in $(echo "$host" | tr , ' '); do
     *) alternatives=$alternatives,IP:$name ;;
     esac
 done
-sign broker serverAuth "${alternatives#,}"
+# A broker that connects to another one is a client there (routes of NATS, bridges of mosquitto).
+sign broker serverAuth,clientAuth "${alternatives#,}"
 for client; do
     sign "$client" clientAuth "DNS:$client"
 done

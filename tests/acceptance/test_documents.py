@@ -5,20 +5,27 @@ import json
 import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+from pydantic import TypeAdapter
 
 from cesar_mqtt.cli.app import app
-from tests.acceptance.harness import PATIENCE_S, SMALL, SPOKEN, words
-from tests.conftest import Mosquitto, need
+from cesar_mqtt.config import load_settings
+from cesar_mqtt.protocol.payloads import Event, Status
+from tests.acceptance.harness import PATIENCE_S, SMALL, SPEECH, SPOKEN, wait_until, words
+from tests.conftest import Mosquitto, find_free_port, need, run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +72,72 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page: str, argu
             return
         left = [*getattr(context, "_protected_args", []), *context.args]
         _, command, rest = resolve(context, left)
+
+
+FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
+"""Their commands are run by the tests below, those of all other pages by tests/deploy/test_pages.py."""
+LANGUAGES = {"sh", "bash", "toml", "ini", "json", "yaml", "python", "nginx"}
+"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `sh` and `bash` see above, the others here."""
+
+
+def every_block(language: str) -> list[Any]:
+    pages = [*PAGES, *sorted((ROOT / "deploy").rglob("*.md"))]
+    return [
+        pytest.param(text, id=f"{page.stem}-{n}") for page in pages for n, text in enumerate(blocks(page, language))
+    ]
+
+
+def test_every_block_is_of_a_language_that_is_checked() -> None:
+    found = {
+        language
+        for page in [*PAGES, *(ROOT / "deploy").rglob("*.md")]
+        for language in re.findall(r"^ *```(\S*)\n(?:.*\n)*?^ *```$", page.read_text(), re.MULTILINE)
+    }
+    assert found <= LANGUAGES
+    for page in PAGES:
+        shown = blocks(page, "bash")
+        assert not shown or page.name in ("README.md", "web.md"), f"{page.name}: commands that no test runs"
+
+
+@pytest.mark.parametrize("text", every_block("toml"))
+def test_a_toml_block_is_a_file_of_settings(text: str, tmp_path: Path) -> None:
+    assert tomllib.loads(text)
+    (tmp_path / "cesar.toml").write_text(text)
+    load_settings(flags={}, config_file=tmp_path / "cesar.toml", environ={}, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("text", every_block("ini"))
+def test_an_ini_block_is_a_drop_in_of_the_unit(text: str, tmp_path: Path) -> None:
+    unit = tmp_path / "cesar-mqtt.service"
+    shipped = (ROOT / "deploy" / "systemd" / unit.name).read_text()
+    unit.write_text(shipped.replace("/opt/cesar-mqtt/bin/cesar-mqtt", sys.executable))
+    (tmp_path / f"{unit.name}.d").mkdir()
+    (tmp_path / f"{unit.name}.d" / "override.conf").write_text(text)
+    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=60)
+    assert [line for line in checked.stderr.splitlines() if str(tmp_path) in line] == []
+
+
+@pytest.mark.parametrize("text", every_block("nginx"))
+def test_a_proxy_sends_the_headers_that_the_page_reads(text: str) -> None:
+    read = "".join(path.read_text() for path in (ROOT / "cesar_mqtt" / "gateway" / "web").rglob("*.py")).lower()
+    headers = re.findall(r"proxy_set_header (X-\S+) ", text)
+    assert headers
+    for header in headers:
+        assert f'"{header.lower()}"' in read, header
+
+
+@pytest.mark.parametrize("text", every_block("json"))
+def test_a_json_block_has_the_fields_of_a_message(text: str) -> None:
+    shown = json.loads(text)
+    if "result_text" in shown:
+        model: Any = Status
+    elif "event_type" in shown:
+        model = Event
+    else:
+        assert shown.keys() == {"status", "data", "error", "transaction"}
+        return
+    TypeAdapter(model).validate_json(text)
+    assert shown.keys() == model.__required_keys__
 
 
 def test_no_page_links_to_a_page_or_a_heading_that_is_not_there() -> None:
@@ -164,23 +237,112 @@ def test_the_first_job_can_be_followed_from_the_top(mosquitto: Mosquitto, free_p
     assert "note-5" in changed
 
 
+@pytest.mark.model
+@pytest.mark.mosquitto
+def test_the_page_of_the_watch_folder_can_be_followed(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    inside, beside = (block.replace("/srv/", f"{tmp_path}/srv/") for block in blocks(ROOT / "docs" / "inbox.md"))
+    notes, texts = tmp_path / "srv" / "voice-notes", tmp_path / "srv" / "texts"
+    notes.mkdir(parents=True)
+    shutil.copy(SPEECH, notes / "porch.wav")
+    environ = environment(tmp_path, mosquitto.url)
+    running = [start(inside, environ, tmp_path)]
+    try:
+        wait_until((notes / "porch.txt").exists)
+        assert words((notes / "porch.txt").read_text()) == SPOKEN
+
+        stop(running.pop())
+        other = tmp_path / "other"
+        other.mkdir()
+        running.append(start("cesar-mqtt serve", environ, tmp_path))
+        command = beside.replace("mqtt://broker.example", mosquitto.url)
+        running.append(start(command, {**environ, "CESAR_DATA_DIR": str(other / "data")}, other))
+        shutil.copy(SPEECH, notes / "yard.wav")
+        wait_until((texts / "yard.srt").exists)
+        assert words((texts / "yard.txt").read_text()) == SPOKEN
+    finally:
+        for process in reversed(running):
+            stop(process)
+
+
+@pytest.mark.model
+@pytest.mark.mosquitto
+def test_the_page_of_the_web_page_can_be_followed(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "web.md"
+    ports = find_free_port(), find_free_port()
+    inside, beside = blocks(page)
+    environ = environment(tmp_path, mosquitto.url)
+    shutil.copy(SPEECH, tmp_path / "note.wav")
+    serving = start(inside.replace("--web", f"--web 127.0.0.1:{ports[0]}"), environ, tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    command = beside.replace(" web ", f" web 127.0.0.1:{ports[1]} ").replace("mqtt://127.0.0.1:1883", mosquitto.url)
+    alone = start(command, environ, other)
+    try:
+        addresses = [f"http://127.0.0.1:{port}/api/consumers" for port in ports]
+        wait_until(lambda: all("consumers" in get(address) for address in addresses))
+        (curl,) = blocks(page, "bash")
+        need("curl")
+        for program in (["/bin/sh", "-ec", curl], [sys.executable, "-c", *blocks(page, "python")]):
+            # tiny.en knows English only.
+            placed = [part.replace("127.0.0.1:8188", f"127.0.0.1:{ports[0]}").replace("=de", "=en") for part in program]
+            done = subprocess.run(placed, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+            assert done.returncode == 0, done.stderr
+            assert (
+                json.loads(done.stdout)["status"] == "queued" if "curl" in placed[-1] else words(done.stdout) == SPOKEN
+            )
+    finally:
+        stop(alone)
+        stop(serving)
+
+
+@pytest.mark.mosquitto
+def test_the_page_of_wyoming_can_be_followed(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    port = find_free_port()
+    (inside,) = blocks(ROOT / "docs" / "wyoming.md")
+    serving = start(
+        inside.replace("--wyoming", f"--wyoming 127.0.0.1:{port}"), environment(tmp_path, mosquitto.url), tmp_path
+    )
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+            connection.sendall(b'{"type": "describe"}\n')
+            assert json.loads(connection.makefile("rb").readline())["type"] == "info"
+    finally:
+        stop(serving)
+
+
+def get(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as response:  # noqa: S310 - http, on loopback
+            text: str = response.read().decode()
+    except OSError:
+        return ""
+    return text
+
+
+def environment(folder: Path, url: str) -> dict[str, str]:
+    """A shell in which `cesar-mqtt` is this one, with data of its own and this broker."""
+    shims = folder / "bin"
+    shims.mkdir()
+    (shims / "cesar-mqtt").write_text(f'#!/bin/sh\nexec {sys.executable} -m cesar_mqtt "$@"\n')
+    (shims / "cesar-mqtt").chmod(0o755)
+    path = f"{shims}:{os.environ['PATH']}"
+    return {**os.environ, **SMALL, "PATH": path, "CESAR_DATA_DIR": str(folder / "data"), "CESAR_BROKER__URL": url}
+
+
 def follow(page: Path, mosquitto: Mosquitto, free_port: int, tmp_path: Path) -> dict[str, str]:
     """Give every block to a shell, in order; what serves continues in the background until the next one serves.
 
     Nothing is changed but the port, which may be taken on this machine, and the folder of the data. `watch` is left
     out: it has no end. Returns what the blocks print, by their first lines.
     """
+    environ = environment(tmp_path, f"mqtt://127.0.0.1:{free_port}")
     shims = tmp_path / "bin"
-    shims.mkdir()
     port_file = tmp_path / "port"
     port_file.write_text(str(free_port))
     for program in ("mosquitto_pub", "mosquitto_sub"):
         (shims / program).write_text(f'#!/bin/sh\nexec {need(program)} -p "$(cat {port_file})" "$@"\n')
-    (shims / "cesar-mqtt").write_text(f'#!/bin/sh\nexec {sys.executable} -m cesar_mqtt "$@"\n')
     for shim in shims.iterdir():
         shim.chmod(0o755)
-    environ = {**os.environ, **SMALL, "PATH": f"{shims}:{os.environ['PATH']}", "CESAR_DATA_DIR": str(tmp_path / "data")}
-    environ["CESAR_BROKER__URL"] = f"mqtt://127.0.0.1:{free_port}"
     serving: subprocess.Popen[str] | None = None
     printed: dict[str, str] = {}
     try:

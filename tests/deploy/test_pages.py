@@ -15,17 +15,39 @@ import pytest
 from tests.conftest import Mosquitto, need
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("deployment.md", "homeassistant.md", "operations.md", "security.md", "topics.md", "troubleshooting.md")
-STAND_INS = ("systemctl", "systemd-sysusers", "journalctl", "docker", "chown", "python3", "pip", "cesar-mqtt")
+FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
+"""Their blocks `sh` are run for real by tests/acceptance/test_documents.py."""
+STAND_INS = (
+    "nats-server",
+    "systemctl",
+    "systemd-sysusers",
+    "journalctl",
+    "docker",
+    "chown",
+    "python3",
+    "pip",
+    "cesar-mqtt",
+)
 
 pytestmark = [pytest.mark.mosquitto]
 
 
 def shown(page: str) -> str:
-    """All that a page tells the reader to type, as one script."""
-    text = (ROOT / "docs" / page).read_text()
-    found = re.findall(r"^( *)```sh\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    return "".join(line.removeprefix(indent) for indent, block in found for line in block.splitlines(keepends=True))
+    """All that a page tells the reader to type, as one script; each section begins in the root of the clone."""
+    language = "bash" if page == "README.md" else "sh"
+    script = ""
+    for section in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
+        found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL)
+        lines = [line.removeprefix(indent) for indent, block in found for line in block.splitlines(keepends=True)]
+        script += "".join(['cd "$CLONE"\n', *lines] if lines else [])
+    return script
+
+
+def pages() -> list[str]:
+    """README's blocks `bash`, and every page with a block `sh` that is not followed elsewhere."""
+    found = [*(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.md")]
+    named = [str(page.relative_to(ROOT)) for page in sorted(found) if page.name not in FOLLOWED]
+    return ["README.md", *(page for page in named if shown(page))]
 
 
 @pytest.fixture
@@ -48,10 +70,17 @@ def machine(tmp_path: Path, mosquitto: Mosquitto) -> dict[str, str]:
     (tmp_path / "opt/cesar-mqtt/bin/pip").symlink_to(programs / "pip")
     (work / ".venv/bin").mkdir(parents=True)
     (work / ".venv/bin/cesar-mqtt").symlink_to(programs / "cesar-mqtt")
-    return {**os.environ, "PATH": f"{programs}:/usr/sbin:{os.environ['PATH']}"}
+    (tmp_path / "cesar-mqtt").mkdir()
+    (tmp_path / "cesar-mqtt" / "bin").symlink_to(programs)
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "CLONE": str(work),
+        "PATH": f"{programs}:/usr/sbin:{os.environ['PATH']}",
+    }
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", pages())
 def test_what_a_page_shows_can_be_typed_from_its_top_to_its_end(
     page: str, machine: dict[str, str], tmp_path: Path
 ) -> None:
@@ -72,7 +101,7 @@ def test_what_a_page_shows_can_be_typed_from_its_top_to_its_end(
 
 
 def test_the_deployment_page_leaves_what_it_promises(machine: dict[str, str], tmp_path: Path) -> None:
-    test_what_a_page_shows_can_be_typed_from_its_top_to_its_end("deployment.md", machine, tmp_path)
+    test_what_a_page_shows_can_be_typed_from_its_top_to_its_end("docs/deployment.md", machine, tmp_path)
     called = (tmp_path / "called").read_text()
     for line in (
         "systemctl enable --now cesar-mqtt",

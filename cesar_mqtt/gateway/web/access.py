@@ -37,6 +37,8 @@ _FREE_TRIES = 5
 _ALL_TRIES = 50
 """The same of all addresses together."""
 _WINDOW_S = 300.0
+_OWN_PREFIX = 64
+"""So many bits of an IPv6 address name a network: its owner has all addresses in it."""
 _READING = frozenset({"GET", "HEAD"})
 _OWN_SITE = frozenset({"same-origin", "none"})
 _PROTECTED = ("/api/", "/v1/", "/metrics", "/login", "/logout")
@@ -69,8 +71,10 @@ class AccessRules:
     """The names by which it may be called, beside addresses: a name that an attacker controls could lead here (DNS
     rebinding)."""
     proxies: tuple[Network, ...]
-    """Addresses of proxies that have authenticated the user."""
+    """Addresses of proxies, whose `X-Forwarded-...` headers are believed."""
     password: Password | None
+    proxies_authenticate: bool = True
+    """Whether these have authenticated the user; else the password is asked for."""
 
     def is_proxy(self, peer: Address | None) -> bool:
         return peer is not None and any(peer in network for network in self.proxies)
@@ -80,11 +84,18 @@ class AccessRules:
         return _address(host.strip("[]")) is not None or host.lower().rstrip(".") in self.hosts
 
 
-def access_rules(host: str, *, password: Password | None, proxies: Sequence[str], hosts: Sequence[str]) -> AccessRules:
+def access_rules(
+    host: str,
+    *,
+    password: Password | None,
+    proxies: Sequence[str],
+    hosts: Sequence[str],
+    proxies_authenticate: bool = True,
+) -> AccessRules:
     """Return the rules for a page on the address `host`.
 
     Raises:
-        ConfigError: the address is not loopback, and there is neither a password nor a trusted proxy.
+        ConfigError: the address is not loopback, and there is neither a password nor a proxy that authenticates.
     """
     try:
         networks = tuple(ipaddress.ip_network(proxy, strict=False) for proxy in proxies)
@@ -94,13 +105,16 @@ def access_rules(host: str, *, password: Password | None, proxies: Sequence[str]
         ) from exc
     address = _address(host)
     is_loopback = host.lower() in _LOCAL_NAMES or (address is not None and address.is_loopback)
+    if not proxies_authenticate and password is None:
+        raise ConfigError("web.trusted_proxies_authenticate is false: then web.password_file is needed")
     if not is_loopback and password is None and not networks:
         raise ConfigError(
             f"web.listen {host}: an address that other machines reach needs web.password_file "
             "(`cesar-mqtt web --set-password FILE` makes one) or web.trusted_proxies"
         )
     own = {host.lower(), *_LOCAL_NAMES} if is_loopback else {host.lower(), *_LOCAL_NAMES, *_own_names()}
-    return AccessRules(is_loopback, frozenset(own | {each.lower() for each in hosts}), networks, password)
+    known = frozenset(own | {each.lower() for each in hosts})
+    return AccessRules(is_loopback, known, networks, password, proxies_authenticate)
 
 
 def _own_names() -> set[str]:
@@ -114,8 +128,11 @@ def _address(text: str) -> Address | None:
         address = ipaddress.ip_address(text)
     except ValueError:
         return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address.scope_id is not None and not address.scope_id.isalnum():  # Python takes any text: `fe80::1%x/y?`
+        return None
+    return address.ipv4_mapped or address
 
 
 class Guard:
@@ -148,19 +165,22 @@ class Guard:
         try:
             await self._check(request)
         except ProblemError as error:
-            log.debug("Refused %s %s: %s", request.method, request.url.path, error.code, action="web_refused")
-            await response_to(request.url.path, error)(scope, receive, send_with_headers)
+            log.debug("Refused %s %s: %s", request.method, scope["path"], error.code, action="web_refused")
+            await response_to(scope["path"], error)(scope, receive, send_with_headers)
             return
         scope.setdefault("state", {})["guard"] = self
         await self._app(scope, receive, send_with_headers)
 
     async def _check(self, request: Request) -> None:
+        path = request.scope[
+            "path"
+        ]  # what the routes are compared with; a URL would be made of the Host header as well
         proxied = self._rules.is_proxy(_peer(request))
         if not proxied:
             self._check_host(request.headers)
-        if request.url.path.startswith(_PROTECTED) or request.method not in _READING:
+        if path.startswith(_PROTECTED) or request.method not in _READING:
             _check_origin(request, proxied=proxied)
-        if request.url.path.startswith(_NEEDS_PASSWORD) and not proxied:
+        if path.startswith(_NEEDS_PASSWORD) and not (proxied and self._rules.proxies_authenticate):
             await self._check_password(request)
 
     def _check_host(self, headers: Headers) -> None:
@@ -200,7 +220,7 @@ class Guard:
 
     async def is_password(self, request: Request, text: str) -> bool:
         """Check a password, one at a time. Raises ProblemError after too many failed attempts."""
-        password, peer = self._rules.password, str(_peer(request))
+        password, peer = self._rules.password, self._client_of(request)
         if password is None:
             return False
         async with self._checking:
@@ -219,6 +239,34 @@ class Guard:
             log.warning("A wrong password from %s", peer, action="wrong_password")
             return False
 
+    def _client_of(self, request: Request) -> str:
+        """Return whose attempts these are: an IPv4 address or an IPv6 network, behind trusted proxies if need be.
+
+        Each proxy appends whom it has the request from: the last address that is no proxy's is the one to believe.
+        """
+        peer = _peer(request)
+        if self._rules.is_proxy(peer):
+            named = ",".join(request.headers.getlist("x-forwarded-for")).split(",")
+            for text in reversed(named):
+                address = _address(text.strip())
+                if not self._rules.is_proxy(address):
+                    peer = address or peer
+                    break
+        if isinstance(peer, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((int(peer), _OWN_PREFIX), strict=False))
+        return str(peer)
+
+    def is_secure(self, request: Request) -> bool:
+        """Whether the browser speaks https, as far as this server or a trusted proxy sees."""
+        if self._rules.is_proxy(_peer(request)):
+            return _first(request.headers.get("x-forwarded-proto", request.scope["scheme"])) == "https"
+        return bool(request.scope["scheme"] == "https")
+
+
+def _first(header: str) -> str:
+    """Return the first of the values that several proxies have put into a header: that of the browser."""
+    return header.partition(",")[0].strip()
+
 
 def _peer(request: Request) -> Address | None:
     return None if request.client is None else _address(request.client.host)
@@ -236,7 +284,7 @@ def _check_origin(request: Request, *, proxied: bool) -> None:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     own = headers.get("host", "")
     if proxied:
-        own = headers.get("x-forwarded-host", own)
+        own = _first(headers.get("x-forwarded-host", own))
     foreign = (site is not None and site not in _OWN_SITE) or (
         origin is not None and urlsplit(origin).netloc.lower() != own.lower()
     )

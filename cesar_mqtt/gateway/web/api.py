@@ -13,7 +13,6 @@ from cesar_mqtt import __version__
 from cesar_mqtt.gateway.web.access import COOKIE, SESSION_S, Guard
 from cesar_mqtt.gateway.web.board import MOST_JOBS, Board, document_of
 from cesar_mqtt.gateway.web.bus_link import BusLink
-from cesar_mqtt.gateway.web.forms import receive_form
 from cesar_mqtt.gateway.web.problems import ProblemError
 from cesar_mqtt.gateway.web.results import Results, owner
 from cesar_mqtt.gateway.web.submitter import Submitter
@@ -33,11 +32,17 @@ MEDIA_TYPES: Mapping[str, str] = {
 
 _BODY_BYTES = 300_000
 """Of a request without a file: two prompts of 65,536 characters fit."""
-_MOST_STREAMS = 500
+_BODY_S = 30.0
+"""How long such a request may take: a login is read before the password is known."""
+_MOST_STREAMS = 400
 _PING_S = 15
 _GATHER_S = 0.05
 """What changes so soon after an event is sent with the next one: a hundred clients may read a burst of a thousand."""
 _DEFAULT_LIMIT = 100
+_PIECE_BYTES = 64 << 10
+"""So much is handed to the connection at once: what a client does not read stays in the one copy for all."""
+_STALLED_S = 60.0
+"""A client that reads nothing for so long is disconnected."""
 
 
 class Api:
@@ -110,16 +115,14 @@ class Api:
         if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
             status = await self._submitter.submit_document(await body_of(request))
         else:
-            submitter = self._submitter
-            limit, sentence = submitter.max_upload_bytes, submitter.too_large
-            async with receive_form(request, submitter.folder, max_bytes=limit, too_large=sentence) as form:
+            async with self._submitter.receive(request) as form:
                 if form.file is None:
                     raise ProblemError(
                         422, "The field `file` with the recording is missing.", "invalid_request", field="file"
                     )
-                status = await submitter.submit_file(form.fields, form.file)
+                status = await self._submitter.submit_file(form.fields, form.file)
         code = 202 if status["status"] is None else 201
-        return JSONResponse(_public(status), code, headers={"Location": f"api/jobs/{status['job_id']}"})
+        return JSONResponse(_public(status), code, headers={"Location": f"jobs/{status['job_id']}"})
 
     async def job(self, request: Request) -> Response:
         return JSONResponse(_public(await self._results.whole_status(request.path_params["job_id"])))
@@ -172,10 +175,12 @@ class Api:
 
     async def events(self, request: Request) -> Response:
         """Send a snapshot and then each change; after a lost connection the client goes on behind its last event."""
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         if self._streams >= _MOST_STREAMS:
             raise ProblemError(503, "Too many clients read events.", "too_many_streams", headers={"Retry-After": "5"})
         last_id = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
-        return EventSourceResponse(self._events(last_id), ping=_PING_S)
+        return EventSourceResponse(self._events(last_id), ping=_PING_S, send_timeout=_STALLED_S)
 
     async def _events(self, last_id: str | None) -> AsyncIterator[bytes]:
         self._streams += 1
@@ -183,8 +188,9 @@ class Api:
             yield b"retry: 1000\n\n"
             while not self._closing:
                 events, last_id = self._board.events_after(last_id)
+                for start in range(0, len(events), _PIECE_BYTES):
+                    yield events[start : start + _PIECE_BYTES]
                 if events:
-                    yield events
                     await asyncio.sleep(_GATHER_S)
                 await self._board.wait_changed(last_id)
         finally:
@@ -202,27 +208,32 @@ class Api:
             COOKIE,
             guard.sessions.create(),
             max_age=int(SESSION_S),
+            path=None,  # the browser takes the folder of this address: behind a proxy, that of the page
             httponly=True,
             samesite="strict",
-            secure=request.url.scheme == "https",
+            secure=guard.is_secure(request),
         )
         return response
 
     async def log_out(self, request: Request) -> Response:
         _guard(request).sessions.end(request.cookies.get(COOKIE, ""))
         response = Response(status_code=204)
-        response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        response.set_cookie(COOKIE, "", max_age=0, path=None, httponly=True, samesite="strict")
         return response
 
 
 async def body_of(request: Request) -> bytes:
-    """Return the body of a request without a file. Raises ProblemError: it is too long."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _BODY_BYTES:
-            raise ProblemError(413, f"At most {_BODY_BYTES:,} bytes are read here.", "payload_too_large")
-    return body
+    """Return the body of a request without a file. Raises ProblemError: it is too long, or does not come."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > _BODY_BYTES:
+                    raise ProblemError(413, f"At most {_BODY_BYTES:,} bytes are read here.", "payload_too_large")
+    except TimeoutError as exc:
+        raise ProblemError(408, f"The request was not complete after {_BODY_S:g} s.", "timeout") from exc
+    return bytes(body)
 
 
 def _text_of(body: bytes, name: str) -> str:

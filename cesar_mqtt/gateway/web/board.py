@@ -10,8 +10,9 @@ import itertools
 import json
 import re
 import secrets
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,17 +34,30 @@ MOST_TEXT = 32_000_000
 LOG_LENGTH = 5000
 """Changes that a client may be behind; one that is further behind gets everything anew."""
 
+_MOST_WORDS = 20
+"""Of a search; each is looked for in all transcripts."""
+_EVENTS_AT_ONCE = 500
+"""For one client, which then gets the next ones: a slow one does not hold the whole log in memory."""
+_SNAPSHOT_S = 1.0
+"""So old a snapshot may be, so that clients that come together share one; the changes since then follow it."""
 _EXCERPT_CHARACTERS = 200
 _SHOWN_CHARACTERS = 1000
 _LAST = 1 << 60
 _FINAL = frozenset({"completed", "error", "cancelled"})
-_LISTED = (
-    *("job_id", "status", "attempt", "created_at", "started_at", "completed_at", "updated_at", "queue_position"),
-    *("priority", "progress", "processed_duration", "audio_duration", "speed", "eta", "audio_source", "model_size"),
-    *("language", "task", "detected_language", "no_speech", "speakers", "error_code", "error_message", "retryable"),
-    *("warnings", "formats", "result_truncated", "consumer"),
-)
-"""The fields of a status that lists and events have."""
+_KINDS: Mapping[type, tuple[str, ...]] = {
+    str: (
+        *("job_id", "status", "created_at", "started_at", "completed_at", "updated_at", "audio_source", "model_size"),
+        *("language", "task", "detected_language", "error_code", "error_message", "consumer"),
+    ),
+    float: (
+        *("attempt", "queue_position", "priority", "progress", "processed_duration", "audio_duration", "speed", "eta"),
+        "speakers",
+    ),
+    bool: ("no_speech", "retryable", "result_truncated"),
+    list: ("warnings", "formats"),
+}
+_LISTED = {name: kind for kind, names in _KINDS.items() for name in names}
+"""The fields of a status that lists and events have, and what each of them is."""
 
 _LARGE_NUMBER = re.compile(rb"[0-9][eE]\+?[0-9]{3}")
 """May be read as infinity, which is not JSON."""
@@ -74,14 +88,13 @@ class Consumer:
 
     def listed(self) -> dict[str, Any]:
         """Return what lists and events have of it."""
-        models = self.info.get("models")
         return {
             "name": self.name,
             "online": self.online,
             "queue": self.queue,
-            "version": _shown(self.info.get("version")),
-            "models": _shown(models) if isinstance(models, list) else [],
-            "default_model": _shown(self.info.get("default_model")),
+            "version": _of_kind(str, _shown(self.info.get("version"))),
+            "models": _of_kind(list, _shown(self.info.get("models"))),
+            "default_model": _of_kind(str, _shown(self.info.get("default_model"))),
         }
 
     def limit(self, name: str) -> int | None:
@@ -98,7 +111,8 @@ class Board:
     another process gets everything anew.
     """
 
-    def __init__(self, topics: Topics) -> None:
+    def __init__(self, topics: Topics, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._statuses = topics.status("")
         self._segments = topics.segments("")
         self._consumer_topics = f"{topics.prefix}/consumer/"
@@ -111,6 +125,8 @@ class Board:
         self._epoch = secrets.token_hex(4)
         self._log: deque[bytes] = deque(maxlen=LOG_LENGTH)
         self._number = 0
+        self._snapshot: tuple[int, float, bytes] | None = None
+        """The number of its last change, when it was made, and the event."""
         self._changed = asyncio.Event()
         self._followers: dict[str, set[asyncio.Queue[tuple[str, Document]]]] = {}
 
@@ -262,11 +278,11 @@ class Board:
             limit: how many at most.
             after: only those behind this job; None, or one that is unknown: from the first.
         """
-        wanted = words.casefold().split()
+        wanted = list(dict.fromkeys(words.casefold().split()))[:_MOST_WORDS]
         found = [
             entry
             for entry in self._ordered()
-            if (state is None or entry.listed["status"] == state) and all(word in _searched(entry) for word in wanted)
+            if (state is None or entry.listed["status"] == state) and _has_words(entry, wanted)
         ]
         start = next((n + 1 for n, entry in enumerate(found) if entry.listed["job_id"] == after), 0)
         page = [
@@ -293,16 +309,21 @@ class Board:
     # -- events --------------------------------------------------------------------------------------------------------
 
     def events_after(self, last_id: str | None) -> tuple[bytes, str]:
-        """Return the events that follow the one with this id, as a part of an event stream, and the id of the last.
+        """Return events that follow the one with this id, as a part of an event stream, and the id of the last of them.
 
-        Where they are no longer known, that is one event `snapshot` with everything.
+        Where they are no longer known, that is one event `snapshot` with everything, a short while ago.
         """
-        newest = self._id(self._number)
         number = self._number_of(last_id)
         if number is None or number < self._number - len(self._log):
-            return _event("snapshot", newest, self.snapshot()), newest
+            number, made_at, snapshot = self._snapshot or (0, -_SNAPSHOT_S, b"")
+            now = self._clock()
+            if now - made_at >= _SNAPSHOT_S or self._number - number > len(self._log):
+                number, snapshot = self._number, _event("snapshot", self._id(self._number), self.snapshot())
+                self._snapshot = number, now, snapshot
+            return snapshot, self._id(number)
         skipped = len(self._log) - (self._number - number)
-        return b"".join(itertools.islice(self._log, skipped, None)), newest
+        until = min(self._number, number + _EVENTS_AT_ONCE)
+        return b"".join(itertools.islice(self._log, skipped, skipped + until - number)), self._id(until)
 
     async def wait_changed(self, last_id: str) -> None:
         """Wait for an event after the one with this id, or for `wake`."""
@@ -366,7 +387,7 @@ def _rejection(document: Document) -> dict[str, Any]:
 
 
 def _listed(status: Document) -> dict[str, Any]:
-    listed = {name: _shown(status[name]) for name in _LISTED if name in status}
+    listed = {name: _of_kind(kind, _shown(status[name])) for name, kind in _LISTED.items() if name in status}
     listed.setdefault("completed_at", None)
     metadata = status.get("metadata")
     file = metadata.get("file") if isinstance(metadata, Mapping) else None
@@ -374,6 +395,12 @@ def _listed(status: Document) -> dict[str, Any]:
     text = status.get("result_text")
     listed["excerpt"] = text[:_EXCERPT_CHARACTERS] if isinstance(text, str) else None
     return listed
+
+
+def _of_kind(kind: type, value: Any) -> Any:
+    """Return a value, or what stands for none: a page that reckons with another kind would stop at this one."""
+    fits = type(value) in (int, float) if kind is float else isinstance(value, kind)
+    return value if fits else [] if kind is list else None
 
 
 def _shown(value: Any) -> Any:
@@ -397,9 +424,10 @@ def _queue_order(entry: _Entry) -> tuple[bool, float, float, str, str]:
     )
 
 
-def _searched(entry: _Entry) -> str:
+def _has_words(entry: _Entry, words: Sequence[str]) -> bool:
     listed = entry.listed
-    return f"{listed['job_id']}\n{listed['file'] or ''}\n{listed.get('audio_source') or ''}\n".casefold() + entry.text
+    names = f"{listed['job_id']}\n{listed['file'] or ''}\n{listed.get('audio_source') or ''}".casefold()
+    return all(word in names or word in entry.text for word in words)
 
 
 def _passage(entry: _Entry, words: list[str]) -> str:

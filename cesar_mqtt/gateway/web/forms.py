@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from anyio.to_thread import run_sync
 from python_multipart import MultipartParser
@@ -20,6 +20,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from cesar_mqtt.errors import SpoolFullError
 from cesar_mqtt.gateway.web.problems import ProblemError
 
 PART_SUFFIX = ".part"
@@ -31,6 +32,9 @@ _FIELD_BYTES = 1 << 20
 _MOST_PARTS = 200
 _HEADER_BYTES = 16_384
 _NAME_CHARACTERS = 200
+_AROUND_BYTES = 8 << 20
+"""Of everything that is neither the file nor fields: headers, boundaries, what stands before and behind the parts."""
+_LENGTH_DIGITS = 18
 _DRAIN_BYTES = 64 << 20
 _DRAIN_S = 10.0
 
@@ -54,8 +58,20 @@ class UploadForm:
     file: UploadedFile | None = None
 
 
+class Room(Protocol):
+    """The limit on all uploads together."""
+
+    def take_room(self, size_bytes: int) -> None:
+        """Count bytes that are about to be stored. Raises SpoolFullError: there is no room for them."""
+
+    def give_room_back(self, size_bytes: int) -> None:
+        """Count them no more."""
+
+
 @asynccontextmanager
-async def receive_form(request: Request, folder: Path, *, max_bytes: int, too_large: str) -> AsyncIterator[UploadForm]:
+async def receive_form(
+    request: Request, folder: Path, *, max_bytes: int, too_large: str, room: Room | None = None
+) -> AsyncIterator[UploadForm]:
     """Receive a form, its file into `folder`; what is still there at the end of the block is deleted.
 
     Args:
@@ -63,9 +79,10 @@ async def receive_form(request: Request, folder: Path, *, max_bytes: int, too_la
         folder: on the disk where the file is to stay.
         max_bytes: the largest file.
         too_large: what to say of a larger one.
+        room: is asked before bytes are stored; None: there is no limit on all uploads together.
 
     Raises:
-        ProblemError: it is no form, is damaged or too large, or the disk is full.
+        ProblemError: it is no form, is damaged or too large, or there is no room for it.
         ClientDisconnect: the client is gone.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
@@ -75,17 +92,21 @@ async def receive_form(request: Request, folder: Path, *, max_bytes: int, too_la
             415, "Send multipart/form-data with the recording in the field `file`.", "unsupported_media_type"
         )
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes + _FIELD_BYTES:
+    length = int(declared[:_LENGTH_DIGITS]) if declared.isdecimal() else 0
+    if length > max_bytes + _FIELD_BYTES:
         await _drain(request)
         raise ProblemError(413, too_large, "payload_too_large", headers={"Connection": "close"})
-    reader = _FormReader(folder, boundary, max_bytes=max_bytes, too_large=too_large)
+    reader = _FormReader(folder, boundary, max_bytes=max_bytes, too_large=too_large, room=room)
     try:
         try:
+            reader.take_room(length)
             form = await reader.receive(request)
-        except (ProblemError, MultipartParseError, OSError):
+        except (ProblemError, MultipartParseError, OSError, SpoolFullError):
             await _drain(request)
             raise
         yield form
+    except SpoolFullError as exc:
+        raise ProblemError(507, str(exc), "storage_full") from exc
     except OSError as exc:
         raise ProblemError(507, f"The upload cannot be stored: {exc.strerror}.", "storage_full") from exc
     except MultipartParseError as exc:
@@ -108,7 +129,9 @@ async def _drain(request: Request) -> None:
 class _FormReader:
     """Receives one form. python-multipart reports its parts to the `_on_...` methods."""
 
-    def __init__(self, folder: Path, boundary: bytes, *, max_bytes: int, too_large: str) -> None:
+    def __init__(self, folder: Path, boundary: bytes, *, max_bytes: int, too_large: str, room: Room | None) -> None:
+        self._room = room
+        self._room_bytes = 0
         self._path = folder / f"{uuid.uuid4().hex}{PART_SUFFIX}"
         self._max_bytes = max_bytes
         self._too_large = too_large
@@ -139,8 +162,19 @@ class _FormReader:
             },
         )
 
+    def take_room(self, size_bytes: int) -> None:
+        """Have room for a file of so many bytes. Raises SpoolFullError."""
+        more_bytes = size_bytes - self._room_bytes
+        if self._room is not None and more_bytes > 0:
+            self._room.take_room(more_bytes)
+            self._room_bytes += more_bytes
+
     async def receive(self, request: Request) -> UploadForm:
+        received = 0
         async for chunk in request.stream():
+            received += len(chunk)
+            if received > self._max_bytes + _FIELD_BYTES + _AROUND_BYTES:
+                raise ProblemError(413, self._too_large, "payload_too_large", headers={"Connection": "close"})
             self._parser.write(chunk)
             if self._waiting_bytes >= _WRITE_BYTES:
                 await self._write()
@@ -155,6 +189,8 @@ class _FormReader:
 
     def close(self) -> None:
         """Delete the file if it is still where it was received."""
+        if self._room is not None:
+            self._room.give_room_back(self._room_bytes)
         if self._file is not None:
             self._file.close()
             with suppress(OSError):
@@ -233,6 +269,7 @@ class _FormReader:
         self._form.file.size_bytes += size
         if self._form.file.size_bytes > self._max_bytes:
             raise ProblemError(413, self._too_large, "payload_too_large", headers={"Connection": "close"})
+        self.take_room(self._form.file.size_bytes)
         self._waiting.append(data[start:end])
         self._waiting_bytes += size
 

@@ -7,6 +7,7 @@ cancels its job, unless it has sent `metadata` with `keep`. Everything runs on t
 import asyncio
 import json
 import math
+import zlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from starlette.routing import Route
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.gateway.web.board import Board, Document, document_of
 from cesar_mqtt.gateway.web.bus_link import BusLink
-from cesar_mqtt.gateway.web.forms import UploadedFile, receive_form
+from cesar_mqtt.gateway.web.forms import UploadedFile
 from cesar_mqtt.gateway.web.problems import ProblemError, openai_error
 from cesar_mqtt.gateway.web.results import Results, owner
 from cesar_mqtt.gateway.web.submitter import Fields, Submitter
@@ -112,9 +113,7 @@ class OpenAiApi:
     async def _respond(self, request: Request, task: str) -> Response:
         if not self._board.has_consumer:
             raise ProblemError(503, "No consumer is online: start one with `cesar-mqtt serve`.", "consumer_offline")
-        submitter = self._submitter
-        limit, sentence = submitter.max_upload_bytes, submitter.too_large
-        async with receive_form(request, submitter.folder, max_bytes=limit, too_large=sentence) as form:
+        async with self._submitter.receive(request) as form:
             if form.file is None:
                 raise ProblemError(400, "The field `file` with the recording is missing.", "missing_file", field="file")
             order = _order(form.fields, task)
@@ -336,7 +335,7 @@ def _verbose(document: Document, status: Document, text: str, order: _Order) -> 
         "usage": {"type": "duration", "seconds": math.ceil(document.get("duration") or 0.0)},
     }
     if "segment" in order.granularities:
-        # What faster-whisper does not keep (tokens, temperature) stands there empty: the client's model requires it.
+        # The ledger keeps neither tokens nor temperature nor window: they are there since clients' models require them.
         body["segments"] = [
             {
                 "id": segment["id"] - 1,
@@ -347,7 +346,7 @@ def _verbose(document: Document, status: Document, text: str, order: _Order) -> 
                 "tokens": [],
                 "temperature": 0.0,
                 "avg_logprob": segment["avg_logprob"],
-                "compression_ratio": 1.0,
+                "compression_ratio": _compression_ratio(str(segment["text"])),
                 "no_speech_prob": segment["no_speech_prob"],
             }
             for segment in segments
@@ -359,6 +358,12 @@ def _verbose(document: Document, status: Document, text: str, order: _Order) -> 
             for word in segment.get("words") or ()
         ]
     return body
+
+
+def _compression_ratio(text: str) -> float:
+    """Return how many times shorter zlib makes a text, which is Whisper's measure of repetition."""
+    encoded = text.encode(errors="replace")
+    return len(encoded) / len(zlib.compress(encoded))
 
 
 def _assumed(status: Document) -> str:

@@ -17,6 +17,7 @@ from cesar_mqtt.gateway.address import open_port
 from cesar_mqtt.gateway.address import parse_address as parse_host_and_port
 from cesar_mqtt.gateway.web.access import AccessRules, access_rules
 from cesar_mqtt.gateway.web.app import WebApp
+from cesar_mqtt.gateway.web.http_protocol import BoundedProtocol
 from cesar_mqtt.gateway.web.passwords import Password
 from cesar_mqtt.gateway.web.upload_store import UploadStore
 from cesar_mqtt.logs import get_logger
@@ -46,6 +47,7 @@ class WebServer(StoppableThread):
         *,
         uploads: Path | None = None,
         is_needed: Callable[[str], bool | None] = lambda _job_id: None,
+        check_room: Callable[[int], None] = lambda _bytes: None,
         metrics: Callable[[], bytes] = bytes,
     ) -> None:
         """Open the port.
@@ -56,6 +58,7 @@ class WebServer(StoppableThread):
             uploads: the folder for uploads, in which the consumer of this process looks for audio; None: there is no
                 consumer in this process, and they are sent as messages.
             is_needed: whether a job still needs its upload; None: there is no such job.
+            check_room: raises SpoolFullError where so many bytes more cannot be stored.
             metrics: what `/metrics` returns beside the page's own numbers.
 
         Raises:
@@ -72,7 +75,7 @@ class WebServer(StoppableThread):
                 self._temporary = tempfile.TemporaryDirectory(prefix="cesar-mqtt-web-")
                 self._folder = Path(self._temporary.name)
             else:
-                self._store = UploadStore(uploads, is_needed=is_needed)
+                self._store = UploadStore(uploads, is_needed=is_needed, check_room=check_room)
         except OSError as exc:
             raise ConfigError(f"The folder for uploads cannot be created: {exc.strerror}") from exc
         self._socket = open_port(host, port, setting="web.listen")
@@ -95,11 +98,16 @@ class WebServer(StoppableThread):
                 proxy_headers=False,
                 server_header=False,
                 ws="none",
-                http="h11",
+                http=BoundedProtocol,
                 loop="asyncio",
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of all uploads in the folder."""
+        return 0 if self._store is None else self._store.used_bytes
 
     @property
     def refusal(self) -> BrokerRefusedError | None:
@@ -135,7 +143,13 @@ def rules_of(settings: Settings) -> AccessRules:
     web = settings.web
     password = None if web.password_file is None else Password(web.password_file)
     host, _ = parse_address(web.listen or DEFAULT_ADDRESS)
-    return access_rules(host, password=password, proxies=web.trusted_proxies, hosts=web.hosts)
+    return access_rules(
+        host,
+        password=password,
+        proxies=web.trusted_proxies,
+        hosts=web.hosts,
+        proxies_authenticate=web.trusted_proxies_authenticate,
+    )
 
 
 def url_of(host: str, port: int) -> str:

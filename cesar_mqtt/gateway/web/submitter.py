@@ -7,15 +7,17 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 from anyio.to_thread import run_sync
+from starlette.requests import Request
 
 from cesar_mqtt.gateway.submission import Submission
 from cesar_mqtt.gateway.web.board import Board, Document
 from cesar_mqtt.gateway.web.bus_link import LARGE_RECORDINGS, BusLink
-from cesar_mqtt.gateway.web.forms import UploadedFile
+from cesar_mqtt.gateway.web.forms import UploadedFile, UploadForm, receive_form
 from cesar_mqtt.gateway.web.problems import ProblemError
 from cesar_mqtt.gateway.web.upload_store import UploadStore
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES
@@ -92,6 +94,11 @@ class Submitter:
         """What to say of a larger recording."""
         size = f"At most {self.max_upload_bytes:,} bytes are accepted"
         return f"{size} (queue.max_payload_bytes)." if self._store else f"{size} in one message. {LARGE_RECORDINGS}"
+
+    def receive(self, request: Request) -> AbstractAsyncContextManager[UploadForm]:
+        """Receive a form with a recording, as `receive_form`."""
+        limit, sentence = self.max_upload_bytes, self.too_large
+        return receive_form(request, self.folder, max_bytes=limit, too_large=sentence, room=self._store)
 
     async def submit_file(self, fields: Fields, file: UploadedFile) -> Document:
         """Submit a recording that was received; return the job's status, as `_submitted`."""

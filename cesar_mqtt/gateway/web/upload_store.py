@@ -1,9 +1,9 @@
 """Uploads of the page inside `serve`: files in a folder of the consumer's own, until no job needs them any more.
 
-A job names its file by path, so that no recording has to fit into a message. The event loop and its worker threads use
-it.
+A job names its file by path, so that no recording has to fit into a message. Any thread may use it.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +28,7 @@ class UploadStore:
         folder: Path,
         *,
         is_needed: Callable[[str], bool | None],
+        check_room: Callable[[int], None] = lambda _bytes: None,
         disk: Disk | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -36,6 +37,7 @@ class UploadStore:
         Args:
             folder: one in which the consumer looks for `audio_path`.
             is_needed: whether the job with this id still needs its audio; None: there is no such job.
+            check_room: raises SpoolFullError where so many bytes more cannot be stored.
             disk: for tests.
             clock: seconds since the epoch.
 
@@ -46,9 +48,35 @@ class UploadStore:
         self._is_needed = is_needed
         self._disk = disk or Disk()
         self._clock = clock
+        self._check_room = check_room
+        self._lock = threading.Lock()
+        """Guards the sizes."""
+        self._receiving_bytes = 0
+        self._kept_bytes = 0
         self._accepted: set[str] = set()
         """The jobs that have been in the ledger: where one is no longer there, it was deleted."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self._files():
+            if path.suffix == PART_SUFFIX:  # of an earlier process
+                path.unlink()
+            elif path.name.startswith(_PREFIX):
+                self._kept_bytes += path.stat().st_size
+
+    @property
+    def used_bytes(self) -> int:
+        """The size of all files here, those that are being received included."""
+        return self._kept_bytes + self._receiving_bytes
+
+    def take_room(self, size_bytes: int) -> None:
+        """Count bytes that are about to be received. Raises SpoolFullError: there is no room for them."""
+        with self._lock:
+            self._check_room(size_bytes)
+            self._receiving_bytes += size_bytes
+
+    def give_room_back(self, size_bytes: int) -> None:
+        """Count them no more: they were moved by `keep`, or deleted."""
+        with self._lock:
+            self._receiving_bytes -= size_bytes
 
     def keep(self, file: UploadedFile, job_id: str) -> str:
         """Move a file that was received into the folder; return the `audio_path` for it. On return it is on disk.
@@ -57,7 +85,10 @@ class UploadStore:
             OSError: the disk failed.
         """
         name = f"{_PREFIX}{file.sha256[:32]}.{job_id}"
-        file.path.rename(self.folder / name)
+        with self._lock:
+            known = (self.folder / name).exists()
+            file.path.rename(self.folder / name)
+            self._kept_bytes += 0 if known else file.size_bytes
         self._disk.sync_folder(self.folder)
         return name
 
@@ -72,7 +103,10 @@ class UploadStore:
         for path in files:
             with suppress(OSError):
                 if not self._is_wanted(path):
-                    path.unlink()
+                    size_bytes = path.stat().st_size
+                    with self._lock:
+                        path.unlink()
+                        self._kept_bytes -= 0 if path.suffix == PART_SUFFIX else size_bytes
                     deleted += 1
         self._accepted &= {_job_id(path) for path in files}
         if deleted:

@@ -1,5 +1,6 @@
 """The client with real brokers; a scripted one only for behaviour that no real broker shows on demand."""
 
+import functools
 import logging
 import os
 import queue
@@ -1409,4 +1410,53 @@ def test_a_broker_that_never_answers_is_disconnected_and_tried_again(
     watched.client.start()
     assert holds(lambda: "did not answer" in str(watched.client.failure))
     assert watched.connected.get(timeout=_WAIT_S).protocol == "5"
+    watched.client.close()
+
+
+ODD_PACKETS = (
+    *(b"\x40\x02\0\1" * 3, b"\x40\x02\xff\xff", b"\x40\0", b"\x40\1\0", b"\x40\4\0\1\x10\0", b"\x40\3\0\1\x97"),
+    *(b"\x50\2\0\1", b"\x50\0", b"\x62\2\0\1", b"\x62\0", b"\x70\2\0\1", b"\x70\0"),
+    *(
+        b"\x90\4\0\1\0\0",
+        b"\x90\3\0\1\0",
+        b"\x90\0",
+        b"\x90\4\0\1\0\x80",
+        b"\x90\6\0\1\0\1\1\1",
+        b"\xb0\2\0\1",
+        b"\xb0\0",
+    ),
+    *(b"\xd0\0", b"\xd0\1a", b"\x20\3\0\0\0", b"\x20\0", b"\x20\2\0\5", b"\x20\3\0\x87\0"),
+    *(b"\x32\6\0\1\xff\0\5\0", b"\x32\5\0\0\0\5\0", b"\x32\6\0\1#\0\5\0", b"\x32\6\0\1j\0\0\0", b"\x36\6\0\1j\0\5\0"),
+    *(b"\x30\2\0\1", b"\x30\0", b"\x30\3\xff\xffj", b"\x32\x0a\0\1j\0\5\4\2\0\0\0", b"\x34\7\0\1j\0\5\0x" * 2),
+    *(b"\x30\xff\xff\xff\xff\xff", b"\xf0\0", b"\xf0\2\0\0", b"\0\0", b"\x10\0", b"\x82\0", b"\xff" * 50, bytes(50)),
+    *(b"\xe0\0", b"\xe0\2\x8d\0", b"\xe0\1\xff", b"\xe0\3\0\1\0", b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+)
+"""Acknowledgements of nothing, repeated, cut or of a wrong kind; damaged messages; packets that no broker may send."""
+
+
+def test_no_packet_of_a_broker_ends_the_client(
+    script: Callable[..., ScriptedBroker],
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("cesar_mqtt.mqtt.connection.MAX_WAIT_S", 0.05)
+
+    def send(odd: bytes, client: socket.socket, connect: bytes) -> None:
+        connack, granted = (b"\x20\3\1\0\0", b"\0\1") if spoken(connect) == "5" else (b"\x20\2\1\0", b"\1")
+        client.sendall(connack)
+        packet = read_packet(client)
+        client.sendall(bytes([0x90, 2 + len(granted)]) + packet[1:3] + granted + odd)
+        client.settimeout(0.1)
+        while client.recv(100):
+            pass
+
+    broker = script(*(functools.partial(send, odd) for odd in ODD_PACKETS), accept)
+    watched = watch(broker.url, subscriptions=JOBS)
+    watched.client._backoff = watched.client._away_backoff = Backoff(0.01, 0.02)
+    watched.start()
+    assert holds(lambda: broker.connects.qsize() == len(ODD_PACKETS) + 1)
+    assert holds(lambda: watched.client.connected)
+    assert watched.thread.is_alive()
+    assert "continues after an error" not in caplog.text
     watched.client.close()

@@ -6,8 +6,9 @@ import pytest
 from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper.diarization import DiarizationError, Diarizer
+from cesar_mqtt.whisper.known_voices import KnownVoices
 from tests.diarization import DIARIZATION, needs_diarization
-from tests.recordings import decode
+from tests.recordings import decode, write_wav
 
 pytestmark = needs_diarization
 
@@ -56,3 +57,21 @@ def test_missing_and_damaged_models_are_told_in_a_sentence(tmp_path: Path) -> No
     (tmp_path / "embedding.onnx").write_bytes(content[: len(content) // 2])
     with pytest.raises(DiarizationError, match=r"'embedding.onnx' is damaged, or another one"):
         Diarizer.load(tmp_path)
+
+
+def test_a_known_voice_is_found_again_and_another_one_is_not(
+    diarizer: Diarizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    speech = decode(_SPEECH)[0]
+    half = len(speech) // 2
+    write_wav(tmp_path / "Ada Lovelace.wav", speech[:half], 16_000)
+    (tmp_path / "notes.txt").write_text("no recording")
+    voices = diarizer.diarize([np.tile(speech[half:], 3)], on_progress=_ignore, should_stop=never_stop).voices
+    known = KnownVoices(tmp_path, threshold=0.6)
+    assert known.names_of(voices, diarizer, should_stop=never_stop) == {1: "Ada Lovelace"}
+    assert [record.action for record in caplog.records] == ["known_voice_unreadable"]  # type: ignore[attr-defined]
+    german = decode(_SPEECH.with_name("german.ogg"))[0]
+    others = diarizer.diarize([german], on_progress=_ignore, should_stop=never_stop).voices
+    assert known.names_of(others, diarizer, should_stop=never_stop) == {}
+    (tmp_path / "Ada Lovelace.wav").rename(tmp_path / "Ada.wav")
+    assert known.names_of(voices, diarizer, should_stop=never_stop) == {1: "Ada"}

@@ -171,3 +171,27 @@ def test_memory_is_released_when_a_model_is_unloaded_however_often(
     assert loaded - unloaded >= frees_mb, sizes
     # The first cycles leave threads and buffers behind that all later ones use again.
     assert unloaded <= sizes[1][1] + 60, sizes
+
+
+LIMITED = """
+import logging, resource, sys
+from pathlib import Path
+from cesar_mqtt.config import ModelSettings
+from cesar_mqtt.whisper.model_store import ModelStore
+
+logging.basicConfig()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+store = ModelStore(ModelSettings(), folder=Path(sys.argv[2]))
+resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
+store.load("tiny.en")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("room_mb", [150, 3000])
+def test_a_limit_on_the_address_space_is_named_before_a_crash_would_hide_it(room_mb: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(room_mb), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode == 0) == (room_mb == 3000), ended.stderr  # by a signal, or an exception
+    assert "(RLIMIT_AS, `ulimit -v`)" in ended.stderr
+    assert "MemoryMax=" in ended.stderr

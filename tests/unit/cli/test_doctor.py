@@ -46,6 +46,21 @@ def test_too_little_room_is_a_fault(tmp_path: Path) -> None:
     assert verdicts(found)["room"] == "wrong"
 
 
+@pytest.mark.parametrize(
+    ("webhook", "verdict", "told"),
+    [
+        ({"pending": 0, "given_up": 0, "problem": None}, "ok", "0 requests given up"),
+        ({"pending": 2, "given_up": 0, "problem": "home.example\x1b answered with HTTP status 503."}, "wrong", "503"),
+        ({"pending": 0, "given_up": 1, "problem": None}, "note", "1 request given up"),
+        ({"pending": "x", "given_up": None}, "ok", "0 pending"),
+    ],
+)
+def test_deliveries_of_the_webhook_that_failed_are_told(webhook: dict[str, Any], verdict: str, told: str) -> None:
+    found = doctor._check_webhook(webhook)
+    assert (str(found.verdict), told in found.detail) == (verdict, True), found
+    assert "\x1b" not in found.detail
+
+
 def test_each_audio_directory_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     found = list(doctor.check_audio(settings(tmp_path, audio={"directories": ["here", "gone"]})))

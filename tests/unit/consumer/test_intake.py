@@ -2,6 +2,7 @@ import base64
 import errno
 import json
 import logging
+import os
 import queue
 import resource
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -1000,6 +1001,48 @@ def test_a_recording_that_never_fits_is_rejected_and_holds_up_nothing(bench: Ben
     assert [job.job_id for job in bench.jobs()] == ["small"]
     assert bench.publisher.rejections[0].job_id == "big"
     assert bench.publisher.degradations == [("intake", False)]
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EDQUOT])
+def test_a_recording_that_the_file_system_never_takes_is_rejected_and_holds_up_nothing(bench: Bench, code: int) -> None:
+    """Neither the largest size of a file nor a quota shows in the free room."""
+    bench.intake._parser._max_payload_bytes = 4 << 20
+    create, limit = bench.spool_disk.create, 1 << 20
+
+    def limited(path: Path, chunks: Iterable[bytes]) -> int:
+        data = b"".join(chunks)
+        used = sum(file.stat().st_size for file in bench.spool_folder.iterdir()) if code == errno.EDQUOT else 0
+        if used + len(data) > limit:
+            raise OSError(code, os.strerror(code))
+        return create(path, (data,))
+
+    bench.spool_disk.create = limited  # type: ignore[method-assign]
+    big, half = b"x" * (2 << 20), b"y" * (limit // 3)
+    batch = [upload("big", big), upload("one", half), upload("two", half), upload("huge", big + b"x")]
+    if code == errno.EFBIG:
+        assert bench.take(*batch, upload("last")) == ["storage_full"] * 2
+        assert [job.job_id for job in bench.jobs()] == ["one", "two", "last"]
+    else:  # behind two recordings that fit, `huge` waits for these: only an empty spool shows that it never fits
+        assert bench.take(*batch[:3]) == ["storage_full"]
+        assert [job.job_id for job in bench.jobs()] == ["one", "two"]
+    assert "does not allow that much" in bench.publisher.rejections[0].detail
+    assert bench.publisher.rejections[0].job_id == "big"
+
+
+def test_a_recording_over_a_quota_waits_while_others_are_stored(bench: Bench) -> None:
+    bench.take(upload("first"))
+    create = bench.spool_disk.create
+    refusals = iter([True, False])
+
+    def limited(path: Path, chunks: Iterable[bytes]) -> int:
+        if next(refusals):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return create(path, chunks)
+
+    bench.spool_disk.create = limited  # type: ignore[method-assign]
+    assert bench.take(upload("second")) == []
+    assert [job.job_id for job in bench.jobs()] == ["first", "second"]
+    assert ("intake", True) in bench.publisher.degradations
 
 
 def test_the_oldest_uploads_that_only_a_retry_needs_make_room_for_new_ones(bench: Bench) -> None:

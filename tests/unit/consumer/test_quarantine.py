@@ -125,6 +125,39 @@ def test_a_message_that_is_never_acknowledged_is_cut_and_holds_up_nothing_else(b
     assert broker.losses <= 2 + 9 + 2
 
 
+@pytest.mark.parametrize("limit_bytes", [10_000_000, 100_000])
+def test_a_restart_forgets_what_did_not_pass_and_finds_it_again(tmp_path: Path, limit_bytes: int) -> None:
+    """A limit that was raised meanwhile counts at once; one that was not costs as much as at the first time."""
+    with opened(tmp_path) as bench:
+        complete(bench, "first", TEXT * 3)
+        before = Broker(bench, accepts_up_to(100_000))
+        before.serve()
+    with opened(tmp_path) as bench:
+        complete(bench, "second", TEXT * 3)
+        complete(bench, "short")
+        after = Broker(bench, accepts_up_to(limit_bytes))
+        after.serve()
+    assert "cesar/status/short" in after.retained
+    cut = b'"result_truncated":true' in after.retained["cesar/status/second"]
+    if limit_bytes > 1_000_000:
+        assert (cut, after.losses) == (False, 0)
+    else:  # in a new session the first one is published again, too
+        assert cut
+        assert after.losses <= 2 * before.losses
+
+
+def test_a_learned_limit_never_grows_by_a_message_that_was_cut_further(bench: Bench) -> None:
+    """A second large message was cut less when the first one had passed: the next ones were cut to what had not."""
+    for job_id in ("one", "two", "three"):
+        complete(bench, job_id, TEXT * 3)
+    broker = Broker(bench, accepts_up_to(100_000))
+    broker.serve()
+    losses = broker.losses
+    complete(bench, "four", TEXT * 3)
+    broker.serve()
+    assert broker.losses == losses
+
+
 def test_what_is_never_acknowledged_at_any_size_is_skipped_at_the_second_time(bench: Bench) -> None:
     complete(bench, "one")
     broker = Broker(bench, lambda message: message.topic != "cesar/events", stalls=True)

@@ -1060,3 +1060,42 @@ def test_a_failed_line_is_never_mixed_with_the_next_one(folder: Folder, tmp_path
         moments.possible = [IMAGES[4], after]
         storage.commit([Change("jobs", 9, {"text": "real" * 600})])
         moments.check()
+
+
+@pytest.mark.parametrize("names", [("ledger.json",), ("ledger.json.journal",), ("ledger.json", "ledger.json.journal")])
+@pytest.mark.parametrize("how", ["removed", "moved away", "replaced"])
+def test_files_that_lose_their_names_while_they_are_open_are_written_again(
+    names: tuple[str, ...], how: str, tmp_path: Path
+) -> None:
+    """What was committed afterwards was only in files without a name: the next start did not know it."""
+    path = tmp_path / "ledger.json"
+    storage = JournalStorage(path, QuickDisk())
+    for changes in TRANSACTIONS[:4]:
+        storage.commit(changes)
+    for name in names:
+        if how == "removed":
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).rename(tmp_path / f"{name}.old")
+        if how == "replaced" and name != "ledger.json":  # another checkpoint would be overwritten by the next one
+            (tmp_path / name).write_bytes((tmp_path / f"{name}.old").read_bytes())
+    storage.commit(TRANSACTIONS[4])
+    storage.abandon()
+    storage = JournalStorage(path, QuickDisk())
+    assert storage.read() == images_after_each()[5]
+    storage.abandon()
+
+
+def test_without_its_folder_the_ledger_takes_no_transaction(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    storage = JournalStorage(folder / "ledger.json", QuickDisk())
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(LedgerError, match="No such file or directory"):
+        storage.commit(TRANSACTIONS[0])
+    (tmp_path / "elsewhere").rename(folder)
+    storage.commit(TRANSACTIONS[0])
+    storage.abandon()
+    storage = JournalStorage(folder / "ledger.json", QuickDisk())
+    assert storage.read() == images_after_each()[1]
+    storage.abandon()

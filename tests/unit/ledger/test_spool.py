@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,5 +188,17 @@ def test_a_spool_that_cannot_be_created_or_read_is_named_in_the_error(
     folder.rmdir()
     with pytest.raises(LedgerError, match=r"spool cannot be read: No such file"):
         spool.sweep(())
+    folder.parent.rmdir()
     with pytest.raises(LedgerError, match=r"spool cannot be written: No such file"):
         spool.store([b"one"])
+
+
+def test_a_folder_that_was_removed_is_made_again(folder: Path) -> None:
+    spool = Spool(folder, QuickDisk())
+    folder.rmdir()
+    (name,) = spool.store([b"one"])
+    assert spool.path(name).read_bytes() == b"one"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(folder.parent)
+    with pytest.raises(LedgerError, match="No such file or directory"):
+        spool.store([b"two"])

@@ -9,6 +9,7 @@ const ORDER = { processing: 0, queued: 1 };
 const PAGE_JOBS = 100; // rows that are added at once
 const UPLOADS_AT_ONCE = 2;
 const RETRY_MS = 2000;
+const KEEP_MS = 5000;
 // Characters that change the direction of what follows them, or cannot be seen: a file name could pretend to be another.
 const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 
@@ -166,7 +167,7 @@ const handlers = {
     rejected = data.rejected;
     broker = data.broker;
     fillOptions();
-    recordings.keepOnly((id) => jobs.has(id));
+    setTimeout(() => recordings.keepOnly((id) => jobs.has(id)), KEEP_MS); // the newest jobs follow the snapshot
   },
   job(job) {
     const before = jobs.get(job.job_id);

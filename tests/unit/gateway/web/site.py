@@ -93,12 +93,18 @@ class Site:
     """The application, its bus, and a browser or program on the same machine."""
 
     def __init__(
-        self, folder: Path, rules: AccessRules | None = None, *, stores: bool = False, most: int = 1 << 20
+        self,
+        folder: Path,
+        rules: AccessRules | None = None,
+        *,
+        stores: bool = False,
+        most: int = 1 << 20,
+        check_room: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         self.folder = folder / "uploads"
         self.folder.mkdir()
         self.needed: dict[str, bool] = {}
-        self.store = UploadStore(self.folder, is_needed=self.needed.get) if stores else None
+        self.store = UploadStore(self.folder, is_needed=self.needed.get, check_room=check_room) if stores else None
         self.app = WebApp(
             TOPICS,
             BrokerSettings(url="mqtt://127.0.0.1:1"),
@@ -113,6 +119,10 @@ class Site:
         assert isinstance(bus, FakeBusLink)
         self.bus: FakeBusLink = bus
         self.browser = self.client("127.0.0.1")
+
+    @property
+    def stored_bytes(self) -> int:
+        return 0 if self.store is None else self.store.used_bytes
 
     def client(self, address: str, *, host: str = "127.0.0.1:8188") -> TestClient:
         return TestClient(

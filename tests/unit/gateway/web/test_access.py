@@ -79,6 +79,9 @@ def test_addresses_and_names_of_this_machine_are_answered(local: Site, host: str
         "localhost.evil.example",
         "",
         "127.0.0.1@evil.example",
+        "fe80::1%x/y?",
+        "[fe80::1%/y?]",
+        "fe80::1%25x#",
     ],
 )
 @pytest.mark.parametrize("path", ["/", "/api/jobs", "/v1/models", "/healthz"])
@@ -174,7 +177,8 @@ def test_a_browser_logs_in_and_out(guarded: Site) -> None:
     entered = browser.post("/login", json={"password": "sesame"})
     cookie = entered.headers["Set-Cookie"]
     assert entered.status_code == 204
-    assert all(flag in cookie for flag in ("HttpOnly", "SameSite=strict", "Path=/"))
+    assert all(flag in cookie for flag in ("HttpOnly", "SameSite=strict"))
+    assert "Path" not in cookie  # the browser takes the folder of /login, which a proxy may have moved
     assert "sesame" not in cookie
     assert browser.get("/api/jobs").status_code == 200
     assert browser.get("/api/about").json()["has_session"] is True
@@ -281,6 +285,63 @@ def test_with_a_proxy_and_no_password_only_the_proxy_gets_in(tmp_path: Path) -> 
     assert site.client("::ffff:10.1.2.3").get("/api/jobs").status_code == 200
     for other in (PEER, "127.0.0.1", "::1", "not-an-address"):
         assert site.client(other).get("/api/jobs").status_code == 403
+
+
+@pytest.fixture
+def behind(tmp_path: Path, password: Password) -> Site:
+    """A page behind a proxy that only speaks TLS: the page asks for the password itself."""
+    return Site(
+        tmp_path,
+        access_rules("127.0.0.1", password=password, proxies=[PROXY], hosts=(), proxies_authenticate=False),
+    )
+
+
+def test_a_proxy_that_does_not_authenticate_leaves_the_password_to_the_page(behind: Site) -> None:
+    proxy = behind.client(PROXY, host="box.example")
+    assert proxy.get("/api/jobs").status_code == 401
+    for host in ("x/y?", "x#", "fe80::1%x/y?"):  # a URL that is made of it has another path
+        assert proxy.get("/api/jobs", headers={"Host": host}).status_code == 401
+    over_tls = {"X-Forwarded-Proto": "https", "X-Forwarded-For": PEER}
+    entered = proxy.post("/login", json={"password": "sesame"}, headers=over_tls)
+    assert "Secure" in entered.headers["Set-Cookie"]
+    assert (
+        proxy.get("/api/jobs", headers={"Cookie": entered.headers["Set-Cookie"].partition(";")[0]}).status_code == 200
+    )
+    with pytest.raises(ConfigError, match="password_file"):
+        rules("127.0.0.1", proxies=[PROXY], proxies_authenticate=False)
+
+
+@pytest.mark.parametrize(
+    ("guesses", "victim", "waits"),
+    [
+        ([f"203.0.113.7, {PEER}"] * 5, PEER, True),
+        ([PEER] * 5, "192.168.1.21", False),
+        ([f"{PEER}, 203.0.113.{n}" for n in range(6)], PEER, False),  # what a client claims itself stands in front
+        ([f"2001:db8::{n}" for n in range(5)], "2001:db8::ffff", True),  # one network, one owner
+        ([f"2001:db8::{n}" for n in range(5)], "2001:db8:0:1::1", False),
+    ],
+)
+def test_attempts_behind_a_proxy_count_for_whom_it_names(
+    behind: Site,
+    guesses: list[str],
+    victim: str,
+    waits: bool,  # noqa: FBT001
+) -> None:
+    proxy = behind.client(PROXY)
+    for address in guesses:
+        assert proxy.post("/login", json={"password": "x"}, headers={"X-Forwarded-For": address}).status_code in {
+            401,
+            429,
+        }
+    last = proxy.post("/login", json={"password": "sesame"}, headers={"X-Forwarded-For": victim})
+    assert last.status_code == (429 if waits else 204)
+
+
+def test_who_is_no_proxy_cannot_choose_whose_attempts_count(guarded: Site) -> None:
+    direct = guarded.client(PEER)
+    headers = [{"X-Forwarded-For": f"203.0.113.{n}", "X-Forwarded-Proto": "https"} for n in range(7)]
+    answers = [direct.post("/login", json={"password": "x"}, headers=each).status_code for each in headers]
+    assert answers == [401] * 5 + [429] * 2
 
 
 # -- headers -----------------------------------------------------------------------------------------------------------

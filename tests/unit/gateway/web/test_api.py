@@ -10,9 +10,11 @@ import jsonschema
 import pytest
 from starlette.routing import Route
 
+from cesar_mqtt.errors import SpoolFullError
 from cesar_mqtt.gateway.submission import Submission
 from cesar_mqtt.gateway.web.openapi import openapi_document
 from cesar_mqtt.gateway.web.problems import ProblemError
+from cesar_mqtt.gateway.web.upload_store import UploadStore
 from cesar_mqtt.mqtt.messages import ConnectionInfo
 from tests.unit.gateway.web.site import Site, status
 
@@ -58,7 +60,7 @@ def test_an_upload_becomes_a_message_with_the_fields_of_the_form(site: Site) -> 
     )
     assert response.status_code == 201
     assert response.json()["status"] == "queued"
-    assert response.headers["Location"] == "api/jobs/note-1"
+    assert response.url.join(response.headers["Location"]).path == "/api/jobs/note-1"
     (item,) = site.bus.submitted
     assert (item.job_id, item.audio, item.name) == ("note-1", WAV, "note.wav")
     assert item.options == {"language": "de", "formats": ["srt", "json"], "priority": 3, "word_timestamps": True}
@@ -74,6 +76,45 @@ def test_inside_of_a_consumer_it_becomes_a_file_that_the_request_names(serving: 
     assert item.options == {"metadata": {"room": "hall"}}
     assert (serving.folder / item.path).read_bytes() == WAV
     assert [path.name for path in serving.folder.iterdir()] == [item.path]
+
+
+def test_uploads_count_towards_the_room_until_no_job_needs_them(tmp_path: Path) -> None:
+    limit, elsewhere = 3000, [0]
+
+    def check_room(size_bytes: int) -> None:
+        if elsewhere[0] + page.stored_bytes + size_bytes > limit:
+            raise SpoolFullError("Uploaded audio takes all (queue.max_spool_bytes).", needed_bytes=size_bytes)
+
+    page = Site(tmp_path, stores=True, check_room=check_room)
+    page.online()
+    assert upload(page, bytes(1500), job_id="a").status_code == 201
+    full = problem(upload(page, bytes(1501), job_id="b"), 507)
+    assert (full["code"], "queue.max_spool_bytes" in full["detail"]) == ("storage_full", True)
+    assert [item.job_id for item in page.bus.submitted] == ["a"]
+    assert len(list(page.folder.iterdir())) == 1
+    elsewhere[0] = 1000  # the spool
+    assert problem(upload(page, bytes(700), job_id="c"), 507)["code"] == "storage_full"
+    elsewhere[0] = 0
+    page.needed["a"] = False
+    assert page.store is not None
+    assert page.store.sweep() == 1
+    assert (page.stored_bytes, upload(page, bytes(2500), job_id="d").status_code) == (0, 201)
+    assert page.stored_bytes == 2500
+    assert UploadStore(page.folder, is_needed=lambda _: True).used_bytes == 2500
+
+
+def test_what_stands_around_the_parts_of_a_form_is_bounded(site: Site) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--x--\r\n'
+    head = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": "100"}
+    response = site.browser.post("/api/jobs", content=form + bytes(11 << 20), headers=head)
+    assert problem(response, 413)["code"] == "payload_too_large"
+    assert list(site.folder.iterdir()) == []
+
+
+def test_the_head_of_an_event_stream_is_not_waited_for(site: Site) -> None:
+    head = site.browser.head("/api/events")
+    assert (head.status_code, head.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
+    assert "cesar_web_event_streams 0" in site.browser.get("/metrics").text
 
 
 def test_without_an_id_each_upload_is_a_job_of_its_own(site: Site) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cesar_mqtt.gateway.web import board as module
 from cesar_mqtt.gateway.web.board import Board
+from cesar_mqtt.protocol.payloads import Status
 from tests.unit.gateway.web.site import TOPICS, message, status
 
 if TYPE_CHECKING:
@@ -48,6 +49,56 @@ def test_jobs_are_listed_running_first_then_the_queue_then_the_newest(board: Boa
     assert ids(board) == ["running", "urgent", "first", "second", "new", "old"]
     assert ids(board, state="queued") == ["urgent", "first", "second"]
     assert board.jobs(limit=2, after="first") == ([board.jobs()[0][3], board.jobs()[0][4]], 6)
+
+
+@pytest.mark.parametrize("value", [7, True, "x", ["x", 7], {"x": 1}, None], ids=str)
+def test_a_field_of_another_kind_than_the_contract_has_is_shown_as_missing(board: Board, value: Any) -> None:
+    names = {*Status.__annotations__, "speakers"} - {"job_id", "status", "result_text", "metadata"}
+    take(board, **dict.fromkeys(names, value), metadata=value)
+    (job,) = board.jobs()[0]
+    for name in ("created_at", "completed_at", "audio_source", "file", "error_message", "detected_language"):
+        assert job[name] is None or isinstance(job[name], str), name
+    for name in ("progress", "eta", "audio_duration", "queue_position", "priority", "speakers"):
+        assert job[name] is None or type(job[name]) in (int, float), name
+    for name in ("warnings", "formats"):
+        assert all(isinstance(each, str) for each in job[name]), name
+
+
+def test_a_search_takes_a_few_words_however_many_are_given(board: Board) -> None:
+    take(board, "a", "completed", result_text="Hello there.")
+    many = " ".join(f"e{n}" for n in range(30))
+    assert ids(board, words=f"{'hello ' * 10_000}there") == ["a"]
+    assert ids(board, words=f"{'hello there ' * 10}{many}") == []
+    assert ids(board, words=f"{' '.join('hello there'[:n] for n in range(1, 12))} {'there ' * 30}") == ["a"]
+
+
+def test_clients_that_come_together_share_a_snapshot_and_get_what_followed() -> None:
+    now = [0.0]
+    board = Board(TOPICS, clock=lambda: now[0])
+    take(board, "a")
+    first, last = board.events_after(None)
+    take(board, "b")
+    shared, again = board.events_after(None)
+    assert (shared is first, again) == (True, last)
+    assert [data["job_id"] for _, data in parsed(board.events_after(again)[0])] == ["b"]
+    now[0] = 1.0
+    assert len(parsed(board.events_after(None)[0])[0][1]["jobs"]) == 2
+
+
+def test_a_slow_client_gets_a_burst_in_parts(board: Board) -> None:
+    _, last = board.events_after(None)
+    for number in range(1234):
+        take(board, f"job-{number}")
+    seen: list[str] = []
+    sizes = []
+    while True:
+        events, last = board.events_after(last)
+        if not events:
+            break
+        sizes.append(len(parsed(events)))
+        seen += [data["job_id"] for _, data in parsed(events)]
+    assert seen == [f"job-{number}" for number in range(1234)]
+    assert max(sizes) == 500
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faster_whisper.transcribe import get_compression_ratio
 
 from cesar_mqtt.gateway.submission import Submission
 from tests.unit.gateway.web.site import Site, status
@@ -66,6 +67,7 @@ def test_each_format_of_a_response(site: Site) -> None:
     verbose = ask(site, response_format="verbose_json").json()
     assert (verbose["language"], verbose["duration"], verbose["task"]) == ("german", 1.5, "transcribe")
     assert [segment["id"] for segment in verbose["segments"]] == [0]
+    assert verbose["segments"][0]["compression_ratio"] == get_compression_ratio("Hello there.")
     assert "words" not in verbose
     words = ask(site, response_format="verbose_json", **{"timestamp_granularities[]": "word"}).json()
     assert [word["word"] for word in words["words"]] == ["Hello", "there."]

@@ -87,3 +87,6 @@ def test_what_a_crash_left_half_is_deleted_later_and_files_of_others_never(
     age(store, clock)
     store.sweep()
     assert [path.name for path in store.folder.iterdir()] == ["README"]
+    received(store)
+    assert UploadStore(store.folder, is_needed=needed.get).used_bytes == 0
+    assert [path.name for path in store.folder.iterdir()] == ["README"]

@@ -1,0 +1,1 @@
+"""Queues that consumers on many machines share. nats-py stops here."""

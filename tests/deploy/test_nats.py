@@ -1,0 +1,296 @@
+"""The configuration in `deploy/nats`, run by a real nats-server with real clients, and what Compose reads."""
+
+import os
+import re
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion
+
+from cesar_mqtt.config import load_settings
+from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Consumer, command, wait_until, words
+from tests.cluster.servers import NatsServer, nats_server
+from tests.conftest import find_free_port, need, run
+from tests.deploy.conftest import DEPLOY
+from tests.deploy.test_files import read
+
+NATS = DEPLOY / "nats"
+ROOT = DEPLOY.parent
+USERS = ("cesar", "producer", "reader", "homeassistant")
+
+Serve = Callable[..., Consumer]
+
+
+def set_up(folder: Path) -> Path:
+    """A copy of `deploy/nats` with what its setup.sh makes there."""
+    need("openssl")
+    for name in ("nats", "mosquitto"):
+        shutil.copytree(DEPLOY / name, folder / name, ignore=shutil.ignore_patterns("state", "audio", ".env"))
+    done = run(str(folder / "nats" / "setup.sh"), "broker.home.arpa")
+    assert done.returncode == 0, done.stderr
+    return folder / "nats"
+
+
+class Deployed(NatsServer):
+    """A server as `deploy/nats` configures it, on free ports of loopback, with a folder of its own for its data."""
+
+    def __init__(self, folder: Path, name: str, top: str, routes: dict[str, int]) -> None:
+        self.config = folder / "state" / "config"
+        own = folder / name
+        shutil.copytree(self.config, own)
+        port, nats_port = find_free_port(), find_free_port()
+        placed = {"0.0.0.0:8883": port, "0.0.0.0:4222": nats_port, "0.0.0.0:6222": routes.get(name, 0)}
+        for file in own.glob("*.conf"):
+            text = file.read_text().replace("/nats/config", str(self.config)).replace("/nats/data", f"{own}/data")
+            for written, number in placed.items():
+                text = text.replace(written, f"127.0.0.1:{number}")
+            for other, number in routes.items():
+                text = text.replace(f"nats://{other}:6222", f"nats://127.0.0.1:{number}")
+            file.write_text(text)
+        super().__init__(own, (own / top).read_text(), port=port, nats_port=nats_port)
+        self._name = name
+
+    def launch(self) -> None:
+        os.environ["NATS_NAME"] = self._name
+        try:
+            super().launch()
+        finally:
+            del os.environ["NATS_NAME"]
+
+    def _is_serving(self) -> bool:
+        return f"Listening for MQTT clients on tls://127.0.0.1:{self.port}" in self.logged()
+
+    def flags(self, user: str) -> tuple[str, ...]:
+        return ("--broker", f"mqtts://{user}@127.0.0.1:{self.port}")
+
+    def environ(self, user: str) -> dict[str, str]:
+        return {
+            "CESAR_BROKER__PASSWORD_FILE": str(self.config / f"{user}.password"),
+            "CESAR_BROKER__CA_FILE": str(self.config / "certificates" / "ca.pem"),
+        }
+
+
+class Mqtt:
+    """An MQTT 3.1.1 client as one user of the server."""
+
+    def __init__(self, server: Deployed, user: str) -> None:
+        self.received: dict[str, bytes] = {}
+        self._granted: list[bool] = []
+        self._client = Client(CallbackAPIVersion.VERSION2)
+        self._client.username_pw_set(user, (server.config / f"{user}.password").read_text().strip())
+        self._client.tls_set(str(server.config / "certificates" / "ca.pem"))
+        connected = threading.Event()
+        self._client.on_connect = lambda *_: connected.set()
+        self._client.on_message = self._on_message
+        self._client.on_subscribe = lambda _client, _data, _mid, codes, _: self._granted.append(not codes[0].is_failure)
+        self._client.connect("127.0.0.1", server.port)
+        self._client.loop_start()
+        assert connected.wait(PATIENCE_S)
+
+    def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        self.received[message.topic] = bytes(message.payload)
+
+    def publish(self, topic: str, payload: str = "{}", *, retain: bool = False) -> None:
+        """Return when the server has acknowledged it, which it also does where it is denied."""
+        self._client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(PATIENCE_S)
+
+    def is_granted(self, topic_filter: str) -> bool:
+        before = len(self._granted)
+        self._client.subscribe(topic_filter, qos=1)
+        wait_until(lambda: len(self._granted) > before)
+        return self._granted[-1]
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Iterator[Deployed]:
+    nats_server()
+    server = Deployed(set_up(tmp_path), "nats-1", "server.conf", {})
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def join(deployed: Deployed) -> Iterator[Callable[[str], Mqtt]]:
+    clients: list[Mqtt] = []
+
+    def connect(user: str) -> Mqtt:
+        clients.append(Mqtt(deployed, user))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.close()
+
+
+Join = Callable[[str], Mqtt]
+
+
+@pytest.mark.model
+def test_a_producer_submits_and_gets_its_transcript_and_nobody_is_denied_anything(
+    deployed: Deployed, serve: Serve
+) -> None:
+    consumer = serve(*deployed.flags("cesar"), environ=deployed.environ("cesar"))
+    submitted = command("submit", str(SPEECH), *deployed.flags("producer"), environ=deployed.environ("producer"))
+    healthy = command("health", *deployed.flags("cesar"), environ=deployed.environ("cesar"))
+    paused = command("pause", *deployed.flags("homeassistant"), environ=deployed.environ("homeassistant"))
+    assert consumer.stop() == 0
+
+    assert submitted.returncode == 0, submitted.stderr
+    assert words(submitted.stdout) == SPOKEN
+    assert healthy.returncode == 0, healthy.stderr
+    assert paused.returncode == 0, paused.stderr
+    assert "Violation" not in deployed.logged()
+
+
+FOREIGN = (
+    "cesar/status/note-1",
+    "cesar/result/note-1/txt",
+    "cesar/segments/note-1",
+    "cesar/events",
+    "cesar/consumer/cesar/state",
+    "homeassistant/device/x/config",
+    "zigbee2mqtt/lock/set",
+)
+
+
+@pytest.mark.parametrize("user", ["producer", "reader"])
+def test_no_producer_and_no_reader_speaks_for_a_consumer(deployed: Deployed, join: Join, user: str) -> None:
+    owner, client = join("homeassistant"), join(user)
+    assert owner.is_granted("cesar/#")
+    assert owner.is_granted("homeassistant/#")
+
+    for topic in (*FOREIGN, "cesar/request/delete"):
+        client.publish(topic, "forged", retain=True)
+    join("cesar").publish("cesar/status/note-2", "the last one", retain=True)
+
+    wait_until(lambda: "cesar/status/note-2" in owner.received)
+    assert list(owner.received) == ["cesar/status/note-2"]
+    assert deployed.logged().count("Publish Violation") == len(FOREIGN) + 1
+
+
+def test_each_role_publishes_what_it_is_there_for(join: Join) -> None:
+    everything = join("homeassistant")
+    assert everything.is_granted("cesar/#")
+    join("producer").publish("cesar/jobs")
+    join("producer").publish("cesar/audio/a.b/c", "bytes")
+    join("homeassistant").publish("cesar/request/delete", "a")
+    join("reader").publish("cesar/jobs", "of a reader")
+    for topic in FOREIGN[:5]:
+        join("cesar").publish(topic)
+
+    expected = {"cesar/jobs", "cesar/audio/a.b/c", "cesar/request/delete", *FOREIGN[:5]}
+    wait_until(lambda: expected <= everything.received.keys())
+    assert everything.received["cesar/jobs"] == b"{}"
+
+
+@pytest.mark.parametrize("topic", ["cesar/jobs", "cesar/request/delete", *FOREIGN[6:], "homeassistant/status"])
+def test_the_consumer_publishes_nothing_outside_of_its_own_topics(join: Join, topic: str) -> None:
+    everything = join("homeassistant")
+    assert everything.is_granted("#") is False
+    assert everything.is_granted("cesar/#")
+    consumer = join("cesar")
+    consumer.publish(topic, "forged")
+    consumer.publish("cesar/events", "the last one")
+    wait_until(lambda: "cesar/events" in everything.received)
+    assert topic not in everything.received
+
+
+def test_recordings_and_commands_are_read_by_consumers_only(join: Join) -> None:
+    for topic_filter in ("cesar/jobs", "cesar/audio/#", "cesar/request/#", "#", "cesar/#", "$MQTT/#"):
+        assert not join("producer").is_granted(topic_filter), topic_filter
+        assert not join("reader").is_granted(topic_filter), topic_filter
+    for topic_filter in ("cesar/jobs", "cesar/audio/#", "cesar/request/#"):
+        assert join("cesar").is_granted(topic_filter), topic_filter
+    for topic_filter in ("cesar/status/#", "cesar/result/#", "cesar/events", "cesar/consumer/#"):
+        assert join("producer").is_granted(topic_filter), topic_filter
+        assert join("reader").is_granted(topic_filter), topic_filter
+
+
+def test_a_wrong_password_and_no_name_at_all_are_refused(deployed: Deployed) -> None:
+    wrong = deployed.environ("producer")
+    for user in ("cesar", "nobody"):
+        assert command("jobs", *deployed.flags(user), environ=wrong).returncode == 78
+    anonymous = command("jobs", "--broker", f"mqtts://127.0.0.1:{deployed.port}", environ=deployed.environ("cesar"))
+    assert anonymous.returncode == 78
+
+
+def test_three_servers_with_their_certificates_become_one_cluster(tmp_path: Path) -> None:
+    nats_server()
+    folder = set_up(tmp_path)
+    routes = {f"nats-{number}": find_free_port() for number in (1, 2, 3)}
+    servers = [Deployed(folder, name, "cluster.conf", routes) for name in routes]
+    try:
+        for server in servers:
+            server.launch()
+        for server in servers:
+            server.wait_ready()
+        wait_until(lambda: any("JetStream cluster new metadata leader" in server.logged() for server in servers))
+        first, second = Mqtt(servers[0], "cesar"), Mqtt(servers[1], "producer")
+        assert second.is_granted("cesar/status/#")
+        first.publish("cesar/status/a", "retained", retain=True)
+        wait_until(lambda: second.received == {"cesar/status/a": b"retained"})
+        servers[0].kill()
+        third = Mqtt(servers[2], "reader")
+        assert third.is_granted("cesar/status/#")
+        wait_until(lambda: third.received == {"cesar/status/a": b"retained"})
+        for client in (first, second, third):
+            client.close()
+        assert "with replicas 3" in "".join(server.logged() for server in servers)
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def test_set_up_makes_what_compose_mounts_and_makes_it_once(tmp_path: Path) -> None:
+    folder = set_up(tmp_path)
+    secret = folder / "state" / "config"
+    before = {path.name: path.read_bytes() for path in secret.iterdir() if path.is_file()}
+    assert {f"{user}.password" for user in USERS} < before.keys()
+    assert {
+        stat.S_IMODE((secret / name).stat().st_mode) & 0o077
+        for name in before
+        if "passw" in name or name.removesuffix(".conf") in USERS
+    } == {0}
+    assert run(str(folder / "setup.sh")).returncode == 0
+    assert {path.name: path.read_bytes() for path in secret.iterdir() if path.is_file()} == before
+
+    document: dict[str, Any] = read(folder / "compose.yaml")
+    mounted = [volume for service in document["services"].values() for volume in service["volumes"]]
+    mounted += [secret["file"] for secret in document["secrets"].values()]
+    assert [source for source in mounted if not (folder / source.split(":")[0]).exists()] == []
+    for service in document["services"].values():
+        assert service["mem_limit"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["read_only"] is True
+
+
+def test_the_images_are_those_of_the_consumer_and_of_the_tests() -> None:
+    text, other = ((DEPLOY / name / "Dockerfile").read_text() for name in ("nats", "docker"))
+    base = re.compile(r"^ARG PYTHON=(\S+)", re.MULTILINE)
+    assert base.findall(text) == base.findall(other)
+    assert base.findall(text)[0].count("@sha256:") == 1
+    version = re.search(r"cesar-mqtt-nats:(\S+) ", text)
+    assert version is not None
+    assert f"cesar-mqtt-nats:{version[1]}" in (NATS / "compose.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["attic", "cellar"])
+def test_the_consumers_of_compose_have_settings_that_are_valid(name: str) -> None:
+    environment = read(NATS / "compose.yaml")["services"][name]["environment"]
+    said = {key: re.sub(r"\$\{\w+:-(\w+)\}", r"\1", value) for key, value in environment.items() if key != "HF_HOME"}
+    settings = load_settings(flags={}, config_file=None, environ=said, cwd=Path("/nowhere"))
+    assert settings.consumer.name == name
+    assert settings.broker.url.startswith("mqtts://cesar@nats-")

@@ -1,0 +1,82 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cesar_mqtt.errors import Cancelled
+from cesar_mqtt.threads import never_stop
+from cesar_mqtt.whisper import speaker_clustering
+from cesar_mqtt.whisper.speaker_clustering import Embeddings, Voices, best_path, find_speakers, unit
+
+
+def _voices(*counts: int, alike: float = 0.0, seconds: float = 1.0, seed: int = 1) -> tuple[Voices, np.ndarray]:
+    """Pieces of several speakers, whose mean voices have the cosine `alike`, as noisy as a second of speech is."""
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.standard_normal((192, len(counts) + 1)))[0].T
+    means = np.sqrt(alike) * axes[0] + np.sqrt(1 - alike) * axes[1:]
+    truth = np.repeat(np.arange(len(counts)), counts)
+    rng.shuffle(truth)
+    pieces = means[truth] + rng.standard_normal((len(truth), 192)) * 0.8 / np.sqrt(192)
+    return Voices(unit(pieces.astype(np.float32)), np.full(len(truth), seconds)), truth
+
+
+def _count(voices: Voices, least: int | None = None, most: int | None = None) -> int:
+    return len(find_speakers(voices, min_speakers=least, max_speakers=most, should_stop=never_stop))
+
+
+@pytest.mark.parametrize("speakers", [1, 2, 3, 6])
+def test_as_many_speakers_are_found_as_there_are_voices(speakers: int) -> None:
+    assert _count(_voices(*[40] * speakers)[0]) == speakers
+
+
+def test_similar_voices_are_two_and_the_same_voice_is_one() -> None:
+    assert _count(_voices(40, 40, alike=0.45)[0]) == 2
+    assert _count(_voices(40, 40, alike=0.85)[0]) == 1
+
+
+def test_each_piece_goes_to_the_speaker_that_it_sounds_like() -> None:
+    voices, truth = _voices(60, 30, 30)
+    centres = find_speakers(voices, min_speakers=None, max_speakers=None, should_stop=never_stop)
+    labels = voices.likeness(centres).argmax(axis=1)
+    assert len({(int(label), int(true)) for label, true in zip(labels, truth, strict=True)}) == 3
+
+
+def test_limits_on_the_number_of_speakers_are_kept() -> None:
+    voices = _voices(40, 40, 40)[0]
+    assert _count(voices, most=2) == 2
+    assert _count(voices, most=5) == 3
+    assert _count(voices, least=5) == 5
+    assert _count(voices, least=4, most=4) == 4
+    assert _count(_voices(1)[0], least=3) == 1
+
+
+def test_what_is_left_over_of_several_voices_is_no_speaker() -> None:
+    voices, _ = _voices(60, 60)
+    mixed = unit(np.random.default_rng(5).standard_normal((3, 192)).astype(np.float32))
+    more = Voices(np.concatenate((voices.embeddings, mixed)), np.concatenate((voices.seconds, np.ones(3))))
+    assert _count(more) == 2
+
+
+def test_a_long_recording_is_condensed_before_all_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    agglomerate = speaker_clustering._agglomerate
+
+    def recorded(sums: Embeddings, *rest: Any, **limits: Any) -> Any:
+        sizes.append(len(sums))
+        return agglomerate(sums, *rest, **limits)
+
+    monkeypatch.setattr(speaker_clustering, "_MOST_AT_ONCE", 100)
+    monkeypatch.setattr(speaker_clustering, "_agglomerate", recorded)
+    assert _count(_voices(300, 200, 100)[0]) == 3
+    assert max(sizes) <= 100
+
+
+def test_a_stop_ends_the_clustering() -> None:
+    with pytest.raises(Cancelled):
+        find_speakers(_voices(5, 5)[0], min_speakers=None, max_speakers=None, should_stop=lambda: True)
+
+
+def test_a_change_of_speaker_needs_more_than_a_doubtful_piece() -> None:
+    sure, doubtful = [5.0, 0.0], [2.0, 3.0]
+    assert best_path(np.array([sure, doubtful, sure], np.float32)).tolist() == [0, 0, 0]
+    assert best_path(np.array([sure, sure[::-1], sure[::-1]], np.float32)).tolist() == [0, 1, 1]
