@@ -162,7 +162,7 @@ def _first_job(group: Group, watcher: Watcher, job_id: str) -> tuple[float, int]
     consumer = group.members[0]
     read = len(consumer.logged())
     group.start(0)
-    consumer.wait_for_log("The queue ", read)
+    consumer.wait_for_log(" is open (", read)
     ready = time.monotonic()
     _, seen = watcher.wait_for(job_id, "processing")
     threading.Event().wait(2.0)  # it has run some more by then

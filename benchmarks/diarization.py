@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -153,10 +152,15 @@ def mix(name: str, voices: dict[str, Samples], length_s: float, seed: int, noise
 
 def error_rate(reference: Frames, found: Frames) -> float:
     """Missed, false and confused speech over all speech, with the assignment of speakers that gives the least."""
-    count = max(reference.shape[1], found.shape[1])
-    both = np.zeros((count, count))
-    both[: reference.shape[1], : found.shape[1]] = reference.T.astype(float) @ found.astype(float)
-    right = max(sum(both[row, column] for row, column in enumerate(order)) for order in permutations(range(count)))
+    both = reference.T.astype(float) @ found.astype(float)
+    most = {0: 0.0}  # what is right at most, by the speakers of the reference that are assigned, as bits
+    for column in both.T:
+        for taken, right in list(most.items()):
+            for row, overlap in enumerate(column.tolist()):
+                if not taken >> row & 1:
+                    more = taken | 1 << row
+                    most[more] = max(most.get(more, 0.0), right + overlap)
+    right = max(most.values())
     spoken, heard = reference.sum(axis=1), found.sum(axis=1)
     return float((np.maximum(spoken, heard).sum() - right) / spoken.sum())
 

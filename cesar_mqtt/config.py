@@ -151,6 +151,15 @@ class TranscriberSettings(Section):
     """Whether audio shorter than 30 s is encoded at its own length, with models that allow it; False: always 30 s."""
 
 
+class SpeakerSettings(Section):
+    """Names for speakers, of jobs with `diarize`."""
+
+    directory: Path | None = None
+    """A folder with one recording of each known voice, named as the speaker; None: speakers are numbered."""
+    threshold: float = Field(default=0.6, gt=0, le=1)
+    """How much a voice must resemble a known one to get its name, as a cosine."""
+
+
 class WorkerSettings(Section):
     """Attempts, retries and time limits of a job."""
 
@@ -274,6 +283,8 @@ class InboxSettings(Section):
     """The model of the jobs; None: the consumer's default."""
     priority: int = Field(default=0, ge=0, le=9)
     """The priority of the jobs."""
+    diarize: bool = False
+    """Whether the speakers of the recordings are told apart."""
 
 
 class LogSettings(Section):
@@ -387,6 +398,7 @@ class Settings(Section):
     audio: AudioSettings = AudioSettings()
     models: ModelSettings = ModelSettings()
     transcriber: TranscriberSettings = TranscriberSettings()
+    speakers: SpeakerSettings = SpeakerSettings()
     worker: WorkerSettings = WorkerSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()

@@ -38,22 +38,26 @@ _FINAL = frozenset({JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED})
 
 TRANSITIONS: Mapping[JobState | None, frozenset[JobState]] = {
     None: frozenset({JobState.QUEUED, JobState.ERROR}),
-    JobState.QUEUED: frozenset({JobState.PROCESSING, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.PROCESSING, JobState.CANCELLED, JobState.COMPLETED}),
     JobState.PROCESSING: frozenset({JobState.QUEUED, JobState.COMPLETED, JobState.ERROR, JobState.CANCELLED}),
-    JobState.COMPLETED: frozenset(),
+    JobState.COMPLETED: frozenset({JobState.QUEUED}),
     JobState.ERROR: frozenset({JobState.QUEUED}),
     JobState.CANCELLED: frozenset({JobState.QUEUED}),
 }
-"""All legal transitions; None stands for a job that does not exist yet."""
+"""All legal transitions; None stands for a job that does not exist yet.
+
+A completed job is queued again only to tell its speakers apart, and is completed again however that ends.
+"""
 
 
 class IllegalTransitionError(CesarError):
     """A transition that `TRANSITIONS` does not have was requested."""
 
 
-def may_need_audio(state: JobState, code: ErrorCode | None) -> bool:
+def may_need_audio(state: JobState, code: ErrorCode | None, *, diarization_failed: bool) -> bool:
     """Whether the uploaded audio of a job has to be kept: the job has not ended, or it may be retried."""
-    return not state.final or state is JobState.CANCELLED or (code is not None and code.retryable)
+    may_be_retried = state is JobState.CANCELLED or (code is not None and code.retryable) or diarization_failed
+    return not state.final or may_be_retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +171,17 @@ class Job(NamedTuple):
     warnings: tuple[str, ...] = ()
     queue_position: int | None = None
     """From 1 while queued, else None."""
+    speakers: int | None = None
+    """How many were told apart; None: that was not asked for, failed, or is not done yet."""
+    diarization_error: str | None = None
+    """Why the speakers could not be told apart, as a sentence."""
     claim: Claim | None = None
     """As in `NewJob`."""
+
+    @property
+    def may_need_audio(self) -> bool:
+        """See `may_need_audio`."""
+        return may_need_audio(self.state, self.error_code, diarization_failed=self.diarization_error is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +227,8 @@ class Result:
     warnings: tuple[str, ...] = ()
     windows: tuple[Window, ...] = ()
     """All windows of the recording; the ledger keeps them with the job if its formats need them."""
+    speakers: int | None = None
+    diarization_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
 from cesar_mqtt.gateway import web
 from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
-from cesar_mqtt.jobs import Job, JobState, may_need_audio
+from cesar_mqtt.jobs import Job, JobState
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.ledger.ledger import Ledger, data_dir_problem
 from cesar_mqtt.ledger.spool import Spool
@@ -46,8 +46,10 @@ from cesar_mqtt.protocol.consumer_payloads import ConsumerState, Info, info_of
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.whisper.catalogue import ENGLISH_ONLY_ADVICE
+from cesar_mqtt.whisper.known_voices import KnownVoices
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import uses_batches
+from cesar_mqtt.whisper.speakers import SpeakerLabeller
 from cesar_mqtt.whisper.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -169,6 +171,7 @@ class Service:
             self._ledger,
             self._transcriber,
             prefetcher=self._prefetcher,
+            labeller=_create_labeller(settings),
             spool=self._spool,
             events=self._events,
             warm_up=self._models.default_name(),
@@ -258,6 +261,7 @@ class Service:
             publisher=self._publisher,
             topics=self._topics,
             ack_wait_s=ack_wait_s,
+            is_strict=settings.queue.mode == "strict",
             is_working=lambda: self._worker.alive,
         )
         return admissions, claims
@@ -291,7 +295,7 @@ class Service:
 
     def _needs_upload(self, job_id: str) -> bool | None:
         job = self._ledger.get(job_id)
-        return None if job is None else may_need_audio(job.state, job.error_code)
+        return None if job is None else job.may_need_audio
 
     def _render_metrics(self) -> bytes:
         return b"" if self._metrics is None else self._metrics.render()
@@ -595,6 +599,12 @@ def _create_queue(settings: Settings, topics: Topics) -> "JetStreamQueue | None"
         name=topics.consumer,
         records_s=settings.retention.days * _DAY_S,
     )
+
+
+def _create_labeller(settings: Settings) -> SpeakerLabeller:
+    speakers = settings.speakers
+    known = None if speakers.directory is None else KnownVoices(speakers.directory, speakers.threshold)
+    return SpeakerLabeller(settings.models, known_voices=known)
 
 
 def _open_ledger(settings: Settings, disk: Disk) -> Ledger:

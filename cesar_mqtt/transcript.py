@@ -34,6 +34,9 @@ class TranscriptionOptions:
         audio_track: the number of an audio track of the file, from 0; `mix`: all together; None: the default one.
         max_line_width: of the lines of subtitles, in columns, 10 to 1000.
         max_line_count: how many lines a cue of subtitles has at most, 1 to 10.
+        diarize: whether the speakers are told apart; `channels`: by the channels of the recording.
+        min_speakers: at least so many are told apart, 1 to 20; None: one.
+        max_speakers: at most so many, 1 to 20; None: as many as there are.
     """
 
     model_size: str
@@ -51,6 +54,9 @@ class TranscriptionOptions:
     multilingual: bool = False
     max_line_width: int = 42
     max_line_count: int = 2
+    diarize: bool | Literal["channels"] = False
+    min_speakers: int | None = None
+    max_speakers: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
@@ -89,6 +95,7 @@ class Segment:
         avg_logprob: mean log probability of the tokens, 0 at best; always a finite number.
         no_speech_prob: 0 to 1, the model's belief that the 30 s around it hold no speech.
         words: None if they were not asked for.
+        speaker: who speaks it and all its words, such as `Speaker 1`; None: the speakers were not told apart.
     """
 
     id: int
@@ -98,6 +105,7 @@ class Segment:
     avg_logprob: float
     no_speech_prob: float
     words: tuple[Word, ...] | None = None
+    speaker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,16 +59,20 @@ class AudioInfo:
         container: FFmpeg's name of the container, such as `ogg` or `mov,mp4,m4a,3gp,3g2,mj2`.
         size_bytes: the size of the whole file.
         identity: the `file_identity` of the file that was opened.
+        channels: of the track that is heard, as the file declares it.
     """
 
     duration_s: float | None
     container: str
     size_bytes: int
     identity: tuple[int, ...]
+    channels: int = 1
 
 
 @contextmanager
-def open_audio(path: Path, limits: AudioLimits, *, track: TrackChoice = None) -> Iterator["AudioReader"]:
+def open_audio(
+    path: Path, limits: AudioLimits, *, track: TrackChoice = None, channel: int | None = None
+) -> Iterator["AudioReader"]:
     """Open a file for decoding, within the limits on its size and duration.
 
     Args:
@@ -76,16 +80,19 @@ def open_audio(path: Path, limits: AudioLimits, *, track: TrackChoice = None) ->
             our own): a link that has replaced a part since then is rejected, not followed.
         limits: on its size and duration.
         track: which of its audio tracks.
+        channel: the only one of the track's channels that is heard, from 0, and never amplified; None: all, mixed.
 
     Raises:
         JobFailedError: `audio_not_found`, `audio_not_allowed`, and as `open_descriptor`.
     """
-    with open_regular(path) as descriptor, open_descriptor(descriptor, limits, track=track) as audio:
+    with open_regular(path) as descriptor, open_descriptor(descriptor, limits, track=track, channel=channel) as audio:
         yield audio
 
 
 @contextmanager
-def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice = None) -> Iterator["AudioReader"]:
+def open_descriptor(
+    descriptor: int, limits: AudioLimits, *, track: TrackChoice = None, channel: int | None = None
+) -> Iterator["AudioReader"]:
     """Open the file of a descriptor as `open_audio` does; the caller closes the descriptor.
 
     Raises:
@@ -102,10 +109,10 @@ def open_descriptor(descriptor: int, limits: AudioLimits, *, track: TrackChoice 
     if size_bytes > limits.max_bytes:
         raise failed(_TOO_LARGE, size=size_bytes, most=limits.max_bytes)
     file = _file_at(descriptor, 0)
-    with open_part(file, track=track, max_s=limits.max_duration_s) as part:
+    with open_part(file, track=track, max_s=limits.max_duration_s, channel=channel) as part:
         duration_s = part.duration_s if file.end is None else None
-        info = AudioInfo(duration_s, part.format_name, size_bytes, file_identity(status))
-        yield AudioReader(descriptor, file, part, info, track=track, max_s=limits.max_duration_s)
+        info = AudioInfo(duration_s, part.format_name, size_bytes, file_identity(status), part.channels)
+        yield AudioReader(descriptor, file, part, info, track=track, channel=channel, max_s=limits.max_duration_s)
 
 
 def _file_at(descriptor: int, start: int) -> FileReader:
@@ -134,13 +141,22 @@ class AudioReader:
     """
 
     def __init__(
-        self, descriptor: int, file: FileReader, part: Part, info: AudioInfo, *, track: TrackChoice, max_s: float
+        self,
+        descriptor: int,
+        file: FileReader,
+        part: Part,
+        info: AudioInfo,
+        *,
+        track: TrackChoice,
+        channel: int | None,
+        max_s: float,
     ) -> None:
         self.info = info
         self._descriptor = descriptor
         self._file = file
         self._parts = [part]
         self._track = track
+        self._channel = channel
         self._max_s = max_s
         self._lost_part = False
         self._samples = 0
@@ -191,7 +207,7 @@ class AudioReader:
             self._samples += len(block)
             if self.decoded_s > self._max_s:
                 raise failed(TOO_LONG, most=self._max_s)
-            yield self._loudness.level(block)
+            yield self._loudness.level(block) if self._channel is None else block
         if not self._samples:
             raise failed(UNREADABLE if any(part.damaged for part in self._parts) else _EMPTY)
 
@@ -201,7 +217,7 @@ class AudioReader:
         while self._file.end is not None:
             self._file = _file_at(self._descriptor, self._file.end)
             try:
-                with open_part(self._file, track=self._track, max_s=self._max_s) as part:
+                with open_part(self._file, track=self._track, max_s=self._max_s, channel=self._channel) as part:
                     self._parts.append(part)
                     yield from part.samples(should_stop)
             except JobFailedError as exc:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +106,12 @@ def limits_of(settings: AudioSettings) -> AudioLimits:
 
 @contextmanager
 def open_audio(
-    path: Path, limits: AudioLimits, *, track: TrackChoice = None, should_stop: Callable[[], bool] = never_stop
+    path: Path,
+    limits: AudioLimits,
+    *,
+    track: TrackChoice = None,
+    channel: int | None = None,
+    should_stop: Callable[[], bool] = never_stop,
 ) -> Iterator["GrowingReader"]:
     """Open a file as `decoder.open_audio` does, in a process of its own. One that is still being written is waited for.
 
@@ -114,6 +119,7 @@ def open_audio(
         path: absolute and without symbolic links in any part of it.
         limits: on its size and duration, and on the memory and the time of its decoder.
         track: which of its audio tracks.
+        channel: the only one of the track's channels that is heard; None: all, mixed.
         should_stop: asked while the file is being opened.
 
     Raises:
@@ -121,7 +127,7 @@ def open_audio(
         Cancelled: `should_stop` returned True.
     """
     with open_regular(path) as descriptor:
-        reader = GrowingReader(descriptor, limits, track)
+        reader = GrowingReader(descriptor, limits, track, channel)
         try:
             reader.open(should_stop)
             yield reader
@@ -146,10 +152,10 @@ class GrowingReader:
     For the thread that opened it; `close` ends its process.
     """
 
-    def __init__(self, descriptor: int, limits: AudioLimits, track: TrackChoice) -> None:
+    def __init__(self, descriptor: int, limits: AudioLimits, track: TrackChoice, channel: int | None = None) -> None:
         self._descriptor = descriptor
         self._limits = limits
-        self._track = track
+        self._choice = {"track": track, "channel": channel}
         try:
             self._watch = GrowthWatch(descriptor, limits.growing_timeout_s)
         except OSError as exc:
@@ -162,7 +168,7 @@ class GrowingReader:
         """Open the file, or the file as it is now. Raises JobFailedError and Cancelled, as `open_audio` does."""
         while True:
             self.close()
-            self._decoder = _request(self._descriptor, self._limits, self._track, should_stop)
+            self._decoder = _request(self._descriptor, self._limits, self._choice, should_stop)
             try:
                 self._reader = RemoteReader(self._decoder, self._limits, should_stop)
             except JobFailedError as exc:
@@ -503,10 +509,12 @@ class _Template:
             self._process = None
 
 
-def _request(descriptor: int, limits: AudioLimits, track: TrackChoice, should_stop: Callable[[], bool]) -> _Decoder:
+def _request(
+    descriptor: int, limits: AudioLimits, choice: Mapping[str, TrackChoice], should_stop: Callable[[], bool]
+) -> _Decoder:
     """Have a decoder forked. Raises JobFailedError and Cancelled."""
     out_of_memory = _OUT_OF_MEMORY.format(bytes=limits.decoder_memory_bytes)
-    request = json.dumps({"limits": asdict(limits), "track": track, "out_of_memory": out_of_memory}).encode()
+    request = json.dumps({"limits": asdict(limits), **choice, "out_of_memory": out_of_memory}).encode()
     for _ in range(_STARTS):
         try:
             decoder = _template.request(descriptor, request)

@@ -215,7 +215,7 @@ class Decoder:
             cpu_s=base_s,
             most_cpu_s=base_s + limits.max_duration_s,
         )
-        with open_descriptor(self._audio, limits, track=request["track"]) as audio:
+        with open_descriptor(self._audio, limits, track=request["track"], channel=request["channel"]) as audio:
             opened = {"info": asdict(audio.info), "protections": protections}
             self._send(encode(FrameKind.OPENED, opened))
             for block in audio.blocks(self._sign_of_life(audio)):

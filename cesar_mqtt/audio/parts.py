@@ -34,6 +34,7 @@ class Part:
 
     Attributes:
         format_name: FFmpeg's name of the container.
+        channels: of the track that is heard, as declared; of several tracks the most.
         duration_s: where its sound ends, as far as it declares that and has bytes for it; None: it does not declare it.
         position: how many samples there were so far.
     """
@@ -46,6 +47,7 @@ class Part:
         file: FileReader,
         max_s: float,
         heeds_others: bool,
+        channel: int | None,
     ) -> None:
         self.format_name = container.format.name
         self.position = 0
@@ -66,7 +68,8 @@ class Part:
         self._is_exact = name_of(container) == "flac"
         self._zero_s = zero_s(container, file)
         self._witnesses = Witnesses()
-        self._tracks = [Track(streams[number], self._clock(), max_s) for number in chosen]
+        self._tracks = [Track(streams[number], self._clock(), max_s, channel) for number in chosen]
+        self.channels = max(streams[number].codec_context.channels for number in chosen)
         self._mixer = TrackMixer(len(chosen))
         others = [stream for number, stream in enumerate(streams) if number not in chosen] if heeds_others else []
         self._listeners = {stream.index: Listener(stream) for stream in others}
@@ -160,7 +163,7 @@ def _latest(ends: Iterable[float | None]) -> float | None:
 
 
 @contextmanager
-def open_part(file: FileReader, *, track: TrackChoice, max_s: float) -> Iterator[Part]:
+def open_part(file: FileReader, *, track: TrackChoice, max_s: float, channel: int | None = None) -> Iterator[Part]:
     """Open the container that begins where the file does, and choose what is heard of it.
 
     Raises:
@@ -169,7 +172,7 @@ def open_part(file: FileReader, *, track: TrackChoice, max_s: float) -> Iterator
     heeds_others = not isinstance(track, int)
     with open_container(file) as container:
         chosen, was_read = choose_tracks(container, file, track)
-        part = Part(container, chosen, file=file, max_s=max_s, heeds_others=heeds_others)
+        part = Part(container, chosen, file=file, max_s=max_s, heeds_others=heeds_others, channel=channel)
         if part.duration_s is not None and part.duration_s > max_s:
             _check_packets(container, file, chosen, max_s)
             was_read = True
@@ -178,7 +181,7 @@ def open_part(file: FileReader, *, track: TrackChoice, max_s: float) -> Iterator
             yield part
             return
     with open_container(file) as container:
-        yield Part(container, chosen, file=file, max_s=max_s, heeds_others=heeds_others)
+        yield Part(container, chosen, file=file, max_s=max_s, heeds_others=heeds_others, channel=channel)
 
 
 def _check_packets(container: InputContainer, file: FileReader, chosen: list[int], max_s: float) -> None:

@@ -237,13 +237,14 @@ class Track:
         has_gaps: whether there is silence between its frames.
     """
 
-    def __init__(self, stream: AudioStream, clock: Clock | None, max_s: float) -> None:
+    def __init__(self, stream: AudioStream, clock: Clock | None, max_s: float, channel: int | None = None) -> None:
         """Begin at second 0.
 
         Args:
             stream: one that `open_decoder` can decode.
             clock: None: the time stamps mean nothing, and the sound is contiguous.
             max_s: the limit on its duration.
+            channel: the only one that is heard, from 0; silence where the track has no such channel. None: all.
         """
         decoder = open_decoder(stream)
         if decoder is None:
@@ -255,6 +256,7 @@ class Track:
         self._out_of_phase = False
         self._clock = clock
         self._max_s = max_s
+        self._channel = channel
         self._mixer = ChannelMixer()
         self._format: tuple[str, str, int, int] | None = None
         self._frames = av.AudioFifo()
@@ -358,6 +360,9 @@ class Track:
     def _mix(self, frames: Sequence[av.AudioFrame]) -> Samples:
         parts = [_columns(frame) for frame in frames]
         block = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._channel is not None:
+            is_there = self._channel < block.shape[1]
+            return self._counted(block[:, self._channel].copy() if is_there else np.zeros(len(block), np.float32))
         if block.shape[1] != self._mixer.channels:
             self._out_of_phase = self.out_of_phase
             self._mixer = ChannelMixer(block.shape[1])

@@ -17,13 +17,13 @@ Probabilities: TypeAlias = NDArray[np.float32]
 Range: TypeAlias = tuple[int, int]
 """Its first sample, and the one after its last."""
 
-_FRAME = 512
+FRAME_SAMPLES = 512
 """Samples for which the VAD gives one probability."""
 _CONTEXT = 64
 """Samples before a frame that the VAD is given with it."""
 _BLOCK_FRAMES = 64
 """2 s."""
-_SPEECH_FROM, SILENT_BELOW = 0.5, 0.35
+SPEECH_FROM, SILENT_BELOW = 0.5, 0.35
 """Silero's limits for the start and the end of speech; faster-whisper's `vad_filter` has the same."""
 _MIN_SILENCE = 2 * SAMPLE_RATE
 _PADDING = 2 * SAMPLE_RATE // 5
@@ -39,17 +39,17 @@ def speech_probabilities(samples: Samples) -> Probabilities:
 
     Gives what faster-whisper's `SileroVADModel` gives, but in blocks: a minute at once takes 40 MB, and 8 s take 7 MB.
     """
-    if len(samples) > _BLOCK_FRAMES * _FRAME and not samples.any():  # a file of some KB may hold hours of it
-        return np.zeros(-(-len(samples) // _FRAME), np.float32)
+    if len(samples) > _BLOCK_FRAMES * FRAME_SAMPLES and not samples.any():  # a file of some KB may hold hours of it
+        return np.zeros(-(-len(samples) // FRAME_SAMPLES), np.float32)
     session = get_vad_model().session
     state = {name: np.zeros((1, 1, 128), np.float32) for name in ("h", "c")}
     found = [np.empty(0, np.float32)]
     context = np.zeros(_CONTEXT, np.float32)
-    for first in range(0, len(samples), _BLOCK_FRAMES * _FRAME):
-        block = samples[first : first + _BLOCK_FRAMES * _FRAME]
-        padded = np.concatenate((context, block, np.zeros(-len(block) % _FRAME, np.float32)))
+    for first in range(0, len(samples), _BLOCK_FRAMES * FRAME_SAMPLES):
+        block = samples[first : first + _BLOCK_FRAMES * FRAME_SAMPLES]
+        padded = np.concatenate((context, block, np.zeros(-len(block) % FRAME_SAMPLES, np.float32)))
         context = block[-_CONTEXT:]
-        inputs = np.lib.stride_tricks.sliding_window_view(padded, _CONTEXT + _FRAME)[::_FRAME]
+        inputs = np.lib.stride_tricks.sliding_window_view(padded, _CONTEXT + FRAME_SAMPLES)[::FRAME_SAMPLES]
         probabilities, state["h"], state["c"] = session.run(None, {"input": np.ascontiguousarray(inputs), **state})
         found.append(probabilities.reshape(-1))
     return np.concatenate(found)
@@ -64,16 +64,16 @@ def speech_ranges(probabilities: Probabilities, length: int) -> tuple[Range, ...
     """
     found: list[Range] = []
     start = silent_from = None
-    for frame, probability in enumerate(probabilities[: -(-length // _FRAME)].tolist()):
-        if probability >= _SPEECH_FROM:
+    for frame, probability in enumerate(probabilities[: -(-length // FRAME_SAMPLES)].tolist()):
+        if probability >= SPEECH_FROM:
             start, silent_from = frame if start is None else start, None
         elif probability < SILENT_BELOW and start is not None:
             silent_from = frame if silent_from is None else silent_from
-            if (frame - silent_from) * _FRAME >= _MIN_SILENCE:
-                found.append((start * _FRAME, silent_from * _FRAME))
+            if (frame - silent_from) * FRAME_SAMPLES >= _MIN_SILENCE:
+                found.append((start * FRAME_SAMPLES, silent_from * FRAME_SAMPLES))
                 start = silent_from = None
     if start is not None:
-        found.append((start * _FRAME, length))
+        found.append((start * FRAME_SAMPLES, length))
     return tuple((max(0, start - _PADDING), min(length, end + _PADDING)) for start, end in found)
 
 
@@ -123,23 +123,23 @@ def split(samples: Samples, limit: int, *, search_window: int | None = None) -> 
 
 def _longest_pause(probabilities: Probabilities, start: int, end: int) -> int | None:
     """The middle of the longest pause between two samples, the last of several; None if there is no pause."""
-    first = start // _FRAME
-    silent = np.concatenate(([False], probabilities[first : -(-end // _FRAME)] < SILENT_BELOW, [False]))
+    first = start // FRAME_SAMPLES
+    silent = np.concatenate(([False], probabilities[first : -(-end // FRAME_SAMPLES)] < SILENT_BELOW, [False]))
     begins, ends = np.flatnonzero(~silent[:-1] & silent[1:]), np.flatnonzero(silent[:-1] & ~silent[1:])
     lengths = ends - begins
     if not lengths.size or lengths.max() < _MIN_PAUSE_FRAMES:
         return None
     longest = len(lengths) - 1 - int(np.argmax(lengths[::-1]))
-    return min(end, (2 * first + int(begins[longest] + ends[longest])) * _FRAME // 2)
+    return min(end, (2 * first + int(begins[longest] + ends[longest])) * FRAME_SAMPLES // 2)
 
 
 def _quietest(samples: Samples) -> int:
-    frames = len(samples) // _FRAME
+    frames = len(samples) // FRAME_SAMPLES
     if frames < _SMOOTHED_FRAMES:
         return len(samples)
-    power = np.square(samples[: frames * _FRAME]).reshape(frames, _FRAME).mean(axis=1)
+    power = np.square(samples[: frames * FRAME_SAMPLES]).reshape(frames, FRAME_SAMPLES).mean(axis=1)
     smoothed = np.convolve(power, np.ones(_SMOOTHED_FRAMES), mode="valid")
-    return int(np.argmin(smoothed)) * _FRAME + _SMOOTHED_FRAMES * _FRAME // 2
+    return int(np.argmin(smoothed)) * FRAME_SAMPLES + _SMOOTHED_FRAMES * FRAME_SAMPLES // 2
 
 
 def _round_down_to_ms(position: int) -> int:

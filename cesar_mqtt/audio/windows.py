@@ -7,13 +7,14 @@ threads may call them. Memory is bounded whatever the length: the chunk in use, 
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, TrackChoice
-from cesar_mqtt.audio.decoder_process import open_audio
+from cesar_mqtt.audio.decoder_process import GrowingReader, open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
 from cesar_mqtt.audio.vad import Probabilities, Range, find_cut, speech_probabilities, speech_ranges
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
@@ -176,6 +177,30 @@ class Recording:
             last = chunk.last
             yield chunk
             del chunk  # before the wait for the next one: two at a time are enough
+
+    def channel_count(self, should_stop: Callable[[], bool]) -> int:
+        """Return how many channels the file declares. Raises as `samples`."""
+        with self._open_again(should_stop) as audio:
+            return audio.info.channels
+
+    def samples(self, should_stop: Callable[[], bool], *, channel: int | None = None) -> Iterator[Samples]:
+        """Decode the whole file once more, from its start and in the calling thread, also after `close`.
+
+        Args:
+            should_stop: asked ten times a second while nothing is decoded.
+            channel: the only one that is heard, from 0; None: all, mixed.
+
+        Raises:
+            JobFailedError: as `chunks`.
+            Cancelled: `should_stop` returned True.
+        """
+        with self._open_again(should_stop, channel) as audio:
+            yield from audio.blocks(should_stop)
+
+    def _open_again(
+        self, should_stop: Callable[[], bool], channel: int | None = None
+    ) -> AbstractContextManager[GrowingReader]:
+        return open_audio(self._path, self._limits, track=self._track, channel=channel, should_stop=should_stop)
 
     def close(self) -> None:
         """End the thread and release the samples. Any thread may call it, and more than once.

@@ -27,6 +27,7 @@ _Priority = Annotated[
     int | None,
     typer.Option(metavar="N", min=0, max=_MAX_PRIORITY, help="0 (default) to 9: jobs of a higher priority go first."),
 ]
+_Diarize = Annotated[bool, typer.Option("--diarize", help="Tell the speakers apart, and name them in the results.")]
 _STATES = ("queued", "processing", "completed", "error", "cancelled")
 
 
@@ -283,6 +284,7 @@ def submit(
         ),
     ] = None,
     priority: _Priority = None,
+    diarize: _Diarize = False,
     result_format: Annotated[
         list[str] | None,
         typer.Option(
@@ -324,7 +326,7 @@ def submit(
         raise typer.BadParameter("nothing is written with --no-wait", param_hint="--output-dir")
     if result_format and len(result_format) > 1 and output_dir is None:
         raise typer.BadParameter("only with --output-dir it takes several", param_hint="--format")
-    fields = {"model_size": model, "language": language, "task": task, "priority": priority}
+    fields = {"model_size": model, "language": language, "task": task, "priority": priority, "diarize": diarize or None}
     return submit_and_wait(
         SubmitOptions(
             recordings=tuple(audio),
@@ -354,6 +356,7 @@ def inbox(
     model: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=_complete_model_of_consumer)] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as de; default: detected.")] = None,
     priority: _Priority = None,
+    diarize: _Diarize = False,
     result_format: Annotated[
         list[str] | None,
         typer.Option(
@@ -368,7 +371,7 @@ def inbox(
     """Watch folders: submit each recording once it is complete, and write its transcript beside it, until Ctrl-C."""
     from cesar_mqtt.cli.gateway import run_inbox
 
-    fields = {"model": model, "language": language, "priority": priority}
+    fields = {"model": model, "language": language, "priority": priority, "diarize": diarize or None}
     given = {name: value for name, value in fields.items() if value is not None}
     return run_inbox(settings, folders, given, formats=result_format, by_path=by_path)
 

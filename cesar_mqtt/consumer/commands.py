@@ -14,7 +14,7 @@ from cesar_mqtt.consumer.defaults import StoredDefaults
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.engines.messages import QueueUnavailableError
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, may_need_audio
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState
 from cesar_mqtt.json_codec import encode
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
@@ -237,7 +237,7 @@ class CommandHandlers:
             if job is None or job.state is not JobState.CANCELLED:
                 raise
         else:
-            if job is not None and job.state is JobState.CANCELLED:
+            if job is not None and job.state.final:
                 self._on_cancelled(job)
         return self._state_of(job, job_id)
 
@@ -258,7 +258,7 @@ class CommandHandlers:
         """Whether only the missing upload keeps a job from being retried."""
         if job.audio is None or job.audio.kind != "spool" or not job.state.final:
             return False
-        return may_need_audio(job.state, job.error_code) and not self._spool.path(job.audio.name).exists()
+        return job.may_need_audio and not self._spool.path(job.audio.name).exists()
 
     def _delete(self, job_id: str) -> _Outcome:
         deleted = self._ledger.delete(job_id)

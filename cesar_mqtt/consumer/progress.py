@@ -83,5 +83,39 @@ class ProgressMeter:
         return done_s / elapsed_s if elapsed_s > 0 and done_s > 0 else None
 
 
+class DiarizationMeter:
+    """Computes how far the diarization of a transcribed job is."""
+
+    def __init__(
+        self,
+        audio_duration_s: float | None,
+        on_progressed: Callable[[JobProgress], None],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock; each `add` calls `on_progressed` once."""
+        self._duration_s = audio_duration_s or 0.0
+        self._on_progressed = on_progressed
+        self._monotonic = monotonic
+        self._started = monotonic()
+        self._done_s = 0.0
+
+    def add(self, done_s: float) -> None:
+        """Take the seconds of the recording that are done."""
+        self._done_s = max(self._done_s, min(done_s, self._duration_s))
+        share = self._done_s / self._duration_s if self._duration_s else 0.0
+        elapsed_s = self._monotonic() - self._started
+        self._on_progressed(
+            JobProgress(
+                progress=_MOST_PROGRESS,
+                processed_duration=self._duration_s,
+                audio_duration=self._duration_s,
+                speed=None,
+                eta=round(elapsed_s * (1.0 - share) / share, 1) if share else None,
+                updated_at=time.time(),
+                diarization=round(share, 3),
+            )
+        )
+
+
 def _share(processed_s: float, duration_s: float | None) -> float:
     return min(round(processed_s / duration_s, 3), _MOST_PROGRESS) if duration_s else 0.0

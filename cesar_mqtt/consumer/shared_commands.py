@@ -63,9 +63,9 @@ def record_key(job_id: str) -> str:
     return f"job.{job_id}"
 
 
-def waiting_job(job: NewJob, received_at: float, position: int | None) -> Job:
-    """Return a job that waits in the queue as a ledger would have it."""
-    return job_from(0, job_document(job, received_at, 0), position, None)
+def waiting_job(job: NewJob, received_at: float, position: int | None, since: float | None = None) -> Job:
+    """Return a job that waits in the queue as a ledger would have it, since when with this position."""
+    return job_from(0, job_document(job, received_at, 0), position, since)
 
 
 def request_payload(job: Job, audio: bytes | None) -> bytes:
@@ -150,12 +150,23 @@ class SharedCommands:
         if record is None:
             return f"There is no job {job_id}: it never existed, or it was deleted."
         if message is None or "claim" in record.values:
+            if message is not None and command == "cancel":
+                self._mark_cancelling(record_key(job_id))
             return None
         if command == "get":
             return self._status(message)
         if command in ("cancel", "delete"):
             return self._end(command, message)
         return f"Job {job_id} is queued."
+
+    def _mark_cancelling(self, key: str) -> None:
+        """Have a claimed job cancelled by the consumer that takes it over, if the one that has it does not answer."""
+        written = None
+        while written is None:
+            record = self._queue.record(key)
+            if record is None or record.values.get("state") != JobState.PROCESSING:
+                return
+            written = self._queue.update_record(key, record, {**record.values, "cancelling": True})
 
     def _end(self, command: str, message: Message) -> Mapping[str, Any] | None:
         cancelled = self._cancel(message)
@@ -182,12 +193,16 @@ class SharedCommands:
         """Cancel a waiting job; None: a consumer has claimed it."""
         job_id = message.job_id or ""
         key = record_key(job_id)
-        record = self._queue.record(key)
-        if record is None or "claim" in record.values:
-            return None
-        values = {**record.values, "state": JobState.CANCELLED.value, "consumer": self._topics.consumer}
-        if self._queue.update_record(key, record, values) is None:
-            return None
+        written = None
+        while written is None:
+            record = self._queue.record(key)
+            if record is None:
+                return None
+            if "claim" in record.values:
+                self._mark_cancelling(key)
+                return None
+            values = {**record.values, "state": JobState.CANCELLED.value, "consumer": self._topics.consumer}
+            written = self._queue.update_record(key, record, values)
         parsed = self._read(message)
         job = parsed.job or NewJob(job_id, "", None, "")
         if parsed.audio is not None:

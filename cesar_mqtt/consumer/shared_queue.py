@@ -11,6 +11,7 @@ job id was changed, which fails if another consumer has changed it since.
 """
 
 import json
+import math
 import threading
 import time
 import uuid
@@ -26,8 +27,9 @@ from cesar_mqtt.consumer.publisher import Permit, Publisher
 from cesar_mqtt.consumer.shared_commands import PAUSED_KEY, SharedCommands, record_key, request_payload, waiting_job
 from cesar_mqtt.engines.messages import Message, QueueUnavailableError, Record
 from cesar_mqtt.errors import LedgerError
-from cesar_mqtt.jobs import STATES, Admission, AudioSource, Claim, Job, JobState, NewJob
+from cesar_mqtt.jobs import STATES, Admission, AudioSource, Claim, IllegalTransitionError, Job, JobState, NewJob
 from cesar_mqtt.ledger.ledger import Ledger
+from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
@@ -40,6 +42,8 @@ _RETRY_S = 0.5
 """Between two attempts while the server or the disk refuses."""
 _POLL_S = 0.5
 """How often a wait looks at what no event reports."""
+_POSITIONS_S = 2.0
+"""After so long a job is no short one: the positions of those behind it are published."""
 _ANNOUNCE_S = 5.0
 """How long a retry waits for the PUBACK of `queued` before the job is in the queue, where others publish it."""
 _RENEWALS = 3
@@ -78,6 +82,9 @@ class SharedQueue(Protocol):
 
     def is_enqueued(self, job_id: str) -> bool:
         """Whether the queue has the job."""
+
+    def job_behind(self, seq: int) -> Message | None:
+        """Return the first message of the queue whose number is greater."""
 
     def waiting(self) -> int:
         """Return how many jobs wait."""
@@ -304,6 +311,7 @@ class Claims(StoppableThread):
         publisher: Publisher,
         topics: Topics,
         ack_wait_s: float,
+        is_strict: bool,
         is_working: Callable[[], bool],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -317,6 +325,7 @@ class Claims(StoppableThread):
             publisher: publishes what `permit_of` allows.
             topics: of the consumer.
             ack_wait_s: as the queue has it.
+            is_strict: whether only one job of the group runs at a time, so that no other leaves the queue meanwhile.
             is_working: whether the worker may still run a job.
             monotonic: seconds that never go back.
 
@@ -331,6 +340,7 @@ class Claims(StoppableThread):
         self._publisher = publisher
         self._topics = topics
         self._ack_wait_s = ack_wait_s
+        self._is_strict = is_strict
         self._is_working = is_working
         self._monotonic = monotonic
         self._lease: Lease | None = None
@@ -404,19 +414,21 @@ class Claims(StoppableThread):
                 in the queue already.
             LedgerError: the disk refuses; the job is in the queue.
         """
-        audio = None
-        if job.audio is not None and job.audio.kind == "spool":
-            audio = self._spool.path(job.audio.name).read_bytes()
+        request = self._request_of(job)
         key = record_key(job.job_id)
         record = self._queue.record(key)
-        kept = {} if record is None else {name: record.values[name] for name in ("request", "fingerprint")}
+        kept = (
+            {}
+            if record is None
+            else {name: value for name, value in record.values.items() if name in ("request", "fingerprint")}
+        )
         values = {**kept, "state": JobState.QUEUED.value, "consumer": self._topics.consumer}
         queued = (
             self._queue.create_record(key, values) if record is None else self._queue.update_record(key, record, values)
         )
         if queued is None:
             raise QueueUnavailableError("Another consumer changes the job at this moment.")
-        accepted = threading.Event()
+        accepted, given_up = threading.Event(), threading.Event()
         position = self._queue.waiting() + 1
         waiting = job._replace(
             state=JobState.QUEUED,
@@ -427,20 +439,31 @@ class Claims(StoppableThread):
             error_code=None,
             error_message=None,
         )
-        self._publisher.publish_status_of(waiting, is_wanted=lambda: True, on_acknowledged=accepted.set)
-        accepted.wait(_ANNOUNCE_S)
-        raw = audio is not None and not (job.options or job.metadata or job.formats or job.stream)
-        message = Message(
-            topic=self._topics.audio(job.job_id) if raw else self._topics.jobs,
-            payload=audio if raw and audio is not None else request_payload(job, audio),
-            seq=queued.revision,  # names this retry: the server recognises what is enqueued twice
-            deliveries=0,
-            received_at=job.created_at,
-            job_id=job.job_id,
-            reply="",
+        self._publisher.publish_status_of(
+            waiting, is_wanted=lambda: not given_up.is_set(), on_acknowledged=accepted.set
         )
-        self._queue.enqueue(job.job_id, message)
+        if not accepted.wait(_ANNOUNCE_S):
+            given_up.set()  # it must not come behind what the next consumer publishes
+        # The revision names this retry: the server recognises what is enqueued twice.
+        self._queue.enqueue(job.job_id, replace(request, seq=queued.revision))
         self._forget(job.seq)
+
+    def _request_of(self, job: Job) -> Message:
+        """Return a request that becomes this job. Raises IllegalTransitionError if it is too large for the queue."""
+        audio = None
+        if job.audio is not None and job.audio.kind == "spool":
+            audio = self._spool.path(job.audio.name).read_bytes()
+        request = Message(self._topics.jobs, request_payload(job, audio), 0, 0, job.created_at, job.job_id, "")
+        if audio is not None:
+            upload = replace(request, topic=self._topics.audio(job.job_id), payload=audio)
+            read = self._reader.read(upload).job
+            if read is not None and _settings_of(read) == _settings_of(job):
+                return upload
+        if len(request.payload) > self._queue.max_payload_bytes:
+            raise IllegalTransitionError(
+                f"The recording of job {job.job_id} is too large to go back into the queue: submit it under a new id."
+            )
+        return request
 
     def release(self, job_id: str) -> None:
         """Make the id of a deleted job free for another request; if the server does not answer, it is so later."""
@@ -584,12 +607,16 @@ class Claims(StoppableThread):
         if parsed.audio is not None:
             (name,) = self._spool.store([parsed.audio])
             job = replace(job, audio=AudioSource("spool", name))
-        crashes = 0 if lease.record is None else lease.record.values.get("crashes", 0)
-        self._ledger.append_claimed(replace(job, claim=lease.claim), crashes=crashes)
+        values: Mapping[str, Any] = {} if lease.record is None else lease.record.values
+        self._ledger.append_claimed(replace(job, claim=lease.claim), crashes=values.get("crashes", 0))
+        if values.get("cancelling"):
+            with suppress(IllegalTransitionError):  # it has just crashed too often
+                self._ledger.cancel(job_id)
         return True
 
     def _attend(self, lease: Lease) -> None:
         """Renew the delivery until the job has ended and is published, is given back, or is lost."""
+        positions_due = self._monotonic() + _POSITIONS_S if self._is_strict else math.inf
         while True:
             self._changed.clear()
             job = self._ledger.get(lease.message.job_id or "")
@@ -607,7 +634,32 @@ class Claims(StoppableThread):
                     lease.renew(self._queue)
                 except QueueUnavailableError as exc:
                     log.debug("%s", exc, action="queue_unavailable", job_id=job.job_id)
+            elif self._monotonic() >= positions_due and not self._stopping.is_set():
+                positions_due = math.inf
+                with suppress(QueueUnavailableError):
+                    self._publish_positions(lease)
             self._changed.wait(min(_POLL_S, self._ack_wait_s / _RENEWALS / 2))
+
+    def _publish_positions(self, lease: Lease) -> None:
+        """Publish the positions of the first waiting jobs: none of them can be claimed while the lease is current.
+
+        One may be cancelled by another consumer. Its record is written before either of them publishes.
+        """
+        behind = lease.message.seq
+        for position in range(1, POSITIONS_TRACKED + 1):
+            message = self._queue.job_behind(behind)
+            if message is None or not lease.is_current or lease.is_due:
+                return
+            behind = message.seq
+            key = record_key(message.job_id or "")
+            record, job = self._queue.record(key), self._reader.read(message).job
+            if job is None or record is None or record.values.get("state") != JobState.QUEUED:
+                continue
+            if self._queue.update_record(key, record, {**record.values, "position": position}) is not None:
+                waiting = waiting_job(job, message.received_at, position, time.time())
+                self._publisher.publish_status_of(
+                    waiting, is_wanted=lambda: lease.is_current, on_acknowledged=lambda: None, is_new=False
+                )
 
     def _acknowledge(self, lease: Lease) -> bool:
         try:
@@ -652,3 +704,7 @@ class Claims(StoppableThread):
             log.error("%s", exc, action="intake_degraded")
             return False
         return True
+
+
+def _settings_of(job: Job | NewJob) -> tuple[Any, ...]:
+    return job.model_size, dict(job.options), dict(job.metadata), tuple(job.formats), job.stream

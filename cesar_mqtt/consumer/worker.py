@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cesar_mqtt.consumer.events import JobEvents
-from cesar_mqtt.consumer.progress import ProgressMeter, WindowCheckpoints
-from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError, LedgerError, Preempted
-from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result, may_need_audio
+from cesar_mqtt.consumer.progress import DiarizationMeter, ProgressMeter, WindowCheckpoints
+from cesar_mqtt.errors import Cancelled, CesarError, ErrorCode, JobFailedError, LedgerError, Preempted
+from cesar_mqtt.jobs import IllegalTransitionError, Job, JobState, Result
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
@@ -25,6 +25,7 @@ from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOp
 if TYPE_CHECKING:
     from cesar_mqtt.audio.windows import Recording
     from cesar_mqtt.consumer.prefetch import Prefetcher
+    from cesar_mqtt.whisper.speakers import LabelledWindows
 
 log = get_logger(__name__)
 
@@ -69,21 +70,43 @@ class Transcribes(Protocol):
         """Load a model before it is needed. Raises JobFailedError."""
 
 
+class LabelsSpeakers(Protocol):
+    """What the worker needs to tell speakers apart; tests have a fake one."""
+
+    def label(
+        self,
+        recording: "Recording",
+        options: TranscriptionOptions,
+        windows: Sequence[Window],
+        *,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> "LabelledWindows":
+        """Return the transcript with speakers. Raises CesarError, Cancelled."""
+
+
 _WITH_CUES = frozenset({"srt", "vtt"})
 """The formats whose cues are cut at words."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How an attempt ended: with a result, by a cancel, by preemption, or with an error code and a message."""
+    """How an attempt ended: with a result, by a cancel, by preemption, or with an error code and a message.
+
+    Attributes:
+        unlabelled: why the speakers of a job whose text is recorded were not told apart; it has failed in nothing else.
+    """
 
     result: Result | None = None
+    unlabelled: str | None = None
     cancelled: bool = False
     preempted: bool = False
     code: ErrorCode = ErrorCode.INTERNAL
     message: str = ""
 
 
+_UNLABELLED = "The speakers could not be told apart, unexpectedly; see the consumer's log. Retry, or report it."
+_OTHER_AUDIO = "The audio has changed since it was transcribed, so its speakers cannot be told apart: submit it again."
 _UNEXPECTED = _Outcome(message="The transcription failed unexpectedly; see the consumer's log. Retry, or report it.")
 
 
@@ -100,6 +123,7 @@ class Worker(StoppableThread):
         transcriber: Transcribes,
         *,
         prefetcher: "Prefetcher",
+        labeller: LabelsSpeakers,
         spool: Spool,
         events: JobEvents,
         warm_up: str | None = None,
@@ -117,6 +141,7 @@ class Worker(StoppableThread):
             ledger: the queue.
             transcriber: does the work.
             prefetcher: hands out the recordings.
+            labeller: tells the speakers of transcribed recordings apart.
             spool: holds uploaded audio until no attempt needs it.
             events: receives what happens to jobs.
             warm_up: the model to load at the start; None: the first job loads its own.
@@ -132,6 +157,7 @@ class Worker(StoppableThread):
         self._ledger = ledger
         self._transcriber = transcriber
         self._prefetcher = prefetcher
+        self._labeller = labeller
         self._spool = spool
         self._events = events
         self._warm_up_model = warm_up
@@ -225,11 +251,16 @@ class Worker(StoppableThread):
     # -- one attempt -----------------------------------------------------------------------------------------------
 
     def _process(self, job: Job) -> _Outcome | None:
-        """Transcribe; None: a forced stop has requeued the job."""
+        """Transcribe, and tell the speakers apart if that is asked for; None: a forced stop has requeued the job."""
         log.info("Job started, attempt %d", job.attempt, action="started", job_id=job.job_id)
         deadline = math.inf if self._timeout_s is None else self._monotonic() + self._timeout_s
+
+        def should_stop() -> bool:
+            cut_short = self._abandoned.is_set() or self._monotonic() >= deadline
+            return cut_short or self._ledger.is_cancelling(job.seq)
+
         try:
-            return _Outcome(_result(self._transcribe(job, deadline)))
+            return self._transcribe_and_label(job, should_stop)
         except JobFailedError as exc:
             return _Outcome(code=exc.code, message=_replace_surrogates(exc.message))
         except Cancelled:
@@ -240,17 +271,29 @@ class Worker(StoppableThread):
             log.exception("Job failed unexpectedly", action="failed", job_id=job.job_id)
             return _UNEXPECTED
 
-    def _transcribe(self, job: Job, deadline: float) -> Transcript:
-        def should_stop() -> bool:
-            cut_short = self._abandoned.is_set() or self._monotonic() >= deadline
-            return cut_short or self._ledger.is_cancelling(job.seq)
+    def _transcribe_and_label(self, job: Job, should_stop: Callable[[], bool]) -> _Outcome | None:
+        if job.result_text is not None:
+            return self._label(job, None, should_stop)
+        recording, identity = self._open_unchanged(job, should_stop)
+        result = _result(self._transcribe(job, recording, identity, should_stop))
+        if not job.options.get("diarize"):
+            return _Outcome(result)
+        transcribed = self._record_text(job, result, identity)
+        return self._label(transcribed, recording, should_stop)
 
+    def _open_unchanged(self, job: Job, should_stop: Callable[[], bool]) -> tuple["Recording", str | None]:
+        """Open the recording where its windows end; if it is another one by now, from its beginning."""
         recording, identity = self._open_recording(job, should_stop)
         if identity is not None and not self._keep_windows(job, identity, should_stop):
             message = "The audio has changed since the last attempt; starting from the beginning"
             log.warning(message, action="audio_changed", job_id=job.job_id)
             self._prefetcher.release(job, final=False)
             recording, identity = self._open_recording(job, should_stop)
+        return recording, identity
+
+    def _transcribe(
+        self, job: Job, recording: "Recording", identity: str | None, should_stop: Callable[[], bool]
+    ) -> Transcript:
         checkpoints = WindowCheckpoints(job, self._ledger, identity)
 
         def should_yield() -> bool:
@@ -268,6 +311,49 @@ class Worker(StoppableThread):
             should_stop=should_stop,
             should_yield=should_yield,
         )
+
+    def _record_text(self, job: Job, result: Result, identity: str | None) -> Job:
+        """Write the transcript, until the disk takes it; from then on the job is never transcribed again."""
+        while not self._abandoned.is_set():
+            try:
+                recorded = self._ledger.record_text(job.seq, result, identity=identity)
+            except LedgerError as exc:
+                self._wait_for_disk(exc, self._abandoned, job.job_id)
+            except IllegalTransitionError:
+                break  # a forced stop has just requeued the job
+            else:
+                self._events.degraded("worker", on=False)
+                log.info("Job transcribed; telling the speakers apart", action="transcribed", job_id=job.job_id)
+                return recorded
+        raise Cancelled
+
+    def _label(self, job: Job, recording: "Recording | None", should_stop: Callable[[], bool]) -> _Outcome | None:
+        """Tell apart the speakers of a job whose text is recorded; no failure costs the text.
+
+        `recording`: the one that was transcribed in this attempt; None: an earlier attempt did.
+        """
+        meter = DiarizationMeter(job.audio_duration, lambda live: self._events.progress(job, live), self._monotonic)
+        meter.add(0.0)
+        try:
+            if recording is None:
+                recording, identity = self._open_recording(job, should_stop)
+                recording.wait_until_open(should_stop)
+                if not self._ledger.is_of_audio(job.seq, identity):
+                    return _Outcome(unlabelled=_OTHER_AUDIO)
+            recording.close()
+            windows = self._ledger.windows(job.seq)
+            found = self._labeller.label(
+                recording, options_of(job), windows, on_progress=meter.add, should_stop=should_stop
+            )
+        except Cancelled:
+            ended = self._outcome_of_cancel(job)
+            return ended if ended is None or ended.cancelled else _Outcome(unlabelled=ended.message)
+        except CesarError as exc:
+            return _Outcome(unlabelled=_replace_surrogates(str(exc)))
+        except Exception:
+            log.exception("Telling the speakers apart failed", action="diarization_failed", job_id=job.job_id)
+            return _Outcome(unlabelled=_UNLABELLED)
+        return _Outcome(_labelled_result(job, found))
 
     def _open_recording(self, job: Job, should_stop: Callable[[], bool]) -> tuple["Recording", str | None]:
         recording = self._prefetcher.take(job, should_stop)
@@ -311,10 +397,10 @@ class Worker(StoppableThread):
             except IllegalTransitionError:
                 return  # a forced stop has just requeued the job
             except ValueError:
-                if outcome is _UNEXPECTED:
+                if outcome.result is None:
                     raise
                 log.exception("The ledger cannot store the result", action="failed", job_id=job.job_id)
-                outcome = _UNEXPECTED
+                outcome = _UNEXPECTED if outcome.result.speakers is None else _Outcome(unlabelled=_UNLABELLED)
             else:
                 self._events.degraded("worker", on=False)
                 self._report(job)
@@ -323,6 +409,10 @@ class Worker(StoppableThread):
     def _write(self, job: Job, outcome: _Outcome) -> None:
         if outcome.result is not None:
             self._ledger.complete(job.seq, outcome.result)
+        elif outcome.unlabelled is not None:
+            message = "Job completed without speakers: %s"
+            log.warning(message, outcome.unlabelled, action="diarization_failed", job_id=job.job_id)
+            self._ledger.complete_without_speakers(job.seq, redact_sentence(outcome.unlabelled))
         elif outcome.cancelled:
             self._ledger.finish_cancelling(job.seq)
         elif outcome.preempted:
@@ -353,11 +443,7 @@ class Worker(StoppableThread):
         if ended is None or not ended.state.final:
             return
         self._events.finished(ended)
-        if (
-            ended.audio is not None
-            and ended.audio.kind == "spool"
-            and not may_need_audio(ended.state, ended.error_code)
-        ):
+        if ended.audio is not None and ended.audio.kind == "spool" and not ended.may_need_audio:
             self._spool.remove([ended.audio.name])
         took_s = (ended.completed_at or 0.0) - (ended.started_at or 0.0)
         if ended.state is JobState.COMPLETED:
@@ -376,9 +462,13 @@ _FORMER_DEFAULTS = {"beam_size": 5}
 
 
 def options_of(job: Job) -> TranscriptionOptions:
-    """Return the options of the request, as they were when the job was accepted; the cues need the times of words."""
+    """Return the options of the request, as they were when the job was accepted.
+
+    Cues and speakers need the times of words.
+    """
     options = TranscriptionOptions(model_size=job.model_size, **{**_FORMER_DEFAULTS, **job.options})
-    return replace(options, word_timestamps=options.word_timestamps or not _WITH_CUES.isdisjoint(job.formats))
+    needs_words = bool(options.diarize) or not _WITH_CUES.isdisjoint(job.formats)
+    return replace(options, word_timestamps=options.word_timestamps or needs_words)
 
 
 def _replace_surrogates(text: str) -> str:
@@ -395,4 +485,19 @@ def _result(transcript: Transcript) -> Result:
         no_speech=transcript.no_speech,
         warnings=transcript.warnings,
         windows=transcript.windows,
+    )
+
+
+def _labelled_result(job: Job, found: "LabelledWindows") -> Result:
+    """Return the result of a job whose text is recorded, with its speakers."""
+    return Result(
+        text=job.result_text or "",
+        audio_duration=job.audio_duration or 0.0,
+        detected_language=job.detected_language,
+        language_probability=job.language_probability,
+        no_speech=bool(job.no_speech),
+        warnings=job.warnings,
+        windows=found.windows,
+        speakers=found.speakers,
+        diarization_error=found.problem,
     )

@@ -379,6 +379,7 @@ class Inbox(BusClient):
             "language": self._settings.language,
             "model_size": self._settings.model,
             "priority": self._settings.priority or None,
+            "diarize": self._settings.diarize or None,
             # Without it the consumer stores the text alone.
             "formats": None if self._output.formats == ("txt",) else list(self._output.formats),
             "metadata": {"file": _printable(record.name), "source": SOURCE},

@@ -85,10 +85,9 @@ def _add_rare_fields(document: dict[str, Any], request: NewJob) -> None:
             document["attempt"] = max(0, request.claim.delivery - 1)
 
 
-def result_fields(result: Result, now: float) -> dict[str, Any]:
+def result_fields(result: Result) -> dict[str, Any]:
     """Return the fields that a transcript adds to its job's document."""
     fields: dict[str, Any] = {
-        "completed_at": now,
         "result_text": result.text,
         "no_speech": result.no_speech,
         "audio_duration": result.audio_duration,
@@ -99,6 +98,10 @@ def result_fields(result: Result, now: float) -> dict[str, Any]:
         fields["language_probability"] = result.language_probability
     if result.warnings:
         fields["warnings"] = list(result.warnings)
+    if result.speakers is not None:
+        fields["speakers"] = result.speakers
+    if result.diarization_error is not None:
+        fields["diarization_error"] = result.diarization_error
     return fields
 
 
@@ -137,6 +140,8 @@ def job_from(seq: int, document: Mapping[str, Any], position: int | None, since:
         error_message=get("error_message"),
         warnings=tuple(get("warnings", ())),
         queue_position=position,
+        speakers=get("speakers"),
+        diarization_error=get("diarization_error"),
         claim=Claim(*document["claim"]) if "claim" in document else None,
     )
 
@@ -151,12 +156,24 @@ def spool_files(document: Mapping[str, Any]) -> Iterator[str]:
 def document_may_need_audio(document: Mapping[str, Any]) -> bool:
     """Whether the job's uploaded audio has to be kept; see `jobs.may_need_audio`."""
     code = document.get("error_code")
-    return may_need_audio(STATES[document["state"]], None if code is None else ErrorCode(code))
+    return may_need_audio(
+        STATES[document["state"]],
+        None if code is None else ErrorCode(code),
+        diarization_failed="diarization_error" in document,
+    )
 
 
 def needs_windows(document: Mapping[str, Any]) -> bool:
-    """Whether a completed job keeps its windows; every format needs them, even `txt`, which has a line per segment."""
-    return bool(document.get("formats"))
+    """Whether a completed job keeps its windows; every format needs them, even `txt`, which has a line per segment.
+
+    Of a job with `diarize` they have the speakers, or are needed to tell them apart in a retry.
+    """
+    return bool(document.get("formats")) or bool(document.get("options", {}).get("diarize"))
+
+
+def has_text(document: Mapping[str, Any]) -> bool:
+    """Whether the job is transcribed, so that only its speakers are to be told apart."""
+    return "result_text" in document
 
 
 def is_rejection(document: Mapping[str, Any]) -> bool:
@@ -167,6 +184,8 @@ def is_rejection(document: Mapping[str, Any]) -> bool:
 def retry_rejection(document: Mapping[str, Any]) -> str | None:
     """Return why this job cannot be retried, as a sentence for the user; None: it can."""
     job_id, state = document["job_id"], document["state"]
+    if state == JobState.COMPLETED and "diarization_error" in document:
+        return None
     if state not in {JobState.ERROR, JobState.CANCELLED}:
         return f"Job {job_id} is {state}: only a job that ended as error or cancelled can be retried."
     if is_rejection(document):
@@ -214,11 +233,16 @@ def _segment_values(segment: Segment) -> list[Any]:
     values = [segment.start_s, segment.end_s, segment.text, segment.avg_logprob, segment.no_speech_prob]
     if segment.words is not None:
         values.append([[word.start_s, word.end_s, word.text, word.probability] for word in segment.words])
+    elif segment.speaker is not None:
+        values.append(None)
+    if segment.speaker is not None:
+        values.append(segment.speaker)
     return values
 
 
 def _segment_from(segment_id: int, *values: Any) -> Segment:
-    start_s, end_s, text, avg_logprob, no_speech_prob, *words = values
+    start_s, end_s, text, avg_logprob, no_speech_prob, *rest = values
+    words = rest[0] if rest else None
     return Segment(
         segment_id,
         start_s,
@@ -226,7 +250,8 @@ def _segment_from(segment_id: int, *values: Any) -> Segment:
         text,
         avg_logprob,
         no_speech_prob,
-        words=tuple(Word(*word) for word in words[0]) if words else None,
+        words=None if words is None else tuple(Word(*word) for word in words),
+        speaker=rest[1] if len(rest) > 1 else None,
     )
 
 

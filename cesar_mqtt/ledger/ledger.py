@@ -39,6 +39,7 @@ from cesar_mqtt.ledger.documents import (
     WINDOWS,
     deleted_job,
     document_may_need_audio,
+    has_text,
     job_document,
     job_from,
     needs_windows,
@@ -66,7 +67,19 @@ _MANY_JOBS = 10_000
 """From here on the garbage collector's passes over all documents take noticeable time."""
 
 _CLEARED_BY_REQUEUE = ("started_at",)
-_CLEARED_BY_RETRY = ("started_at", "completed_at", "error_code", "error_message", "cancelling", "expires_at")
+_CLEARED_BY_RETRY = (
+    "started_at",
+    "completed_at",
+    "error_code",
+    "error_message",
+    "cancelling",
+    "expires_at",
+    "diarization_error",
+    "speakers",
+)
+_CLEARED_BY_COMPLETION = ("cancelling", "was_completed")
+_DIED = "The process died while it told the speakers apart; the text is complete. Retry the job to have them labelled."
+_NOT_LABELLED = "Telling the speakers apart was cancelled; the text is complete. Retry the job to have them labelled."
 _EXPIRED = {
     "error_code": ErrorCode.EXPIRED.value,
     "error_message": "The job did not start within its `expires_in`. Retry it, or submit it with a longer time.",
@@ -213,6 +226,11 @@ class Ledger:
             crashes = row.get("crashes", 0) + 1
             if row.get("cancelling"):
                 self._cancel(seq)
+            elif has_text(row):
+                self._complete_without_speakers(seq, _DIED)
+                log.warning(
+                    "Job completed without speakers: the process died", action="recovered", job_id=row["job_id"]
+                )
             elif crashes < self._max_attempts:
                 self._transition(seq, JobState.QUEUED, {"crashes": crashes}, dropped=_CLEARED_BY_REQUEUE)
                 log.warning("Job was running when the process died: requeued", action="recovered", job_id=row["job_id"])
@@ -569,15 +587,65 @@ class Ledger:
             IllegalTransitionError: the job is not processing.
         """
         with self._changed:
-            stored = self._index.windows.get(seq, 0)
+            if seq not in self._index.processing:
+                raise IllegalTransitionError(f"Job number {seq} is not processing and cannot be completed.")
+            # Windows with speakers replace those without.
+            stored = 0 if result.speakers is not None else self._index.windows.get(seq, 0)
             kept = result.windows if needs_windows(self._rows.get(str(seq), {})) else ()
             missing = list(enumerate(kept))[stored:]
             also = [Change(WINDOWS, window_id(seq, number), window_document(window)) for number, window in missing]
             also += self._without_windows(seq, start=len(kept))
             early = self._rows.get(str(seq), {}).get("warnings", ())
-            fields = result_fields(replace(result, warnings=(*early, *result.warnings)), self._clock())
-            self._transition(seq, JobState.COMPLETED, fields, dropped=("cancelling",), also=also)
+            warnings = tuple(dict.fromkeys((*early, *result.warnings)))
+            fields = {"completed_at": self._clock(), **result_fields(replace(result, warnings=warnings))}
+            self._transition(seq, JobState.COMPLETED, fields, dropped=_CLEARED_BY_COMPLETION, also=also)
             self._index.set_window_count(seq, len(kept))
+
+    def record_text(self, seq: int, result: Result, *, identity: str | None = None) -> Job:
+        """Record the transcript of a job in `processing` whose speakers are still to be told apart, and return the job.
+
+        From here on the job is never transcribed again: it ends `completed` even if the process dies.
+
+        Args:
+            seq: the job.
+            result: the transcript, with all windows.
+            identity: of the audio, as in `add_window`.
+
+        Raises:
+            LedgerError: the disk failed; nothing is recorded.
+            IllegalTransitionError: the job is not processing.
+        """
+        with self._changed:
+            if seq not in self._index.processing:
+                raise IllegalTransitionError(f"Job number {seq} is not processing and has no use for a transcript.")
+            known = {} if identity is None else {"identity": identity}
+            missing = list(enumerate(result.windows))[self._index.windows.get(seq, 0) :]
+            changes = [Change(WINDOWS, window_id(seq, number), window_document(one) | known) for number, one in missing]
+            early = self._rows[str(seq)].get("warnings", ())
+            fields = result_fields(replace(result, warnings=tuple(dict.fromkeys((*early, *result.warnings)))))
+            self._commit([*changes, Change(JOBS, seq, fields)])
+            self._index.set_window_count(seq, len(result.windows))
+            return self._job(seq)
+
+    def is_of_audio(self, seq: int, identity: str | None) -> bool:
+        """Whether a job's windows are of the audio with this identity, as far as that was recorded."""
+        with self._changed:
+            first = self._storage.rows(WINDOWS).get(str(window_id(seq, 0)), {})
+            return first.get("identity", identity) == identity
+
+    def complete_without_speakers(self, seq: int, error: str) -> None:
+        """Record that the speakers of a job in `processing`, whose text is recorded, were not told apart, and why.
+
+        Raises as `complete`.
+        """
+        with self._changed:
+            if seq not in self._index.processing:
+                raise IllegalTransitionError(f"Job number {seq} is not processing.")
+            self._complete_without_speakers(seq, error)
+
+    def _complete_without_speakers(self, seq: int, error: str, *, keep_reserve: int = KEPT_FOR_COMMANDS) -> None:
+        fields = {"completed_at": self._clock(), "diarization_error": error}
+        self._transition(seq, JobState.COMPLETED, fields, dropped=_CLEARED_BY_COMPLETION, keep_reserve=keep_reserve)
 
     def fail(self, seq: int, code: ErrorCode, message: str) -> None:
         """Record that a job in `processing` ended without a transcript. Raises as `complete`."""
@@ -636,6 +704,9 @@ class Ledger:
             self._cancel(seq)
 
     def _cancel(self, seq: int) -> None:
+        if "was_completed" in self._rows.get(str(seq), {}):
+            self._complete_without_speakers(seq, _NOT_LABELLED, keep_reserve=0)
+            return
         fields = {"completed_at": self._clock()}
         self._transition(seq, JobState.CANCELLED, fields, dropped=("cancelling",), keep_reserve=0)
 
@@ -666,7 +737,7 @@ class Ledger:
             return self._job(seq)
 
     def retry(self, job_id: str) -> Job | None:
-        """Queue a job that ended as `error` or `cancelled` again, with the same options.
+        """Queue a job that ended as `error` or `cancelled` again, with the same options; or to tell its speakers apart.
 
         Its position in the queue follows from its priority and its sequence number. With uploaded audio the finished
         windows are kept; a file or URL may have changed since.
@@ -685,10 +756,13 @@ class Ledger:
             row = self._rows[str(seq)]
             if rejection := retry_rejection(row):
                 raise IllegalTransitionError(rejection)
-            spooled = row["audio"][0] == "spool"
-            also = [] if spooled else self._without_windows(seq)
-            self._transition(seq, JobState.QUEUED, {"crashes": 0, "retries": 0}, dropped=_CLEARED_BY_RETRY, also=also)
-            if not spooled:
+            keeps_windows = row["audio"][0] == "spool" or has_text(row)
+            also = [] if keeps_windows else self._without_windows(seq)
+            fields = {"crashes": 0, "retries": 0}
+            if row["state"] == JobState.COMPLETED:
+                fields["was_completed"] = True
+            self._transition(seq, JobState.QUEUED, fields, dropped=_CLEARED_BY_RETRY, also=also)
+            if not keeps_windows:
                 self._index.set_window_count(seq, 0)
             return self._job(seq)
 
@@ -729,6 +803,11 @@ class Ledger:
             seqs = list(islice(self._index.queue, limit))
             if not seqs:
                 return []
+            completed = [seq for seq in seqs if "was_completed" in self._rows[str(seq)]]
+            for seq in completed:
+                self._cancel(seq)
+            if completed:
+                return [self._job(seq) for seq in completed]
             now, state = self._clock(), JobState.CANCELLED
             fields = {"state": state.value, "updated_at": now, "completed_at": now}
             fields["revision"] = self._storage.transaction + 1

@@ -51,6 +51,7 @@ class Cue:
     start_ms: int
     end_ms: int
     lines: tuple[str, ...]
+    speaker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def cues_of(segments: Iterable[tuple[Segment, str]], *, max_line_width: int, max
         for part in _cut(_units(segment, line, max_line_width), max_line_width, max_line_count):
             start_ms = round(part[0].start_ms)
             shown_ms = min(_shown_ms(part), _MOST_MS)
-            cues.append(Cue(start_ms, start_ms + shown_ms, _balanced_lines(part, max_line_width)))
+            cues.append(Cue(start_ms, start_ms + shown_ms, _balanced_lines(part, max_line_width), segment.speaker))
     return _without_overlaps(cues)
 
 

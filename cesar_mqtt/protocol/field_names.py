@@ -28,6 +28,9 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "audio_track": ("track", "stream_index", "channel"),
     "max_line_width": ("linewidth", "maxlinelength", "maxchars"),
     "max_line_count": ("linecount", "maxlines"),
+    "diarize": ("diarization", "diarise", "speakers", "speakerlabels"),
+    "min_speakers": ("minspeakercount", "minnumspeakers"),
+    "max_speakers": ("maxspeakercount", "maxnumspeakers", "numspeakers"),
     "metadata": ("meta", "tags", "extra", "userdata", "custom"),
 }
 """What other programs call the fields, as `bare_name` writes it."""

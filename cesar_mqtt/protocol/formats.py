@@ -137,7 +137,7 @@ class _Parts:
 
 def _txt(content: Content) -> _Parts:
     """Write a line for each segment, as Whisper does; without segments one line, which is cut between words."""
-    lines = [_encoded(f"{line}\n") for _, line in _spoken(content)]
+    lines = [_encoded(f"{_named(segment.speaker)}{line}\n") for segment, line in _spoken(content)]
     if lines:
         return _Parts(lines, _or_an_empty_line)
     words = _on_one_line(content.text).split()
@@ -147,15 +147,21 @@ def _txt(content: Content) -> _Parts:
 def _srt(content: Content) -> _Parts:
     # SubRip knows no escapes, and lenient readers look for the arrow in every line.
     cues = (
-        f"{number}\n{_timing(cue, decimal_mark=',')}\n{_ARROW.sub('->', _lines(cue))}\n\n"
+        f"{number}\n{_timing(cue, decimal_mark=',')}\n{_ARROW.sub('->', _named(cue.speaker) + _lines(cue))}\n\n"
         for number, cue in enumerate(_cues(content), start=1)
     )
     return _Parts([_encoded(cue) for cue in cues], _or_an_empty_line)
 
 
 def _vtt(content: Content) -> _Parts:
-    cues = (f"{_timing(cue, decimal_mark='.')}\n{_lines(cue).translate(_VTT_ESCAPES)}\n\n" for cue in _cues(content))
+    cues = (f"{_timing(cue, decimal_mark='.')}\n{_voice(cue)}\n\n" for cue in _cues(content))
     return _Parts([_encoded(cue) for cue in cues], lambda _: (b"WEBVTT\n\n", b""))
+
+
+def _voice(cue: Cue) -> str:
+    """Return the text of a cue in the voice of its speaker, https://www.w3.org/TR/webvtt1/, section 4.2.2."""
+    text = _lines(cue).translate(_VTT_ESCAPES)
+    return text if cue.speaker is None else f"<v {_on_one_line(cue.speaker).translate(_VTT_ESCAPES)}>{text}"
 
 
 def _tsv(content: Content) -> _Parts:
@@ -184,7 +190,7 @@ def _json(content: Content) -> _Parts:
 
 
 def _md(content: Content) -> _Parts:
-    """Write a title, the facts, and paragraphs, each headed by the time at which it begins."""
+    """Write a title, the facts, and paragraphs, each headed by its speaker and the time at which it begins."""
     facts = {
         "Recording": content.source,
         "Duration": None if content.duration_s is None else _hours(content.duration_s),
@@ -203,18 +209,22 @@ def _md(content: Content) -> _Parts:
 def _paragraphs(content: Content) -> Iterator[tuple[str, str]]:
     """Yield what comes before the text of each segment, and the text.
 
-    A paragraph ends at a pause, or at the end of a sentence after a minute.
+    A paragraph ends at a pause, at the end of a sentence after a minute, or where the speaker changes.
     """
     begin_s = end_s = 0.0
-    text = ""
+    text, speaker = "", None
     for segment, line in _spoken(content):
         is_long = end_s - begin_s >= _PARAGRAPH_S and text.endswith(_SENTENCE_ENDS)
-        if text and not is_long and segment.start_s - end_s < _PAUSE_S:
+        goes_on = segment.speaker == speaker and segment.start_s - end_s < _PAUSE_S
+        if text and not is_long and goes_on:
             yield " ", line
         else:
             begin_s = segment.start_s
-            yield f"{chr(10) * (2 if text else 1)}## {_hours(begin_s)}\n\n", line
-        end_s, text = segment.end_s, line
+            heading = _hours(begin_s)
+            if segment.speaker is not None:
+                heading = f"{_escaped(_on_one_line(segment.speaker))}, {heading}"
+            yield f"{chr(10) * (2 if text else 1)}## {heading}\n\n", line
+        end_s, text, speaker = segment.end_s, line, segment.speaker
 
 
 def _language(content: Content) -> str | None:
@@ -248,6 +258,10 @@ def _spoken(content: Content) -> Iterator[tuple[Segment, str]]:
         line = _on_one_line(segment.text)
         if line:
             yield segment, line
+
+
+def _named(speaker: str | None) -> str:
+    return "" if speaker is None else f"{_on_one_line(speaker)}: "
 
 
 def _on_one_line(text: str) -> str:

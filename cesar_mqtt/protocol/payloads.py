@@ -45,10 +45,12 @@ from cesar_mqtt.protocol.fields import (
 from cesar_mqtt.protocol.truncate import truncate_text
 from cesar_mqtt.redaction import redact_name
 from cesar_mqtt.transcript import Segment
+from cesar_mqtt.transcript import Word as SpokenWord
 
 EVENT_TEXT_BYTES = 8_000
 """Home Assistant records at most 16 KiB of attributes with a state; this leaves room for the metadata of the job."""
 
+_Speaker = Annotated[str, Field(description="Who speaks, `Speaker 1` or a known name, if the request set `diarize`.")]
 _Time = "Seconds from the start of the recording."
 
 
@@ -98,8 +100,24 @@ class Status(TypedDict):
         Field(
             description="What may be missing from the transcript, or wrong in it: `audio_truncated`, `audio_damaged`, "
             "`audio_changed`, `audio_tracks_ignored`, `audio_out_of_phase`, `audio_quiet`, `language_assumed`, "
-            "`initial_prompt_truncated` or `hotwords_truncated`; `priority_ignored`: the queue has no priorities."
+            "`initial_prompt_truncated` or `hotwords_truncated`; `diarization_failed`: see `diarization_error`; "
+            "`priority_ignored`: the queue has no priorities."
         ),
+    ]
+    speakers: Annotated[
+        int | None, Field(description="How many speakers were distinguished; null without `diarize`, or not known yet.")
+    ]
+    diarization_error: Annotated[
+        str | None,
+        Field(
+            description="Why the speakers could not be told apart, as a sentence. The transcript is complete all the "
+            "same; the command `retry` repeats only the diarization."
+        ),
+    ]
+    diarization_progress: NotRequired[
+        Annotated[
+            float, Field(description="0 to 1; only while the speakers are distinguished, after the transcription.")
+        ]
     ]
     formats: Annotated[list[str], Field(description="The formats in which the result is published.")]
     result_truncated: Annotated[
@@ -124,6 +142,8 @@ class JobProgress:
     speed: float | None
     eta: float | None
     updated_at: float
+    diarization: float | None = None
+    """How much of the recording is listened to for its speakers, 0 to 1; None: it is being transcribed."""
 
 
 def status_of(
@@ -168,7 +188,9 @@ def status_of(
         "error_code": code,
         "error_message": job.error_message,
         "retryable": None if code is None else code.retryable,
-        "warnings": list(job.warnings),
+        "warnings": list(job.warnings) if job.diarization_error is None else [*job.warnings, "diarization_failed"],
+        "speakers": job.speakers,
+        "diarization_error": job.diarization_error,
         "formats": list(job.formats),
         "result_truncated": result_truncated,
         "metadata": dict(job.metadata),
@@ -177,6 +199,8 @@ def status_of(
     }
     if job.priority:
         status["priority"] = job.priority
+    if now is not None and now.diarization is not None:
+        status["diarization_progress"] = now.diarization
     return status
 
 
@@ -273,6 +297,7 @@ class Word(TypedDict):
     start: Annotated[float, Field(description=_Time)]
     end: Annotated[float, Field(description=_Time)]
     probability: Annotated[float, Field(description="How certain the word is, 0 to 1.")]
+    speaker: NotRequired[_Speaker]
 
 
 class TimedSegment(TypedDict):
@@ -286,6 +311,7 @@ class TimedSegment(TypedDict):
         float, Field(description="How certain the text is: the mean log probability of its tokens, 0 at best.")
     ]
     no_speech_prob: Annotated[float, Field(description="The probability that there is no speech, 0 to 1.")]
+    speaker: NotRequired[_Speaker]
     words: NotRequired[
         Annotated[list[Word], Field(description="The words with their times, if the request set `word_timestamps`.")]
     ]
@@ -307,11 +333,18 @@ def segment_fields(segment: Segment) -> TimedSegment:
         "avg_logprob": segment.avg_logprob,
         "no_speech_prob": segment.no_speech_prob,
     }
+    speaker = segment.speaker
+    if speaker is not None:
+        fields["speaker"] = speaker
     if segment.words is not None:
-        fields["words"] = [
-            {"word": word.text, "start": word.start_s, "end": word.end_s, "probability": word.probability}
-            for word in segment.words
-        ]
+        fields["words"] = [_word_fields(word, speaker) for word in segment.words]
+    return fields
+
+
+def _word_fields(word: SpokenWord, speaker: str | None) -> Word:
+    fields: Word = {"word": word.text, "start": word.start_s, "end": word.end_s, "probability": word.probability}
+    if speaker is not None:
+        fields["speaker"] = speaker
     return fields
 
 

@@ -33,6 +33,7 @@ _BATCH = 32
 _TRACKS = 100
 _LINE_WIDTH = (10, 1000)
 _LINE_COUNT = 10
+_SPEAKERS = 20
 MAX_PRIORITY = 9
 
 # A blank in a path is escaped when the URL is fetched. Before the path it would, like a backslash, make each reader of
@@ -118,6 +119,7 @@ def _small_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 _Track = Annotated[int, Field(ge=0, lt=_TRACKS), BeforeValidator(_coerce_integral)]
 _Beams = Annotated[int, Field(ge=1, le=_BEAMS)]
 _BeamSize = Annotated[_Beams | Literal["auto"], BeforeValidator(_coerce_integral)]
+_Speakers = Annotated[int, Field(ge=1, le=_SPEAKERS), BeforeValidator(_coerce_integral)]
 _Temperature = Annotated[float, Field(ge=0, le=1)]
 _Temperatures = Annotated[list[_Temperature], Field(min_length=1, max_length=_TEMPERATURES)]
 _Clip = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
@@ -265,6 +267,22 @@ class JobRequest(Payload):
         "is flagged as default, else the first, that can be decoded and is not silent.",
         json_schema_extra={MUST: f"a whole number from 0 to {_TRACKS - 1}, or 'mix'"},
     )
+    diarize: bool | Literal["channels"] = Field(
+        default=False,
+        description="Whether the speakers are distinguished and named in the results; `channels`: one speaker for each "
+        "channel of the recording.",
+        json_schema_extra={MUST: "true, false or 'channels'"},
+    )
+    min_speakers: _Speakers | None = Field(
+        default=None,
+        description="At least so many speakers are distinguished, as far as there are voices for them.",
+        json_schema_extra={MUST: f"a whole number from 1 to {_SPEAKERS}"},
+    )
+    max_speakers: _Speakers | None = Field(
+        default=None,
+        description="At most so many speakers are distinguished; not less than `min_speakers`.",
+        json_schema_extra={MUST: f"a whole number from 1 to {_SPEAKERS}"},
+    )
     metadata: Annotated[dict[str, Any], AfterValidator(_small_metadata)] = Field(
         default_factory=dict,
         description="An object of at most 4 KiB as JSON, repeated in every status. MQTT 5 user properties that name no "
@@ -278,6 +296,13 @@ class JobRequest(Payload):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"Exactly one of {', '.join(AUDIO_FIELDS)} is needed, found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_speakers(self) -> Self:
+        least, most = self.min_speakers, self.max_speakers
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_speakers, {least}, must not be more than max_speakers, {most}")
         return self
 
     def unsupported_by(self, model: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cesar_mqtt.errors import ExitCode
-from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, words
+from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, repeated_long, words
 from tests.nats_server import NatsServer
 
 pytestmark = pytest.mark.model
@@ -179,3 +179,38 @@ def test_a_pause_holds_for_a_consumer_that_joins_later(nats: NatsServer, serve: 
     assert bus.states("held") == ["queued"]
     bus.publish("cesar/request/resume", "")
     bus.status("held", "completed")
+
+
+def test_positions_follow_a_long_job(nats: NatsServer, serve: Serve, join: Join, tmp_path: Path) -> None:
+    bus = join(nats.mqtt_port)
+    recording = repeated_long(tmp_path / "hour.wav", times=20)
+    serve("--audio-dir", str(tmp_path), name="first", environ=nats.environ("first"), ready=READY)
+    bus.publish("cesar/jobs", {"job_id": "first", "audio_path": str(LONG)})
+    bus.status("first", "processing")
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(recording)})
+    for job_id in ("a", "b"):
+        bus.publish("cesar/jobs", {"job_id": job_id, "audio_path": str(SPEECH)})
+    assert bus.status("b", "queued")["queue_position"] == 3
+    bus.wait("cesar/status/b", lambda status: status["queue_position"] == 2)
+    bus.wait("cesar/status/a", lambda status: status["queue_position"] == 1)
+    bus.wait("cesar/consumer/first/queue", lambda queue: queue["queued"] == 2)
+    events = [event for event in bus.seen("cesar/events") if event["job_id"] == "b"]
+    assert [event["event_type"] for event in events] == ["queued"]
+    bus.publish("cesar/request/cancel_all", "")
+    for job_id in ("long", "a", "b"):
+        assert bus.status(job_id)["status"] == "cancelled"
+
+
+def test_a_cancel_reaches_the_job_of_a_consumer_that_hangs(nats: NatsServer, serve: Serve, join: Join) -> None:
+    bus = join(nats.mqtt_port)
+    consumers = start_pair(nats, serve)
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(LONG)})
+    stopped = bus.status("long", "processing")["consumer"]
+    consumers[stopped].signal(signal.SIGSTOP)
+    bus.publish("cesar/request/cancel", {"job_id": "long"})
+    cancelled = bus.status("long")
+    consumers[stopped].signal(signal.SIGCONT)
+    bus.publish("cesar/jobs", {"job_id": "next", "audio_path": str(SPEECH)})
+    bus.status("next", "completed")
+    assert (cancelled["status"], cancelled["consumer"] != stopped) == ("cancelled", True)
+    assert bus.seen("cesar/status/long")[-1] == cancelled

@@ -77,7 +77,8 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page: str, argu
 FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
 """Their commands are run by the tests below, those of all other pages by tests/deploy/test_pages.py."""
 LANGUAGES = {"sh", "bash", "toml", "ini", "json", "yaml", "python", "nginx"}
-"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `sh` and `bash` see above, the others here."""
+"""Each is run, loaded or compared: `yaml` by `make test-homeassistant`, `nginx` by test_nginx.py, `sh` and `bash` see
+above, the others here."""
 
 
 def every_block(language: str) -> list[Any]:
@@ -115,15 +116,6 @@ def test_an_ini_block_is_a_drop_in_of_the_unit(text: str, tmp_path: Path) -> Non
     (tmp_path / f"{unit.name}.d" / "override.conf").write_text(text)
     checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=60)
     assert [line for line in checked.stderr.splitlines() if str(tmp_path) in line] == []
-
-
-@pytest.mark.parametrize("text", every_block("nginx"))
-def test_a_proxy_sends_the_headers_that_the_page_reads(text: str) -> None:
-    read = "".join(path.read_text() for path in (ROOT / "cesar_mqtt" / "gateway" / "web").rglob("*.py")).lower()
-    headers = re.findall(r"proxy_set_header (X-\S+) ", text)
-    assert headers
-    for header in headers:
-        assert f'"{header.lower()}"' in read, header
 
 
 @pytest.mark.parametrize("text", every_block("json"))

@@ -18,9 +18,9 @@ from tests.conftest import Mosquitto, find_free_port
 class Page:
     """The page of a consumer, as a program meets it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, path: str = "") -> None:
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}{path}"
         self.http = httpx2.Client(base_url=self.url, timeout=PATIENCE_S)
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 

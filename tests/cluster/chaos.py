@@ -241,7 +241,7 @@ class Group:
 
     def wait_ready(self) -> None:
         for member in self.members:
-            member.wait_for_log("Connected to " if self._engine == "mqtt" else "The queue ")
+            member.wait_for_log("Connected to " if self._engine == "mqtt" else " is open (")
 
     def supervise(self) -> None:
         """Start those again that have ended by themselves, as systemd does."""
@@ -370,6 +370,12 @@ def _disturb(group: Group, servers: Sequence[NatsServer], dice: random.Random, p
             server.start()
 
 
+def _ran_again(final: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
+    """Whether a status is of a later run: a server that dies may forget a delivery, so that its number comes again."""
+    later: bool = status["attempt"] >= final["attempt"]
+    return later and status["started_at"] != final["started_at"]
+
+
 def _judge(
     statuses: Sequence[Mapping[str, Any]],
     retained: Mapping[str, Mapping[str, Any]],
@@ -391,7 +397,7 @@ def _judge(
         job_id, state = str(status["job_id"]), str(status["status"])
         rank = (int(status["attempt"]), {"queued": 0, "processing": 1}.get(state, 2))
         # A job that was given back, or whose consumer has died, is queued again before its next attempt.
-        if job_id in final and plan.server_kills and status["attempt"] > final[job_id]["attempt"]:
+        if job_id in final and plan.server_kills and _ran_again(final[job_id], status):
             repeated.append(f"{final[job_id]} then {status}")
             del final[job_id]
         if job_id in final and final[job_id] != status:

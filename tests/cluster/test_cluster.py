@@ -39,7 +39,7 @@ def test_the_job_of_a_dead_consumer_is_another_ones(tmp_path: Path) -> None:
 
 
 def status(job_id: str, state: str, attempt: int = 1, **more: Any) -> dict[str, Any]:
-    return {"job_id": job_id, "status": state, "attempt": attempt, "result_text": job_id, **more}
+    return {"job_id": job_id, "status": state, "attempt": attempt, "started_at": attempt, "result_text": job_id, **more}
 
 
 RIGHT = [

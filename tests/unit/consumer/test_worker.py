@@ -26,6 +26,7 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+from cesar_mqtt.whisper.speakers import LabelledWindows
 from tests import factories
 
 if TYPE_CHECKING:
@@ -201,6 +202,13 @@ class RacingLedger(Ledger):
         return found
 
 
+class NoLabeller:
+    """For jobs that do not ask for speakers."""
+
+    def label(self, *_: object, **__: object) -> LabelledWindows:
+        raise AssertionError("no job asks for speakers")
+
+
 class Bench:
     """A worker with a fake transcriber between a real ledger and spool."""
 
@@ -223,6 +231,7 @@ class Bench:
             self.ledger,
             self.transcriber,
             prefetcher=cast("Prefetcher", self.prefetcher),
+            labeller=NoLabeller(),
             spool=self.spool,
             events=JobEvents(self.observer),
             **settings,

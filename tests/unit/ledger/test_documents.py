@@ -120,12 +120,12 @@ def test_a_new_job_is_unchanged_after_the_disk() -> None:
 def test_a_result_is_unchanged_after_the_disk() -> None:
     asked = job_document(new_job("a", None), 1.0, 1)
     spoken = Result("text", 2.5, "en", 0.0, no_speech=False, warnings=("audio_damaged",))
-    job = job_from(1, after_the_disk({**asked, **result_fields(spoken, 9.0)}), None, None)
+    job = job_from(1, after_the_disk({**asked, **result_fields(spoken), "completed_at": 9.0}), None, None)
     assert (job.result_text, job.audio_duration, job.detected_language) == ("text", 2.5, "en")
     assert (job.language_probability, job.no_speech, job.warnings) == (0.0, False, ("audio_damaged",))
     assert job.completed_at == 9.0
     silent = Result("", 2.5, None, None, no_speech=True)
-    job = job_from(1, after_the_disk({**asked, **result_fields(silent, 9.0)}), None, None)
+    job = job_from(1, after_the_disk({**asked, **result_fields(silent), "completed_at": 9.0}), None, None)
     assert (job.result_text, job.detected_language, job.language_probability) == ("", None, None)
     assert (job.no_speech, job.warnings) == (True, ())
 

@@ -190,6 +190,9 @@ def test_every_field_is_taken_over() -> None:
         "clip_timestamps": [[0.0, 2.5], [2.5, 4.0]],
         "batch_size": 8,
         "audio_track": 1,
+        "diarize": True,
+        "min_speakers": 2,
+        "max_speakers": 4,
         "formats": ["srt", "json"],
         "max_line_width": 60,
         "max_line_count": 3,
@@ -202,6 +205,18 @@ def test_every_field_is_taken_over() -> None:
     assert request.model_dump(exclude={"audio_url", "audio_base64"}) == fields
     not_options = {"job_id", "audio_path", "model_size", "formats", "stream", "priority", "expires_in", "metadata"}
     assert request.options() == {name: value for name, value in fields.items() if name not in not_options}
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (2, 20), (None, 3), (3, None)])
+def test_speakers_may_be_limited_from_both_sides(least: int | None, most: int | None) -> None:
+    request = accepted(parse(as_json(audio_path="a", diarize=True, min_speakers=least, max_speakers=most))).request
+    assert (request.min_speakers, request.max_speakers) == (least, most)
+
+
+def test_there_cannot_be_more_speakers_at_least_than_at_most() -> None:
+    refusal = parse(as_json(audio_path="a", diarize=True, min_speakers=3, max_speakers=2))
+    assert isinstance(refusal, Refusal)
+    assert "min_speakers, 3, must not be more than max_speakers, 2" in refusal.detail
 
 
 def test_audio_in_base64_may_have_line_ends_and_blanks_in_it() -> None:
@@ -496,6 +511,7 @@ def test_only_options_that_differ_from_their_defaults_are_kept_and_the_beam_size
     defaults = {
         "beam_size": "auto",
         "multilingual": False,
+        "diarize": False,
         "max_line_width": 42,
         "max_line_count": 2,
         "vad_filter": True,
@@ -555,6 +571,10 @@ def test_the_former_default_of_the_beam_size_is_the_same_request_as_none() -> No
         ("beam_size", 11.0, "beam_size must be a whole number from 1 to 10, or 'auto', not 11."),
         ("beam_size", "5", "beam_size must be a whole number from 1 to 10, or 'auto', not '5'."),
         ("beam_size", True, "beam_size must be a whole number from 1 to 10, or 'auto', not true."),
+        ("diarize", "yes", "diarize must be true, false or 'channels', not 'yes'."),
+        ("diarize", 1, "diarize must be true, false or 'channels', not 1."),
+        ("min_speakers", 0, "min_speakers must be a whole number from 1 to 20, not 0."),
+        ("max_speakers", 21, "max_speakers must be a whole number from 1 to 20, not 21."),
         ("audio_track", -1, "audio_track must be a whole number from 0 to 99, or 'mix', not -1."),
         ("audio_track", 100, "audio_track must be a whole number from 0 to 99, or 'mix', not 100."),
         ("audio_track", 0.5, "audio_track must be a whole number from 0 to 99, or 'mix', not 0.5."),
@@ -1105,6 +1125,9 @@ def test_every_field_can_be_set_by_a_user_property(name: str) -> None:
         "clip_timestamps": [[0.0, 30.0]],
         "batch_size": 4,
         "audio_track": 2,
+        "diarize": "channels",
+        "min_speakers": 2,
+        "max_speakers": 20,
         "formats": ["srt", "vtt"],
         "max_line_width": 50,
         "max_line_count": 1,
@@ -1353,6 +1376,9 @@ near_misses = st.fixed_dictionaries(
         "audio_url": st.text(max_size=20).map(lambda rest: f"http://{rest}") | json_values,
         "hotwords": st.text(max_size=20) | json_values,
         "beam_size": st.integers(-1, 12) | json_values,
+        "diarize": st.booleans() | st.just("channels") | json_values,
+        "min_speakers": st.integers(0, 21) | json_values,
+        "max_speakers": st.integers(0, 21) | json_values,
         "audio_track": st.integers(-1, 101) | st.just("mix") | json_values,
         "temperature": numbers | st.lists(numbers, max_size=11) | json_values,
         "vad_filter": st.booleans() | json_values,

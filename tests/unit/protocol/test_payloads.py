@@ -57,6 +57,8 @@ STATUS_FIELDS = [
     "error_message",
     "retryable",
     "warnings",
+    "speakers",
+    "diarization_error",
     "formats",
     "result_truncated",
     "metadata",
@@ -109,6 +111,22 @@ NOTHING = dict.fromkeys(STATUS_FIELDS)
 def published(job: Job, live: JobProgress | None = None) -> dict[str, Any]:
     status: dict[str, Any] = json.loads(truncate_status(status_of(job, "kitchen", live)))
     return status
+
+
+def test_a_job_whose_speakers_are_not_told_apart_has_a_warning_and_why() -> None:
+    found = published(COMPLETED._replace(speakers=2))
+    assert (found["speakers"], found["diarization_error"], found["warnings"]) == (2, None, ["audio_truncated"])
+    failed = published(COMPLETED._replace(diarization_error="A model is missing."))
+    assert (failed["speakers"], failed["diarization_error"]) == (None, "A model is missing.")
+    assert failed["warnings"] == ["audio_truncated", "diarization_failed"]
+    assert failed["status"] == "completed"
+
+
+def test_the_progress_of_the_diarization_is_a_field_of_its_own() -> None:
+    live = replace(LIVE, progress=0.999, diarization=0.25)
+    assert published(PROCESSING, live)["diarization_progress"] == 0.25
+    assert "diarization_progress" not in published(PROCESSING, LIVE)
+    assert "diarization_progress" not in published(COMPLETED, live)
 
 
 # -- the status ----------------------------------------------------------------------------------------------------
