@@ -21,11 +21,15 @@ HOME_PYTHON ?= python3.13
 # Beside what else is cached, so that a fresh clone need not make them again.
 DIARIZATION ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cesar-mqtt/models/diarization
 HOME_STAMP := $(HOME_VENV)/.installed
+# The newest core beside it, where its Python is found.
+NEWEST_HOME_VENV ?= .venv-homeassistant-newest
+NEWEST_HOME_PYTHON ?= python3.14
+NEWEST_HOME_STAMP := $(NEWEST_HOME_VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install requirements test coverage check bench bench-peers soak soak-cluster inbox-trial fuzz mutants clean
 .PHONY: diarization-models
-.PHONY: test-homeassistant install-homeassistant test-node-red install-node-red test-brokers install-brokers
+.PHONY: test-homeassistant install-homeassistant install-homeassistant-newest test-node-red install-node-red test-brokers install-brokers
 .PHONY: test-images install-images
 # The order matters: check comes before the tests, whose closing line is the last. -j then does no harm.
 .NOTPARALLEL:
@@ -42,7 +46,7 @@ help:
 	@echo 'make inbox-trial   200 recordings, 30 disturbed, 5 kills: each must have one transcript (ARGS=--help for more)'
 	@echo 'make fuzz    1,000 damaged recordings: what crashes, hangs or needs too much memory? (ARGS=5000 for more)'
 	@echo 'make mutants ARGS=ledger   300 small changes of a package: which of them does no unit test notice?'
-	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE)'
+	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE), and in the newest one where Python 3.14 is found (NEWEST_HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
 	@echo 'make test-images   the images of deploy/, built and run by podman, which is installed where apt is'
@@ -89,9 +93,14 @@ fuzz: $(TEST_STAMP)
 mutants: $(TEST_STAMP)
 	@$(RUN) tests.mutants $(ARGS)
 
+# $(call in_home_assistant,ENVIRONMENT): all tests of tests/homeassistant.
+in_home_assistant = CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest \
+    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
+
 test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
-	@CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt PYTHONDONTWRITEBYTECODE= $(HOME_VENV)/bin/python -m pytest \
-	    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
+	@if $(MAKE) --no-print-directory install-homeassistant-newest; then $(call in_home_assistant,$(NEWEST_HOME_VENV)); \
+	else echo 'left out: the newest Home Assistant, because it could not be installed'; fi
+	@$(call in_home_assistant,$(HOME_VENV))
 
 test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 	@NODE_RED=$(NODE_RED)/node_modules/.bin/node-red $(RUN) pytest tests/deploy/flow_in_node_red.py $(ARGS)
@@ -153,6 +162,7 @@ install-images: $(TEST_STAMP)
 	done
 
 install-homeassistant: $(HOME_STAMP)
+install-homeassistant-newest: $(NEWEST_HOME_STAMP)
 install-node-red: $(NODE_RED)/.installed
 
 # Speech for the benchmarks: clips of nine languages, a reader, a telephone call. Beside the environment: the first is a
@@ -191,11 +201,19 @@ build/peers: | $(VENV)/pyvenv.cfg
 	@$(call install,$@,--quiet whisper-ctranslate2==0.5.8 wyoming-faster-whisper==3.8.1) || { rm -rf $@; exit 1; }
 
 $(HOME_STAMP): tests/homeassistant/requirements.txt | $(VENV)/pyvenv.cfg
-	@$(find_home_python); rm -rf $(HOME_VENV); \
-	echo "installing Home Assistant into $(HOME_VENV), with $$("$$python" --version)"; \
-	"$$python" -m venv --without-pip $(HOME_VENV)
-	@$(call install,$(HOME_VENV),--requirement $<)
+	@$(call install_home_assistant,$(HOME_VENV),3.13,$(HOME_PYTHON),HOME_PYTHON,$<)
 	@touch $@
+
+$(NEWEST_HOME_STAMP): tests/homeassistant/requirements-newest.txt | $(VENV)/pyvenv.cfg
+	@$(call install_home_assistant,$(NEWEST_HOME_VENV),3.14,$(NEWEST_HOME_PYTHON),NEWEST_HOME_PYTHON,$<)
+	@touch $@
+
+# $(call install_home_assistant,ENVIRONMENT,PYTHON VERSION,PYTHON,VARIABLE,REQUIREMENTS)
+define install_home_assistant
+$(call find_home_python,$(2),$(3),$(4)); rm -rf $(1); \
+echo "installing Home Assistant into $(1), with $$("$$python" --version)"; \
+"$$python" -m venv --without-pip $(1); $(call install,$(1),--requirement $(5))
+endef
 
 # Beside a copy of package.json, so that npm leaves nothing in the source tree.
 $(NODE_RED)/.installed: tests/deploy/node-red/package.json
@@ -249,15 +267,15 @@ if test -z "$$python"; then \
 fi
 endef
 
-# As above. Version managers keep Pythons that are not on the path.
+# $(call find_home_python,VERSION,PYTHON,VARIABLE): as above. Version managers keep Pythons that are not on the path.
 define find_home_python
-python=; for candidate in '$(HOME_PYTHON)' python3.13 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python3.13 \
-        "$${UV_PYTHON_INSTALL_DIR:-$$HOME/.local/share/uv/python}"/cpython-3.13.*/bin/python3.13; do \
-    if "$$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 13))' >/dev/null 2>&1; \
+python=; for candidate in '$(2)' python$(1) python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1).*/bin/python$(1) \
+        "$${UV_PYTHON_INSTALL_DIR:-$$HOME/.local/share/uv/python}"/cpython-$(1).*/bin/python$(1); do \
+    if "$$candidate" -c 'import ensurepip, sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(1)")' >/dev/null 2>&1; \
         then python="$$candidate"; break; fi; \
 done; \
 if test -z "$$python"; then \
-    echo 'found no Python 3.13 with venv, which this Home Assistant needs: install one (pyenv install 3.13, or uv python' \
-        'install 3.13), or name one with make test-homeassistant HOME_PYTHON=FILE' >&2; exit 1; \
+    echo 'found no Python $(1) with venv, which this Home Assistant needs: install one (pyenv install $(1), or uv python' \
+        'install $(1)), or name one with make test-homeassistant $(3)=FILE' >&2; exit 1; \
 fi
 endef

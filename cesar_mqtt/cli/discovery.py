@@ -22,6 +22,8 @@ _TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _QUIET_S = 1.0
 """Retained messages follow the subscription at once: after this long without one, all have arrived."""
+_WITHDRAWAL_S = 3.0
+"""The time Home Assistant needs to remove entities: while they exist, it warns of their topics' empty messages."""
 _AT_ONCE = 100
 """How many messages are cleared before their acknowledgements are awaited."""
 
@@ -60,7 +62,11 @@ def remove(settings: Settings, *, everything: bool, as_json: bool) -> ExitCode:
         online = [each for each in consumers if b"online" in found.get(each.own("state"), b"")]
         left = [each for each in consumers if not everything or each not in online]
         removed = sorted({name for each in left for name in _of(each, found, prefix, everything=everything)})
-        _clear(session, removed)
+        announced = [name for name in removed if name.startswith(f"{prefix}/")]
+        _clear(session, announced)
+        if others := [name for name in removed if name not in announced]:
+            _wait(session, _WITHDRAWAL_S if announced else 0.0)
+            _clear(session, others)
     if everything:
         earlier.remove(left)
     if as_json:
@@ -133,6 +139,13 @@ def _find(session: Session) -> Mapping[str, bytes]:
             found |= retained
             quiet_at = time.monotonic() + _QUIET_S
     return found
+
+
+def _wait(session: Session, seconds: float) -> None:
+    """Wait, and drop what is received meanwhile."""
+    until = time.monotonic() + seconds
+    while (left_s := until - time.monotonic()) > 0:
+        session.receive(left_s)
 
 
 def _clear(session: Session, topics: Iterable[str]) -> None:

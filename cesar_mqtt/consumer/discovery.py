@@ -26,7 +26,6 @@ _STATE_CHARACTERS = 255
 _PRODUCT = "cesar-mqtt"
 _DETECTED = "auto"
 """The choice of the default language that has it detected."""
-_JOBS = "jobs"
 
 
 def birth_topics(prefix: str) -> tuple[str, ...]:
@@ -145,7 +144,6 @@ def _queue_sensors(topics: Topics) -> Entities:
         "name": "Queue length",
         "icon": "mdi:tray-full",
         "state_class": "measurement",
-        "unit_of_measurement": _JOBS,
         "value_template": "{{ value_json.queued }}",
     }
     return {"activity": {**queue_topic, **activity}, "queued": {**queue_topic, **queued}}
@@ -191,7 +189,6 @@ def _total_sensors(topics: Topics) -> Entities:
             "icon": "mdi:counter",
             "entity_category": "diagnostic",
             "state_class": "total_increasing",
-            "unit_of_measurement": _JOBS,
             "state_topic": topics.own("queue"),
             "value_template": f"{{{{ value_json.{what}_total }}}}",
         }
@@ -387,9 +384,15 @@ def _selects(topics: Topics, models: Sequence[str]) -> Entities:
 
 
 def _buttons(topics: Topics) -> Entities:
-    def button(name: str, icon: str, command: str, **fields: str) -> dict[str, Any]:
+    def button(name: str, icon: str, command: str, *, when: str | None = None, **fields: str) -> dict[str, Any]:
+        """Describe a button that can be pressed while the queue satisfies `when`; None: at any time."""
+        available: list[dict[str, str]] = _only_online(topics)["availability"]
+        if when is not None:
+            state = f"{{{{ 'online' if {when} else 'offline' }}}}"
+            available.append({"topic": topics.own("queue"), "value_template": state})
         return {
-            **_only_online(topics),
+            "availability": available,
+            "availability_mode": "all",
             "name": name,
             "icon": f"mdi:{icon}",
             "command_topic": f"{topics.prefix}/request/{command}",
@@ -397,8 +400,10 @@ def _buttons(topics: Topics) -> Entities:
         }
 
     return {
-        "cancel": button("Cancel current job", "cancel", "cancel", job_id="current"),
-        "cancel_all": button("Cancel all jobs", "playlist-remove", "cancel_all"),
+        "cancel": button("Cancel current job", "cancel", "cancel", when="value_json.job_id", job_id="current"),
+        "cancel_all": button(
+            "Cancel all jobs", "playlist-remove", "cancel_all", when="value_json.job_id or value_json.queued"
+        ),
         "retry_last": button("Retry last failure", "replay", "retry_last"),
     }
 

@@ -11,22 +11,30 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import typer.main
 import yaml  # type: ignore[import-untyped,unused-ignore]
 from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from cesar_mqtt.cli.app import app
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.consumer.discovery import discovery_messages
+from cesar_mqtt.gateway.web.access import Guard
 from cesar_mqtt.gateway.web.server import parse_address, rules_of
 from cesar_mqtt.protocol.topics import Topics
 from tests.conftest import need, run
 from tests.deploy.conftest import DEPLOY, USERS
 
 ROOT = DEPLOY.parent
-ADDON = DEPLOY / "home-assistant-addon"
+ADDON = DEPLOY / "home-assistant-addon" / "cesar_mqtt"
 COMPOSE = sorted((DEPLOY / "docker").glob("compose*.yaml"))
 BLUEPRINT = DEPLOY / "home-assistant" / "blueprints" / "cesar_transcribe.yaml"
 PACKAGE = DEPLOY / "home-assistant" / "package.yaml"
@@ -360,6 +368,51 @@ def test_the_add_on_takes_the_broker_that_the_supervisor_knows(supervisor: str, 
     assert "secret" not in str(said)
     assert (tmp_path / "password").read_text() == "secret\n"
     assert stat.S_IMODE((tmp_path / "password").stat().st_mode) == 0o600
+
+
+def test_the_repository_of_the_add_on_is_one(tmp_path: Path) -> None:
+    """The Supervisor reads `repository.yaml` at the root, and `config.yaml` in the folders below it."""
+    folder = shutil.copytree(ADDON.parent, tmp_path / "deploy" / "home-assistant-addon")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    pip = tmp_path / "python"
+    pip.write_text('#!/bin/sh\n# stands for pip wheel\ntouch "$7/cesar_mqtt-1-py3-none-any.whl"\n')
+    pip.chmod(0o700)
+    made = run("env", f"PYTHON={pip}", str(folder / "prepare.sh"), str(tmp_path / "repository"))
+    assert made.returncode == 0, made.stderr
+    repository = read(tmp_path / "repository" / "repository.yaml")
+    assert repository["name"]
+    (config,) = (tmp_path / "repository").glob("*/config.yaml")
+    assert config.parent.name == read(config)["slug"]
+    wheels = {path.name for path in (config.parent / "wheels").iterdir()}
+    assert wheels == {"cesar_mqtt-1-py3-none-any.whl", "pyproject.toml", "build.txt", "all.txt"}
+    copied = re.findall(r"/wheels/([a-z]+\.(?:txt|toml))", (config.parent / "Dockerfile").read_text())
+    assert set(copied) <= wheels
+
+
+def test_the_add_on_s_page_is_for_the_ingress_and_its_watchdog_reaches_it(supervisor: str, tmp_path: Path) -> None:
+    program = runpy.run_path(str(ADDON / "run.py"))
+    config = read(ADDON / "config.yaml")
+    found = program["broker"](config["options"], {"SUPERVISOR": supervisor, "SUPERVISOR_TOKEN": "token"})
+    said = program["settings"](config["options"], found, tmp_path / "password")
+    settings = load_settings(flags={}, config_file=None, environ=said, cwd=tmp_path)
+    watchdog = urlsplit(config["watchdog"].replace("[HOST]", "172.30.33.5").replace("[PORT:8188]", "8188"))
+    assert watchdog.port == config["ingress_port"] == parse_address(settings.web.listen or "")[1]
+
+    async def answer(_request: Request) -> Response:
+        return PlainTextResponse("here")
+
+    routes = [Route(path, answer) for path in ("/", watchdog.path, "/api/jobs")]
+    page = Starlette(routes=routes, middleware=[Middleware(Guard, rules=rules_of(settings))])
+
+    def status(path: str, peer: str) -> int:
+        client = TestClient(page, base_url=f"http://{watchdog.netloc}", client=(peer, 40000))
+        return client.get(path).status_code
+
+    assert status("/api/jobs", program["INGRESS_PROXY"]) == 200
+    assert status("/api/jobs", "172.30.33.9") == 403, "another add-on"
+    assert status(watchdog.path, program["INGRESS_PROXY"]) == 200
+    assert status(watchdog.path, "172.30.32.1") == 200
 
 
 def test_the_add_on_says_what_to_do_when_there_is_no_broker(supervisor: str) -> None:

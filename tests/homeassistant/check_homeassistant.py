@@ -29,8 +29,8 @@ ENTITIES = {
     "event.cesar_job": "unknown",
     "notify.cesar_transcribe": "unknown",
     "switch.cesar_pause": "off",
-    "button.cesar_cancel_current_job": "unknown",
-    "button.cesar_cancel_all_jobs": "unknown",
+    "button.cesar_cancel_current_job": "unavailable",
+    "button.cesar_cancel_all_jobs": "unavailable",
     "button.cesar_retry_last_failure": "unknown",
     "select.cesar_default_language": "auto",
     "select.cesar_default_model": "tiny.en",
@@ -182,6 +182,7 @@ async def test_what_a_failed_job_needs_can_be_put_there_and_the_job_retried(hous
     for _ in range(2):
         await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
     await house.until_state("sensor.cesar_queue_length", "2")
+    await house.until_state("button.cesar_cancel_all_jobs", "unknown")
     await house.call("button", "press", "button.cesar_cancel_all_jobs")
     await house.until_state("sensor.cesar_cancelled", "2")
     await house.call("switch", "turn_off", "switch.cesar_pause")
@@ -205,6 +206,35 @@ async def test_a_consumer_that_announces_no_more_leaves_nothing(house, serve):
     consumer.stop()
     consumer.start(CESAR_HOMEASSISTANT__ENABLED="false")
     await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changed", "ids"),
+    [
+        ({"CESAR_CONSUMER__NAME": "attic"}, "cesar_attic"),
+        ({"CESAR_TOPIC_PREFIX": "voices"}, "cesar"),
+        ({"CESAR_HOMEASSISTANT__PREFIX": "homeassistant/house"}, None),
+    ],
+)
+async def test_a_changed_name_or_prefix_leaves_nothing(house, serve, bus, changed, ids):
+    consumer = serve()
+    await house.until(shows(house, ENTITIES), "every entity")
+    await house.call("notify", "send_message", "notify.cesar_transcribe", message="speech.wav")
+    await house.until_state("sensor.cesar_completed", "1")
+    consumer.stop()
+    await house.until_state("binary_sensor.cesar_connection", "off")
+    consumer.start(**changed)
+    if ids is None:
+        await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+    else:
+        connection = f"binary_sensor.{ids}_connection"
+        await house.until(lambda: len(house.devices()) == 1 and house.state(connection) == "on", "one device")
+        assert {entity.partition(".")[2].startswith(f"{ids}_") for entity in house.entities()} == {True}
+        assert len(house.entities()) == len(ENTITIES) + len(MEASURED)
+    consumer.stop()
+    await house.hass.async_add_executor_job(consumer.command, "discovery", "remove", "--all")
+    await house.until(lambda: not house.entities() and not house.devices(), "nothing")
+    assert await house.hass.async_add_executor_job(bus.retained_topics) == []
 
 
 async def test_a_restart_shows_no_stop(house, serve):
@@ -256,6 +286,7 @@ async def test_the_switch_pauses_and_the_button_cancels(house, serve, long_recor
     await house.call("switch", "turn_off", "switch.cesar_pause")
     await house.until_state("sensor.cesar_activity", "processing")
     assert house.state("switch.cesar_pause") == "off"
+    await house.until_state("button.cesar_cancel_current_job", "unknown")
     await house.call("button", "press", "button.cesar_cancel_current_job")
     await house.until_state("sensor.cesar_cancelled", "1")
     await house.until(lambda: house.attributes("event.cesar_job").get("event_type") == "cancelled", "the event")
