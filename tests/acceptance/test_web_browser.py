@@ -275,7 +275,12 @@ def test_a_status_with_fields_of_wrong_kinds_stops_nothing(shown: Shown, open_ta
         "eta",
     )
     for number, value in enumerate((7, True, ["x", 7], {"x": 1}, "text", -1e300)):
-        fields = {**dict.fromkeys(names, value), "audio_duration": value, "speakers": value, "metadata": value}
+        fields: dict[str, Any] = {
+            **dict.fromkeys(names, value),
+            "audio_duration": value,
+            "speakers": value,
+            "metadata": value,
+        }
         shown.job(f"wrong-{number}", **fields)
         shown.job(f"runs-{number}", "processing", **fields)
     shown.bus.publish("cesar/consumer/odd/state", {"state": "online"}, retain=True)
