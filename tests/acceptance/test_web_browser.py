@@ -1,8 +1,10 @@
 """The page in a real browser: Debian's Chromium, which the tests only drive."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Route, expect, sync_playwright
 from playwright.sync_api import Page as Tab
 
+from cesar_mqtt.protocol.fields import FORMATS
+from cesar_mqtt.protocol.formats import Content, render
+from cesar_mqtt.transcript import Segment
 from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, words
 from tests.acceptance.web_page import Page, alone
 from tests.conftest import Mosquitto, find_free_port, need
@@ -295,6 +300,87 @@ def test_a_status_with_fields_of_wrong_kinds_stops_nothing(shown: Shown, open_ta
         tab.keyboard.press("Escape")
     shown.job("fine")
     expect(row(tab, "fine.wav")).to_contain_text("completed")
+
+
+SPOKEN_BY_TWO = (("Speaker 1", "Who is there?"), ("Speaker 2", "Speaker 1: that is me."), ("Speaker 1", "Come in."))
+CALL = Content(
+    text=" ".join(text for _, text in SPOKEN_BY_TWO),
+    segments=[
+        Segment(number, number * 9.0, number * 9.0 + 1, text, -0.2, 0.01, speaker=speaker)
+        for number, (speaker, text) in enumerate(SPOKEN_BY_TWO, start=1)
+    ],
+    language="en",
+    language_probability=0.9,
+    duration_s=40.0,
+    task="transcribe",
+)
+NAME = "Ada & <b>_Co $1"
+
+
+def test_speakers_have_colours_and_names_of_this_browser_in_the_view_and_in_downloads(
+    shown: Shown, open_tab: Callable[..., Tab]
+) -> None:
+    shown.bus.publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
+    formats = [*FORMATS]
+    for name in formats:
+        shown.bus.publish(f"cesar/result/call/{name}", render(name, CALL)[0], retain=True)
+    shown.job("call", result_text=CALL.text, formats=formats, speakers=2)
+    tab = open_tab()
+    tab.goto(shown.url)
+    detail = tab.get_by_role("dialog")
+
+    def open_call() -> list[str]:
+        row(tab, "call.wav").get_by_role("button", name="call.wav", exact=True).click()
+        expect(detail.locator(".speaker")).to_have_count(3)
+        return detail.locator(".speaker").all_inner_texts()
+
+    assert open_call() == ["Speaker 1", "Speaker 2", "Speaker 1"]
+    colours = detail.locator(".speaker").evaluate_all("found => found.map((each) => getComputedStyle(each).color)")
+    assert (len(set(colours)), colours[0]) == (2, colours[2])
+    detail.get_by_label("Name of Speaker 1").fill(NAME)
+    tab.keyboard.press("Tab")
+    assert detail.locator(".speaker").all_inner_texts() == [NAME, "Speaker 2", NAME]
+    assert violations(tab) == []
+    tab.reload()
+    assert open_call() == [NAME, "Speaker 2", NAME]
+
+    named = [replace(each, speaker={"Speaker 1": NAME}.get(each.speaker or "", each.speaker)) for each in CALL.segments]
+    for name in formats:
+        with tab.expect_download() as download:
+            detail.get_by_role("link", name=f"Download {name}").click()
+        assert download.value.suggested_filename == f"call.{name}"
+        found, expected = (
+            Path(download.value.path()).read_text(),
+            render(name, replace(CALL, segments=named))[0].decode(),
+        )
+        assert (json.loads(found) if name == "json" else found) == (
+            json.loads(expected) if name == "json" else expected
+        )
+    detail.get_by_label("Name of Speaker 1").fill("")
+    tab.keyboard.press("Tab")
+    assert detail.locator(".speaker").all_inner_texts() == ["Speaker 1", "Speaker 2", "Speaker 1"]
+    shown.bus.publish("cesar/status/call", b"", retain=True)
+    expect(tab.locator("#jobs > li")).to_have_count(0)
+
+
+def test_how_many_speakers_there_are_can_be_said_where_they_are_told_apart(
+    shown: Shown, open_tab: Callable[..., Tab]
+) -> None:
+    tab = open_tab()
+    tab.goto(shown.url)
+    tab.locator("#options summary").click()
+    least, most = tab.get_by_label("At least so many speakers"), tab.get_by_label("At most so many speakers")
+    expect(least).to_be_disabled()
+    tab.locator("select[name=diarize]").select_option("Label speakers")
+    least.fill("2")
+    most.fill("3")
+    with tab.expect_request("**/api/jobs") as sent:
+        tab.evaluate(DROP, [["call.wav", list(b"RIFF")]])
+    body = sent.value.post_data_buffer or b""
+    for name, value in ((b"diarize", b"true"), (b"min_speakers", b"2"), (b"max_speakers", b"3")):
+        assert b'name="' + name + b'"\r\n\r\n' + value + b"\r\n" in body
+    tab.locator("select[name=diarize]").select_option("One per channel")
+    expect(most).to_be_disabled()
 
 
 HOSTILE = (

@@ -47,11 +47,11 @@ _FINAL = frozenset({"completed", "error", "cancelled"})
 _KINDS: Mapping[type, tuple[str, ...]] = {
     str: (
         *("job_id", "status", "created_at", "started_at", "completed_at", "updated_at", "audio_source", "model_size"),
-        *("language", "task", "detected_language", "error_code", "error_message", "consumer"),
+        *("language", "task", "detected_language", "error_code", "error_message", "diarization_error", "consumer"),
     ),
     float: (
         *("attempt", "queue_position", "priority", "progress", "processed_duration", "audio_duration", "speed", "eta"),
-        "speakers",
+        *("speakers", "diarization_progress"),
     ),
     bool: ("no_speech", "retryable", "result_truncated"),
     list: ("warnings", "formats"),

@@ -148,6 +148,11 @@ let about = null;
 const recordings = new Recordings();
 const view = new TranscriptView(recordings, actOnJob);
 
+function forget(isKnown) {
+  recordings.keepOnly(isKnown);
+  view.names.keepOnly(isKnown);
+}
+
 const nameOf = (job) => plain(job.file || job.audio_source || job.job_id);
 
 function compare(a, b) {
@@ -167,7 +172,7 @@ const handlers = {
     rejected = data.rejected;
     broker = data.broker;
     fillOptions();
-    setTimeout(() => recordings.keepOnly((id) => jobs.has(id)), KEEP_MS); // the newest jobs follow the snapshot
+    setTimeout(() => forget((id) => jobs.has(id)), KEEP_MS); // the newest jobs follow the snapshot
   },
   job(job) {
     const before = jobs.get(job.job_id);
@@ -182,6 +187,7 @@ const handlers = {
   job_deleted({ job_id }) {
     jobs.delete(job_id);
     recordings.remove(job_id);
+    view.names.keepOnly((id) => id !== job_id);
     view.remove(job_id);
   },
   consumer(consumer) {
@@ -357,7 +363,7 @@ function fillRow(row, job, passage) {
   row.facts.textContent = facts(job).join(" · ");
   row.bar.hidden = job.status !== "processing";
   if (!row.bar.hidden) {
-    row.bar.value = job.progress ?? 0;
+    row.bar.value = job.diarization_progress ?? job.progress ?? 0;
     row.bar.setAttribute("aria-label", t("progress", { name }));
   }
   row.text.className = job.error_code ? "problem" : "excerpt";
@@ -374,13 +380,16 @@ function fillRow(row, job, passage) {
 
 export function verbs(job) {
   if (job.status === "processing") return ["cancel"];
-  return job.status === "queued" ? ["cancel", "delete"] : job.status === "completed" ? ["delete"] : ["retry", "delete"];
+  if (job.status === "queued") return ["cancel", "delete"];
+  return job.status === "completed" && !job.diarization_error ? ["delete"] : ["retry", "delete"];
 }
 
 function facts(job) {
   const list = [];
   if (job.status === "queued" && job.queue_position) list.push(t("position", { position: job.queue_position }));
-  if (job.status === "processing" && job.progress != null) list.push(new Intl.NumberFormat(pageLanguage, { style: "percent" }).format(job.progress));
+  const percent = (share) => new Intl.NumberFormat(pageLanguage, { style: "percent" }).format(share);
+  if (job.status === "processing" && job.diarization_progress != null) list.push(t("diarizing", { percent: percent(job.diarization_progress) }));
+  else if (job.status === "processing" && job.progress != null) list.push(percent(job.progress));
   if (job.status === "processing" && job.eta != null) list.push(t("eta", { time: clock(job.eta) }));
   if (job.audio_duration != null) list.push(clock(job.audio_duration));
   if (job.detected_language) list.push(languageName(job.detected_language));
@@ -486,8 +495,8 @@ function fillOptions() {
 function fieldsOf() {
   const form = document.querySelector("#options form").elements;
   const fields = {};
-  for (const name of ["model_size", "language", "task", "priority", "diarize", "initial_prompt"])
-    if (form[name].value.trim()) fields[name] = form[name].value.trim();
+  for (const name of ["model_size", "language", "task", "priority", "diarize", "min_speakers", "max_speakers", "initial_prompt"])
+    if (!form[name].disabled && form[name].value.trim()) fields[name] = form[name].value.trim();
   fields.word_timestamps = String(form.word_timestamps.checked);
   fields.formats = [...$("formats").querySelectorAll("input:checked")].map((box) => box.value).join(",") || "json";
   return fields;
@@ -728,7 +737,11 @@ function connect() {
   $("rejections").addEventListener("toggle", draw);
   $("question-yes").addEventListener("click", () => $("question").close("yes"));
   $("question-no").addEventListener("click", () => $("question").close("no"));
-  document.querySelector("#options form").addEventListener("submit", (event) => event.preventDefault());
+  const form = document.querySelector("#options form");
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.elements.diarize.addEventListener("change", (event) => {
+    for (const name of ["min_speakers", "max_speakers"]) form.elements[name].disabled = event.target.value !== "true";
+  });
 }
 
 connect();

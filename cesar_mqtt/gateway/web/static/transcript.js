@@ -2,10 +2,12 @@
 // browser has uploaded, which it keeps in its own database.
 
 import { announce, clock, languageName, make, moment, plain, request, t, verbs } from "./page.js";
+import { SpeakerNames, colour, withNames } from "./speakers.js";
 
 const $ = (id) => document.getElementById(id);
 const MOST_WORDS = 30000; // beyond it only segments can be clicked: each word is an element
 const MOST_RECORDINGS = 30;
+const MOST_SPEAKERS = 40; // that can be named: a consumer distinguishes 20
 
 // -- recordings of this browser ---------------------------------------------------------------------------------------
 
@@ -69,6 +71,9 @@ export class TranscriptView {
     this.act = act;
     this.job = null;
     this.formats = ["txt"];
+    this.names = new SpeakerNames();
+    this.segments = [];
+    this.speakers = []; // their labels, in the order in which they are heard first
     this.spans = []; // what can be played: {element, start, end}, in order of time
     this.now = -1;
     this.dialog = $("detail");
@@ -81,6 +86,7 @@ export class TranscriptView {
     $("transcript").addEventListener("click", (event) => this.clicked(event));
     $("transcript").addEventListener("keydown", (event) => this.pressed(event));
     $("detail-tools").addEventListener("click", (event) => this.tool(event));
+    $("speakers").addEventListener("change", (event) => this.rename(event.target));
   }
 
   open(job) {
@@ -100,6 +106,7 @@ export class TranscriptView {
     this.job = null;
     this.spans = [];
     this.now = -1;
+    this.showSpeakers([]);
     this.player.pause();
     if (this.player.src) URL.revokeObjectURL(this.player.src);
     this.player.removeAttribute("src");
@@ -132,6 +139,7 @@ export class TranscriptView {
       ["fact_language", job.detected_language && languageName(job.detected_language)], ["fact_model", job.model_size],
       ["fact_speakers", job.speakers], ["fact_consumer", job.consumer], ["fact_source", job.audio_source?.startsWith("upload") ? null : job.audio_source],
       ["fact_attempt", job.attempt > 1 && job.attempt], ["fact_warnings", (job.warnings ?? []).join(", ")],
+      ["fact_diarization", job.diarization_error],
     ];
     $("detail-facts").replaceChildren(...facts.filter(([, value]) => value).flatMap(([key, value]) =>
       [make("dt", {}, t(key)), make("dd", { dir: "auto" }, plain(value))]));
@@ -140,7 +148,7 @@ export class TranscriptView {
       tools.push(this.button("copy", t("copy")));
       const times = (job.formats ?? []).length > 0; // else the consumer has kept no times
       for (const format of times ? this.formats : ["txt"])
-        tools.push(make("a", { className: "button", href: `api/jobs/${job.job_id}/result.${format}`, download: "", "aria-label": t("download", { format }) }, format));
+        tools.push(make("a", { className: "button", href: `api/jobs/${job.job_id}/result.${format}`, download: "", "data-format": format, "aria-label": t("download", { format }) }, format));
     }
     tools.push(...verbs(job).map((verb) => this.button(verb, t(verb))));
     if (JSON.stringify(tools.map((tool) => tool.outerHTML)) === this.tools && $("detail-tools").childElementCount) return;
@@ -155,16 +163,72 @@ export class TranscriptView {
   }
 
   async tool(event) {
+    const link = event.target.closest("a");
+    if (link && this.job && this.names.of(this.job.job_id).size) {
+      event.preventDefault();
+      return this.download(this.job, link);
+    }
     const verb = event.target.closest("button")?.dataset.verb;
     if (!verb || !this.job) return;
     if (verb !== "copy") return this.act(verb, this.job.job_id);
-    await copy(this.text ?? "");
+    await copy(this.speakers.length ? this.turns() : this.text ?? "");
     announce(t("copied"));
+  }
+
+  // Downloads a transcript with the names of its speakers.
+  async download(job, link) {
+    const { format } = link.dataset;
+    try {
+      const text = await (await request(link.getAttribute("href"))).text();
+      const file = new Blob([withNames(format, text, this.names.of(job.job_id))], { type: "text/plain" });
+      const href = URL.createObjectURL(file);
+      make("a", { href, download: `${job.job_id}.${format}` }).click();
+      setTimeout(() => URL.revokeObjectURL(href), 60000);
+    } catch (failure) {
+      announce(t("transcript_failed", { reason: failure.message }));
+    }
+  }
+
+  // -- speakers -------------------------------------------------------------------------------------------------------
+
+  nameOf(speaker, names = this.names.of(this.job.job_id)) {
+    return plain(names.get(speaker) ?? speaker);
+  }
+
+  showSpeakers(segments) {
+    this.segments = segments;
+    this.speakers = [...new Set(segments.map(speakerOf).filter(Boolean))];
+    $("speakers").hidden = !this.speakers.length;
+    $("speaker-names").replaceChildren(...this.speakers.slice(0, MOST_SPEAKERS).map((speaker, number) => {
+      const input = make("input", { type: "text", maxLength: 80, value: this.names.of(this.job.job_id).get(speaker) ?? "", placeholder: plain(speaker), "aria-label": t("name_of", { speaker: plain(speaker) }) });
+      input.dataset.voice = number;
+      return colour(make("label", {}, make("span", { dir: "auto" }, plain(speaker)), input), number);
+    }));
+  }
+
+  rename(input) {
+    const speaker = this.speakers[input.dataset.voice];
+    this.names.give(this.job.job_id, speaker, plain(input.value.trim()));
+    for (const element of $("transcript").querySelectorAll(".speaker"))
+      if (element.dataset.voice === input.dataset.voice) element.textContent = this.nameOf(speaker);
+    announce(t("renamed", { speaker: plain(speaker), name: this.nameOf(speaker) }));
+  }
+
+  // The text to be copied: a line for each turn.
+  turns() {
+    const turns = [], names = this.names.of(this.job.job_id);
+    for (const segment of this.segments) {
+      const speaker = speakerOf(segment), text = String(segment.text ?? "").trim();
+      if (turns.length && turns.at(-1).speaker === speaker) turns.at(-1).text += ` ${text}`;
+      else turns.push({ speaker, text });
+    }
+    return turns.map(({ speaker, text }) => (speaker ? `${this.nameOf(speaker, names)}: ${text}` : text)).join("\n");
   }
 
   async load(job) {
     const where = $("transcript");
     this.text = "";
+    this.showSpeakers([]);
     if (job.status !== "completed") {
       if (job.status === "queued" || job.status === "processing") where.textContent = t("transcript_waits");
       else where.replaceChildren();
@@ -196,14 +260,21 @@ export class TranscriptView {
     else if (!segments) where.replaceChildren(make("p", { dir: "auto" }, plainLines(this.text)));
     else {
       const each = segments.reduce((count, segment) => count + (segment.words?.length ?? 0), 0) <= MOST_WORDS;
-      let speaker = null;
+      const names = this.names.of(status.job_id);
+      let before = null;
+      this.showSpeakers(segments);
       where.replaceChildren(...segments.map((segment) => {
         const line = make("p", { dir: "auto" });
         const time = make("button", { type: "button", className: "time", "aria-label": t("play_from", { time: clock(segment.start) }) }, clock(segment.start));
         time.dataset.start = segment.start;
         line.append(time);
-        if (segment.speaker && segment.speaker !== speaker) line.append(make("span", { className: "speaker" }, plain(segment.speaker)));
-        speaker = segment.speaker ?? speaker;
+        const speaker = speakerOf(segment);
+        if (speaker) {
+          const number = this.speakers.indexOf(speaker);
+          colour(line, number);
+          if (speaker !== before) line.append(make("span", { className: "speaker", "data-voice": number }, this.nameOf(speaker, names)));
+        }
+        before = speaker;
         if (each && segment.words?.length) for (const word of segment.words) line.append(this.span("word", word.word, word));
         else line.append(this.span("text", segment.text, segment));
         return line;
@@ -267,6 +338,10 @@ export class TranscriptView {
     element.classList.add("now");
     element.scrollIntoView({ block: "nearest" });
   }
+}
+
+function speakerOf(segment) {
+  return typeof segment.speaker === "string" ? segment.speaker : null;
 }
 
 function plainLines(text) {

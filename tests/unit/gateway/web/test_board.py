@@ -56,9 +56,17 @@ def test_a_field_of_another_kind_than_the_contract_has_is_shown_as_missing(board
     names = {*Status.__annotations__, "speakers"} - {"job_id", "status", "result_text", "metadata"}
     take(board, **dict.fromkeys(names, value), metadata=value)
     (job,) = board.jobs()[0]
-    for name in ("created_at", "completed_at", "audio_source", "file", "error_message", "detected_language"):
+    for name in (
+        "created_at",
+        "completed_at",
+        "audio_source",
+        "file",
+        "error_message",
+        "detected_language",
+        "diarization_error",
+    ):
         assert job[name] is None or isinstance(job[name], str), name
-    for name in ("progress", "eta", "audio_duration", "queue_position", "priority", "speakers"):
+    for name in ("progress", "eta", "audio_duration", "queue_position", "priority", "speakers", "diarization_progress"):
         assert job[name] is None or type(job[name]) in (int, float), name
     for name in ("warnings", "formats"):
         assert all(isinstance(each, str) for each in job[name]), name
