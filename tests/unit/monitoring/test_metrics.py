@@ -124,7 +124,7 @@ def test_a_port_without_the_extra_is_refused_with_its_name(monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "cesar_mqtt.monitoring.metrics", raising=False)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert service._create_metrics(Settings()) is None
-    with pytest.raises(ConfigError, match=r"metrics\.port is set.*cesar-mqtt\[metrics\]"):
+    with pytest.raises(ConfigError, match=r"metrics\.port is set.*\[metrics\]"):
         service._create_metrics(Settings(metrics=MetricsSettings(port=9464)))
 
 

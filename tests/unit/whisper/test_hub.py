@@ -53,7 +53,7 @@ def join_abandoned() -> None:
     """Wait for the threads of abandoned downloads; until then they may send requests of their own."""
     for thread in threading.enumerate():
         if thread.name == "hub-download":
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 
