@@ -115,7 +115,7 @@ def test_the_fields_of_a_request_become_those_of_a_job(
 
 
 def test_verbose_json_has_the_speakers_of_segments_and_words_if_there_are_any(site: Site) -> None:
-    asked = {"response_format": "verbose_json", "timestamp_granularities[]": ["word", "segment"]}
+    asked: dict[str, Any] = {"response_format": "verbose_json", "timestamp_granularities[]": ["word", "segment"]}
     plain = ask(site, **asked).json()
     assert not any("speaker" in each for each in plain["segments"] + plain["words"])
     words = [{**word, "speaker": "Ada"} for word in SEGMENTS[0]["words"]]
