@@ -44,7 +44,7 @@ class JobRow:
     name: str
     """The file's name or what the job names as its audio; empty: neither is known."""
     note: str
-    """The priority of an open job, whether its speakers are told apart now, the beginning of the transcript, the error."""
+    """The priority of an open job, whether its speakers are told apart now; the beginning of the text, or the error."""
 
     @property
     def is_final(self) -> bool:

@@ -118,8 +118,9 @@ def test_verbose_json_has_the_speakers_of_segments_and_words_if_there_are_any(si
     asked: dict[str, Any] = {"response_format": "verbose_json", "timestamp_granularities[]": ["word", "segment"]}
     plain = ask(site, **asked).json()
     assert not any("speaker" in each for each in plain["segments"] + plain["words"])
-    words = [{**word, "speaker": "Ada"} for word in SEGMENTS[0]["words"]]
-    text = json.dumps({"text": "Hello there.", "segments": [{**SEGMENTS[0], "speaker": "Ada", "words": words}]})
+    segment: dict[str, Any] = {**SEGMENTS[0], "speaker": "Ada"}
+    segment["words"] = [{**word, "speaker": "Ada"} for word in segment["words"]]
+    text = json.dumps({"text": "Hello there.", "segments": [segment]})
     site.bus.answers["result"] = lambda _fields: {"text": text, "length": len(text), "more": False}
     labelled = ask(site, diarize="true", **asked).json()
     assert [each["speaker"] for each in labelled["segments"] + labelled["words"]] == ["Ada"] * 3
