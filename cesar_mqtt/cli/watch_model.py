@@ -35,6 +35,7 @@ class JobRow:
     position: int | None
     """As the consumer published it: up to date for the first ten only."""
     progress: float | None
+    """Of the transcription, then of the diarization."""
     duration_s: float | None
     speed: float | None
     eta_s: float | None
@@ -43,7 +44,7 @@ class JobRow:
     name: str
     """The file's name or what the job names as its audio; empty: neither is known."""
     note: str
-    """The priority of an open job, the beginning of the transcript, or the error."""
+    """The priority of an open job, whether its speakers are told apart now; the beginning of the text, or the error."""
 
     @property
     def is_final(self) -> bool:
@@ -197,7 +198,7 @@ def _document(payload: bytes) -> Mapping[str, Any] | None:
 
 def _row(job_id: str, status: Mapping[str, Any]) -> JobRow:
     position = number(status.get("queue_position"))
-    progress = number(status.get("progress"))
+    progress = number(status.get("diarization_progress" if _is_diarized(status) else "progress"))
     return JobRow(
         job_id=job_id,
         consumer=str(status.get("consumer") or ""),
@@ -213,6 +214,11 @@ def _row(job_id: str, status: Mapping[str, Any]) -> JobRow:
         name=printable(_name(status)[:_NOTE_CHARACTERS]),
         note=_note(status),
     )
+
+
+def _is_diarized(status: Mapping[str, Any]) -> bool:
+    """Whether the text of a running job is known, and its speakers are told apart now."""
+    return status["status"] == "processing" and number(status.get("diarization_progress")) is not None
 
 
 def _name(status: Mapping[str, Any]) -> str:
@@ -237,7 +243,7 @@ def _priority(status: Mapping[str, Any]) -> str:
 
 def _outcome(status: Mapping[str, Any]) -> str:
     if status["status"] in ("processing", "queued"):
-        return ""
+        return "telling speakers apart" if _is_diarized(status) else ""
     code, message = status.get("error_code"), status.get("error_message")
     if code:
         return f"{code}: {message}"

@@ -315,6 +315,7 @@ CALL = Content(
     task="transcribe",
 )
 NAME = "Ada & <b>_Co $1"
+STORED_NAMES = 'JSON.parse(localStorage.getItem("speakers"))'
 
 
 def test_speakers_have_colours_and_names_of_this_browser_in_the_view_and_in_downloads(
@@ -325,7 +326,7 @@ def test_speakers_have_colours_and_names_of_this_browser_in_the_view_and_in_down
     for name in formats:
         shown.bus.publish(f"cesar/result/call/{name}", render(name, CALL)[0], retain=True)
     shown.job("call", result_text=CALL.text, formats=formats, speakers=2)
-    tab = open_tab()
+    tab = open_tab(permissions=["clipboard-read", "clipboard-write"])
     tab.goto(shown.url)
     detail = tab.get_by_role("dialog")
 
@@ -349,24 +350,47 @@ def test_speakers_have_colours_and_names_of_this_browser_in_the_view_and_in_down
         with tab.expect_download() as download:
             detail.get_by_role("link", name=f"Download {name}").click()
         assert download.value.suggested_filename == f"call.{name}"
-        found, expected = (
-            Path(download.value.path()).read_text(),
-            render(name, replace(CALL, segments=named))[0].decode(),
-        )
-        assert (json.loads(found) if name == "json" else found) == (
-            json.loads(expected) if name == "json" else expected
-        )
-    detail.get_by_label("Name of Speaker 1").fill("")
-    tab.keyboard.press("Tab")
-    assert detail.locator(".speaker").all_inner_texts() == ["Speaker 1", "Speaker 2", "Speaker 1"]
+        read = json.loads if name == "json" else str
+        expected = render(name, replace(CALL, segments=named))[0].decode()
+        assert read(Path(download.value.path()).read_text()) == read(expected)
+    detail.get_by_role("button", name="Copy the text").click()
+    expect(tab.locator("#announcement")).to_have_text("The text is copied.")
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert copied == f"{NAME}: Who is there?\nSpeaker 2: Speaker 1: that is me.\n{NAME}: Come in."
+
+    for label, given in (("Name of Speaker 2", "Grace"), ("Name of Speaker 1", "")):
+        detail.get_by_label(label).fill(given)
+        tab.keyboard.press("Tab")
+    assert detail.locator(".speaker").all_inner_texts() == ["Speaker 1", "Grace", "Speaker 1"]
+    assert tab.evaluate(STORED_NAMES) == [["call", [["Speaker 2", "Grace"]]]]
     shown.bus.publish("cesar/status/call", b"", retain=True)
     expect(tab.locator("#jobs > li")).to_have_count(0)
+    assert tab.evaluate(STORED_NAMES) == []
+
+
+def test_a_diarization_is_shown_and_can_be_repeated_where_it_failed(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("fails", diarization_error="A model is missing.", warnings=["diarization_failed"])
+    shown.job("runs", "processing", progress=0.99, diarization_progress=0.5)
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(row(tab, "runs.wav")).to_contain_text("telling speakers apart, 50%")
+    expect(row(tab, "fails.wav").get_by_role("button", name="Retry fails.wav")).to_be_visible()
+    row(tab, "fails.wav").get_by_role("button", name="fails.wav", exact=True).click()
+    expect(tab.locator("#detail-facts")).to_contain_text("A model is missing.")
+
+
+RECORDED = """const send = XMLHttpRequest.prototype.send;
+XMLHttpRequest.prototype.send = function (form) {
+    window.sent = [...form.entries()].filter(([, value]) => typeof value === "string");
+    send.call(this, form);
+};"""
 
 
 def test_how_many_speakers_there_are_can_be_said_where_they_are_told_apart(
     shown: Shown, open_tab: Callable[..., Tab]
 ) -> None:
     tab = open_tab()
+    tab.add_init_script(RECORDED)
     tab.goto(shown.url)
     tab.locator("#options summary").click()
     least, most = tab.get_by_label("At least so many speakers"), tab.get_by_label("At most so many speakers")
@@ -374,11 +398,10 @@ def test_how_many_speakers_there_are_can_be_said_where_they_are_told_apart(
     tab.locator("select[name=diarize]").select_option("Label speakers")
     least.fill("2")
     most.fill("3")
-    with tab.expect_request("**/api/jobs") as sent:
+    with tab.expect_request("**/api/jobs"):
         tab.evaluate(DROP, [["call.wav", list(b"RIFF")]])
-    body = sent.value.post_data_buffer or b""
-    for name, value in ((b"diarize", b"true"), (b"min_speakers", b"2"), (b"max_speakers", b"3")):
-        assert b'name="' + name + b'"\r\n\r\n' + value + b"\r\n" in body
+    sent = dict(tab.evaluate("window.sent"))
+    assert (sent["diarize"], sent["min_speakers"], sent["max_speakers"]) == ("true", "2", "3")
     tab.locator("select[name=diarize]").select_option("One per channel")
     expect(most).to_be_disabled()
 

@@ -348,16 +348,22 @@ def _verbose(document: Document, status: Document, text: str, order: _Order) -> 
                 "avg_logprob": segment["avg_logprob"],
                 "compression_ratio": _compression_ratio(str(segment["text"])),
                 "no_speech_prob": segment["no_speech_prob"],
+                **_speaker(segment),
             }
             for segment in segments
         ]
     if "word" in order.granularities:
         body["words"] = [
-            {"word": word["word"].strip(), "start": word["start"], "end": word["end"]}
+            {"word": word["word"].strip(), "start": word["start"], "end": word["end"], **_speaker(word)}
             for segment in segments
             for word in segment.get("words") or ()
         ]
     return body
+
+
+def _speaker(spoken: Document) -> dict[str, Any]:
+    """Return the speaker of a segment or word as a field, as in OpenAI's `diarized_json`; none without `diarize`."""
+    return {"speaker": spoken["speaker"]} if "speaker" in spoken else {}
 
 
 def _compression_ratio(text: str) -> float:

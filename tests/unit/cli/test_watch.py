@@ -206,6 +206,21 @@ def test_what_has_no_room_goes_and_names_stay(width: int) -> None:
     assert ("CANCELLED" in lines[1]) == (width > 60)
 
 
+def test_the_progress_of_the_diarization_follows_that_of_the_transcription() -> None:
+    board = Board("cesar")
+    heard = board.take("cesar/status/a", status("processing", progress=0.25))
+    fields: dict[str, Any] = {"progress": 0.999, "diarization_progress": 0.5, "eta": 61.0}
+    labelled = board.take("cesar/status/a", status("processing", **fields))
+    assert isinstance(heard, JobRow)
+    assert isinstance(labelled, JobRow)
+    assert line_of(heard) == "job a processing 25%"
+    assert line_of(labelled) == "job a processing 50% 1:01 left telling speakers apart"
+    (line,) = [line for line in drawn(board, 100, 24) if line.startswith("a ")]
+    assert " 50% telling speakers apart" in line
+    board.take("cesar/status/a", status("processing", progress=0.5, diarization_progress="half"))
+    assert board.jobs(1)[0].progress == 0.5
+
+
 def test_the_priority_of_an_open_job_is_shown() -> None:
     board = Board("cesar")
     waits = board.take("cesar/status/a", status("queued", queue_position=1, priority=9, metadata={"file": "porch.wav"}))

@@ -367,6 +367,82 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(name: str) -> None:
     assert "a?" in whole(name, of)
 
 
+# -- speakers --------------------------------------------------------------------------------------------------------
+
+CALL = content(
+    segment(0.0, 1.0, "Who is there?", id=1, speaker="Speaker 1", words=(Word(0.0, 1.0, " Who is there?", 1.0),)),
+    segment(1.5, 2.5, "Speaker 1: me.", id=2, speaker="Speaker 2"),
+    segment(2.5, 3.0, "Ada.", id=3, speaker="Speaker 2"),
+    segment(3.0, 4.0, "(a door)", id=4),
+)
+
+
+def test_plain_text_names_the_speaker_of_each_line() -> None:
+    assert read_txt(render("txt", CALL)[0]) == [
+        "Speaker 1: Who is there?",
+        "Speaker 2: Speaker 1: me.",
+        "Speaker 2: Ada.",
+        "(a door)",
+    ]
+
+
+def test_subrip_names_the_speaker_of_each_cue() -> None:
+    assert [text for *_, text in read_srt(render("srt", CALL)[0])] == read_txt(render("txt", CALL)[0])
+
+
+def test_webvtt_has_a_voice_for_each_cue() -> None:
+    captions = webvtt.from_string(whole("vtt", CALL), strict=True).captions
+    assert [(each.voice, each.text) for each in captions] == [
+        ("Speaker 1", "Who is there?"),
+        ("Speaker 2", "Speaker 1: me."),
+        ("Speaker 2", "Ada."),
+        (None, "(a door)"),
+    ]
+
+
+def test_markdown_begins_a_paragraph_where_the_speaker_changes() -> None:
+    assert read_md(render("md", CALL)[0]) == [
+        ("Speaker 1, 00:00:00", "Who is there?"),
+        ("Speaker 2, 00:00:01", "Speaker 1: me. Ada."),
+        ("00:00:03", "(a door)"),
+    ]
+
+
+def test_json_has_the_speaker_of_segments_and_of_words() -> None:
+    segments = read_json(render("json", CALL)[0])["segments"]
+    assert [each.get("speaker") for each in segments] == ["Speaker 1", "Speaker 2", "Speaker 2", None]
+    assert [word["speaker"] for word in segments[0]["words"]] == ["Speaker 1"]
+    assert "speaker" not in segments[3]
+
+
+def test_the_table_has_no_speakers() -> None:
+    silent = replace(CALL, segments=[replace(each, speaker=None) for each in CALL.segments])
+    assert render("tsv", CALL) == render("tsv", silent)
+
+
+@pytest.mark.parametrize("name", ["Ada\n\nByron", "R&D <v Ann>", "--> 00:00:09.000", "# *Ada* [x](y)", "Ada\u2028: x"])
+def test_no_name_of_a_speaker_breaks_out_of_its_place(name: str) -> None:
+    of = content(segment(0.0, 1.0, "a", id=1, speaker=name), segment(1.0, 2.0, "b", id=2, speaker="Speaker 2"))
+    line = " ".join("".join(" " if is_break(c) else c for c in name).split())
+    assert read_txt(render("txt", of)[0]) == [f"{line}: a", "Speaker 2: b"]
+    assert read_srt(render("srt", of)[0]) == [
+        (0, 1000, f"{line.replace('-->', '->')}: a"),
+        (1000, 2000, "Speaker 2: b"),
+    ]
+    assert f"\n<v {html.escape(line, quote=False)}>a\n" in whole("vtt", of)
+    assert [times for *times, _ in read_vtt(render("vtt", of)[0])] == [[0, 1000], [1000, 2000]]
+    assert read_md(render("md", of)[0]) == [(f"{line}, 00:00:00", "a"), ("Speaker 2, 00:00:01", "b")]
+    assert read_json(render("json", of)[0])["segments"][0]["speaker"] == name
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_file_with_speakers_that_was_cut_is_a_valid_file(format_: str) -> None:
+    of = replace(LONG, segments=[replace(each, speaker=f"Speaker {each.id % 2 + 1}") for each in LONG.segments])
+    payload, cut = render(format_, of, limit_bytes=2000)
+    assert (cut, len(payload) <= 2000) == (True, True)
+    assert 0 < count(format_, payload) < 200
+
+
 # -- a limit ---------------------------------------------------------------------------------------------------------
 
 LONG = content(*(segment(n * 2.0, n * 2.0 + 1.5, f'Nr. {n} "ä"', id=n + 1) for n in range(200)))

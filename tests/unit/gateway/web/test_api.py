@@ -78,6 +78,14 @@ def test_inside_of_a_consumer_it_becomes_a_file_that_the_request_names(serving: 
     assert [path.name for path in serving.folder.iterdir()] == [item.path]
 
 
+@pytest.mark.parametrize(("diarize", "value"), [("true", True), ("false", False), ("channels", "channels")])
+def test_speakers_are_asked_for_in_the_form(site: Site, diarize: str, value: bool | str) -> None:  # noqa: FBT001
+    site.online()
+    assert upload(site, diarize=diarize, min_speakers="2", max_speakers="3").status_code == 201
+    (item,) = site.bus.submitted
+    assert item.options == {"diarize": value, "min_speakers": 2, "max_speakers": 3}
+
+
 def test_uploads_count_towards_the_room_until_no_job_needs_them(tmp_path: Path) -> None:
     limit, elsewhere = 3000, [0]
 

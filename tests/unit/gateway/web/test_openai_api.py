@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import openai.types.audio
 import pytest
 from faster_whisper.transcribe import get_compression_ratio
 
@@ -94,6 +95,11 @@ def test_each_format_of_a_response(site: Site) -> None:
         ({"stream": "true"}, {"stream": True}),
         ({"keywords[]": ["Ada", "Grace"]}, {"hotwords": "Ada, Grace"}),
         ({"priority": "5", "vad_filter": "false"}, {"priority": 5, "vad_filter": False}),
+        (
+            {"diarize": "true", "min_speakers": "2", "max_speakers": "3"},
+            {"diarize": True, "min_speakers": 2, "max_speakers": 3},
+        ),
+        ({"diarize": "channels"}, {"diarize": "channels"}),
         ({"include[]": "logprobs", "chunking_strategy": "auto", "user": "x"}, {}),
         ({"metadata": '{"keep": true}'}, {"metadata": {"keep": True}}),
         ({"metadata[keep]": "true", "metadata[room]": "hall"}, {"metadata": {"keep": "true", "room": "hall"}}),
@@ -106,6 +112,19 @@ def test_the_fields_of_a_request_become_those_of_a_job(
     assert response.status_code == 200, response.text
     (item,) = site.bus.submitted
     assert {"formats": ["json"], "task": "transcribe", **options} == item.options
+
+
+def test_verbose_json_has_the_speakers_of_segments_and_words_if_there_are_any(site: Site) -> None:
+    asked: dict[str, Any] = {"response_format": "verbose_json", "timestamp_granularities[]": ["word", "segment"]}
+    plain = ask(site, **asked).json()
+    assert not any("speaker" in each for each in plain["segments"] + plain["words"])
+    segment: dict[str, Any] = {**SEGMENTS[0], "speaker": "Ada"}
+    segment["words"] = [{**word, "speaker": "Ada"} for word in segment["words"]]
+    text = json.dumps({"text": "Hello there.", "segments": [segment]})
+    site.bus.answers["result"] = lambda _fields: {"text": text, "length": len(text), "more": False}
+    labelled = ask(site, diarize="true", **asked).json()
+    assert [each["speaker"] for each in labelled["segments"] + labelled["words"]] == ["Ada"] * 3
+    assert openai.types.audio.TranscriptionVerbose.model_validate(labelled).segments
 
 
 def test_a_translation_is_a_job_with_that_task(site: Site) -> None:
