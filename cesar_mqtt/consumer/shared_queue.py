@@ -444,8 +444,9 @@ class Claims(StoppableThread):
         )
         if not accepted.wait(_ANNOUNCE_S):
             given_up.set()  # it must not come behind what the next consumer publishes
-        # The revision names this retry: the server recognises what is enqueued twice.
-        self._queue.enqueue(job.job_id, replace(request, seq=queued.revision))
+        # The revision names this retry, for the server recognises what is enqueued twice. It is negative: it would
+        # drop the retry as a copy of the request with that number otherwise.
+        self._queue.enqueue(job.job_id, replace(request, seq=-queued.revision))
         self._forget(job.seq)
 
     def _request_of(self, job: Job) -> Message:

@@ -134,6 +134,7 @@ async def test_the_phone_gets_each_transcript_once_over_restarts(served, bus, br
     await served.connect_again()
     await served.hass.services.async_call("automation", "reload", blocking=True)
     await served.until_subscribed()
+    await served.until_state("binary_sensor.cesar_connection", "on")
     await received(2)
     await served.restart(broker)
     await served.until_state("binary_sensor.cesar_connection", "on")
