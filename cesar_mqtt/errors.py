@@ -92,6 +92,11 @@ class ConfigError(CesarError):
     exit_code = ExitCode.CONFIG
 
 
+def lacks(error: ModuleNotFoundError, *libraries: str) -> bool:
+    """Whether an import has failed because one of these libraries, which an extra brings, is not installed."""
+    return (error.name or "").partition(".")[0] in libraries
+
+
 class BrokerRefusedError(CesarError):
     """The broker refuses the connection (credentials, client id, protocol): trying again cannot help.
 

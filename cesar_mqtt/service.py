@@ -28,7 +28,7 @@ from cesar_mqtt.consumer.recent_rejections import RecentRejections
 from cesar_mqtt.consumer.shared_commands import SharedCommands
 from cesar_mqtt.consumer.shared_queue import Admissions, Claims, RequestReader
 from cesar_mqtt.consumer.worker import Worker, options_of
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError, lacks
 from cesar_mqtt.gateway import web
 from cesar_mqtt.gateway.front_doors import audio_directories, create_front_doors, gateway_broker, webhook_health
 from cesar_mqtt.jobs import Job, JobState
@@ -566,7 +566,7 @@ def _create_metrics(settings: Settings) -> "Metrics | None":
     try:
         from cesar_mqtt.monitoring.metrics import Metrics  # noqa: PLC0415 - prometheus-client is an extra
     except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] != "prometheus_client":
+        if not lacks(exc, "prometheus_client"):
             raise
         raise ConfigError(
             "metrics.port is set, but prometheus-client is not installed: "
@@ -586,7 +586,7 @@ def _create_queue(settings: Settings, topics: Topics) -> "JetStreamQueue | None"
     try:
         from cesar_mqtt.engines.jetstream import JetStreamQueue  # noqa: PLC0415 - nats-py is an extra
     except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] != "nats":
+        if not lacks(exc, "nats"):
             raise
         raise ConfigError(
             "queue.engine is 'jetstream', but nats-py is not installed: "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cesar_mqtt.config import BrokerSettings, Settings, WyomingSettings
-from cesar_mqtt.errors import BrokerRefusedError, ConfigError
+from cesar_mqtt.errors import BrokerRefusedError, ConfigError, lacks
 from cesar_mqtt.protocol.consumer_payloads import WebhookHealth
 from cesar_mqtt.protocol.topics import Topics
 
@@ -84,7 +84,7 @@ def create_wyoming(settings: WyomingSettings, broker: BrokerSettings, topics: To
     try:
         from cesar_mqtt.gateway.wyoming_server import WyomingServer  # noqa: PLC0415 - its libraries are an extra
     except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] not in ("wyoming", "zeroconf"):
+        if not lacks(exc, "wyoming", "zeroconf"):
             raise
         raise ConfigError(
             f"A Wyoming server is to run, but {exc.name} is not installed.",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cesar_mqtt.config import BrokerSettings, Settings
-from cesar_mqtt.errors import ConfigError
+from cesar_mqtt.errors import ConfigError, lacks
 
 if TYPE_CHECKING:
     from cesar_mqtt.gateway.web.server import WebServer
@@ -34,7 +34,7 @@ def write_password(file: Path, password: str) -> None:
 
 
 def _missing(error: ModuleNotFoundError) -> Exception:
-    if (error.name or "").partition(".")[0] not in _LIBRARIES:
+    if not lacks(error, *_LIBRARIES):
         return error
     return ConfigError(
         f"The web page needs {error.name}, which is not installed.",

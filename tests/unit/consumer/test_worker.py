@@ -917,15 +917,21 @@ def test_a_transient_failure_is_retried_as_often_as_allowed(bench: Bench, code: 
     assert len(bench.transcriber.calls) == 3
 
 
-def test_each_retry_waits_four_times_as_long_within_a_fifth(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    delays: list[float] = []
+@pytest.fixture
+def delays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The delays of all retries, in seconds; none of them is waited for."""
+    noted: list[float] = []
     defer = bench.ledger.defer
 
-    def noted(seq: int, delay_s: float) -> None:
-        delays.append(delay_s)
+    def note(seq: int, delay_s: float) -> None:
+        noted.append(delay_s)
         defer(seq, 0.0)
 
-    monkeypatch.setattr(bench.ledger, "defer", noted)
+    monkeypatch.setattr(bench.ledger, "defer", note)
+    return noted
+
+
+def test_each_retry_waits_four_times_as_long_within_a_fifth(bench: Bench, delays: list[float]) -> None:
     worker = bench.make_worker(retries=3, retry_delay_s=2.0)
     bench.add("a")
     bench.fails_with(JobFailedError(ErrorCode.INTERNAL, "Not now."))
@@ -934,18 +940,8 @@ def test_each_retry_waits_four_times_as_long_within_a_fifth(bench: Bench, monkey
     assert delays == [pytest.approx(seconds, rel=0.2) for seconds in (2.0, 8.0, 32.0)]
 
 
-def test_no_retry_waits_longer_than_an_hour_however_many_there_were(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_retry_waits_longer_than_an_hour_however_many_there_were(bench: Bench, delays: list[float]) -> None:
     """The delay of the 512th has no number: the worker's thread ended with OverflowError."""
-    delays: list[float] = []
-    defer = bench.ledger.defer
-
-    def noted(seq: int, delay_s: float) -> None:
-        delays.append(delay_s)
-        defer(seq, 0.0)
-
-    monkeypatch.setattr(bench.ledger, "defer", noted)
     worker = bench.make_worker(retries=600, retry_delay_s=2.0)
     bench.add("a")
     bench.fails_with(JobFailedError(ErrorCode.INTERNAL, "Not now."))
