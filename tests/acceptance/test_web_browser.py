@@ -286,7 +286,7 @@ def test_a_recording_is_chosen_and_heard_word_by_word_without_a_mouse(
     go(tab, "files")
     with tab.expect_file_chooser() as chooser:
         tab.keyboard.press("Space")
-    chooser.value.set_files([{"name": "call.wav", "mimeType": "audio/wav", "buffer": SPEECH.read_bytes()}])
+    chooser.value.set_files({"name": "call.wav", "mimeType": "audio/wav", "buffer": SPEECH.read_bytes()})
     job_id = shown.uploaded()
     shown.bus.publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
     shown.bus.publish(f"cesar/result/{job_id}/json", render("json", LONG)[0], retain=True)
