@@ -5,7 +5,6 @@ import re
 import shutil
 import stat
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
