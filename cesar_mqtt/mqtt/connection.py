@@ -56,8 +56,8 @@ PUBACK has so long after a ping: a broker that stores what it acknowledges may a
 _PING_AFTER = 0.25
 """The part of the keepalive time after which an idle connection sends a ping."""
 _UNSPECIFIED = 0x80
-"""The only refusal of a SUBSCRIBE in 3.1.1, and in MQTT 5 the one without a reason. It may pass by itself: NATS (2.15.1)
-answers so while its servers elect a leader, and while one of three is away to every third new subscription."""
+"""The only refusal of a SUBSCRIBE in 3.1.1, and in MQTT 5 the one without a reason. It may pass by itself: a cluster of
+NATS 2.15.1 refuses so while it elects a leader, and every third new subscription while one of three servers is away."""
 _AGAIN_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """The delays before such a SUBSCRIBE is repeated; it may as well be the access list."""
 _AGAIN_BEFORE_READY = 3
