@@ -556,7 +556,7 @@ async def _look(settings: "JetStreamSettings", timeout_s: float) -> QueueState |
     try:
         async with asyncio.timeout(timeout_s):
             await client.connect(
-                **_connect_options(settings), error_cb=on_error, max_reconnect_attempts=0, connect_timeout=_CALL_S
+                **_connect_options(settings), error_cb=on_error, max_reconnect_attempts=0, connect_timeout=5
             )
             js = client.jetstream(timeout=timeout_s)
             stream = await js.stream_info(settings.stream)
