@@ -282,7 +282,9 @@ def test_openais_clients_take_a_recording_in_every_form(page: Page) -> None:
         async with openai.AsyncOpenAI(base_url=f"{page.url}/v1", api_key="none", timeout=PATIENCE_S) as client:
             assert words((await client.audio.transcriptions.create(model="whisper-1", file=SPEECH)).text) == SPOKEN
             stream = await client.audio.transcriptions.create(model="whisper-1", file=SPEECH, stream=True)
-            assert words([event async for event in stream][-1].text) == SPOKEN
+            last = [event async for event in stream][-1]
+            assert last.type == "transcript.text.done"
+            assert words(last.text) == SPOKEN
             streaming = client.audio.transcriptions.with_streaming_response
             async with streaming.create(model="whisper-1", file=SPEECH, response_format="srt") as response:
                 assert "00:00:00,000 -->" in "".join([text async for text in response.iter_text()])

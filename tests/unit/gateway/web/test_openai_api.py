@@ -293,7 +293,7 @@ def test_diarized_json_has_a_speaker_for_each_segment(site: Site) -> None:
 # -- requests that are sent again --------------------------------------------------------------------------------------
 
 
-def retry(site: Site, content: bytes = b"RIFF", **headers: str) -> Any:
+def retry(site: Site, content: bytes = b"RIFF", headers: Mapping[str, str] | None = None) -> Any:
     return site.browser.post("/v1/audio/transcriptions", files={"file": ("a.wav", content)}, headers=headers)
 
 
@@ -308,7 +308,7 @@ def test_a_request_that_is_sent_again_waits_for_the_same_job(site: Site) -> None
         (b"one", {"Idempotency-Key": "a"}, 4),
         (b"one", {"Idempotency-Key": "b"}, 6),
     ):
-        assert retry(site, content, **headers).json()["text"] == "Hello there."
+        assert retry(site, content, headers).json()["text"] == "Hello there."
         assert site.bus.submitted[-1] == site.bus.submitted[job]
     jobs = [item.job_id for item in site.bus.submitted]
     assert len(set(jobs)) == 5
@@ -329,6 +329,10 @@ def test_a_running_job_goes_on_when_the_request_is_sent_again(site: Site, monkey
             site.take(f"cesar/status/{item.job_id}", status(item.job_id, "processing"))
             submitted.put_nowait(item.job_id)
 
+        def cancel(fields: Mapping[str, Any]) -> dict[str, Any]:
+            cancelled.put_nowait(fields["job_id"])
+            return {}
+
         async def waits() -> str:
             """Return the job of the last request, once it waits for its end."""
             job_id = await submitted.get()
@@ -343,7 +347,7 @@ def test_a_running_job_goes_on_when_the_request_is_sent_again(site: Site, monkey
             yield FORM[20:]
 
         site.bus.on_submit = run
-        site.bus.answers["cancel"] = lambda fields: cancelled.put_nowait(fields["job_id"]) or {}
+        site.bus.answers["cancel"] = cancel
         url = "http://127.0.0.1:8188/v1/audio/transcriptions"
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site.app.asgi)) as http:
             first = asyncio.create_task(http.post(url, content=FORM, headers=HEAD))
@@ -377,7 +381,7 @@ def test_a_job_that_failed_is_not_waited_for_again(site: Site) -> None:
     failed = retry(site)
     assert (failed.status_code, failed.headers["x-should-retry"]) == (400, "false")
     site.bus.on_submit = complete
-    assert retry(site, **{"x-stainless-retry-count": "1"}).status_code == 200
+    assert retry(site, headers={"x-stainless-retry-count": "1"}).status_code == 200
     assert site.bus.submitted[0].job_id != site.bus.submitted[1].job_id
 
 
