@@ -99,6 +99,12 @@ def fires(house):
     return seen
 
 
+def ended(house):
+    """Type and job of the last event, which automations are triggered by as well."""
+    attributes = house.attributes("event.cesar_job")
+    return attributes.get("event_type"), attributes.get("job_id")
+
+
 async def submit(house, bus, job_id, path="porch.wav", **fields):
     request = json.dumps({"job_id": job_id, "audio_path": path, **fields})
     await house.hass.async_add_executor_job(bus.publish, "cesar/jobs", request)
@@ -149,7 +155,8 @@ async def test_every_entity_of_the_card_is_there_and_its_text_is_the_transcript(
     card = parse_yaml(shown("A dashboard card"))
     entities, markdown = card["cards"]
     assert (card["type"], entities["type"], markdown["type"]) == ("vertical-stack", "entities", "markdown")
-    assert [entity for entity in entities["entities"] if served.state(entity) is None] == []
+    for entity in entities["entities"]:
+        await served.until(lambda wanted=entity: served.state(wanted) is not None, entity)
     template = Template(markdown["content"], served.hass)
     assert "No transcript yet" in template.async_render(parse_result=False)
     await submit(served, bus, "one")
@@ -174,6 +181,7 @@ async def test_the_doorbell_s_recording_is_transcribed(served, tmp_path, bus):
     for state in ("off", "on", "off"):
         served.hass.states.async_set("binary_sensor.doorbell", state)
     await served.until(lambda: HEARD in served.state("sensor.cesar_last_transcript"), "the transcript")
+    await served.until(lambda: served.attributes("event.cesar_job").get("event_type") == "completed", "the event")
     assert fired == ["Transcribe the doorbell"]
     (record_data,) = recorded
     assert (record_data["entity_id"], record_data["duration"]) == (["camera.doorbell"], 15)
@@ -241,7 +249,7 @@ async def test_what_frigate_hears_comes_back_to_it_as_text(served, bus, frigate)
     assert path == f"/api/events/{heard['id']}/description"
     assert HEARD in body["description"].lower()
     await submit(served, bus, "another")
-    await served.until_state("sensor.cesar_completed", "2")
+    await served.until(lambda: ended(served) == ("completed", "another"), "the event of the last job")
     assert fired.count("Give the text back to Frigate") == 1
     assert fired.count("Transcribe the speech that Frigate hears") == 2
 

@@ -21,6 +21,7 @@ import pytest
 from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.errors import BrokerRefusedError, ConfigError
 from cesar_mqtt.mqtt import client as client_module
+from cesar_mqtt.mqtt import connection as connection_module
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 from cesar_mqtt.mqtt.messages import (
@@ -1219,16 +1220,74 @@ def test_a_session_takeover_is_reported(
     watched.client.close()
 
 
+def answer_each(client: socket.socket, connect: bytes, answers: Sequence[bytes], asked: list[bytes]) -> None:
+    """Accept the client and answer one SUBSCRIBE after the other, all further ones as the last."""
+    five = spoken(connect) == "5"
+    client.sendall(b"\x20\x03\0\0\0" if five else b"\x20\x02\0\0")
+    with suppress(OSError):
+        while True:
+            packet = read_packet(client)
+            if packet[0] == 0x82:
+                asked.append(packet)
+                granted = answers[min(len(asked), len(answers)) - 1]
+                body = packet[1:3] + (b"\0" if five else b"") + granted
+                client.sendall(bytes([0x90, len(body)]) + body)
+
+
+FILTERS = [Subscription("cesar/jobs"), Subscription("refused/#"), Subscription("weak")]
+
+
 @both_versions
 def test_a_subscription_that_is_refused_or_weakened_is_reported(
-    script: Callable[..., ScriptedBroker], watch: Watch, protocol: str, caplog: pytest.LogCaptureFixture
+    script: Callable[..., ScriptedBroker],
+    watch: Watch,
+    protocol: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    broker = script(lambda client, connect: accept(client, connect, granted=b"\1\x80\0"))
-    filters = [Subscription("cesar/jobs"), Subscription("refused/#"), Subscription("weak")]
-    watched = watch(broker.url, subscriptions=filters, settings={"protocol": protocol})
+    monkeypatch.setattr(connection_module, "_AGAIN_S", (0.01,) * 5)
+    asked: list[bytes] = []
+    broker = script(lambda client, connect: answer_each(client, connect, [b"\1\x80\0", b"\x80"], asked))
+    watched = watch(broker.url, subscriptions=FILTERS, settings={"protocol": protocol})
     assert watched.start().refused_filters == ("refused/#", "weak")
     assert "did not grant 'refused/#'" in caplog.text
     assert "did not grant 'weak'" in caplog.text
+    assert holds(lambda: len(asked) == 6)
+    assert watched.client.connected
+    assert [b"refused/#" in packet for packet in asked] == [True] * 6
+    assert [b"cesar/jobs" in packet for packet in asked] == [True] + [False] * 5
+    watched.client.close()
+
+
+@both_versions
+def test_a_broker_that_refuses_subscriptions_for_a_moment_is_asked_again(
+    script: Callable[..., ScriptedBroker],
+    watch: Watch,
+    protocol: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NATS answers so while its servers elect a leader."""
+    monkeypatch.setattr(connection_module, "_AGAIN_S", (0.01,) * 5)
+    caplog.set_level(logging.INFO)
+    asked: list[bytes] = []
+    answers = [b"\x80\x80\1", b"\x80\1", b"\1"]
+    broker = script(lambda client, connect: answer_each(client, connect, answers, asked))
+    watched = watch(broker.url, subscriptions=FILTERS, settings={"protocol": protocol})
+    assert watched.start().refused_filters == ()
+    assert [packet.count(b"cesar/jobs") for packet in asked] == [1, 1, 1]
+    assert "The broker refuses 'cesar/jobs', 'refused/#' without a reason" in caplog.text
+    assert "grants 'refused/#' now" in caplog.text
+    watched.client.close()
+
+
+def test_a_refusal_with_a_reason_is_final(script: Callable[..., ScriptedBroker], watch: Watch) -> None:
+    asked: list[bytes] = []
+    broker = script(lambda client, connect: answer_each(client, connect, [b"\1\x87\1"], asked))
+    watched = watch(broker.url, subscriptions=FILTERS)
+    assert watched.start().refused_filters == ("refused/#",)
+    assert watched.client._connection is not None
+    assert watched.client._connection._subscribe_again == {}
     watched.client.close()
 
 
