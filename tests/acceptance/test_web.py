@@ -1,9 +1,11 @@
 """The page of a real consumer on mosquitto: its HTTP API, its events, OpenAI's client, its uploads."""
 
 import json
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, wait_until, words
 from tests.acceptance.web_page import Page, alone
 from tests.conftest import Mosquitto, StartMosquitto, find_free_port
+from tests.proxy import Proxy
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.model]
 
@@ -263,12 +266,21 @@ def test_openais_client_works_unchanged(page: Page) -> None:
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_client_that_disconnects_cancels_its_job_unless_it_is_kept(page: Page, *, stream: bool, keep: bool) -> None:
     page.http.post("/api/consumers/cesar/pause")
-    impatient = page.openai.with_options(timeout=0.5)
-    with SPEECH.open("rb") as file, pytest.raises((openai.APITimeoutError, httpx2.TimeoutException)):  # noqa: PT012
-        answer = impatient.audio.transcriptions.create(
-            model="whisper-1", file=file, stream=stream, extra_body={"metadata": {"keep": True}} if keep else {}
-        )
-        list(answer)
+    line = Proxy(page.port, random.Random(), cuts=0)  # noqa: S311 - nothing of it is left to chance
+    client = page.openai.with_options(base_url=f"{line.url.replace('mqtt', 'http')}/v1")
+
+    def transcribe() -> None:
+        with SPEECH.open("rb") as file, pytest.raises((openai.APIConnectionError, httpx2.TransportError)):  # noqa: PT012
+            answer = client.audio.transcriptions.create(
+                model="whisper-1", file=file, stream=stream, extra_body={"metadata": {"keep": True}} if keep else {}
+            )
+            list(answer)
+
+    with ThreadPoolExecutor() as threads:
+        transcribed = threads.submit(transcribe)
+        wait_until(lambda: bool(page.http.get("/api/jobs").json()["jobs"]))
+        line.close()
+        transcribed.result(PATIENCE_S)
     page.http.post("/api/consumers/cesar/resume")
     (job,) = page.http.get("/api/jobs").json()["jobs"]
     state = "completed" if keep else "cancelled"

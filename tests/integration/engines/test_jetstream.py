@@ -12,7 +12,8 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from cesar_mqtt.config import JetStreamSettings
 from cesar_mqtt.engines.jetstream import JetStreamQueue
 from cesar_mqtt.engines.messages import Message, QueueUnavailableError
-from tests.nats_server import PATIENCE_S, NatsServer
+from tests.conftest import PATIENCE_S
+from tests.nats_server import NatsServer
 
 TOPICS = ("cesar/jobs", "cesar/audio/#", "cesar/request/#")
 

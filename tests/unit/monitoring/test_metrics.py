@@ -23,7 +23,7 @@ from cesar_mqtt.monitoring.metrics import Metrics, MetricSources
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 from cesar_mqtt.protocol.payloads import Rejection
 from cesar_mqtt.whisper.model_store import ModelStore
-from tests.conftest import find_free_port
+from tests.conftest import PATIENCE_S, find_free_port
 from tests.factories import new_job, result
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -109,7 +109,7 @@ def sources(ledger: Ledger, health: HealthMessage = HEALTH) -> MetricSources:
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
         return str(answer.read().decode())
 
 
