@@ -151,7 +151,10 @@ class _Clusters:
         """One cluster for each label."""
         sums = np.zeros((int(labels.max()) + 1, self.sums.shape[1]), np.float32)
         np.add.at(sums, labels, self.sums)
-        return _Clusters(sums, np.bincount(labels, self.seconds), np.bincount(labels, self.narrow_s))
+        seconds, narrow_s = (
+            np.bincount(labels, weights=values).astype(np.float64) for values in (self.seconds, self.narrow_s)
+        )
+        return _Clusters(sums, seconds, narrow_s)
 
     def largest(self, enough_s: float, *, least: int = 1) -> Labels:
         """The numbers of those with enough speech, and in any case of the `least` largest."""
