@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -14,7 +15,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from cesar_mqtt.cli import doctor
 from cesar_mqtt.cli.doctor import Finding, Severity
-from cesar_mqtt.config import Settings, load_settings
+from cesar_mqtt.config import JetStreamSettings, Settings, load_settings
+from cesar_mqtt.engines.messages import QueueState, QueueUnavailableError
 from cesar_mqtt.ledger.ledger import Ledger, acquire_lock
 from tests.conftest import PATIENCE_S, Certificates, Mosquitto, StartMosquitto, find_free_port, run
 
@@ -59,6 +61,40 @@ def test_deliveries_of_the_webhook_that_failed_are_told(webhook: dict[str, Any],
     found = doctor._check_webhook(webhook)
     assert (str(found.verdict), told in found.detail) == (verdict, True), found
     assert "\x1b" not in found.detail
+
+
+@pytest.mark.parametrize(
+    ("state", "verdict", "told"),
+    [
+        (
+            QueueState(1, 2, 1, 3, ()),
+            "ok",
+            "1 request to be admitted, 2 jobs waiting, 1 at consumers; stored on 3 servers",
+        ),
+        (QueueState(0, 0, 0, 3, ("nats-2",)), "wrong", "away or behind: nats-2"),
+        (None, "wrong", "There is no queue CESAR"),
+        (QueueUnavailableError("The queue does not answer."), "wrong", "does not answer"),
+    ],
+)
+def test_the_queue_of_many_machines_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, state: QueueState | Exception | None, verdict: str, told: str
+) -> None:
+    def look(*_: object) -> QueueState | None:
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    monkeypatch.setattr("cesar_mqtt.engines.jetstream.look", look)
+    found = doctor.check_shared_queue(JetStreamSettings(), 1.0)
+    assert (str(found.verdict), told in found.detail) == (verdict, True), found
+
+
+def test_without_nats_py_the_queue_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cesar_mqtt.engines.jetstream", raising=False)
+    monkeypatch.setitem(sys.modules, "nats", None)
+    monkeypatch.setitem(sys.modules, "nats.aio.client", None)
+    found = doctor.check_shared_queue(JetStreamSettings(), 1.0)
+    assert (str(found.verdict), "cluster" in found.what_to_do) == ("wrong", True)
 
 
 def test_each_audio_directory_is_looked_at(tmp_path: Path) -> None:

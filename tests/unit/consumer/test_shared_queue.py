@@ -134,7 +134,10 @@ class Group:
         self.claims = self.start()
 
     def start(self) -> Claims:
-        publisher = SimpleNamespace(refresh_queue=lambda: None)
+        publisher = SimpleNamespace(
+            refresh_queue=lambda: None,
+            publish_status_of=lambda _job, *, is_wanted, on_acknowledged: on_acknowledged() if is_wanted() else None,
+        )
         return Claims(
             self.queue,
             self.reader,
@@ -422,3 +425,13 @@ def test_nothing_is_acknowledged_while_the_broker_cannot_be_asked(group: Group) 
     attend(group)
     assert looks == [False] * 3
     assert len(group.queue.acknowledged) == 1
+
+
+def test_a_retry_never_has_the_number_of_a_request(group: Group) -> None:
+    """The server takes a message with the id and the number of another one for its copy, and drops it."""
+    job = ended(group)
+    group.queue.put(record_key("a"), {**group.values(), "request": 7})
+    group.claims.resubmit(job)
+    enqueued = group.queue.jobs["a"]
+    assert enqueued.seq == -group.queue.records[record_key("a")].revision < 0
+    assert (group.values()["state"], group.values()["request"], group.ledger.get("a")) == ("queued", 7, None)

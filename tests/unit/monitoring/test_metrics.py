@@ -105,6 +105,7 @@ def sources(ledger: Ledger, health: HealthMessage = HEALTH) -> MetricSources:
         health=lambda: health,
         in_flight=lambda: 7,
         has_unpublished=lambda: True,
+        shared_queue=lambda: (True, 8),
     )
 
 
@@ -150,6 +151,7 @@ def test_the_metrics_are_served_in_the_format_of_prometheus(metrics: Metrics, le
     assert served["cesar_oldest_queued_seconds",] > 0
     assert (served["cesar_worker_alive",], served["cesar_broker_connected",]) == (1, 0)
     assert (served["cesar_messages_in_flight",], served["cesar_statuses_unpublished",]) == (7, 1)
+    assert (served["cesar_shared_queue_connected",], served["cesar_shared_queue_jobs",]) == (1, 8)
     assert (served["cesar_rss_bytes",], served["cesar_spool_bytes",], served["cesar_disk_free_bytes",]) == (4000, 5, 6)
     assert served["cesar_ledger_bytes", "journal"] > 0
     assert any(name == "cesar_info" and "porch" in labels for name, *labels in served)
