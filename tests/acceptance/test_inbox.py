@@ -61,7 +61,8 @@ def test_inbox_sends_a_recording_writes_what_was_asked_for_and_moves_it(
     assert "-->" in (texts / "sub" / "a talk.srt").read_text()
     assert (done / "sub" / "a talk.wav").read_bytes() == SPEECH.read_bytes()
     assert not (new / "sub" / "a talk.wav").exists()
-    status = next(status for status in bus.every_status() if status["status"] == "completed")
+    ended = bus.wait("cesar/events", lambda event: event["event_type"] == "completed")
+    status = bus.status(ended["job_id"])
     assert status["job_id"].startswith("a-talk-")
     assert status["metadata"] == {"file": "sub/a talk.wav", "source": "inbox"}
     assert (status["priority"], status["language"], status["audio_source"]) == (3, "en", "upload")
@@ -109,7 +110,7 @@ def test_what_cannot_be_transcribed_has_a_file_that_says_why_and_a_retry_replace
 
     consumer.wait_for_log("broken.wav: audio_unreadable")
     said = (new / "broken.error.txt").read_text()
-    job_id = bus.every_status()[-1]["job_id"]
+    job_id = bus.wait("cesar/events", lambda event: event["event_type"] == "error")["job_id"]
     assert said.startswith("broken.wav was not transcribed (audio_unreadable).\n")
     assert f"cesar-mqtt retry {job_id}" in said
 
