@@ -60,7 +60,7 @@ class UploadStore:
             if path.suffix == PART_SUFFIX:  # of an earlier process
                 path.unlink()
             elif path.name.startswith(_PREFIX):
-                self._kept_bytes += path.stat().st_size
+                self._kept_bytes += path.lstat().st_size
 
     @property
     def used_bytes(self) -> int:
@@ -103,7 +103,7 @@ class UploadStore:
         for path in files:
             with suppress(OSError):
                 if not self._is_wanted(path):
-                    size_bytes = path.stat().st_size
+                    size_bytes = path.lstat().st_size
                     with self._lock:
                         path.unlink()
                         self._kept_bytes -= 0 if path.suffix == PART_SUFFIX else size_bytes
@@ -128,7 +128,7 @@ class UploadStore:
         if needed is not None:
             self._accepted.add(job_id)
             return needed
-        return job_id not in self._accepted and self._clock() - path.stat().st_mtime < _UNKNOWN_S
+        return job_id not in self._accepted and self._clock() - path.lstat().st_mtime < _UNKNOWN_S
 
 
 def _job_id(path: Path) -> str:

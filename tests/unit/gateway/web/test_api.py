@@ -122,6 +122,13 @@ def test_what_stands_around_the_parts_of_a_form_is_bounded(site: Site) -> None:
     assert list(site.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("boundary", ["x" * 300, "x" * 10_000])
+def test_a_boundary_that_is_too_long_is_an_error_of_the_client(site: Site, boundary: str) -> None:
+    head = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    response = site.browser.post("/api/jobs", content=b"--x", headers=head)
+    assert problem(response, 400)["code"] == "malformed_form"
+
+
 def test_the_head_of_an_event_stream_is_not_waited_for(site: Site) -> None:
     head = site.browser.head("/api/events")
     assert (head.status_code, head.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
