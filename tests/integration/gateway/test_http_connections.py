@@ -145,6 +145,7 @@ def test_a_request_that_declares_its_length_twice_is_the_last_of_its_connection(
         writer.close()
         server.should_exit = True
         await serving
+        opened.close()
         return received
 
     received = asyncio.run(smuggle())
