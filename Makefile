@@ -73,7 +73,7 @@ check: $(TEST_STAMP)
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
 
-bench: $(TEST_STAMP) build/speech $(if $(filter diarization,$(ARGS)),$(DIARIZATION)/embedding.onnx build/sherpa)
+bench: $(TEST_STAMP) build/speech $(if $(filter diarization,$(ARGS)),$(DIARIZATION)/embedding.onnx build/sherpa build/speech/usr/share/asterisk)
 	@$(RUN) benchmarks $(ARGS)
 
 bench-peers: $(TEST_STAMP) build/speech build/peers
@@ -192,6 +192,14 @@ $(DIARIZATION)/embedding.onnx: tools/make_diarization_models.py | $(VENV)/pyvenv
 build/speech/usr: build/speech/pyannote
 	@cd build/speech && apt-get --quiet=2 download pocketsphinx-testdata && dpkg-deb --extract pocketsphinx-testdata_*.deb . \
 	    || echo 'left out: the recordings of LibriVox could not be fetched'
+
+# Four people who speak the prompts of a telephone system, from Debian's packages of Asterisk.
+ASTERISK := $(foreach language,en fr it ru,asterisk-core-sounds-$(language)-g722)
+build/speech/usr/share/asterisk: | build/speech/usr
+	@echo 'downloading more voices for the benchmark of the diarizer, 41 MB'
+	@cd build/speech && apt-get --quiet=2 download $(ASTERISK) \
+	    && for package in asterisk-core-sounds-*.deb; do dpkg-deb --extract $$package .; done \
+	    && rm asterisk-core-sounds-*.deb || echo 'left out: the prompts of Asterisk could not be fetched'
 
 build/sherpa: build/speech/usr | $(VENV)/pyvenv.cfg
 	@$(call install,$(VENV),--quiet --no-deps --target build/sherpa sherpa-onnx==2.0.1 sherpa-onnx-core==2.0.1)
