@@ -18,6 +18,7 @@ NODE_RED := build/node-red
 # Home Assistant has an environment of its own, for one Python only.
 HOME_VENV ?= .venv-homeassistant
 HOME_PYTHON ?= python3.13
+HOME_WORKERS ?= 2
 # Beside what else is cached, so that a fresh clone need not make them again.
 DIARIZATION ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cesar-mqtt/models/diarization
 HOME_STAMP := $(HOME_VENV)/.installed
@@ -95,7 +96,7 @@ mutants: $(TEST_STAMP)
 
 # $(call in_home_assistant,ENVIRONMENT): all tests of tests/homeassistant.
 in_home_assistant = CESAR_MQTT=$(abspath $(VENV))/bin/cesar-mqtt PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest \
-    -c tests/homeassistant/pytest.ini tests/homeassistant $(ARGS)
+    -c tests/homeassistant/pytest.ini --numprocesses $(HOME_WORKERS) --dist worksteal tests/homeassistant $(ARGS)
 
 test-homeassistant: $(TEST_STAMP) $(HOME_STAMP)
 	@if $(MAKE) --no-print-directory install-homeassistant-newest; then $(call in_home_assistant,$(NEWEST_HOME_VENV)); \

@@ -85,7 +85,7 @@ class Claim(NamedTuple):
     """How often that was delivered, from 1: it is the attempt of the job."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen it would take three times as long to make
 class NewJob:
     """A validated request, ready to be appended to the ledger."""
 
@@ -248,3 +248,5 @@ class Totals:
     deleted_total: int = 0
     revision: int = 0
     """The number of the ledger's newest transaction."""
+    retryable: int = 0
+    """How many of the finished jobs can be retried."""

@@ -25,7 +25,7 @@ from cesar_mqtt.consumer.maintenance import Maintenance
 from cesar_mqtt.consumer.prefetch import Prefetcher
 from cesar_mqtt.consumer.publisher import Publisher
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
-from cesar_mqtt.consumer.shared_commands import SharedCommands
+from cesar_mqtt.consumer.shared_commands import SharedCommands, WaitingList
 from cesar_mqtt.consumer.shared_queue import Admissions, Claims, RequestReader
 from cesar_mqtt.consumer.worker import Worker, options_of
 from cesar_mqtt.errors import BrokerRefusedError, CesarError, ConfigError, ExitCode, LedgerError, ThreadDiedError, lacks
@@ -140,6 +140,10 @@ class Service:
         self._refused: BrokerRefusedError | None = None
         self.refusal_is_logged = False
         self._queue = _create_queue(settings, self._topics)
+        limit, waiting = settings.queue.max_payload_bytes, None
+        if self._queue is not None:
+            self._reader = RequestReader(self._queue, self._topics, self._models, max_payload_bytes=limit)
+            waiting = WaitingList(self._queue, self._reader.read)
         self._client = self._create_client(settings, broker)
         self._publisher = Publisher(self._client, self._ledger, self._topics)
         self._events = JobEvents(self._publisher)
@@ -209,6 +213,7 @@ class Service:
                 on_defaults_set=self._publish_info,
                 on_deleted=lambda job_id: None if self._claims is None else self._claims.release(job_id),
                 resubmit=None if self._queue is None else self._resubmit,
+                waiting=waiting,
                 grouped=settings.consumer.group is not None or self._queue is not None,
             ),
             response_topics=ResponseTopics(
@@ -216,7 +221,7 @@ class Service:
                 allowed=settings.security.response_topics,
                 discovery_prefix=settings.homeassistant.prefix,
             ),
-            max_payload_bytes=settings.queue.max_payload_bytes,
+            max_payload_bytes=limit,
             max_priority=settings.queue.max_priority,
             events=self._events,
             publisher=self._publisher,
@@ -234,8 +239,7 @@ class Service:
         queue = self._queue
         if queue is None:
             return None, None
-        ack_wait_s = settings.queue.jetstream.ack_wait
-        reader = RequestReader(queue, self._topics, self._models, max_payload_bytes=settings.queue.max_payload_bytes)
+        ack_wait_s, reader = settings.queue.jetstream.ack_wait, self._reader
         admissions = Admissions(
             queue,
             reader,
@@ -316,8 +320,12 @@ class Service:
                 health=self._health.measure,
                 in_flight=lambda: self._publisher.in_flight,
                 has_unpublished=lambda: self._ledger.has_unpublished,
+                shared_queue=None if self._queue is None else self._shared_queue,
             )
         )
+
+    def _shared_queue(self) -> tuple[bool, int]:
+        return self._queue is not None and self._queue.wait_ready(0.0), self._publisher.waiting()
 
     # -- callbacks of the network thread ---------------------------------------------------------------------------
 

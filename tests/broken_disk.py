@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.conftest import need
+from tests.conftest import PATIENCE_S, need
 
 CRASH, HANG = 200, 201
 
@@ -138,7 +138,7 @@ def build_random(folder: Path, *, writes: Path, reads: Path, one_in: int, seed: 
 def _build(folder: Path, code: str) -> Path:
     source, library = folder / "broken_disk.c", folder / "broken_disk.so"
     source.write_text(code)
-    subprocess.run([need("cc"), "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    subprocess.run([need("cc"), "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE_S)
     return library
 
 

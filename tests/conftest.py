@@ -1,5 +1,6 @@
 """Brokers for the tests: Debian's mosquitto as its own process, and the embedded one. All of them on loopback."""
 
+import functools
 import getpass
 import itertools
 import logging
@@ -22,7 +23,8 @@ from hypothesis import settings
 
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 
-_WAIT_S = 10.0
+PATIENCE_S = 120.0
+"""How long a test waits for what has to happen; only a failure, or a machine with far too much to do, takes it."""
 
 # Before numpy and the first model are loaded, here or in a process of a test: idle threads of OpenMP and OpenBLAS
 # otherwise spin, on cores that other tests need.
@@ -65,16 +67,23 @@ def _encodable(data: Any) -> Any:
 
 
 # A port that is free now is used a moment later, and again after a restart of what listens there. Below 32768 no system
-# takes one for an outgoing connection or for port 0, and each worker process has a range of its own.
-_PORTS_EACH = 750
-_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
-_ports = itertools.cycle(range(20_000 + _PORTS_EACH * _worker, 20_000 + _PORTS_EACH * (_worker + 1)))
-for _ in range(os.getpid() % _PORTS_EACH):  # two test runs on one machine seldom want the same
-    next(_ports)
+# takes one for an outgoing connection or for port 0. Each process that runs tests has a range of its own, also beside
+# other runs on this machine: it has the range whose first port it listens on.
+_PORTS_EACH = 400
+_RANGES = range(20_000, 32_400, _PORTS_EACH)
+
+
+@functools.cache
+def _own_ports() -> tuple[socket.socket, Iterator[int]]:
+    for first in _RANGES:
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", first)), itertools.cycle(range(first + 1, first + _PORTS_EACH))
+    pytest.fail("too many processes run tests on this machine")
 
 
 def find_free_port() -> int:
-    for port in itertools.islice(_ports, _PORTS_EACH):
+    _, ports = _own_ports()
+    for port in itertools.islice(ports, _PORTS_EACH):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     pytest.fail("there is no free port")
@@ -93,7 +102,7 @@ def need(program: str) -> str:
     return path or report_missing(f"{program} is not installed")
 
 
-def run(*command: str, timeout_s: float = _WAIT_S, text: str | None = None) -> subprocess.CompletedProcess[str]:
+def run(*command: str, timeout_s: float = PATIENCE_S, text: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
@@ -168,14 +177,17 @@ class Mosquitto:
         It heeds SIGTERM only in its main loop, which logs connections.
         """
         pause = threading.Event()
-        deadline = time.monotonic() + _WAIT_S
+        deadline = time.monotonic() + PATIENCE_S
         while process.poll() is None and time.monotonic() < deadline:
-            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), timeout=_WAIT_S):
+            with (
+                suppress(ConnectionRefusedError),
+                socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S),
+            ):
                 return self.wait_logged("New connection")
             pause.wait(0.01)
         return False
 
-    def wait_logged(self, text: str, timeout_s: float = _WAIT_S) -> bool:
+    def wait_logged(self, text: str, timeout_s: float = PATIENCE_S) -> bool:
         """Wait until a line with this text has been logged since the last start."""
         with self._logged:
             return self._logged.wait_for(lambda: any(text in line for line in self.log), timeout_s)
@@ -203,12 +215,12 @@ class Mosquitto:
             return
         process.kill() if kill else process.terminate()
         try:
-            process.wait(_WAIT_S)
+            process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(_WAIT_S)
+            process.wait(PATIENCE_S)
         if self._reader is not None:
-            self._reader.join(_WAIT_S)
+            self._reader.join(PATIENCE_S)
         if process.stderr is not None:
             process.stderr.close()
 

@@ -9,14 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-PATIENCE_S = 60.0
+from tests.conftest import PATIENCE_S, find_free_port
+
 ACK_WAIT_S = 2.0
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def program() -> str | None:

@@ -47,6 +47,7 @@ def start(
     stdout: IO[bytes],
     stderr: IO[bytes],
     fresh: bool = False,
+    python: str = sys.executable,
 ) -> Started:
     """Run `cesar-mqtt` with nothing on stdin.
 
@@ -58,10 +59,11 @@ def start(
         stdout: an open file.
         stderr: an open file.
         fresh: whether to start the interpreter anew in any case, as where the start itself is tested.
+        python: the interpreter of the environment in which the package is installed.
     """
-    if not fresh and hasattr(os, "pidfd_open") and _others(env) == (template := _template()).environ:
+    if not fresh and hasattr(os, "pidfd_open") and _others(env) == (template := _template(python)).environ:
         return template.fork(arguments, cwd=cwd, env=env, streams=(stdout, stderr))
-    command = [sys.executable, "-m", _PACKAGE, *arguments]
+    command = [python, "-m", _PACKAGE, *arguments]
     return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
 
 
@@ -105,12 +107,12 @@ class _Forked:
 class _Template:
     """The template process; children that are left end with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str) -> None:
         self.environ = _others(os.environ)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.template", str(theirs.fileno())],
+                [python, "-m", "tests.template", str(theirs.fileno())],
                 cwd=_ROOT,
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
@@ -133,8 +135,8 @@ class _Template:
 
 
 @functools.cache
-def _template() -> _Template:
-    template = _Template()
+def _template(python: str) -> _Template:
+    template = _Template(python)
     atexit.register(template.close)
     return template
 

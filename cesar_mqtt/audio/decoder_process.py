@@ -46,7 +46,7 @@ _OWN_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC
 
 _START_S = 60.0
 """How long a template may take to load its libraries, from a slow card, and to fork."""
-_STATUS_S = 2.0
+_STATUS_S = 10.0
 """How long the template may take to report how a decoder ended; one that reads from a dead share ends when it can."""
 _STOP_S = 2.0
 _STARTS = 2

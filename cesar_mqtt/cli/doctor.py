@@ -22,8 +22,8 @@ from cesar_mqtt.cli.console import out
 from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.cli.jobs import quiet
 from cesar_mqtt.cli.text import duration, many, number, printable, size
-from cesar_mqtt.config import AudioSettings, ModelSettings, Settings
-from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError
+from cesar_mqtt.config import AudioSettings, JetStreamSettings, ModelSettings, Settings
+from cesar_mqtt.errors import BrokerRefusedError, CesarError, ExitCode, LedgerError, LedgerInUseError, lacks
 from cesar_mqtt.gateway.session import NoAnswerError
 from cesar_mqtt.ledger import repair as salvage
 from cesar_mqtt.ledger.ledger import acquire_lock, data_dir_problem
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 _ROOM_BYTES = 1 << 30
 _DAY_S = 24 * 3600.0
-_REINSTALL = "Install cesar-mqtt with the library versions that it is tested with: pip install -c constraints.txt."
+_REINSTALL = (
+    "Install cesar-mqtt in the clone with the versions that it is tested with: pip install -c constraints.txt '.[all]'"
+)
 
 
 _PROTECTIONS = {
@@ -85,6 +87,8 @@ def examine(settings: Settings, *, as_json: bool, timeout_s: float) -> ExitCode:
 
 def _all(settings: Settings, timeout_s: float) -> Iterator[Finding]:
     yield from check_broker(settings, timeout_s)
+    if settings.queue.engine == "jetstream":
+        yield check_shared_queue(settings.queue.jetstream, timeout_s)
     decoder = check_decoder()
     yield decoder
     if decoder.verdict is Severity.OK:  # without a decoder no model can transcribe
@@ -207,6 +211,32 @@ def _not_accepted(message: Mapping[str, Any]) -> Finding:
     detail = f"The broker does not accept the consumer's message on {message.get('topic')}"
     detail += f" ({size(number(message.get('size_bytes')) or 0)}), which {outcome}"
     return Finding("consumer", Severity.WRONG, detail, ADVICE.get(str(message.get("cause")), "See the consumer's log."))
+
+
+def check_shared_queue(settings: JetStreamSettings, timeout_s: float) -> Finding:
+    """Ask the NATS servers for the queue that consumers share."""
+    check, start = "shared queue", "Start a consumer before the first job is published: it makes the queue."
+    try:
+        from cesar_mqtt.engines.jetstream import look  # noqa: PLC0415 - nats-py is an extra
+
+        queue = look(settings, timeout_s)
+    except ModuleNotFoundError as exc:
+        if not lacks(exc, "nats"):
+            raise
+        return Finding(check, Severity.WRONG, "nats-py is not installed", "Install the extra cluster.")
+    except CesarError as exc:
+        advice = exc.advice or "Start the servers, or correct queue.jetstream.url and its credentials."
+        return Finding(check, Severity.WRONG, printable(exc.problem), advice)
+    if queue is None:
+        return Finding(check, Severity.WRONG, f"There is no queue {settings.stream} on the servers", start)
+    detail = (
+        f"{settings.stream}: {many(queue.requests, 'request')} to be admitted, {many(queue.waiting, 'job')} waiting, "
+        f"{queue.delivered} at consumers; stored on {many(queue.replicas, 'server')}"
+    )
+    if queue.absent:
+        names = ", ".join(map(printable, queue.absent))
+        return Finding(check, Severity.WRONG, f"{detail}; away or behind: {names}", "Start that server.")
+    return Finding(check, Severity.OK, detail)
 
 
 # -- the decoder and the model -----------------------------------------------------------------------------------------

@@ -67,6 +67,9 @@ def print_jobs(
     merged = [job for newest, _ in lists for job in newest]
     if len(lists) > 1:
         merged.sort(key=lambda job: str(job.get("created_at")), reverse=True)
+        total -= len(merged)
+        merged = list({(job["job_id"], None if job.get("shared") else job["consumer"]): job for job in merged}.values())
+        total += len(merged)
     found = merged[: limit or None]
     if as_json:
         for job in found:

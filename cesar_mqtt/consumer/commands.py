@@ -97,6 +97,16 @@ class DescribesModels(Protocol):
         """Describe the models and how they are run."""
 
 
+class WaitingList(Protocol):
+    """The jobs that wait in a queue that consumers share. Each method may raise QueueUnavailableError."""
+
+    def count(self) -> int:
+        """Return how many there are."""
+
+    def jobs(self, after: str | None, limit: int) -> list[Job] | None:
+        """Return the jobs behind one, at most so many in their order, with `seq` 0; None: that one is not there."""
+
+
 class CommandHandlers:
     """Executes commands; each gets one response, whatever its payload is.
 
@@ -122,6 +132,7 @@ class CommandHandlers:
         on_defaults_set: Callable[[], None] = lambda: None,
         on_deleted: Callable[[str], None] = lambda _job_id: None,
         resubmit: Callable[[Job], None] | None = None,
+        waiting: WaitingList | None = None,
         grouped: bool = False,
     ) -> None:
         """Build the table of commands.
@@ -139,6 +150,7 @@ class CommandHandlers:
             on_defaults_set: called when it has.
             on_deleted: called with the id of a job that was deleted.
             resubmit: returns a job to the queue that consumers share, for a retry; None: the ledger is the queue.
+            waiting: the jobs of the queue that consumers share; None: the ledger is the queue.
             grouped: whether other consumers receive the same commands and share the jobs.
         """
         self._ledger = ledger
@@ -153,6 +165,7 @@ class CommandHandlers:
         self._on_defaults_set = on_defaults_set
         self._on_deleted = on_deleted
         self._resubmit = resubmit
+        self._waiting = waiting
         self._grouped = grouped
         self._handlers: dict[str, Callable[[Any], _Outcome]] = {
             "cancel": lambda command: self._for_job(command, self._cancel),
@@ -323,17 +336,31 @@ class CommandHandlers:
     # -- all jobs -----------------------------------------------------------------------------------------------------
 
     def _list(self, command: ListCommand) -> _Outcome:
+        """List the jobs of the ledger, and behind them those that wait in the shared queue."""
+        states = () if command.status is None else (JobState(command.status),)
         previous = None if command.after is None else self._ledger.get(command.after)
-        if command.after is not None and previous is None:
+        waiting = self._waiting if command.status in (None, JobState.QUEUED) else None
+        found: list[Job] | None = None
+        if command.after is None or previous is not None:
+            after = 0 if previous is None else previous.seq
+            found = self._ledger.jobs(states=states, after=after, limit=command.limit + 1)
+        try:
+            total = self._ledger.count(states) + (0 if waiting is None else waiting.count())
+            if waiting is not None and (found is None or len(found) <= command.limit):
+                behind = waiting.jobs(
+                    None if found is not None else command.after, command.limit + 1 - len(found or ())
+                )
+                found = behind if found is None else [*found, *(behind or ())]
+        except QueueUnavailableError as exc:
+            return _Failure(exc.problem)
+        if found is None:
             problem = f"Unknown job id in `after`: {command.after}. It may have been deleted; start without `after`."
             return _Failure(problem, is_elsewhere=True)
-        states = () if command.status is None else (JobState(command.status),)
-        after = 0 if previous is None else previous.seq
-        found = self._ledger.jobs(states=states, after=after, limit=command.limit + 1)
-        summaries = (summary_of(status_of(job, self._consumer)) for job in found[: command.limit])
+        listed = found[: command.limit]
+        summaries = (summary_of(status_of(job, self._consumer), shared=not job.seq) for job in listed)
         jobs = truncate_list(summaries, RESPONSE_BYTES)
         following = jobs[-1].job_id if len(found) > len(jobs) else None
-        return JobList(jobs=jobs, next=following, total=self._ledger.count(states), consumer=self._consumer)
+        return JobList(jobs=jobs, next=following, total=total, consumer=self._consumer)
 
     def _cancel_all(self) -> _Outcome:
         """Cancel the running job first: the worker would otherwise start the next one, only to have it cancelled."""

@@ -41,7 +41,7 @@ class ModelNames(Protocol):
         """Return why a request may not name this model, and which it may, as a part of a sentence."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen it would take three times as long to make
 class IncomingMessage:
     """One message: a job, a refusal, both (a refusal that is recorded), a command, or none of them (empty payload).
 

@@ -151,8 +151,9 @@ class Intake(StoppableThread):
         # A message that arrived before the broker began a new session may be a redelivery of the former session.
         former = sum(delivery.receipt.connection < bounds.session for delivery in deliveries)
         with suppress(Cancelled):
-            self._redelivery.update(replace(bounds, session=0))
-            self._process(deliveries[:former])
+            if former:
+                self._redelivery.update(replace(bounds, session=0))
+                self._process(deliveries[:former])
             self._redelivery.update(bounds)
             self._process(deliveries[former:])
         if self._stopping.is_set() or not self._arrived:
@@ -343,7 +344,9 @@ class Intake(StoppableThread):
 
     def _evict(self, needed_bytes: int) -> None:
         """Remove the oldest uploads of ended jobs, which only a retry would need, if that makes enough room."""
-        if needed_bytes <= self._spool.room_bytes or self._spool.room_bytes + self._evictable_bytes() < needed_bytes:
+        if not needed_bytes or needed_bytes <= self._spool.room_bytes:
+            return
+        if self._spool.room_bytes + self._evictable_bytes() < needed_bytes:
             return
         for job_id, name in self._ledger.retryable_uploads():
             if needed_bytes <= self._spool.room_bytes:

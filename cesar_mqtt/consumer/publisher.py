@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -58,8 +58,7 @@ _MOVES = 10
 moved for 2 s, at each end of a longer job; else at every tenth move, which is one status for each finished job."""
 
 
-@dataclass(frozen=True, slots=True)
-class StatusAck:
+class StatusAck(NamedTuple):
     """Awaited for the status of a job."""
 
     seq: int
@@ -71,8 +70,7 @@ class StatusAck:
         return "status", self.seq
 
 
-@dataclass(frozen=True, slots=True)
-class ClearAck:
+class ClearAck(NamedTuple):
     """Awaited for the last retained topic of a deleted job that is cleared."""
 
     seq: int
@@ -82,8 +80,7 @@ class ClearAck:
         return "clear", self.seq
 
 
-@dataclass(frozen=True, slots=True)
-class OwnTopicAck:
+class OwnTopicAck(NamedTuple):
     """Awaited for one of the consumer's own topics."""
 
     name: str
@@ -94,8 +91,7 @@ class OwnTopicAck:
         return "own", self.name
 
 
-@dataclass(frozen=True, slots=True)
-class TransientAck:
+class TransientAck(NamedTuple):
     """Awaited for a transient message."""
 
     message: TransientMessage
@@ -183,7 +179,7 @@ class Publisher(StoppableThread, JobObserver):
         """By the tickets of the client."""
         self._statuses_in_flight: dict[int, int] = {}
         self._clears_in_flight: dict[int, int] = {}
-        """How many messages of each job's new state, and of its deletion, are in flight."""
+        """How many new states of each job are in flight, and whether its deletion is."""
         self._acknowledged: deque[tuple[Hashable, Refusal | None]] = deque()
         self._quarantine = Quarantine(monotonic=monotonic)
         self._repeated: set[Unit] = set()
@@ -472,17 +468,20 @@ class Publisher(StoppableThread, JobObserver):
         while self._acknowledged:
             ticket, refusal = self._acknowledged.popleft()
             message = self._in_flight.pop(ticket, None)
-            if message is not None:  # a ticket of an earlier connection is unknown
+            if message is None:  # of an earlier connection
+                continue
+            if refusal is None:
+                self._quarantine.on_accepted(message.topic, message.size_bytes)
+            else:
+                self._handle_refusal(message, refusal)
+            if message.is_last:
                 self._count_in_flight(message.ack, -1)
-                self._handle_acknowledgement(message, refusal)
-                if message.is_last and not self._is_repeated(message.ack):
+                if not self._is_repeated(message.ack):
                     acks.append(message.ack)
         self._complete(acks)
 
-    def _handle_acknowledgement(self, message: _InFlight, refusal: Refusal | None) -> None:
-        if refusal is None:
-            self._quarantine.on_accepted(message.topic, message.size_bytes)
-        elif self._quarantine.on_refused(self._sent(message), is_too_large=refusal.is_too_large):
+    def _handle_refusal(self, message: _InFlight, refusal: Refusal) -> None:
+        if self._quarantine.on_refused(self._sent(message), is_too_large=refusal.is_too_large):
             self._repeated.add(message.ack.unit)
         else:
             self._status_refused |= isinstance(message.ack, StatusAck | ClearAck)
@@ -586,7 +585,8 @@ class Publisher(StoppableThread, JobObserver):
             self._connected = False
             return False
         self._in_flight[ticket] = _InFlight(ack, topic, size_bytes, is_last)
-        self._count_in_flight(ack, 1)
+        if is_last:
+            self._count_in_flight(ack, 1)
         return True
 
     def _sent(self, message: _InFlight) -> Sent:

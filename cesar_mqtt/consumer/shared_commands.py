@@ -57,6 +57,9 @@ class WaitingJobs(Protocol):
     def remove(self, job_id: str) -> None:
         """Remove the message of a job."""
 
+    def waiting(self) -> int:
+        """Return how many jobs wait."""
+
 
 def record_key(job_id: str) -> str:
     """Return the key of a job's record."""
@@ -83,6 +86,32 @@ def request_payload(job: Job, audio: bytes | None) -> bytes:
     elif job.audio is not None:
         request["audio_url" if job.audio.kind == "url" else "audio_path"] = job.audio.name
     return json.dumps(request).encode()
+
+
+class WaitingList:
+    """What `list` shows of the queue. Any thread may call it; each method may raise QueueUnavailableError."""
+
+    def __init__(self, queue: WaitingJobs, read: Callable[[Message], IncomingMessage]) -> None:
+        self._queue = queue
+        self._read = read
+
+    def count(self) -> int:
+        """Return how many jobs wait."""
+        return self._queue.waiting()
+
+    def jobs(self, after: str | None, limit: int) -> list[Job] | None:
+        """Return the jobs behind one, at most so many, in their order; None: that one is not in the queue."""
+        first = None if after is None else self._queue.job(after)
+        if after is not None and first is None:
+            return None
+        found: list[Job] = []
+        message = self._queue.job_behind(0 if first is None else first.seq)
+        while message is not None and len(found) < limit:
+            record, job = self._queue.record(record_key(message.job_id or "")), self._read(message).job
+            if job is not None and record is not None and record.values.get("state") == JobState.QUEUED:
+                found.append(waiting_job(job, message.received_at, record.values.get("position")))
+            message = self._queue.job_behind(message.seq)
+        return found
 
 
 class SharedCommands:

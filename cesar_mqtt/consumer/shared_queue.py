@@ -15,7 +15,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
+from cesar_mqtt.protocol.payloads import status_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.threads import StoppableThread
 
@@ -46,6 +47,8 @@ _POSITIONS_S = 2.0
 """After so long a job is no short one: the positions of those behind it are published."""
 _ANNOUNCE_S = 5.0
 """How long a retry waits for the PUBACK of `queued` before the job is in the queue, where others publish it."""
+_PROOF_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""After each publication of a final status that the broker does not retain, the delay before the next look."""
 _RENEWALS = 3
 """How often a delivery is renewed within the time after which another consumer gets it."""
 _IDS = uuid.UUID("a1f0a4d3-5f4c-4d5e-9a51-0f5b2c6f3f0e")
@@ -298,7 +301,8 @@ class Claims(StoppableThread):
     """Claims one job at a time from the queue.
 
     Its order of events is a promise: the claim in the job's record, the job in the ledger, the end in the record, the
-    end in the ledger, the PUBACK of the final status, the acknowledgement in the queue.
+    end in the ledger, the PUBACK of the final status, the proof that the broker retains it, the acknowledgement in the
+    queue.
     """
 
     def __init__(
@@ -582,10 +586,7 @@ class Claims(StoppableThread):
 
     def _is_published(self, job_id: str, earlier: Claim | None) -> bool:
         """Whether the broker retains the final status of the attempt that an earlier claim was."""
-        payload = self._queue.retained(self._topics.status(job_id))
-        status: dict[str, Any] = {}
-        with suppress(ValueError):
-            status = dict(json.loads(payload or b"{}"))
+        status = _status_in(self._queue.retained(self._topics.status(job_id)))
         state = STATES.get(status.get("status", ""))
         return (
             state is not None and state.final and earlier is not None and status.get("attempt", 0) >= earlier.delivery
@@ -618,28 +619,64 @@ class Claims(StoppableThread):
     def _attend(self, lease: Lease) -> None:
         """Renew the delivery until the job has ended and is published, is given back, or is lost."""
         positions_due = self._monotonic() + _POSITIONS_S if self._is_strict else math.inf
+        proof_delays_s, proof_due = iter(_PROOF_DELAYS_S), 0.0
         while True:
             self._changed.clear()
             job = self._ledger.get(lease.message.job_id or "")
             if job is None or job.claim != lease.claim or not lease.is_current:
                 self._lose(lease, job)
                 return
-            if job.state.final and not self._ledger.is_unpublished(job.seq):
-                if self._acknowledge(lease):
-                    return
-            elif self._stopping.is_set() and job.state is JobState.QUEUED and not self._is_working():
-                self._return(lease, job)
-                return
-            elif lease.is_due:
+            if lease.is_due:
                 try:
                     lease.renew(self._queue)
                 except QueueUnavailableError as exc:
                     log.debug("%s", exc, action="queue_unavailable", job_id=job.job_id)
+            if job.state.final and not self._ledger.is_unpublished(job.seq):
+                if self._monotonic() >= proof_due:
+                    delay_s = self._prove(job, proof_delays_s)
+                    if delay_s is None and self._acknowledge(lease):
+                        return
+                    proof_due = self._monotonic() + (delay_s or 0.0)
+            elif self._stopping.is_set() and job.state is JobState.QUEUED and not self._is_working():
+                self._return(lease, job)
+                return
             elif self._monotonic() >= positions_due and not self._stopping.is_set():
                 positions_due = math.inf
                 with suppress(QueueUnavailableError):
                     self._publish_positions(lease)
             self._changed.wait(min(_POLL_S, self._ack_wait_s / _RENEWALS / 2))
+
+    def _prove(self, job: Job, delays_s: Iterator[float]) -> float | None:
+        """Publish the end of a job again that the broker has acknowledged and does not retain.
+
+        NATS sends the PUBACK also when it could not store the retained message, as without a leader of that stream
+        (2.15.1, mqtt.go: "unable to store retained message").
+
+        Returns:
+            Seconds until the next look; None: the broker retains it, or does not after several publications.
+        """
+        try:
+            if self._is_retained(job):
+                return None
+        except QueueUnavailableError as exc:
+            log.debug("%s", exc, action="queue_unavailable", job_id=job.job_id)
+            return _RETRY_S
+        delay_s = next(delays_s, None)
+        if delay_s is None:
+            message = "The broker acknowledges the end of the job and does not retain it"
+            log.error(message, action="not_retained", job_id=job.job_id)
+            return None
+        message = "The broker does not retain the end of the job, which it has acknowledged: publishing it again"
+        log.warning(message, action="not_retained", job_id=job.job_id)
+        self._ledger.republish([job.seq])
+        return delay_s
+
+    def _is_retained(self, job: Job) -> bool:
+        expected = status_of(job, self._topics.consumer)
+        status = _status_in(self._queue.retained(self._topics.status(job.job_id)))
+        same = all(status.get(name) == expected[name] for name in ("status", "attempt", "completed_at", "consumer"))
+        names = job.formats if job.state is JobState.COMPLETED else ()
+        return same and all(self._queue.retained(self._topics.result(job.job_id, name)) is not None for name in names)
 
     def _publish_positions(self, lease: Lease) -> None:
         """Publish the positions of the first waiting jobs: none of them can be claimed while the lease is current.
@@ -705,6 +742,13 @@ class Claims(StoppableThread):
             log.error("%s", exc, action="intake_degraded")
             return False
         return True
+
+
+def _status_in(payload: bytes | None) -> dict[str, Any]:
+    """Return the fields of a status; empty: there is none, or another program has published something else."""
+    with suppress(ValueError, TypeError):
+        return dict(json.loads(payload or b"{}"))
+    return {}
 
 
 def _settings_of(job: Job | NewJob) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ from nats.js.api import (
 )
 from nats.js.errors import APIError, BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError
 
-from cesar_mqtt.engines.messages import Message, QueueUnavailableError, Record
+from cesar_mqtt.engines.messages import Message, QueueState, QueueUnavailableError, Record
 from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.logs import get_logger
 from cesar_mqtt.threads import Backoff, StoppableThread
@@ -535,6 +535,50 @@ class JetStreamQueue(StoppableThread):
     def delete_record(self, key: str) -> None:
         """Delete a record, if there is one."""
         self._call(self._records.purge(key))
+
+
+def look(settings: "JetStreamSettings", timeout_s: float) -> QueueState | None:
+    """Return the state of a queue without changing anything; None: no consumer has made it yet.
+
+    Raises:
+        ConfigError: a file cannot be used, or the server refuses the credentials.
+        QueueUnavailableError: the server does not answer.
+    """
+    return asyncio.run(_look(settings, timeout_s))
+
+
+async def _look(settings: "JetStreamSettings", timeout_s: float) -> QueueState | None:
+    client, trouble = Client(), []
+
+    async def on_error(error: Exception) -> None:
+        trouble.append(str(error) or type(error).__name__)
+
+    try:
+        async with asyncio.timeout(timeout_s):
+            await client.connect(
+                **_connect_options(settings), error_cb=on_error, max_reconnect_attempts=0, connect_timeout=5
+            )
+            js = client.jetstream(timeout=timeout_s)
+            stream = await js.stream_info(settings.stream)
+            jobs = await js.consumer_info(settings.stream, f"{settings.stream}-jobs")
+            requests = await js.consumer_info(MQTT_STREAM, f"{settings.stream}-requests")
+    except NotFoundError:
+        return None
+    except _ERRORS as exc:
+        raise QueueUnavailableError(
+            f"The queue does not answer: {trouble[0] if trouble else str(exc) or type(exc).__name__}."
+        ) from exc
+    finally:
+        with suppress(*_ERRORS, AssertionError):
+            await client.close()
+    others = stream.cluster.replicas or [] if stream.cluster else []
+    return QueueState(
+        requests=(requests.num_pending or 0) + (requests.num_ack_pending or 0),
+        waiting=jobs.num_pending or 0,
+        delivered=jobs.num_ack_pending or 0,
+        replicas=stream.config.num_replicas or 1,
+        absent=tuple(peer.name or "?" for peer in others if peer.offline or not peer.current),
+    )
 
 
 def _request_of(message: Msg) -> Message:

@@ -37,3 +37,19 @@ class Record:
     revision: int
     """Of the record: an update names it, and fails if another consumer was first."""
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """How much is in the queue, and who keeps it."""
+
+    requests: int
+    """Requests that wait to be admitted; those of commands count."""
+    waiting: int
+    """Jobs that wait to be delivered."""
+    delivered: int
+    """Jobs that consumers have."""
+    replicas: int
+    """On how many servers it is stored."""
+    absent: tuple[str, ...]
+    """Of these, the names of those that are away or behind."""

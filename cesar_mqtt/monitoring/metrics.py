@@ -52,6 +52,8 @@ class MetricSources:
         health: the measurements of process and files.
         in_flight: the number of published messages without PUBACK.
         has_unpublished: whether a status is not acknowledged by the broker.
+        shared_queue: whether the queue that consumers share is connected, and how many jobs wait in it; None: there is
+            none.
     """
 
     ledger: Path
@@ -59,6 +61,7 @@ class MetricSources:
     health: Callable[[], HealthMessage]
     in_flight: Callable[[], int]
     has_unpublished: Callable[[], bool]
+    shared_queue: Callable[[], tuple[bool, int]] | None = None
 
 
 class Metrics:
@@ -174,6 +177,10 @@ class _Readings(Collector):
         yield _gauge("cesar_messages_in_flight", "Published messages without PUBACK.", self._sources.in_flight())
         behind = self._sources.has_unpublished()
         yield _gauge("cesar_statuses_unpublished", "1: a status is not acknowledged by the broker.", behind)
+        if self._sources.shared_queue is not None:
+            connected, waiting = self._sources.shared_queue()
+            yield _gauge("cesar_shared_queue_connected", "1: connected to the queue that consumers share.", connected)
+            yield _gauge("cesar_shared_queue_jobs", "Jobs that wait there for any consumer.", waiting)
 
     def _queue(self, totals: Totals) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         age_s = 0.0 if totals.oldest_queued_at is None else max(0.0, time.time() - totals.oldest_queued_at)

@@ -55,9 +55,9 @@ class _Properties:
 # -- encoding ----------------------------------------------------------------------------------------------------------
 
 
-def frame(first: int, *parts: bytes) -> bytes:
-    """Return a packet: the fixed header, then the parts."""
-    return b"".join((bytes((first,)), _encode_number(sum(map(len, parts))), *parts))
+def frame(first: int, body: bytes) -> bytes:
+    """Return a packet: the fixed header, then the body."""
+    return b"%c%b%b" % (first, _encode_number(len(body)), body)
 
 
 def encode_publish(publication: Publication, mid: int, *, five: bool) -> bytes:
@@ -66,7 +66,7 @@ def encode_publish(publication: Publication, mid: int, *, five: bool) -> bytes:
     packet_id = mid.to_bytes(2, "big") if publication.qos else b""
     properties = _encode_properties(publication) if five else b""
     first = PUBLISH | publication.qos << 1 | publication.retain
-    return frame(first, len(topic).to_bytes(2, "big"), topic, packet_id, properties, publication.payload)
+    return frame(first, b"".join((len(topic).to_bytes(2, "big"), topic, packet_id, properties, publication.payload)))
 
 
 def encode_puback(mid: int) -> bytes:

@@ -4,6 +4,7 @@ The network thread creates it, runs it and closes it. Any thread may call `ackno
 `expire`, `disconnect_gracefully` and `wake`.
 """
 
+import logging
 import math
 import select
 import time
@@ -45,6 +46,8 @@ MAX_WAIT_S = 1.0
 _SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 _ANSWER_S = 15.0
 """How long the broker may take from the TCP connection to the SUBACK."""
+_FILTER_S = 6.0
+"""How long it may take for each topic filter: NATS waits for up to 5 s for the leader of each."""
 _PROBE_S = 5.0
 """When the oldest message has not been acknowledged for so long, the broker gets a ping."""
 _STALLED_S = 10.0
@@ -52,6 +55,13 @@ _STALLED_S = 10.0
 PUBACK has so long after a ping: a broker that stores what it acknowledges may answer the ping before."""
 _PING_AFTER = 0.25
 """The part of the keepalive time after which an idle connection sends a ping."""
+_UNSPECIFIED = 0x80
+"""The only refusal of a SUBSCRIBE in 3.1.1, and in MQTT 5 the one without a reason. It may pass by itself: a cluster of
+NATS 2.15.1 refuses so while it elects a leader, and every third new subscription while one of three servers is away."""
+_AGAIN_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""The delays before such a SUBSCRIBE is repeated; it may as well be the access list."""
+_AGAIN_BEFORE_READY = 3
+"""How many of these attempts a connection makes before it is ready: most commands need all their subscriptions."""
 
 _P = ParamSpec("_P")
 
@@ -143,6 +153,13 @@ class Connection:
         self._is_refused = False
         """Whether the broker answered the SUBSCRIBE with a DISCONNECT."""
         self._ahead = self._subscribed_ahead = False
+        self._subscribing: dict[int, list[tuple[Subscription, int]]] = {}
+        """What each SUBSCRIBE without a SUBACK asks for, with the QoS, by its packet id."""
+        self._refused: dict[str, Subscription] = {}
+        """By topic filter, what the broker refused, or granted at a lower QoS."""
+        self._subscribe_again: dict[str, Subscription] = {}
+        self._subscribe_again_at = math.inf
+        self._subscribed_again = 0
         self._expire_as: str | None = None
         self._oldest: PublishTicket | None = None
         """The oldest message in flight, since `_oldest_at`; the answer to the ping `_probe` shows that it was read."""
@@ -298,7 +315,12 @@ class Connection:
         while self._to_acknowledge:
             self._send_acknowledgement(self._to_acknowledge.popleft())
         if self.info is not None and self._ahead != self._subscribed_ahead:
+            self._subscribed_ahead = self._ahead
             self._subscribe([wanted for wanted in self._options.subscriptions if wanted.may_go_ahead])
+        if time.monotonic() >= self._subscribe_again_at:
+            again, self._subscribe_again = self._subscribe_again, {}
+            self._subscribe_again_at = math.inf
+            self._subscribe(list(again.values()))
         self._send_queue.send(self._socket, acks_sent=self._acks_sent)
         if self._disconnecting and not self._send_queue.has_waiting and not self._disconnect_sent:
             self._disconnect_sent = True
@@ -339,7 +361,8 @@ class Connection:
         """Wait until there is something to do; True: there is data to read, and that was asked for."""
         buffered = self._socket
         pending = for_reading and buffered.has_pending
-        timeout_s = 0.0 if pending else min(MAX_WAIT_S, max(0.0, self._cut_at - time.monotonic()))
+        due_at = min(self._cut_at, self._subscribe_again_at)
+        timeout_s = 0.0 if pending else min(MAX_WAIT_S, max(0.0, due_at - time.monotonic()))
         for_writing = buffered.has_unsent or self._paho.want_write()
         poll = select.poll()  # `select.select` fails for descriptors above 1023
         poll.register(self._wakeup, select.POLLIN)
@@ -420,6 +443,7 @@ class Connection:
         queue = self._send_queue
         queue.limit_bytes = min(queue.limit_bytes, getattr(properties, "MaximumPacketSize", MAX_PACKET_BYTES))
         queue.max_in_flight = min(queue.max_in_flight, getattr(properties, "ReceiveMaximum", queue.max_in_flight))
+        self._subscribed_ahead = self._ahead
         self._subscribe(self._options.subscriptions)
         if not self._options.subscriptions:
             self._on_ready(())
@@ -427,24 +451,55 @@ class Connection:
             paho.unsubscribe(list(self._options.unwanted))
 
     def _subscribe(self, subscriptions: Sequence[Subscription]) -> None:
-        self._subscribed_ahead = self._ahead
-        pairs = [(wanted, self._qos_of(wanted)) for wanted in subscriptions]
-        if pairs and self._five:
-            self._paho.subscribe([(wanted.topic_filter, _subscribe_options(wanted, qos)) for wanted, qos in pairs])
-        elif pairs:
-            self._paho.subscribe([(wanted.topic_filter, qos) for wanted, qos in pairs])
+        asked = [(wanted, self._qos_of(wanted)) for wanted in subscriptions]
+        if not asked:
+            return
+        if self._five:
+            options = [(wanted.topic_filter, _subscribe_options(wanted, qos)) for wanted, qos in asked]
+            _, mid = self._paho.subscribe(options)
+        else:
+            _, mid = self._paho.subscribe([(wanted.topic_filter, qos) for wanted, qos in asked])
+        if mid is not None:
+            self._subscribing[mid] = asked
+        self._answer_by = time.monotonic() + max(_ANSWER_S, _FILTER_S * len(asked))
 
     def _qos_of(self, subscription: Subscription) -> int:
         return 0 if subscription.may_go_ahead and self._subscribed_ahead else 1
 
     def _on_subscribe(
-        self, _paho: Client, _userdata: object, _mid: int, granted: list[ReasonCode], _properties: Properties | None
+        self, _paho: Client, _userdata: object, mid: int, granted: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        if self.info is not None:  # a later change of the QoS
+        asked, again = self._subscribing.pop(mid, []), []
+        if len(asked) != len(granted):  # nobody has asked for that
             return
-        pairs = zip(self._options.subscriptions, granted, strict=True)
-        refused = (wanted for wanted, code in pairs if code.is_failure or code.value < self._qos_of(wanted))
-        self._on_ready(tuple(wanted.topic_filter for wanted in refused))
+        for (wanted, qos), code in zip(asked, granted, strict=True):
+            topic_filter = wanted.topic_filter
+            if code.is_failure or code.value < qos:
+                self._refused[topic_filter] = wanted
+            elif self._refused.pop(topic_filter, None) is not None:
+                log.info("The broker grants '%s' now", topic_filter, action="subscription_granted")
+            if code.value == _UNSPECIFIED:
+                again.append(wanted)
+        if not self._refused:
+            self._subscribed_again = 0
+        waits = bool(again) and self._plan_to_subscribe_again(again)
+        if self.info is None and not (waits and self._subscribed_again <= _AGAIN_BEFORE_READY):
+            self._on_ready(tuple(self._refused))
+
+    def _plan_to_subscribe_again(self, refused: Sequence[Subscription]) -> bool:
+        """Return whether there is another attempt."""
+        if self._subscribed_again == len(_AGAIN_S):
+            return False
+        delay_s = _AGAIN_S[self._subscribed_again]
+        level = logging.DEBUG if self._subscribed_again else logging.WARNING
+        self._subscribed_again += 1
+        self._subscribe_again |= {wanted.topic_filter: wanted for wanted in refused}
+        self._subscribe_again_at = time.monotonic() + delay_s
+        names = ", ".join(f"'{wanted.topic_filter}'" for wanted in refused)
+        message = "The broker refuses %s without a reason: subscribing again in %.1f s, %d attempts are left"
+        left = len(_AGAIN_S) - self._subscribed_again
+        log.log(level, message, names, delay_s, left, action="subscription_refused")
+        return True
 
     def _on_ready(self, refused_filters: tuple[str, ...]) -> None:
         limit_bytes = self._send_queue.limit_bytes if self._send_queue.limit_bytes < MAX_PACKET_BYTES else None

@@ -253,6 +253,11 @@ class JobSummary(Payload):
     model_size: ModelSize
     error_code: FailureCode
     metadata: Metadata
+    shared: bool = Field(
+        default=False,
+        exclude_if=operator.not_,
+        description="True: it waits in a queue that consumers share, and each of them lists it. Left out when false.",
+    )
 
 
 class JobList(Payload):
@@ -334,8 +339,8 @@ COMMANDS: Mapping[str, CommandType] = {
 }
 
 
-def summary_of(status: Status) -> JobSummary:
-    """Return the job as it is listed."""
+def summary_of(status: Status, *, shared: bool = False) -> JobSummary:
+    """Return the job as it is listed; `shared`: it is in no ledger."""
     source = status["audio_source"]
     return JobSummary(
         job_id=status["job_id"],
@@ -351,4 +356,5 @@ def summary_of(status: Status) -> JobSummary:
         model_size=status["model_size"],
         error_code=status["error_code"],
         metadata=status["metadata"],
+        shared=shared,
     )

@@ -23,14 +23,13 @@ from paho.mqtt.properties import Properties
 from cesar_mqtt.audio.decoder import AudioLimits, open_audio
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper.packages import PackagedModels
-from tests import template
+from tests import conftest, template
 from tests.document import Fault, Judge, Seen, default_document
 
 DATA = Path(__file__).parents[1] / "data"
 SPEECH = DATA / "speech.wav"
 LONG = DATA / "long.ogg"
-PATIENCE_S = 120.0
-"""How long a test waits for what has to happen; only a failure, or a machine with far too much to do, takes it."""
+PATIENCE_S = conftest.PATIENCE_S
 CONNECTED = "Connected to "
 SMALL = {"CESAR_MODELS__DEFAULT": "tiny.en", "CESAR_MODELS__CPU_THREADS": "1"}
 """Where more than one model is installed, the larger one would be the default; other tests need the other cores."""
@@ -299,7 +298,7 @@ def command(
     *arguments: str,
     cwd: Path | None = None,
     environ: Mapping[str, str] | None = None,
-    timeout_s: float = 90,
+    timeout_s: float = PATIENCE_S,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run `cesar-mqtt` to its end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.acceptance.harness import wait_until
 from tests.acceptance.test_documents import blocks
-from tests.conftest import find_free_port, need
+from tests.conftest import PATIENCE_S, find_free_port, need
 
 _PAGE = Path(__file__).parents[2] / "docs" / "web.md"
 _CONFIGURATION = """
@@ -53,7 +53,7 @@ def reverse_proxy(page: int, folder: Path, *, scheme: str = "$scheme") -> Iterat
         yield f"http://127.0.0.1:{port}/cesar/"
     finally:
         process.terminate()
-        process.wait(20.0)
+        process.wait(PATIENCE_S)
 
 
 def _is_open(port: int) -> bool:

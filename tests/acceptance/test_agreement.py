@@ -16,7 +16,7 @@ from cesar_mqtt.errors import ThreadDiedError
 from cesar_mqtt.monitoring.signals import StopSignals
 from cesar_mqtt.service import Service
 from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, words
-from tests.conftest import Mosquitto, StartMosquitto, need, run
+from tests.conftest import Mosquitto, StartMosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 
@@ -82,7 +82,7 @@ def test_a_job_deleted_by_retention_leaves_nothing_at_the_broker(
     for job_id in ("old", "new"):
         bus.publish("cesar/jobs", {"job_id": job_id, "audio_path": "speech.wav"})
     bus.status("new")
-    assert cleared.wait(30)
+    assert cleared.wait(PATIENCE_S)
     assert retained(join, mosquitto.port, "old", "new") == {"new": "completed"}
 
 
@@ -189,8 +189,10 @@ def test_two_consumers_of_one_name_are_told_from_a_bad_network(mosquitto: Mosqui
 
 def all_retained(broker: Mosquitto) -> list[str]:
     """Every topic on which the broker retains something."""
-    said = run(need("mosquitto_sub"), "-p", str(broker.port), "-t", "#", "--retained-only", "-F", "%t", "-W", "1")
-    return sorted(said.stdout.split())
+    late = Bus(broker.port, topic_filter="#")
+    late.settle()
+    late.leave()
+    return sorted(message.topic for message in late.messages if message.retain)
 
 
 def test_what_an_earlier_prefix_and_an_earlier_name_left_is_removed_on_request(

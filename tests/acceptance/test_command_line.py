@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from cesar_mqtt.cli.app import app
 from tests.acceptance.harness import DATA, LONG, SPEECH, SPOKEN, Bus, Consumer, command, words
-from tests.conftest import Mosquitto, StartMosquitto, find_free_port
+from tests.conftest import PATIENCE_S, Mosquitto, StartMosquitto, find_free_port
 
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
@@ -25,7 +25,9 @@ HEAVY = ("faster_whisper", "ctranslate2", "av", "numpy", "amqtt", "pydantic", "p
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     loaded = f"print([name for name in {HEAVY!r} if name in sys.modules])"
     script = f"import sys; from cesar_mqtt.cli.app import run; run(['--help']); {loaded}"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert all(name in ended.stdout for name in ("serve", "submit", "demo"))
     assert ended.stdout.splitlines()[-1] == "[]"
 
@@ -220,7 +222,7 @@ def test_submit_does_not_wait_when_told_not_to_and_gives_up_in_time(
     assert words(bus.status(ended.stdout.strip())["result_text"]) == SPOKEN
 
     consumer.process.send_signal(signal.SIGSTOP)  # there, but not answering
-    late = command("submit", "--broker", mosquitto.url, "--timeout", "1.5", "--job-id", "late", str(SPEECH))
+    late = command("submit", "--broker", mosquitto.url, "--timeout", "10", "--job-id", "late", str(SPEECH))
     consumer.process.send_signal(signal.SIGCONT)
     assert late.returncode == 3
     assert late.stdout == ""

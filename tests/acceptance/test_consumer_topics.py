@@ -59,7 +59,7 @@ def test_a_job_that_nobody_could_start_in_time_is_cancelled_as_expired(
     bus.publish("cesar/request/pause", b"")
     bus.wait("cesar/response/pause")
     expiring = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    expiring.MessageExpiryInterval = 1
+    expiring.MessageExpiryInterval = 5
     bus.publish("cesar/audio/by-message", SPEECH.read_bytes(), properties=expiring)
     bus.publish("cesar/jobs", {"job_id": "by-field", "audio_path": "speech.wav", "expires_in": 0.5})
     bus.publish("cesar/jobs", {"job_id": "patient", "audio_path": "speech.wav", "expires_in": 3600})

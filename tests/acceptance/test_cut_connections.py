@@ -11,7 +11,7 @@ import pytest
 from tinydb import TinyDB
 
 from tests.acceptance.harness import Bus, Consumer
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import PATIENCE_S, Mosquitto, StartMosquitto
 from tests.proxy import Proxy
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -65,7 +65,7 @@ def test_no_job_is_lost_doubled_or_overtaken_whatever_the_network_does(
     bus.wait("cesar/consumer/cesar/queue")  # its session is there, from now on nothing is published in vain
 
     job_ids = publish_while_it_fails(bus, proxy)
-    assert proxy.spent.wait(30), f"too few bytes went by for {CUTS} cuts (seed {SEED})"
+    assert proxy.spent.wait(PATIENCE_S), f"too few bytes went by for {CUTS} cuts (seed {SEED})"
     for job_id in job_ids:
         bus.status(job_id)
     assert consumer.stop() == 0

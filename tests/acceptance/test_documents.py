@@ -114,7 +114,7 @@ def test_an_ini_block_is_a_drop_in_of_the_unit(text: str, tmp_path: Path) -> Non
     unit.write_text(shipped.replace("/opt/cesar-mqtt/bin/cesar-mqtt", sys.executable))
     (tmp_path / f"{unit.name}.d").mkdir()
     (tmp_path / f"{unit.name}.d" / "override.conf").write_text(text)
-    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=60)
+    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=PATIENCE_S)
     assert [line for line in checked.stderr.splitlines() if str(tmp_path) in line] == []
 
 
@@ -249,7 +249,7 @@ def test_the_page_of_the_watch_folder_can_be_followed(mosquitto: Mosquitto, tmp_
         command = beside.replace("mqtt://broker.example", mosquitto.url)
         running.append(start(command, {**environ, "CESAR_DATA_DIR": str(other / "data")}, other))
         shutil.copy(SPEECH, notes / "yard.wav")
-        wait_until((texts / "yard.srt").exists)
+        wait_until(lambda: (texts / "yard.srt").exists() and (texts / "yard.txt").exists())
         assert words((texts / "yard.txt").read_text()) == SPOKEN
     finally:
         for process in reversed(running):
@@ -295,6 +295,7 @@ def test_the_page_of_wyoming_can_be_followed(mosquitto: Mosquitto, tmp_path: Pat
         inside.replace("--wyoming", f"--wyoming 127.0.0.1:{port}"), environment(tmp_path, mosquitto.url), tmp_path
     )
     try:
+        wait_until(lambda: "Wyoming is on " in (tmp_path / "serve.log").read_text())
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
             connection.sendall(b'{"type": "describe"}\n')
             assert json.loads(connection.makefile("rb").readline())["type"] == "info"

@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,24 +64,18 @@ def ask(bus: Bus, name: str, payload: str = "") -> dict[str, object]:
     """Send a command as any client does, and return its response."""
     before = len(bus.seen(f"cesar/response/{name}"))
     bus.publish(f"cesar/request/{name}", payload)
-    pause = threading.Event()
-    for _ in range(300):
-        if len(found := bus.seen(f"cesar/response/{name}")) > before:
-            return found[-1]
-        pause.wait(0.1)
-    pytest.fail(f"{name} was not answered")
+    wait_until(lambda: len(bus.seen(f"cesar/response/{name}")) > before)
+    return bus.seen(f"cesar/response/{name}")[-1]
 
 
 def is_refused(bus: Bus, job_id: str) -> bool:
     """Wait until a job is accepted, or refused by the disk."""
-    pause = threading.Event()
-    for _ in range(300):
-        if bus.seen(f"cesar/status/{job_id}"):
-            return False
-        if bus.seen("cesar/consumer/cesar/queue")[-1]["activity"] == "degraded":
-            return True
-        pause.wait(0.02)
-    pytest.fail(f"{job_id} was neither accepted nor refused")
+
+    def degraded() -> bool:
+        return bool(bus.seen("cesar/consumer/cesar/queue")[-1]["activity"] == "degraded")
+
+    wait_until(lambda: bool(bus.seen(f"cesar/status/{job_id}")) or degraded())
+    return not bus.seen(f"cesar/status/{job_id}")
 
 
 def degraded(bus: Bus) -> None:
@@ -166,12 +159,7 @@ def test_on_a_disk_without_a_free_byte_jobs_are_deleted_and_end_and_the_reserve_
     ballast.unlink()
     for job_id in ("note-3", "small-50"):
         assert bus.status(job_id)["status"] == "completed"
-    pause = threading.Event()
-    for _ in range(100):
-        if reserve.stat().st_size == RESERVE_BYTES:
-            break
-        pause.wait(0.1)
-    assert reserve.stat().st_size == RESERVE_BYTES
+    wait_until(lambda: reserve.stat().st_size == RESERVE_BYTES)
     assert consumer.stop() == 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.acceptance.harness import PATIENCE_S, Bus, Consumer, command
-from tests.conftest import Mosquitto, need, run
+from tests.conftest import Mosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 
@@ -47,9 +47,9 @@ def home(mosquitto: Mosquitto) -> Iterator[Home]:
 
 def retained(broker: Mosquitto) -> list[str]:
     """The discovery topics on which the broker retains something."""
-    said = run(need("mosquitto_sub"), "-p", str(broker.port), "-t", "homeassistant/#", "-t", "other/#",
-               "--retained-only", "-F", "%t", "-W", "1")  # fmt: skip
-    return sorted(said.stdout.split())
+    late = Home(broker.port)
+    late.leave()
+    return sorted(m.topic for m in late.messages if m.retain and not m.topic.startswith("cesar/"))
 
 
 def test_a_consumer_is_announced_when_it_connects_and_after_each_birth(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.harness import SMALL, SPEECH, Bus
-from tests.conftest import Mosquitto
+from tests.conftest import PATIENCE_S, Mosquitto
 
 # Interrupts the command at its n-th import.
 _INTERRUPTED_AT = """
@@ -37,7 +37,7 @@ def interrupted_at(number: int, folder: Path, *arguments: str) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -86,7 +86,7 @@ def test_ctrl_c_reaches_the_children_too_and_the_second_one_ends_the_command_at_
         assert mosquitto.wait_logged(" as cesar-")
         for _ in range(2):
             os.killpg(process.pid, signal.SIGINT)
-        told, _ = process.communicate(timeout=30)
+        told, _ = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in told, told
     # Ctrl-C is how `watch` ends. The second one may find an interpreter that has just given up its handlers: a shell
     # reports 130 for that as well.
@@ -107,7 +107,7 @@ def test_ctrl_c_ends_the_demo_without_a_failure() -> None:
     with process:
         told = process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=PATIENCE_S)
     assert process.returncode in {0, 130}, told + rest  # 0: the transcript was there before the signal
     assert "failed" not in rest
 
@@ -123,7 +123,7 @@ def test_where_interrupts_are_ignored_they_stay_ignored(mosquitto: Mosquitto, tm
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert ended.returncode == 3, ended.stderr

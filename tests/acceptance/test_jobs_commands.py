@@ -212,7 +212,7 @@ def test_errors_help_and_have_their_codes(start_mosquitto: StartMosquitto) -> No
         (["jobs", "--broker", wrong], 78, "broker.password_file"),
         (["watch", "--broker", wrong], 78, "broker.password_file"),
         (["health", "--broker", away, "--timeout", "1"], 3, "--broker"),
-        (["health", "--broker", right, "--timeout", "0.6"], 3, "cesar-mqtt serve"),
+        (["health", "--broker", right, "--timeout", "5"], 3, "cesar-mqtt serve"),
         (["show", "a b"], 2, "A-Z"),
         (["jobs", "--status", "done"], 2, "completed"),
     ):
@@ -235,6 +235,6 @@ def test_a_shell_can_complete_commands_flags_and_models_and_is_silent_without_a_
     ):
         environ = {"_CESAR_MQTT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": place}
         ended = subprocess.run(
-            [program], env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
+            [program], env={**os.environ, **environ}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         assert (ended.stdout.split(), ended.stderr) == (offered.split(), "")

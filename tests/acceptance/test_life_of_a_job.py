@@ -31,7 +31,7 @@ def test_a_file_sent_with_mosquitto_pub_is_a_retained_transcript_for_whoever_com
 
     run(need("mosquitto_pub"), "-p", port, "-q", "1", "-t", "cesar/audio/note-1", "-f", str(SPEECH))
     bus.status("note-1")
-    late = run(need("mosquitto_sub"), "-p", port, "-t", "cesar/status/#", "-C", "1", "-W", "10")
+    late = run(need("mosquitto_sub"), "-p", port, "-t", "cesar/status/#", "-C", "1", "-W", "100")
 
     status = json.loads(late.stdout)
     assert status["job_id"] == "note-1"

@@ -11,15 +11,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cesar_mqtt.errors import ExitCode
-from tests.acceptance.harness import SPEECH, Bus, Consumer, command
-from tests.conftest import find_free_port
+from tests.acceptance.harness import SPEECH, Bus, Consumer, command, wait_until
+from tests.conftest import PATIENCE_S, find_free_port
 
 pytestmark = pytest.mark.model
 
 
 def scrape(port: int) -> dict[str, float]:
     """Return every value by its name and the values of its labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
         text = answer.read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
@@ -41,6 +41,7 @@ def test_a_consumer_serves_its_metrics_and_logs_every_job_with_action_and_id(
     bus.status("speech")
     bus.status("lost")
     bus.wait("cesar/rejected", lambda rejected: rejected["reason"] == "malformed_json" or rejected["job_id"] is None)
+    wait_until(lambda: scrape(port)["cesar_jobs_processing"] == 0)  # the last status is published before
     metrics = scrape(port)
     assert metrics["cesar_jobs_total completed"] == 1
     assert metrics["cesar_jobs_total error"] == 2, "one failed, one was rejected and recorded"

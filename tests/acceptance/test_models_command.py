@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Process
+from tests.conftest import PATIENCE_S, Process
 from tests.unit.whisper.fake_hub import MODEL, FakeHub, running_hub
 
 
@@ -36,7 +36,9 @@ def fake_hub(environ: dict[str, str]) -> Iterator[FakeHub]:
 
 def models(environ: Mapping[str, str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cesar_mqtt", "models", *arguments]
-    return subprocess.run(command, env=dict(environ), cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=dict(environ), cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 def listed(environ: Mapping[str, str], cwd: Path) -> dict[str, dict[str, object]]:
@@ -105,12 +107,12 @@ def test_a_pull_that_is_interrupted_leaves_nothing_half(
     fake_hub.stall_after = 1 << 20
     command = [sys.executable, "-m", "cesar_mqtt", "models", "pull", "small"]
     with Process(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert fake_hub.stalled.wait(30)
+        assert fake_hub.stalled.wait(PATIENCE_S)
         process.send_signal(2)
-        assert process.wait(30) == 130
+        assert process.wait(PATIENCE_S) == 130
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
-    assert fake_hub.left.wait(10)
+    assert fake_hub.left.wait(PATIENCE_S)
     assert not list(tmp_path.rglob("*.incomplete"))
 
 
@@ -130,7 +132,7 @@ def test_a_terminal_gets_a_progress_bar(environ: dict[str, str], tmp_path: Path)
             if not block:
                 break
             shown += block
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
     os.close(ours)
     assert "━".encode() in shown
     assert b"/3.1 MB" in shown

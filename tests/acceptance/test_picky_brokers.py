@@ -57,5 +57,5 @@ def test_denied_topics_hold_up_nothing_with_mosquitto_that_closes_the_connection
     submit(bus, "one")
     bus.status("one", "completed")
     bus.wait("cesar/consumer/cesar/last", lambda last: last["job_id"] == "one")
-    assert "homeassistant/device/cesar-mqtt_cesar/config" in consumer.logged()
+    consumer.wait_for_log("homeassistant/device/cesar-mqtt_cesar/config")
     assert consumer.stop() == 0

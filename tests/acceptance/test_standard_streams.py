@@ -12,7 +12,7 @@ import pytest
 
 from cesar_mqtt.ledger.ledger import Ledger
 from tests.acceptance.harness import SMALL, Bus
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import PATIENCE_S, Mosquitto, StartMosquitto
 from tests.factories import new_job
 
 CESAR = f"{sys.executable} -m cesar_mqtt"
@@ -21,7 +21,9 @@ CESAR = f"{sys.executable} -m cesar_mqtt"
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a line of bash, whose code is that of the first command of a pipe."""
     script = f"{line}; exit ${{PIPESTATUS[0]}}"
-    return subprocess.run(["bash", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["bash", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 @pytest.mark.parametrize("gone", ["2>/dev/full", "2>&-", "2> >(true)", "2>&- >&- <&-"])
@@ -85,7 +87,7 @@ def test_a_pipe_at_stderr_that_is_not_read_freezes_neither_jobs_nor_the_stop(
             bus.publish("cesar/jobs", {"job_id": f"wrong-{number}", "x": "x" * 40})
         assert bus.status("wrong-199")["status"] == "error"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()

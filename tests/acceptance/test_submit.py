@@ -75,7 +75,7 @@ def test_submit_prints_the_file_that_was_asked_for_byte_by_byte(mosquitto: Mosqu
     ended = subprocess.run(
         [sys.executable, "-m", "cesar_mqtt", "submit", "--broker", mosquitto.url, "--format", "srt", str(SPEECH)],
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, SRT, b"")
@@ -308,7 +308,7 @@ def test_each_transcript_is_printed_at_once_and_ctrl_c_names_the_files_that_are_
         assert process.stdout.readline() == b"1.wav: Hello.\n"
         bus.wait("cesar/jobs", lambda request: request["audio_path"] == "4.wav")
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(PATIENCE_S) == 130
         left = process.stderr.read().decode()
     assert "jobs go on without this command: 0.wav, 2.wav, 3.wav" in left
     assert sorted(re.findall(r"\d\.wav", left)) == ["0.wav", "2.wav", "3.wav", "4.wav"], "the last may not be sent yet"
@@ -485,7 +485,7 @@ def test_who_waits_is_told_why_and_who_leaves_how_to_go_on(mosquitto: Mosquitto,
         process.send_signal(signal.SIGINT)
         shown = _read_until(ours, b"goes on without this command: cesar-mqtt show mine")
         assert f"The job of {SPEECH}".encode() in shown
-        assert process.wait(30) == 130
+        assert process.wait(PATIENCE_S) == 130
     assert b"Traceback" not in shown
     os.close(ours)
 

@@ -1,11 +1,15 @@
 """The page of a real consumer on mosquitto: its HTTP API, its events, OpenAI's client, its uploads."""
 
+import asyncio
 import json
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import pytest
 from tests.acceptance.harness import LONG, PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, command, wait_until, words
 from tests.acceptance.web_page import Page, alone
 from tests.conftest import Mosquitto, StartMosquitto, find_free_port
+from tests.proxy import Proxy
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.model]
 
@@ -259,16 +264,78 @@ def test_openais_client_works_unchanged(page: Page) -> None:
         page.openai.audio.translations.create(model="whisper-1", file=file)
 
 
+def test_openais_clients_take_a_recording_in_every_form(page: Page) -> None:
+    content = SPEECH.read_bytes()
+    unnamed, named = BytesIO(content), BytesIO(content)
+    named.name = "named.wav"
+    create = page.openai.audio.transcriptions.create
+    for file in (SPEECH, content, unnamed, named, ("tuple.wav", content), ("typed.wav", BytesIO(content), "audio/wav")):
+        assert words(create(model="whisper-1", file=file).text) == SPOKEN
+    listed = page.http.get("/api/jobs").json()["jobs"]
+    assert {"speech.wav", "upload", "named.wav", "tuple.wav", "typed.wav"} == {job["file"] for job in listed}
+
+    streaming = page.openai.audio.transcriptions.with_streaming_response
+    with streaming.create(model="whisper-1", file=SPEECH, response_format="text") as response:
+        assert words("".join(response.iter_text())) == SPOKEN
+
+    async def use_the_asynchronous_client() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{page.url}/v1", api_key="none", timeout=PATIENCE_S) as client:
+            assert words((await client.audio.transcriptions.create(model="whisper-1", file=SPEECH)).text) == SPOKEN
+            stream = await client.audio.transcriptions.create(model="whisper-1", file=SPEECH, stream=True)
+            last = [event async for event in stream][-1]
+            assert last.type == "transcript.text.done"
+            assert words(last.text) == SPOKEN
+            streaming = client.audio.transcriptions.with_streaming_response
+            async with streaming.create(model="whisper-1", file=SPEECH, response_format="srt") as response:
+                assert "00:00:00,000 -->" in "".join([text async for text in response.iter_text()])
+
+    asyncio.run(use_the_asynchronous_client())
+
+
+def test_a_retry_of_openais_client_waits_for_the_same_job(page: Page) -> None:
+    requests = []
+
+    def limit_the_first(request: httpx2.Request) -> None:
+        requests.append(request)
+        if len(requests) == 1:
+            request.extensions["timeout"] = {**request.extensions["timeout"], "read": 0.5}
+        else:
+            page.http.post("/api/consumers/cesar/resume")
+
+    page.http.post("/api/consumers/cesar/pause")
+    with openai.OpenAI(
+        base_url=f"{page.url}/v1",
+        api_key="none",
+        timeout=PATIENCE_S,
+        http_client=openai.DefaultHttpxClient(event_hooks={"request": [limit_the_first]}),
+    ) as client:
+        kept = {"metadata": {"keep": True}}
+        answer = client.audio.transcriptions.create(model="whisper-1", file=SPEECH, extra_body=kept)
+    assert words(answer.text) == SPOKEN
+    assert len(requests) == 2
+    (job,) = page.http.get("/api/jobs").json()["jobs"]
+    assert (job["status"], job["attempt"]) == ("completed", 1)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_client_that_disconnects_cancels_its_job_unless_it_is_kept(page: Page, *, stream: bool, keep: bool) -> None:
     page.http.post("/api/consumers/cesar/pause")
-    impatient = page.openai.with_options(timeout=0.5)
-    with SPEECH.open("rb") as file, pytest.raises((openai.APITimeoutError, httpx2.TimeoutException)):  # noqa: PT012
-        answer = impatient.audio.transcriptions.create(
-            model="whisper-1", file=file, stream=stream, extra_body={"metadata": {"keep": True}} if keep else {}
-        )
-        list(answer)
+    line = Proxy(page.port, random.Random(), cuts=0)  # noqa: S311 - nothing of it is left to chance
+    client = page.openai.with_options(base_url=f"{line.url.replace('mqtt', 'http')}/v1")
+
+    def transcribe() -> None:
+        with SPEECH.open("rb") as file, pytest.raises((openai.APIConnectionError, httpx2.TransportError)):  # noqa: PT012
+            answer = client.audio.transcriptions.create(
+                model="whisper-1", file=file, stream=stream, extra_body={"metadata": {"keep": True}} if keep else {}
+            )
+            list(answer)
+
+    with ThreadPoolExecutor() as threads:
+        transcribed = threads.submit(transcribe)
+        wait_until(lambda: bool(page.http.get("/api/jobs").json()["jobs"]))
+        line.close()
+        transcribed.result(PATIENCE_S)
     page.http.post("/api/consumers/cesar/resume")
     (job,) = page.http.get("/api/jobs").json()["jobs"]
     state = "completed" if keep else "cancelled"

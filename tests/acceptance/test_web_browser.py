@@ -15,8 +15,8 @@ from playwright.sync_api import Page as Tab
 
 from cesar_mqtt.protocol.fields import FORMATS
 from cesar_mqtt.protocol.formats import Content, render
-from cesar_mqtt.transcript import Segment
-from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, words
+from cesar_mqtt.transcript import Segment, Word
+from tests.acceptance.harness import PATIENCE_S, SPEECH, SPOKEN, Bus, Consumer, wait_until, words
 from tests.acceptance.web_page import Page, alone
 from tests.conftest import Mosquitto, find_free_port, need
 
@@ -32,6 +32,9 @@ DROP = """async (files) => {
     const drop = document.getElementById("drop");
     for (const kind of ["dragover", "drop"]) drop.dispatchEvent(new DragEvent(kind, options));
 }"""
+
+# So that what plays stays at a word until the test has looked.
+SLOWLY = "document.getElementById('player').playbackRate = 1 / 16"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,18 @@ class Shown:
         }
         self.bus.publish(f"cesar/status/{job_id}", document, retain=True)
 
+    def uploaded(self) -> str:
+        """Wait for a recording that the page sends; return the id of its job."""
+        level = "cesar/audio/"
+        found = list[str]()
+
+        def has_arrived() -> bool:
+            found.extend(m.topic.removeprefix(level) for m in self.bus.messages if m.topic.startswith(level))
+            return bool(found)
+
+        wait_until(has_arrived)
+        return found[0]
+
 
 @pytest.fixture
 def shown(mosquitto: Mosquitto, join: Join, tmp_path: Path) -> Iterator[Shown]:
@@ -146,6 +161,7 @@ def test_from_a_dropped_file_to_a_downloaded_srt_with_a_consumer_killed_in_betwe
         detail = tab.get_by_role("dialog")
         expect(detail.locator(".word")).to_have_count(len(SPOKEN))
         assert words(detail.locator("#transcript").inner_text()) == SPOKEN
+        tab.evaluate(SLOWLY)
         detail.locator(".word", has_text="lamp").click()
         expect(detail.locator(".now")).to_have_text(re.compile("lamp"))
         assert tab.evaluate("document.getElementById('player').currentTime") > 2
@@ -169,7 +185,7 @@ def test_from_a_dropped_file_to_a_downloaded_srt_with_a_consumer_killed_in_betwe
         expect(tab.locator("#player")).to_be_visible()
         tab.keyboard.press("Escape")
         tab.get_by_role("button", name="Record").click()
-        expect(tab.locator("#record-time")).to_have_text("00:01")
+        expect(tab.locator("#record-time")).to_have_text(re.compile("^00:(0[1-9]|[1-5][0-9])$"))
         tab.get_by_role("button", name="Stop and transcribe").click()
         expect(tab.locator("#jobs > li", has_text="Recording")).to_contain_text("completed")
 
@@ -223,6 +239,148 @@ def test_everything_can_be_reached_with_the_keyboard(shown: Shown, open_tab: Cal
     expect(tab.locator(":focus")).to_have_text("Keep it")
     tab.keyboard.press("Escape")
     expect(tab.locator(":focus")).to_have_text("Delete")
+
+
+LONG = Content(
+    text="one two three four five " * 200,
+    segments=[
+        Segment(
+            number + 1,
+            number * 2.5,
+            number * 2.5 + 2.5,
+            "one two three four five",
+            -0.2,
+            0.01,
+            tuple(
+                Word(number * 2.5 + place / 2, number * 2.5 + place / 2 + 0.5, f" {text}", 0.9)
+                for place, text in enumerate(("one", "two", "three", "four", "five"))
+            ),
+        )
+        for number in range(200)
+    ],
+    language="en",
+    language_probability=0.9,
+    duration_s=500.0,
+    task="transcribe",
+)
+FOCUSED = """() => {
+    const { ariaLabel, id, dataset, textContent } = document.activeElement;
+    if (document.activeElement === document.body) return "the browser";
+    return ariaLabel || dataset.text || dataset.verb || id || textContent.trim();
+}"""
+
+
+def go(tab: Tab, name: str) -> list[str]:
+    """Press Tab until this is focused; return what was focused on the way."""
+    passed = list[str]()
+    while name not in passed:
+        assert len(passed) < 40, passed
+        tab.keyboard.press("Tab")
+        passed.append(tab.evaluate(FOCUSED))
+    return passed
+
+
+def test_a_recording_is_chosen_and_heard_word_by_word_without_a_mouse(
+    shown: Shown, open_tab: Callable[..., Tab]
+) -> None:
+    tab = open_tab()
+    tab.on("filechooser", lambda _: None)  # from now on: else the key may be faster than the test
+    tab.goto(shown.url)
+    expect(tab.locator("#connection")).to_have_text("Connected")
+    go(tab, "files")
+    with tab.expect_file_chooser() as chooser:
+        tab.keyboard.press("Space")
+    chooser.value.set_files({"name": "call.wav", "mimeType": "audio/wav", "buffer": SPEECH.read_bytes()})
+    job_id = shown.uploaded()
+    shown.bus.publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
+    shown.bus.publish(f"cesar/result/{job_id}/json", render("json", LONG)[0], retain=True)
+    shown.job(job_id, metadata={"file": "call.wav"}, formats=["json"])
+    expect(tab.locator("#uploads > li")).to_have_count(0)
+    go(tab, "open")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(":focus")).to_have_text("Close")
+    expect(tab.locator("#transcript.playable .word")).to_have_count(1000)
+
+    # Round the dialog once: nothing behind it is reached, and the thousand words are one stop. After the last one comes
+    # the browser's own bar, and the dialog itself, in which the arrow keys scroll.
+    passed = go(tab, "close")
+    own = {"copy", *(f"Download {name}" for name in FORMATS), "delete", "player", "one", "close"}
+    assert set(passed) - {"the browser", "detail"} == own
+    assert passed.count("one") == 1
+
+    go(tab, "one")
+    word = tab.locator(":focus")
+    assert word.evaluate("each => getComputedStyle(each).outlineStyle") == "solid"
+    for key, text, number in (
+        ("ArrowRight", "two", 1),
+        ("ArrowDown", "one", 5),
+        ("ArrowRight", "two", 6),
+        ("ArrowLeft", "one", 5),
+        ("ArrowUp", "one", 0),
+        ("ArrowUp", "one", 0),
+        ("End", "five", 999),
+        ("ArrowRight", "five", 999),
+        ("Home", "one", 0),
+        ("ArrowDown", "one", 5),
+    ):
+        tab.keyboard.press(key)
+        expect(word).to_have_text(re.compile(text))
+        expect(word).to_have_attribute("data-number", str(number))
+        expect(word).to_be_in_viewport()
+    tab.evaluate(SLOWLY)
+    tab.keyboard.press("Enter")
+    expect(tab.locator(".now")).to_have_attribute("data-number", re.compile("^[67]$"))  # it plays
+    assert tab.evaluate("document.getElementById('player').currentTime") >= 2.5
+    expect(word).to_have_attribute("data-number", "5")  # and does not take the focus
+    assert violations(tab) == []
+
+
+def test_a_job_is_read_and_deleted_without_a_mouse(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("call")
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(1)
+    go(tab, "open")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#transcript")).to_have_text("Hello there.")
+    go(tab, "close")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#detail")).to_be_hidden()
+    assert tab.evaluate(FOCUSED) == "open"
+    go(tab, "Delete call.wav")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#question")).to_contain_text("This cannot be undone")
+    assert tab.evaluate(FOCUSED) == "keep"  # the safe answer
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#question")).to_be_hidden()
+    assert tab.evaluate(FOCUSED) == "Delete call.wav"
+    tab.keyboard.press("Enter")
+    go(tab, "question-yes")
+    with tab.expect_request(lambda request: request.method == "DELETE") as deleted:
+        tab.keyboard.press("Enter")
+    assert deleted.value.url == f"{shown.url}/api/jobs/call"
+
+
+def test_the_focus_stays_where_the_queue_moves(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("first", "processing")
+    shown.job("second", "queued", queue_position=1)
+    tab = open_tab()
+    tab.goto(shown.url)
+    expect(tab.locator("#jobs > li")).to_have_count(2)
+    row(tab, "second.wav").get_by_role("button", name="Cancel second.wav").focus()
+    shown.job("first")
+    shown.job("second", "processing")
+    expect(tab.locator("#jobs > li").first).to_contain_text("second.wav")
+    expect(row(tab, "second.wav").get_by_role("button", name="Delete second.wav")).to_have_count(0)
+    assert tab.evaluate(FOCUSED) == "Cancel second.wav"
+    shown.job("second")
+    expect(row(tab, "second.wav")).to_contain_text("completed")
+    assert tab.evaluate("document.activeElement.textContent") == "second.wav"
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#detail")).to_be_visible()
+    shown.bus.publish("cesar/status/second", b"", retain=True)
+    expect(tab.locator("#detail")).to_be_hidden()
+    expect(tab.locator("#jobs-title")).to_be_focused()
 
 
 SCRIPTS = """async () => {

@@ -4,7 +4,9 @@ Short runs are part of `make test`; `make soak-cluster` makes long ones (`python
 """
 
 import argparse
+import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -12,14 +14,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+import nats
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import NotFoundError
+from paho.mqtt.client import Client, ConnectFlags, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
 
 from tests.acceptance.harness import Consumer
 from tests.cluster.servers import USERS, NatsServer, cluster, nats_url, single, start_all
@@ -27,8 +34,14 @@ from tests.cluster.simulated import VARIABLE
 from tests.proxy import Proxy
 from tests.recordings import tone, write_wav
 
+T = TypeVar("T")
+
 PATIENCE_S = 120.0
 ACK_WAIT_S = 2.0
+LOOK_S = 10.0
+"""How often the servers are asked whether jobs have ended whose end a subscriber has not seen."""
+CACHED_S = 120.0
+"""How long a NATS server shows a retained message from its cache."""
 FINAL = frozenset({"completed", "error", "cancelled"})
 NAMES = ("attic", "cellar", "garage", "porch", "shed", "study", "tower", "yard")
 
@@ -74,11 +87,17 @@ class Report:
     """Jobs whose status was replaced by an older one."""
     wrong_text: tuple[str, ...]
     """Jobs with the transcript of another one."""
+    stale: tuple[str, ...]
+    """Servers that show a new subscriber something else than what is retained, for longer than they cache it."""
     exits: tuple[str, ...]
     """Consumers that ended by themselves, with their codes."""
     repeated: tuple[str, ...]
     """Jobs that ran again after their final status. No fault where servers are killed: one may show a status to a
     subscriber, and die before it has stored it."""
+    missed: tuple[str, ...]
+    """Jobs whose end a subscriber with a session has not seen: no fault of the consumers."""
+    shown_s: float
+    """After so long a new subscriber was shown what is retained, at the slowest server."""
     attempts: int
     took_s: float
 
@@ -87,11 +106,16 @@ class Report:
         return sum(len(getattr(self, name)) for name in FAULTS)
 
 
-FAULTS = tuple(field.name for field in fields(Report) if field.name not in {"repeated", "attempts", "took_s"})
+FAULTS = tuple(
+    field.name for field in fields(Report) if field.name not in {"repeated", "missed", "shown_s", "attempts", "took_s"}
+)
 
 
 class Watcher:
-    """Sees every status of every job, in the order of the broker, through every loss of its connection."""
+    """Sees every status of every job, in the order of the broker, through every loss of its connection.
+
+    It subscribes once: NATS sends what is retained at each SUBSCRIBE, ahead of what was missed, which is older.
+    """
 
     def __init__(self, port: int, client_id: str = "watcher") -> None:
         """Without a client id it sees what is retained."""
@@ -103,13 +127,28 @@ class Watcher:
         self._subscribed = threading.Event()
         self._client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=not client_id)
         self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe("cesar/status/#", qos=1)
-        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_connect = self._on_connect
+        self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         if not self._subscribed.wait(PATIENCE_S):
             raise RuntimeError("the watcher could not subscribe")
+
+    def _on_connect(
+        self, client: Client, _data: object, flags: ConnectFlags, reason: ReasonCode, _properties: object
+    ) -> None:
+        if not reason.is_failure and not (flags.session_present and self._subscribed.is_set()):
+            client.subscribe("cesar/status/#", qos=1)
+
+    def _on_subscribe(
+        self, client: Client, _data: object, _mid: int, granted: Sequence[ReasonCode], _properties: object
+    ) -> None:
+        if not granted[0].is_failure:
+            self._subscribed.set()
+        else:  # the servers elect a leader
+            threading.Event().wait(0.5)
+            client.subscribe("cesar/status/#", qos=1)
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         seen = self._seen.setdefault(message.topic, set())
@@ -124,6 +163,13 @@ class Watcher:
     def latest(self) -> dict[str, dict[str, Any]]:
         with self.changed:
             return {status["job_id"]: status for status in self.statuses}
+
+    def wait_for_latest(self, expected: Mapping[str, Any], timeout_s: float) -> bool:
+        """Wait until these are the latest statuses; False: not in time."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: {status["job_id"]: status for status in self.statuses} == expected, timeout_s
+            )
 
     def wait_for(self, job_id: str, *states: str, attempt: int = 1) -> tuple[dict[str, Any], float]:
         """The first status of a job in one of the states, and when it was seen."""
@@ -293,6 +339,7 @@ def run(folder: Path, plan: Plan) -> Report:
     with ExitStack() as stack:
         servers = start_servers(folder, plan.servers, stack)
         watcher = stack.enter_context(closing(Watcher(servers[0].port)))
+        _patiently(_keep_statuses, servers)
         group = stack.enter_context(
             closing(
                 Group(
@@ -314,24 +361,97 @@ def run(folder: Path, plan: Plan) -> Report:
         ]
         for thread in threads:
             thread.start()
-        quiet_since, pause = time.monotonic(), threading.Event()
-        while any(thread.is_alive() for thread in threads) or not _all_final(watcher, producer):
+        pause = threading.Event()
+        while any(thread.is_alive() for thread in threads):
             group.supervise()
-            if any(thread.is_alive() for thread in threads):
-                quiet_since = time.monotonic()
-            elif time.monotonic() - quiet_since > PATIENCE_S + plan.jobs * plan.job_s:
-                break  # what is not final by now is lost
             pause.wait(0.1)
+        deadline = time.monotonic() + PATIENCE_S + plan.jobs * plan.job_s  # what is not final by then is lost
+        look_at = time.monotonic() + LOOK_S
+        while not _all_final(watcher.latest(), producer.published) and time.monotonic() < deadline:
+            group.supervise()
+            pause.wait(0.1)
+            if plan.server_kills and time.monotonic() > look_at:  # a subscriber may miss a status when its server dies
+                if _all_final(_patiently(_retained, servers, producer.published), producer.published):
+                    break
+                look_at = time.monotonic() + LOOK_S
         pause.wait(2 * ACK_WAIT_S)  # for what a zombie may still publish
-        with closing(Watcher(servers[0].port, "")) as late:
-            pause.wait(1.0)
-            retained = late.latest()
+        retained = _patiently(_retained, servers, producer.published)
+        shown_s = [_wait_until_shown(server, retained) for server in servers]
         for number in range(plan.consumers):
             group.drain(number)
-        statuses = list(watcher.statuses)
+        kept, latest = _patiently(_kept_statuses, servers), watcher.latest()
         return _judge(
-            statuses, retained, producer.published, plan, codes=group.codes, took_s=time.monotonic() - started
+            kept,
+            retained,
+            producer.published,
+            plan,
+            missed=[job_id for job_id in producer.published if latest.get(job_id) != retained.get(job_id)],
+            shown_s=shown_s,
+            codes=group.codes,
+            took_s=time.monotonic() - started,
         )
+
+
+def _patiently(ask: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+    """Ask the servers until they have a leader that answers."""
+    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while True:
+        try:
+            return asyncio.run(ask(*arguments))
+        except (NatsError, OSError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+            pause.wait(0.5)
+
+
+STATUSES = "$MQTT.msgs.cesar.status.*"
+
+
+async def _keep_statuses(servers: Sequence[NatsServer]) -> None:
+    """Have the servers keep every status in the order in which they store them, as for a client that is away."""
+    client = await nats.connect(nats_url(servers).split(","))
+    config = ConsumerConfig(durable_name="judge", ack_policy=AckPolicy.EXPLICIT, filter_subject=STATUSES)
+    await client.jetstream().add_consumer("$MQTT_msgs", config)
+    await client.close()
+
+
+async def _kept_statuses(servers: Sequence[NatsServer]) -> list[dict[str, Any]]:
+    """Every status of every job, without those that repeat the newest one of the job."""
+    client = await nats.connect(nats_url(servers).split(","))
+    statuses: list[dict[str, Any]] = []
+    newest: dict[str, bytes] = {}
+    seq = 1
+    with suppress(NotFoundError):
+        while True:
+            message = await client.jetstream().get_msg("$MQTT_msgs", seq=seq, subject=STATUSES, next=True)
+            subject, data, seq = message.subject or "", message.data, (message.seq or seq) + 1
+            if data and newest.get(subject) != data:
+                newest[subject] = data
+                statuses.append(json.loads(data))
+    await client.close()
+    return statuses
+
+
+async def _retained(servers: Sequence[NatsServer], job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The statuses that the servers retain, from their own stream."""
+    client = await nats.connect(nats_url(servers).split(","), connect_timeout=5)
+    statuses = {}
+    for job_id in job_ids:
+        with suppress(NotFoundError):
+            message = await client.jetstream().get_last_msg("$MQTT_rmsgs", f"$MQTT.rmsgs.cesar.status.{job_id}")
+            statuses[job_id] = json.loads(message.data or b"null")
+    await client.close()
+    return statuses
+
+
+def _wait_until_shown(server: NatsServer, retained: Mapping[str, Any]) -> float:
+    """How long until a new subscriber is shown what is retained: a server may show what it has cached for 2 minutes."""
+    started = time.monotonic()
+    while time.monotonic() < started + CACHED_S + PATIENCE_S:
+        with closing(Watcher(server.port, "")) as late:
+            if late.wait_for_latest(retained, 5.0):
+                return time.monotonic() - started
+    return math.inf
 
 
 def _publish_all(producer: Producer, plan: Plan) -> None:
@@ -339,9 +459,8 @@ def _publish_all(producer: Producer, plan: Plan) -> None:
         producer.publish(f"job-{number:05}")
 
 
-def _all_final(watcher: Watcher, producer: Producer) -> bool:
-    latest = watcher.latest()
-    return all(latest.get(job_id, {}).get("status") in FINAL for job_id in producer.published)
+def _all_final(latest: Mapping[str, Mapping[str, Any]], job_ids: Sequence[str]) -> bool:
+    return all(latest.get(job_id, {}).get("status") in FINAL for job_id in job_ids)
 
 
 def _disturb(group: Group, servers: Sequence[NatsServer], dice: random.Random, plan: Plan) -> None:
@@ -370,18 +489,14 @@ def _disturb(group: Group, servers: Sequence[NatsServer], dice: random.Random, p
             server.start()
 
 
-def _ran_again(final: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
-    """Whether a status is of a later run: a server that dies may forget a delivery, so that its number comes again."""
-    later: bool = status["attempt"] >= final["attempt"]
-    return later and status["started_at"] != final["started_at"]
-
-
 def _judge(
     statuses: Sequence[Mapping[str, Any]],
     retained: Mapping[str, Mapping[str, Any]],
     published: Sequence[str],
     plan: Plan,
     *,
+    missed: Sequence[str] = (),
+    shown_s: Sequence[float] = (),
     codes: Sequence[str] = (),
     took_s: float = 0.0,
 ) -> Report:
@@ -392,12 +507,19 @@ def _judge(
     out_of_order: list[str] = []
     overwritten: list[str] = []
     repeated: list[str] = []
+    again: set[str] = set()
     first_open = 0
     for status in statuses:
         job_id, state = str(status["job_id"]), str(status["status"])
         rank = (int(status["attempt"]), {"queued": 0, "processing": 1}.get(state, 2))
         # A job that was given back, or whose consumer has died, is queued again before its next attempt.
-        if job_id in final and plan.server_kills and _ran_again(final[job_id], status):
+        # The death of a server may cost the running job its end.
+        if (
+            job_id in final
+            and len(again | {job_id}) <= plan.server_kills
+            and status["attempt"] > final[job_id]["attempt"]
+        ):
+            again.add(job_id)
             repeated.append(f"{final[job_id]} then {status}")
             del final[job_id]
         if job_id in final and final[job_id] != status:
@@ -421,6 +543,9 @@ def _judge(
             f"{job_id}: retained {retained.get(job_id)}" for job_id in final if retained.get(job_id) != final[job_id]
         ),
         wrong_text=tuple(job_id for job_id in done if retained[job_id]["result_text"] != job_id),
+        stale=tuple(f"server {number}" for number, after_s in enumerate(shown_s) if after_s == math.inf),
+        missed=tuple(missed),
+        shown_s=max(shown_s, default=0.0),
         exits=tuple(codes),
         repeated=tuple(repeated),
         attempts=sum(attempt for attempt, _ in newest.values()),
@@ -539,7 +664,9 @@ def main() -> None:
         counts = ", ".join(f"{name.replace('_', ' ')} {len(getattr(report, name))}" for name in FAULTS)
         print(
             f"{row}: {plan.jobs} jobs, seed {plan.seed}: {counts}; {report.attempts} attempts, "
-            f"{len(report.repeated)} ran again after their end, {report.took_s:.0f} s"
+            f"{len(report.repeated)} ran again after their end, {len(report.missed)} missed by a subscriber, "
+            f"all shown after {report.shown_s:.0f} s, "
+            f"{report.took_s:.0f} s"
         )
         for name in FAULTS:
             for line in getattr(report, name)[:10]:

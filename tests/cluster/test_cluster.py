@@ -81,3 +81,12 @@ def test_a_job_that_runs_again_is_no_fault_where_servers_are_killed() -> None:
     retained = {"a": RIGHT[4], "b": again[-1]}
     assert _judge(again, retained, ["a", "b"], Plan(server_kills=1)).wrong == 0
     assert len(_judge(again, retained, ["a", "b"], Plan()).doubled) == 1
+
+
+def test_only_one_job_may_run_again_for_each_killed_server_and_with_its_next_attempt() -> None:
+    both = [*RIGHT, *(status(job_id, state, 3) for job_id in "ab" for state in ("processing", "completed"))]
+    retained = {"a": both[-3], "b": both[-1]}
+    assert _judge(both, retained, ["a", "b"], Plan(server_kills=2)).wrong == 0
+    assert len(_judge(both, retained, ["a", "b"], Plan(server_kills=1)).doubled) == 1
+    same = [*RIGHT, status("b", "completed", 1, started_at=9)]
+    assert len(_judge(same, {"a": RIGHT[4], "b": same[-1]}, ["a", "b"], Plan(server_kills=1)).doubled) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import serve
-from tests.conftest import Mosquitto, need, run
+from tests.conftest import PATIENCE_S, Mosquitto, need, run
 
 __all__ = ["serve"]  # consumers, as in the acceptance tests
 
@@ -48,7 +48,7 @@ class Client:
         return run(need("mosquitto_pub"), *self._flags(), *command)
 
     def sub(self, topic: str, *flags: str) -> subprocess.CompletedProcess[str]:
-        return run(need("mosquitto_sub"), *self._flags(), "-V", "5", "-t", topic, *flags, timeout_s=30)
+        return run(need("mosquitto_sub"), *self._flags(), "-V", "5", "-t", topic, *flags, timeout_s=PATIENCE_S)
 
     def _flags(self) -> tuple[str, ...]:
         return ("-h", "127.0.0.1", "-p", str(self.broker.port), "-u", self.user, "-P", self.password, *self.flags)

@@ -12,7 +12,7 @@ import pytest
 from tests import template
 from tests.acceptance.harness import CONNECTED, SMALL, SPEECH, SPOKEN, Consumer, FrontDoor, command, wait_until, words
 from tests.acceptance.web_page import Page
-from tests.conftest import Certificates, find_free_port
+from tests.conftest import PATIENCE_S, Certificates, find_free_port
 from tests.deploy.conftest import DEPLOY, USERS, Client, DeployedMosquitto, StartDeployed, script
 
 pytestmark = [pytest.mark.mosquitto]
@@ -51,12 +51,12 @@ def test_a_producer_hands_in_a_recording_and_reads_the_transcript_and_nobody_is_
     submitted = command(
         "submit", str(SPEECH), "--format", "srt", "--job-id", "note-1", *flags_of(broker, "producer"), environ=producer
     )
-    status = as_user(broker, "producer").sub("cesar/status/note-1", "-C", "1", "-W", "20")
-    announced = as_user(broker, "homeassistant").sub("homeassistant/#", "-C", "1", "-W", "20")
+    status = as_user(broker, "producer").sub("cesar/status/note-1", "-C", "1", "-W", "100")
+    announced = as_user(broker, "homeassistant").sub("homeassistant/#", "-C", "1", "-W", "100")
     healthy = command("health", "--json", *flags_of(broker, "cesar"), environ=password_of(broker, "cesar"))
     cancelled = command("pause", *flags_of(broker, "homeassistant"), environ=password_of(broker, "homeassistant"))
     assert consumer.stop() == 0
-    state = as_user(broker, "producer").sub("cesar/consumer/cesar/state", "-C", "1", "-W", "20")
+    state = as_user(broker, "producer").sub("cesar/consumer/cesar/state", "-C", "1", "-W", "100")
 
     assert submitted.returncode == 0, submitted.stderr
     assert "-->" in submitted.stdout
@@ -95,7 +95,7 @@ def test_the_page_submits_follows_and_deletes_a_job_and_is_denied_nothing(
             wait_until(lambda: page.http.get(f"/api/jobs/{job_id}").status_code == 404)
     finally:
         process.kill()
-        process.wait(60)
+        process.wait(PATIENCE_S)
     assert not denied(broker), denied(broker)
 
 
@@ -125,7 +125,7 @@ def test_a_producer_reads_neither_the_requests_of_others_nor_anything_else(broke
     owner.pub("homeassistant/device/lock/config", "{}", "-r")
 
     everything = as_user(broker, "producer").sub("#", "-W", "1", "-v")
-    as_consumer = as_user(broker, "cesar").sub("cesar/audio/#", "-W", "10", "-C", "1")
+    as_consumer = as_user(broker, "cesar").sub("cesar/audio/#", "-W", "100", "-C", "1")
 
     assert everything.stdout == ""
     assert as_consumer.stdout.strip() == "a secret"  # it was there
@@ -191,7 +191,7 @@ def test_each_front_door_has_a_user_of_its_own(broker: DeployedMosquitto, user: 
     assert ("Not authorized" in client.pub("cesar/request/delete", "a").stderr) is not commands
     for topic in ("cesar/status/a", "cesar/consumer/cesar/state", "cesar/replies/a", "homeassistant/tag/evil/config"):
         assert "Not authorized" in client.pub(topic, "{}").stderr
-    assert client.sub("cesar/status/#", "-C", "1", "-W", "10").stdout == "{}\n"
+    assert client.sub("cesar/status/#", "-C", "1", "-W", "100").stdout == "{}\n"
 
 
 @pytest.mark.model
@@ -304,7 +304,7 @@ def test_jobs_for_an_absent_consumer_survive_a_restart_of_the_broker(broker: Dep
 
     broker.restart()
     consumer.start()
-    status = as_user(broker, "producer").sub("cesar/status/waited", "-C", "1", "-W", "20")
+    status = as_user(broker, "producer").sub("cesar/status/waited", "-C", "1", "-W", "100")
 
     assert json.loads(status.stdout)["job_id"] == "waited"
 

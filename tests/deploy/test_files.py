@@ -30,7 +30,7 @@ from cesar_mqtt.consumer.discovery import discovery_messages
 from cesar_mqtt.gateway.web.access import Guard
 from cesar_mqtt.gateway.web.server import parse_address, rules_of
 from cesar_mqtt.protocol.topics import Topics
-from tests.conftest import need, run
+from tests.conftest import PATIENCE_S, need, run
 from tests.deploy.conftest import DEPLOY, USERS
 
 ROOT = DEPLOY.parent
@@ -130,7 +130,7 @@ class SetUp:
             shutil.copytree(DEPLOY / name, folder / name, ignore=shutil.ignore_patterns("state", "audio", ".env"))
 
     def run(self, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-        return run(str(self.folder / "setup.sh"), *arguments, text=typed, timeout_s=60)
+        return run(str(self.folder / "setup.sh"), *arguments, text=typed, timeout_s=PATIENCE_S)
 
     @property
     def variables(self) -> dict[str, str]:

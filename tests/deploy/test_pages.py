@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mosquitto, need
+from tests.conftest import PATIENCE_S, Mosquitto, need
 
 ROOT = Path(__file__).parents[2]
 FOLLOWED = ("README.md", "first-job.md", "inbox.md", "web.md", "wyoming.md")
@@ -94,7 +94,7 @@ def test_what_a_page_shows_can_be_typed_from_its_top_to_its_end(
         env=machine,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import ExitCode
-from tests.conftest import need, run
+from tests.conftest import PATIENCE_S, need, run
 from tests.deploy.conftest import DEPLOY
 
 UNIT = DEPLOY / "systemd" / "cesar-mqtt.service"
@@ -30,20 +30,20 @@ def unit(tmp_path: Path) -> Path:
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
-    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=60)
+    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=PATIENCE_S)
     about_ours = [line for line in checked.stderr.splitlines() if UNIT.name in line]
     assert (checked.returncode, about_ours) == (0, [])
 
 
 def test_systemd_would_say_so_if_something_were_wrong(unit: Path) -> None:
     unit.write_text(unit.read_text().replace("WatchdogSec=", "WatchdogSeconds="))
-    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=60)
+    checked = run(need("systemd-analyze"), "verify", "--man=no", str(unit), timeout_s=PATIENCE_S)
     assert "WatchdogSeconds" in checked.stderr
 
 
 def test_the_unit_exposes_little(unit: Path) -> None:
     threshold = f"--threshold={MOST_EXPOSURE * 10:.0f}"
-    rated = run(need("systemd-analyze"), "security", "--offline=true", threshold, str(unit), timeout_s=60)
+    rated = run(need("systemd-analyze"), "security", "--offline=true", threshold, str(unit), timeout_s=PATIENCE_S)
     if "offline" in rated.stderr and os.environ.get("CI") != "true":
         pytest.skip("this systemd cannot rate a unit that is not loaded")
     assert rated.returncode == 0, rated.stdout[-400:] + rated.stderr
@@ -51,7 +51,7 @@ def test_the_unit_exposes_little(unit: Path) -> None:
 
 def test_the_unit_allows_what_the_decoders_of_recordings_need() -> None:
     """Among it the system calls by which they are limited: setrlimit(3) of glibc and Python is prlimit64(2)."""
-    sets = _system_call_sets(run(need("systemd-analyze"), "syscall-filter", timeout_s=60).stdout)
+    sets = _system_call_sets(run(need("systemd-analyze"), "syscall-filter", timeout_s=PATIENCE_S).stdout)
     allowed: set[str] = set()
     for line in UNIT.read_text().splitlines():
         name, _, value = line.partition("=")

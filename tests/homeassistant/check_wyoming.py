@@ -1,11 +1,13 @@
 # mypy: ignore-errors
 """Assist in Home Assistant: its own Wyoming integration, and a pipeline that uses it, in front of a real consumer."""
 
+import asyncio
 import socket
 import wave
 from pathlib import Path
 
 from homeassistant.components import assist_pipeline, stt
+from homeassistant.components.wyoming.data import load_wyoming_info
 from homeassistant.core import Context
 from homeassistant.setup import async_setup_component
 from pytest_homeassistant_custom_component.common import MockConfigEntry
@@ -13,6 +15,7 @@ from pytest_homeassistant_custom_component.common import MockConfigEntry
 SPEECH = Path(__file__).parents[1] / "data" / "speech.wav"
 ENTITY = "stt.cesar_mqtt"
 HEARD = "call the plumber"
+PATIENCE_S = 60.0
 
 
 def metadata() -> stt.SpeechMetadata:
@@ -34,11 +37,20 @@ async def spoken():
         yield bytes(640)  # the pipeline listens for a silence
 
 
-async def test_assist_hears_through_the_wyoming_server(house, serve, bus):
+async def served_models(port):
+    """Wait for the models that the server offers: it listens before it knows them."""
+    info = None
+    async with asyncio.timeout(PATIENCE_S):
+        while info is None or not any(program.models for program in info.asr):
+            info = await load_wyoming_info("127.0.0.1", port, retries=0, retry_wait=0.1)
+            await asyncio.sleep(0.1)
+
+
+async def test_assist_hears_through_the_wyoming_server(house, serve):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     serve(CESAR_WYOMING__LISTEN=f"127.0.0.1:{port}")
-    await house.until(lambda: bool(bus.seen("cesar/consumer/cesar/info")), "a consumer")
+    await served_models(port)
     hass = house.hass
     assert await async_setup_component(hass, "homeassistant", {})
     entry = MockConfigEntry(domain="wyoming", title="cesar-mqtt", data={"host": "127.0.0.1", "port": port})

@@ -15,11 +15,13 @@ import socket
 import subprocess
 import threading
 import time
+import wave
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests import template
 
 if importlib.util.find_spec("homeassistant") is None:
     collect_ignore_glob = ["*.py"]
@@ -59,6 +61,11 @@ def wait_for_listener(port: int, process: "subprocess.Popen[str]") -> None:
         assert process.poll() is None, "mosquitto did not start"
         assert time.monotonic() < deadline, "mosquitto does not listen"
         pause.wait(0.01)
+
+
+def python() -> str:
+    """Return the interpreter of the environment in which cesar-mqtt is installed."""
+    return str(Path(os.environ["CESAR_MQTT"]).parent / "python")
 
 
 class Bus:
@@ -119,7 +126,7 @@ class Consumer:
         self.log = folder / "consumer.log"
         self._folder = folder
         self._environ = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("CESAR_", "PYTHON"))},
+            **{name: value for name, value in os.environ.items() if not name.startswith("CESAR_")},
             "CESAR_BROKER__URL": f"mqtt://127.0.0.1:{port}",
             "CESAR_DATA_DIR": "data",
             "CESAR_MODELS__DEFAULT": "tiny.en",
@@ -130,13 +137,8 @@ class Consumer:
         self._environ |= settings
         folders = ("--audio-dir", str(DATA), "--audio-dir", str(self._folder.parent))
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [os.environ["CESAR_MQTT"], "serve", *folders],
-                cwd=self._folder,
-                env=self._environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self._process = template.start(
+                ["serve", *folders], cwd=self._folder, env=self._environ, stdout=log, stderr=log, python=python()
             )
 
     def stop(self) -> None:
@@ -189,26 +191,41 @@ class House:
         return device_registry.async_entries_for_config_entry(device_registry.async_get(self.hass), self.entry.entry_id)
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until something is so; looked at whenever anything happens in the house, and each second.
+        """Wait until something is so, if only for a moment: looked at with every event of the house, and each second.
 
         Notifications make no event; a listener that is not a callback runs in a thread, perhaps after the last event.
         """
-        happened = asyncio.Event()
-        stop = self.hass.bus.async_listen(MATCH_ALL, callback(lambda _event: happened.set()))
+        came = asyncio.Event()
+        problem = None
+
+        @callback
+        def look(_event=None) -> None:
+            nonlocal problem
+            try:
+                if condition():
+                    came.set()
+            except (AttributeError, KeyError, TypeError, ValueError) as exc:  # an entity is not there, or unknown
+                problem = exc
+
+        stop = self.hass.bus.async_listen(MATCH_ALL, look)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while not condition():
+                look()
+                while not came.is_set():
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(happened.wait(), LOOK_AGAIN_S)
-                    happened.clear()
+                        await asyncio.wait_for(came.wait(), LOOK_AGAIN_S)
+                    look()
         except TimeoutError:
             states = {state.entity_id: state.state for state in self.hass.states.async_all()}
-            pytest.fail(f"{what} did not come to be; there is {states}")
+            pytest.fail(f"{what} did not come to be ({problem!r}); there is {states}")
         finally:
             stop()
 
     async def until_state(self, entity_id: str, state: str) -> None:
         await self.until(lambda: self.state(entity_id) == state, f"{entity_id} = {state}")
+
+    async def until_number(self, entity_id: str, at_least: float) -> None:
+        await self.until(lambda: float(self.state(entity_id)) >= at_least, f"{entity_id} >= {at_least}")
 
     async def until_born(self) -> None:
         """Wait until it has said that it has started, as often as it did."""
@@ -309,6 +326,13 @@ def serve(port: int, tmp_path: Path) -> Callable[..., Consumer]:
         consumer.kill()
 
 
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten what Home Assistant waits so that many devices may be discovered, and between two attempts to connect."""
+    monkeypatch.setattr(mqtt.client, "DISCOVERY_COOLDOWN", 0.5)
+    monkeypatch.setattr(mqtt.client, "RECONNECT_INTERVAL_SECONDS", 1)
+
+
 @pytest.fixture
 async def house(hass, port: int, bus: Bus, tmp_path: Path) -> House:
     """Home Assistant, started, with its MQTT integration connected."""
@@ -346,21 +370,30 @@ def _nothing_to_complain_about(caplog: pytest.LogCaptureFixture, request: pytest
     assert complaints == []
 
 
+@pytest.fixture(scope="session")
+def _long_samples(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    target = tmp_path_factory.mktemp("long") / "samples"
+    subprocess.run([python(), "-c", _DECODE, DATA / "long.ogg", target], check=True, timeout=PATIENCE_S)
+    return target.read_bytes()
+
+
 @pytest.fixture
-def long_recording(tmp_path: Path) -> str:
-    """A recording of more than 300 words: the one in the repository, several times."""
-    python = Path(os.environ["CESAR_MQTT"]).parent / "python"
-    target = tmp_path / "many-words.wav"
-    subprocess.run([python, "-c", _REPEAT, DATA / "long.ogg", target], check=True, timeout=PATIENCE_S)
-    return target.name
+def repeated(tmp_path: Path, _long_samples: bytes) -> Callable[[int], str]:
+    """Make a recording of the one in the repository, several times; three have more than 300 words."""
+
+    def make(times: int) -> str:
+        target = tmp_path / "many-words.wav"
+        with wave.open(str(target), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes(_long_samples * times)
+        return target.name
+
+    return make
 
 
-_REPEAT = """
-import sys, wave
+_DECODE = """
+import sys
+from pathlib import Path
 from faster_whisper.audio import decode_audio
-samples = (decode_audio(sys.argv[1]) * 32767).astype("int16").tobytes()
-with wave.open(sys.argv[2], "wb") as file:
-    file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
-    for _ in range(3):
-        file.writeframes(samples)
+Path(sys.argv[2]).write_bytes((decode_audio(sys.argv[1]) * 32767).astype("int16").tobytes())
 """

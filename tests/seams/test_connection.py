@@ -15,10 +15,9 @@ from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.consumer.publisher import Connection
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError, Refusal
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import PATIENCE_S, Mosquitto, StartMosquitto
 from tests.unit.consumer.test_publisher import FakeConnection
 
-_WAIT_S = 10.0
 _LIMIT_BYTES = 2000
 
 
@@ -116,7 +115,7 @@ class ConnectionContract:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(_WAIT_S)
+            thread.join(PATIENCE_S)
         assert len(set(tickets)) == 100
         arrived = subject.sent(100)
         for name in range(4):
@@ -155,7 +154,7 @@ class _Real(Subject):
         self._watcher.connect("127.0.0.1", mosquitto.port)
         self._watcher.loop_start()
         self._watcher.subscribe("#", options=SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=2))
-        assert subscribed.wait(_WAIT_S)
+        assert subscribed.wait(PATIENCE_S)
 
     def _new_client(self) -> MqttClient:
         return MqttClient(
@@ -168,7 +167,7 @@ class _Real(Subject):
     def connect(self) -> None:
         if self._client.connected is None and not self._client.alive:
             self._client.start()
-        assert self._client.wait_connected(_WAIT_S)
+        assert self._client.wait_connected(PATIENCE_S)
 
     def disconnect(self) -> None:
         lost = threading.Event()
@@ -176,18 +175,18 @@ class _Real(Subject):
         twin = Client(CallbackAPIVersion.VERSION2, client_id="publisher", protocol=MQTTProtocolVersion.MQTTv5)
         twin.connect("127.0.0.1", self._mosquitto.port)  # takes the session over
         twin.loop_start()
-        assert lost.wait(_WAIT_S)
+        assert lost.wait(PATIENCE_S)
         twin.disconnect()
         twin.loop_stop()
 
     def sent(self, count: int) -> list[Sent]:
-        messages = [self._arrived.get(timeout=_WAIT_S) for _ in range(count)]
+        messages = [self._arrived.get(timeout=PATIENCE_S) for _ in range(count)]
         return [
             Sent(m.topic, bytes(m.payload), m.retain, getattr(m.properties, "CorrelationData", None)) for m in messages
         ]
 
     def acknowledged(self, count: int) -> list[Hashable]:
-        found = [self._published.get(timeout=_WAIT_S) for _ in range(count)]
+        found = [self._published.get(timeout=PATIENCE_S) for _ in range(count)]
         assert all(reason is None for _, reason in found)
         return [ticket for ticket, _ in found]
 

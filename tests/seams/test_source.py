@@ -16,11 +16,10 @@ from cesar_mqtt.config import BrokerSettings
 from cesar_mqtt.consumer.intake import Source
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
-from tests.conftest import Mosquitto
+from tests.conftest import PATIENCE_S, Mosquitto
 from tests.factories import delivery
 from tests.unit.consumer.test_intake import FakeSource
 
-_WAIT_S = 10.0
 _WINDOW = 20
 """How many messages mosquitto delivers over MQTT 3.1.1 before one is acknowledged."""
 
@@ -56,7 +55,7 @@ class Subject(ABC):
 def _receive(source: Source, count: int) -> list[Delivery]:
     found: list[Delivery] = []
     while len(found) < count:
-        batch = source.receive(_WAIT_S)
+        batch = source.receive(PATIENCE_S)
         assert batch, f"only {len(found)} of {count} came in"
         found += batch
     return found
@@ -82,8 +81,8 @@ class SourceContract:
         thread = threading.Thread(target=lambda: found.put(subject.source.receive()))
         thread.start()
         subject.bring(*_numbered(7))
-        assert [one.payload for one in found.get(timeout=_WAIT_S)] == [b"7"]
-        thread.join(_WAIT_S)
+        assert [one.payload for one in found.get(timeout=PATIENCE_S)] == [b"7"]
+        thread.join(PATIENCE_S)
 
     def test_a_delivery_has_all_that_the_producer_sent(self, subject: Subject) -> None:
         request = Request(
@@ -186,7 +185,7 @@ class _Real(Subject):
         )
         self._clients.append(client)
         client.start()
-        assert client.wait_connected(_WAIT_S)
+        assert client.wait_connected(PATIENCE_S)
         return client
 
     def bring(self, *requests: Request) -> None:
@@ -196,7 +195,7 @@ class _Real(Subject):
                 properties.ResponseTopic, properties.CorrelationData = response_topic, correlation_data
             if user_properties:
                 properties.UserProperty = list(user_properties)
-            self._producer.publish(topic, payload, qos=1, properties=properties).wait_for_publish(_WAIT_S)
+            self._producer.publish(topic, payload, qos=1, properties=properties).wait_for_publish(PATIENCE_S)
 
     def wait_for_subscription(self, qos: int) -> None:
         assert self._mosquitto.wait_logged(f"intake {qos} cesar/request/+")

@@ -11,9 +11,9 @@ from typing import TextIO
 import pytest
 
 from cesar_mqtt import logs
+from tests.conftest import PATIENCE_S
 
 OURS = logs.get_logger("cesar_mqtt.consumer.worker")
-DEADLINE_S = 10.0
 
 
 class Pipe:
@@ -76,7 +76,7 @@ def test_a_pipe_that_is_not_read_blocks_no_thread_and_what_is_dropped_is_counted
         OURS.info("%d %s", number, "x" * 1000)
 
     pipe.read()
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     pause = threading.Event()
     while "dropped" not in pipe.text and time.monotonic() < deadline:
         OURS.info("again")

@@ -8,6 +8,7 @@ import pytest
 
 from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.threads import Backoff, StoppableThread, Task, never_stop, pause, wait, wait_for
+from tests.conftest import PATIENCE_S
 
 
 class Sleeper(StoppableThread):
@@ -47,7 +48,7 @@ def test_a_stop_can_be_requested_without_waiting_for_the_end() -> None:
     busy.request_stop()
     assert not busy.join(0)
     release.set()
-    assert busy.join(10.0)
+    assert busy.join(PATIENCE_S)
 
 
 def test_the_outcome_of_a_task_is_in_its_future() -> None:
@@ -64,20 +65,20 @@ def test_the_callbacks_of_a_task_have_run_when_it_is_joined() -> None:
     task = Task("task", release.wait)
     task.future.add_done_callback(lambda future: done.append((future.result(), threading.current_thread().name)))
     release.set()
-    task.join(10.0)
+    task.join(PATIENCE_S)
     assert done == [(True, "task")]
 
 
 def test_a_task_that_is_stuck_does_not_hold_up_the_end_of_the_process() -> None:
     script = "import threading; from cesar_mqtt.threads import Task; Task('stuck', threading.Event().wait)"
-    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=30.0).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=PATIENCE_S).returncode == 0
 
 
 def test_a_thread_that_is_stopped_before_its_start_ends_at_once() -> None:
     sleeper = Sleeper()
     sleeper.stop()
     sleeper.start()
-    sleeper.stop(timeout_s=10.0)
+    sleeper.stop(timeout_s=PATIENCE_S)
     assert not sleeper.alive
 
 

@@ -7,7 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-DEADLINE_S = 10.0
+from tests.conftest import PATIENCE_S
 
 
 class ClientLeft(Exception):  # noqa: N818 - no error
@@ -106,7 +106,7 @@ class MisbehavingServer:
             thread.start()
 
     def _serve(self, connection: socket.socket, answer: Answer) -> None:
-        connection.settimeout(DEADLINE_S * 3)
+        connection.settimeout(PATIENCE_S * 3)
         with contextlib.ExitStack() as stack:
             stack.enter_context(connection)
             try:
@@ -127,13 +127,13 @@ class MisbehavingServer:
         self._closing.set()
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
             pass  # wakes the acceptor
-        self._acceptor.join(DEADLINE_S)
+        self._acceptor.join(PATIENCE_S)
         self._listener.close()
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(DEADLINE_S)
+            thread.join(PATIENCE_S)
         assert not any(thread.is_alive() for thread in [self._acceptor, *self._threads])
 
 

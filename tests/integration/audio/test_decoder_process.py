@@ -25,7 +25,7 @@ from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits, Samples
 from cesar_mqtt.audio.decoder_process import GrowingReader
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from tests import broken_disk, fuzz, pictures
-from tests.conftest import report_missing
+from tests.conftest import PATIENCE_S, report_missing
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 LONG = (DATA / "long.ogg").resolve()
@@ -33,7 +33,6 @@ SPEECH = (DATA / "speech.wav").resolve()
 SPEECH_SAMPLES = (SPEECH.stat().st_size - 44) // 2
 LIMITS = AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0)
 TONE = (np.sin(np.arange(3 * SAMPLE_RATE) / 5) * 9000).astype(np.int16)
-WAIT_S = 20.0
 TEMPLATE_KIB = 72 * 1024
 """53 MB with Python 3.11, 63 MB with 3.13."""
 
@@ -50,7 +49,7 @@ def failure_of(path: Path, limits: AudioLimits = LIMITS) -> JobFailedError:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline, pause = time.monotonic() + WAIT_S, threading.Event()
+    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
     while not condition():
         assert time.monotonic() < deadline
         pause.wait(0.005)
@@ -255,17 +254,25 @@ def test_twenty_killed_decoders_are_twenty_errors_and_nothing_else(tmp_path: Pat
         ("os._exit(3)", "crashed"),
         ("os.write(self._frames, b'nonsense' * 100); time.sleep(60)", "nonsense"),
         ("self._send(module.encode(module.FrameKind.OPENED, {'info': 7})); time.sleep(60)", "nonsense"),
-        ("while True: pass", "no progress"),
     ],
 )
 def test_whatever_ends_a_decoder_is_an_error_of_its_file(
     code: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = AudioLimits(max_bytes=1 << 30, max_duration_s=60.0, decoder_timeout_s=0.5)
     with replaced_decoder(monkeypatch, code):
-        failure = failure_of(SPEECH, limits)
+        failure = failure_of(SPEECH)
     assert failure.code is ErrorCode.AUDIO_UNREADABLE
     assert named in failure.message
+    assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
+
+
+def test_a_decoder_that_only_computes_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_process, "_IDLE_SHARE", 0.02)  # other tests may leave it no more of the processor
+    limits = AudioLimits(max_bytes=1 << 30, max_duration_s=60.0, decoder_timeout_s=2.0)
+    with replaced_decoder(monkeypatch, "while True: pass"):
+        failure = failure_of(SPEECH, limits)
+    assert failure.code is ErrorCode.AUDIO_UNREADABLE
+    assert "no progress" in failure.message
     assert len(samples_of(SPEECH)) == SPEECH_SAMPLES
 
 

@@ -12,6 +12,7 @@ import pytest
 from cesar_mqtt.audio import decoder_process
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioLimits
 from cesar_mqtt.audio.growth import GrowthWatch
+from tests.conftest import PATIENCE_S
 from tests.recordings import frequencies, tone, write_wav
 
 LIMITS = AudioLimits(max_bytes=50_000_000, max_duration_s=600.0)
@@ -63,7 +64,7 @@ def test_a_file_is_waited_for_until_its_writer_closes_it(tmp_path: Path) -> None
     written = path.open("ab")
 
     def write_later() -> None:
-        watch_asked.wait(10.0)
+        watch_asked.wait(PATIENCE_S)
         written.write(more(2.0))
         written.close()
 

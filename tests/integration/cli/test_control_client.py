@@ -15,9 +15,7 @@ from cesar_mqtt.cli.control_client import ControlClient
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import BrokerRefusedError
 from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError, UnreachableError
-from tests.conftest import Mosquitto, StartMosquitto
-
-WAIT_S = 10.0
+from tests.conftest import PATIENCE_S, Mosquitto, StartMosquitto
 
 Answer = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
@@ -44,9 +42,9 @@ class FakeConsumer:
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._client.subscribe("cesar/request/#", qos=1)
-        assert self._subscribed.wait(WAIT_S)
+        assert self._subscribed.wait(PATIENCE_S)
         said = self._client.publish(f"cesar/consumer/{name}/state", json.dumps({"state": state}), qos=1, retain=True)
-        said.wait_for_publish(WAIT_S)
+        said.wait_for_publish(PATIENCE_S)
 
     def _on_message(self, _client: Client, _userdata: object, message: MQTTMessage) -> None:
         command, request = message.topic.rpartition("/")[2], json.loads(message.payload)
@@ -85,7 +83,7 @@ def test_the_answer_of_the_own_transaction_is_returned_and_others_are_passed_ove
         return [ok({"transaction": "of somebody else"}, n=1), ok(request, n=3), ok({"transaction": None}, n=2)]
 
     asked = consumer(mosquitto, answer=answers).asked
-    with ControlClient(settings(mosquitto.url), ["get"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(mosquitto.url), ["get"], timeout_s=PATIENCE_S) as requester:
         assert requester.ask("get", {"job_id": "a"}) == {"n": 3}
         assert requester.ask("get", {"job_id": "b"}) == {"n": 3}
     assert [request["job_id"] for _, request in asked] == ["a", "b"]
@@ -99,7 +97,7 @@ def test_a_refusal_is_the_consumers_own_sentence(mosquitto: Mosquitto, consumer:
 
     consumer(mosquitto, answer=refuse)
     with (
-        ControlClient(settings(mosquitto.url), ["get"], timeout_s=WAIT_S) as requester,
+        ControlClient(settings(mosquitto.url), ["get"], timeout_s=PATIENCE_S) as requester,
         pytest.raises(RequestRefusedError, match=r"^There is no job a\.$"),
     ):
         requester.ask("get", {"job_id": "a"})
@@ -111,7 +109,7 @@ def test_a_consumer_that_is_away_is_not_asked_so_that_nothing_is_done_when_it_is
 ) -> None:
     away = consumer(mosquitto, state="offline", answer=lambda request: [ok(request)])
     with (
-        ControlClient(settings(mosquitto.url), ["delete"], timeout_s=WAIT_S) as requester,
+        ControlClient(settings(mosquitto.url), ["delete"], timeout_s=PATIENCE_S) as requester,
         pytest.raises(NoAnswerError, match="offline") as failed,
     ):
         requester.ask("delete", {"job_id": "a"})
@@ -122,7 +120,7 @@ def test_a_consumer_that_is_away_is_not_asked_so_that_nothing_is_done_when_it_is
 @pytest.mark.mosquitto
 def test_where_nobody_ever_was_that_is_said(mosquitto: Mosquitto) -> None:
     with (
-        ControlClient(settings(mosquitto.url), ["health"], timeout_s=0.7) as requester,
+        ControlClient(settings(mosquitto.url), ["health"], timeout_s=5) as requester,
         pytest.raises(NoAnswerError, match="cesar-mqtt serve"),
     ):
         requester.ask("health")
@@ -132,7 +130,7 @@ def test_where_nobody_ever_was_that_is_said(mosquitto: Mosquitto) -> None:
 def test_a_consumer_that_is_online_and_silent_is_named(mosquitto: Mosquitto, consumer: Start) -> None:
     consumer(mosquitto, "attic")
     with (
-        ControlClient(settings(mosquitto.url), ["health"], timeout_s=0.7) as requester,
+        ControlClient(settings(mosquitto.url), ["health"], timeout_s=5) as requester,
         pytest.raises(NoAnswerError, match="attic is online but did not answer"),
     ):
         requester.ask("health")
@@ -146,7 +144,7 @@ def test_of_several_consumers_each_can_be_asked_by_name(mosquitto: Mosquitto, co
             return [ok(request, consumer=name)] if request.get("consumer") == name else []
 
         consumer(mosquitto, name, answer)
-    with ControlClient(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(mosquitto.url), ["health"], timeout_s=PATIENCE_S) as requester:
         everyone = requester.targets(None)
         assert everyone == ["attic", "cesar"]
         assert [requester.ask("health", consumer=name)["consumer"] for name in everyone] == everyone
@@ -156,7 +154,7 @@ def test_of_several_consumers_each_can_be_asked_by_name(mosquitto: Mosquitto, co
 @pytest.mark.mosquitto
 def test_a_single_consumer_is_asked_without_a_name(mosquitto: Mosquitto, consumer: Start) -> None:
     consumer(mosquitto)
-    with ControlClient(settings(mosquitto.url), ["health"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(mosquitto.url), ["health"], timeout_s=PATIENCE_S) as requester:
         assert requester.targets(None) == [None]
 
 
@@ -164,7 +162,7 @@ def test_a_single_consumer_is_asked_without_a_name(mosquitto: Mosquitto, consume
 def test_a_broker_that_forbids_to_ask_is_quoted(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
     (tmp_path / "acl").write_text("topic read cesar/#\n")
     broker = start_mosquitto(f"acl_file {tmp_path / 'acl'}")
-    with ControlClient(settings(broker.url), ["cancel"], timeout_s=WAIT_S) as requester:
+    with ControlClient(settings(broker.url), ["cancel"], timeout_s=PATIENCE_S) as requester:
         requester.consumers["cesar"] = True
         with pytest.raises(BrokerRefusedError, match="cesar/request/cancel") as failed:
             requester.ask("cancel", {"job_id": "a"})
@@ -178,7 +176,7 @@ def test_a_wrong_password_and_a_broker_that_is_not_there_are_told_apart(
 ) -> None:
     broker = start_mosquitto(users={"me": "right"})
     with pytest.raises(BrokerRefusedError) as refused:
-        ControlClient(settings(f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), ["get"], timeout_s=WAIT_S).connect()
+        ControlClient(settings(f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), ["get"], timeout_s=PATIENCE_S).connect()
     assert "wr0ng" not in str(refused.value)
     with pytest.raises(UnreachableError, match="--broker"):
         ControlClient(settings(f"mqtt://127.0.0.1:{free_port}"), ["get"], timeout_s=0.5).connect()

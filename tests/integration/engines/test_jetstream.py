@@ -10,9 +10,10 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from cesar_mqtt.config import JetStreamSettings
-from cesar_mqtt.engines.jetstream import JetStreamQueue
-from cesar_mqtt.engines.messages import Message, QueueUnavailableError
-from tests.nats_server import PATIENCE_S, NatsServer
+from cesar_mqtt.engines.jetstream import JetStreamQueue, look
+from cesar_mqtt.engines.messages import Message, QueueState, QueueUnavailableError
+from tests.conftest import PATIENCE_S
+from tests.nats_server import NatsServer
 
 TOPICS = ("cesar/jobs", "cesar/audio/#", "cesar/request/#")
 
@@ -151,6 +152,31 @@ def test_a_request_is_enqueued_once_and_a_job_can_be_found_and_removed(open_queu
     assert (first.job_id, second.job_id, queue.job_behind(second.seq)) == ("a", "b", None)
     queue.remove("a")
     assert (queue.is_enqueued("a"), queue.is_enqueued("b")) == (False, True)
+
+
+def test_a_retried_job_is_no_copy_of_a_request_with_the_same_number(open_queue: Open) -> None:
+    queue = opened(open_queue())
+    enqueue(queue, "a", seq=5)
+    queue.acknowledge(received(queue.next_job))
+    enqueue(queue, "a", seq=5)
+    assert queue.waiting() == 0  # a copy of the request
+    enqueue(queue, "a", seq=-5)
+    assert received(queue.next_job).job_id == "a"
+
+
+def test_the_state_of_a_queue_can_be_looked_at(open_queue: Open, server: NatsServer, producer: Producer) -> None:
+    settings = JetStreamSettings(url=server.url)
+    assert look(settings, 5.0) is None
+    queue = opened(open_queue(ack_wait=30.0))
+    producer.publish("cesar/jobs")
+    for job_id in ("a", "b", "c"):
+        enqueue(queue, job_id)
+    received(queue.next_job)
+    assert look(settings, 5.0) == QueueState(requests=1, waiting=2, delivered=1, replicas=1, absent=())
+    server.kill()
+    with pytest.raises(QueueUnavailableError):
+        look(settings, 5.0)
+    server.start()
 
 
 def test_a_record_is_created_once_and_changed_only_by_who_has_read_it(open_queue: Open) -> None:

@@ -18,9 +18,8 @@ from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
 from cesar_mqtt.gateway.submission import Submission
 from cesar_mqtt.mqtt.messages import Delivery, PacketTooLargeError, Subscription
 from cesar_mqtt.protocol.topics import Topics
-from tests.conftest import Mosquitto, StartMosquitto
+from tests.conftest import PATIENCE_S, Mosquitto, StartMosquitto
 
-WAIT_S = 20.0
 TOPICS = Topics("cesar", "cesar")
 NOTE = Submission("note-1", b"RIFF", "note.wav", {}, name="note.wav")
 
@@ -42,7 +41,7 @@ class Other:
         self.client.connect("127.0.0.1", port)
         self.client.loop_start()
         self.client.subscribe([(each, 1) for each in filters])
-        assert subscribed.wait(WAIT_S)
+        assert subscribed.wait(PATIENCE_S)
 
     def _on_message(self, client: Client, _userdata: object, message: MQTTMessage) -> None:
         command = message.topic.rpartition("/")[2]
@@ -52,7 +51,7 @@ class Other:
         self.received.put(message)
 
     def publish(self, topic: str, document: dict[str, Any], *, retain: bool = False) -> None:
-        self.client.publish(topic, json.dumps(document), qos=1, retain=retain).wait_for_publish(WAIT_S)
+        self.client.publish(topic, json.dumps(document), qos=1, retain=retain).wait_for_publish(PATIENCE_S)
 
     def close(self) -> None:
         self.client.disconnect()
@@ -81,7 +80,7 @@ def start_bus() -> Iterator[StartBus]:
         made.append(bus)
         bus.start()
         if connected:
-            assert bus.wait_connected(WAIT_S) is not None
+            assert bus.wait_connected(PATIENCE_S) is not None
         return bus
 
     yield start
@@ -100,7 +99,7 @@ def test_a_job_that_was_submitted_without_a_broker_is_published_once_there_is_on
     mosquitto.start()
     other(mosquitto, "cesar/audio/#")
 
-    sent.result(WAIT_S)
+    sent.result(PATIENCE_S)
     assert bus.trouble is None
 
 
@@ -108,10 +107,10 @@ def test_a_job_arrives_and_what_nobody_takes_is_known(
     mosquitto: Mosquitto, start_bus: StartBus, other: Callable[..., Other]
 ) -> None:
     bus = start_bus(mosquitto)
-    assert bus.submit(NOTE).result(WAIT_S) is False
+    assert bus.submit(NOTE).result(PATIENCE_S) is False
     consumer = other(mosquitto, "cesar/audio/#")
-    assert bus.submit(NOTE).result(WAIT_S) is True
-    assert consumer.received.get(timeout=WAIT_S).payload == b"RIFF"
+    assert bus.submit(NOTE).result(PATIENCE_S) is True
+    assert consumer.received.get(timeout=PATIENCE_S).payload == b"RIFF"
 
 
 def test_the_connection_is_reported_before_its_messages_and_again_after_a_restart(
@@ -131,9 +130,9 @@ def test_the_connection_is_reported_before_its_messages_and_again_after_a_restar
         on_connected=lambda: seen.put("connected"),
         on_lost=lambda _: seen.put("lost"),
     )
-    assert [seen.get(timeout=WAIT_S) for _ in range(2)] == ["connected", "cesar/status/a"]
+    assert [seen.get(timeout=PATIENCE_S) for _ in range(2)] == ["connected", "cesar/status/a"]
     broker.restart()
-    assert [seen.get(timeout=WAIT_S) for _ in range(3)] == ["lost", "connected", "cesar/status/a"]
+    assert [seen.get(timeout=PATIENCE_S) for _ in range(3)] == ["lost", "connected", "cesar/status/a"]
 
 
 def test_a_command_is_answered_refused_or_too_late(
@@ -141,7 +140,7 @@ def test_a_command_is_answered_refused_or_too_late(
 ) -> None:
     bus = start_bus(mosquitto, sends_commands=True)
     with pytest.raises(NoAnswerError, match=r"^No consumer is online at "):
-        bus.command("pause").result(WAIT_S)
+        bus.command("pause").result(PATIENCE_S)
 
     consumer = other(mosquitto, "cesar/request/#")
     consumer.answers["pause"] = {"status": "ok", "data": {"paused": True}, "error": None}
@@ -149,16 +148,16 @@ def test_a_command_is_answered_refused_or_too_late(
     online = threading.Event()
     bus._on_message = lambda delivery: online.set() if delivery.topic.endswith("/state") else None
     consumer.publish("cesar/consumer/cesar/state", {"state": "online"}, retain=True)
-    assert online.wait(WAIT_S)
+    assert online.wait(PATIENCE_S)
 
     assert bus.consumers == {"cesar": True}
-    assert bus.command("pause").result(WAIT_S) == {"paused": True}
+    assert bus.command("pause").result(PATIENCE_S) == {"paused": True}
     with pytest.raises(RequestRefusedError, match=r"^There is no job a\.$"):
-        bus.command("delete", {"job_id": "a"}).result(WAIT_S)
+        bus.command("delete", {"job_id": "a"}).result(PATIENCE_S)
     with pytest.raises(NoAnswerError, match=r"^Consumer other is not online"):
-        bus.command("pause", consumer="other").result(WAIT_S)
+        bus.command("pause", consumer="other").result(PATIENCE_S)
     with pytest.raises(NoAnswerError, match=r"^No answer on cesar/request/health in time"):
-        bus.command("health", timeout_s=0.1).result(WAIT_S)
+        bus.command("health", timeout_s=0.1).result(PATIENCE_S)
 
 
 def test_what_the_broker_does_not_take_is_an_error_and_what_waits_is_cancelled_at_the_end(
@@ -167,7 +166,7 @@ def test_what_the_broker_does_not_take_is_an_error_and_what_waits_is_cancelled_a
     broker = start_mosquitto("max_packet_size 2000")
     bus = start_bus(broker)
     with pytest.raises(PacketTooLargeError):
-        bus.submit(Submission("long", bytes(3000), "long.wav", {})).result(WAIT_S)
+        bus.submit(Submission("long", bytes(3000), "long.wav", {})).result(PATIENCE_S)
     broker.stop()
     waiting = bus.submit(NOTE)
     bus.close()
@@ -179,5 +178,5 @@ def test_a_broker_that_refuses_the_password_is_known(start_mosquitto: StartMosqu
     broker = start_mosquitto(users={"web": "secret"})
     bus = start_bus(broker, url=broker.url.replace("mqtt://", "mqtt://web:guessed@"), connected=False)
     with pytest.raises(BrokerRefusedError):
-        bus.wait_connected(WAIT_S)
+        bus.wait_connected(PATIENCE_S)
     assert bus.refusal is not None

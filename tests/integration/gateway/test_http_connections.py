@@ -12,8 +12,7 @@ from starlette.types import Receive, Scope, Send
 from cesar_mqtt.gateway.address import open_port
 from cesar_mqtt.gateway.web import http_protocol
 from cesar_mqtt.gateway.web.http_protocol import BoundedProtocol
-
-WAIT_S = 20.0
+from tests.conftest import PATIENCE_S
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +36,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     thread.start()
     yield opened.getsockname()[1]
     server.should_exit = True
-    thread.join(WAIT_S)
+    thread.join(PATIENCE_S)
     opened.close()
     assert not thread.is_alive()
 
@@ -53,7 +52,7 @@ async def talk(port: int, *pieces: bytes) -> tuple[asyncio.StreamReader, asyncio
 async def ended(reader: asyncio.StreamReader) -> bytes:
     """What a connection still brings until its end."""
     try:
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             return await reader.read()
     except ConnectionError:
         return b""

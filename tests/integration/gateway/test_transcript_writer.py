@@ -14,9 +14,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cesar_mqtt.config import BrokerSettings, OutputSettings
 from cesar_mqtt.gateway.transcript_writer import TranscriptWriter
 from cesar_mqtt.protocol.topics import Topics
-from tests.conftest import Mosquitto
+from tests.conftest import PATIENCE_S, Mosquitto
 
-WAIT_S = 20.0
 LATER = "2099-01-01T00:00:00.000Z"
 
 pytestmark = pytest.mark.mosquitto
@@ -35,7 +34,7 @@ class FakeConsumer:
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._client.subscribe("cesar/request/result", qos=1)
-        assert subscribed.wait(WAIT_S)
+        assert subscribed.wait(PATIENCE_S)
         self.publish("cesar/consumer/cesar/state", {"state": "online"})
 
     def _on_message(self, client: Client, _userdata: object, message: MQTTMessage) -> None:
@@ -46,7 +45,7 @@ class FakeConsumer:
         self.asked.put(request)
 
     def publish(self, topic: str, document: object) -> None:
-        self._client.publish(topic, json.dumps(document), qos=1, retain=True).wait_for_publish(WAIT_S)
+        self._client.publish(topic, json.dumps(document), qos=1, retain=True).wait_for_publish(PATIENCE_S)
 
     def close(self) -> None:
         self._client.disconnect()
@@ -71,7 +70,7 @@ def writer(mosquitto: Mosquitto, consumer: FakeConsumer, tmp_path: Path) -> Iter
         has_inbox=False,
     )
     made.start()
-    assert made._bus.wait_connected(WAIT_S) is not None
+    assert made._bus.wait_connected(PATIENCE_S) is not None
     yield made
     assert made.alive
     made.close()
@@ -104,7 +103,7 @@ def test_hostile_statuses_and_responses_write_nothing_elsewhere_and_stop_nothing
     for nonsense in ({"text": 7, "more": False}, {"text": "", "more": True}, {}):
         consumer.pages = lambda *_, page=nonsense: page
         consumer.publish(f"cesar/status/bad-{len(nonsense)}-{nonsense.get('text')}", completed())
-        assert consumer.asked.get(timeout=WAIT_S)
+        assert consumer.asked.get(timeout=PATIENCE_S)
     consumer.pages = lambda name, offset: (
         {"text": f"{name} ü", "more": True} if not offset else {"text": f"+{offset}", "more": False}
     )

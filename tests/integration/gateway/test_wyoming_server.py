@@ -16,8 +16,7 @@ from cesar_mqtt.config import WyomingSettings
 from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.gateway.home_assistant import HomeAssistantNames
 from cesar_mqtt.gateway.wyoming_server import announce
-
-WAIT_S = 20.0
+from tests.conftest import PATIENCE_S
 
 
 def test_home_assistant_finds_the_server_by_mdns() -> None:
@@ -32,7 +31,7 @@ def test_home_assistant_finds_the_server_by_mdns() -> None:
     async def announced() -> ServiceInfo | None:
         service = await announce("cesar-mqtt-test", "127.0.0.1", 10300)
         try:
-            assert await asyncio.to_thread(found.wait, WAIT_S)
+            assert await asyncio.to_thread(found.wait, PATIENCE_S)
             return await asyncio.to_thread(browsing.get_service_info, "_wyoming._tcp.local.", seen[0])
         finally:
             await service.async_close()

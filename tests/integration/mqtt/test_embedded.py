@@ -4,7 +4,6 @@ import logging
 import os
 import queue
 import socket
-import statistics
 import struct
 import subprocess
 import threading
@@ -21,8 +20,7 @@ from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.mqtt.client import MqttClient
 from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 from cesar_mqtt.mqtt.messages import ConnectionInfo, Subscription, Will
-
-_WAIT_S = 10.0
+from tests.conftest import PATIENCE_S
 
 uses_mosquitto = pytest.mark.mosquitto
 
@@ -44,7 +42,7 @@ def log_lines() -> Iterator[list[str]]:
 
 def shell(broker: EmbeddedBroker, program: str, *arguments: str, text: str | None = None) -> str:
     command = [f"mosquitto_{program}", "-p", str(broker.port), *arguments]
-    result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_WAIT_S, check=False)
+    result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     return result.stdout + result.stderr
 
 
@@ -59,7 +57,7 @@ def listening(broker: EmbeddedBroker, *arguments: str) -> Iterator["Pipeline"]:
         yield listener
     finally:
         process.kill()
-        process.wait(_WAIT_S)
+        process.wait(PATIENCE_S)
         listener.close()
 
 
@@ -78,20 +76,20 @@ class Pipeline:
             self._lines.put(line.rstrip("\n"))
 
     def wait_for(self, text: str) -> None:
-        while text not in self._lines.get(timeout=_WAIT_S):
+        while text not in self._lines.get(timeout=PATIENCE_S):
             pass
 
     def messages(self, count: int) -> list[str]:
         """The next lines without debugging output."""
         found: list[str] = []
         while len(found) < count:
-            line = self._lines.get(timeout=_WAIT_S)
+            line = self._lines.get(timeout=PATIENCE_S)
             if not line.startswith(("Client ", "Subscribed")):
                 found.append(line)
         return found
 
     def close(self) -> None:
-        self._thread.join(_WAIT_S)
+        self._thread.join(PATIENCE_S)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -100,14 +98,14 @@ class Pipeline:
 def connected(broker: EmbeddedBroker, **options: Any) -> Iterator[MqttClient]:
     client = MqttClient(BrokerSettings(url=broker.url), **options)
     client.start()
-    assert client.wait_connected(_WAIT_S)
+    assert client.wait_connected(PATIENCE_S)
     yield client
     client.close()
 
 
 def receive(client: MqttClient, count: int) -> list[str]:
     texts: list[str] = []
-    deadline = time.monotonic() + _WAIT_S
+    deadline = time.monotonic() + PATIENCE_S
     while len(texts) < count and time.monotonic() < deadline:
         deliveries = client.receive(0.1)
         client.acknowledge(deliveries)
@@ -117,7 +115,7 @@ def receive(client: MqttClient, count: int) -> list[str]:
 
 def holds(condition: Callable[[], object]) -> bool:
     """Poll a condition that has no notification."""
-    deadline = time.monotonic() + _WAIT_S
+    deadline = time.monotonic() + PATIENCE_S
     pause = threading.Event()
     while not condition() and time.monotonic() < deadline:
         pause.wait(0.01)
@@ -138,7 +136,7 @@ def connect(name: bytes, *, version: int = 4, properties: bytes = b"") -> bytes:
 
 def answer(broker: EmbeddedBroker, data: bytes) -> bytes:
     """Everything that the broker answers before it closes the connection."""
-    with socket.create_connection(("127.0.0.1", broker.port), timeout=_WAIT_S) as stranger:
+    with socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S) as stranger:
         stranger.sendall(data)
         answer = b""
         while part := stranger.recv(100):
@@ -160,8 +158,8 @@ def test_a_later_subscriber_receives_the_retained_status(embedded_broker: Embedd
         us.publish("cesar/status/a", b"completed", retain=True)
         us.publish("cesar/result/a/txt", b"text", retain=True)
         # The last message is there: so the broker has the others, too.
-        assert shell(embedded_broker, "sub", "-t", "cesar/result/a/txt", "-C", "1", "-W", "5") == "text\n"
-        seen = shell(embedded_broker, "sub", "-v", "-t", "cesar/status/#", "-C", "1", "-W", "5")
+        assert shell(embedded_broker, "sub", "-t", "cesar/result/a/txt", "-C", "1", "-W", "100") == "text\n"
+        seen = shell(embedded_broker, "sub", "-v", "-t", "cesar/status/#", "-C", "1", "-W", "100")
         assert seen == "cesar/status/a completed\n"
 
 
@@ -203,7 +201,7 @@ def test_a_retained_message_is_marked_as_such_and_can_be_cleared(embedded_broker
     with listening(embedded_broker, "-q", "1", "-t", "a", "-F", "%r %q %p") as live:
         shell(embedded_broker, "pub", "-r", "-q", "1", "-t", "a", "-m", "x")
         assert live.messages(1) == ["0 1 x"]
-    assert shell(embedded_broker, "sub", "-q", "1", "-t", "a", "-C", "1", "-W", "5", "-F", "%r %q %p") == "1 1 x\n"
+    assert shell(embedded_broker, "sub", "-q", "1", "-t", "a", "-C", "1", "-W", "100", "-F", "%r %q %p") == "1 1 x\n"
     shell(embedded_broker, "pub", "-r", "-q", "1", "-t", "a", "-n")
     assert shell(embedded_broker, "sub", "-t", "a", "-C", "1", "-W", "1") == "Timed out\n"
 
@@ -215,7 +213,7 @@ def test_the_will_of_a_lost_client_is_published_and_retained(embedded_broker: Em
         with listening(embedded_broker, "-t", "x", *will):
             pass
         assert watcher.messages(1) == ["offline"]
-    assert shell(embedded_broker, "sub", "-t", "w", "-C", "1", "-W", "5") == "offline\n"
+    assert shell(embedded_broker, "sub", "-t", "w", "-C", "1", "-W", "100") == "offline\n"
 
 
 def test_our_will_is_not_sent_when_we_close(embedded_broker: EmbeddedBroker) -> None:
@@ -234,20 +232,17 @@ def test_a_large_recording_gets_through(embedded_broker: EmbeddedBroker, tmp_pat
     audio = Subscription("cesar/audio/+", wants_retained=True)
     with connected(embedded_broker, client_id="cesar", persistent=True, subscriptions=[audio]) as us:
         shell(embedded_broker, "pub", "-q", "1", "-t", "cesar/audio/a", "-f", str(recording))
-        (delivery,) = us.receive(_WAIT_S)
+        (delivery,) = us.receive(PATIENCE_S)
         assert delivery.payload == recording.read_bytes()
 
 
 def test_a_message_does_not_wait_for_an_acknowledgement_by_tcp(embedded_broker: EmbeddedBroker) -> None:
-    """With Nagle's algorithm on, each of these took 44 ms."""
+    """With Nagle's algorithm on, each took 44 ms."""
     with connected(embedded_broker, client_id="us", persistent=True, subscriptions=[Subscription("a")]) as us:
-        took_s: list[float] = []
-        for _ in range(50):
-            started = time.monotonic()
-            us.publish("a", b"x")
-            assert receive(us, 1) == ["x"]
-            took_s.append(time.monotonic() - started)
-        assert statistics.median(took_s) < 0.03, "most of them: a few wait for a busy machine"
+        us.publish("a", b"x")
+        assert receive(us, 1) == ["x"]
+        (served,) = [writer.get_extra_info("socket") for writer in embedded_broker._writers]
+        assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 # -- where it listens -------------------------------------------------------------------------------------------------
@@ -279,7 +274,7 @@ def test_it_listens_on_the_given_address(host: str) -> None:
         pytest.skip("this machine has no IPv6")
     client = MqttClient(BrokerSettings(url=broker.url), client_id="a", persistent=False)
     client.start()
-    assert isinstance(client.wait_connected(_WAIT_S), ConnectionInfo)
+    assert isinstance(client.wait_connected(PATIENCE_S), ConnectionInfo)
     client.close()
     broker.close()
 
@@ -316,7 +311,7 @@ def test_port_scans_and_broken_clients_are_not_logged(
         connect(b"a") + connect(b"a"),
     ]
     for data in junk:
-        with socket.create_connection(("127.0.0.1", embedded_broker.port), timeout=_WAIT_S) as stranger:
+        with socket.create_connection(("127.0.0.1", embedded_broker.port), timeout=PATIENCE_S) as stranger:
             stranger.sendall(data)
     with socket.create_connection(("127.0.0.1", embedded_broker.port)) as stranger:
         stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -341,7 +336,7 @@ def test_closing_frees_the_port_and_ends_the_thread(log_lines: list[str]) -> Non
     broker.close()
     broker.start()
     port = broker.port
-    with socket.create_connection(("127.0.0.1", port), timeout=_WAIT_S) as idle:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as idle:
         assert holds(lambda: broker._writers)
         broker.close()
         assert idle.recv(1) == b""
@@ -357,7 +352,7 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
     broker = EmbeddedBroker(port=0)
     broker.start()
     with (
-        socket.create_connection(("127.0.0.1", broker.port), timeout=_WAIT_S) as deaf,
+        socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S) as deaf,
         connected(broker, client_id="us", persistent=False, subscriptions=[Subscription("b")]) as us,
     ):
         deaf.sendall(connect(b"deaf"))
@@ -371,7 +366,7 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read() -> None:
         receive(us, 1)
         started = time.monotonic()
         broker.close()
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < 30.0, "the client never reads again"
     assert not [thread for thread in threading.enumerate() if thread.name == "embedded-broker"]
 
 
@@ -402,7 +397,7 @@ def linked(broker: EmbeddedBroker, client_id: str, *topics: str) -> Iterator[tup
         on_disconnected=lambda _reason: reports.put("disconnected"),
     )
     client.start()
-    assert client.wait_connected(_WAIT_S) is not None
+    assert client.wait_connected(PATIENCE_S) is not None
     try:
         yield client, reports
     finally:
@@ -420,16 +415,16 @@ def test_a_job_is_acknowledged_to_its_publisher_only_after_the_subscriber_has_it
         other = producer.publish("cesar/other", b"something else")
         assert job is not None
         assert other is not None
-        assert reports.get(timeout=_WAIT_S) == f"{other.mid} is acknowledged", (
+        assert reports.get(timeout=PATIENCE_S) == f"{other.mid} is acknowledged", (
             "a topic that is not forwarded does not wait"
         )
-        deliveries = subscriber.receive(_WAIT_S)
+        deliveries = subscriber.receive(PATIENCE_S)
         assert [delivery.payload for delivery in deliveries] == [b"a.wav"]
         assert reports.empty()
 
         subscriber.acknowledge(deliveries)
 
-        assert reports.get(timeout=_WAIT_S) == f"{job.mid} is acknowledged"
+        assert reports.get(timeout=PATIENCE_S) == f"{job.mid} is acknowledged"
 
 
 def test_the_same_job_twice_at_once_is_acknowledged_twice() -> None:
@@ -441,10 +436,10 @@ def test_the_same_job_twice_at_once_is_acknowledged_twice() -> None:
         tickets = [producer.publish("cesar/jobs", b"a.wav") for _ in range(20)]
         taken = 0
         while taken < len(tickets):
-            deliveries = subscriber.receive(_WAIT_S)
+            deliveries = subscriber.receive(PATIENCE_S)
             subscriber.acknowledge(deliveries)
             taken += len(deliveries)
-        reported = {reports.get(timeout=_WAIT_S) for _ in tickets}
+        reported = {reports.get(timeout=PATIENCE_S) for _ in tickets}
         assert reported == {f"{ticket.mid} is acknowledged" for ticket in tickets if ticket is not None}
 
 
@@ -457,7 +452,7 @@ def test_a_publisher_whose_job_is_not_acknowledged_is_disconnected_so_that_it_se
             pass
         with linked(broker, "producer") as (producer, reports):
             assert producer.publish("cesar/jobs", b"a.wav") is not None
-            assert reports.get(timeout=_WAIT_S) == "disconnected"
+            assert reports.get(timeout=PATIENCE_S) == "disconnected"
 
 
 def test_other_clients_are_connected_once_the_subscriber_has_subscribed() -> None:
@@ -468,15 +463,15 @@ def test_other_clients_are_connected_once_the_subscriber_has_subscribed() -> Non
         try:
             assert producer.wait_connected(0.3) is None
             with linked(broker, "cesar", "cesar/jobs") as (subscriber, _):
-                assert producer.wait_connected(_WAIT_S) is not None
+                assert producer.wait_connected(PATIENCE_S) is not None
                 assert producer.publish("cesar/jobs", b"a.wav", qos=0) is not None
-                assert [delivery.payload for delivery in subscriber.receive(_WAIT_S)] == [b"a.wav"]
+                assert [delivery.payload for delivery in subscriber.receive(PATIENCE_S)] == [b"a.wav"]
         finally:
             producer.close()
 
 
 def test_a_client_is_disconnected_if_the_subscriber_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cesar_mqtt.mqtt.embedded._SUBSCRIBER_S", 0.2)
-    with keeping() as broker, socket.create_connection(("127.0.0.1", broker.port), _WAIT_S) as client:
+    with keeping() as broker, socket.create_connection(("127.0.0.1", broker.port), PATIENCE_S) as client:
         client.sendall(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01x")
         assert client.recv(100) == b""

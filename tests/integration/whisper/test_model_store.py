@@ -13,7 +13,7 @@ import pytest
 from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import ErrorCode, JobFailedError
 from cesar_mqtt.whisper.model_store import ModelStore
-from tests.conftest import report_missing
+from tests.conftest import PATIENCE_S, report_missing
 
 pytestmark = pytest.mark.model
 
@@ -191,7 +191,7 @@ store.load("tiny.en")
 @pytest.mark.parametrize("room_mb", [150, 3000])
 def test_a_limit_on_the_address_space_is_named_before_a_crash_would_hide_it(room_mb: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LIMITED, str(room_mb), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (ended.returncode == 0) == (room_mb == 3000), ended.stderr  # by a signal, or an exception
     assert "(RLIMIT_AS, `ulimit -v`)" in ended.stderr
     assert "MemoryMax=" in ended.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import report_missing
+from tests.conftest import PATIENCE_S, report_missing
 
 ATTEMPTS = """
 import os, resource, signal, socket, sys, threading
@@ -57,7 +57,7 @@ def outcomes(tmp_path: Path, protection: str, *attempts: str) -> dict[str, str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     if ran.stdout == "missing\n":
         report_missing(f"this system does not offer {protection}")
@@ -98,7 +98,7 @@ def test_memory_beyond_the_limit_is_refused_and_memory_within_it_is_not() -> Non
         "try:\n    bytearray(64 << 20)\n"
         "except MemoryError:\n    print('refused')\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert "memory" in ran.stdout
     assert ran.stdout.endswith("refused\n")
 
@@ -109,5 +109,7 @@ def test_an_endless_loop_ends_when_its_processor_time_is_used_up() -> None:
         "confinement.confine(has_bytes=None, memory_bytes=0, cpu_s=1, most_cpu_s=3)\n"
         "while True: pass\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
     assert -ran.returncode == signal.SIGXCPU

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -14,9 +15,10 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from cesar_mqtt.cli import doctor
 from cesar_mqtt.cli.doctor import Finding, Severity
-from cesar_mqtt.config import Settings, load_settings
+from cesar_mqtt.config import JetStreamSettings, Settings, load_settings
+from cesar_mqtt.engines.messages import QueueState, QueueUnavailableError
 from cesar_mqtt.ledger.ledger import Ledger, acquire_lock
-from tests.conftest import Certificates, Mosquitto, StartMosquitto, find_free_port, run
+from tests.conftest import PATIENCE_S, Certificates, Mosquitto, StartMosquitto, find_free_port, run
 
 
 def settings(folder: Path, url: str = "mqtt://127.0.0.1:1", **flags: Any) -> Settings:
@@ -59,6 +61,40 @@ def test_deliveries_of_the_webhook_that_failed_are_told(webhook: dict[str, Any],
     found = doctor._check_webhook(webhook)
     assert (str(found.verdict), told in found.detail) == (verdict, True), found
     assert "\x1b" not in found.detail
+
+
+@pytest.mark.parametrize(
+    ("state", "verdict", "told"),
+    [
+        (
+            QueueState(1, 2, 1, 3, ()),
+            "ok",
+            "1 request to be admitted, 2 jobs waiting, 1 at consumers; stored on 3 servers",
+        ),
+        (QueueState(0, 0, 0, 3, ("nats-2",)), "wrong", "away or behind: nats-2"),
+        (None, "wrong", "There is no queue CESAR"),
+        (QueueUnavailableError("The queue does not answer."), "wrong", "does not answer"),
+    ],
+)
+def test_the_queue_of_many_machines_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, state: QueueState | Exception | None, verdict: str, told: str
+) -> None:
+    def look(*_: object) -> QueueState | None:
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    monkeypatch.setattr("cesar_mqtt.engines.jetstream.look", look)
+    found = doctor.check_shared_queue(JetStreamSettings(), 1.0)
+    assert (str(found.verdict), told in found.detail) == (verdict, True), found
+
+
+def test_without_nats_py_the_queue_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cesar_mqtt.engines.jetstream", raising=False)
+    monkeypatch.setitem(sys.modules, "nats", None)
+    monkeypatch.setitem(sys.modules, "nats.aio.client", None)
+    found = doctor.check_shared_queue(JetStreamSettings(), 1.0)
+    assert (str(found.verdict), "cluster" in found.what_to_do) == ("wrong", True)
 
 
 def test_each_audio_directory_is_looked_at(tmp_path: Path) -> None:
@@ -215,7 +251,7 @@ def test_a_certificate_that_is_not_trusted_or_has_another_name_says_which_settin
         ("127.0.0.2", certificates.ca, "a name that stands in its certificate"),
     ):
         asked = settings(tmp_path, broker={"url": f"mqtts://{host}:{port}", "ca_file": authority})
-        (found,) = doctor.check_broker(asked, 5)
+        (found,) = doctor.check_broker(asked, PATIENCE_S)
         assert advice in found.what_to_do, found
         assert found.detail.startswith("No connection to mqtts://")
 
@@ -223,7 +259,7 @@ def test_a_certificate_that_is_not_trusted_or_has_another_name_says_which_settin
 @pytest.mark.mosquitto
 def test_a_wrong_password_is_named_and_not_shown(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
     broker = start_mosquitto(users={"me": "right"})
-    (found,) = doctor.check_broker(settings(tmp_path, f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), 5)
+    (found,) = doctor.check_broker(settings(tmp_path, f"mqtt://me:wr0ng@127.0.0.1:{broker.port}"), PATIENCE_S)
     assert found.verdict is Severity.WRONG
     assert "password" in found.what_to_do
     assert "wr0ng" not in found.detail + found.what_to_do
@@ -239,10 +275,10 @@ def test_the_users_of_the_documented_access_list_miss_nothing_that_they_need(
     state = ["mosquitto_pub", "-p", str(broker.port), "-u", "cesar", "-P", "x", "-q", "1", "-r"]
     told = run(*state, "-t", "cesar/consumer/cesar/state", "-m", '{"state": "online"}')
     assert told.returncode == 0, told.stderr
-    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://producer:x@127.0.0.1:{broker.port}"), 1))
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://producer:x@127.0.0.1:{broker.port}"), PATIENCE_S))
     assert verdicts(found) == {"broker": "ok", "subscribing": "ok", "publishing": "ok", "consumer": "note"}
     assert found[3].detail.startswith("cesar is online, but ")
-    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://cesar:x@127.0.0.1:{broker.port}"), 0.3))
+    found = list(doctor.check_broker(settings(tmp_path, f"mqtt://cesar:x@127.0.0.1:{broker.port}"), 5))
     assert verdicts(found)["publishing"] == "note"
 
 
@@ -256,14 +292,14 @@ def test_of_what_may_not_be_read_only_statuses_and_refusals_are_needed() -> None
 def test_a_user_who_may_only_read_is_told_so(start_mosquitto: StartMosquitto, tmp_path: Path) -> None:
     (tmp_path / "acl").write_text("topic read cesar/#\n")
     broker = start_mosquitto(f"acl_file {tmp_path / 'acl'}")
-    found = verdicts(list(doctor.check_broker(settings(tmp_path, broker.url), 1)))
+    found = verdicts(list(doctor.check_broker(settings(tmp_path, broker.url), 5)))
     assert found == {"broker": "ok", "subscribing": "ok", "publishing": "wrong", "consumer": "wrong"}
 
 
 @pytest.mark.mosquitto
 def test_what_the_broker_does_not_tell_is_not_claimed(mosquitto: Mosquitto, tmp_path: Path) -> None:
     asked = settings(tmp_path, broker={"url": mosquitto.url, "protocol": "3.1.1"})
-    found = verdicts(list(doctor.check_broker(asked, 0.5)))
+    found = verdicts(list(doctor.check_broker(asked, 5)))
     assert found == {"broker": "ok", "subscribing": "ok", "publishing": "note", "consumer": "wrong"}
 
 
@@ -303,15 +339,15 @@ def test_messages_that_mosquitto_has_dropped_are_noted(start_mosquitto: StartMos
     reader.connect("127.0.0.1", broker.port)
     reader.loop_start()
     reader.subscribe("cesar/jobs", qos=1)
-    assert subscribed.wait(10)
+    assert subscribed.wait(PATIENCE_S)
     reader.disconnect()
     reader.loop_stop()
     run("mosquitto_pub", "-p", str(broker.port), "-q", "1", "-t", "cesar/jobs", "-l", text="job\n" * 50)
     asked = settings(tmp_path, broker.url)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     noted: list[Finding] = []
     while not noted and time.monotonic() < deadline:  # the broker counts once a second
-        noted = [found for found in doctor.check_broker(asked, 0.3) if found.check == "queue of broker"]
+        noted = [found for found in doctor.check_broker(asked, 2) if found.check == "queue of broker"]
     assert [found.verdict for found in noted] == [Severity.NOTE]
     assert "has dropped" in noted[0].detail
     assert "max_queued_messages" in noted[0].what_to_do

@@ -129,6 +129,20 @@ def test_the_jobs_of_several_consumers_are_merged(
     assert listed(capsys) == ["job-3", "job-2", "job-1"]
 
 
+def test_a_job_that_waits_for_all_consumers_is_shown_once(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = job(4, status="queued", shared=True)
+    ledgers = {"attic": [job(1), job(3), waiting], "cellar": [job(1, status="queued"), waiting]}
+
+    def ask(command: str, fields: Mapping[str, Any], consumer: str | None) -> dict[str, Any]:
+        return {**pages(ledgers[str(consumer)])(command, fields, consumer), "consumer": consumer}
+
+    answering(ask, online=tuple(ledgers))
+    shell.print_jobs(settings, status=None, limit=0, consumer=None, as_json=True, timeout_s=1)
+    assert listed(capsys) == ["job-4", "job-3", "job-1", "job-1"]
+
+
 def test_the_priority_of_an_open_job_is_shown_beside_its_state(
     settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cesar_mqtt.consumer.commands import RESPONSE_BYTES, CommandHandlers, CommandResponse
 from cesar_mqtt.consumer.defaults import StoredDefaults
 from cesar_mqtt.consumer.recent_rejections import RecentRejections
+from cesar_mqtt.engines.messages import QueueUnavailableError
 from cesar_mqtt.errors import ErrorCode
 from cesar_mqtt.jobs import AudioSource, Job, JobState, NewJob, Result
 from cesar_mqtt.ledger.ledger import Ledger
@@ -80,10 +81,29 @@ class FakeSpool:
         self.removed.append(names)
 
 
+class FakeWaiting:
+    """The jobs of a queue that consumers share, unless its server is away."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.works = True
+
+    def count(self) -> int:
+        if not self.works:
+            raise QueueUnavailableError("The queue's server is out of reach.")
+        return len(self.names)
+
+    def jobs(self, after: str | None, limit: int) -> list[Job] | None:
+        if after is not None and after not in self.names:
+            return None
+        first = 0 if after is None else self.names.index(after) + 1
+        return [factories.job(name, seq=0, state=JobState.QUEUED) for name in self.names[first : first + limit]]
+
+
 class Bench:
     """Command handlers over a real ledger, and what they reported."""
 
-    def __init__(self, path: Path, *, grouped: bool = False) -> None:
+    def __init__(self, path: Path, *, grouped: bool = False, waiting: "FakeWaiting | None" = None) -> None:
         self.path = path
         self.disk = FaultyDisk()
         self.ledger = Ledger(path, clock=lambda: 1_700_000_000.0, disk=self.disk)
@@ -105,6 +125,7 @@ class Bench:
             rejections=self.rejections,
             defaults=StoredDefaults(self.ledger, self.models),
             on_defaults_set=self._count,
+            waiting=waiting,
             grouped=grouped,
         )
 
@@ -390,6 +411,28 @@ def test_a_list_is_oldest_first_and_continues_where_it_ended(bench: Bench) -> No
         "consumer": "porch",
     }
     assert bench.ok("list", {"limit": 5})["next"] is None
+
+
+def test_a_list_ends_with_the_jobs_that_wait_for_all_consumers(tmp_path: Path) -> None:
+    waiting = FakeWaiting("w-0", "w-1", "w-2")
+    bench = Bench(tmp_path / "ledger.json", waiting=waiting)
+    bench.submit("own-0", "own-1", "own-2")
+    seen, after = [], None
+    for _ in range(4):
+        page = bench.ok("list", {"limit": 2, "after": after})
+        seen += [(job["job_id"], job.get("shared", False)) for job in page["jobs"]]
+        assert page["total"] == 6
+        after = page["next"]
+        if after is None:
+            break
+    assert seen == [(f"own-{n}", False) for n in range(3)] + [(f"w-{n}", True) for n in range(3)]
+    assert [job["job_id"] for job in bench.ok("list", {"limit": 3, "after": "own-2"})["jobs"]] == ["w-0", "w-1", "w-2"]
+    assert bench.ok("list", {"status": "completed"})["jobs"] == []
+    assert "Unknown job id" in bench.error("list", {"after": "unknown"})
+    waiting.works = False
+    assert "out of reach" in bench.error("list", {"status": "queued"})
+    assert bench.ok("list", {"status": "completed"})["total"] == 0
+    bench.ledger.close()
 
 
 def test_a_list_has_the_fields_of_the_status_for_each_job(bench: Bench) -> None:

@@ -36,12 +36,12 @@ from cesar_mqtt.protocol.payloads import Rejection, status_of
 from cesar_mqtt.protocol.response_topics import ResponseTopics
 from cesar_mqtt.protocol.topics import Topics
 from tests import factories
+from tests.conftest import PATIENCE_S
 
 if TYPE_CHECKING:
     from cesar_mqtt.consumer.commands import CommandHandlers
     from cesar_mqtt.consumer.publisher import Publisher
 
-DEADLINE_S = 10.0
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 MAX_PAYLOAD_BYTES = 4096
 MAX_QUEUED = 20
@@ -1068,15 +1068,15 @@ def test_uploads_that_would_not_make_room_enough_are_kept(
     bench.intake.start()
     new = [request(job_id="first"), upload("large", WAV * 2), request(job_id="last")]
     bench.source.bring(*new)
-    assert bench.publisher.refused.wait(DEADLINE_S)
+    assert bench.publisher.refused.wait(PATIENCE_S)
     assert bench.source.acknowledged[-1] == new[0], "what is before it and has room is accepted"
     assert len(bench.spooled()) == 3
     _, files = bench.ledger.delete("waits") or (None, [])
     bench.spool.remove(files)  # it does not wait for the next attempt then
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while bench.source.acknowledged[-1] != new[-1] and time.monotonic() < deadline:
         threading.Event().wait(0.01)
-    bench.intake.stop(DEADLINE_S)
+    bench.intake.stop(PATIENCE_S)
     assert [delivery.receipt for delivery in bench.source.acknowledged[-3:]] == [each.receipt for each in new]
     assert "2 of 3" not in caplog.text
     assert f"{3 * len(WAV)} of {3 * len(WAV)} bytes" in caplog.text
@@ -1091,12 +1091,12 @@ def test_a_batch_that_is_larger_than_the_spool_is_stored_in_parts(
     bench.intake.start()
     bench.source.bring(*(upload(f"job-{number}") for number in range(5)))
     for number in range(5):
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         while bench.ledger.get(f"job-{number}") is None and time.monotonic() < deadline:
             threading.Event().wait(0.01)
         _, files = bench.ledger.delete(f"job-{number}") or (None, [])
         bench.spool.remove(files)
-    bench.intake.stop(DEADLINE_S)
+    bench.intake.stop(PATIENCE_S)
     assert len(bench.source.acknowledged) == 5
 
 
@@ -1110,12 +1110,12 @@ def test_what_does_not_fit_into_memory_is_received_again_after_the_rest(
     held = [upload("first"), upload("held", WAV * 100)]
     forgotten = [message(b"porch.wav"), upload("later"), command("health")]
     bench.source.bring(held[0])
-    assert bench.publisher.refused.wait(DEADLINE_S)
+    assert bench.publisher.refused.wait(PATIENCE_S)
     for each in (held[1], *forgotten, command("list", qos=0), message(b"late.wav", qos=0)):
         bench.source.bring(each)
 
     def wait_until(true: Callable[[], object]) -> None:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         while not true() and time.monotonic() < deadline:
             threading.Event().wait(0.01)
         assert true()
@@ -1128,7 +1128,7 @@ def test_what_does_not_fit_into_memory_is_received_again_after_the_rest(
     bench.source.bring(upload("late"))  # by the old connection: the new one brings it again, too
     pause = threading.Event()
     pause.wait(0.1)
-    bench.intake.stop(DEADLINE_S)
+    bench.intake.stop(PATIENCE_S)
     again = [replace(each, dup=True, receipt=replace(each.receipt, connection=2)) for each in forgotten]
     acknowledged = [delivery.receipt for delivery in bench.source.acknowledged if delivery.qos]
     assert acknowledged == [each.receipt for each in (*held, *again)]
@@ -1169,14 +1169,14 @@ def test_commands_are_answered_once_while_the_disk_refuses_and_one_of_them_may_f
     second = [request(job_id="next"), command("delete", b"old"), command("health")]
     bench.intake.start()
     bench.source.bring(*first)
-    assert bench.publisher.refused.wait(DEADLINE_S)
+    assert bench.publisher.refused.wait(PATIENCE_S)
     assert bench.source.acknowledged == []
     bench.source.bring(*second)
     pause = threading.Event()
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while len(bench.source.acknowledged) < len(first) + len(second) and time.monotonic() < deadline:
         pause.wait(0.01)
-    bench.intake.stop(DEADLINE_S)
+    bench.intake.stop(PATIENCE_S)
     in_order = [delivery.receipt for delivery in (*first, *second)]
     assert [delivery.receipt for delivery in bench.source.acknowledged] == in_order
     assert [topic.rpartition("/")[2] for topic, _, _ in bench.publisher.responses] == [
@@ -1202,9 +1202,9 @@ def test_a_stop_while_the_disk_refuses_ends_at_once_and_acknowledges_nothing(
     bench.ledger_disk.refusals = float("inf")
     bench.intake.start()
     bench.source.bring(upload("a"))
-    assert bench.publisher.refused.wait(DEADLINE_S)
+    assert bench.publisher.refused.wait(PATIENCE_S)
     assert bench.source.acknowledged == []
-    bench.intake.stop(DEADLINE_S)
+    bench.intake.stop(PATIENCE_S)
     assert not bench.intake._thread.is_alive()
     assert bench.source.acknowledged == []
     assert bench.ledger.get("a") is None
@@ -1227,9 +1227,9 @@ def test_the_thread_processes_messages_until_it_is_stopped(bench: Bench) -> None
     for job_id in ("a", "b"):
         acknowledged.clear()
         bench.source.bring(request(job_id=job_id))
-        assert acknowledged.wait(DEADLINE_S)
+        assert acknowledged.wait(PATIENCE_S)
     bench.source.bring()  # nothing, as a source that is woken does
-    bench.intake.stop(DEADLINE_S)
+    bench.intake.stop(PATIENCE_S)
     assert not bench.intake._thread.is_alive()
     assert [job.job_id for job in bench.jobs()] == ["a", "b"]
 

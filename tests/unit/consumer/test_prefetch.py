@@ -15,12 +15,12 @@ from cesar_mqtt.jobs import AudioSource, Job
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
 from tests import factories
+from tests.conftest import PATIENCE_S
 
 if TYPE_CHECKING:
     from cesar_mqtt.audio.download import Downloader
     from cesar_mqtt.audio.windows import Recording
 
-DEADLINE_S = 10.0
 FAILURE = JobFailedError(ErrorCode.DOWNLOAD_FAILED, "The server is away.")
 
 
@@ -37,7 +37,7 @@ class Changes:
 
     def until(self, satisfied: Callable[[], object]) -> None:
         with self.condition:
-            assert self.condition.wait_for(satisfied, DEADLINE_S)
+            assert self.condition.wait_for(satisfied, PATIENCE_S)
 
 
 class FakeQueue:
@@ -174,7 +174,7 @@ class Stage:
         for download in list(self.prefetcher._downloads):
             audio = download._job.audio
             if audio is not None and audio.name not in self.downloader.held:
-                download.join(DEADLINE_S)
+                download.join(PATIENCE_S)
 
     @property
     def spooled(self) -> list[bytes]:
@@ -528,7 +528,7 @@ def test_an_unexpected_failure_does_not_end_the_thread(stage: Stage, caplog: pyt
     stage.queue.error = RuntimeError("odd")
     stage.queue.looking = failed.set
     stage.prefetcher.start()
-    assert failed.wait(DEADLINE_S)
+    assert failed.wait(PATIENCE_S)
     stage.queue.error = None
     stage.queue.set(local(stage, 1))
     stage.until(lambda: stage.recordings)
@@ -580,20 +580,20 @@ def test_a_download_that_ends_just_after_it_was_dropped_leaves_no_file(stage: St
     def late(url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         found = fetch(url, should_stop)
         fetched.set()
-        assert dropped.wait(DEADLINE_S)
+        assert dropped.wait(PATIENCE_S)
         return found
 
     stage.downloader.fetch = late  # type: ignore[method-assign]
     stage.take(local(stage, 1))
     stage.queue.jobs = [remote(2)]
     stage.look()
-    assert fetched.wait(DEADLINE_S)
+    assert fetched.wait(PATIENCE_S)
     downloads = list(stage.prefetcher._downloads)
     stage.queue.jobs = []
     stage.look()
     assert len(stage.spooled) == 1
     dropped.set()
-    downloads[0].join(DEADLINE_S)
+    downloads[0].join(PATIENCE_S)
     assert stage.spooled == []
     assert stage.downloaded == ["done"]
 
@@ -638,7 +638,7 @@ def test_a_take_waits_for_a_look_that_knows_the_queue_before_it(stage: Stage) ->
 
     stage.queue.looking = claim_meanwhile
     stage.look()
-    worker.join(DEADLINE_S)
+    worker.join(PATIENCE_S)
     stage.look()
     stage.settle()
     assert stage.downloader.fetched == ["http://cam.test/1", "http://cam.test/2"]
@@ -705,7 +705,7 @@ def test_no_more_downloads_run_at_once_than_jobs_are_looked_at(stage: Stage) -> 
 
     def stubborn(url: str, should_stop: Callable[[], bool]) -> DownloadedFile:
         fetched = fetch(url, never)
-        unmoved.wait(DEADLINE_S)
+        unmoved.wait(PATIENCE_S)
         del should_stop
         return fetched
 
@@ -856,8 +856,8 @@ def test_a_stop_ends_the_wait_of_the_worker(stage: Stage) -> None:
     worker.start()
     stage.until(lambda: stage.downloader.fetched)
     stage.prefetcher.stop()
-    assert ended.wait(DEADLINE_S)
-    worker.join(DEADLINE_S)
+    assert ended.wait(PATIENCE_S)
+    worker.join(PATIENCE_S)
     stage.settle()
     assert stage.spooled == []
 

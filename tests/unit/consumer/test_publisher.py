@@ -26,9 +26,9 @@ from cesar_mqtt.mqtt.messages import CannotPublishError, PacketTooLargeError, Re
 from cesar_mqtt.protocol.payloads import JobProgress, Rejection, status_of
 from cesar_mqtt.protocol.topics import Topics
 from cesar_mqtt.transcript import Window
+from tests.conftest import PATIENCE_S
 from tests.factories import new_job, result, segment, window
 
-DEADLINE_S = 10.0
 QUEUE = "cesar/consumer/kitchen/queue"
 STATE = "cesar/consumer/kitchen/state"
 LAST = "cesar/consumer/kitchen/last"
@@ -856,7 +856,7 @@ def test_a_drain_returns_when_everything_is_acknowledged_even_the_newest_event(b
         bench.publisher.on_finished(bench.complete(job, f"text {number}"))
         bench.publisher.on_rejected(rejection(f"{number}"))
         bench.publisher.set_draining()
-        assert bench.publisher.drain(DEADLINE_S)
+        assert bench.publisher.drain(PATIENCE_S)
         sent = list(bench.connection.sent)
         assert statuses(sent)[-1] == (f"job-{number}", "completed")
         assert on(LAST, sent)[-1]["text"] == f"text {number}"
@@ -865,7 +865,7 @@ def test_a_drain_returns_when_everything_is_acknowledged_even_the_newest_event(b
         assert (queue["activity"], queue["completed_total"]) == ("draining", number + 1)
         assert not bench.ledger.has_unpublished
     bench.publisher.publish_state("offline")
-    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.publisher.drain(PATIENCE_S)
     assert bench.connection.sent[-1].fields == {"state": "offline"}
 
 
@@ -888,11 +888,11 @@ def test_a_drain_waits_for_the_last_acknowledgement(bench: Bench, topic: str) ->
     bench.add("a")
     bench.publisher.on_finished(bench.complete(bench.claim()))
     bench.publisher.on_rejected(rejection())
-    assert was_sent.wait(DEADLINE_S)
+    assert was_sent.wait(PATIENCE_S)
     bench.now += 100  # nothing else has to wait
     assert not bench.publisher.drain(0.05)
     bench.publisher.on_published(held[0].ticket)
-    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.publisher.drain(PATIENCE_S)
 
 
 def test_a_drain_without_a_connection_ends_when_its_time_is_over(bench: Bench) -> None:
@@ -906,7 +906,7 @@ def test_a_drain_does_not_take_a_failed_publish_for_an_acknowledgement(bench: Be
     acknowledging_at_once(bench)
     bench.publisher.start()
     connect_in_the_background(bench)
-    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.publisher.drain(PATIENCE_S)
     bench.connection.up = False  # and the publisher has not noticed
     bench.publisher.publish_state("offline")
     assert not bench.publisher.drain(0.05)
@@ -937,7 +937,7 @@ def test_a_drain_that_ran_out_of_time_does_not_satisfy_a_later_one(bench: Bench)
     assert not bench.publisher.drain(0.01)
     acknowledging_at_once(bench)
     connect_in_the_background(bench)
-    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.publisher.drain(PATIENCE_S)
     bench.connection.on_sent = lambda _message: None
     bench.publisher.publish_state("offline")
     assert not bench.publisher.drain(0.05)
@@ -965,7 +965,7 @@ def test_only_the_publishers_own_thread_publishes(bench: Bench) -> None:
     bench.add("a")
     bench.publisher.on_rejected(rejection())
     bench.publisher.on_finished(bench.complete(bench.claim()))
-    assert bench.publisher.drain(DEADLINE_S)
+    assert bench.publisher.drain(PATIENCE_S)
     assert bench.connection.threads == {"publisher"}
 
 
@@ -990,7 +990,7 @@ def test_a_stop_just_before_the_thread_waits_is_not_lost(bench: Bench) -> None:
 
     bench.publisher._has_work = StopComesFirst()
     bench.publisher.start()
-    bench.publisher._thread.join(DEADLINE_S)
+    bench.publisher._thread.join(PATIENCE_S)
     assert not bench.publisher._thread.is_alive()
 
 

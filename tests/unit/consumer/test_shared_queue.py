@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from cesar_mqtt.consumer import shared_queue
 from cesar_mqtt.consumer.publisher import Permit, Publisher
 from cesar_mqtt.consumer.shared_commands import record_key, request_payload
 from cesar_mqtt.consumer.shared_queue import Claims, Lease, RequestReader
@@ -14,7 +15,9 @@ from cesar_mqtt.engines.messages import Message, QueueUnavailableError, Record
 from cesar_mqtt.jobs import AudioSource, Claim, IllegalTransitionError, Job, JobState
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.spool import Spool
+from cesar_mqtt.protocol.payloads import status_of
 from cesar_mqtt.protocol.topics import Topics
+from cesar_mqtt.protocol.truncate import truncate_status
 from tests import factories
 
 ACK_WAIT_S = 10.0
@@ -49,6 +52,9 @@ class FakeQueue:
         self.given_back: list[Message] = []
         self.deliver: list[Message] = []
         self.on_renewed: Callable[[], None] = lambda: None
+        self.broker: dict[str, bytes] = {}
+        """What is retained, by topic."""
+        self.on_read: Callable[[], None] = lambda: None
 
     def _check(self) -> None:
         if not self.works:
@@ -87,8 +93,10 @@ class FakeQueue:
     def waiting(self) -> int:
         return 0
 
-    def retained(self, _topic: str) -> bytes | None:
-        return None
+    def retained(self, topic: str) -> bytes | None:
+        self._check()
+        self.on_read()
+        return self.broker.get(topic)
 
     def record(self, key: str) -> Record | None:
         self._check()
@@ -126,7 +134,10 @@ class Group:
         self.claims = self.start()
 
     def start(self) -> Claims:
-        publisher = SimpleNamespace(refresh_queue=lambda: None)
+        publisher = SimpleNamespace(
+            refresh_queue=lambda: None,
+            publish_status_of=lambda _job, *, is_wanted, on_acknowledged: on_acknowledged() if is_wanted() else None,
+        )
         return Claims(
             self.queue,
             self.reader,
@@ -309,3 +320,118 @@ def test_a_retried_job_is_read_as_the_same_one(group: Group) -> None:
     with pytest.raises(IllegalTransitionError, match="too large"):
         group.claims._request_of(ended._replace(metadata={"n": 1}))
     assert "audio_path" in json.loads(request_payload(factories.job("a"), None))
+
+
+def ended(group: Group) -> Job:
+    """A job of this consumer whose final status has its PUBACK."""
+    group.claim()
+    running = group.ledger.claim()
+    assert running is not None
+    group.ledger.complete(running.seq, factories.result())
+    acknowledge_statuses(group)
+    job = group.ledger.get("a")
+    assert job is not None
+    return job
+
+
+def acknowledge_statuses(group: Group) -> list[Job]:
+    pending = list(group.ledger.unpublished(10))
+    group.ledger.mark_published([(job.seq, number) for number, job in pending])
+    return [job for _, job in pending]
+
+
+def attend(group: Group) -> None:
+    assert group.claims._lease is not None
+    group.claims._attend(group.claims._lease)
+
+
+def retain(group: Group, job: Job) -> None:
+    group.queue.broker[TOPICS.status("a")] = truncate_status(status_of(job, "one"))
+
+
+def test_a_final_status_that_is_retained_is_acknowledged_at_once(group: Group) -> None:
+    retain(group, ended(group))
+    attend(group)
+    assert [message.job_id for message in group.queue.acknowledged] == ["a"]
+
+
+def publish_at_each_renewal(group: Group, retains: Job | None) -> list[Job]:
+    """Let a renewal be due at each look, and have the publisher publish at it; the broker stores it or does not."""
+    published: list[Job] = []
+
+    def on_read() -> None:
+        group.now += ACK_WAIT_S / 2
+
+    def on_renewed() -> None:
+        published.extend(acknowledge_statuses(group))
+        if published and retains is not None:
+            retain(group, retains)
+        group.now += 1.0
+
+    group.queue.on_read, group.queue.on_renewed = on_read, on_renewed
+    return published
+
+
+@pytest.mark.parametrize("older", [None, b"[]", JobState.PROCESSING])
+def test_an_acknowledged_end_that_is_not_retained_is_published_again(
+    group: Group, older: bytes | JobState | None
+) -> None:
+    job = ended(group)
+    if isinstance(older, JobState):
+        retain(group, job._replace(state=older))
+    elif older is not None:
+        group.queue.broker[TOPICS.status("a")] = older
+    published = publish_at_each_renewal(group, job)
+    attend(group)
+    assert [(again.state, again.attempt) for again in published] == [(JobState.COMPLETED, 1)]
+    assert [message.job_id for message in group.queue.acknowledged] == ["a"]
+
+
+def test_an_end_that_is_never_retained_holds_up_nothing_for_ever(
+    group: Group, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_queue, "_PROOF_DELAYS_S", (0.5,) * 5)
+    ended(group)
+    published = publish_at_each_renewal(group, None)
+    attend(group)
+    assert len(published) == 5
+    assert "does not retain it" in caplog.text
+    assert [message.job_id for message in group.queue.acknowledged] == ["a"]
+
+
+def test_a_result_that_is_not_retained_is_published_again(group: Group) -> None:
+    job = ended(group)
+    retain(group, job)
+    assert group.claims._is_retained(job)
+    with_result = job._replace(formats=("srt",))
+    assert not group.claims._is_retained(with_result)
+    group.queue.broker[TOPICS.result("a", "srt")] = b"1"
+    assert group.claims._is_retained(with_result)
+
+
+def test_nothing_is_acknowledged_while_the_broker_cannot_be_asked(group: Group) -> None:
+    job = ended(group)
+    retain(group, job)
+    publish_at_each_renewal(group, None)
+    looks: list[bool] = []
+
+    def on_read() -> None:
+        looks.append(bool(group.queue.acknowledged))
+        group.now += ACK_WAIT_S / 2
+        if len(looks) < 3:
+            raise QueueUnavailableError("no leader")
+
+    group.queue.on_read = on_read
+    attend(group)
+    assert looks == [False] * 3
+    assert len(group.queue.acknowledged) == 1
+
+
+def test_a_retry_never_has_the_number_of_a_request(group: Group) -> None:
+    """The server takes a message with the id and the number of another one for its copy, and drops it."""
+    job = ended(group)
+    group.queue.put(record_key("a"), {**group.values(), "request": 7})
+    group.claims.resubmit(job)
+    enqueued = group.queue.jobs["a"]
+    assert enqueued.seq == -group.queue.records[record_key("a")].revision < 0
+    assert (group.values()["state"], group.values()["request"], group.ledger.get("a")) == ("queued", 7, None)

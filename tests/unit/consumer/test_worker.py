@@ -28,11 +28,11 @@ from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
 from cesar_mqtt.whisper.speakers import LabelledWindows
 from tests import factories
+from tests.conftest import PATIENCE_S
 
 if TYPE_CHECKING:
     from cesar_mqtt.consumer.prefetch import Prefetcher
 
-DEADLINE_S = 10.0
 HELLO = Transcript(
     text="Hello there.",
     language="en",
@@ -167,7 +167,7 @@ class FakeObserver(JobObserver):
 
     def until(self, satisfied: Callable[[], object]) -> None:
         with self._changed:
-            assert self._changed.wait_for(satisfied, DEADLINE_S), self.received
+            assert self._changed.wait_for(satisfied, PATIENCE_S), self.received
 
 
 class RefusingDisk(Disk):
@@ -263,7 +263,7 @@ class Bench:
 
         def script(_call: Call) -> Transcript:
             gate.entered.set()
-            assert gate.opened.wait(DEADLINE_S)
+            assert gate.opened.wait(PATIENCE_S)
             return HELLO
 
         self.transcriber.script = script
@@ -284,7 +284,7 @@ def opened(folder: Path, *, warm_up: str | None = None) -> Iterator[Bench]:
     finally:
         bench.disk.refusals = 0
         bench.worker.request_stop()
-        assert bench.worker.join(DEADLINE_S)
+        assert bench.worker.join(PATIENCE_S)
         bench.ledger.close()
 
 
@@ -604,7 +604,7 @@ def test_a_stop_while_a_claim_is_refused_ends_at_once(bench: Bench) -> None:
     bench.worker.start()
     bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     bench.worker.request_stop()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     assert bench.job("a").state is JobState.QUEUED
 
 
@@ -620,7 +620,7 @@ def test_a_forced_stop_while_an_end_is_refused_requeues_the_job(bench: Bench) ->
     bench.worker.start()
     bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     bench.worker.abandon()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     assert bench.job("a").state is JobState.QUEUED
     assert bench.observer.ended == []
 
@@ -638,7 +638,7 @@ def test_a_forced_stop_ends_the_worker_although_the_disk_refuses_every_write(ben
     bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     with pytest.raises(LedgerError):
         bench.worker.abandon()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     assert bench.job("a").state is JobState.PROCESSING
 
 
@@ -649,12 +649,12 @@ def test_a_stop_lets_the_current_job_finish_and_starts_no_other(bench: Bench) ->
     gate = bench.blocks()
     bench.add("a", "b")
     bench.worker.start()
-    assert gate.entered.wait(DEADLINE_S)
+    assert gate.entered.wait(PATIENCE_S)
     bench.worker.request_stop()
     assert not bench.worker.join(0)
     assert not bench.transcriber.calls[0].should_stop()
     gate.opened.set()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     assert bench.job("a").state is JobState.COMPLETED
     assert (bench.job("b").state, bench.job("b").attempt) == (JobState.QUEUED, 0)
 
@@ -663,7 +663,7 @@ def test_a_stop_wakes_a_worker_that_waits_for_work(bench: Bench) -> None:
     bench.worker.start()
     bench.observer.until(lambda: "idle" in bench.observer.received)
     bench.worker.request_stop()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
 
 
 def test_a_worker_that_was_never_started_has_ended(bench: Bench) -> None:
@@ -686,7 +686,7 @@ def test_a_forced_stop_requeues_the_job_at_the_front_and_ends_the_attempt(
     bench.observer.until(lambda: [what for what in bench.observer.received if what[0] == "a"])
     bench.worker.abandon()
     assert bench.job("a").state is JobState.QUEUED  # at once, not when the model is done
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     job = bench.job("a")
     assert (job.state, job.attempt, job.started_at, job.queue_position) == (JobState.QUEUED, 1, None, 1)
     assert bench.observer.ended == []
@@ -700,7 +700,7 @@ def test_the_outcome_of_an_abandoned_job_is_dropped(bench: Bench, late: Exceptio
 
     def script(_call: Call) -> Transcript:
         gate.entered.set()
-        assert gate.opened.wait(DEADLINE_S)
+        assert gate.opened.wait(PATIENCE_S)
         if late is not None:
             raise late
         return HELLO
@@ -708,10 +708,10 @@ def test_the_outcome_of_an_abandoned_job_is_dropped(bench: Bench, late: Exceptio
     bench.transcriber.script = script
     bench.add("a")
     bench.worker.start()
-    assert gate.entered.wait(DEADLINE_S)
+    assert gate.entered.wait(PATIENCE_S)
     bench.worker.abandon()
     gate.opened.set()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     job = bench.job("a")
     assert (job.state, job.result_text, job.error_code) == (JobState.QUEUED, None, None)
     assert bench.observer.ended == []
@@ -743,7 +743,7 @@ def test_a_job_that_is_claimed_during_a_forced_stop_is_requeued_at_once(bench: B
     bench.add("a")
     bench.ledger.before_claim = bench.worker.abandon
     bench.worker.start()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     assert bench.job("a").state is JobState.QUEUED
     assert bench.transcriber.calls == []
 
@@ -775,7 +775,7 @@ def test_a_job_starts_as_soon_as_it_is_queued(bench: Bench) -> None:
         gate.entered.clear()
         started = time.monotonic()
         bench.add(f"job-{number}")
-        assert gate.entered.wait(DEADLINE_S)
+        assert gate.entered.wait(PATIENCE_S)
         latencies_s.append(time.monotonic() - started)
         bench.observer.until(lambda: len(bench.observer.ended) == number + 1)  # noqa: B023 - called before the next number
     assert min(latencies_s) < 0.25  # polling would take longer
@@ -1277,7 +1277,7 @@ def test_a_forced_stop_ends_the_wait_for_windows_that_the_disk_does_not_drop(ben
     bench.worker.start()
     bench.observer.until(lambda: ("worker", True) in bench.observer.received)
     bench.worker.abandon()
-    assert bench.worker.join(DEADLINE_S)
+    assert bench.worker.join(PATIENCE_S)
     assert bench.job("a").state is JobState.QUEUED
     assert len(bench.transcriber.calls) == 1
     assert bench.prefetcher.released[-1] == ("a", False)
@@ -1320,9 +1320,9 @@ def test_on_idle_is_called_after_a_time_without_a_job(bench: Bench) -> None:
     idle = threading.Semaphore(0)
     worker = bench.make_worker(idle_s=0.01, on_idle=idle.release)
     worker.start()
-    assert idle.acquire(timeout=DEADLINE_S)
+    assert idle.acquire(timeout=PATIENCE_S)
     bench.add("a")
     bench.observer.until(lambda: bench.observer.ended)
-    assert idle.acquire(timeout=DEADLINE_S)
+    assert idle.acquire(timeout=PATIENCE_S)
     worker.request_stop()
-    assert worker.join(DEADLINE_S)
+    assert worker.join(PATIENCE_S)

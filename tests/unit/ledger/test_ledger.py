@@ -28,6 +28,7 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.queue import POSITIONS_TRACKED, JobQueue
 from cesar_mqtt.ledger.storage import Change
 from cesar_mqtt.transcript import Segment, Window, Word
+from tests.conftest import PATIENCE_S
 from tests.factories import new_job
 from tests.unit.ledger.faults import FaultyDisk, Killed, QuickDisk, failing, killing
 
@@ -872,7 +873,7 @@ def test_a_finished_job_can_be_deleted(folder: LedgerFolder, state: str) -> None
     assert deleted[1] == ["a.wav"]
     assert (folder.ledger.get("a"), folder.ledger.delete("a")) == (None, None)
     assert all(folder.ledger.last_finished(state) is None for state in JobState if state.final)
-    assert folder.crash().totals() == replace(totals, deleted_total=1, revision=totals.revision + 1)
+    assert folder.crash().totals() == replace(totals, deleted_total=1, revision=totals.revision + 1, retryable=0)
 
 
 def test_a_processing_job_cannot_be_deleted(folder: LedgerFolder) -> None:
@@ -1190,9 +1191,9 @@ def test_waiting_for_work_wakes_when_a_pause_ends(folder: LedgerFolder) -> None:
 
     waiting = threading.Thread(target=lambda: woken.append(folder.ledger.wait_for_work(stopped, 30.0)), daemon=True)
     waiting.start()
-    assert asked.acquire(timeout=10)
+    assert asked.acquire(timeout=PATIENCE_S)
     folder.ledger.pause(on=False)
-    waiting.join(10)
+    waiting.join(PATIENCE_S)
     assert woken == [True]
 
 
@@ -1744,7 +1745,7 @@ class Load:
 
     def _join(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
 
 
@@ -1775,7 +1776,7 @@ def test_commits_while_a_checkpoint_is_written_are_kept(folder: LedgerFolder, mo
                 self.visits += 1
                 visitor = threading.Thread(target=append, args=(ledger, f"during-{self.visits}"), daemon=True)
                 visitor.start()
-                visitor.join(10)
+                visitor.join(PATIENCE_S)
                 assert not visitor.is_alive(), "no thread waits for a checkpoint"
 
     disk = Visited()
@@ -1806,10 +1807,10 @@ def test_a_thread_that_waits_for_work_is_woken_by_a_job_and_by_a_stop(folder: Le
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     append(folder.ledger, "a")
-    assert ready.acquire(timeout=10)
+    assert ready.acquire(timeout=PATIENCE_S)
     stop.set()
     folder.ledger.wake()
-    waiting.join(10)
+    waiting.join(PATIENCE_S)
     assert woken == [True, False]
 
 
@@ -1879,7 +1880,7 @@ def test_any_thread_may_close_the_ledger(folder: LedgerFolder) -> None:
     """The lock was once released only if the thread that had acquired it closed the ledger."""
     closing = threading.Thread(target=folder.ledger.close)
     closing.start()
-    closing.join(10)
+    closing.join(PATIENCE_S)
     folder.open()
 
 
@@ -1904,14 +1905,14 @@ except CesarError as exc:
 
 def test_a_second_process_gets_ledger_in_use(folder: LedgerFolder) -> None:
     process = in_another_process(OPEN, str(folder.path))
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (75, "")
     assert output.startswith(f"LedgerInUseError The ledger {folder.path} is in use by another consumer.")
     with pytest.raises(LedgerInUseError):
         Ledger(folder.path)
     folder.ledger.close()
     process = in_another_process(OPEN, str(folder.path))
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     process.communicate()
 
 

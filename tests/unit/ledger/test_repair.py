@@ -20,6 +20,7 @@ from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.repair import examine
 from cesar_mqtt.transcript import Window
 from tests import factories
+from tests.conftest import PATIENCE_S
 
 RESULT = factories.result("spoken")
 
@@ -389,7 +390,9 @@ def test_a_ledger_in_use_is_not_examined(path: Path) -> None:
 
 
 def _in_another_process(script: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     if "LedgerInUseError" in ended.stderr:
         raise LedgerInUseError(ended.stderr)
 

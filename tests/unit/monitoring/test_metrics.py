@@ -23,7 +23,7 @@ from cesar_mqtt.monitoring.metrics import Metrics, MetricSources
 from cesar_mqtt.protocol.consumer_payloads import HealthMessage
 from cesar_mqtt.protocol.payloads import Rejection
 from cesar_mqtt.whisper.model_store import ModelStore
-from tests.conftest import find_free_port
+from tests.conftest import PATIENCE_S, find_free_port
 from tests.factories import new_job, result
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -105,11 +105,12 @@ def sources(ledger: Ledger, health: HealthMessage = HEALTH) -> MetricSources:
         health=lambda: health,
         in_flight=lambda: 7,
         has_unpublished=lambda: True,
+        shared_queue=lambda: (True, 8),
     )
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
         return str(answer.read().decode())
 
 
@@ -150,6 +151,7 @@ def test_the_metrics_are_served_in_the_format_of_prometheus(metrics: Metrics, le
     assert served["cesar_oldest_queued_seconds",] > 0
     assert (served["cesar_worker_alive",], served["cesar_broker_connected",]) == (1, 0)
     assert (served["cesar_messages_in_flight",], served["cesar_statuses_unpublished",]) == (7, 1)
+    assert (served["cesar_shared_queue_connected",], served["cesar_shared_queue_jobs",]) == (1, 8)
     assert (served["cesar_rss_bytes",], served["cesar_spool_bytes",], served["cesar_disk_free_bytes",]) == (4000, 5, 6)
     assert served["cesar_ledger_bytes", "journal"] > 0
     assert any(name == "cesar_info" and "porch" in labels for name, *labels in served)

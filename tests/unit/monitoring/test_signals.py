@@ -10,9 +10,7 @@ import pytest
 
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
-from tests.conftest import Process
-
-DEADLINE_S = 10.0
+from tests.conftest import PATIENCE_S, Process
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +27,7 @@ def test_the_first_signal_requests_a_stop_and_forces_nothing(number: signal.Sign
         assert not stop.is_requested()
         assert stop.exit_code is ExitCode.OK
         signal.raise_signal(number)
-        assert stop.wait(DEADLINE_S)
+        assert stop.wait(PATIENCE_S)
         assert not stop.is_forced()
 
 
@@ -48,7 +46,7 @@ def test_the_second_signal_forces_the_stop_and_decides_the_exit_code(
 ) -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(first)
-        assert stop.wait(DEADLINE_S)
+        assert stop.wait(PATIENCE_S)
         signal.raise_signal(second)
         assert stop.is_forced()
         assert stop.exit_code == code
@@ -72,7 +70,7 @@ def test_after_the_second_signal_the_process_ends_whatever_blocks_it() -> None:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
-        assert process.wait(DEADLINE_S) in {130, 143}, "two signals at once arrive in either order"
+        assert process.wait(PATIENCE_S) in {130, 143}, "two signals at once arrive in either order"
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_the_process() -> None:
@@ -100,7 +98,7 @@ def test_a_third_signal_changes_nothing() -> None:
 def test_a_stop_that_times_out_exits_with_the_code_of_the_only_signal() -> None:
     with handle_stop_signals() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.wait(DEADLINE_S)
+        assert stop.wait(PATIENCE_S)
         assert stop.exit_code is ExitCode.INTERRUPTED
 
 
@@ -136,10 +134,10 @@ def test_a_stop_can_be_requested_without_a_signal_and_then_a_signal_forces_it() 
 def test_a_request_ends_the_wait_of_another_thread() -> None:
     stop = StopSignals()
     waited: list[bool] = []
-    thread = threading.Thread(target=lambda: waited.append(stop.wait(DEADLINE_S)))
+    thread = threading.Thread(target=lambda: waited.append(stop.wait(PATIENCE_S)))
     thread.start()
     stop.request()
-    thread.join(DEADLINE_S)
+    thread.join(PATIENCE_S)
     assert waited == [True]
 
 
@@ -159,7 +157,7 @@ def test_outside_the_main_thread_it_is_refused() -> None:
 
     thread = threading.Thread(target=enter)
     thread.start()
-    thread.join(DEADLINE_S)
+    thread.join(PATIENCE_S)
     assert len(raised) == 1
 
 
@@ -183,6 +181,6 @@ def test_a_wait_in_the_main_thread_ends_at_once() -> None:
             os.kill(process.pid, signal.SIGINT)
             assert process.stdout.readline() == "requested\n"
             os.kill(process.pid, signal.SIGTERM)
-            assert process.wait(DEADLINE_S) == 143
+            assert process.wait(PATIENCE_S) == 143
         finally:
             process.kill()

@@ -10,8 +10,7 @@ import pytest
 
 from cesar_mqtt.mqtt.buffered_socket import BufferedSocket, WakeupPipe
 from cesar_mqtt.mqtt.codec import MalformedPacketError, frame
-
-_WAIT_S = 10.0
+from tests.conftest import PATIENCE_S
 
 
 @pytest.fixture
@@ -20,14 +19,14 @@ def ends() -> Iterator[tuple[BufferedSocket, socket.socket]]:
     with socket.create_server(("127.0.0.1", 0)) as door, socket.create_connection(door.getsockname()) as near:
         far, _ = door.accept()
         with far:
-            far.settimeout(_WAIT_S)
+            far.settimeout(PATIENCE_S)
             near.settimeout(0)
             yield BufferedSocket(near), far
 
 
 def arrive(buffered: BufferedSocket) -> None:
     """Wait for data from the broker, and read it."""
-    assert select.select([buffered], [], [], _WAIT_S)[0]
+    assert select.select([buffered], [], [], PATIENCE_S)[0]
     buffered.fill()
 
 
@@ -71,7 +70,7 @@ def test_a_disconnect_waits_until_all_else_is_written(ends: tuple[BufferedSocket
     assert broker.recv(100) == b"\xe0\x00"
     assert broker.recv(100) == b"", "a reset would have discarded it"
     broker.close()
-    closing.join(_WAIT_S)
+    closing.join(PATIENCE_S)
 
 
 def test_packets_are_complete_however_they_arrive(ends: tuple[BufferedSocket, socket.socket]) -> None:
@@ -152,7 +151,7 @@ def test_several_wake_ups_count_as_one_until_the_pipe_is_drained() -> None:
         ringer.start()
     for ringer in ringers:
         ringer.join()
-    assert select.select([pipe], [], [], _WAIT_S)[0]
+    assert select.select([pipe], [], [], PATIENCE_S)[0]
     pipe.drain()
     assert not select.select([pipe], [], [], 0)[0]
     pipe.wake()

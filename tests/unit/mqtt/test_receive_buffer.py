@@ -10,11 +10,11 @@ import pytest
 
 from cesar_mqtt.mqtt.messages import Delivery, Receipt
 from cesar_mqtt.mqtt.receive_buffer import ReceiveBuffer, RedeliveryBounds
+from tests.conftest import PATIENCE_S
 from tests.factories import delivery
 
 SMALL = delivery("t", b"")
 LARGE = "x" * 60_000
-WAIT_S = 10.0
 
 
 def message(number: int, qos: int = 1) -> Delivery:
@@ -116,9 +116,9 @@ def test_take_is_woken_by_the_first_message_and_by_close(end: Callable[[ReceiveB
     buffer._changed = Watched(waits)
     thread = threading.Thread(target=lambda: taken.append(buffer.take(None)), daemon=True)
     thread.start()
-    assert waits.wait(WAIT_S)
+    assert waits.wait(PATIENCE_S)
     end(buffer)
-    thread.join(WAIT_S)
+    thread.join(PATIENCE_S)
     assert taken in ([[message(0)]], [[]])
 
 

@@ -25,6 +25,7 @@ from cesar_mqtt.protocol.fields import Payload
 from cesar_mqtt.protocol.parsing import Accepted, parse_command, parse_submission
 from cesar_mqtt.protocol.requests import AUDIO_FIELDS, JobRequest
 from cesar_mqtt.protocol.schema import MODELS, READ, bundle, message_name, payload_schemas
+from tests.conftest import PATIENCE_S
 from tests.document import OFFICIAL, default_document, faults
 
 Document = dict[str, Any]
@@ -275,5 +276,7 @@ def test_printing_the_contract_loads_neither_a_model_nor_a_broker() -> None:
         "heavy = {'faster_whisper', 'av', 'numpy', 'amqtt', 'tinydb'} & set(sys.modules); "
         "sys.exit(code or ' '.join(sorted(heavy)) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
     assert (done.returncode, done.stderr) == (0, "")

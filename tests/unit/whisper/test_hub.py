@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import hub
+from tests.conftest import PATIENCE_S
 from tests.unit.whisper.fake_hub import COMMIT, MODEL, SMALL, FakeHub, point_to, running_hub
 
 REPOSITORY = "models--Systran--faster-whisper-base"
@@ -27,7 +28,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)  # the longest that an abandoned thread reads
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 3.0)  # the longest that an abandoned thread reads
     with running_hub() as fake:
         point_to(fake.endpoint, cache, monkeypatch)
         yield fake
@@ -53,7 +54,7 @@ def join_abandoned() -> None:
     """Wait for the threads of abandoned downloads; until then they may send requests of their own."""
     for thread in threading.enumerate():
         if thread.name == "hub-download":
-            thread.join(60)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
 
 
@@ -109,10 +110,10 @@ def test_what_an_interrupted_download_had_completed_is_not_fetched_again(fake_hu
 def test_a_download_that_stalls_is_given_up(
     fake_hub: FakeHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 4.0)  # it is not resumed in the meantime
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 8.0)  # it is not resumed in the meantime
     fake_hub.stall_after = 1 << 20
     assert "nothing more came" in refusal(stall_s=1.0)
-    assert fake_hub.left.wait(10)
+    assert fake_hub.left.wait(PATIENCE_S)
     assert "nothing more came" in caplog.text
 
 
@@ -145,9 +146,10 @@ def test_an_abandoned_download_does_not_hold_up_the_end_of_the_process(fake_hub:
         "import sys; from cesar_mqtt.whisper import hub\n"
         "hub.download('base', should_stop=lambda: False, on_progress=lambda *_: None, stall_s=1.5)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    assert fake_hub.stalled.wait(30)
-    _, stderr = process.communicate(timeout=9)  # less than the client's own read timeout
+    environ = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "600"}  # longer than a test may take
+    process = subprocess.Popen([sys.executable, "-c", script], env=environ, stderr=subprocess.PIPE, text=True)
+    assert fake_hub.stalled.wait(PATIENCE_S)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     assert "nothing more came" in stderr
     assert not unfinished(cache)
 

@@ -7,8 +7,7 @@ import pytest
 
 from cesar_mqtt.whisper import large_steps
 from cesar_mqtt.whisper.large_steps import LargeSteps
-
-WAIT_S = 20.0
+from tests.conftest import PATIENCE_S
 
 
 class Steps:
@@ -39,7 +38,7 @@ class Steps:
             self.running += 1
             self.peak = max(self.peak, self.running)
             self._changed.notify_all()
-        assert self.go_on.wait(WAIT_S)
+        assert self.go_on.wait(PATIENCE_S)
         with self._changed:
             self.running -= 1
         return result
@@ -73,11 +72,11 @@ def test_only_so_many_large_steps_run_at_once(
     threads = [threading.Thread(target=call, args=(model,)) for call in calls]
     for thread in threads:
         thread.start()
-    assert steps.wait_for(peak, WAIT_S)
+    assert steps.wait_for(peak, PATIENCE_S)
     assert not steps.wait_for(peak + 1, 0.05)
     steps.go_on.set()
     for thread in threads:
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
     assert (steps.running, steps.peak) == (0, peak)
 
 

@@ -5,8 +5,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from cesar_mqtt.whisper.ordered_work import OrderedWork
-
-WAIT_S = 20.0
+from tests.conftest import PATIENCE_S
 
 
 class Steps:
@@ -22,7 +21,7 @@ class Steps:
         self.begun[item].set()
         try:
             for part in "ab":
-                assert self.gates[item].acquire(timeout=WAIT_S)
+                assert self.gates[item].acquire(timeout=PATIENCE_S)
                 if item in self.errors:
                     raise self.errors[item]
                 yield f"{item}{part}"
@@ -65,7 +64,7 @@ def test_results_come_in_the_order_of_the_items_whichever_is_finished_first() ->
         taken = []
         for item, results in work:
             if item == 0:
-                assert steps.begun[1].wait(WAIT_S)
+                assert steps.begun[1].wait(PATIENCE_S)
                 steps.go_on(0, 2)
             taken.append((item, list(results)))
     assert taken == [(0, ["0a", "0b"]), (1, ["1a", "1b"]), (2, ["2a", "2b"])]
@@ -93,7 +92,7 @@ def test_no_more_are_in_work_than_the_limit_allows_however_many_are_finished() -
         list(results)
         assert not is_begun(steps, 2)
         next(each)
-        assert steps.begun[2].wait(WAIT_S)
+        assert steps.begun[2].wait(PATIENCE_S)
         assert not is_begun(steps, 3)
 
 
@@ -108,9 +107,9 @@ def test_the_limit_may_grow_with_a_result() -> None:
         limit[0] = 2
         taker = threading.Thread(target=lambda: next(results))
         taker.start()
-        assert steps.begun[1].wait(WAIT_S)
+        assert steps.begun[1].wait(PATIENCE_S)
         steps.go_on(0)
-        taker.join(WAIT_S)
+        taker.join(PATIENCE_S)
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
@@ -145,7 +144,7 @@ def test_those_in_work_are_finished_and_no_other_is_begun() -> None:
     steps = Steps(4)
     taken = []
     with working(steps, iter(range(4))) as work:
-        assert steps.begun[1].wait(WAIT_S)
+        assert steps.begun[1].wait(PATIENCE_S)
         steps.go_on(0, 1)
         for item, results in work:
             taken.append((item, list(results)))
@@ -159,12 +158,12 @@ def test_an_item_that_comes_after_the_end_is_dropped() -> None:
 
     def items() -> Iterator[int]:
         asked.set()
-        late.wait(WAIT_S)
+        late.wait(PATIENCE_S)
         yield 0
 
     steps = Steps(1)
     with working(steps, items()) as work:
-        assert asked.wait(WAIT_S)
+        assert asked.wait(PATIENCE_S)
         work.finish()
         assert list(work) == []
         late.set()

@@ -19,6 +19,7 @@ from filelock import FileLock
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper.packages import PACKAGES, Package, PackagedModels
+from tests.conftest import PATIENCE_S
 
 PART_1, PART_2 = b"one" * 1_000_000, b"two" * 1_000_000
 BESIDE = {"config.json": b"{}", "tokenizer.json": b"{}", "vocabulary.txt": b"word\n"}
@@ -320,7 +321,7 @@ def test_a_crash_at_any_step_leaves_nothing_that_counts_as_a_model_until_it_is_o
     models = PackagedModels(folder, packages=KNOWN)
     for steps in (0, 3, 13, 14, 15, 16):  # four for each of the four files; the last two come after the last rename
         command = [sys.executable, "-c", CRASH, str(folder), str(steps)]
-        ended = subprocess.run(command, env=environ, check=False, timeout=60)
+        ended = subprocess.run(command, env=environ, check=False, timeout=PATIENCE_S)
         found = models.find("parted")
         assert ended.returncode in {0, 9}
         assert (found is not None) == (steps >= 15)
@@ -337,7 +338,7 @@ def test_concurrent_joins_take_turns(folder: Path, caplog: pytest.LogCaptureFixt
         thread.start()
     for thread in threads:
         thread.join()
-    assert caplog.text.count("is joined") == 1
+    assert caplog.text.count("from the parts in its packages") == 1
     assert content(join(PackagedModels(folder, packages=KNOWN))) == WHOLE
 
 

@@ -89,6 +89,14 @@ export function announce(text) {
   $("announcement").textContent = text;
 }
 
+// Changes a part of the page. The browser drops the focus of an element that is moved or replaced: it returns to the
+// element, or goes to what stands for one that is gone.
+function keepFocus(part, standIn, change) {
+  const focused = part.contains(document.activeElement) ? document.activeElement : null;
+  change();
+  if (focused && document.activeElement !== focused) (focused.isConnected ? focused : standIn(focused)).focus({ preventScroll: true });
+}
+
 // -- requests ---------------------------------------------------------------------------------------------------------
 
 export class Failure extends Error {
@@ -265,7 +273,7 @@ function draw() {
     drawing = false;
     drawConnection();
     drawConsumers();
-    drawJobs();
+    keepFocus($("jobs"), standInRow, drawJobs);
     drawRejected();
   });
 }
@@ -337,6 +345,11 @@ function drawJobs() {
   $("counts").textContent = jobs.size ? t("counts", { shown: all.length, total: jobs.size }) : t("no_jobs");
 }
 
+function standInRow(button) {
+  const row = rows.get(button.dataset.job);
+  return row?.actions.querySelector(`[data-verb=${button.dataset.verb}]`) ?? row?.name ?? $("jobs-title");
+}
+
 function newRow(id) {
   const row = { element: make("li"), job: null, passage: "" };
   row.name = make("button", { type: "button", className: "name", dir: "auto" });
@@ -345,7 +358,7 @@ function newRow(id) {
   row.bar = make("progress", { max: 1 });
   row.text = make("p", { dir: "auto" });
   row.actions = make("div", { className: "actions" });
-  row.name.dataset.verb = "open";
+  Object.assign(row.name.dataset, { verb: "open", job: id });
   row.element.dataset.id = id;
   row.element.append(make("div", { className: "head" }, row.name, row.state, row.facts), row.bar, row.text, row.actions);
   rows.set(id, row);
@@ -373,7 +386,7 @@ function fillRow(row, job, passage) {
   row.actions.dataset.name = name;
   row.actions.replaceChildren(...verbs(job).map((verb) => {
     const button = make("button", { type: "button", "aria-label": t(`${verb}_named`, { name }) }, t(verb));
-    button.dataset.verb = verb;
+    Object.assign(button.dataset, { verb, job: job.job_id });
     return button;
   }));
 }
@@ -573,7 +586,7 @@ function end(upload, state, reason) {
 function dropUpload(upload) {
   upload.http?.abort();
   uploads = uploads.filter((one) => one !== upload);
-  upload.element?.remove();
+  keepFocus($("uploads"), () => $("files"), () => upload.element?.remove());
   sendNext();
 }
 
@@ -606,6 +619,10 @@ function showUpload(upload) {
     return;
   }
   upload.element.dataset.state = upload.state;
+  keepFocus($("uploads"), () => upload.element.querySelector("button"), () => fillUpload(upload, name, text));
+}
+
+function fillUpload(upload, name, text) {
   upload.element.replaceChildren(make("div", { className: "head" },
     make("bdi", { className: "name" }, name), make("span", { className: `state ${upload.state === "failed" ? "error" : ""}` }, text)));
   if (upload.state === "sending")
@@ -735,6 +752,11 @@ function connect() {
   $("more").addEventListener("click", more);
   new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && more(), { rootMargin: "400px" }).observe($("more"));
   $("rejections").addEventListener("toggle", draw);
+  for (const dialog of [$("detail"), $("question")]) {
+    dialog.addEventListener("close", () => { // what had the focus before may be gone
+      if (document.activeElement === document.body) $($("detail").open ? "detail-close" : "jobs-title").focus();
+    });
+  }
   $("question-yes").addEventListener("click", () => $("question").close("yes"));
   $("question-no").addEventListener("click", () => $("question").close("no"));
   const form = document.querySelector("#options form");

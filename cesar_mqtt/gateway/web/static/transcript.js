@@ -75,14 +75,20 @@ export class TranscriptView {
     this.segments = [];
     this.speakers = []; // their labels, in the order in which they are heard first
     this.spans = []; // what can be played: {element, start, end}, in order of time
-    this.now = -1;
+    this.now = -1; // the span that plays
+    this.stop = -1; // the span that Tab reaches: a long transcript is one tab stop, in which the arrow keys move
+    this.isFollowing = true; // the view scrolls along with what plays
     this.dialog = $("detail");
     this.player = $("player");
     $("detail-close").addEventListener("click", () => this.close());
     this.dialog.addEventListener("close", () => this.clear());
     this.player.addEventListener("timeupdate", () => this.follow());
-    this.player.addEventListener("play", () => this.followEachFrame());
-    this.player.addEventListener("seeked", () => this.follow());
+    for (const kind of ["play", "seeked"]) {
+      this.player.addEventListener(kind, () => {
+        this.isFollowing = true;
+        this.followEachFrame();
+      });
+    }
     $("transcript").addEventListener("click", (event) => this.clicked(event));
     $("transcript").addEventListener("keydown", (event) => this.pressed(event));
     $("detail-tools").addEventListener("click", (event) => this.tool(event));
@@ -105,7 +111,8 @@ export class TranscriptView {
   clear() {
     this.job = null;
     this.spans = [];
-    this.now = -1;
+    this.now = this.stop = -1;
+    this.isFollowing = true;
     this.showSpeakers([]);
     this.player.pause();
     if (this.player.src) URL.revokeObjectURL(this.player.src);
@@ -113,6 +120,7 @@ export class TranscriptView {
     this.player.hidden = $("player-hint").hidden = true;
     $("transcript").replaceChildren();
     $("transcript").classList.remove("playable");
+    $("transcript").tabIndex = 0;
   }
 
   update(job) {
@@ -153,7 +161,9 @@ export class TranscriptView {
     tools.push(...verbs(job).map((verb) => this.button(verb, t(verb))));
     if (JSON.stringify(tools.map((tool) => tool.outerHTML)) === this.tools && $("detail-tools").childElementCount) return;
     this.tools = JSON.stringify(tools.map((tool) => tool.outerHTML));
+    const hadFocus = $("detail-tools").contains(document.activeElement);
     $("detail-tools").replaceChildren(...tools);
+    if (hadFocus) $("detail-close").focus();
   }
 
   button(verb, text) {
@@ -251,6 +261,12 @@ export class TranscriptView {
     this.player.hidden = $("player-hint").hidden = false;
     $("player-hint").textContent = t("player_hint");
     where.classList.add("playable");
+    for (const time of where.querySelectorAll(".time")) time.disabled = false;
+    if (!this.spans.length) return;
+    const hadFocus = document.activeElement === where;
+    where.removeAttribute("tabindex");
+    this.moveStop(0);
+    if (hadFocus) this.spans[0].element.focus();
   }
 
   showTranscript(segments, status) {
@@ -265,7 +281,7 @@ export class TranscriptView {
       this.showSpeakers(segments);
       where.replaceChildren(...segments.map((segment) => {
         const line = make("p", { dir: "auto" });
-        const time = make("button", { type: "button", className: "time", "aria-label": t("play_from", { time: clock(segment.start) }) }, clock(segment.start));
+        const time = make("button", { type: "button", className: "time", tabIndex: -1, disabled: true, "aria-label": t("play_from", { time: clock(segment.start) }) }, clock(segment.start));
         time.dataset.start = segment.start;
         line.append(time);
         const speaker = speakerOf(segment);
@@ -295,8 +311,11 @@ export class TranscriptView {
   clicked(event) {
     const { number, start } = event.target.dataset;
     if (this.player.hidden) return;
-    if (number !== undefined) this.play(this.spans[number].start);
-    else if (start !== undefined) this.play(Number(start));
+    if (number !== undefined) {
+      this.moveStop(Number(number));
+      this.spans[number].element.focus({ preventScroll: true });
+      this.play(this.spans[number].start);
+    } else if (start !== undefined) this.play(Number(start));
   }
 
   play(seconds) {
@@ -305,13 +324,33 @@ export class TranscriptView {
   }
 
   pressed(event) {
-    if (event.target !== event.currentTarget || this.player.hidden || !this.spans.length) return;
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    if (step) this.mark(Math.min(this.spans.length - 1, Math.max(0, this.now + step)));
-    else if (event.key === "Enter" && this.now >= 0) this.play(this.spans[this.now].start);
-    else if (event.key === " ") this.player.paused ? this.player.play() : this.player.pause();
-    else return;
+    const number = Number(event.target.dataset.number);
+    if (this.player.hidden || Number.isNaN(number) || event.ctrlKey || event.altKey || event.metaKey) return;
+    const last = this.spans.length - 1;
+    const to = {
+      ArrowRight: () => number + 1, ArrowLeft: () => number - 1, Home: () => 0, End: () => last,
+      ArrowDown: () => this.numberOf(event.target.parentElement.nextElementSibling),
+      ArrowUp: () => this.numberOf(event.target.parentElement.previousElementSibling),
+    }[event.key]?.() ?? NaN;
+    if (to >= 0 && to <= last) {
+      this.isFollowing = false;
+      this.moveStop(to);
+      this.spans[to].element.focus();
+    } else if (event.key === "Enter") this.play(this.spans[number].start);
+    else if (event.key === " ") this.player.paused ? this.player.play().catch(() => {}) : this.player.pause();
+    else if (!event.key.startsWith("Arrow")) return;
     event.preventDefault();
+  }
+
+  // The first span of a line.
+  numberOf(line) {
+    return Number(line?.querySelector("[data-number]")?.dataset.number ?? NaN);
+  }
+
+  moveStop(number) {
+    if (this.stop >= 0) this.spans[this.stop].element.tabIndex = -1;
+    this.stop = number;
+    this.spans[number].element.tabIndex = 0;
   }
 
   followEachFrame() {
@@ -336,7 +375,8 @@ export class TranscriptView {
     this.now = number;
     const { element } = this.spans[number];
     element.classList.add("now");
-    element.scrollIntoView({ block: "nearest" });
+    if (!$("transcript").contains(document.activeElement)) this.moveStop(number);
+    if (this.isFollowing) element.scrollIntoView({ block: "nearest" });
   }
 }
 
