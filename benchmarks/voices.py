@@ -58,7 +58,7 @@ class Recording:
 
     @property
     def speakers(self) -> int:
-        return self.reference.shape[1]
+        return int(self.reference.shape[1])
 
     def over_a_telephone(self) -> "Recording":
         return replace(self, samples=telephone_band(self.samples))
