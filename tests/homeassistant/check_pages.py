@@ -4,6 +4,7 @@
 import json
 import shutil
 import threading
+import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -126,7 +127,12 @@ async def test_the_phone_gets_each_transcript_once_over_restarts(served, bus, br
     await received(2)
     await served.restart(broker)
     await served.until_state("binary_sensor.cesar_connection", "on")
-    await submit(served, bus, "silent", "missing.wav")  # does not notify
+    await submit(served, bus, "failed", "missing.wav")  # neither this notifies nor silence
+    with wave.open(str(tmp_path / "silent.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(3 * 32_000))
+    await submit(served, bus, "silent", "silent.wav")
+    await served.until_state("sensor.cesar_last_transcript", "no speech")
     await received(3)
     assert fired == ["Send transcripts to a phone"] * 3
     assert all(HEARD in message["message"].lower() for message in sent)
