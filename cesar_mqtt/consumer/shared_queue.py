@@ -356,8 +356,8 @@ class Claims(StoppableThread):
         self._waiting = 0
         self._has_joined = False
         self._unproven: dict[int, Job] = {}
-        """Jobs that have ended without an acknowledgement in the queue: in an earlier process, or while the queue was out
-        of reach. Their last status may not have been published, or another consumer may run them again."""
+        """Jobs that have ended without an acknowledgement in the queue, in an earlier process or while the queue was
+        out of reach: their last status may not be published, or another consumer may run them again."""
         for job in ledger.claimed():
             if job.state.final and job.claim is not None and not job.claim.delivery:
                 continue  # it was cancelled in the queue
