@@ -51,6 +51,10 @@ _PROOF_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """After each publication of a final status that the broker does not retain, the delay before the next look."""
 _RENEWALS = 3
 """How often a delivery is renewed within the time after which another consumer gets it."""
+_QUEUE_LIMIT = (
+    "queue.jetstream.max_message_bytes, or max_payload of the NATS server; a larger recording can be published as "
+    "audio_path on a shared folder, or as audio_url"
+)
 _IDS = uuid.UUID("a1f0a4d3-5f4c-4d5e-9a51-0f5b2c6f3f0e")
 """The name space of the ids of requests without one: a redelivery yields the same id."""
 
@@ -172,8 +176,10 @@ class RequestReader:
 
     def read(self, message: Message) -> IncomingMessage:
         """Return the job of a message, under the id that it has in the whole group, or why there is none."""
-        limit = min(self._max_payload_bytes, self._queue.max_payload_bytes)
-        parser = MessageParser(self._topics, self._models, max_payload_bytes=limit)
+        limit, limited_by = self._max_payload_bytes, "queue.max_payload_bytes"
+        if self._queue.max_payload_bytes < limit:
+            limit, limited_by = self._queue.max_payload_bytes, _QUEUE_LIMIT
+        parser = MessageParser(self._topics, self._models, max_payload_bytes=limit, limited_by=limited_by)
         delivery = Delivery(
             topic=message.topic,
             payload=message.payload,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cesar_mqtt.errors import ExitCode
-from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, repeated_long, words
+from tests.acceptance.harness import LONG, SPEECH, SPOKEN, Bus, Consumer, command, repeated_long, words
 from tests.nats_server import NatsServer
+from tests.recordings import tone, write_wav
 
 pytestmark = pytest.mark.model
 
@@ -36,6 +37,24 @@ def test_a_job_and_an_upload_run_to_a_retained_completed(nats: NatsServer, serve
     assert bus.states("by-path") == bus.states("upload") == ["queued", "processing", "completed"]
     late = join(nats.mqtt_port, topic_filter="cesar/status/#")
     assert late.status("by-path")["status"] == "completed"
+
+
+def test_a_recording_over_a_limit_is_rejected_with_what_to_do(
+    nats: NatsServer, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    bus = join(nats.mqtt_port)
+    serve(environ=nats.environ("one"), ready=READY)
+    server_bytes = 1 << 20  # the default of max_payload
+    bus.publish("cesar/audio/edge", bytes(server_bytes - 2000))
+    assert "queue.jetstream.max_message_bytes" in bus.wait("cesar/rejected", lambda _: True)["detail"]
+    large = tmp_path / "large.wav"
+    write_wav(large, tone(server_bytes / 32_000, 16_000), 16_000)
+    submitted = command("submit", str(large), "--broker", nats.mqtt_url)
+    assert submitted.returncode == 1
+    assert "max_payload" in submitted.stdout + submitted.stderr
+    assert "--by-path" in submitted.stdout + submitted.stderr
+    bus.publish("cesar/jobs", {"job_id": "behind", "audio_path": str(SPEECH)})
+    assert words(bus.status("behind", "completed")["result_text"]) == SPOKEN
 
 
 def final_statuses(bus: Bus, job_id: str) -> list[dict[str, Any]]:

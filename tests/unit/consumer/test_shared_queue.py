@@ -221,6 +221,8 @@ def test_a_request_over_the_limit_of_the_queue_is_rejected(group: Group) -> None
     refusal = group.reader.read(upload).refusal
     assert refusal is not None
     assert refusal.reason == "payload_too_large"
+    assert "1000 are accepted (queue.jetstream.max_message_bytes" in refusal.detail
+    assert "audio_path" in refusal.detail
     assert group.reader.read(replace(upload, payload=bytes(1000))).refusal is None
 
 
