@@ -89,12 +89,18 @@ def test_the_job_of_a_killed_consumer_goes_to_another_one_ahead_of_the_rest(
     assert len(final_statuses(bus, "long")) == 1
 
 
+def hang_while_running(bus: Bus, consumers: dict[str, Consumer]) -> str:
+    """Have a consumer run the job `long`, stop it (SIGSTOP), and return its name."""
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(LONG)})
+    stopped: str = bus.status("long", "processing")["consumer"]
+    consumers[stopped].signal(signal.SIGSTOP)
+    return stopped
+
+
 def test_a_consumer_that_comes_back_drops_what_another_one_has(nats: NatsServer, serve: Serve, join: Join) -> None:
     bus = join(nats.mqtt_port)
     consumers = start_pair(nats, serve)
-    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(LONG)})
-    stopped = bus.status("long", "processing")["consumer"]
-    consumers[stopped].signal(signal.SIGSTOP)
+    stopped = hang_while_running(bus, consumers)
     done = bus.status("long", "completed")
     consumers[stopped].signal(signal.SIGCONT)
     consumers[stopped].wait_for_log("Job given up")
@@ -223,9 +229,7 @@ def test_positions_follow_a_long_job(nats: NatsServer, serve: Serve, join: Join,
 def test_a_cancel_reaches_the_job_of_a_consumer_that_hangs(nats: NatsServer, serve: Serve, join: Join) -> None:
     bus = join(nats.mqtt_port)
     consumers = start_pair(nats, serve)
-    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(LONG)})
-    stopped = bus.status("long", "processing")["consumer"]
-    consumers[stopped].signal(signal.SIGSTOP)
+    stopped = hang_while_running(bus, consumers)
     bus.publish("cesar/request/cancel", {"job_id": "long"})
     cancelled = bus.status("long")
     consumers[stopped].signal(signal.SIGCONT)
