@@ -117,9 +117,22 @@ def voices_of_packages() -> dict[str, Samples]:
     return voices
 
 
-def mix(name: str, voices: dict[str, Samples], length_s: float, seed: int, noise_db: float | None) -> Recording:
-    """Let voices speak in turn, each from where it was, again from its start at its end, at changing gains."""
+def mix(
+    name: str,
+    voices: dict[str, Samples],
+    length_s: float,
+    seed: int,
+    noise_db: float | None,
+    *,
+    turn_s: tuple[float, float] = _TURN_S,
+    shares: Sequence[float] | None = None,
+) -> Recording:
+    """Let voices speak in turn, each from where it was, again from its start at its end, at changing gains.
+
+    `shares`: how often each of the voices speaks next; None: one as often as another.
+    """
     rng = np.random.default_rng(seed)
+    weights = dict(zip(voices, shares or [1.0] * len(voices), strict=True))
     speech = {speaker: _speech(samples) for speaker, samples in voices.items()}
     position = {speaker: int(rng.integers(len(samples))) for speaker, samples in voices.items()}
     names = list(voices)
@@ -128,9 +141,13 @@ def mix(name: str, voices: dict[str, Samples], length_s: float, seed: int, noise
     speaker, total = "", 0
     while total < length_s * SAMPLE_RATE:
         others = [other for other in names if other != speaker] or names
-        speaker = others[int(rng.integers(len(others)))]
+        if shares is None:
+            speaker = others[int(rng.integers(len(others)))]
+        else:
+            chances = np.array([weights[other] for other in others])
+            speaker = others[int(rng.choice(len(others), p=chances / chances.sum()))]
         samples = voices[speaker]
-        count = min(int(rng.uniform(*_TURN_S) * SAMPLE_RATE), len(samples)) // _FRAME * _FRAME
+        count = min(int(rng.uniform(*turn_s) * SAMPLE_RATE), len(samples)) // _FRAME * _FRAME
         places = (position[speaker] + np.arange(count)) % len(samples)
         position[speaker] = (position[speaker] + count) % len(samples)
         turn = samples[places]

@@ -248,3 +248,5 @@ class Totals:
     deleted_total: int = 0
     revision: int = 0
     """The number of the ledger's newest transaction."""
+    retryable: int = 0
+    """How many of the finished jobs can be retried."""

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 _ROOM_BYTES = 1 << 30
 _DAY_S = 24 * 3600.0
-_REINSTALL = "Install cesar-mqtt with the library versions that it is tested with: pip install -c constraints.txt."
+_REINSTALL = (
+    "Install cesar-mqtt in the clone with the versions that it is tested with: pip install -c constraints.txt '.[all]'"
+)
 
 
 _PROTECTIONS = {

@@ -404,7 +404,7 @@ def _buttons(topics: Topics) -> Entities:
         "cancel_all": button(
             "Cancel all jobs", "playlist-remove", "cancel_all", when="value_json.job_id or value_json.queued"
         ),
-        "retry_last": button("Retry last failure", "replay", "retry_last"),
+        "retry_last": button("Retry last failure", "replay", "retry_last", when="value_json.retryable"),
     }
 
 

@@ -3,8 +3,9 @@
 The thread `inbox` scans the folders, submits and writes; the thread `inbox-watch` wakes it when the system reports a
 change, and the thread of its bus brings it what is published.
 
-A recording is a path, a size and a modification time. The id of its job is made of these and of its content, and is on
-disk before the request is published: after a crash the same request is published again, which is the same job. A
+A recording is a path, a size and a modification time. The id of its job is made of these, of its content and of the
+options, and is on disk before the request is published: after a crash the same request is published again, which is the
+same job; another inbox with other options has a job of its own. A
 recording that was renamed or moved is recognised by its inode, or by its content where its earlier path is gone.
 """
 
@@ -294,13 +295,15 @@ class Inbox(BusClient):
         ):  # the recording has changed: its transcript is obsolete
             self._jobs.pop(earlier.job_id)
             self._save(replace(earlier, state=RecordState.DROPPED))
-        job_id = next(job_id for job_id in _job_ids(file, digest) if job_id not in self._ids)
+        submitted_path = str(file.path) if self._by_path else ""
+        request = (file.name, file.size_bytes, file.mtime_ns, digest, submitted_path, self._options())
+        job_id = next(job_id for job_id in _job_ids(file.name, request) if job_id not in self._ids)
         self._ids.add(job_id)
         record = Record(
             job_id=job_id,
             path=str(file.path),
             name=file.name,
-            submitted_path=str(file.path) if self._by_path else "",
+            submitted_path=submitted_path,
             size_bytes=file.size_bytes,
             mtime_ns=file.mtime_ns,
             inode=file.inode,
@@ -375,6 +378,14 @@ class Inbox(BusClient):
                     "(`serve --inbox`, or `inbox --by-path`).",
                 )
                 return
+        options = {**self._options(), "metadata": {"file": _printable(record.name), "source": SOURCE}}
+        job.publish_at = self._clock() + _RETRY_S
+        job.sent = self._bus.submit(Submission(record.job_id, audio, record.submitted_path, options))
+        job.sent.add_done_callback(lambda _: self._events.put(lambda: None))
+        log.info("Submitted %s", record.name, action="inbox_submitted", job_id=record.job_id)
+
+    def _options(self) -> dict[str, Any]:
+        """Return the fields that every request has."""
         fields = {
             "language": self._settings.language,
             "model_size": self._settings.model,
@@ -382,13 +393,8 @@ class Inbox(BusClient):
             "diarize": self._settings.diarize or None,
             # Without it the consumer stores the text alone.
             "formats": None if self._output.formats == ("txt",) else list(self._output.formats),
-            "metadata": {"file": _printable(record.name), "source": SOURCE},
         }
-        options = {name: value for name, value in fields.items() if value is not None}
-        job.publish_at = self._clock() + _RETRY_S
-        job.sent = self._bus.submit(Submission(record.job_id, audio, record.submitted_path, options))
-        job.sent.add_done_callback(lambda _: self._events.put(lambda: None))
-        log.info("Submitted %s", record.name, action="inbox_submitted", job_id=record.job_id)
+        return {name: value for name, value in fields.items() if value is not None}
 
     def _content(self, record: Record) -> bytes | None:
         """Return the recording; None: it is another one now, or gone. Raises OSError."""
@@ -617,11 +623,11 @@ def _is_same_file(record: Record, file: FileState) -> bool:
     return (record.inode, record.size_bytes, record.mtime_ns) == (file.inode, file.size_bytes, file.mtime_ns)
 
 
-def _job_ids(file: FileState, digest: str) -> Iterator[str]:
-    """Yield ids for a recording: readable, the same after a crash, and another for each time it is submitted."""
-    name = _ID_NAME.sub("-", Path(file.name).stem).strip("-")[:_ID_NAME_CHARACTERS] or "recording"
+def _job_ids(file_name: str, request: Sequence[Any]) -> Iterator[str]:
+    """Yield ids for a request: readable, the same after a crash, and another for each time it is submitted."""
+    name = _ID_NAME.sub("-", Path(file_name).stem).strip("-")[:_ID_NAME_CHARACTERS] or "recording"
     for number in count():
-        what = json.dumps([file.name, file.size_bytes, file.mtime_ns, digest, number]).encode()
+        what = json.dumps([*request, number]).encode()
         yield f"{name}-{hashlib.sha256(what).hexdigest()[:_ID_DIGEST_CHARACTERS]}"
 
 

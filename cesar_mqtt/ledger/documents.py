@@ -191,7 +191,7 @@ def retry_rejection(document: Mapping[str, Any]) -> str | None:
     if is_rejection(document):
         return f"Job {job_id} was rejected as invalid: correct the request and submit it under a new id."
     if any(spool_files(document)) and not document_may_need_audio(document):
-        return f"The audio of job {job_id} was not kept, since a retry cannot fix {document['error_code']}."
+        return f"The audio of job {job_id} was not kept, since a retry cannot fix {document.get('error_code')}."
     return None
 
 

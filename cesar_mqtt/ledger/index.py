@@ -7,7 +7,7 @@ from typing import Any
 
 from cesar_mqtt.jobs import DeletedJob, JobState, NewJob
 from cesar_mqtt.ledger.deduplication import DeduplicationIndex
-from cesar_mqtt.ledger.documents import is_rejection
+from cesar_mqtt.ledger.documents import is_rejection, retry_rejection
 from cesar_mqtt.ledger.expiry_heap import ExpiryHeap
 from cesar_mqtt.ledger.queue import JobQueue, level_of
 from cesar_mqtt.ledger.tombstones import Tombstones
@@ -52,6 +52,8 @@ class Index:
         """When each job ended, in the order of those transactions: a clock that was wrong does not change the order."""
         self.rejected = ExpiryHeap((seq, at) for seq, at, rejected in ends if rejected)
         """The same for rejected requests that are recorded as jobs: they have a quota of their own."""
+        self.retryable = {seq: None for _, seq in ended if retry_rejection(jobs[str(seq)]) is None}
+        """The finished jobs that can be retried, in the order in which they ended."""
         self.ended_total = {state: counters.get(state.value, 0) for state in JobState if state.final}
         """How many jobs have entered each final state since the ledger was created."""
         self.windows: dict[int, int] = {}
@@ -94,6 +96,7 @@ class Index:
             self.queue.remove(seq)
         else:
             del self.finished[seq]
+            self.retryable.pop(seq, None)
         if after is JobState.PROCESSING:
             self.processing.append(seq)
         elif after is JobState.QUEUED:
@@ -103,12 +106,15 @@ class Index:
         else:
             self.ended_total[after] += 1
             self.finished[seq] = _end_of(document)
+            if retry_rejection(document) is None:
+                self.retryable[seq] = None
             self.queue.drop_expiry(seq)
 
     def delete(self, deleted: DeletedJob, document: Mapping[str, Any]) -> None:
         """Replace a job that is not processing by its tombstone."""
         self.tombstones.add(deleted)
         self.deleted_total += 1
+        self.retryable.pop(deleted.seq, None)
         if deleted.seq in self.finished:
             del self.finished[deleted.seq]
         elif deleted.seq in self.rejected:
@@ -121,6 +127,7 @@ class Index:
 
     def forget(self, seq: int, document: Mapping[str, Any]) -> None:
         """Remove a job without a trace."""
+        self.retryable.pop(seq, None)
         if seq in self.processing:
             self.processing.remove(seq)
         elif seq in self.finished:

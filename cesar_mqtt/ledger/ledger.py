@@ -826,8 +826,8 @@ class Ledger:
     def last_retryable(self) -> str | None:
         """Return the id of the job that ended last of those that can be retried; None: there is none."""
         with self._changed:
-            rows = (self._rows[str(seq)] for seq in reversed(self._index.finished))
-            return next((str(row["job_id"]) for row in rows if retry_rejection(row) is None), None)
+            seq = next(reversed(self._index.retryable), None)
+            return None if seq is None else str(self._rows[str(seq)]["job_id"])
 
     @property
     def defaults(self) -> Mapping[str, str]:
@@ -1133,6 +1133,7 @@ class Ledger:
                 paused=self._paused,
                 deleted_total=index.deleted_total,
                 revision=self._storage.transaction,
+                retryable=len(index.retryable),
             )
 
     # -- transactions; the caller holds the lock ------------------------------------------------------------------

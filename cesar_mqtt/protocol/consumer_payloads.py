@@ -65,6 +65,7 @@ class Queue(Payload):
     rejected_total: int = Field(description="How many messages have been rejected since then.")
     deleted_total: int = Field(description="How many jobs have been deleted since then, also by retention.")
     revision: int = Field(description="The number of the ledger's newest transaction: it only grows.")
+    retryable: int = Field(description="How many of the finished jobs can be retried.")
     progress: float | None = Field(description="How much of the running job is done, 0 to 1; null if there is none.")
     eta: float | None = Field(description="In how many seconds the running job will be done; null if not known.")
     audio_source: AudioName
@@ -87,6 +88,7 @@ def queue_of(
         rejected_total=totals.rejected_total,
         deleted_total=totals.deleted_total,
         revision=totals.revision,
+        retryable=totals.retryable,
         progress=None if running is None else (0.0 if progress is None else progress.progress),
         eta=None if running is None or progress is None else progress.eta,
         audio_source=None if running is None else audio_source_of(running),

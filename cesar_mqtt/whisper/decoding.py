@@ -253,10 +253,13 @@ class PieceDecoder:
             piece = self.encode(piece.features, frames=FULL_FRAMES)
             further.insert(0, first)
         question = _Question(result.tokenizer, question.prompt)
+        is_searched = beams > 1 or first > 0
         for temperature in further:
-            if temperature > first and (tried[-1].should_be_cut or _becomes_less_probable(tried)):
+            # A temperature prevents loops. A text that is improbable without one only becomes less probable with it.
+            if temperature > first and (tried[-1].should_be_cut or (is_searched and not tried[-1].is_repetitive)):
                 break
             tried += self._generate([piece], [question], temperature, beams)
+            is_searched = is_searched or temperature > first
             if not tried[-1].fails or tried[-1].is_silence:
                 return tried[-1]
         best = max(tried, key=_rank)
@@ -322,20 +325,6 @@ class _Question:
 
     tokenizer: Tokenizer
     prompt: str | None
-
-
-def _becomes_less_probable(tried: Sequence[Result]) -> bool:
-    """Whether a higher temperature has not helped, and a still higher one will not.
-
-    Temperature prevents loops; a text that is improbable without one only becomes less probable with it.
-    """
-    *_, before, last = [None, *tried]
-    return (
-        before is not None
-        and before.piece is last.piece
-        and not (before.is_repetitive or last.is_repetitive)
-        and last.avg_logprob < before.avg_logprob
-    )
 
 
 def _rank(result: Result) -> tuple[bool, float]:

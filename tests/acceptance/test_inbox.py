@@ -20,8 +20,8 @@ QUICK = {"CESAR_INBOX__SETTLE": "0.3", "CESAR_INBOX__RESCAN": "2"}
 def watch(tmp_path: Path) -> Iterator[Callable[..., FrontDoor]]:
     started: list[FrontDoor] = []
 
-    def start(*arguments: str) -> FrontDoor:
-        folder = tmp_path / "inbox-process"
+    def start(*arguments: str, name: str = "inbox-process") -> FrontDoor:
+        folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         started.append(
             FrontDoor(folder, "inbox", *arguments, "--data-dir", str(folder / "data"), ready="Watching ", environ=QUICK)
@@ -73,6 +73,30 @@ def test_inbox_sends_a_recording_writes_what_was_asked_for_and_moves_it(
     (new / "again.wav").write_bytes(SPEECH.read_bytes())
     inbox.wait_for_log("again.txt")
     assert (done / "again.wav").exists()
+
+
+@pytest.mark.model
+def test_two_inboxes_with_other_options_have_a_job_each_for_one_recording(
+    tmp_path: Path, mosquitto: Mosquitto, serve: Serve, watch: Callable[..., FrontDoor], join: Join
+) -> None:
+    serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    new = tmp_path / "new"
+    new.mkdir()
+    inboxes = [
+        watch(
+            *(str(new), "--broker", mosquitto.url, "--output-dir", str(tmp_path / output_format)),
+            *("--format", output_format),
+            name=f"inbox-{output_format}",
+        )
+        for output_format in ("txt", "srt")
+    ]
+    (new / "talk.wav").write_bytes(SPEECH.read_bytes())
+    for inbox in inboxes:
+        inbox.wait_for_log("Wrote ")
+    assert words((tmp_path / "txt" / "talk.txt").read_text()) == SPOKEN
+    assert "-->" in (tmp_path / "srt" / "talk.srt").read_text()
+    assert len({status["job_id"] for status in bus.every_status()}) == 2
 
 
 def test_what_cannot_be_transcribed_has_a_file_that_says_why_and_a_retry_replaces_it(

@@ -148,7 +148,7 @@ def test_a_cancelled_job_is_done_after_a_retry_with_the_options_that_it_came_wit
 def test_a_job_over_its_time_ends_as_a_timeout_and_the_next_one_is_done(
     mosquitto: Mosquitto, serve: Serve, join: Join, endless: Path
 ) -> None:
-    limit = {"CESAR_WORKER__JOB_TIMEOUT": "5"}  # a busy machine does `next` in that time, too
+    limit = {"CESAR_WORKER__JOB_TIMEOUT": "10"}  # a busy machine does `next` in that time, too
     serve("--broker", mosquitto.url, "--audio-dir", str(endless.parent), environ=limit)
     bus = join(mosquitto.port)
     bus.publish("cesar/jobs", {"job_id": "talk", "audio_path": "endless.wav", "beam_size": 10})

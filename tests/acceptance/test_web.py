@@ -1,5 +1,6 @@
 """The page of a real consumer on mosquitto: its HTTP API, its events, OpenAI's client, its uploads."""
 
+import asyncio
 import json
 import random
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,59 @@ def test_openais_client_works_unchanged(page: Page) -> None:
         SPEECH.open("rb") as file,
     ):
         page.openai.audio.translations.create(model="whisper-1", file=file)
+
+
+def test_openais_clients_take_a_recording_in_every_form(page: Page) -> None:
+    content = SPEECH.read_bytes()
+    unnamed, named = BytesIO(content), BytesIO(content)
+    named.name = "named.wav"
+    create = page.openai.audio.transcriptions.create
+    for file in (SPEECH, content, unnamed, named, ("tuple.wav", content), ("typed.wav", BytesIO(content), "audio/wav")):
+        assert words(create(model="whisper-1", file=file).text) == SPOKEN
+    listed = page.http.get("/api/jobs").json()["jobs"]
+    assert {"speech.wav", "upload", "named.wav", "tuple.wav", "typed.wav"} == {job["file"] for job in listed}
+
+    streaming = page.openai.audio.transcriptions.with_streaming_response
+    with streaming.create(model="whisper-1", file=SPEECH, response_format="text") as response:
+        assert words("".join(response.iter_text())) == SPOKEN
+
+    async def use_the_asynchronous_client() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{page.url}/v1", api_key="none", timeout=PATIENCE_S) as client:
+            assert words((await client.audio.transcriptions.create(model="whisper-1", file=SPEECH)).text) == SPOKEN
+            stream = await client.audio.transcriptions.create(model="whisper-1", file=SPEECH, stream=True)
+            last = [event async for event in stream][-1]
+            assert last.type == "transcript.text.done"
+            assert words(last.text) == SPOKEN
+            streaming = client.audio.transcriptions.with_streaming_response
+            async with streaming.create(model="whisper-1", file=SPEECH, response_format="srt") as response:
+                assert "00:00:00,000 -->" in "".join([text async for text in response.iter_text()])
+
+    asyncio.run(use_the_asynchronous_client())
+
+
+def test_a_retry_of_openais_client_waits_for_the_same_job(page: Page) -> None:
+    requests = []
+
+    def limit_the_first(request: httpx2.Request) -> None:
+        requests.append(request)
+        if len(requests) == 1:
+            request.extensions["timeout"] = {**request.extensions["timeout"], "read": 0.5}
+        else:
+            page.http.post("/api/consumers/cesar/resume")
+
+    page.http.post("/api/consumers/cesar/pause")
+    with openai.OpenAI(
+        base_url=f"{page.url}/v1",
+        api_key="none",
+        timeout=PATIENCE_S,
+        http_client=openai.DefaultHttpxClient(event_hooks={"request": [limit_the_first]}),
+    ) as client:
+        kept = {"metadata": {"keep": True}}
+        answer = client.audio.transcriptions.create(model="whisper-1", file=SPEECH, extra_body=kept)
+    assert words(answer.text) == SPOKEN
+    assert len(requests) == 2
+    (job,) = page.http.get("/api/jobs").json()["jobs"]
+    assert (job["status"], job["attempt"]) == ("completed", 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -33,6 +33,9 @@ DROP = """async (files) => {
     for (const kind of ["dragover", "drop"]) drop.dispatchEvent(new DragEvent(kind, options));
 }"""
 
+# So that what plays stays at a word until the test has looked.
+SLOWLY = "document.getElementById('player').playbackRate = 1 / 16"
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -158,6 +161,7 @@ def test_from_a_dropped_file_to_a_downloaded_srt_with_a_consumer_killed_in_betwe
         detail = tab.get_by_role("dialog")
         expect(detail.locator(".word")).to_have_count(len(SPOKEN))
         assert words(detail.locator("#transcript").inner_text()) == SPOKEN
+        tab.evaluate(SLOWLY)
         detail.locator(".word", has_text="lamp").click()
         expect(detail.locator(".now")).to_have_text(re.compile("lamp"))
         assert tab.evaluate("document.getElementById('player').currentTime") > 2
@@ -181,7 +185,7 @@ def test_from_a_dropped_file_to_a_downloaded_srt_with_a_consumer_killed_in_betwe
         expect(tab.locator("#player")).to_be_visible()
         tab.keyboard.press("Escape")
         tab.get_by_role("button", name="Record").click()
-        expect(tab.locator("#record-time")).to_have_text("00:01")
+        expect(tab.locator("#record-time")).to_have_text(re.compile("^00:(0[1-9]|[1-5][0-9])$"))
         tab.get_by_role("button", name="Stop and transcribe").click()
         expect(tab.locator("#jobs > li", has_text="Recording")).to_contain_text("completed")
 
@@ -323,6 +327,7 @@ def test_a_recording_is_chosen_and_heard_word_by_word_without_a_mouse(
         expect(word).to_have_text(re.compile(text))
         expect(word).to_have_attribute("data-number", str(number))
         expect(word).to_be_in_viewport()
+    tab.evaluate(SLOWLY)
     tab.keyboard.press("Enter")
     expect(tab.locator(".now")).to_have_attribute("data-number", re.compile("^[67]$"))  # it plays
     assert tab.evaluate("document.getElementById('player').currentTime") >= 2.5

@@ -2,10 +2,9 @@
 """Every YAML that a page shows for Home Assistant, loaded into it and triggered there."""
 
 import json
-import re
 import shutil
-import textwrap
 import threading
+import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,22 +20,11 @@ from homeassistant.helpers.template import Template
 from homeassistant.setup import async_setup_component
 from homeassistant.util.yaml import parse_yaml
 from pytest_homeassistant_custom_component.common import MockConfigEntry
+from tests.homeassistant.pages import ROOT, SHOWN, shown
 
-ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.md")])
 HEARD = "call the plumber"
 
-
-def blocks():
-    """Each YAML of the pages, with the last heading before it."""
-    for page in PAGES:
-        for found in re.finditer(r"^( *)```yaml\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
-            headings = re.findall(r"^#+ (.+)$", page.read_text()[: found.start()], re.MULTILINE)
-            yield f"{page.relative_to(ROOT)}: {headings[-1]}", textwrap.dedent(found[2])
-
-
-SHOWN = list(blocks())
 TRIGGERED = {
     "deploy/home-assistant-addon/cesar_mqtt/DOCS.md: Submit a recording",
     "docs/homeassistant.md: A dashboard card",
@@ -48,11 +36,6 @@ TRIGGERED = {
     "docs/homeassistant.md: Submit a job with all options",
 }
 """Each has a test below."""
-
-
-def shown(heading, number=0, *, page="docs/homeassistant.md"):
-    """One YAML of a page, as text."""
-    return [text for where, text in SHOWN if where == f"{page}: {heading}"][number]
 
 
 def test_every_yaml_of_every_page_has_a_test():
@@ -144,7 +127,12 @@ async def test_the_phone_gets_each_transcript_once_over_restarts(served, bus, br
     await received(2)
     await served.restart(broker)
     await served.until_state("binary_sensor.cesar_connection", "on")
-    await submit(served, bus, "silent", "missing.wav")  # does not notify
+    await submit(served, bus, "failed", "missing.wav")  # neither this notifies nor silence
+    with wave.open(str(tmp_path / "silent.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(3 * 32_000))
+    await submit(served, bus, "silent", "silent.wav")
+    await served.until_state("sensor.cesar_last_transcript", "no speech")
     await received(3)
     assert fired == ["Send transcripts to a phone"] * 3
     assert all(HEARD in message["message"].lower() for message in sent)

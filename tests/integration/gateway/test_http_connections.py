@@ -107,6 +107,28 @@ def test_many_silent_connections_do_not_keep_a_client_out(port: int) -> None:
     assert asyncio.run(crowd()).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("count", [12, 40])
+def test_a_crowd_that_comes_at_once_is_answered_as_far_as_there_is_room(port: int, count: int) -> None:
+    """Twelve fit for a moment, where eight may stay: their requests are answered. Of forty the newest twelve are."""
+
+    async def ask() -> bytes:
+        try:
+            reader, writer = await talk(port, b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        except ConnectionError:
+            return b""
+        received = await ended(reader)
+        writer.close()
+        return received
+
+    async def crowd() -> list[bytes]:
+        return await asyncio.gather(*(ask() for _ in range(count)))
+
+    answered = sum(each.startswith(b"HTTP/1.1 200") for each in asyncio.run(crowd()))
+    assert answered >= 12
+    if count == 12:
+        assert answered == count
+
+
 def test_there_are_fewer_connections_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     assert http_protocol.most_connections() == 128

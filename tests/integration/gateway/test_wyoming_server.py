@@ -114,6 +114,12 @@ def test_the_names_stay_when_home_assistant_is_away(home: str, tmp_path: Path) -
     assert list(names.names) == ["Büro Hängelampe", "Dinner"]
 
 
+def test_a_token_that_is_refused_is_not_used_again(home: str, tmp_path: Path) -> None:
+    names = _names(home, tmp_path, "wrong")
+    asyncio.run(asyncio.wait_for(names.refresh_for_ever(0.0), 60.0))
+    assert names.names == ()
+
+
 @pytest.mark.parametrize("file", [None, Path("/absent/token")])
 def test_a_url_needs_a_token(file: Path | None) -> None:
     with pytest.raises(ConfigError, match=r"wyoming\.home_assistant_token_file"):

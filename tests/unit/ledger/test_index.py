@@ -38,6 +38,7 @@ def test_the_index_is_built_from_the_tables() -> None:
     assert list(made.queue) == [1, 10]
     assert made.processing == [4]
     assert list(made.finished) == [3, 5, 2], "in the order of their ends"
+    assert list(made.retryable) == [3, 5], "in the same order"
     assert made.ended_total == {"completed": 30, "error": 2, "cancelled": 0}
     assert made.deduplication.seq("d") == 10
     assert made.last_seq == 40
@@ -185,7 +186,7 @@ def test_jobs_move_between_states() -> None:
     made = index({1: row("a", "queued"), 2: row("b", "queued")})
     made.move(1, JobState.QUEUED, JobState.PROCESSING, {})
     assert (made.processing, list(made.queue)) == ([1], [2])
-    made.move(1, JobState.PROCESSING, JobState.CANCELLED, {"completed_at": 7.5})
+    made.move(1, JobState.PROCESSING, JobState.CANCELLED, row("a", "cancelled", completed_at=7.5))
     assert (made.processing, dict(made.finished), made.ended_total[JobState.CANCELLED]) == ([], {1: 7.5}, 1)
     made.move(1, JobState.CANCELLED, JobState.QUEUED, {})
     assert (list(made.finished), list(made.queue), made.ended_total[JobState.CANCELLED]) == ([], [1, 2], 1)

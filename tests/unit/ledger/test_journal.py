@@ -594,6 +594,15 @@ def test_a_first_line_that_is_no_header_is_rejected(folder: Folder, line: object
         folder.open()
 
 
+@pytest.mark.parametrize("at", [1, 3, len(TRANSACTIONS) + 1])
+def test_a_header_that_comes_again_is_damage(folder: Folder, at: int) -> None:
+    folder.filled()
+    lines = folder.journal.read_bytes().splitlines(keepends=True)
+    folder.journal.write_bytes(b"".join([*lines[:at], lines[0], *lines[at:]]))
+    with pytest.raises(LedgerError):
+        folder.open()
+
+
 def test_a_missing_line_is_noticed(folder: Folder) -> None:
     folder.filled()
     lines = folder.journal.read_bytes().splitlines(keepends=True)

@@ -873,7 +873,7 @@ def test_a_finished_job_can_be_deleted(folder: LedgerFolder, state: str) -> None
     assert deleted[1] == ["a.wav"]
     assert (folder.ledger.get("a"), folder.ledger.delete("a")) == (None, None)
     assert all(folder.ledger.last_finished(state) is None for state in JobState if state.final)
-    assert folder.crash().totals() == replace(totals, deleted_total=1, revision=totals.revision + 1)
+    assert folder.crash().totals() == replace(totals, deleted_total=1, revision=totals.revision + 1, retryable=0)
 
 
 def test_a_processing_job_cannot_be_deleted(folder: LedgerFolder) -> None:

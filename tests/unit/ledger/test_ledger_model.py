@@ -27,6 +27,7 @@ from cesar_mqtt.jobs import (
 )
 from cesar_mqtt.ledger import journal
 from cesar_mqtt.ledger import ledger as ledger_module
+from cesar_mqtt.ledger.documents import retry_rejection
 from cesar_mqtt.ledger.ledger import Ledger
 from cesar_mqtt.ledger.queue import POSITIONS_TRACKED
 from cesar_mqtt.transcript import Window
@@ -832,6 +833,10 @@ class LedgerMachine(RuleBasedStateMachine):
         for state in JobState:
             expected = [entry.seq for entry in by_seq if entry.state is state]
             assert [job.seq for job in self.ledger.jobs(states=[state])] == expected
+        rows = self.ledger._storage.rows("jobs")
+        ended = [seq for seq in self.ledger._index.finished if retry_rejection(rows[str(seq)]) is None]
+        assert list(self.ledger._index.retryable) == ended
+        assert self.ledger.totals().retryable == len(ended)
         ready = self.model.ready(self.uptime)
         assert [job.seq for job in self.ledger.upcoming(3)] == [entry.seq for entry in ready[:3]]
         assert self.ledger.preempted() == {entry.seq for entry in by_seq if entry.preempted}

@@ -317,7 +317,7 @@ def test_the_consumers_state_is_one_field() -> None:
     assert json.loads(ConsumerState(state="offline").encode()) == {"state": "offline"}
 
 
-def test_the_queue_has_the_fields_of_the_contract_and_one_more() -> None:
+def test_the_queue_has_the_fields_of_the_contract_and_two_more() -> None:
     totals = Totals(
         queued=3,
         completed_total=10,
@@ -340,6 +340,7 @@ def test_the_queue_has_the_fields_of_the_contract_and_one_more() -> None:
         "rejected_total": 4,
         "deleted_total": 5,
         "revision": 0,
+        "retryable": 0,
         "progress": None,
         "eta": None,
         "audio_source": None,

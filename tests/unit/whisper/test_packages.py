@@ -338,7 +338,7 @@ def test_concurrent_joins_take_turns(folder: Path, caplog: pytest.LogCaptureFixt
         thread.start()
     for thread in threads:
         thread.join()
-    assert caplog.text.count("is joined") == 1
+    assert caplog.text.count("from the parts in its packages") == 1
     assert content(join(PackagedModels(folder, packages=KNOWN))) == WHOLE
 
 

@@ -193,17 +193,30 @@ def test_what_fails_the_checks_is_encoded_at_full_length_before_it_is_believed(w
 
 
 def test_temperatures_are_tried_at_full_length_and_the_most_probable_result_counts() -> None:
-    scores = (-1.1, -1.9, -1.8, -1.7, -1.6, -1.4, -1.2)
-    model = FakeWhisper(*(said(at(0), number, at(4), logprob=score) for number, score in enumerate(scores)))
+    short, last = (said(at(0), number, at(4), logprob=score) for number, score in ((0, -1.1), (6, -1.2)))
+    model = FakeWhisper(short, *[said(at(0), *LOOP, logprob=-1.5)] * 5, last)
     assert spans(transcribe(model, (0.0, 4.0), beam_size=1)) == [(0.0, 4.0, " w0")]
     assert [asked.get("sampling_temperature", 0.0) for asked in model.asked] == [0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert [asked["frames"] for asked in model.asked] == [700] + [3000] * 6
 
 
-def test_no_higher_temperature_is_tried_where_one_makes_the_text_only_less_probable() -> None:
-    scores = (-1.9, -1.3, -1.2, -1.6, -0.1)
+@pytest.mark.parametrize(
+    ("beam_size", "text", "temperatures"),
+    [(1, " w2", [0.0, 0.0, 0.2]), (5, " w1", [0.0, 0.0]), ("auto", " w1", [0.0] * 2)],
+)
+def test_no_temperature_is_tried_where_it_would_make_an_improbable_text_only_less_probable(
+    beam_size: Any, text: str, temperatures: list[float]
+) -> None:
+    scores = (-1.9, -1.3, -1.2, -0.1)
     model = FakeWhisper(*(said(at(0), number, at(4), logprob=score) for number, score in enumerate(scores)))
-    assert spans(transcribe(model, (0.0, 4.0), beam_size=1)) == [(0.0, 4.0, " w2")]
+    assert spans(transcribe(model, (0.0, 4.0), beam_size=beam_size)) == [(0.0, 4.0, text)]
+    assert [asked.get("sampling_temperature", 0.0) for asked in model.asked] == temperatures
+
+
+def test_a_temperature_that_ends_the_repetition_is_the_last_one() -> None:
+    loops = [said(*LOOP, logprob=-0.1)] * 3
+    model = FakeWhisper(*loops, said(at(0), 7, at(4), logprob=-1.5), said(at(0), 8, at(4), logprob=-0.9))
+    assert spans(transcribe(model, (0.0, 4.0), beam_size=5)) == [(0.0, 4.0, " w7")]
     assert [asked.get("sampling_temperature", 0.0) for asked in model.asked] == [0.0, 0.0, 0.2, 0.4]
 
 

@@ -1,14 +1,20 @@
 """OpenAI's API on the real application, with a bus of which only the answers are there."""
 
+import asyncio
+import inspect
 import json
+import warnings
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai.types.audio
 import pytest
 from faster_whisper.transcribe import get_compression_ratio
 
 from cesar_mqtt.gateway.submission import Submission
+from cesar_mqtt.gateway.web import openai_api
 from tests.unit.gateway.web.site import Site, status
 
 SEGMENTS = [
@@ -100,7 +106,10 @@ def test_each_format_of_a_response(site: Site) -> None:
             {"diarize": True, "min_speakers": 2, "max_speakers": 3},
         ),
         ({"diarize": "channels"}, {"diarize": "channels"}),
-        ({"include[]": "logprobs", "chunking_strategy": "auto", "user": "x"}, {}),
+        ({"chunking_strategy": "auto"}, {}),
+        ({"languages[]": "de"}, {"language": "de"}),
+        ({"response_format": "diarized_json"}, {"diarize": True}),
+        ({"response_format": "diarized_json", "diarize": "channels"}, {"diarize": "channels"}),
         ({"metadata": '{"keep": true}'}, {"metadata": {"keep": True}}),
         ({"metadata[keep]": "true", "metadata[room]": "hall"}, {"metadata": {"keep": "true", "room": "hall"}}),
     ],
@@ -175,11 +184,205 @@ def test_a_job_that_fails_is_an_error_in_openais_shape(
         ({"timestamp_granularities[]": "letter"}, "timestamp_granularities"),
         ({"language": "klingon"}, None),
         ({"temperature": "2"}, None),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
+        ({"stream": "perhaps"}, "stream"),
+        ({"stream": "true", "response_format": "srt"}, "stream"),
+        ({"chunking_strategy[type]": "server_vad", "chunking_strategy[threshold]": "0.7"}, "chunking_strategy"),
+        ({"chunking_strategy": '{"type": "server_vad"}'}, "chunking_strategy"),
+        ({"metadata": "[]"}, "metadata"),
+        ({"beam_sise": "3"}, "beam_sise"),
+        ({"language[de]": "3"}, "language[de]"),
+        ({"job_id": "mine"}, "job_id"),
     ],
 )
 def test_a_wrong_field_is_an_error_of_the_client(site: Site, fields: dict[str, str], param: str | None) -> None:
     assert error_of(ask(site, **fields), 400)["param"] == param
     assert site.bus.submitted == []
+
+
+# -- the options of the official client --------------------------------------------------------------------------------
+
+AUDIO = ("a.wav", b"RIFF")
+TRANSCRIPTIONS: Mapping[str, tuple[Any, Mapping[str, Any] | str]] = {
+    "file": (AUDIO, {}),
+    "model": ("base", {"model_size": "base"}),
+    "chunking_strategy": ({"type": "server_vad"}, {}),
+    "include": (["logprobs"], "include"),
+    "keywords": (["Ada", "Grace"], {"hotwords": "Ada, Grace"}),
+    "known_speaker_names": (["Ada"], "known_speaker_names"),
+    "known_speaker_references": (["data:audio/wav;base64,UklGRg=="], "known_speaker_references"),
+    "language": ("de", {"language": "de"}),
+    "languages": (["de", "en"], "languages"),
+    "prompt": ("Names: Ada.", {"initial_prompt": "Names: Ada."}),
+    "response_format": ("vtt", {"formats": ["vtt"]}),
+    "stream": (True, {"stream": True}),
+    "temperature": (0.4, {"temperature": 0.4}),
+    "timestamp_granularities": (["word"], "timestamp_granularities"),
+    "extra_headers": ({"Idempotency-Key": "a"}, {}),
+    "extra_query": ({"priority": 4}, {"priority": 4}),
+    "extra_body": ({"beam_size": 3}, {"beam_size": 3}),
+    "timeout": (30.0, {}),
+}
+"""Each option: a value, and the fields of the job that come of it, or the parameter that the error names."""
+TRANSLATIONS = {
+    **{name: TRANSCRIPTIONS[name] for name in ("file", "model", "prompt", "temperature")},
+    **{name: TRANSCRIPTIONS[name] for name in ("extra_headers", "extra_query", "extra_body", "timeout")},
+    "response_format": ("diarized_json", "response_format"),
+}
+
+
+def client_of(site: Site) -> openai.AsyncOpenAI:
+    http = openai.DefaultAsyncHttpxClient(transport=httpx2.ASGITransport(app=site.app.asgi))
+    return openai.AsyncOpenAI(base_url="http://127.0.0.1:8188/v1", api_key="none", http_client=http, max_retries=0)
+
+
+@pytest.mark.parametrize(("resource", "options"), [("transcriptions", TRANSCRIPTIONS), ("translations", TRANSLATIONS)])
+def test_each_option_of_the_official_client_is_used_or_refused(
+    site: Site, resource: str, options: Mapping[str, tuple[Any, Mapping[str, Any] | str]]
+) -> None:
+    client = client_of(site)
+    create = getattr(client.audio, resource).create
+    assert set(options) == set(inspect.signature(inspect.unwrap(create)).parameters) - {"self"}
+
+    async def ask_for(name: str) -> str | None:
+        try:
+            await create(**{"file": AUDIO, "model": "whisper-1", name: options[name][0]})
+        except openai.BadRequestError as error:
+            return error.param
+        return None
+
+    async def walk() -> None:
+        for name, (_, outcome) in options.items():
+            before = len(site.bus.submitted)
+            refused = await ask_for(name)
+            jobs = [item.options for item in site.bus.submitted[before:]]
+            if isinstance(outcome, str):
+                assert (refused, jobs) == (outcome, [])
+            else:
+                assert (refused, len(jobs)) == (None, 1)
+                assert {**jobs[0], **outcome} == jobs[0]
+        await client.close()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the client, for every model that we name
+        asyncio.run(walk())
+
+
+def test_diarized_json_has_a_speaker_for_each_segment(site: Site) -> None:
+    segments = [{**SEGMENTS[0], "id": number + 1, "speaker": f"Speaker {number + 1}"} for number in range(2)]
+    text = json.dumps({"text": "Hello there.", "duration": 1.5, "segments": segments})
+    site.bus.answers["result"] = lambda _fields: {"text": text, "length": len(text), "more": False}
+    asked = openai.types.audio.TranscriptionDiarized.model_validate(ask(site, response_format="diarized_json").json())
+    assert [(each.id, each.speaker) for each in asked.segments] == [("seg_0", "Speaker 1"), ("seg_1", "Speaker 2")]
+    stream = ask(site, response_format="diarized_json", stream="true").text
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    assert [event["speaker"] for event in events if event["type"] == "transcript.text.segment"] == [
+        "Speaker 1",
+        "Speaker 2",
+    ]
+
+    def fail(item: Submission) -> None:
+        ended = status(item.job_id, "completed", diarization_error="A model is missing.")
+        site.take(f"cesar/status/{item.job_id}", ended)
+
+    site.bus.on_submit = fail
+    error = error_of(ask(site, response_format="diarized_json"), 503)
+    assert (error["code"], "A model is missing." in error["message"]) == ("diarization_failed", True)
+
+
+# -- requests that are sent again --------------------------------------------------------------------------------------
+
+
+def retry(site: Site, content: bytes = b"RIFF", headers: Mapping[str, str] | None = None) -> Any:
+    return site.browser.post("/v1/audio/transcriptions", files={"file": ("a.wav", content)}, headers=headers)
+
+
+def test_a_request_that_is_sent_again_waits_for_the_same_job(site: Site) -> None:
+    retried = {"x-stainless-retry-count": "1"}
+    for content, headers, job in (
+        (b"one", {"x-stainless-retry-count": "0"}, 0),
+        (b"one", retried, 0),
+        (b"two", retried, 2),
+        (b"one", {}, 3),
+        (b"one", {"Idempotency-Key": "a"}, 4),
+        (b"one", {"Idempotency-Key": "a"}, 4),
+        (b"one", {"Idempotency-Key": "b"}, 6),
+    ):
+        assert retry(site, content, headers).json()["text"] == "Hello there."
+        assert site.bus.submitted[-1] == site.bus.submitted[job]
+    jobs = [item.job_id for item in site.bus.submitted]
+    assert len(set(jobs)) == 5
+
+
+FORM = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--x--\r\n'
+HEAD = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+def test_a_running_job_goes_on_when_the_request_is_sent_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_api, "_RETRY_S", 0.0)
+
+    async def disconnect_and_send_again() -> None:
+        submitted, cancelled = asyncio.Queue[str](), asyncio.Queue[str]()
+        starts, arrives = asyncio.Event(), asyncio.Event()
+
+        def run(item: Submission) -> None:
+            site.take(f"cesar/status/{item.job_id}", status(item.job_id, "processing"))
+            submitted.put_nowait(item.job_id)
+
+        def cancel(fields: Mapping[str, Any]) -> dict[str, Any]:
+            cancelled.put_nowait(fields["job_id"])
+            return {}
+
+        async def waits() -> str:
+            """Return the job of the last request, once it waits for its end."""
+            job_id = await submitted.get()
+            for _ in range(100):
+                await asyncio.sleep(0)
+            return job_id
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield FORM[:20]
+            starts.set()
+            await arrives.wait()
+            yield FORM[20:]
+
+        site.bus.on_submit = run
+        site.bus.answers["cancel"] = cancel
+        url = "http://127.0.0.1:8188/v1/audio/transcriptions"
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site.app.asgi)) as http:
+            first = asyncio.create_task(http.post(url, content=FORM, headers=HEAD))
+            running = await waits()
+            again = asyncio.create_task(
+                http.post(url, content=slowly(), headers={**HEAD, "x-stainless-retry-count": "1"})
+            )
+            await starts.wait()
+            first.cancel()
+            await asyncio.wait([first])
+            arrives.set()
+            assert await submitted.get() == running
+            other = asyncio.create_task(http.post(url, content=FORM.replace(b"RIFF", b"RIFX"), headers=HEAD))
+            gone = await waits()
+            other.cancel()
+            assert await cancelled.get() == gone
+            site.take(f"cesar/status/{running}", status(running, "completed"))
+            assert (await again).json()["text"] == "Hello there."
+            assert cancelled.empty()
+
+    asyncio.run(asyncio.wait_for(disconnect_and_send_again(), 60))
+
+
+def test_a_job_that_failed_is_not_waited_for_again(site: Site) -> None:
+    complete = site.bus.on_submit
+
+    def fail(item: Submission) -> None:
+        site.take(f"cesar/status/{item.job_id}", status(item.job_id, "cancelled"))
+
+    site.bus.on_submit = fail
+    failed = retry(site)
+    assert (failed.status_code, failed.headers["x-should-retry"]) == (400, "false")
+    site.bus.on_submit = complete
+    assert retry(site, headers={"x-stainless-retry-count": "1"}).status_code == 200
+    assert site.bus.submitted[0].job_id != site.bus.submitted[1].job_id
 
 
 def test_a_job_that_another_client_cancels_or_deletes_ends_the_request(site: Site) -> None:
