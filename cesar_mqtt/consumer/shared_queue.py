@@ -602,8 +602,9 @@ class Claims(StoppableThread):
         payload = self._queue.retained(self._topics.status(job_id))
         status = _status_in(payload)
         state = STATES.get(status.get("status", ""))
-        ended = state is not None and state.final and earlier is not None
-        return payload if ended and status.get("attempt", 0) >= earlier.delivery else None
+        if state is None or not state.final or earlier is None or status.get("attempt", 0) < earlier.delivery:
+            return None
+        return payload
 
     def _publish_again(self, lease: Lease, end: bytes) -> bool:
         """Publish a retained status again; False: not in time.
