@@ -134,6 +134,7 @@ class Service:
                 gateway_broker(settings, broker),
                 uploads=uploads,
                 is_needed=self._needs_upload,
+                has_ended=self._has_ended,
                 check_room=self._spool.check_room,
                 metrics=self._render_metrics,
             )
@@ -300,6 +301,10 @@ class Service:
     def _needs_upload(self, job_id: str) -> bool | None:
         job = self._ledger.get(job_id)
         return None if job is None else job.may_need_audio
+
+    def _has_ended(self, job_id: str) -> bool:
+        job = self._ledger.get(job_id)
+        return job is not None and job.state.final
 
     def _render_metrics(self) -> bytes:
         return b"" if self._metrics is None else self._metrics.render()

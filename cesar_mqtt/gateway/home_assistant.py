@@ -4,6 +4,7 @@ The event loop that refreshes them owns a `HomeAssistantNames`.
 """
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import httpx2
@@ -42,15 +43,20 @@ class HomeAssistantNames:
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"wyoming.home_assistant_token_file '{file}' cannot be read: {exc}.") from exc
         self._headers = {"Authorization": f"Bearer {token}"}
+        self._may_ask_areas = True
+        """Until they are refused: Home Assistant counts that as a failed login, and may ban the address of this one."""
 
     async def refresh_for_ever(self, every_s: float) -> None:
-        """Fetch the names now and then; a failure keeps those that were fetched before."""
+        """Fetch the names now and then; a failure keeps those that were fetched before. A refused token ends it."""
         while True:
             try:
                 self.names = await asyncio.to_thread(self.fetch)
                 log.debug("%d names of Home Assistant are known", len(self.names), action="wyoming_names")
             except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as exc:
                 log.warning("No names from Home Assistant at %s: %s", self._url, exc, action="wyoming_names")
+                if isinstance(exc, httpx2.HTTPStatusError) and exc.response.status_code == HTTPStatus.UNAUTHORIZED:
+                    log.warning("Its token is not used again before the next start", action="wyoming_names")
+                    return
             await asyncio.sleep(every_s)
 
     def fetch(self) -> tuple[str, ...]:
@@ -62,11 +68,15 @@ class HomeAssistantNames:
         """
         with httpx2.Client(headers=self._headers, timeout=_TIMEOUT_S, trust_env=False) as client:
             states = client.get(f"{self._url}/api/states").raise_for_status().json()
-            # Templates need the token of an administrator.
-            areas = client.post(f"{self._url}/api/template", json={"template": _AREAS})
-            named = areas.json() if areas.is_success else []
+            named = self._areas(client) if self._may_ask_areas else []
         entities = (name for state in states if (name := _name_of(state)) is not None)
         return tuple(dict.fromkeys((*map(str, named), *entities)))
+
+    def _areas(self, client: httpx2.Client) -> Any:
+        """Return the names of areas: a template, which needs the token of an administrator."""
+        areas = client.post(f"{self._url}/api/template", json={"template": _AREAS})
+        self._may_ask_areas = areas.status_code not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+        return areas.json() if areas.is_success else []
 
 
 def _name_of(state: Any) -> str | None:

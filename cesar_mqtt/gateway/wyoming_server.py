@@ -351,12 +351,12 @@ class _Handler(AsyncEventHandler):
         return True
 
     async def disconnect(self) -> None:
-        """End the answer that nobody reads."""
+        """Cancel the answer: the client is gone."""
         if self._answer is not None:
             self._answer.cancel()
 
     async def _append(self, chunk: AudioChunk) -> bool:
-        """Add samples to the utterance; a client that sends too many is told so, and disconnected."""
+        """Add samples to the utterance; a client that sends too many gets an error, and is disconnected."""
         if chunk.rate not in _RATES or chunk.width not in _WIDTHS or chunk.channels not in _CHANNELS:
             raise ValueError(f"samples of {chunk.width} bytes at {chunk.rate} Hz, {chunk.channels} channels")
         frame_bytes = chunk.width * chunk.channels

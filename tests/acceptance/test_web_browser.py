@@ -627,6 +627,23 @@ def test_nothing_that_comes_over_the_bus_is_more_than_text(shown: Shown, open_ta
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_words_and_speakers_of_a_transcript_are_only_text(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.bus.publish("cesar/consumer/cesar/state", {"state": "offline"}, retain=True)
+    words = [{"word": f" {text}", "start": 0.0, "end": 1.0} for text in HOSTILE]
+    segments = [{"start": 0.0, "end": 1.0, "text": text, "speaker": text[:99], "words": words} for text in HOSTILE]
+    shown.bus.publish("cesar/result/evil/json", {"text": "", "segments": segments}, retain=True)
+    shown.job("evil", formats=["json"], warnings=["audio_quiet", HOSTILE[1]])
+    tab = open_tab(viewport={"width": 360, "height": 740})
+    tab.goto(shown.url)
+    row(tab, "evil.wav").get_by_role("button", name="evil.wav", exact=True).click()
+    expect(tab.locator("#transcript .word")).to_have_count(len(HOSTILE) ** 2)
+    expect(tab.locator("#detail-facts")).to_contain_text(f"the recording is quiet and was amplified, {HOSTILE[1]}")
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("#detail").locator("script, img, svg, iframe, b").count() == 0
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200f]", tab.locator("#transcript .word").nth(6).inner_text())
+    assert tab.evaluate("document.getElementById('detail').scrollWidth <= innerWidth")
+
+
 def test_a_thousand_jobs_are_drawn_a_hundred_at_a_time(shown: Shown, open_tab: Callable[..., Tab]) -> None:
     for number in range(1000):
         shown.job(f"job-{number:03d}", completed_at=f"2026-01-23T21:{number // 60:02d}:{number % 60:02d}.000Z")

@@ -2,13 +2,18 @@
 """Assist in Home Assistant: its own Wyoming integration, and a pipeline that uses it, in front of a real consumer."""
 
 import asyncio
+import json
+import os
 import socket
+import subprocess
 import wave
 from pathlib import Path
 
+import pytest
 from homeassistant.components import assist_pipeline, stt
 from homeassistant.components.wyoming.data import load_wyoming_info
 from homeassistant.core import Context
+from homeassistant.helpers import area_registry
 from homeassistant.setup import async_setup_component
 from pytest_homeassistant_custom_component.common import MockConfigEntry
 from tests.homeassistant.conftest import PATIENCE_S
@@ -81,3 +86,45 @@ async def test_assist_hears_through_the_wyoming_server(house, serve):
     assert HEARD in seen[assist_pipeline.PipelineEventType.STT_END]["stt_output"]["text"].lower()
     assert assist_pipeline.PipelineEventType.INTENT_END in seen
     assert await hass.config_entries.async_unload(entry.entry_id)
+
+
+FETCH = """import json, sys
+from pathlib import Path
+from cesar_mqtt.config import WyomingSettings
+from cesar_mqtt.gateway.home_assistant import HomeAssistantNames
+url, file = sys.argv[1:]
+names = HomeAssistantNames(WyomingSettings(home_assistant_url=url, home_assistant_token_file=Path(file)))
+print(json.dumps([names.fetch(), names.fetch()]))
+"""
+
+
+@pytest.fixture
+async def api(hass, socket_enabled, hass_client) -> str:
+    """The address of Home Assistant's own API, with an area, a lamp and a sensor."""
+    assert await async_setup_component(hass, "api", {})
+    area_registry.async_get(hass).async_create("Wintergarten")
+    hass.states.async_set("light.desk", "on", {"friendly_name": "Büro Hängelampe"})
+    hass.states.async_set("sensor.outside", "12", {"friendly_name": "Outside"})
+    return str((await hass_client()).make_url("/"))
+
+
+async def fetched_names(hass, api, token, folder):
+    file = folder / "token"
+    file.write_text(token)
+    command = [Path(os.environ["CESAR_MQTT"]).parent / "python", "-c", FETCH, api, file]
+    fetched = await hass.async_add_executor_job(
+        lambda: subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    )
+    assert fetched.returncode == 0, fetched.stderr
+    return json.loads(fetched.stdout)
+
+
+async def test_the_names_of_a_house_are_fetched_over_its_api(hass, api, hass_access_token, tmp_path):
+    assert await fetched_names(hass, api, hass_access_token, tmp_path) == [["Wintergarten", "Büro Hängelampe"]] * 2
+
+
+async def test_who_is_no_administrator_asks_for_areas_once(hass, api, hass_read_only_access_token, tmp_path, caplog):
+    """Each time would be a failed login, of which Home Assistant shows a notice, and after some of them bans."""
+    assert await fetched_names(hass, api, hass_read_only_access_token, tmp_path) == [["Büro Hängelampe"]] * 2
+    assert caplog.text.count("Login attempt or request with invalid authentication") == 1
+    caplog.clear()

@@ -175,6 +175,11 @@ class Guard:
         path = request.scope[
             "path"
         ]  # what the routes are compared with; a URL would be made of the Host header as well
+        if "content-length" in request.headers and "transfer-encoding" in request.headers:
+            # A proxy that goes by the other one would take what is behind this request for something else.
+            raise ProblemError(
+                400, "The request declares its length twice.", "ambiguous_length", headers={"Connection": "close"}
+            )
         proxied = self._rules.is_proxy(_peer(request))
         if not proxied:
             self._check_host(request.headers)

@@ -1,13 +1,14 @@
 """The HTTP API below `/api`: jobs, consumers, rejections, events. Everything runs on the thread of the event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from cesar_mqtt import __version__
 from cesar_mqtt.gateway.web.access import COOKIE, SESSION_S, Guard
@@ -178,23 +179,24 @@ class Api:
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
         if self._streams >= _MOST_STREAMS:
-            raise ProblemError(503, "Too many clients read events.", "too_many_streams", headers={"Retry-After": "5"})
+            detail = f"{_MOST_STREAMS} clients read events already: close one, or try again later."
+            raise ProblemError(503, detail, "too_many_streams", headers={"Retry-After": "5", "Connection": "close"})
         last_id = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
-        return EventSourceResponse(self._events(last_id), ping=_PING_S, send_timeout=_STALLED_S)
+        self._streams += 1  # here, for many clients may ask before the first of them is sent anything
+        return _EventStream(self._events(last_id), self._count_down, ping=_PING_S, send_timeout=_STALLED_S)
+
+    def _count_down(self) -> None:
+        self._streams -= 1
 
     async def _events(self, last_id: str | None) -> AsyncIterator[bytes]:
-        self._streams += 1
-        try:
-            yield b"retry: 1000\n\n"
-            while not self._closing:
-                events, last_id = self._board.events_after(last_id)
-                for start in range(0, len(events), _PIECE_BYTES):
-                    yield events[start : start + _PIECE_BYTES]
-                if events:
-                    await asyncio.sleep(_GATHER_S)
-                await self._board.wait_changed(last_id)
-        finally:
-            self._streams -= 1
+        yield b"retry: 1000\n\n"
+        while not self._closing:
+            events, last_id = self._board.events_after(last_id)
+            for start in range(0, len(events), _PIECE_BYTES):
+                yield events[start : start + _PIECE_BYTES]
+            if events:
+                await asyncio.sleep(_GATHER_S)
+            await self._board.wait_changed(last_id)
 
     # -- the session of a browser --------------------------------------------------------------------------------------
 
@@ -220,6 +222,20 @@ class Api:
         response = Response(status_code=204)
         response.set_cookie(COOKIE, "", max_age=0, path=None, httponly=True, samesite="strict")
         return response
+
+
+class _EventStream(EventSourceResponse):
+    """An event stream that calls `on_end` in the end, even if the client has left before it began."""
+
+    def __init__(self, content: AsyncIterator[bytes], on_end: Callable[[], None], **options: Any) -> None:
+        super().__init__(content, **options)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
 
 
 async def body_of(request: Request) -> bytes:

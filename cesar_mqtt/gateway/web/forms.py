@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 
 from anyio.to_thread import run_sync
 from python_multipart import MultipartParser
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
@@ -41,7 +41,7 @@ _DRAIN_S = 10.0
 
 @dataclass(slots=True)
 class UploadedFile:
-    """A file that arrived whole; whoever wants to keep it moves it away."""
+    """A file that arrived whole; `UploadStore.keep` moves it away."""
 
     path: Path
     name: str
@@ -96,12 +96,16 @@ async def receive_form(
     if length > max_bytes + _FIELD_BYTES:
         await _drain(request)
         raise ProblemError(413, too_large, "payload_too_large", headers={"Connection": "close"})
-    reader = _FormReader(folder, boundary, max_bytes=max_bytes, too_large=too_large, room=room)
+    try:
+        reader = _FormReader(folder, boundary, max_bytes=max_bytes, too_large=too_large, room=room)
+    except FormParserError as exc:
+        await _drain(request)
+        raise ProblemError(400, f"The form is damaged: {exc}.", "malformed_form") from exc
     try:
         try:
             reader.take_room(length)
             form = await reader.receive(request)
-        except (ProblemError, MultipartParseError, OSError, SpoolFullError):
+        except (ProblemError, FormParserError, OSError, SpoolFullError):
             await _drain(request)
             raise
         yield form
@@ -109,7 +113,7 @@ async def receive_form(
         raise ProblemError(507, str(exc), "storage_full") from exc
     except OSError as exc:
         raise ProblemError(507, f"The upload cannot be stored: {exc.strerror}.", "storage_full") from exc
-    except MultipartParseError as exc:
+    except FormParserError as exc:
         raise ProblemError(400, f"The form is damaged: {exc}.", "malformed_form") from exc
     finally:
         reader.close()

@@ -1,4 +1,4 @@
-"""HTTP connections, bounded in number and time: whoever reaches the port must not use up the files of the process.
+"""HTTP connections, bounded in number and time: a client that reaches the port must not use up the process's files.
 
 Inside `serve` the ledger needs files as well. Everything runs on the thread of the event loop.
 """
@@ -10,7 +10,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_MOST_CONNECTIONS = 600
+_MOST_CONNECTIONS = 700
+_BURST = 1.5
+"""So many times more there may be for a moment: three quarters of the files."""
+_FRESH_S = 1.0
+"""So long the request of a new connection is waited for, beyond the usual number."""
 _REQUEST_S = 30.0
 """How long the head of a request may take, from the end of the one before."""
 _SILENT_S = 60.0
@@ -25,7 +29,7 @@ def most_connections() -> int:
 
 
 class BoundedProtocol(H11Protocol):
-    """One connection. Where there are too many, the one that has waited longest without a request is closed."""
+    """One connection."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -35,8 +39,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > most_connections():
-            idle = [each for each in self.connections if isinstance(each, BoundedProtocol) and each.is_idle]
-            min(idle, key=lambda each: each.asked_at, default=self).transport.abort()
+            self._make_room()
         self._look = self.loop.call_later(_LOOK_S, self._close_if_silent)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -51,6 +54,23 @@ class BoundedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         self.asked_at = self.loop.time()
         super().on_response_complete()
+
+    def _make_room(self) -> None:
+        """Close the connection that has waited longest without a request.
+
+        Many that arrive together are accepted together, before any of them is read: as long as there is some room left,
+        these may still have the answer that there are too many. And those that are aborted are still counted.
+        """
+        others = [each for each in self.connections if isinstance(each, BoundedProtocol)]
+        standing = [each for each in others if not each.transport.is_closing()]
+        excess = len(standing) / most_connections()
+        if excess <= 1:
+            return
+        is_full = excess > _BURST
+        fresh_since = self.loop.time() - _FRESH_S
+        idle = [each for each in standing if each.is_idle and (is_full or each.asked_at < fresh_since)]
+        if idle or is_full:
+            min(idle, key=lambda each: each.asked_at, default=self).transport.abort()
 
     @property
     def is_idle(self) -> bool:

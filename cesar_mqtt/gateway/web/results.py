@@ -54,7 +54,8 @@ class Results:
         """Return the transcript of a completed job in a format.
 
         Raises:
-            ProblemError: the job is not completed, the times were not stored, or nobody has the file now.
+            ProblemError: the job is not completed, its times were not stored, or its consumer is offline and the broker
+                does not retain the file.
         """
         status = self.status(job_id)
         if status.get("status") != "completed":

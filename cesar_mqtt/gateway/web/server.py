@@ -47,6 +47,7 @@ class WebServer(StoppableThread):
         *,
         uploads: Path | None = None,
         is_needed: Callable[[str], bool | None] = lambda _job_id: None,
+        has_ended: Callable[[str], bool] = lambda _job_id: False,
         check_room: Callable[[int], None] = lambda _bytes: None,
         metrics: Callable[[], bytes] = bytes,
     ) -> None:
@@ -58,6 +59,7 @@ class WebServer(StoppableThread):
             uploads: the folder for uploads, in which the consumer of this process looks for audio; None: there is no
                 consumer in this process, and they are sent as messages.
             is_needed: whether a job still needs its upload; None: there is no such job.
+            has_ended: whether a job is final.
             check_room: raises SpoolFullError where so many bytes more cannot be stored.
             metrics: what `/metrics` returns beside the page's own numbers.
 
@@ -75,7 +77,7 @@ class WebServer(StoppableThread):
                 self._temporary = tempfile.TemporaryDirectory(prefix="cesar-mqtt-web-")
                 self._folder = Path(self._temporary.name)
             else:
-                self._store = UploadStore(uploads, is_needed=is_needed, check_room=check_room)
+                self._store = UploadStore(uploads, is_needed=is_needed, has_ended=has_ended, check_room=check_room)
         except OSError as exc:
             raise ConfigError(f"The folder for uploads cannot be created: {exc.strerror}") from exc
         self._socket = open_port(host, port, setting="web.listen")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from cesar_mqtt.errors import SpoolFullError
 from cesar_mqtt.gateway.web.forms import PART_SUFFIX, UploadedFile
 from cesar_mqtt.ledger.fsync import Disk
 from cesar_mqtt.logs import get_logger
@@ -28,6 +29,7 @@ class UploadStore:
         folder: Path,
         *,
         is_needed: Callable[[str], bool | None],
+        has_ended: Callable[[str], bool] = lambda _job_id: False,
         check_room: Callable[[int], None] = lambda _bytes: None,
         disk: Disk | None = None,
         clock: Callable[[], float] = time.time,
@@ -37,6 +39,7 @@ class UploadStore:
         Args:
             folder: one in which the consumer looks for `audio_path`.
             is_needed: whether the job with this id still needs its audio; None: there is no such job.
+            has_ended: whether the job with this id is final: then only a retry needs its audio.
             check_room: raises SpoolFullError where so many bytes more cannot be stored.
             disk: for tests.
             clock: seconds since the epoch.
@@ -46,6 +49,7 @@ class UploadStore:
         """
         self.folder = folder
         self._is_needed = is_needed
+        self._has_ended = has_ended
         self._disk = disk or Disk()
         self._clock = clock
         self._check_room = check_room
@@ -60,7 +64,7 @@ class UploadStore:
             if path.suffix == PART_SUFFIX:  # of an earlier process
                 path.unlink()
             elif path.name.startswith(_PREFIX):
-                self._kept_bytes += path.stat().st_size
+                self._kept_bytes += path.lstat().st_size
 
     @property
     def used_bytes(self) -> int:
@@ -68,10 +72,33 @@ class UploadStore:
         return self._kept_bytes + self._receiving_bytes
 
     def take_room(self, size_bytes: int) -> None:
-        """Count bytes that are about to be received. Raises SpoolFullError: there is no room for them."""
+        """Count bytes that are about to be received; make room for them if need be.
+
+        Raises:
+            SpoolFullError: there is no room for them.
+        """
         with self._lock:
-            self._check_room(size_bytes)
+            try:
+                self._check_room(size_bytes)
+            except SpoolFullError:
+                self._evict(size_bytes)
             self._receiving_bytes += size_bytes
+
+    def _evict(self, needed_bytes: int) -> None:
+        """Remove the oldest uploads of ended jobs, which only a retry would need, if that makes enough room.
+
+        Raises:
+            SpoolFullError: it does not; nothing was removed.
+        """
+        ended = [path for path in self._files() if path.name.startswith(_PREFIX) and self._has_ended(_job_id(path))]
+        self._check_room(max(1, needed_bytes - sum(path.lstat().st_size for path in ended)))
+        for path in sorted(ended, key=lambda each: each.lstat().st_mtime):
+            self._kept_bytes -= path.lstat().st_size
+            path.unlink()
+            log.warning("Upload removed to make room: no retry is possible", action="evicted", job_id=_job_id(path))
+            with suppress(SpoolFullError):
+                return self._check_room(needed_bytes)
+        return self._check_room(needed_bytes)
 
     def give_room_back(self, size_bytes: int) -> None:
         """Count them no more: they were moved by `keep`, or deleted."""
@@ -103,7 +130,7 @@ class UploadStore:
         for path in files:
             with suppress(OSError):
                 if not self._is_wanted(path):
-                    size_bytes = path.stat().st_size
+                    size_bytes = path.lstat().st_size
                     with self._lock:
                         path.unlink()
                         self._kept_bytes -= 0 if path.suffix == PART_SUFFIX else size_bytes
@@ -128,7 +155,7 @@ class UploadStore:
         if needed is not None:
             self._accepted.add(job_id)
             return needed
-        return job_id not in self._accepted and self._clock() - path.stat().st_mtime < _UNKNOWN_S
+        return job_id not in self._accepted and self._clock() - path.lstat().st_mtime < _UNKNOWN_S
 
 
 def _job_id(path: Path) -> str:

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from cesar_mqtt.gateway.address import open_port
 from cesar_mqtt.gateway.web import http_protocol
+from cesar_mqtt.gateway.web.access import Guard, access_rules
 from cesar_mqtt.gateway.web.http_protocol import BoundedProtocol
 from tests.conftest import PATIENCE_S
 
@@ -105,6 +106,50 @@ def test_many_silent_connections_do_not_keep_a_client_out(port: int) -> None:
         return received
 
     assert asyncio.run(crowd()).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("count", [12, 40])
+def test_a_crowd_that_comes_at_once_is_answered_as_far_as_there_is_room(port: int, count: int) -> None:
+    """Twelve fit for a moment, where eight may stay: their requests are answered. Of forty the newest twelve are."""
+
+    async def ask() -> bytes:
+        try:
+            reader, writer = await talk(port, b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        except ConnectionError:
+            return b""
+        received = await ended(reader)
+        writer.close()
+        return received
+
+    async def crowd() -> list[bytes]:
+        return await asyncio.gather(*(ask() for _ in range(count)))
+
+    answered = sum(each.startswith(b"HTTP/1.1 200") for each in asyncio.run(crowd()))
+    assert answered >= 12
+    if count == 12:
+        assert answered == count
+
+
+def test_a_request_that_declares_its_length_twice_is_the_last_of_its_connection() -> None:
+    rules = access_rules("127.0.0.1", password=None, proxies=(), hosts=())
+
+    async def smuggle() -> bytes:
+        config = uvicorn.Config(Guard(app, rules), http=BoundedProtocol, ws="none", lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        opened = open_port("127.0.0.1", 0, setting="web.listen")
+        serving = asyncio.create_task(server.serve(sockets=[opened]))
+        hidden = b"0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        head = b"POST /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\nContent-Length: "
+        reader, writer = await talk(opened.getsockname()[1], head, b"%d\r\n\r\n" % len(hidden), hidden)
+        received = await ended(reader)
+        writer.close()
+        server.should_exit = True
+        await serving
+        return received
+
+    received = asyncio.run(smuggle())
+    assert received.startswith(b"HTTP/1.1 400")
+    assert (received.count(b"HTTP/1.1"), b"ambiguous_length" in received) == (1, True)
 
 
 def test_there_are_fewer_connections_than_files(monkeypatch: pytest.MonkeyPatch) -> None:

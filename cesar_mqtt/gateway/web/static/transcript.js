@@ -146,7 +146,7 @@ export class TranscriptView {
       ["fact_ended", job.completed_at && moment(job.completed_at)], ["fact_duration", job.audio_duration != null && clock(job.audio_duration)],
       ["fact_language", job.detected_language && languageName(job.detected_language)], ["fact_model", job.model_size],
       ["fact_speakers", job.speakers], ["fact_consumer", job.consumer], ["fact_source", job.audio_source?.startsWith("upload") ? null : job.audio_source],
-      ["fact_attempt", job.attempt > 1 && job.attempt], ["fact_warnings", (job.warnings ?? []).join(", ")],
+      ["fact_attempt", job.attempt > 1 && job.attempt], ["fact_warnings", (job.warnings ?? []).map(warningText).join(", ")],
       ["fact_diarization", job.diarization_error],
     ];
     $("detail-facts").replaceChildren(...facts.filter(([, value]) => value).flatMap(([key, value]) =>
@@ -378,6 +378,12 @@ export class TranscriptView {
     if (!$("transcript").contains(document.activeElement)) this.moveStop(number);
     if (this.isFollowing) element.scrollIntoView({ block: "nearest" });
   }
+}
+
+// A consumer of a later version may warn of something that this page has no words for.
+function warningText(code) {
+  const text = t(`warning_${code}`);
+  return text === `warning_${code}` ? String(code) : text;
 }
 
 function speakerOf(segment) {

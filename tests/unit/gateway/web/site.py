@@ -104,7 +104,14 @@ class Site:
         self.folder = folder / "uploads"
         self.folder.mkdir()
         self.needed: dict[str, bool] = {}
-        self.store = UploadStore(self.folder, is_needed=self.needed.get, check_room=check_room) if stores else None
+        self.ended: set[str] = set()
+        self.store = (
+            UploadStore(
+                self.folder, is_needed=self.needed.get, has_ended=self.ended.__contains__, check_room=check_room
+            )
+            if stores
+            else None
+        )
         self.app = WebApp(
             TOPICS,
             BrokerSettings(url="mqtt://127.0.0.1:1"),

@@ -1,17 +1,20 @@
 """The HTTP API on the real application, with a bus of which only the answers are there."""
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import jsonschema
 import pytest
 from starlette.routing import Route
 
 from cesar_mqtt.errors import SpoolFullError
 from cesar_mqtt.gateway.submission import Submission
+from cesar_mqtt.gateway.web import api
 from cesar_mqtt.gateway.web.openapi import openapi_document
 from cesar_mqtt.gateway.web.problems import ProblemError
 from cesar_mqtt.gateway.web.upload_store import UploadStore
@@ -102,8 +105,14 @@ def test_uploads_count_towards_the_room_until_no_job_needs_them(tmp_path: Path) 
     assert len(list(page.folder.iterdir())) == 1
     elsewhere[0] = 1000  # the spool
     assert problem(upload(page, bytes(700), job_id="c"), 507)["code"] == "storage_full"
+    page.ended.add("a")  # it may be retried; and its 1500 bytes are not enough
+    assert problem(upload(page, bytes(2300), job_id="c"), 507)["code"] == "storage_full"
+    assert page.stored_bytes == 1500
+    assert upload(page, bytes(1600), job_id="c").status_code == 201
+    assert [path.suffix for path in page.folder.iterdir()] == [".c"]
+    assert page.stored_bytes == 1600
     elsewhere[0] = 0
-    page.needed["a"] = False
+    page.needed["c"] = False
     assert page.store is not None
     assert page.store.sweep() == 1
     assert (page.stored_bytes, upload(page, bytes(2500), job_id="d").status_code) == (0, 201)
@@ -119,10 +128,40 @@ def test_what_stands_around_the_parts_of_a_form_is_bounded(site: Site) -> None:
     assert list(site.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("boundary", ["x" * 300, "x" * 10_000])
+def test_a_boundary_that_is_too_long_is_an_error_of_the_client(site: Site, boundary: str) -> None:
+    head = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    response = site.browser.post("/api/jobs", content=b"--x", headers=head)
+    assert problem(response, 400)["code"] == "malformed_form"
+
+
 def test_the_head_of_an_event_stream_is_not_waited_for(site: Site) -> None:
     head = site.browser.head("/api/events")
     assert (head.status_code, head.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
     assert "cesar_web_event_streams 0" in site.browser.get("/metrics").text
+
+
+def test_event_streams_are_bounded_even_where_all_clients_come_at_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_MOST_STREAMS", 3)
+
+    async def come_at_once() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site.app.asgi)) as http:
+            asked = [asyncio.create_task(http.get("http://127.0.0.1:8188/api/events")) for _ in range(8)]
+            refused, streams = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            while len(refused) < 5:
+                refused, streams = await asyncio.wait(asked, timeout=0.1)
+            assert "cesar_web_event_streams 3" in (await http.get("http://127.0.0.1:8188/metrics")).text
+            for each in streams:
+                each.cancel()
+            await asyncio.wait(streams)
+            assert "cesar_web_event_streams 0" in (await http.get("http://127.0.0.1:8188/metrics")).text
+            return [each.result() for each in refused]
+
+    for response in asyncio.run(asyncio.wait_for(come_at_once(), 60)):
+        assert problem(response, 503)["code"] == "too_many_streams"
+        assert (response.headers["Retry-After"], response.headers["Connection"]) == ("5", "close")
 
 
 def test_without_an_id_each_upload_is_a_job_of_its_own(site: Site) -> None:

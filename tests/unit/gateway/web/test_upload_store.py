@@ -57,6 +57,25 @@ def test_an_upload_is_deleted_when_its_job_needs_it_no_more(store: UploadStore, 
     assert [path.name for path in store.folder.iterdir()] == [paths["running"]]
 
 
+def test_a_symbolic_link_in_the_folder_is_never_followed(
+    store: UploadStore, needed: dict[str, bool], tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"secret")
+    name = store.keep(received(store), "a")
+    (store.folder / name).unlink()
+    (store.folder / name).symlink_to(outside)
+    (store.folder / "upload-link.b").symlink_to(outside)
+    (store.folder / "upload-dangling.b").symlink_to(tmp_path / "absent")
+    assert store.keep(received(store), "a") == name
+    assert not (store.folder / name).is_symlink()
+    needed.update(a=True, b=False)
+    again = UploadStore(store.folder, is_needed=needed.get)
+    assert again.sweep() == 2
+    assert [path.name for path in store.folder.iterdir()] == [name]
+    assert outside.read_bytes() == b"secret"
+
+
 def test_an_upload_whose_request_has_not_arrived_yet_is_kept_for_a_day(store: UploadStore, clock: list[float]) -> None:
     store.keep(received(store), "waiting")
     clock[0] = (store.folder / next(store.folder.iterdir())).stat().st_mtime
