@@ -61,8 +61,11 @@ def final_statuses(bus: Bus, job_id: str) -> list[dict[str, Any]]:
     return [status for status in bus.seen(f"cesar/status/{job_id}") if status["status"] in ("completed", "error")]
 
 
-def start_pair(nats: NatsServer, serve: Serve, **options: Any) -> dict[str, Consumer]:
-    return {name: serve(name=name, environ=nats.environ(name, **options), ready=READY) for name in ("first", "second")}
+def start_pair(nats: NatsServer, serve: Serve, *flags: str, **options: Any) -> dict[str, Consumer]:
+    return {
+        name: serve(*flags, name=name, environ=nats.environ(name, **options), ready=READY)
+        for name in ("first", "second")
+    }
 
 
 def test_the_job_of_a_killed_consumer_goes_to_another_one_ahead_of_the_rest(
@@ -89,9 +92,9 @@ def test_the_job_of_a_killed_consumer_goes_to_another_one_ahead_of_the_rest(
     assert len(final_statuses(bus, "long")) == 1
 
 
-def hang_while_running(bus: Bus, consumers: dict[str, Consumer]) -> str:
+def hang_while_running(bus: Bus, consumers: dict[str, Consumer], recording: Path = LONG) -> str:
     """Have a consumer run the job `long`, stop it (SIGSTOP), and return its name."""
-    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(LONG)})
+    bus.publish("cesar/jobs", {"job_id": "long", "audio_path": str(recording)})
     stopped: str = bus.status("long", "processing")["consumer"]
     consumers[stopped].signal(signal.SIGSTOP)
     return stopped
@@ -227,10 +230,14 @@ def test_positions_follow_a_long_job(nats: NatsServer, serve: Serve, join: Join,
         assert bus.status(job_id)["status"] == "cancelled"
 
 
-def test_a_cancel_reaches_the_job_of_a_consumer_that_hangs(nats: NatsServer, serve: Serve, join: Join) -> None:
+def test_a_cancel_reaches_the_job_of_a_consumer_that_hangs(
+    nats: NatsServer, serve: Serve, join: Join, tmp_path: Path
+) -> None:
     bus = join(nats.mqtt_port)
-    consumers = start_pair(nats, serve)
-    stopped = hang_while_running(bus, consumers)
+    # The one that hangs may have been given the command, too: the other one runs the job until it is delivered again.
+    recording = repeated_long(tmp_path / "hour.wav", times=20)
+    consumers = start_pair(nats, serve, "--audio-dir", str(tmp_path))
+    stopped = hang_while_running(bus, consumers, recording)
     bus.publish("cesar/request/cancel", {"job_id": "long"})
     cancelled = bus.status("long")
     consumers[stopped].signal(signal.SIGCONT)
