@@ -351,7 +351,7 @@ class _Handler(AsyncEventHandler):
         return True
 
     async def disconnect(self) -> None:
-        """End the answer that nobody reads."""
+        """End the answer that no client reads."""
         if self._answer is not None:
             self._answer.cancel()
 

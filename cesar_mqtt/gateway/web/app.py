@@ -144,7 +144,7 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=400)  # nobody reads it
+    return Response(status_code=400)  # no client reads it
 
 
 async def _on_not_found(request: Request, _error: Exception) -> Response:

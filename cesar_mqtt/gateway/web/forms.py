@@ -41,7 +41,7 @@ _DRAIN_S = 10.0
 
 @dataclass(slots=True)
 class UploadedFile:
-    """A file that arrived whole; whoever wants to keep it moves it away."""
+    """A file that arrived whole; to keep it, move it away."""
 
     path: Path
     name: str

@@ -1,4 +1,4 @@
-"""HTTP connections, bounded in number and time: whoever reaches the port must not use up the files of the process.
+"""HTTP connections, bounded in number and time: no client may use up the files of the process.
 
 Inside `serve` the ledger needs files as well. Everything runs on the thread of the event loop.
 """
@@ -54,7 +54,7 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no request to which the server owes a response."""
+        """Whether there is no request that has no response yet."""
         return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
 
     def _close_if_silent(self) -> None:

@@ -54,7 +54,7 @@ class Results:
         """Return the transcript of a completed job in a format.
 
         Raises:
-            ProblemError: the job is not completed, the times were not stored, or nobody has the file now.
+            ProblemError: the job is not completed, the times were not stored, or no folder has the file now.
         """
         status = self.status(job_id)
         if status.get("status") != "completed":
