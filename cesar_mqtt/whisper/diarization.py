@@ -1,7 +1,7 @@
 """Who speaks when: from samples on the file's clock to turns of numbered speakers.
 
 Window by window, a model tells where up to three people speak (`speaker_segmentation`), and a model for voices makes an
-embedding of each second of somebody's speech. One clustering of all embeddings finds the speakers
+embedding of each second of a speaker's speech. One clustering of all embeddings finds the speakers
 (`speaker_clustering`); then each second is given to the one that it sounds like. The first model alone does not do: it
 takes two readers who follow one another for one. What stays of a window is a few kilobytes, so that the memory hardly
 depends on the length of the recording.
@@ -88,7 +88,7 @@ class Diarization:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """About a second of speech of one speaker of a window, and nobody else's.
+    """About a second of speech of one speaker of a window, and no other's.
 
     Attributes:
         window: its number.
@@ -239,7 +239,7 @@ class _Chain:
 
 
 def _alone(speaks: Frames) -> Frames:
-    """Where nobody else speaks."""
+    """Where no other speaker speaks."""
     alone: Frames = speaks & (speaks.sum(axis=1, keepdims=True) == 1)
     return alone
 
@@ -359,7 +359,7 @@ def _turns(speaks: NDArray[np.bool_], length_s: float) -> list[Turn]:
 
 
 def _is_pause(spoken: NDArray[np.intp], start: int, end: int) -> bool:
-    """Whether a gap in the speech of one speaker belongs to a turn: a short one in which nobody else speaks."""
+    """Whether a gap in the speech of one speaker belongs to a turn: a short one in which no other speaker speaks."""
     most_s = _BRIDGED_S if spoken[start:end].any() else _JOINED_S
     return (end - start) * _FRAME_S < most_s
 

@@ -399,7 +399,7 @@ def test_a_circle_of_links_is_not_found(inside: Path) -> None:
 
 @contextmanager
 def as_somebody_else() -> Iterator[None]:
-    """Give up root's right to read everything, where the tests have it."""
+    """Drop root's right to read everything, where the tests have it."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(NOBODY)
