@@ -50,7 +50,7 @@ help:
 	@echo 'make test-homeassistant   all entities inside a real Home Assistant, which needs Python 3.13 (HOME_PYTHON=FILE), and in the newest one where Python 3.14 is found (NEWEST_HOME_PYTHON=FILE)'
 	@echo 'make test-node-red   the flow of deploy/ inside a real Node-RED, which npm installs into build/'
 	@echo 'make test-brokers   the consumer with mosquitto, NATS, RabbitMQ, aedes and ejabberd, as far as they can be installed'
-	@echo 'make test-images   the images of deploy/, built and run by podman, which is installed where apt is'
+	@echo 'make test-images   the images and compose files of deploy/, built and run by Docker; Debian'"'"'s is fetched where none runs'
 	@echo 'make install   everything that the tests need, without running them'
 	@echo 'make diarization-models   the models that tell speakers apart, for tests and benchmarks where the hub cannot be reached'
 	@echo 'make requirements   write requirements/*.txt: the versions of constraints.txt with their hashes'
@@ -73,7 +73,7 @@ check: $(TEST_STAMP)
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy
 
-bench: $(TEST_STAMP) build/speech $(if $(filter diarization,$(ARGS)),$(DIARIZATION)/embedding.onnx build/sherpa)
+bench: $(TEST_STAMP) build/speech $(if $(filter diarization,$(ARGS)),$(DIARIZATION)/embedding.onnx build/sherpa build/speech/usr/share/asterisk)
 	@$(RUN) benchmarks $(ARGS)
 
 bench-peers: $(TEST_STAMP) build/speech build/peers
@@ -110,7 +110,7 @@ test-node-red: $(TEST_STAMP) $(NODE_RED)/.installed
 test-brokers: $(TEST_STAMP) install-brokers
 	@$(RUN) pytest tests/brokers/matrix.py --timeout 600 $(ARGS)
 
-# As root, with Debian's podman; where it cannot be installed, the test says so.
+# With the machine's Docker; else as root, with Debian's, which is unpacked into build/ and not installed.
 test-images: $(TEST_STAMP) install-images
 	@$(RUN) pytest tests/deploy/images.py -rs $(ARGS)
 
@@ -157,7 +157,8 @@ install-brokers: $(TEST_STAMP)
 	done
 
 install-images: $(TEST_STAMP)
-	@for package in podman runc debootstrap mosquitto; do \
+	@tests/deploy/unpack_docker.sh build/docker || echo 'left out: Docker could not be fetched'
+	@for package in debootstrap mosquitto iproute2; do \
 	    dpkg -s $$package >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
 	        --no-install-recommends $$package >/dev/null || echo "left out: $$package could not be installed"; \
 	done
@@ -192,6 +193,14 @@ $(DIARIZATION)/embedding.onnx: tools/make_diarization_models.py | $(VENV)/pyvenv
 build/speech/usr: build/speech/pyannote
 	@cd build/speech && apt-get --quiet=2 download pocketsphinx-testdata && dpkg-deb --extract pocketsphinx-testdata_*.deb . \
 	    || echo 'left out: the recordings of LibriVox could not be fetched'
+
+# Four people who speak the prompts of a telephone system, from Debian's packages of Asterisk.
+ASTERISK := $(foreach language,en fr it ru,asterisk-core-sounds-$(language)-g722)
+build/speech/usr/share/asterisk: | build/speech/usr
+	@echo 'downloading more voices for the benchmark of the diarizer, 41 MB'
+	@cd build/speech && apt-get --quiet=2 download $(ASTERISK) \
+	    && for package in asterisk-core-sounds-*.deb; do dpkg-deb --extract $$package .; done \
+	    && rm asterisk-core-sounds-*.deb || echo 'left out: the prompts of Asterisk could not be fetched'
 
 build/sherpa: build/speech/usr | $(VENV)/pyvenv.cfg
 	@$(call install,$(VENV),--quiet --no-deps --target build/sherpa sherpa-onnx==2.0.1 sherpa-onnx-core==2.0.1)

@@ -130,11 +130,13 @@ def telephone(clips: Sequence[Clip]) -> list[Clip]:
     """What a telephone leaves of the clips: 300 to 3,400 Hz."""
     suffix = "-telephone"
     return [
-        replace(clip, name=clip.name + suffix, whole=clip.whole + suffix, samples=_band(clip.samples)) for clip in clips
+        replace(clip, name=clip.name + suffix, whole=clip.whole + suffix, samples=telephone_band(clip.samples))
+        for clip in clips
     ]
 
 
-def _band(samples: Samples) -> Samples:
+def telephone_band(samples: Samples) -> Samples:
+    """What a telephone leaves: 300 to 3,400 Hz."""
     spectrum = np.fft.rfft(samples)
     hertz = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
     spectrum[(hertz < _TELEPHONE_HZ[0]) | (hertz > _TELEPHONE_HZ[1])] = 0

@@ -325,7 +325,7 @@ class WyomingSettings(Section):
     """The address; None: `serve` has no such server, and `wyoming` uses 127.0.0.1:10300. There is no password: use
     another address only where the network is trusted."""
     priority: int = Field(default=9, ge=0, le=9)
-    """The priority of the jobs: somebody waits for each."""
+    """The priority of the jobs: a caller waits for each."""
     language: str | None = None
     """The language where the client names none; None: detected."""
     timeout: float = Field(default=30.0, gt=0)

@@ -70,7 +70,7 @@ _LIBRARIES = (
 )
 _SLOWER, _GRACE_S = 4, 20.0
 """The limit counts processor time, so that other work on the machine changes no verdict. After so many times the limit,
-and as much for the start of pytest, a child is given up."""
+and as much for the start of pytest, a child has failed."""
 
 # -- mutants ---------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.conftest import PATIENCE_S, find_free_port
 
-ACK_WAIT_S = 2.0
+ACK_WAIT_S = 6.0
 
 
 def program() -> str | None:

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -76,12 +77,13 @@ def _others(env: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Forked:
-    """A child of the template."""
+    """A child of the template. Any thread may use it."""
 
     def __init__(self, pid: int, outcome: socket.socket) -> None:
         self.pid = pid
         self._outcome = outcome
         self._code: int | None = None
+        self._reading = threading.Lock()
 
     def poll(self) -> int | None:
         with suppress(subprocess.TimeoutExpired):
@@ -89,12 +91,17 @@ class _Forked:
         return None
 
     def wait(self, timeout: float | None = None) -> int:
-        if self._code is None:
-            if not select.select([self._outcome], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(_PACKAGE, timeout or 0.0)
-            with self._outcome:
-                self._code = int(self._outcome.recv(16))
-        return self._code
+        try:
+            has_ended = self._code is not None or bool(select.select([self._outcome], [], [], timeout)[0])
+        except (OSError, ValueError):  # another thread has read the code, and closed the socket
+            has_ended = True
+        with self._reading:
+            if self._code is None:
+                if not has_ended:
+                    raise subprocess.TimeoutExpired(_PACKAGE, timeout or 0.0)
+                with self._outcome:
+                    self._code = int(self._outcome.recv(16))
+            return self._code
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:

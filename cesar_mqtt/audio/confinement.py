@@ -91,7 +91,7 @@ def address_space_bytes() -> int | None:
 
 
 def prepare() -> tuple[str, ...]:
-    """Give up, in the template, what neither it nor a decoder needs: each decoder inherits that at no cost.
+    """Drop, in the template, what neither it nor a decoder needs: each decoder inherits that at no cost.
 
     Returns:
         The protections that are in force: `landlock`, or none.
@@ -105,7 +105,7 @@ def prepare() -> tuple[str, ...]:
 
 
 def confine(*, has_bytes: int | None, memory_bytes: int, cpu_s: float, most_cpu_s: float) -> tuple[str, ...]:
-    """Give up, in a decoder's process, what decoding does not need, for good.
+    """Drop, in a decoder's process, what decoding does not need, for good.
 
     Args:
         has_bytes: `address_space_bytes` of the process; None: its memory cannot be limited.

@@ -352,7 +352,7 @@ class _Decoder:
     """The process that decodes one file, as the consumer sees it. For one thread.
 
     Attributes:
-        pid: of the process; it is never signalled by it, for the template may have buried it.
+        pid: of the process; it is never signalled by it, for the template may have reaped it.
         channel: to the template that was asked for it.
     """
 

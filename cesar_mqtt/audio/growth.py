@@ -15,7 +15,7 @@ _POLL_S = 0.25
 _SETTLED_S = 3.0
 """A file that has not grown for so long has ended, or its recorder is paused: what there is will be transcribed."""
 _RECENT_S = 10.0
-"""Of a file that was last written before that, nobody is asked: some network shares always answer that it is in use."""
+"""Of a file that was last written before that, no lease is asked for: some network shares always report writers."""
 
 
 class GrowthWatch:
@@ -54,7 +54,7 @@ class GrowthWatch:
         return grown
 
     def _wait(self, now: os.stat_result, should_stop: Callable[[], bool]) -> os.stat_result:
-        """Wait until nobody writes any more, or nothing has come for a while, or the time is over."""
+        """Wait until no process writes any more, or nothing has come for a while, or the time is over."""
         pause = threading.Event()
         started = grown_at = time.monotonic()
         while not should_stop():
@@ -78,8 +78,8 @@ def _is_being_written(descriptor: int, status: os.stat_result, *, is_complete: b
     if time.time() - status.st_mtime > _RECENT_S:
         return False
     try:
-        # A lease for reading is given only while nobody has the file open for writing (fcntl(2)). Whoever opens it
-        # before the lease is returned causes a signal, here one that does nothing.
+        # A lease for reading is given only while no process has the file open for writing (fcntl(2)). A process that
+        # opens it before the lease is returned causes a signal, here one that does nothing.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)

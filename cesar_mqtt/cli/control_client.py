@@ -16,7 +16,7 @@ from cesar_mqtt.mqtt.messages import ConnectionInfo, Delivery, Subscription
 from cesar_mqtt.protocol.topics import Topics
 
 _POLL_S = 0.1
-_PRESENCE_S = 0.5
+_PRESENCE_S = 1.5
 """The longest wait for a consumer's retained state, which follows the subscription at once."""
 
 

@@ -35,6 +35,8 @@ STDIN = "-"
 _FINAL = frozenset({"completed", "error", "cancelled", "rejected", UNSENT})
 _POLL_S = 0.25
 _SHORT_S = 0.01
+_LARGE_BYTES, _LOSSES = 64 << 10, 4
+"""A larger message at which so many connections are lost is the reason: NATS announces no limit."""
 _TAKEN_S = 0.5
 """The longest wait for a sign that some consumer takes jobs."""
 _RESULT_S = 5.0
@@ -240,7 +242,8 @@ class Producer:
         return True
 
     def _publish(self, item: Submission, deadline: float | None) -> bool:
-        topic, ticket = self._send(item)
+        topic, ticket, size_bytes = self._send(item)
+        losses = 0
         while not self._session.is_published(ticket):
             if _is_past(deadline):
                 return False
@@ -248,8 +251,14 @@ class Producer:
             self._receive(_SHORT_S)
             self._report()
             if ticket is None or self._session.connection is None:
+                losses += ticket is not None
+                if losses == _LOSSES and size_bytes > _LARGE_BYTES:
+                    raise CesarError(
+                        f"{item.path} cannot be sent: the broker closes the connection at its {size_bytes} bytes.",
+                        "Raise its limit (NATS: max_payload, 1 MB by default), or send the path with --by-path.",
+                    )
                 self._session.wait_connected(_POLL_S)
-                topic, ticket = self._send(item)
+                topic, ticket, size_bytes = self._send(item)
         reason = self._session.refusal(ticket)
         if reason is not None:
             raise BrokerRefusedError(f"{self._session.address} does not let this client publish on {topic}: {reason}.")
@@ -275,17 +284,17 @@ class Producer:
             )
         self._is_taken = True
 
-    def _send(self, item: Submission) -> tuple[str, PublishTicket | None]:
+    def _send(self, item: Submission) -> tuple[str, PublishTicket | None, int]:
+        """Publish a recording, and return its topic, the ticket (None: not connected) and the size of the payload."""
         connection = self._session.connection
         # Options go as JSON, which every subscriber of the topic can read, although that is a third larger.
         bare = not item.options and (connection is None or connection.protocol == "5")
         request = request_of(item, self._topics, has_properties=bare)
         try:
-            return request.topic, self._session.publish(
-                request.topic, request.payload, user_properties=request.user_properties
-            )
+            ticket = self._session.publish(request.topic, request.payload, user_properties=request.user_properties)
         except CannotPublishError as exc:
             raise CesarError(f"{item.path} cannot be sent: {exc}", "Send its path with --by-path.") from exc
+        return request.topic, ticket, len(request.payload)
 
     def follow(self, deadline: float | None) -> bool:
         """Receive statuses and results until every recording is done; False at the deadline."""

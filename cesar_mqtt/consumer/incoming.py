@@ -68,12 +68,22 @@ class MessageParser:
     """Reads messages; holds no state."""
 
     def __init__(
-        self, topics: Topics, models: ModelNames, *, max_payload_bytes: int, max_priority: int = MAX_PRIORITY
+        self,
+        topics: Topics,
+        models: ModelNames,
+        *,
+        max_payload_bytes: int,
+        limited_by: str = "queue.max_payload_bytes",
+        max_priority: int = MAX_PRIORITY,
     ) -> None:
-        """Take the topics, the models that requests may name, and the limits of a message and of a priority."""
+        """Take the topics, the models that requests may name, and the limits of a message and of a priority.
+
+        `limited_by` says which setting limits a message, and what to do with a larger one.
+        """
         self._topics = topics
         self._models = models
         self._max_payload_bytes = max_payload_bytes
+        self._limited_by = limited_by
         self._max_priority = max_priority
 
     def parse(self, delivery: Delivery) -> IncomingMessage:
@@ -111,7 +121,7 @@ class MessageParser:
     def _reject_too_large(self, delivery: Delivery, audio_id: str | None) -> Refusal:
         """Reject without reading the payload: only the topic can name the job."""
         size, limit = len(delivery.payload), self._max_payload_bytes
-        detail = f"The message has {size} bytes: at most {limit} are accepted (queue.max_payload_bytes)."
+        detail = f"The message has {size} bytes: at most {limit} are accepted ({self._limited_by})."
         if audio_id is None or not is_usable_id(audio_id):
             return Refusal("payload_too_large", detail)
         return reject_upload("payload_too_large", detail, audio_id, delivery.user_properties)

@@ -232,7 +232,7 @@ class Prefetcher(StoppableThread):
             wanted = {job.seq for job in jobs}.union(preempted, self._ledger.processing())
             unwanted = [self._entries.pop(seq) for seq in self._entries.keys() - wanted]
             self._download_ahead(jobs)
-            # A requeued job comes first; the recording that was opened before it gives up its memory.
+            # A requeued job comes first; the memory of the recording that was opened before it is released.
             later = preempted.union(job.seq for job in jobs).difference(job.seq for job in jobs[:1])
             surplus = [self._entries[seq].detach() for seq in later & self._entries.keys()]
             first = self._next_to_open(jobs[0]) if jobs and not self._ledger.is_paused else None

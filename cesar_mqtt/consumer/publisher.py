@@ -257,6 +257,14 @@ class Publisher(StoppableThread, JobObserver):
             )
         )
 
+    def publish_again(
+        self, topic: str, payload: bytes, *, is_wanted: Callable[[], bool], on_acknowledged: Callable[[], None]
+    ) -> None:
+        """Publish a message again that the broker retains."""
+        self._enqueue(
+            TransientMessage(topic, payload, retain=True, is_wanted=is_wanted, on_acknowledged=on_acknowledged)
+        )
+
     def refresh_queue(self) -> None:
         """Publish the consumer's queue message again: the shared queue has changed."""
         self._on_ledger_changed()

@@ -51,6 +51,10 @@ _PROOF_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """After each publication of a final status that the broker does not retain, the delay before the next look."""
 _RENEWALS = 3
 """How often a delivery is renewed within the time after which another consumer gets it."""
+_QUEUE_LIMIT = (
+    "queue.jetstream.max_message_bytes, or max_payload of the NATS server; a larger recording can be published as "
+    "audio_path on a shared folder, or as audio_url"
+)
 _IDS = uuid.UUID("a1f0a4d3-5f4c-4d5e-9a51-0f5b2c6f3f0e")
 """The name space of the ids of requests without one: a redelivery yields the same id."""
 
@@ -149,6 +153,17 @@ class Lease:
         """Record that another consumer has the message."""
         self._lost = True
 
+    def hold_until(self, accepted: threading.Event, queue: SharedQueue, stopping: threading.Event) -> bool:
+        """Renew it until a PUBACK; False: it is lost, so that nothing of it may be published any more."""
+        while not accepted.wait(self._ack_wait_s / _RENEWALS / 2):
+            if stopping.is_set() or not self.is_current:
+                self.lose()
+                return False
+            if self.is_due:
+                with suppress(QueueUnavailableError):
+                    self.renew(queue)
+        return self.is_current
+
 
 class RequestReader:
     """Reads requests and jobs of the queue as the intake reads messages of the broker."""
@@ -161,8 +176,10 @@ class RequestReader:
 
     def read(self, message: Message) -> IncomingMessage:
         """Return the job of a message, under the id that it has in the whole group, or why there is none."""
-        limit = min(self._max_payload_bytes, self._queue.max_payload_bytes)
-        parser = MessageParser(self._topics, self._models, max_payload_bytes=limit)
+        limit, limited_by = self._max_payload_bytes, "queue.max_payload_bytes"
+        if self._queue.max_payload_bytes < limit:
+            limit, limited_by = self._queue.max_payload_bytes, _QUEUE_LIMIT
+        parser = MessageParser(self._topics, self._models, max_payload_bytes=limit, limited_by=limited_by)
         delivery = Delivery(
             topic=message.topic,
             payload=message.payload,
@@ -287,14 +304,7 @@ class Admissions(StoppableThread):
         accepted = threading.Event()
         waiting = waiting_job(job, lease.message.received_at, self._queue.waiting() + 1)
         self._publisher.publish_status_of(waiting, is_wanted=lambda: lease.is_current, on_acknowledged=accepted.set)
-        while not accepted.wait(self._ack_wait_s / _RENEWALS / 2):
-            if self._stopping.is_set() or not lease.is_current:
-                lease.lose()  # what waits for a connection is not published any more
-                return False
-            if lease.is_due:
-                with suppress(QueueUnavailableError):
-                    lease.renew(self._queue)
-        return lease.is_current
+        return lease.hold_until(accepted, self._queue, self._stopping)
 
 
 class Claims(StoppableThread):
@@ -352,7 +362,8 @@ class Claims(StoppableThread):
         self._waiting = 0
         self._has_joined = False
         self._unproven: dict[int, Job] = {}
-        """Jobs of an earlier process that have ended, and whose last status may not have been published."""
+        """Jobs that have ended without an acknowledgement in the queue, in an earlier process or while the queue was
+        out of reach: their last status may not be published, or another consumer may run them again."""
         for job in ledger.claimed():
             if job.state.final and job.claim is not None and not job.claim.delivery:
                 continue  # it was cancelled in the queue
@@ -523,12 +534,13 @@ class Claims(StoppableThread):
             self._publisher.refresh_queue()
 
     def _prove_earlier(self) -> None:
-        """Publish the ends of an earlier process that the queue has acknowledged; forget those that run again."""
+        """Publish the ends that the queue has acknowledged since; forget those of jobs that run again."""
         for seq, job in list(self._unproven.items()):
             record = self._queue.record(record_key(job.job_id))
-            is_ours = record is not None and tuple(record.values.get("claim", ())) == job.claim
-            if not is_ours or self._queue.is_enqueued(job.job_id):
+            if record is None or tuple(record.values.get("claim", ())) != job.claim:
                 self._forget(seq)
+            elif self._queue.is_enqueued(job.job_id):
+                continue  # whoever gets it decides
             del self._unproven[seq]
             self._publisher.refresh_queue()
 
@@ -557,8 +569,9 @@ class Claims(StoppableThread):
                 log.warning("Delivery ignored: another consumer has the job", action="claim_lost", job_id=job_id)
                 return False
             repeats = earlier is not None and earlier.seq == message.seq
-            if repeats and values.get("state") == "finished" and self._is_published(job_id, earlier):
-                self._queue.acknowledge(message)
+            if repeats and values.get("state") == "finished" and (end := self._retained_end(job_id, earlier)):
+                if self._publish_again(lease, end):
+                    self._queue.acknowledge(message)
                 return False
             crashes = values.get("crashes", 0) + (1 if repeats and not values.get("returned") else 0)
             claimed = {
@@ -584,13 +597,25 @@ class Claims(StoppableThread):
             self._stopping.wait(_RETRY_S)
             return False
 
-    def _is_published(self, job_id: str, earlier: Claim | None) -> bool:
-        """Whether the broker retains the final status of the attempt that an earlier claim was."""
-        status = _status_in(self._queue.retained(self._topics.status(job_id)))
+    def _retained_end(self, job_id: str, earlier: Claim | None) -> bytes | None:
+        """Return the final status of the attempt that an earlier claim was; None: the broker does not retain it."""
+        payload = self._queue.retained(self._topics.status(job_id))
+        status = _status_in(payload)
         state = STATES.get(status.get("status", ""))
-        return (
-            state is not None and state.final and earlier is not None and status.get("attempt", 0) >= earlier.delivery
-        )
+        if state is None or not state.final or earlier is None or status.get("attempt", 0) < earlier.delivery:
+            return None
+        return payload
+
+    def _publish_again(self, lease: Lease, end: bytes) -> bool:
+        """Publish a retained status again; False: not in time.
+
+        The server stores a message as retained before it stores it for subscribers: one that dies in between has
+        shown it to none of them.
+        """
+        accepted = threading.Event()
+        topic = self._topics.status(lease.message.job_id or "")
+        self._publisher.publish_again(topic, end, is_wanted=lambda: lease.is_current, on_acknowledged=accepted.set)
+        return lease.hold_until(accepted, self._queue, self._stopping)
 
     def _append(self, lease: Lease) -> bool:
         job_id = lease.message.job_id or ""
@@ -712,7 +737,11 @@ class Claims(StoppableThread):
     def _lose(self, lease: Lease, job: Job | None) -> None:
         """Give a job up that another consumer has, or may have."""
         lease.lose()
-        if job is not None and job.claim == lease.claim:
+        if job is not None and job.claim == lease.claim and job.state.final:
+            self._unproven[job.seq] = job
+            message = "The queue was out of reach for longer than ack_wait: another consumer may run the job again"
+            log.warning(message, action="claim_lost", job_id=job.job_id)
+        elif job is not None and job.claim == lease.claim:
             message = (
                 "Job given up: the queue was out of reach for longer than ack_wait, and another consumer may have it"
             )

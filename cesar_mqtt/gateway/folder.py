@@ -99,8 +99,8 @@ def scan(folder: Path, excluded: Sequence[Path] = ()) -> Iterator[FileState]:
 def is_open_for_writing(path: Path) -> bool | None:
     """Whether any process has the file open for writing; None: the system cannot tell.
 
-    Linux grants a read lease on a file only while nobody writes to it (fcntl(2), F_SETLEASE): on local file systems,
-    for files of the same user, or for root.
+    Linux grants a read lease on a file only while no process writes to it (fcntl(2), F_SETLEASE): on local file
+    systems, for files of the same user, or for root.
 
     Raises:
         OSError: the file cannot be opened.

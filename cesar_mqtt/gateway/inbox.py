@@ -567,7 +567,7 @@ class Inbox(BusClient):
         self._scan_soon()
 
     def _lose(self, job: _Job, why: str) -> None:
-        """Give up a job whose recording is not where it was; it is submitted from where it turns up."""
+        """Skip a job whose recording is not where it was; it is submitted from where it turns up."""
         self._end(job, RecordState.LOST, why)
 
     def _drop(self, job: _Job, why: str) -> None:

@@ -209,7 +209,7 @@ class Webhook(BusClient):
         self._deliveries.execute(statement, (f"msg_{uuid.uuid4().hex}", job_id, body, now, now))
 
     def _deliver(self, request: "_Pending") -> None:
-        """Send one request; on a failure it is due later, or given up."""
+        """Send one request; on a failure it is due later, or has failed for good."""
         problem, is_final = self._send(request.message_id, request.body.encode())
         if problem is None and not is_final:
             return  # stopped

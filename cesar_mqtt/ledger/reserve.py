@@ -21,7 +21,7 @@ _SPARE_BYTES = 256 << 10
 
 
 class Reserve:
-    """A file whose blocks are given up piece by piece, and taken again when there is room.
+    """A file whose blocks are freed piece by piece, and taken again when there is room.
 
     On a file system that copies on write (btrfs, ZFS) it helps as far as freed blocks are available at once.
     """
@@ -38,7 +38,7 @@ class Reserve:
         self.restore()
 
     def restore(self) -> None:
-        """Take again what was given up, as far as there is room."""
+        """Take again what was freed, as far as there is room."""
         missing = RESERVE_BYTES - self._size
         if missing <= 0 or self._descriptor is None:
             return

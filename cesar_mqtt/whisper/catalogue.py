@@ -114,7 +114,7 @@ class Catalogue:
 
     @property
     def assumes_english(self) -> bool:
-        """Whether the default model writes whatever it hears as English, and nobody said that it is."""
+        """Whether the default model writes everything as English, and no request said that it is."""
         return self._language is None and self.is_multilingual(self._default) is False
 
     def set_defaults(self, model: str | None, language: str | None) -> None:
@@ -205,7 +205,7 @@ class Catalogue:
             on_progress: called with the bytes done and the bytes in all during a join or download.
 
         Raises:
-            JobFailedError: `model_unavailable`; a hub that cannot be reached is given up after seconds.
+            JobFailedError: `model_unavailable`; a hub that cannot be reached fails the job after seconds.
             Cancelled: `should_stop` returned True.
         """
         if not self.is_allowed(name):

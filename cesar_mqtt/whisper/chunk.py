@@ -31,7 +31,7 @@ _UTTERANCE = 8 * SAMPLE_RATE
 _LEAST_UTTERANCE = 2 * SAMPLE_RATE
 """In a shorter one the language is guessed."""
 _CHANGES_FROM_FRAMES = 1000
-"""10 s: in a longer piece the language may change, although nobody said so."""
+"""10 s: in a longer piece the language may change, although the request does not say so."""
 _RIVAL_ABOVE, _SURE_ABOVE = 0.15, 0.8
 """A piece in which a second language is so probable may hold two; an utterance that is so surely in another language
 than the recording is in that one."""

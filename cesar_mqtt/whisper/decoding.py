@@ -133,7 +133,7 @@ class PieceDecoder:
 
     Attributes:
         has_words: whether `split` returns the words of segments.
-        detects_language: whether nobody has given the language.
+        detects_language: whether the request does not give the language.
     """
 
     def __init__(self, model: WhisperModel, options: DecodingOptions, should_stop: Callable[[], bool]) -> None:

@@ -1,10 +1,10 @@
 """Who speaks when: from samples on the file's clock to turns of numbered speakers.
 
-Window by window, a model tells where up to three people speak (`speaker_segmentation`), and a model for voices makes an
-embedding of each second of somebody's speech. One clustering of all embeddings finds the speakers
-(`speaker_clustering`); then each second is given to the one that it sounds like. The first model alone does not do: it
-takes two readers who follow one another for one. What stays of a window is a few kilobytes, so that the memory hardly
-depends on the length of the recording.
+Window by window, one model finds where up to three people speak (`speaker_segmentation`), and another one computes an
+embedding of each second in which one of them speaks alone. One clustering of all embeddings finds the speakers
+(`speaker_clustering`); then each second is assigned to the speaker whose voice is most like it. The first model alone
+is not enough: it takes two readers who follow one another for one speaker. Of a window a few kilobytes are kept, so
+that the memory hardly depends on the length of the recording.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +53,7 @@ _INSIDE = 0.6
 """So much of a piece of a neighbouring window has to be a speaker's for it to count as that speaker's."""
 _ROUNDS = 4
 _JOINED_S, _BRIDGED_S = 0.8, 0.25
-"""A shorter silence of everybody does not end a turn, nor does a shorter one of the speaker alone."""
+"""A shorter silence of all speakers does not end a turn, nor does a shorter one of the speaker alone."""
 _SHORTEST_TURN_S = 0.1
 
 Frames = NDArray[np.bool_]
@@ -88,7 +88,7 @@ class Diarization:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """About a second of speech of one speaker of a window, and nobody else's.
+    """About a second in which one speaker of a window speaks alone.
 
     Attributes:
         window: its number.
@@ -239,7 +239,7 @@ class _Chain:
 
 
 def _alone(speaks: Frames) -> Frames:
-    """Where nobody else speaks."""
+    """Where each speaker speaks alone."""
     alone: Frames = speaks & (speaks.sum(axis=1, keepdims=True) == 1)
     return alone
 
@@ -359,7 +359,7 @@ def _turns(speaks: NDArray[np.bool_], length_s: float) -> list[Turn]:
 
 
 def _is_pause(spoken: NDArray[np.intp], start: int, end: int) -> bool:
-    """Whether a gap in the speech of one speaker belongs to a turn: a short one in which nobody else speaks."""
+    """Whether a gap in the speech of one speaker belongs to a turn: a short one in which no other speaks."""
     most_s = _BRIDGED_S if spoken[start:end].any() else _JOINED_S
     return (end - start) * _FRAME_S < most_s
 

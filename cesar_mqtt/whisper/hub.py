@@ -94,7 +94,7 @@ class HubFile:
 
 
 STALL_S = 30.0
-"""A download that receives nothing for so long is given up; huggingface_hub has then tried to resume it twice."""
+"""A download that receives nothing for so long fails; huggingface_hub has then tried to resume it twice."""
 _ANSWER_S = 5.0
 _LOG_EVERY_S = 5.0
 _STALE_S = 600.0
@@ -176,7 +176,7 @@ def download(
         should_stop: asked ten times a second.
         on_progress: called in this thread with the bytes downloaded and the bytes in all; the first may go back when
             the hub starts a file again.
-        stall_s: seconds without a byte after which the download is given up.
+        stall_s: seconds without a byte after which the download fails.
 
     Raises:
         JobFailedError: `model_unavailable`: offline, no answer, refused, no room, stalled or failed.

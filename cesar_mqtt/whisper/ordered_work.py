@@ -32,7 +32,7 @@ class OrderedWork(Generic[Item, Result]):
             items: taken by all threads, one at a time.
             work: yields the results of an item; called by all threads at once.
             threads: how many there are.
-            limit: how many items may be in work at once now, those included whose results have not been taken. Asked
+            limit: how many items may be worked on at once now, those included whose results have not been taken. Asked
                 by all threads, one at a time, when an item could be taken, and again after each result.
         """
         self._items = items
@@ -62,7 +62,7 @@ class OrderedWork(Generic[Item, Result]):
                 self._changed.notify_all()
 
     def finish(self) -> None:
-        """Take no further item; those that are in work are finished."""
+        """Take no further item; those that were begun are finished."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -70,7 +70,7 @@ class OrderedWork(Generic[Item, Result]):
     def close(self) -> None:
         """Take no further item, and wait for the threads; may be called twice.
 
-        Whoever wants to wait less makes `items` and `work` raise something first.
+        A caller that wants to wait less makes `items` and `work` raise something first.
         """
         self.finish()
         for task in self._tasks:
@@ -138,7 +138,7 @@ class OrderedWork(Generic[Item, Result]):
 
 
 class _Output(Generic[Item, Result]):
-    """One item in work.
+    """One item that was begun.
 
     Attributes:
         item: None: it could not be taken, because of `error`.

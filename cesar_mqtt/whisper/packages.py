@@ -282,7 +282,7 @@ def _damaged(name: str, package: Package) -> JobFailedError:
 
 
 def _state(path: Path, package: Package) -> str:
-    """Describe files so that the description of changed ones differs, as long as nobody sets their times back."""
+    """Describe files so that the description of changed ones differs, as long as their times are not set back."""
     files = ((path / name).stat() for name in package.sha256)
     facts = [[status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns] for status in files]
     return json.dumps([str(path), facts])

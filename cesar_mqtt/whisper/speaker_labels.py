@@ -21,7 +21,7 @@ def label_windows(windows: Sequence[Window], turns: Sequence[SpokenTurn]) -> tup
 
     Args:
         windows: of a whole file, their segments with words.
-        turns: in order of their start; those of different speakers may overlap. None: nobody gets a speaker.
+        turns: in order of their start; those of different speakers may overlap. Without any, no segment gets a speaker.
     """
     ids = count(1)
     timeline = _Timeline(turns)

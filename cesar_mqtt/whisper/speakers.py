@@ -51,7 +51,7 @@ class SpeakerLabeller:
 
         Args:
             models: where the models are, and whether they may be downloaded.
-            known_voices: names the speakers that are known; None: nobody is.
+            known_voices: names the speakers that are known; None: all are numbered.
         """
         self._models = models
         self._known_voices = known_voices

@@ -157,7 +157,7 @@ class Transcriber:
         return pipeline
 
     def _parallel(self, options: TranscriptionOptions) -> int:
-        """How many windows may be in work at once; a crash repeats all of them."""
+        """How many windows may be transcribed at once; a crash repeats all of them."""
         return min(self._models.workers, max(1, int(_MAX_REPEATED_S / self._window_of(options))))
 
     def _model_failure(self, model_size: str, error: Exception) -> JobFailedError:

@@ -112,14 +112,7 @@ case $broker in
 mqtts://* | wss://*) [ ! -e state/ca/ca.pem ] || ca_file=/run/ca/ca.pem ;;
 esac
 
-uid=$(id -u)
-gid=$(id -g)
-if [ "$uid" = 0 ]; then
-    # No container runs as root: the files get a user id that has no account.
-    uid=10001
-    gid=10001
-    chown -R "$uid:$gid" state
-fi
+. ../mosquitto/container-user.sh
 own='^(COMPOSE_FILE|CESAR_UID|CESAR_GID|CESAR_BROKER__URL|CESAR_BROKER__PASSWORD_FILE|CESAR_BROKER__CA_FILE)='
 {
     grep -Ev "$own" .env || :

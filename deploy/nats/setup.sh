@@ -12,13 +12,6 @@ mkdir -p -m 755 audio
 ./make-passwords.sh state/config
 ../mosquitto/make-certificates.sh state/config/certificates "nats-1,nats-2,nats-3,127.0.0.1,$hosts"
 cp common.conf certificates.conf server.conf cluster.conf users.conf state/config/
-uid=$(id -u)
-gid=$(id -g)
-if [ "$uid" = 0 ]; then
-    # No container runs as root: the files get a user id that has no account.
-    uid=10001
-    gid=10001
-    chown -R "$uid:$gid" state
-fi
+. ../mosquitto/container-user.sh
 printf '%s\n' "CESAR_UID=$uid" "CESAR_GID=$gid" >.env
 echo "ready: docker compose up --detach --build"

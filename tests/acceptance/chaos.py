@@ -401,7 +401,7 @@ def _agrees(row: Mapping[str, Any], status: Mapping[str, Any] | None) -> bool:
 
 
 def _undone(watcher: Bus) -> tuple[str, ...]:
-    """Jobs that were completed and were in work again afterwards; a broker that was killed repeats older messages."""
+    """Jobs that were completed and were running again afterwards; a broker that was killed repeats older messages."""
     completed: dict[str, str] = {}
     for status in watcher.every_status():
         if status["status"] == "completed":

@@ -1,4 +1,4 @@
-"""What the broker retains comes to agree with the ledger, and the consumer notices what it cannot mend by itself."""
+"""What the broker retains comes to agree with the ledger, and the consumer notices what it cannot fix by itself."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ Join = Callable[..., Bus]
 
 
 def retained(join: Join, port: int, *job_ids: str) -> dict[str, str]:
-    """The states that the broker retains, for whoever comes now."""
+    """The states that the broker retains, for a subscriber that comes now."""
     bus = join(port)
     bus.settle()
     return {s["job_id"]: s["status"] for s in bus.every_status() if s["job_id"] in job_ids}

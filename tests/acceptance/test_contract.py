@@ -96,7 +96,7 @@ def answered(bus: Bus) -> Iterator[Seen | Fault]:
 
 
 def retained(join: Join, port: int) -> set[str]:
-    """The channels of what whoever comes now is sent."""
+    """The channels of what a subscriber that comes now receives."""
     late = join(port)
     late.settle()
     late.close()

@@ -117,7 +117,7 @@ def test_what_is_retained_agrees_with_the_ledger_also_when_the_broker_restarts_i
     assert {(state, attempt) for _, state, attempt in retained} == {("error", 1)}, f"seed {SEED}"
     done = [row["job_id"] for row in rows]
     assert done == [job_id for job_id in [*sent, "end"] if job_id in set(done)], f"seed {SEED}"
-    if persistence:  # else what came while nobody was subscribed is nobody's
+    if persistence:  # else what came without a subscriber is lost
         assert done == [*sent, "end"], f"seed {SEED}"
     assert len(done) > 150, f"too few were accepted for the restarts to matter (seed {SEED})"
     assert consumer.logged().count("Lost the connection") >= 2, f"two restarts, and who noticed? (seed {SEED})"

@@ -88,7 +88,7 @@ def test_ctrl_c_reaches_the_children_too_and_the_second_one_ends_the_command_at_
             os.killpg(process.pid, signal.SIGINT)
         told, _ = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in told, told
-    # Ctrl-C is how `watch` ends. The second one may find an interpreter that has just given up its handlers: a shell
+    # Ctrl-C is how `watch` ends. The second one may find an interpreter that has just removed its handlers: a shell
     # reports 130 for that as well.
     assert process.returncode in ({0} if arguments[0] == "watch" else {130, -signal.SIGINT}), told
 

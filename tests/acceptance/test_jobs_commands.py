@@ -46,7 +46,7 @@ class Watching:
         while True:
             try:
                 piece = os.read(self._reader, 65_536)
-            except OSError:  # how Linux says that nobody has the other side of a terminal open
+            except OSError:  # how Linux says that no process has the other side of a terminal open
                 return
             if not piece:
                 return

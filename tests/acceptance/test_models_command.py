@@ -127,7 +127,7 @@ def test_a_terminal_gets_a_progress_bar(environ: dict[str, str], tmp_path: Path)
         while True:
             try:
                 block = os.read(ours, 4096)
-            except OSError:  # how Linux says that nobody holds the other end any more
+            except OSError:  # how Linux says that no process holds the other end any more
                 break
             if not block:
                 break

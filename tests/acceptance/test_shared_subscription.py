@@ -98,7 +98,7 @@ def test_members_share_the_jobs_and_the_owner_answers(serve: Serve, join: Join, 
         ("error", "cellar"),
     ]
     assert [told["data"] for told in ask(bus, "dance", {"consumer": "attic"})] == [{"consumer": "attic"}]
-    assert len(bus.seen("cesar/rejected")) == 1, "whom it is for reports it, and nobody else"
+    assert len(bus.seen("cesar/rejected")) == 1, "the consumer that it is for reports it, and no other"
     assert sources(ask(bus, "cancel", {"job_id": "long-1"})) == [busy["long-1"]]
     assert bus.status("long-1")["status"] == "cancelled"
     assert bus.states("long-2")[-1] == "processing"

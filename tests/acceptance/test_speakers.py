@@ -12,13 +12,14 @@ import pytest
 from tests.acceptance.harness import SMALL, SPEECH, SPOKEN, Bus, Consumer, wait_until, words
 from tests.conftest import Mosquitto
 from tests.diarization import MODELS_DIRECTORY, needs_diarization
-from tests.recordings import decode
+from tests.recordings import decode, write_wav
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
 
 Serve = Callable[..., Consumer]
 Join = Callable[..., Bus]
 WITH_MODELS = SMALL | {"CESAR_MODELS__DIRECTORY": str(MODELS_DIRECTORY)}
+GERMAN = SPEECH.with_name("german.ogg")
 FORMATS = ["txt", "srt", "vtt", "json", "md"]
 
 
@@ -143,3 +144,32 @@ def test_a_diarization_is_cancelled_and_continued_by_a_retry(mosquitto: Mosquitt
     assert (done["result_text"], done["diarization_error"]) == (cancelled["result_text"], None)
     assert done["speakers"] >= 1
     assert consumer.logged().count("Job transcribed") == 1
+
+
+@needs_diarization
+def test_a_known_voice_has_its_name_in_every_format_and_another_one_a_number(
+    mosquitto: Mosquitto, serve: Serve, join: Join, tmp_path: Path
+) -> None:
+    voices, audio = tmp_path / "voices", tmp_path / "audio"
+    voices.mkdir()
+    audio.mkdir()
+    speech = decode(SPEECH)[0]
+    half = len(speech) // 2
+    write_wav(voices / "Ada Lovelace.wav", speech[:half], 16_000)
+    write_wav(audio / "ada.wav", np.tile(speech[half:], 2), 16_000)
+    write_wav(audio / "other.wav", decode(GERMAN)[0], 16_000)
+    known = {"CESAR_SPEAKERS__DIRECTORY": str(voices)}
+    serve("--broker", mosquitto.url, "--audio-dir", str(audio), environ=WITH_MODELS | known)
+    bus = join(mosquitto.port)
+    for name in ("ada", "other"):
+        asked = {"audio_path": f"{name}.wav", "diarize": True, "formats": ["txt", "vtt", "json"]}
+        asked["word_timestamps"] = True
+        bus.publish("cesar/jobs", json.dumps({"job_id": name, **asked}))
+    for name, speaker in (("ada", "Ada Lovelace"), ("other", "Speaker 1")):
+        status = bus.status(name)
+        assert (status["status"], status["speakers"], status["diarization_error"]) == ("completed", 1, None)
+        segments = json.loads(result(bus, name, "json"))["segments"]
+        assert {segment["speaker"] for segment in segments} == {speaker}
+        assert {word["speaker"] for segment in segments for word in segment["words"]} == {speaker}
+        assert result(bus, name, "txt").startswith(f"{speaker}: ")
+        assert f"<v {speaker}>" in result(bus, name, "vtt")

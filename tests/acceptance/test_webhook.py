@@ -16,6 +16,7 @@ def test_each_end_is_delivered_although_the_receiver_fails_and_the_consumer_is_k
 ) -> None:
     receiver = Receiver()
     receiver.answers = [503]
+    receiver.is_willing.clear()
     try:
         environ = {
             "CESAR_WEBHOOK__URL": f"http://127.0.0.1:{receiver.port}/cesar?token=secret",
@@ -28,6 +29,7 @@ def test_each_end_is_delivered_although_the_receiver_fails_and_the_consumer_is_k
         consumer.kill()
         consumer.start()
         health = bus.wait("cesar/consumer/cesar/health", lambda health: (health["webhook"] or {}).get("pending") == 1)
+        receiver.is_willing.set()
         bus.publish("cesar/jobs", {"job_id": "b", "audio_path": "absent.wav"})
         bus.status("b")
         consumer.wait_for_log("Delivered ")
@@ -35,11 +37,14 @@ def test_each_end_is_delivered_although_the_receiver_fails_and_the_consumer_is_k
         consumer.wait_for_log("Delivered ", read + 1)
         assert consumer.stop() == 0
     finally:
+        receiver.is_willing.set()
         receiver.close()
 
     ends = {event["job_id"]: event for event in receiver.events}
     assert set(ends) == {"a", "b"}
-    assert len(receiver.requests) == 3  # one of them failed
+    sent = [event["job_id"] for event in receiver.events]
+    assert sent.count("a") >= 2, "one of them failed; the kill may have cut off another one"
+    assert sent.count("b") == 1
     assert words(ends["a"]["text"]) == SPOKEN
     assert (ends["b"]["event_type"], ends["b"]["error_code"]) == ("error", "audio_not_found")
     assert health["webhook"]["given_up"] == 0

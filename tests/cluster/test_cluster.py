@@ -1,12 +1,27 @@
 """Short forms of `make soak-cluster`: consumers and servers are really killed, stopped and cut off."""
 
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.chaos import FAULTS, Plan, _judge, kill_servers_after_puback, run, take_over
+from cesar_mqtt.config import BrokerSettings
+from cesar_mqtt.mqtt.client import MqttClient
+from cesar_mqtt.mqtt.messages import Subscription
+from tests.acceptance.harness import command
+from tests.cluster.chaos import (
+    FAULTS,
+    PATIENCE_S,
+    Group,
+    Plan,
+    _judge,
+    kill_servers_after_puback,
+    run,
+    start_servers,
+    take_over,
+)
 
 
 @pytest.mark.parametrize("mode", ["strict", "parallel"])
@@ -19,6 +34,43 @@ def test_killed_and_stopped_consumers_lose_double_and_overwrite_nothing(tmp_path
 def test_connections_that_end_within_a_packet_lose_nothing(tmp_path: Path) -> None:
     report = run(tmp_path, Plan(mode="parallel", consumers=2, jobs=12, job_s=0.2, cuts=4, seed=20261202))
     assert report.wrong == 0, report
+
+
+def test_three_servers_of_which_one_after_the_other_is_killed_lose_double_and_overwrite_nothing(
+    tmp_path: Path,
+) -> None:
+    report = run(tmp_path, Plan(servers=3, consumers=2, jobs=10, job_s=0.3, server_kills=2, seed=20261201))
+    assert report.wrong == 0, report
+
+
+def test_clients_that_come_while_one_of_three_servers_is_away_are_served(tmp_path: Path) -> None:
+    """A cluster refuses many a subscription then (0x80), as a server refuses what it does not allow."""
+    with ExitStack() as stack:
+        servers = start_servers(tmp_path, 3, stack)
+        group = stack.enter_context(closing(Group(tmp_path, servers, consumers=3, job_s=0.1)))
+        group.wait_ready()
+        servers[0].kill()
+        group.kill(0)  # it knows no other server
+        clients = []
+        for number in range(6):
+            settings = BrokerSettings(url=servers[1 + number % 2].url, protocol="3.1.1")
+            filters = [Subscription(f"cesar/replies/{number}/{name}", wants_retained=True) for name in "ab"]
+            client = MqttClient(settings, client_id=f"late-{number}", persistent=False, subscriptions=filters)
+            stack.enter_context(closing(client))
+            client.start()
+            clients.append(client)
+        assert all(client.wait_connected(PATIENCE_S) for client in clients)
+        for number in range(6):
+            for name in "ab":
+                assert clients[0].publish(f"cesar/replies/{number}/{name}", b"hello", retain=True)
+        for number, client in enumerate(clients):
+            wanted, deadline = {f"cesar/replies/{number}/{name}" for name in "ab"}, time.monotonic() + PATIENCE_S
+            while wanted and time.monotonic() < deadline:
+                wanted -= {delivery.topic for delivery in client.receive(1.0)}
+            assert wanted == set()
+        recording = str(tmp_path / "audio" / "noise.wav")
+        submitted = command("submit", recording, "--broker", servers[1].url, "--timeout", str(PATIENCE_S))
+        assert submitted.returncode == 0, submitted.stderr
 
 
 def test_a_server_that_is_killed_at_the_puback_has_the_job(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_the_flow_has_recordings_transcribed_by_path_and_by_bytes_and_tells_of_t
 
 
 def _placed(notes: Path, port: int) -> list[dict[str, Any]]:
-    """The flow as somebody sets it in the editor: where the broker is, and which folder is watched."""
+    """The flow as a user sets it in the editor: where the broker is, and which folder is watched."""
     nodes: list[dict[str, Any]] = json.loads(FLOW.read_text())
     for node in nodes:
         if node["type"] == "mqtt-broker":

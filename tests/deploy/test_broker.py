@@ -238,8 +238,8 @@ def test_a_wrong_password_is_refused_and_the_consumer_says_what_to_check(
     )
     assert consumer.wait() == 78
     assert "Not authorized. Check broker.username and broker.password_file." in consumer.logged()
-    nobody = Client(broker, "producer", "guessed").pub("cesar/jobs", "x.wav")
-    assert "authori" in nobody.stderr.lower()
+    guesser = Client(broker, "producer", "guessed").pub("cesar/jobs", "x.wav")
+    assert "authori" in guesser.stderr.lower()
 
 
 def test_nobody_comes_in_without_a_name(broker: DeployedMosquitto) -> None:

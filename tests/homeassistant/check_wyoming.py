@@ -16,11 +16,11 @@ from homeassistant.core import Context
 from homeassistant.helpers import area_registry
 from homeassistant.setup import async_setup_component
 from pytest_homeassistant_custom_component.common import MockConfigEntry
+from tests.homeassistant.conftest import PATIENCE_S
 
 SPEECH = Path(__file__).parents[1] / "data" / "speech.wav"
 ENTITY = "stt.cesar_mqtt"
 HEARD = "call the plumber"
-PATIENCE_S = 60.0
 
 
 def metadata() -> stt.SpeechMetadata:

@@ -35,7 +35,7 @@ else:
     from pytest_homeassistant_custom_component.common import MockConfigEntry
 
 DATA = Path(__file__).parents[1] / "data"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 LOOK_AGAIN_S = 1.0
 
 

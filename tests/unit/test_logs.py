@@ -189,5 +189,5 @@ def test_a_line_that_cannot_be_written_stops_nothing(
 ) -> None:
     logs.configure("text", "info", stream)
     monkeypatch.setattr(stream, "write", lambda _: (_ for _ in ()).throw(BrokenPipeError()))
-    OURS.info("to nobody")
+    OURS.info("without a reader")
     assert capsys.readouterr().err == ""

@@ -204,8 +204,9 @@ def test_the_process_holds_nothing_but_the_recording_and_its_pipe(monkeypatch: p
         assert len(held) == 3
 
 
-def test_all_protections_are_in_force_where_the_system_offers_them() -> None:
-    with decoder_process.open_audio(SPEECH, LIMITS) as audio:
+def test_all_protections_are_in_force_where_the_system_offers_them(tmp_path: Path) -> None:
+    path = pictures.encode(tmp_path / "long.flac", "flac", np.tile(TONE, 400))  # its decoder waits to be read from
+    with decoder_process.open_audio(path, LIMITS) as audio:
         if set(audio.protections) != {"memory", "cpu", "files", "landlock", "seccomp"}:
             report_missing(f"this system offers only {audio.protections}")
         limits = Path(f"/proc/{pid_of(audio)}/limits").read_text()

@@ -227,7 +227,7 @@ def test_no_private_address_is_reached_through_a_name(tmp_path: Path, address: s
 
 def test_of_several_addresses_only_the_allowed_ones_are_connected_to(tmp_path: Path, serve: StartServer) -> None:
     server = serve(gives(BODY))
-    resolver = Resolver(["::1", "127.0.0.2", "127.0.0.1"])  # refused; allowed, where nobody listens; allowed
+    resolver = Resolver(["::1", "127.0.0.2", "127.0.0.1"])  # refused; allowed, where no server listens; allowed
     fetcher = downloader(tmp_path, "cam.test:*", "127.0.0.0/30:*", getaddrinfo=resolver)
     assert fetcher.fetch(server.url(host="cam.test"), never).path.read_bytes() == BODY
 
@@ -658,7 +658,7 @@ def test_a_silent_server_is_retried(tmp_path: Path, serve: StartServer, monkeypa
 
 @contextlib.contextmanager
 def full_backlog() -> Iterator[int]:
-    """A port on which nobody accepts, and no further connection comes about."""
+    """A port on which no server accepts, and no further connection comes about."""
     with socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)

@@ -403,7 +403,7 @@ def test_batched_a_piece_is_transcribed_to_its_end_although_it_ends_inside_of_a_
     assert len(batched) >= len(plain) - 1
 
 
-# --- nobody speaks
+# --- no speech
 
 MINUTE = np.arange(60 * SAMPLE_RATE) / SAMPLE_RATE
 HUM = np.sum([np.sin(2 * np.pi * 50 * harmonic * MINUTE) / harmonic for harmonic in (1, 2, 3, 5, 7)], axis=0)

@@ -80,7 +80,7 @@ def test_the_answer_of_the_own_transaction_is_returned_and_others_are_passed_ove
     mosquitto: Mosquitto, consumer: Start
 ) -> None:
     def answers(request: dict[str, Any]) -> list[dict[str, Any]]:
-        return [ok({"transaction": "of somebody else"}, n=1), ok(request, n=3), ok({"transaction": None}, n=2)]
+        return [ok({"transaction": "of another client"}, n=1), ok(request, n=3), ok({"transaction": None}, n=2)]
 
     asked = consumer(mosquitto, answer=answers).asked
     with ControlClient(settings(mosquitto.url), ["get"], timeout_s=PATIENCE_S) as requester:

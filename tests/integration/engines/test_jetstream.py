@@ -121,7 +121,7 @@ def test_an_unacknowledged_job_is_delivered_again_before_the_others(open_queue: 
             again = None
     assert again is not None
     assert (again.job_id, again.deliveries) == ("a", 2)
-    first.acknowledge(kept)  # on a slow machine it would be given up, too
+    first.acknowledge(kept)  # on a slow machine it would expire, too
     second.give_back(again)
     assert received(second.next_job).deliveries == 3
 

@@ -71,7 +71,7 @@ HEAD = b"POST /late HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
         (HEAD, b"12345"),
         (HEAD.replace(b"/late", b"/"), b"1"),
     ],
-    ids=["silent", "half a line", "half a head", "half a body", "half a body that nobody reads"],
+    ids=["silent", "half a line", "half a head", "half a body", "half a body that is not read"],
 )
 def test_a_client_that_does_not_go_on_is_disconnected(port: int, pieces: tuple[bytes, ...]) -> None:
     async def wait() -> bytes:

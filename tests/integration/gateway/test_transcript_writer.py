@@ -82,7 +82,7 @@ def completed(**fields: Any) -> dict[str, Any]:
 
 def wait_for(path: Path) -> bytes:
     pause = threading.Event()
-    for _ in range(400):
+    for _ in range(int(PATIENCE_S * 20)):
         if path.exists():
             return path.read_bytes()
         pause.wait(0.05)

@@ -17,6 +17,7 @@ from cesar_mqtt.config import BrokerSettings, WebhookSettings
 from cesar_mqtt.errors import ConfigError
 from cesar_mqtt.gateway.webhook import Webhook
 from cesar_mqtt.protocol.topics import Topics
+from tests.conftest import PATIENCE_S
 from tests.factories import delivery
 
 NOW = 1_800_000_000.0
@@ -25,18 +26,28 @@ KEY = b"0123456789abcdef"
 
 
 class Receiver:
-    """An HTTP server that notes its requests and answers with the next of `answers`, then with 204."""
+    """An HTTP server that notes its requests and answers with the next of `answers`, then with 204.
+
+    Attributes:
+        answers: the status codes.
+        is_willing: while it is not set, requests beyond `answers` wait.
+    """
 
     def __init__(self) -> None:
         self.requests: list[tuple[dict[str, str], bytes]] = []
         self.answers: list[int] = []
+        self.is_willing = threading.Event()
+        self.is_willing.set()
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver.requests.append(({name.lower(): value for name, value in self.headers.items()}, body))
-                self.send_response(receiver.answers.pop(0) if receiver.answers else 204)
+                answer = receiver.answers.pop(0) if receiver.answers else 204
+                if answer == 204:
+                    receiver.is_willing.wait(PATIENCE_S)
+                self.send_response(answer)
                 self.send_header("content-length", "0")
                 self.end_headers()
 

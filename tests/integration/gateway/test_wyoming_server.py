@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +33,8 @@ def test_home_assistant_finds_the_server_by_mdns() -> None:
         service = await announce("cesar-mqtt-test", "127.0.0.1", 10300)
         try:
             assert await asyncio.to_thread(found.wait, PATIENCE_S)
-            return await asyncio.to_thread(browsing.get_service_info, "_wyoming._tcp.local.", seen[0])
+            patience_ms = int(PATIENCE_S * 1000)
+            return await asyncio.to_thread(browsing.get_service_info, "_wyoming._tcp.local.", seen[0], patience_ms)
         finally:
             await service.async_close()
 
@@ -103,14 +105,18 @@ def test_the_names_stay_when_home_assistant_is_away(home: str, tmp_path: Path) -
     names = _names("http://127.0.0.1:9", tmp_path, "user")
     names.names = ("Lamp",)
 
-    async def refresh() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(names.refresh_for_ever(60.0), 3.0)
+    async def refresh(timeout_s: float) -> None:
+        refreshing = asyncio.create_task(names.refresh_for_ever(60.0))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while list(names.names) == ["Lamp"]:  # noqa: ASYNC110 - nobody is told of it
+                    await asyncio.sleep(0.02)
+        refreshing.cancel()
 
-    asyncio.run(refresh())
+    asyncio.run(refresh(1.0))
     assert list(names.names) == ["Lamp"]
     names._url = home
-    asyncio.run(refresh())
+    asyncio.run(refresh(PATIENCE_S))
     assert list(names.names) == ["Büro Hängelampe", "Dinner"]
 
 

@@ -20,7 +20,7 @@ class Full(io.StringIO):
 
 
 class Left(io.StringIO):
-    """A pipe that nobody reads any more."""
+    """A pipe without a reader."""
 
     def write(self, _text: str) -> int:
         raise BrokenPipeError

@@ -779,7 +779,7 @@ def test_a_preempted_job_keeps_its_download_however_many_jobs_come_before_it(sta
     assert stage.open_now == ["job-1"]
     stage.queue.jobs = [*urgent, preempted]
     stage.look()
-    assert stage.open_now == ["job-2"], "it gives up the memory of its recording, and not its download"
+    assert stage.open_now == ["job-2"], "it releases the memory of its recording, and not its download"
     assert stage.take(preempted).path.read_bytes() == b"http://cam.test/1"
     assert stage.downloader.fetched == ["http://cam.test/1"]
 

@@ -131,10 +131,19 @@ class Group:
         self.ledger = Ledger(folder / "ledger.json", max_attempts=2)
         self.spool = Spool(folder / "spool")
         self.reader = RequestReader(self.queue, TOPICS, FakeModels(), max_payload_bytes=1 << 20)
+        self.published: list[tuple[str, bytes]] = []
         self.claims = self.start()
 
     def start(self) -> Claims:
+        def publish_again(
+            topic: str, payload: bytes, *, is_wanted: Callable[[], bool], on_acknowledged: Callable[[], None]
+        ) -> None:
+            assert is_wanted()
+            self.published.append((topic, payload))
+            on_acknowledged()
+
         publisher = SimpleNamespace(
+            publish_again=publish_again,
             refresh_queue=lambda: None,
             publish_status_of=lambda _job, *, is_wanted, on_acknowledged: on_acknowledged() if is_wanted() else None,
         )
@@ -212,6 +221,8 @@ def test_a_request_over_the_limit_of_the_queue_is_rejected(group: Group) -> None
     refusal = group.reader.read(upload).refusal
     assert refusal is not None
     assert refusal.reason == "payload_too_large"
+    assert "1000 are accepted (queue.jetstream.max_message_bytes" in refusal.detail
+    assert "audio_path" in refusal.detail
     assert group.reader.read(replace(upload, payload=bytes(1000))).refusal is None
 
 
@@ -296,7 +307,44 @@ def test_a_restart_forgets_what_was_running_and_holds_what_had_ended(group: Grou
     group.queue.jobs["a"] = REQUEST
     restarted = group.start()
     restarted._prove_earlier()
+    assert restarted.permit_of(ended) is Permit.HOLD
+    group.queue.put(record_key("a"), {**group.values(), "claim": [7, 3]})
+    restarted._prove_earlier()
     assert group.ledger.get("a") is None
+
+
+def test_an_end_without_an_acknowledgement_in_the_queue_is_held_until_the_queue_has_none(group: Group) -> None:
+    group.claim()
+    running = group.ledger.claim()
+    assert running is not None
+    group.ledger.complete(running.seq, factories.result())
+    group.queue.jobs["a"] = REQUEST
+    group.now += ACK_WAIT_S
+    attend(group)
+    job = group.ledger.get("a")
+    assert job is not None
+    assert group.claims.permit_of(job) is Permit.HOLD
+    group.claims._prove_earlier()
+    assert group.claims.permit_of(job) is Permit.HOLD
+    del group.queue.jobs["a"]  # acknowledged by another consumer
+    group.claims._prove_earlier()
+    assert group.claims.permit_of(job) is Permit.PUBLISH
+
+
+def test_an_end_that_only_newcomers_may_have_seen_is_published_again_by_the_next_consumer(group: Group) -> None:
+    retain(group, factories.job("a", state=JobState.COMPLETED, attempt=1))
+    group.queue.put(record_key("a"), {"state": "finished", "claim": [7, 1], "consumer": "two"})
+    lease = Lease(replace(REQUEST, job_id="a", deliveries=2), ACK_WAIT_S, lambda: group.now, since=group.now)
+    assert not group.claims._claim(lease)
+    assert group.published == [(TOPICS.status("a"), group.queue.broker[TOPICS.status("a")])]
+    assert (group.ledger.get("a"), len(group.queue.acknowledged)) == (None, 1)
+
+
+def test_an_end_that_is_not_retained_makes_the_job_run_again(group: Group) -> None:
+    retain(group, factories.job("a", state=JobState.COMPLETED, attempt=1))
+    group.queue.put(record_key("a"), {"state": "finished", "claim": [7, 2], "consumer": "two"})
+    assert group.claim(delivery=3).state is JobState.QUEUED
+    assert (group.published, group.queue.acknowledged) == ([], [])
 
 
 def test_a_retried_job_is_read_as_the_same_one(group: Group) -> None:

@@ -26,6 +26,7 @@ from cesar_mqtt.ledger.spool import Spool
 from cesar_mqtt.protocol.consumer_payloads import Activity
 from cesar_mqtt.protocol.payloads import JobProgress
 from cesar_mqtt.transcript import Progress, Segment, Transcript, TranscriptionOptions, Window
+from cesar_mqtt.whisper.onnx_models import DiarizationError
 from cesar_mqtt.whisper.speakers import LabelledWindows
 from tests import factories
 from tests.conftest import PATIENCE_S
@@ -120,8 +121,8 @@ class FakePrefetcher:
             path = self._spool.path(job.audio.name)
             if not path.exists():
                 raise JobFailedError(ErrorCode.AUDIO_NOT_FOUND, "The recording is gone from the spool.")
-            return path
-        return resolve_audio_path(job.audio.name, [self._directory])
+            return ClosablePath(path)
+        return ClosablePath(resolve_audio_path(job.audio.name, [self._directory]))
 
     def identity(self, should_stop: Callable[[], bool]) -> str | None:
         if should_stop():
@@ -202,11 +203,49 @@ class RacingLedger(Ledger):
         return found
 
 
-class NoLabeller:
-    """For jobs that do not ask for speakers."""
+def one_speaker(windows: Sequence[Window], _should_stop: Callable[[], bool]) -> LabelledWindows:
+    """What a labeller does with a recording in which one person speaks."""
+    labelled = tuple(
+        dataclasses.replace(
+            window,
+            segments=tuple(dataclasses.replace(segment, speaker="Speaker 1") for segment in window.segments),
+        )
+        for window in windows
+    )
+    return LabelledWindows(labelled, 1)
 
-    def label(self, *_: object, **__: object) -> LabelledWindows:
-        raise AssertionError("no job asks for speakers")
+
+class FakeLabeller:
+    """Returns what `script` returns, and counts the calls; its recordings are paths, as those of the transcriber."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.script: Callable[[Sequence[Window], Callable[[], bool]], LabelledWindows] = one_speaker
+
+    def label(
+        self,
+        _recording: object,
+        options: TranscriptionOptions,
+        windows: Sequence[Window],
+        *,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> LabelledWindows:
+        assert options.diarize
+        assert options.word_timestamps
+        self.calls += 1
+        on_progress(1.25)
+        return self.script(windows, should_stop)
+
+
+class ClosablePath(type(Path())):  # type: ignore[misc]
+    """What stands for a recording, where the worker closes it before the diarization."""
+
+    def close(self) -> None:
+        pass
+
+    def wait_until_open(self, should_stop: Callable[[], bool]) -> None:
+        pass
 
 
 class Bench:
@@ -224,6 +263,7 @@ class Bench:
         self.transcriber = FakeTranscriber()
         self.observer = FakeObserver()
         self.prefetcher = FakePrefetcher(self.spool, self.audio)
+        self.labeller = FakeLabeller()
         self.worker = self.make_worker(warm_up=warm_up)
 
     def make_worker(self, **settings: Any) -> Worker:
@@ -231,7 +271,7 @@ class Bench:
             self.ledger,
             self.transcriber,
             prefetcher=cast("Prefetcher", self.prefetcher),
-            labeller=NoLabeller(),
+            labeller=self.labeller,
             spool=self.spool,
             events=JobEvents(self.observer),
             **settings,
@@ -1326,3 +1366,133 @@ def test_on_idle_is_called_after_a_time_without_a_job(bench: Bench) -> None:
     assert idle.acquire(timeout=PATIENCE_S)
     worker.request_stop()
     assert worker.join(PATIENCE_S)
+
+
+# -- speakers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diarized(bench: Bench) -> Bench:
+    """With a job that asks for speakers."""
+    bench.add("a", options={"diarize": True})
+    return bench
+
+
+def test_the_text_is_recorded_before_the_speakers_are_told_apart(diarized: Bench) -> None:
+    before: list[Job] = []
+
+    def script(windows: Sequence[Window], should_stop: Callable[[], bool]) -> LabelledWindows:
+        before.append(diarized.job("a"))
+        return one_speaker(windows, should_stop)
+
+    diarized.labeller.script = script
+    assert diarized.worker.run_once()
+    assert [(job.state, job.result_text, job.speakers) for job in before] == [
+        (JobState.PROCESSING, "Hello there.", None)
+    ]
+    done = diarized.job("a")
+    assert (done.state, done.speakers, done.diarization_error) == (JobState.COMPLETED, 1, None)
+    assert (done.result_text, done.warnings) == ("Hello there.", ("audio_truncated",))
+    assert {segment.speaker for segment in diarized.ledger.windows(done.seq)[0].segments} == {"Speaker 1"}
+    lives = [what[1] for what in diarized.observer.received if isinstance(what, tuple)]
+    shares = [live.diarization for live in lives if isinstance(live, JobProgress)]
+    assert [share for share in shares if share is not None] == [0.0, 0.5]
+
+
+def test_a_job_that_does_not_ask_for_speakers_has_none(bench: Bench) -> None:
+    bench.add("a")
+    bench.worker.run_once()
+    assert (bench.labeller.calls, bench.job("a").speakers) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (DiarizationError("A model is missing.", "Fetch it."), "A model is missing. Fetch it."),
+        (JobFailedError(ErrorCode.AUDIO_IO_ERROR, "The share is gone."), "The share is gone."),
+        (ZeroDivisionError("nobody expects it"), "unexpectedly; see the consumer's log"),
+    ],
+)
+def test_no_failure_of_the_labeller_costs_the_text_and_none_is_repeated_by_itself(
+    diarized: Bench, failure: Exception, sentence: str
+) -> None:
+    def script(*_: object) -> LabelledWindows:
+        raise failure
+
+    diarized.labeller.script = script
+    worker = diarized.make_worker(retries=2)
+    assert worker.run_once()
+    assert not worker.run_once()
+    done = diarized.job("a")
+    assert (done.state, done.error_code, done.result_text) == (JobState.COMPLETED, None, "Hello there.")
+    assert sentence in (done.diarization_error or "")
+    assert "nobody" not in (done.diarization_error or "")
+
+
+def test_a_retry_labels_without_transcribing_again(diarized: Bench) -> None:
+    def script(*_: object) -> LabelledWindows:
+        raise DiarizationError("A model is missing.")
+
+    diarized.labeller.script = script
+    diarized.worker.run_once()
+    diarized.ledger.retry("a")
+    diarized.labeller.script = one_speaker
+    assert diarized.worker.run_once()
+    done = diarized.job("a")
+    assert (done.attempt, done.speakers, done.diarization_error) == (2, 1, None)
+    assert (len(diarized.transcriber.calls), diarized.labeller.calls) == (1, 2)
+
+
+def test_a_retry_does_not_label_other_audio(diarized: Bench) -> None:
+    diarized.prefetcher.audio = "first"
+    diarized.labeller.script = lambda *_: (_ for _ in ()).throw(DiarizationError("A model is missing."))
+    diarized.worker.run_once()
+    diarized.ledger.retry("a")
+    diarized.prefetcher.audio = "second"
+    diarized.worker.run_once()
+    done = diarized.job("a")
+    assert (done.state, done.result_text, diarized.labeller.calls) == (JobState.COMPLETED, "Hello there.", 1)
+    assert "has changed since it was transcribed" in (done.diarization_error or "")
+
+
+def test_a_cancel_in_the_first_diarization_cancels_the_job_and_keeps_its_text(diarized: Bench) -> None:
+    def script(_windows: object, should_stop: Callable[[], bool]) -> LabelledWindows:
+        assert not should_stop()
+        diarized.ledger.cancel("a")
+        assert should_stop()
+        raise Cancelled
+
+    diarized.labeller.script = script
+    diarized.worker.run_once()
+    assert (diarized.job("a").state, diarized.job("a").result_text) == (JobState.CANCELLED, "Hello there.")
+
+
+def test_a_timeout_in_the_diarization_leaves_the_job_completed(diarized: Bench) -> None:
+    now_s = 0.0
+
+    def script(_windows: object, should_stop: Callable[[], bool]) -> LabelledWindows:
+        nonlocal now_s
+        now_s = 61.0
+        assert should_stop()
+        raise Cancelled
+
+    diarized.labeller.script = script
+    diarized.make_worker(timeout_s=60.0, monotonic=lambda: now_s).run_once()
+    done = diarized.job("a")
+    assert (done.state, done.result_text) == (JobState.COMPLETED, "Hello there.")
+    assert "longer than worker.job_timeout" in (done.diarization_error or "")
+
+
+def test_a_forced_stop_in_the_diarization_requeues_the_job_and_the_next_attempt_labels_alone(diarized: Bench) -> None:
+    def script(_windows: object, should_stop: Callable[[], bool]) -> LabelledWindows:
+        diarized.worker.abandon()
+        assert should_stop()
+        raise Cancelled
+
+    diarized.labeller.script = script
+    diarized.worker.run_once()
+    queued = diarized.job("a")
+    assert (queued.state, queued.result_text) == (JobState.QUEUED, "Hello there.")
+    diarized.labeller.script = one_speaker
+    assert diarized.make_worker().run_once()
+    assert (diarized.job("a").speakers, len(diarized.transcriber.calls)) == (1, 1)

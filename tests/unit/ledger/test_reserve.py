@@ -19,7 +19,7 @@ BLOCK = 4096
 
 
 class FullDisk(Disk):
-    """Has room for what the reserve gives up, and for no other byte, once it is full.
+    """Has room for what the reserve frees, and for no other byte, once it is full.
 
     Attributes:
         room: free bytes; None: any number.

@@ -251,7 +251,7 @@ def test_an_unknown_format_is_a_mistake_of_the_caller() -> None:
 
 
 def test_without_speech_each_file_is_valid_and_none_is_empty() -> None:
-    # An empty retained payload would clear the topic, and whoever waits for the result would wait for ever.
+    # An empty retained payload would clear the topic, and a client that waits for the result would wait for ever.
     payloads = {name: render(name, SILENT)[0] for name in FORMATS}
     assert payloads["txt"] == payloads["srt"] == b"\n"
     assert payloads["vtt"] == b"WEBVTT\n\n"

@@ -48,7 +48,7 @@ JARGON = (
     "Traceback",
 )
 SENTENCE_CHARACTERS = 400
-TOO_DEEP = 250  # levels of JSON; the parser gives up at some 200
+TOO_DEEP = 250  # levels of JSON; the parser fails at some 200
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt "
 
 

@@ -22,7 +22,7 @@ FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.txt")
 
 @pytest.fixture(autouse=True)
 def _nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model comes from the hub's cache of whoever runs this, and none from the hub."""
+    """No model comes from the hub's cache of the user, and none from the hub."""
     monkeypatch.setattr(hub, "cached", lambda _: None)
     monkeypatch.setattr(hub, "is_offline", lambda: True)
 
