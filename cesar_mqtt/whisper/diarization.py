@@ -190,6 +190,8 @@ class Diarizer:
         """The pieces of a window's middle: the rest of it belongs to the windows beside."""
         if not speaks.any():
             return
+        if should_stop():
+            raise Cancelled
         features = log_mel_banks(window.samples[: window.length])
         middles = np.arange(len(features)) * FEATURE_HOP_SAMPLES + FEATURE_SAMPLES // 2
         frames = np.clip((middles - FIRST_FRAME_SAMPLES) // FRAME_SAMPLES, 0, WINDOW_FRAMES - 1)
