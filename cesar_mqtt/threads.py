@@ -4,7 +4,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import suppress
@@ -131,6 +131,14 @@ class Backoff:
 def never_stop() -> bool:
     """The `should_stop` of callers that always want the result."""
     return False
+
+
+def until_stopped(items: Iterable[T], should_stop: Callable[[], bool]) -> Iterator[T]:
+    """Yield the items. Raises Cancelled as soon as `should_stop`, asked before each of them, returns True."""
+    for item in items:
+        if should_stop():
+            raise Cancelled
+        yield item
 
 
 def wait(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.errors import Cancelled
+from cesar_mqtt.threads import until_stopped
 from cesar_mqtt.whisper.onnx_models import EMBEDDING_FILE, SEGMENTATION_FILE, DiarizationError, OnnxModel
 from cesar_mqtt.whisper.speaker_clustering import Embedding, Embeddings, Labels, Voices, best_path, find_speakers, unit
 from cesar_mqtt.whisper.speaker_features import FRAME_SAMPLES as FEATURE_SAMPLES
@@ -168,33 +169,22 @@ class Diarizer:
         activities: list[Frames] = []
         pieces: list[_Piece] = []
         length = 0
-        for window in windows(samples):
-            if should_stop():
-                raise Cancelled
+        for window in until_stopped(windows(samples), should_stop):
             speaks = self._segmentation(window) > _SPEAKS_FROM
             speaks[_frame_of(window.length) :] = False
             pieces += self._pieces(window, speaks, should_stop)
             activities.append(speaks)
             length = window.number * HOP_SAMPLES + window.length
             on_progress(length / SAMPLE_RATE)
-        if not pieces:
-            return Diarization([], {})
         pieces.sort(key=_start_of)
-        seconds = np.array([(piece.end - piece.start) * _FRAME_S for piece in pieces])
-        embeddings = np.array([piece.embedding for piece in pieces], np.float32)
-        voices = Voices(embeddings, seconds, np.array([piece.narrow for piece in pieces]))
-        centres = find_speakers(voices, min_speakers=min_speakers, max_speakers=max_speakers, should_stop=should_stop)
-        chains = list(_chains(activities, pieces))
-        labels = np.zeros(len(pieces), np.intp)
-        for _ in range(_ROUNDS):
-            if should_stop():
-                raise Cancelled
-            likeness = voices.likeness(centres)
-            for chain in chains:
-                path = best_path(likeness[chain.members])
-                labels[chain.members[chain.own]] = path[chain.own]
-            centres = voices.centres(labels, centres)
-        return _diarization(_turns(_speakers(activities, chains, labels), length / SAMPLE_RATE), centres)
+        return _assign(
+            activities,
+            pieces,
+            length / SAMPLE_RATE,
+            min_speakers=min_speakers,
+            max_speakers=max_speakers,
+            should_stop=should_stop,
+        )
 
     def _pieces(self, window: AudioWindow, speaks: Frames, should_stop: Callable[[], bool]) -> Iterator[_Piece]:
         """The pieces of a window's middle: the rest of it belongs to the windows beside."""
@@ -236,6 +226,36 @@ class _Chain:
     own: NDArray[np.bool_]
     spans: NDArray[np.intp]
     frames: NDArray[np.intp]
+
+
+def _assign(
+    activities: list[Frames],
+    pieces: list[_Piece],
+    length_s: float,
+    *,
+    min_speakers: int | None,
+    max_speakers: int | None,
+    should_stop: Callable[[], bool],
+) -> Diarization:
+    """Find the speakers of all pieces, which are in order of time, and give each piece to one of them."""
+    if not pieces:
+        return Diarization([], {})
+    voices = Voices(
+        np.array([piece.embedding for piece in pieces], np.float32),
+        np.array([(piece.end - piece.start) * _FRAME_S for piece in pieces]),
+        np.array([piece.narrow for piece in pieces]),
+    )
+    centres = find_speakers(voices, min_speakers=min_speakers, max_speakers=max_speakers, should_stop=should_stop)
+    chains = list(until_stopped(_chains(activities, pieces), should_stop))
+    labels = np.zeros(len(pieces), np.intp)
+    for _ in range(_ROUNDS):
+        likeness = voices.likeness(centres)
+        for chain in until_stopped(chains, should_stop):
+            path = best_path(likeness[chain.members])
+            labels[chain.members[chain.own]] = path[chain.own]
+        centres = voices.centres(labels, centres)
+    speaks = _speakers(activities, until_stopped(chains, should_stop), labels)
+    return _diarization(_turns(speaks, length_s), centres)
 
 
 def _alone(speaks: Frames) -> Frames:
@@ -318,7 +338,7 @@ def _belongs(piece: _Piece, window: int, speaker: int, alone: Frames) -> bool:
     return bool(alone[start:end, speaker].sum() >= _INSIDE * (piece.end - piece.start))
 
 
-def _speakers(activities: list[Frames], chains: list[_Chain], labels: Labels) -> NDArray[np.bool_]:
+def _speakers(activities: list[Frames], chains: Iterable[_Chain], labels: Labels) -> NDArray[np.bool_]:
     """Which speaker speaks in each frame of the recording; shape (frames, speakers)."""
     speaks = np.zeros((len(activities) * HOP_FRAMES + WINDOW_FRAMES, int(labels.max()) + 1), np.bool_)
     for chain in chains:

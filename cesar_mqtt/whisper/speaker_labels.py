@@ -1,6 +1,6 @@
 """From turns of speakers to segments that have one speaker each. Pure; any thread may use it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -16,7 +16,7 @@ class SpokenTurn:
     speaker: str
 
 
-def label_windows(windows: Sequence[Window], turns: Sequence[SpokenTurn]) -> tuple[Window, ...]:
+def label_windows(windows: Iterable[Window], turns: Sequence[SpokenTurn]) -> tuple[Window, ...]:
     """Give each segment its speaker, and split those in which the speaker changes; the ids count anew.
 
     Args:

@@ -8,6 +8,7 @@ import numpy as np
 from cesar_mqtt.audio.samples import SAMPLE_RATE, Samples
 from cesar_mqtt.audio.windows import Recording
 from cesar_mqtt.config import ModelSettings
+from cesar_mqtt.threads import until_stopped
 from cesar_mqtt.transcript import TranscriptionOptions, Window
 from cesar_mqtt.whisper.channel_speakers import levels_of, turns_of
 from cesar_mqtt.whisper.diarization import DiarizationError, Turn
@@ -94,7 +95,7 @@ class SpeakerLabeller:
         names: Mapping[int, str] = {}
         if self._known_voices is not None:
             names = self._known_voices.names_of(found.voices, diarizer, should_stop=should_stop)
-        return _labelled(windows, found.turns, names)
+        return _labelled(until_stopped(windows, should_stop), found.turns, names)
 
 
 def _by_channels(
@@ -111,7 +112,7 @@ def _by_channels(
         )
     if channels == 1:
         turn = SpokenTurn(0.0, windows[-1].until_s, _name(1))
-        return LabelledWindows(label_windows(windows, [turn]), 1, _ONE_CHANNEL)
+        return LabelledWindows(label_windows(until_stopped(windows, should_stop), [turn]), 1, _ONE_CHANNEL)
     heard = 0
 
     def count(samples: int) -> None:
@@ -120,10 +121,10 @@ def _by_channels(
         on_progress(heard / SAMPLE_RATE / channels)
 
     levels = [levels_of(recording.samples(should_stop, channel=number), count) for number in range(channels)]
-    return _labelled(windows, turns_of(levels), {})
+    return _labelled(until_stopped(windows, should_stop), turns_of(levels), {})
 
 
-def _labelled(windows: Sequence[Window], turns: Sequence[Turn], names: Mapping[int, str]) -> LabelledWindows:
+def _labelled(windows: Iterable[Window], turns: Sequence[Turn], names: Mapping[int, str]) -> LabelledWindows:
     spoken = [SpokenTurn(turn.start, turn.end, names.get(turn.speaker, _name(turn.speaker))) for turn in turns]
     return LabelledWindows(label_windows(windows, spoken), len({turn.speaker for turn in spoken}))
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from cesar_mqtt.errors import Cancelled
-from cesar_mqtt.threads import Backoff, StoppableThread, Task, never_stop, pause, wait, wait_for
+from cesar_mqtt.threads import Backoff, StoppableThread, Task, never_stop, pause, until_stopped, wait, wait_for
 from tests.conftest import PATIENCE_S
 
 
@@ -95,6 +95,15 @@ def test_jitter_shortens_a_delay_by_at_most_its_part() -> None:
     delays = [Backoff(8.0, 8.0, jitter=0.5).next_s() for _ in range(200)]
     assert all(4.0 <= delay <= 8.0 for delay in delays)
     assert len(set(delays)) > 1
+
+
+def test_items_are_yielded_until_a_stop() -> None:
+    answers = iter([False, False, True])
+    taken: list[int] = []
+    with pytest.raises(Cancelled):
+        taken.extend(until_stopped(range(5), lambda: next(answers)))
+    assert list(until_stopped(range(2), never_stop)) == [0, 1]
+    assert next(answers, None) is None
 
 
 def test_a_wait_ends_when_it_is_ready_or_is_cancelled() -> None:

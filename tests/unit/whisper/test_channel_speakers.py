@@ -1,4 +1,6 @@
+import threading
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from cesar_mqtt.config import ModelSettings
 from cesar_mqtt.errors import Cancelled
 from cesar_mqtt.threads import never_stop
 from cesar_mqtt.transcript import TranscriptionOptions, Word
-from cesar_mqtt.whisper.diarization import DiarizationError
+from cesar_mqtt.whisper import speakers
+from cesar_mqtt.whisper.channel_speakers import Levels, turns_of
+from cesar_mqtt.whisper.diarization import DiarizationError, Turn
 from cesar_mqtt.whisper.speakers import LabelledWindows, SpeakerLabeller
 from tests import factories
 from tests.recordings import decode
@@ -28,7 +32,7 @@ def write(path: Path, *channels: Samples) -> Path:
     return path
 
 
-def label(path: Path, *, until_s: float) -> LabelledWindows:
+def label(path: Path, *, until_s: float, should_stop: Callable[[], bool] = never_stop) -> LabelledWindows:
     """Label a transcript with a word in each half second."""
     words = tuple(Word(n / 2, (n + 1) / 2, f" {n}", 0.9) for n in range(int(until_s * 2)))
     text = " ".join(word.text.strip() for word in words)
@@ -37,7 +41,7 @@ def label(path: Path, *, until_s: float) -> LabelledWindows:
     recording.close()
     done: list[float] = []
     found = SpeakerLabeller(ModelSettings()).label(
-        recording, OPTIONS, [window], on_progress=done.append, should_stop=never_stop
+        recording, OPTIONS, [window], on_progress=done.append, should_stop=should_stop
     )
     assert done == sorted(done)
     return found
@@ -91,14 +95,22 @@ def test_more_channels_than_speakers_can_be_is_an_error(voice: Samples, tmp_path
 
 
 def test_a_stop_is_noticed(voice: Samples, tmp_path: Path) -> None:
-    path = write(tmp_path / "apart.wav", voice, voice)
-    recording = Recording(path, limits=AudioLimits(max_bytes=1 << 30, max_duration_s=3600.0), window_s=60.0)
-    recording.close()
-    window = factories.window(0, factories.segment(1))
     with pytest.raises(Cancelled):
-        SpeakerLabeller(ModelSettings()).label(
-            recording, OPTIONS, [window], on_progress=lambda _: None, should_stop=lambda: True
-        )
+        label(write(tmp_path / "apart.wav", voice, voice), until_s=4.0, should_stop=lambda: True)
+
+
+def test_a_stop_is_noticed_while_the_words_are_labelled(
+    voice: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = threading.Event()
+
+    def stop_then(levels: list[Levels]) -> list[Turn]:
+        stopping.set()
+        return turns_of(levels)
+
+    monkeypatch.setattr(speakers, "turns_of", stop_then)
+    with pytest.raises(Cancelled):
+        label(write(tmp_path / "apart.wav", voice, voice), until_s=4.0, should_stop=stopping.is_set)
 
 
 def test_nothing_is_decoded_where_nobody_speaks(tmp_path: Path) -> None:

@@ -23,6 +23,17 @@ def _voices(
     return Voices(unit(pieces.astype(np.float32)), seconds * alone, narrow * alone), truth
 
 
+def _with_another(voices: Voices, spoken_s: float, *, seed: int = 9) -> Voices:
+    """One voice more, which says so much in pieces of a second, here and there."""
+    rng = np.random.default_rng(seed)
+    pieces = rng.standard_normal(192) + rng.standard_normal((round(spoken_s), 192)) * 0.8
+    embeddings = np.concatenate((voices.embeddings, unit(pieces.astype(np.float32))))
+    order = rng.permutation(len(embeddings))
+    seconds = np.concatenate((voices.seconds, np.full(len(pieces), spoken_s / len(pieces))))
+    narrow = np.concatenate((voices.narrow, np.zeros(len(pieces))))
+    return Voices(embeddings[order], seconds[order], narrow[order])
+
+
 def _count(voices: Voices, least: int | None = None, most: int | None = None) -> int:
     return len(find_speakers(voices, min_speakers=least, max_speakers=most, should_stop=never_stop))
 
@@ -66,6 +77,26 @@ def test_what_is_left_over_of_several_voices_is_no_speaker() -> None:
     assert _count(more) == 2
 
 
+@pytest.mark.parametrize(("piece_s", "least_s"), [(1.0, 5.2), (3.0, 7.6), (30.0, 40.0)])
+def test_a_speaker_of_a_longer_recording_needs_more_speech(piece_s: float, least_s: float) -> None:
+    voices, _ = _voices(150, 150, seconds=piece_s)  # five minutes, a quarter of an hour, and two hours and a half
+    assert _count(_with_another(voices, 0.8 * least_s)) == 2
+    assert _count(_with_another(voices, 1.3 * least_s)) == 3
+
+
+def test_one_minute_within_three_hours_is_a_speaker() -> None:
+    voices, _ = _voices(*[72] * 5, seconds=30.0)
+    assert _count(_with_another(voices, 60.0)) == 6
+    assert _count(_with_another(voices, 12.0)) == 5
+
+
+def test_odd_pieces_that_come_again_and_again_for_three_hours_are_no_speakers() -> None:
+    voices, _ = _voices(*[72] * 5, seconds=30.0)
+    for number in range(4):
+        voices = _with_another(voices, 30.0, seed=number)
+    assert _count(voices) == 5
+
+
 def test_a_long_recording_is_condensed_before_all_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     agglomerate = speaker_clustering._agglomerate
@@ -83,6 +114,18 @@ def test_a_long_recording_is_condensed_before_all_are_compared(monkeypatch: pyte
 def test_a_stop_ends_the_clustering() -> None:
     with pytest.raises(Cancelled):
         find_speakers(_voices(5, 5)[0], min_speakers=None, max_speakers=None, should_stop=lambda: True)
+
+
+def test_a_stop_is_asked_for_before_each_row_of_the_table_and_each_join() -> None:
+    asked = 0
+
+    def count() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    find_speakers(_voices(40, 40)[0], min_speakers=None, max_speakers=None, should_stop=count)
+    assert asked >= 80 + 78
 
 
 def test_a_change_of_speaker_needs_more_than_a_doubtful_piece() -> None:
