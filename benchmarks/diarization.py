@@ -116,7 +116,8 @@ def _unused_recordings(voices: dict[str, Samples]) -> Iterator[tuple[float | Non
     yield None, [mix("other pairs, 75 s, turns of 0.6 to 3 s", pair, 75.0, 16, turn_s=(0.6, 3.0)) for pair in pairs]
     threes = [{name: voices[name] for name in names} for names in itertools.combinations(voices, 3)]
     shares = (0.7, 0.2, 0.1)
-    yield 0.15, [mix("three others, 70, 20 and 10 %, 4 minutes", three, 240.0, 17, shares=shares) for three in threes]
+    title = "three others, 70, 20 and 10 %, 5 minutes"
+    yield 0.15, [mix(title, three, 300.0, seed, shares=shares) for seed, three in enumerate(threes, start=17)]
     orders = ({name: voices[name] for name in names} for names in (list(voices), list(reversed(voices))))
     unequal = (0.55, 0.25, 0.12, 0.08)
     yield 0.15, [mix("four others, 55 to 8 %, 5 minutes", order, 300.0, 31, shares=unequal) for order in orders]

@@ -35,8 +35,9 @@ _CLEAR_S = 0.6
 """Shorter pieces do not found clusters; they are given to one."""
 _LEAST_SPOKEN_S, _LEAST_MORE, _LEAST_SHARE = 4.0, 0.004, 0.12
 """A cluster of less speech is no speaker, but what was left over of several: so many seconds, with more for each second
-of all speech, but no larger share of it than the last. What is left over grows with the length: it has up to 0.003 of
-five voices that are repeated for three hours."""
+of all speech, but no larger share of it than the last. What is left over grows with the length."""
+_SURE_SHARE, _OTHER_SPEAKER = 0.03, 0.5
+"""Nor is one that has a smaller share and is as much like a larger one: of many hours even a mood has minutes."""
 _MOST_AT_ONCE = 800
 """Clusters that are compared all with all: 2.5 MB."""
 _MORE_CUTS = 8
@@ -93,15 +94,13 @@ def find_speakers(
     seconds = voices.seconds[clear]
     sums = voices.embeddings[clear] * seconds[:, np.newaxis].astype(np.float32)
     clusters = _condense(_Clusters(sums, seconds, voices.narrow[clear] * seconds), least, should_stop)
-    total_s = float(clusters.seconds.sum())
-    enough_s = min(_LEAST_SPOKEN_S + _LEAST_MORE * total_s, _LEAST_SHARE * total_s)
     found = clusters.joined(_agglomerate(clusters, least=1, most=None, should_stop=should_stop))
-    for more in range(_MORE_CUTS if len(found.largest(enough_s)) < least else 0):
+    for more in range(_MORE_CUTS if len(found.speakers()) < least else 0):
         count = min(least + more, len(clusters))
         found = clusters.joined(_agglomerate(clusters, least=count, most=count, should_stop=should_stop))
-        if len(found.largest(enough_s)) >= least or count == len(clusters):
+        if len(found.speakers()) >= least or count == len(clusters):
             break
-    found = found.only(found.largest(enough_s, least=least))
+    found = found.only(found.speakers(least=least))
     if max_speakers is not None and len(found) > max_speakers:
         found = found.joined(_agglomerate(found, least=max_speakers, most=max_speakers, should_stop=should_stop))
     return unit(found.sums)
@@ -158,10 +157,19 @@ class _Clusters:
         )
         return _Clusters(sums, seconds, narrow_s)
 
-    def largest(self, enough_s: float, *, least: int = 1) -> Labels:
-        """The numbers of those with enough speech, and in any case of the `least` largest."""
+    def speakers(self, *, least: int = 1) -> Labels:
+        """The numbers of those that are speakers and not what was left over, and in any case of the `least` largest."""
+        total_s = float(self.seconds.sum())
+        enough_s = min(_LEAST_SPOKEN_S + _LEAST_MORE * total_s, _LEAST_SHARE * total_s)
         order = np.argsort(-self.seconds, kind="stable")
-        return order[: max(least, int((self.seconds >= enough_s).sum()))]
+        units, narrow = unit(self.sums), self.narrow_s / self.seconds
+        found: list[int] = []
+        for number in order.tolist():
+            alike = units[found] @ units[number] - _NARROW_MORE * np.minimum(narrow[found], narrow[number])
+            differs = self.seconds[number] >= _SURE_SHARE * total_s or not (alike >= _OTHER_SPEAKER).any()
+            if len(found) < least or (self.seconds[number] >= enough_s and differs):
+                found.append(number)
+        return np.array(found, np.intp)
 
 
 def _condense(clusters: _Clusters, least: int, should_stop: Callable[[], bool]) -> _Clusters:

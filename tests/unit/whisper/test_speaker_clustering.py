@@ -23,10 +23,11 @@ def _voices(
     return Voices(unit(pieces.astype(np.float32)), seconds * alone, narrow * alone), truth
 
 
-def _with_another(voices: Voices, spoken_s: float, *, seed: int = 9) -> Voices:
-    """One voice more, which says so much in pieces of a second, here and there."""
+def _with_another(voices: Voices, spoken_s: float, *, seed: int = 9, alike: float = 0.0) -> Voices:
+    """One voice more, which says so much in pieces of a second, here and there; `alike`: its cosine with the first."""
     rng = np.random.default_rng(seed)
-    pieces = rng.standard_normal(192) + rng.standard_normal((round(spoken_s), 192)) * 0.8
+    own = rng.standard_normal(192) * np.sqrt(1 - alike**2) + alike * np.sqrt(192) * voices.embeddings[0]
+    pieces = own + rng.standard_normal((round(spoken_s), 192)) * 0.8
     embeddings = np.concatenate((voices.embeddings, unit(pieces.astype(np.float32))))
     order = rng.permutation(len(embeddings))
     seconds = np.concatenate((voices.seconds, np.full(len(pieces), spoken_s / len(pieces))))
@@ -95,6 +96,13 @@ def test_odd_pieces_that_come_again_and_again_for_three_hours_are_no_speakers() 
     for number in range(4):
         voices = _with_another(voices, 30.0, seed=number)
     assert _count(voices) == 5
+
+
+def test_the_mood_of_a_voice_in_a_long_recording_is_no_speaker() -> None:
+    voices = Voices(unit(np.eye(2, 192, dtype=np.float32)), np.array([5000.0, 4000.0]), np.zeros(2))
+    assert _count(_with_another(voices, 200.0, alike=0.6)) == 2
+    assert _count(_with_another(voices, 200.0, alike=0.4)) == 3
+    assert _count(_with_another(voices, 400.0, alike=0.6)) == 3
 
 
 def test_a_long_recording_is_condensed_before_all_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
