@@ -31,9 +31,11 @@ PATIENCE_S = 120.0
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# What a shell starts in the background ignores SIGINT, and so would every process of a test.
+# What a shell starts in the background ignores SIGINT, and what nohup starts SIGHUP; so would every process of a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)

@@ -175,9 +175,10 @@ class Producer:
     def __exit__(self, *_: object) -> None:
         self._session.close()
 
-    def connect(self, timeout_s: float) -> None:
-        """Connect and subscribe; a broker that refuses connections may be starting. Raises as `Session.connect`."""
-        self._first_connection = self._session.connect(timeout_s, retry_s=timeout_s).number
+    def connect(self, timeout_s: float, subscribe_s: float = 0.0) -> None:
+        """Connect and subscribe; a broker that refuses connections may be starting. See `Session.connect`."""
+        info = self._session.connect(timeout_s, retry_s=timeout_s, subscribe_s=subscribe_s)
+        self._first_connection = info.number
 
     @property
     def trouble(self) -> str | None:

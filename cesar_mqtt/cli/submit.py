@@ -4,6 +4,7 @@ For the main thread. Each transcript is printed or written as soon as it is ther
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from cesar_mqtt.cli.text import duration, listed, many, number, printable
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import CesarError, ExitCode
 from cesar_mqtt.gateway.folder import scan
+from cesar_mqtt.gateway.session import SUBSCRIBE_S
 from cesar_mqtt.gateway.transcript_files import write_transcripts
 from cesar_mqtt.mqtt.messages import MAX_PACKET_BYTES, ConnectionFailure
 from cesar_mqtt.protocol.topics import Topics
@@ -99,7 +101,8 @@ def submit_and_wait(options: SubmitOptions, settings: Settings) -> ExitCode:
         on_done=lambda recording, status: progress.print_above(lambda: output.finish(producer, recording, status)),
         on_lost=_print_connection_lost,
     ) as producer:
-        producer.connect(_CONNECT_S if options.timeout_s is None else min(_CONNECT_S, options.timeout_s))
+        left_s = math.inf if options.timeout_s is None else options.timeout_s
+        producer.connect(min(_CONNECT_S, left_s), min(SUBSCRIBE_S, max(0.0, left_s - _CONNECT_S)))
         if not options.wait:
             return _send(producer, recordings, output, deadline)
         try:
@@ -148,9 +151,13 @@ def _send(producer: Producer, recordings: list[Recording], output: "_Output", de
             status = producer.status(recording) or {}
             if recording.job_id not in unsent and status.get("status") != UNSENT:
                 out(json.dumps({"job_id": recording.job_id}) if output.as_json else recording.job_id)
+    if not acknowledged:
+        for recording in producer.unsent:
+            print_message(_unfinished(recording, producer))
+        return ExitCode.TIMEOUT
     if not producer.wait_for_consumer(time.monotonic() + _LOOK_S):
         print_message("no consumer is online; the jobs wait at the broker if that keeps them for a consumer.")
-    return output.code if acknowledged else ExitCode.TIMEOUT
+    return output.code
 
 
 def _follow(producer: Producer, progress: "_Progress", deadline: float | None) -> bool:

@@ -26,7 +26,7 @@ from cesar_mqtt.cli.watch_model import MOST_JOBS, Board, ConsumerRow, JobRow, Re
 from cesar_mqtt.cli.watch_view import View, line_of
 from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.gateway.session import RequestRefusedError, Session, response_data
+from cesar_mqtt.gateway.session import SUBSCRIBE_S, RequestRefusedError, Session, response_data
 from cesar_mqtt.monitoring.signals import StopSignals, handle_stop_signals
 from cesar_mqtt.mqtt.messages import Delivery, Subscription
 
@@ -71,7 +71,7 @@ def watch(settings: Settings, *, as_json: bool) -> ExitCode:
     if console.is_terminal and not as_json:
         wanted += [Subscription(f"{prefix}/response/{command}") for command in _COMMANDS.values()]
     with handle_stop_signals() as stop, Session(settings.broker, "watch", wanted) as session:
-        session.connect(_CONNECT_S)
+        session.connect(_CONNECT_S, subscribe_s=SUBSCRIBE_S)
         if as_json:
             _follow(session, stop, JsonLines())
         elif console.is_terminal:

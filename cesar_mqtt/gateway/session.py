@@ -16,6 +16,13 @@ from cesar_mqtt.mqtt.messages import ConnectionFailure, ConnectionInfo, Delivery
 _RETRY_WITHIN_S = 2.0
 """A broker that is restarting accepts connections again within this; one that still refuses them is not running."""
 
+_STARTING_S = 20.0
+"""How long a port that accepts connections and closes them without an answer is taken for a broker that is starting, or
+elects a leader."""
+SUBSCRIBE_S = 60.0
+"""How long a command without a time limit lets a broker that has accepted the connection take to grant the
+subscriptions: a cluster of NATS that has lost a server needs up to 10 s for each."""
+
 
 class UnreachableError(CesarError):
     """There is no broker at the address, or no connection to it can be made.
@@ -88,29 +95,52 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def connect(self, timeout_s: float, *, retry_s: float = _RETRY_WITHIN_S) -> ConnectionInfo:
+    def connect(
+        self, timeout_s: float, *, retry_s: float = _RETRY_WITHIN_S, subscribe_s: float = 0.0
+    ) -> ConnectionInfo:
         """Connect and subscribe; on failure the client is closed.
 
         Args:
             timeout_s: the longest wait.
             retry_s: the longest wait for a broker that refuses connections.
+            subscribe_s: the longest wait beyond both for a broker that accepts connections, and takes long to
+                subscribe.
 
         Raises:
             UnreachableError: there is no broker, or no connection to it can be made.
             NoAnswerError: the broker did not answer in time.
             BrokerRefusedError: the broker refused the connection.
         """
-        connection = None
+        connection, is_accepted = None, False
         try:
             self._client.start()
             connection = self._client.wait_connected(min(timeout_s, retry_s))
             if connection is None and self._client.failure is None:
                 connection = self._client.wait_connected(timeout_s - retry_s)
+            if connection is None:
+                connection = self._wait_longer(subscribe_s)
         finally:
             if connection is None:
-                self._client.close()
+                is_accepted = self._client.is_accepted
+                self._client.close(timeout_s=0.0)
+        if is_accepted:
+            raise NoAnswerError(
+                f"{self.address} accepted the connection, but did not grant the subscriptions within "
+                f"{timeout_s + subscribe_s:g} s.",
+                "Wait longer with --timeout: a cluster that has lost a server takes up to 10 s for each of them.",
+            )
         if connection is None:
             raise _unreached(self.address, self._client.failure, timeout_s)
+        return connection
+
+    def _wait_longer(self, longest_s: float) -> ConnectionInfo | None:
+        """Wait for a broker that is there: a cluster without a leader closes connections, or subscribes slowly."""
+        client, connection, starting_s = self._client, None, min(longest_s, _STARTING_S)
+        if not client.is_accepted and client.failure is not None and client.failure.is_broker_away:
+            connection = client.wait_connected(starting_s)
+            longest_s -= starting_s
+        if connection is None and client.is_accepted:
+            connection = client.wait_connected(longest_s)
         return connection
 
     def close(self) -> None:

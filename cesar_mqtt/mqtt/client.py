@@ -169,6 +169,12 @@ class MqttClient(StoppableThread):
         return self._info
 
     @property
+    def is_accepted(self) -> bool:
+        """Whether the broker has accepted the present connection, which may not be subscribed yet."""
+        connection = self._connection
+        return connection is not None and connection.is_accepted
+
+    @property
     def failure(self) -> ConnectionFailure | None:
         """Why the client is not connected; None: it is, or nothing has failed yet."""
         return self._failure

@@ -46,8 +46,9 @@ MAX_WAIT_S = 1.0
 _SESSION_NEVER_EXPIRES = 0xFFFFFFFF
 _ANSWER_S = 15.0
 """How long the broker may take from the TCP connection to the SUBACK."""
-_FILTER_S = 6.0
-"""How long it may take for each topic filter: NATS waits for up to 5 s for the leader of each."""
+_FILTER_S = 11.0
+"""How long it may take for each topic filter: NATS waits for the leader of each, for as long as `js_api_timeout` says;
+`deploy/nats` has 10 s."""
 _PROBE_S = 5.0
 """When the oldest message has not been acknowledged for so long, the broker gets a ping."""
 _STALLED_S = 10.0
@@ -134,7 +135,7 @@ class Connection:
         self.connack: ReasonCode | None = None
         self.malformed = False
         self.expired = False
-        self.failure = ConnectionFailure("the broker closed the connection without an answer")
+        self.failure = ConnectionFailure("the broker closed the connection without an answer", is_broker_away=True)
         self._number = number
         self._options = options
         self._version: Version = version
@@ -180,6 +181,11 @@ class Connection:
     def ready_s(self) -> float:
         """For how many seconds the connection has been ready; 0: it never was."""
         return max(0.0, time.monotonic() - self._ready_since)
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether CONNACK has arrived, and is no refusal."""
+        return self.connack is not None and not self.connack.is_failure
 
     @property
     def unsupported(self) -> bool:

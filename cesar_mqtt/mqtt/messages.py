@@ -225,7 +225,7 @@ class ConnectionFailure:
     is_timeout: bool = False
     """Whether nothing answered in time."""
     is_broker_away: bool = False
-    """Whether the broker said that it ends, or is busy."""
+    """Whether the broker said that it ends, or is busy, or closed the connection without a word."""
     unacknowledged: tuple[PublishTicket, ...] = ()
     """The messages that were sent and not acknowledged when the connection ended: it may have ended because of one."""
     is_stalled: bool = False

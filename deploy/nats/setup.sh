@@ -10,7 +10,7 @@ umask 077
 mkdir -p state/nats-1 state/nats-2 state/nats-3 state/attic state/cellar state/models
 mkdir -p -m 755 audio
 ./make-passwords.sh state/config
-../mosquitto/make-certificates.sh state/config/certificates "nats-1,nats-2,nats-3,127.0.0.1,$hosts"
+../mosquitto/make-certificates.sh state/config/certificates "nats,nats-1,nats-2,nats-3,127.0.0.1,$hosts"
 cp common.conf certificates.conf server.conf cluster.conf users.conf state/config/
 . ../mosquitto/container-user.sh
 printf '%s\n' "CESAR_UID=$uid" "CESAR_GID=$gid" >.env

@@ -335,7 +335,7 @@ def test_the_consumers_of_compose_have_settings_that_are_valid(name: str) -> Non
     said = {key: re.sub(r"\$\{\w+:-(\w+)\}", r"\1", value) for key, value in environment.items() if key != "HF_HOME"}
     settings = load_settings(flags={}, config_file=None, environ=said, cwd=Path("/nowhere"))
     assert settings.consumer.name == name
-    assert settings.broker.url.startswith("mqtts://cesar@nats-")
+    assert settings.broker.url == "mqtts://cesar@nats:8883"
 
 
 PAGE = ROOT / "docs" / "many-machines.md"
