@@ -14,7 +14,7 @@ import pytest
 import srt  # type: ignore[import-untyped]
 import webvtt
 
-from tests.acceptance.harness import DATA, LONG, SPOKEN, Bus, Consumer, repeated_long, words
+from tests.acceptance.harness import DATA, LONG, SPOKEN, Bus, Consumer, repeated_long, wait_until, words
 from tests.conftest import Mosquitto
 
 pytestmark = [pytest.mark.model, pytest.mark.mosquitto]
@@ -192,10 +192,10 @@ def test_results_are_retained_in_each_format_and_segments_are_told_as_they_are_h
     assert max(n for n, topic in enumerate(topics) if "/result/note/" in topic) < done
 
     bus.publish("cesar/request/delete", "note")
-    bus.wait("cesar/response/delete")
+    cleared = {"cesar/status/note", *(f"cesar/result/note/{name}" for name in formats)}
+    wait_until(lambda: {m.topic for m in bus.messages if not m.payload} >= cleared)
     bus.settle()
-    cleared = {m.topic for m in bus.messages if not m.payload}
-    assert cleared == {"cesar/status/note", *(f"cesar/result/note/{name}" for name in formats)}
+    assert {m.topic for m in bus.messages if not m.payload} == cleared
 
 
 # -- URLs ----------------------------------------------------------------------------------------------------------
