@@ -6,9 +6,9 @@ A consumer's response goes to stdout; everything else is an error, which the com
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -22,6 +22,8 @@ from cesar_mqtt.config import Settings
 from cesar_mqtt.errors import ExitCode
 from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
 from cesar_mqtt.protocol.commands import CURRENT, MAX_LISTED_JOBS, MAX_RESULT_BYTES
+
+_T = TypeVar("_T")
 
 _COLUMNS = ("JOB", "STATUS", "ACCEPTED", "LENGTH", "MODEL", "AUDIO")
 _DROPPED_FIRST = ("MODEL", "LENGTH", "ACCEPTED", "AUDIO", "STATUS")
@@ -61,8 +63,15 @@ def print_jobs(
         CesarError: see `ControlClient`.
     """
     quiet()
+    lists: list[tuple[list[dict[str, Any]], int]] = []
+    silent: NoAnswerError | None = None
     with ControlClient(settings, ["list"], timeout_s=timeout_s) as client:
-        lists = [_newest(client, status, limit, each) for each in client.targets(consumer)]
+        try:
+            lists += _from_each(client, consumer, lambda each: _newest(client, status, limit, each))
+        except NoAnswerError as exc:
+            if not lists:
+                raise
+            silent = exc
     total = sum(count for _, count in lists)
     merged = [job for newest, _ in lists for job in newest]
     if len(lists) > 1:
@@ -74,10 +83,12 @@ def print_jobs(
     if as_json:
         for job in found:
             out(json.dumps(job, ensure_ascii=False))
-        return ExitCode.OK
-    _print_jobs(found)
-    if len(found) < total:
-        print_message(f"{len(found)} of {text.many(total, 'job')} shown, the newest first; --limit 0 shows all.")
+    else:
+        _print_jobs(found)
+        if len(found) < total:
+            print_message(f"{len(found)} of {text.many(total, 'job')} shown, the newest first; --limit 0 shows all.")
+    if silent is not None:
+        raise silent
     return ExitCode.OK
 
 
@@ -245,8 +256,23 @@ def _ask_each(settings: Settings, command: str, consumer: str | None, timeout_s:
     """Ask the one consumer, or each that is online."""
     quiet()
     with ControlClient(settings, [command], timeout_s=timeout_s) as client:
-        for each in client.targets(consumer):
-            yield client.ask(command, consumer=each)
+        yield from _from_each(client, consumer, lambda each: client.ask(command, consumer=each))
+
+
+def _from_each(client: ControlClient, consumer: str | None, ask: Callable[[str | None], _T]) -> Iterator[_T]:
+    """Yield what the consumers answer; after that the error of the last one that did not answer in time.
+
+    A broker that dies together with a consumer publishes no will: the consumer stays online there, and must not hide
+    what the others answer.
+    """
+    silent: NoAnswerError | None = None
+    for each in client.targets(consumer):
+        try:
+            yield ask(each)
+        except NoAnswerError as exc:
+            silent = exc
+    if silent is not None:
+        raise silent
 
 
 def _newest(

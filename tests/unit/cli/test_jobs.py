@@ -16,7 +16,7 @@ from cesar_mqtt.cli import text as wording
 from cesar_mqtt.cli.console import new_table, print_table
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import ExitCode
-from cesar_mqtt.gateway.session import RequestRefusedError
+from cesar_mqtt.gateway.session import NoAnswerError, RequestRefusedError
 
 Ask = Callable[[str, Mapping[str, Any], str | None], dict[str, Any]]
 
@@ -127,6 +127,20 @@ def test_the_jobs_of_several_consumers_are_merged(
     )
     shell.print_jobs(settings, status=None, limit=3, consumer=None, as_json=True, timeout_s=1)
     assert listed(capsys) == ["job-3", "job-2", "job-1"]
+
+
+def test_a_consumer_that_does_not_answer_hides_no_jobs_of_the_others(
+    settings: Settings, answering: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(command: str, fields: Mapping[str, Any], consumer: str | None) -> dict[str, Any]:
+        if consumer == "attic":
+            raise NoAnswerError("attic is online but did not answer within 1 s.", "Wait longer.")
+        return pages([job(0), job(2)])(command, fields, consumer)
+
+    answering(ask, online=("attic", "cesar"))
+    with pytest.raises(NoAnswerError, match="attic"):
+        shell.print_jobs(settings, status=None, limit=3, consumer=None, as_json=True, timeout_s=1)
+    assert listed(capsys) == ["job-2", "job-0"]
 
 
 def test_a_job_that_waits_for_all_consumers_is_shown_once(
