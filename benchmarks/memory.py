@@ -18,6 +18,8 @@ _HOUR_S = 3600.0
 _LIMIT_BYTES = 700_000_000
 _MIB = 1 << 20
 _SAMPLE_S = 0.1
+_READY_PROCESSES = 3
+"""The one with the model, the template of the decoders, and the decoder that it keeps ready for the next file."""
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -77,6 +79,8 @@ def _transcribe(path: str, short: str, pipe: Connection) -> None:
     with_decoder = transcriber.open(Path(short), options)  # as in the consumer, decoders are ready before the first job
     list(with_decoder.chunks(lambda: False))
     with_decoder.close()
+    while len(list(_tree(os.getpid()))) > _READY_PROCESSES:
+        time.sleep(_SAMPLE_S)
     loaded, peak = _used_bytes(os.getpid()), _Peak(os.getpid())
     _ours(transcriber, Path(path), options)
     pipe.send((loaded, peak.stop()))

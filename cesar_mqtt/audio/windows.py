@@ -16,6 +16,7 @@ import numpy as np
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, AudioInfo, AudioLimits, Samples, TrackChoice
 from cesar_mqtt.audio.decoder_process import GrowingReader, open_audio
 from cesar_mqtt.audio.paths import file_identity, lasting_identity
+from cesar_mqtt.audio.samples import own_pages
 from cesar_mqtt.audio.vad import Probabilities, Range, find_cut, speech_probabilities, speech_ranges
 from cesar_mqtt.errors import Cancelled, ErrorCode, JobFailedError
 from cesar_mqtt.logs import get_logger
@@ -363,7 +364,7 @@ class _Chunker:
         """Cut one range; one sample more than a window is read, to know whether anything follows."""
         start, remainder = reader.position, np.empty(0, np.float32)
         while True:
-            buffer = np.empty(self.window + 1, np.float32)
+            buffer = own_pages(self.window + 1)
             buffer[: len(remainder)] = remainder
             room = int(min(len(buffer), clip.end - start))
             filled = len(remainder) + reader.read(buffer[len(remainder) : room])

@@ -6,7 +6,7 @@ import numpy as np
 from faster_whisper.feature_extractor import FeatureExtractor
 from numpy.typing import NDArray
 
-from cesar_mqtt.audio.decoder import Samples
+from cesar_mqtt.audio.samples import Samples, own_pages
 from cesar_mqtt.errors import Cancelled
 
 HOP_SAMPLES = 160
@@ -30,7 +30,7 @@ def log_mel(extractor: FeatureExtractor, samples: Samples, should_stop: Callable
         Cancelled: `should_stop`, which is asked before each block, returned True.
     """
     frames = len(samples) // HOP_SAMPLES
-    spectrum = np.empty((len(extractor.mel_filters), frames), np.float32)
+    spectrum = own_pages(len(extractor.mel_filters), frames)
     for first in range(0, frames, _BLOCK_FRAMES):
         if should_stop():
             raise Cancelled

@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ctranslate2
@@ -22,8 +23,9 @@ from cesar_mqtt.threads import never_stop
 from cesar_mqtt.whisper import model_files
 from cesar_mqtt.whisper.catalogue import Catalogue, ModelEntry
 from cesar_mqtt.whisper.hardware import divide_cores, limit_heap, release_memory, usable_cores
-from cesar_mqtt.whisper.large_steps import LargeSteps
 from cesar_mqtt.whisper.model_files import unavailable, unusable
+from cesar_mqtt.whisper.model_steps import ModelSteps
+from cesar_mqtt.whisper.step_threads import StepThreads
 
 log = get_logger(__name__)
 
@@ -31,6 +33,8 @@ _COMPUTE_TYPES = {"cpu": ("int8", "float32"), "cuda": ("float16", "int8_float16"
 """Best first, for `auto`."""
 _WARM_UP_FRAMES = 100
 """Of 10 ms each."""
+_MEASURED_LENGTH = 11
+"""Five tokens, as CTranslate2 keeps half of it for the prompt. The first takes longest, and must not decide alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +207,11 @@ class ModelStore:
                 num_workers=self.workers,
                 cpu_threads=self.cpu_threads,
             )
-            model.model = LargeSteps(model.model, at_once=max(1, self.workers // 2))
+            threads = StepThreads()
+            model.model = ModelSteps(model.model, at_once=max(1, self.workers // 2), threads=threads)
             _warm_up(model)
+            if self.device == "cpu" and self.cpu_threads > 1:
+                threads.measure(_short_decoding(model))
         except Exception as exc:
             # Only the model can be at fault here, and a broken one raises anything: the tokenizer's loader a bare
             # Exception, its encoder an IndexError, CTranslate2 whatever its own files lead to.
@@ -268,3 +275,12 @@ def _warm_up(model: WhisperModel) -> None:
     for _ in segments:
         pass
     speech_probabilities(noise)  # loads the VAD, which the first recording would have to wait for
+
+
+def _short_decoding(model: WhisperModel) -> Callable[[], object]:
+    """Return a beam search that always takes as many steps."""
+    encoded = model.encode(np.zeros((model.model.n_mels, _WARM_UP_FRAMES), np.float32))
+    start, end = (model.hf_tokenizer.token_to_id(f"<|{name}|>") for name in ("startoftranscript", "endoftext"))
+    return partial(
+        model.model.generate, encoded, [[start]], beam_size=5, max_length=_MEASURED_LENGTH, suppress_tokens=[end]
+    )

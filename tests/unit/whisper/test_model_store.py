@@ -63,10 +63,14 @@ class FakeModel:
     def __init__(self, path: str, **arguments: Any) -> None:
         gc.collect()
         self.path = path
-        self.model = object()
+        self.model = SimpleNamespace(n_mels=80, generate=lambda *_, **__: [])
+        self.hf_tokenizer = SimpleNamespace(token_to_id=len)
         self.arguments = arguments
         self.crowds.append(len(self.alive))
         self.alive.add(self)
+
+    def encode(self, features: Any) -> SimpleNamespace:
+        return SimpleNamespace(shape=(1, features.shape[1] // 2, 384))
 
     def transcribe(self, audio: Any, **_: Any) -> tuple[Iterator[object], None]:
         assert audio.shape == (16_000,)
