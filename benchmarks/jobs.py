@@ -61,7 +61,8 @@ def _clips(folder: Path, count: int, seconds: tuple[float, float]) -> list[Path]
 @contextmanager
 def _consumer(folder: Path, port: int, *flags: str, environ: dict[str, str] | None = None) -> Iterator[Consumer]:
     folder.mkdir(exist_ok=True)
-    settings = {"CESAR_RETENTION__MAX_FINISHED": "100000", **(environ or {})}
+    # All cores, as anyone has it who sets nothing: the tests use one.
+    settings = {"CESAR_RETENTION__MAX_FINISHED": "100000", "CESAR_MODELS__CPU_THREADS": "0", **(environ or {})}
     flags = ("--broker", f"mqtt://127.0.0.1:{port}", "--audio-dir", str(folder.parent), "--model", "tiny.en", *flags)
     consumer = Consumer(folder, *flags, environ=settings)
     try:

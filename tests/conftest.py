@@ -26,11 +26,6 @@ from cesar_mqtt.mqtt.embedded import EmbeddedBroker
 PATIENCE_S = 120.0
 """How long a test waits for what has to happen; only a failure, or a machine with far too much to do, takes it."""
 
-# Before numpy and the first model are loaded, here or in a process of a test: idle threads of OpenMP and OpenBLAS
-# otherwise spin, on cores that other tests need.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 # What a shell starts in the background ignores SIGINT, and what nohup starts SIGHUP; so would every process of a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +36,15 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("laptop", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "laptop")
+
+
+def pytest_configure() -> None:
+    """Keep idle threads of OpenMP and OpenBLAS from spinning on cores that other tests need.
+
+    Before numpy and the first model are loaded, here or in a process of a test.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
