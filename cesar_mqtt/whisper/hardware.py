@@ -25,10 +25,8 @@ def usable_cores(cgroups: Path = _CGROUPS, membership: Path = Path("/proc/self/c
 def divide_cores(cores: int, workers: int | None = None) -> tuple[int, int]:
     """Choose how many workers a model has, and how many threads each of them uses.
 
-    A single short recording keeps one worker busy, so one has as many threads as help it: small models hardly gain from
-    more than four. Several together may have twice as many threads as there are cores: on two cores, two workers with
-    two threads each took 1.07 times as long as with one thread each (tiny.en, two windows at once), and short
-    recordings took 0.9 (tiny.en) and 0.75 (base) times as long. With four times as many they took 1.35 times as long.
+    A single short recording keeps one worker busy, so one has as many threads as help its encoder: two take 0.6 of the
+    time of one; small models hardly gain from more than four. What the decoder uses is measured (`step_threads`).
 
     Args:
         cores: that they may keep busy.
