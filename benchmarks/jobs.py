@@ -259,7 +259,7 @@ def _downloads(folder: Path) -> Row:
             for number in range(ROUNDS):
                 for name, sources in (("path", paths), ("url", urls)):
                     # Local files in front cover the time of the server's first answers.
-                    ahead = [paths[0]] * 8
+                    ahead = [paths[0]] * 12
                     rates[name].append(len(sources) / take(bus, f"{name}-{number}", ahead + sources)[0])
     ratios = [url / path for url, path in zip(rates["url"], rates["path"], strict=True)]
     return Row(
