@@ -5,13 +5,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from cesar_mqtt.whisper.encoder_input import FULL_FRAMES
 from cesar_mqtt.whisper.hardware import trim_heap
 from cesar_mqtt.whisper.step_threads import StepThreads
 
 _SAMPLES_AT_ONCE = 2
 """More need more memory than encoding does; one at a time takes twice as long as all at once."""
-_LONG_FRAMES = 3000
-"""Of encoder input, 30 s; the encoder's output has half as many."""
 
 
 class ModelSteps:
@@ -40,7 +39,7 @@ class ModelSteps:
 
     def encode(self, features: Any, **options: Any) -> Any:
         with self._slots:
-            if features.shape[-1] >= _LONG_FRAMES:
+            if features.shape[-1] >= FULL_FRAMES:
                 trim_heap()
             return self._model.encode(features, **options)
 
@@ -62,7 +61,7 @@ class ModelSteps:
 
     @contextmanager
     def _decoding(self, encoded: Any) -> Generator[None, None, None]:
-        if encoded.shape[1] >= _LONG_FRAMES // 2:
+        if encoded.shape[1] >= FULL_FRAMES // 2:  # the encoder halves their number
             trim_heap()
         with self._threads.decoding():
             yield

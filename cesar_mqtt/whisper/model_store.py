@@ -207,11 +207,11 @@ class ModelStore:
                 num_workers=self.workers,
                 cpu_threads=self.cpu_threads,
             )
-            threads = StepThreads()
-            model.model = ModelSteps(model.model, at_once=max(1, self.workers // 2), threads=threads)
             _warm_up(model)
+            threads = StepThreads()
             if self.device == "cpu" and self.cpu_threads > 1:
                 threads.measure(_short_decoding(model))
+            model.model = ModelSteps(model.model, at_once=max(1, self.workers // 2), threads=threads)
         except Exception as exc:
             # Only the model can be at fault here, and a broken one raises anything: the tokenizer's loader a bare
             # Exception, its encoder an IndexError, CTranslate2 whatever its own files lead to.

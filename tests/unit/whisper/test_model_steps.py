@@ -68,7 +68,7 @@ def search(model: ModelSteps) -> None:
         ([encode, search, search], 1, 3),
     ],
 )
-def test_only_so_many_model_steps_run_at_once(
+def test_only_so_many_large_steps_run_at_once(
     calls: list[Callable[[ModelSteps], None]], at_once: int, peak: int
 ) -> None:
     steps = Steps()
