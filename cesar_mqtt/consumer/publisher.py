@@ -197,6 +197,8 @@ class Publisher(StoppableThread, JobObserver):
         self._activity = ActivityTracker()
         self._last: dict[JobState, Job] = {}
         """The last completed job, and the last one that failed."""
+        self._finished: dict[JobState, list[Job]] = {}
+        """Those that come after them: of each state the first and the newest whose status the broker does not have."""
         self._progress: tuple[Job, JobProgress] | None = None
         self._progress_is_stale = False
         self._progress_due = 0.0
@@ -322,8 +324,8 @@ class Publisher(StoppableThread, JobObserver):
         self._post(lambda: self._check_retained(payload))
 
     def on_finished(self, job: Job) -> None:
-        """Publish the job that was completed, or has failed, last."""
-        self._post(lambda: self._set_last(job))
+        """Publish the job that was completed, or has failed, last, once the broker has its event and its status."""
+        self._post(lambda: self._set_finished(job))
 
     @property
     def in_flight(self) -> int:
@@ -379,6 +381,7 @@ class Publisher(StoppableThread, JobObserver):
         self._transient_messages.warn_of_drops()
         if not self._connected:
             return None
+        self._set_last()
         self._republish_positions()
         self._publish_all(without=self._quarantine.last_units())
         if self._room > 0 and self._quarantine.last_units():
@@ -534,18 +537,34 @@ class Publisher(StoppableThread, JobObserver):
         self._activity.draining = True
         self._queue_is_stale = True
 
-    def _set_last(self, job: Job) -> None:
-        self._last[job.state] = job
+    def _set_finished(self, job: Job) -> None:
+        if job.state in (JobState.COMPLETED, JobState.ERROR):
+            self._finished.setdefault(job.state, [])[1:] = [job]
+
+    def _set_last(self) -> None:
+        """Have the newest finished jobs retained whose statuses the broker has, or does not accept."""
+        for job in [job for jobs in self._finished.values() for job in jobs]:
+            unit = StatusAck(job.seq, job.revision).unit
+            if self._ledger.is_unpublished(job.seq) and unit not in self._quarantine.skipped_units():
+                continue
+            waiting = self._finished[job.state]
+            del waiting[: waiting.index(job) + 1]
+            kept = self._ledger.get(job.job_id)
+            if kept is not None and kept.seq == job.seq:  # else it was deleted meanwhile
+                self._last[job.state] = job
+                self._retain_last(job)
+
+    def _retain_last(self, job: Job) -> None:
         if job.state is JobState.COMPLETED:
             self._own_topics.retain("last", last_of(job).encode())
-        elif job.state is JobState.ERROR:
+        else:
             self._own_topics.retain("last_error", last_error_of(job).encode())
 
     def _forget_last(self, seq: int) -> None:
         """Publish no text and no message of a job any more, which was deleted."""
         for job in self._last.values():
             if job.seq == seq and job.state is JobState.COMPLETED:
-                self._own_topics.retain("last", last_of(job._replace(result_text=None)).encode())
+                self._retain_last(job._replace(result_text=None))
             elif job.seq == seq and job.state is JobState.ERROR:
                 self._own_topics.retain("last_error", b"")
 

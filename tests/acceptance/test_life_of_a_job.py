@@ -83,6 +83,29 @@ _NAMED = {"bytes", "base64", "relative", "absolute"}
 
 
 @pytest.mark.mosquitto
+def test_who_is_told_of_the_last_job_has_its_event_and_its_status(
+    mosquitto: Mosquitto, serve: Serve, join: Join
+) -> None:
+    serve("--broker", mosquitto.url)
+    bus = join(mosquitto.port)
+    for number in range(10):
+        bus.publish(
+            "cesar/jobs", {"job_id": f"job-{number}", "audio_path": ("speech.wav", "not-there.wav")[number % 2]}
+        )
+    bus.wait("cesar/consumer/cesar/last", lambda last: last["job_id"] == "job-8")
+    bus.wait("cesar/consumer/cesar/last_error", lambda last: last["job_id"] == "job-9")
+    told: set[tuple[str, str]] = set()
+    for message in bus.messages:
+        if message.topic.startswith(("cesar/events", "cesar/status/")):
+            event = json.loads(message.payload)
+            told.add((event["job_id"], event.get("event_type") or f"status {event['status']}"))
+        elif message.topic in ("cesar/consumer/cesar/last", "cesar/consumer/cesar/last_error"):
+            state = "error" if message.topic.endswith("error") else "completed"
+            job_id = json.loads(message.payload)["job_id"]
+            assert {(job_id, state), (job_id, f"status {state}")} <= told
+
+
+@pytest.mark.mosquitto
 def test_user_properties_of_mqtt_5_set_fields_and_metadata(mosquitto: Mosquitto, serve: Serve, join: Join) -> None:
     serve("--broker", mosquitto.url)
     bus = join(mosquitto.port, protocol=MQTTProtocolVersion.MQTTv5)

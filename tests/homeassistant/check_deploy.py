@@ -150,6 +150,25 @@ async def test_the_blueprint_gives_up_after_the_time_it_was_given(house, bluepri
     await house.until(shown(house, "Nobody there", "No transcript came in time"), "the notification")
 
 
+async def test_the_package_shows_a_job_once_of_which_two_messages_tell_at_once(house, serve, bus):
+    await served(house, serve)
+    await loaded(house)
+    await house.hass.async_add_executor_job(lambda: submit(bus, "first", metadata={"room": "Porch"}))
+    await house.until(shown(house, "Transcript: Porch", HEARD), "the notification")
+    seen = created(house)
+
+    def publish_another():
+        for topic in ("cesar/events", "cesar/consumer/cesar/last"):
+            told = bus.wait(topic, lambda payload: b"call the plumber" in payload)
+            bus.publish(topic, told.replace(b"first", b"second"), wait=False)
+
+    await house.hass.async_add_executor_job(publish_another)
+    await house.hass.async_add_executor_job(submit, bus, "third")
+    await house.until(lambda: "cesar_third" in seen, "the notification")
+    assert seen == ["cesar_second", "cesar_third"]
+    assert list(notifications(house)) == ["Transcript: Porch", "Transcript: speech.wav"]
+
+
 @pytest.mark.broker_restarts
 async def test_the_package_notifies_once_for_each_job_over_restarts(house, serve, bus, broker):
     consumer = serve()

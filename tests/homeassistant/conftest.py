@@ -89,8 +89,10 @@ class Bus:
             self.messages.append((message.topic, message.payload))
             self._changed.notify_all()
 
-    def publish(self, topic: str, payload: bytes | str, *, retain: bool = False) -> None:
-        self._client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(PATIENCE_S)
+    def publish(self, topic: str, payload: bytes | str, *, retain: bool = False, wait: bool = True) -> None:
+        sent = self._client.publish(topic, payload, qos=1, retain=retain)
+        if wait:
+            sent.wait_for_publish(PATIENCE_S)
 
     def seen(self, topic: str) -> list[bytes]:
         with self._changed:

@@ -683,8 +683,51 @@ def test_the_last_finished_job_is_retained_and_only_the_newest(bench: Bench) -> 
     bench.add("a", "b")
     bench.publisher.on_finished(bench.complete(bench.claim()))
     bench.publisher.on_finished(bench.complete(bench.claim(), "Bye."))
-    [fields] = on(LAST, bench.connect())
+    bench.connect()
+    [fields] = on(LAST, bench.settle())
     assert (fields["job_id"], fields["text"]) == ("b", "Bye.")
+
+
+def test_the_last_job_is_published_once_the_broker_has_its_event_and_its_status(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a", "b")
+    published = bench.turn()
+    ended = [bench.complete(bench.claim()), bench.fail(bench.claim(), ErrorCode.AUDIO_EMPTY, "There is no sound.")]
+    for job in ended:
+        bench.publisher.on_finished(job)
+    for topic, state in ((LAST, "completed"), (LAST_ERROR, "error")):
+        while not (status := [message for message in published if fields_of(message).get("status") == state]):
+            published += bench.turn()
+        assert topic not in {message.topic for message in published}
+        assert topic in {message.topic for message in bench.acknowledge(*status)}
+
+
+@pytest.mark.parametrize("then", ["newest", "first"])
+def test_jobs_that_end_faster_than_the_broker_acknowledges_are_the_last_one_by_one(bench: Bench, then: str) -> None:
+    bench.quiet()
+    bench.add("a", "b", "c")
+    for _ in range(3):
+        bench.publisher.on_finished(bench.complete(bench.claim()))
+    statuses = {
+        message.topic.rpartition("/")[2]: message
+        for _ in range(3)
+        for message in bench.turn()
+        if fields_of(message).get("status") == "completed"
+    }
+    if then == "first":
+        assert [fields["job_id"] for fields in on(LAST, bench.acknowledge(statuses["a"]))] == ["a"]
+    assert on(LAST, bench.acknowledge(statuses["b"])) == []
+    assert [fields["job_id"] for fields in on(LAST, bench.acknowledge(statuses["c"]))] == ["c"]
+    assert on(LAST, bench.settle()) == []
+
+
+def test_a_job_that_is_deleted_before_the_broker_has_its_status_is_never_the_last(bench: Bench) -> None:
+    bench.quiet()
+    bench.add("a")
+    bench.publisher.on_finished(bench.complete(bench.claim(), "It rains."))
+    bench.turn()
+    bench.ledger.delete("a")
+    assert on(LAST, bench.settle()) == []
 
 
 def test_the_queue_is_published_at_most_once_a_second_however_much_changes(bench: Bench) -> None:
