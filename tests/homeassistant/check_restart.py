@@ -10,12 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from homeassistant.components import mqtt
 from homeassistant.config_entries import STORAGE_KEY, STORAGE_VERSION, STORAGE_VERSION_MINOR
 from homeassistant.helpers.json import json_dumps
 from homeassistant.util.yaml import load_yaml, parse_yaml
-from pytest_homeassistant_custom_component.common import MockConfigEntry
-from tests.homeassistant.conftest import PATIENCE_S, free_port
+from tests.homeassistant.conftest import PATIENCE_S, free_port, mqtt_entry
 from tests.homeassistant.pages import ROOT, shown
 
 DEPLOY = ROOT / "deploy" / "home-assistant"
@@ -108,18 +106,11 @@ def own_house(tmp_path: Path, port: int) -> OwnHouse:
     ]
     config["http"] = {"server_host": "127.0.0.1", "server_port": free_port()}
     (folder / "configuration.yaml").write_text(json.dumps(config))  # JSON is YAML
-    entry = MockConfigEntry(
-        domain=mqtt.DOMAIN,
-        title="mosquitto",
-        data={"broker": "127.0.0.1", "port": port},
-        version=mqtt.const.CONFIG_ENTRY_VERSION,
-        minor_version=mqtt.const.CONFIG_ENTRY_MINOR_VERSION,
-    )
     stored = {
         "version": STORAGE_VERSION,
         "minor_version": STORAGE_VERSION_MINOR,
         "key": STORAGE_KEY,
-        "data": {"entries": [entry.as_dict()]},
+        "data": {"entries": [mqtt_entry(port).as_dict()]},
     }
     (folder / ".storage").mkdir()
     (folder / ".storage" / STORAGE_KEY).write_text(json_dumps(stored))

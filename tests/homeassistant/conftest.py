@@ -335,18 +335,23 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mqtt.client, "RECONNECT_INTERVAL_SECONDS", 1)
 
 
-@pytest.fixture
-async def house(hass, port: int, bus: Bus, tmp_path: Path) -> House:
-    """Home Assistant, started, with its MQTT integration connected."""
-    (tmp_path / "configuration.yaml").touch()
-    hass.config.config_dir = str(tmp_path)
-    entry = MockConfigEntry(
+def mqtt_entry(port: int) -> "MockConfigEntry":
+    """Return the configuration of the MQTT integration."""
+    return MockConfigEntry(
         domain=mqtt.DOMAIN,
         title="mosquitto",
         data={"broker": "127.0.0.1", "port": port},
         version=mqtt.const.CONFIG_ENTRY_VERSION,
         minor_version=mqtt.const.CONFIG_ENTRY_MINOR_VERSION,
     )
+
+
+@pytest.fixture
+async def house(hass, port: int, bus: Bus, tmp_path: Path) -> House:
+    """Home Assistant, started, with its MQTT integration connected."""
+    (tmp_path / "configuration.yaml").touch()
+    hass.config.config_dir = str(tmp_path)
+    entry = mqtt_entry(port)
     entry.add_to_hass(hass)
     assert await hass.config_entries.async_setup(entry.entry_id)
     home = House(hass, entry, bus)
