@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import statistics
 import subprocess
 import sys
 import threading
@@ -19,9 +18,9 @@ from pathlib import Path
 
 from benchmarks.bus import _mosquitto
 from benchmarks.corpus import ROOT, to_pcm, write_wav
-from benchmarks.jobs import CANCELS, PATIENCE_S, _consumer, _idle, _listening
+from benchmarks.jobs import CANCELS, PATIENCE_S, _consumer, _idle, _listening, cancel_row
 from benchmarks.memory import _Peak, _used_bytes
-from benchmarks.table import Row, median
+from benchmarks.table import Row
 from benchmarks.transcription import _ours, _words
 from benchmarks.voices import Recording, error_rate, mix, telephone_call, unused_voices, voices_of_packages
 from cesar_mqtt.audio.decoder import SAMPLE_RATE, Samples
@@ -361,11 +360,4 @@ def _cancel(folder: Path, recording: Recording) -> Row:
                 PATIENCE_S,
             )
             took.append(time.perf_counter() - started)
-    worst = statistics.quantiles(took, n=20, method="inclusive")[-1]
-    return Row(
-        "cancel in the diarization, from request to retained `cancelled`, 95th percentile",
-        worst,
-        "s",
-        at_most=1.0,
-        beside=f"{CANCELS} at random moments of a 10-minute file, median {median(took):.2f} s, worst {max(took):.2f} s",
-    )
+    return cancel_row("cancel in the diarization", took)
