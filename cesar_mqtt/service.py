@@ -267,7 +267,7 @@ class Service:
             topics=self._topics,
             ack_wait_s=ack_wait_s,
             is_strict=settings.queue.mode == "strict",
-            is_working=lambda: self._worker.alive,
+            is_working=lambda: self._worker.may_run_jobs,
         )
         return admissions, claims
 

@@ -170,6 +170,11 @@ class Worker(StoppableThread):
         self._monotonic = monotonic
         self._abandoned = threading.Event()
 
+    @property
+    def may_run_jobs(self) -> bool:
+        """Whether it may still run a job; after `abandon` it only comes to the end of a computation that is dropped."""
+        return self.alive and not self._abandoned.is_set()
+
     def abandon(self) -> None:
         """Requeue the running job at once and start no other; what its attempt still yields is dropped.
 

@@ -757,6 +757,20 @@ def test_the_outcome_of_an_abandoned_job_is_dropped(bench: Bench, late: Exceptio
     assert bench.observer.ended == []
 
 
+def test_a_forced_stop_gives_the_job_free_before_the_model_is_done(bench: Bench) -> None:
+    gate = bench.blocks()
+    bench.add("a")
+    bench.worker.start()
+    assert gate.entered.wait(PATIENCE_S)
+    assert bench.worker.may_run_jobs
+    bench.worker.abandon()
+    assert not bench.worker.may_run_jobs
+    bench.ledger.forget(bench.job("a").seq)  # as a shared queue does, to which it was given back
+    gate.opened.set()
+    assert bench.worker.join(PATIENCE_S)
+    assert bench.observer.ended == []
+
+
 def test_a_job_that_ends_during_a_forced_stop_stays_final(bench: Bench) -> None:
     bench.add("a")
     job = bench.ledger.claim()
