@@ -1,5 +1,6 @@
 """Brokers for the tests: Debian's mosquitto as its own process, and the embedded one. All of them on loopback."""
 
+import atexit
 import functools
 import getpass
 import itertools
@@ -80,16 +81,16 @@ _RANGES = range(20_000, 32_400, _PORTS_EACH)
 
 
 @functools.cache
-def _own_ports() -> tuple[socket.socket, Iterator[int]]:
+def _own_ports() -> Iterator[int]:
     for first in _RANGES:
         with suppress(OSError):
-            return socket.create_server(("127.0.0.1", first)), itertools.cycle(range(first + 1, first + _PORTS_EACH))
+            atexit.register(socket.create_server(("127.0.0.1", first)).close)
+            return itertools.cycle(range(first + 1, first + _PORTS_EACH))
     pytest.fail("too many processes run tests on this machine")
 
 
 def find_free_port() -> int:
-    _, ports = _own_ports()
-    for port in itertools.islice(ports, _PORTS_EACH):
+    for port in itertools.islice(_own_ports(), _PORTS_EACH):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     pytest.fail("there is no free port")
