@@ -361,6 +361,30 @@ def test_a_job_is_read_and_deleted_without_a_mouse(shown: Shown, open_tab: Calla
     assert deleted.value.url == f"{shown.url}/api/jobs/call"
 
 
+def test_an_answer_is_that_of_the_question_that_is_shown(shown: Shown, open_tab: Callable[..., Tab]) -> None:
+    shown.job("call")
+    tab = open_tab()
+    tab.goto(shown.url)
+    deletes = list[str]()
+    tab.on("request", lambda request: deletes.append(request.method) if request.method == "DELETE" else None)
+    delete = tab.get_by_role("button", name="Delete call.wav")
+    delete.click()
+    tab.keyboard.press("Escape")
+    expect(tab.locator("#question")).to_be_hidden()
+    delete.click()
+    tab.evaluate(
+        """() => {
+            document.getElementById("question-no").click();  // its event `close` is still to come
+            document.querySelector("[aria-label='Delete call.wav']").click();
+        }"""
+    )
+    expect(tab.locator("#question")).to_be_visible()
+    assert deletes == []
+    with tab.expect_request(lambda request: request.method == "DELETE"):
+        tab.locator("#question-yes").click()
+    assert deletes == ["DELETE"]
+
+
 def test_the_focus_stays_where_the_queue_moves(shown: Shown, open_tab: Callable[..., Tab]) -> None:
     shown.job("first", "processing")
     shown.job("second", "queued", queue_position=1)

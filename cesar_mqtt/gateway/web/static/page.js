@@ -133,17 +133,22 @@ async function act(path, method = "POST") {
   }
 }
 
-// Asks a question; without a word for "yes" it is only a message.
+let answer = () => {};
+
+// Asks a question; without a word for "yes" it is only a message. The event `close` of a dialog comes later, perhaps when the
+// next question is already shown: it answers none.
 export function ask(text, yes) {
   const dialog = $("question");
+  answer(false);
   $("question-text").textContent = text;
   $("question-yes").textContent = yes ?? "";
   $("question-yes").hidden = yes === null;
   $("question-no").textContent = t(yes === null ? "close" : "keep");
-  dialog.returnValue = "";
   dialog.showModal();
   $("question-no").focus();
-  return new Promise((done) => dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true }));
+  return new Promise((done) => {
+    answer = done;
+  });
 }
 
 // -- what is known ----------------------------------------------------------------------------------------------------
@@ -757,8 +762,13 @@ function connect() {
       if (document.activeElement === document.body) $($("detail").open ? "detail-close" : "jobs-title").focus();
     });
   }
-  $("question-yes").addEventListener("click", () => $("question").close("yes"));
-  $("question-no").addEventListener("click", () => $("question").close("no"));
+  for (const [button, isYes] of [["question-yes", true], ["question-no", false]]) {
+    $(button).addEventListener("click", () => {
+      answer(isYes);
+      $("question").close();
+    });
+  }
+  $("question").addEventListener("close", () => $("question").open || answer(false)); // by Escape
   const form = document.querySelector("#options form");
   form.addEventListener("submit", (event) => event.preventDefault());
   form.elements.diarize.addEventListener("change", (event) => {
