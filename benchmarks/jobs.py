@@ -130,7 +130,7 @@ def cancel_row(what: str, took_s: list[float]) -> Row:
         statistics.quantiles(took_s, n=20, method="inclusive")[-1],
         "s",
         at_most=1.0,
-        beside=f"{len(took_s)}, median {median(took_s):.2f} s, worst {max(took_s):.2f} s",
+        beside=f"{len(took_s)} at random moments, median {median(took_s):.2f} s, worst {max(took_s):.2f} s",
     )
 
 

@@ -544,8 +544,7 @@ class Publisher(StoppableThread, JobObserver):
     def _set_last(self) -> None:
         """Have the newest finished jobs retained whose statuses the broker has, or does not accept."""
         for job in [job for jobs in self._finished.values() for job in jobs]:
-            unit = StatusAck(job.seq, job.revision).unit
-            if self._ledger.is_unpublished(job.seq) and unit not in self._quarantine.skipped_units():
+            if self._ledger.is_unpublished(job.seq) and ("status", job.seq) not in self._quarantine.skipped_units():
                 continue
             waiting = self._finished[job.state]
             del waiting[: waiting.index(job) + 1]
