@@ -348,7 +348,8 @@ def test_a_cut_and_a_damaged_file_is_called_so_when_the_last_chunk_is_given(tmp_
     with opened(path, window_s=10.0) as recording:
         called_so = [(chunk.last, recording.warnings) for chunk in recording.chunks(never)]
     assert called_so[-1] == (True, ("audio_truncated",))
-    assert called_so[0] == (False, ())
+    assert called_so[:-2] == [(False, ())] * 2  # the window behind the next one is not decoded yet
+    assert not called_so[-2][0]
 
 
 @pytest.mark.parametrize(
