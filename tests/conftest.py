@@ -33,10 +33,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+IN_CI = os.environ.get("CI") == "true"
+
 # In CI a property is tried on the same examples every time; on a laptop on others each time, which finds more.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("laptop", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") == "true" else "laptop")
+settings.load_profile("ci" if IN_CI else "laptop")
 
 
 def pytest_configure() -> None:
@@ -98,7 +100,7 @@ def find_free_port() -> int:
 
 def report_missing(reason: str) -> NoReturn:
     """A component is missing: the test is skipped on a laptop, and fails in CI."""
-    if os.environ.get("CI") == "true":
+    if IN_CI:
         pytest.fail(reason)
     pytest.skip(reason)
 

@@ -1,7 +1,6 @@
 """The systemd unit, as systemd itself reads it."""
 
 import configparser
-import os
 import sys
 import tomllib
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from cesar_mqtt.config import Settings, load_settings
 from cesar_mqtt.errors import ExitCode
-from tests.conftest import PATIENCE_S, need, run
+from tests.conftest import PATIENCE_S, need, report_missing, run
 from tests.deploy.conftest import DEPLOY
 
 UNIT = DEPLOY / "systemd" / "cesar-mqtt.service"
@@ -44,8 +43,8 @@ def test_systemd_would_say_so_if_something_were_wrong(unit: Path) -> None:
 def test_the_unit_exposes_little(unit: Path) -> None:
     threshold = f"--threshold={MOST_EXPOSURE * 10:.0f}"
     rated = run(need("systemd-analyze"), "security", "--offline=true", threshold, str(unit), timeout_s=PATIENCE_S)
-    if "offline" in rated.stderr and os.environ.get("CI") != "true":
-        pytest.skip("this systemd cannot rate a unit that is not loaded")
+    if "offline" in rated.stderr:
+        report_missing("this systemd cannot rate a unit that is not loaded")
     assert rated.returncode == 0, rated.stdout[-400:] + rated.stderr
 
 

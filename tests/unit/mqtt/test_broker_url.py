@@ -1,6 +1,5 @@
 """Broker URLs, credentials, TLS contexts and the choice of the MQTT version."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +16,7 @@ from cesar_mqtt.mqtt.broker_url import (
     read_credentials,
     tls_context,
 )
+from tests.conftest import IN_CI
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_of_certificate_and_key_the_missing_file_is_named(tmp_path: Path) -> Non
         tls_context(BrokerSettings(cert_file=missing, key_file=there))
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None and os.environ.get("CI") != "true", reason="needs openssl")
+@pytest.mark.skipif(shutil.which("openssl") is None and not IN_CI, reason="needs openssl")
 def test_an_encrypted_key_is_refused_instead_of_asked_for_at_the_terminal(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     made = subprocess.run(
