@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,6 @@ from benchmarks.transcription import MODEL, THREE_HOURS_S, _make_speech, _ours
 
 _HOUR_S = 3600.0
 _LIMIT_BYTES = 700_000_000
-_MIB = 1 << 20
 _SAMPLE_S = 0.1
 _READY_PROCESSES = 3
 """The one with the model, the template of the decoders, and the decoder that it keeps ready for the next file."""
@@ -34,10 +34,10 @@ def _tree(pid: int) -> Iterator[int]:
             yield from _tree(int(child))
 
 
-def _used_bytes(pid: int) -> int:
+def _used_bytes(pid: int, *, itself: bool = True) -> int:
     """The memory of a process and all below it that no file backs; what processes share is counted once."""
     total = 0
-    for process in _tree(pid):
+    for process in islice(_tree(pid), 0 if itself else 1, None):
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:  # it has ended
@@ -46,19 +46,26 @@ def _used_bytes(pid: int) -> int:
     return total * 1024
 
 
+def _resident_bytes(mark: str) -> int:
+    """The memory of this process, files included: `VmRSS`, now, or `VmHWM`, its highest mark (proc(5))."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:"))
+
+
 class _Peak:
     """Samples the memory of a process tree in a thread of its own."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, itself: bool = True) -> None:
         self.used_bytes = 0
         self._pid = pid
+        self._itself = itself
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stopping.wait(_SAMPLE_S):
-            self.used_bytes = max(self.used_bytes, _used_bytes(self._pid))
+            self.used_bytes = max(self.used_bytes, _used_bytes(self._pid, itself=self._itself))
 
     def stop(self) -> int:
         self._stopping.set()
@@ -67,7 +74,11 @@ class _Peak:
 
 
 def _transcribe(path: str, short: str, pipe: Connection) -> None:
-    """Load the model and transcribe; send the memory after loading and the peak."""
+    """Load the model and transcribe; send how many bytes this process has after loading, and how many more at its peak.
+
+    The system keeps the highest mark of this process. Of the decoders the highest sum that was sampled is added,
+    although the two need not have been at the same time.
+    """
     from cesar_mqtt.config import AudioSettings, ModelSettings  # noqa: PLC0415 - in this process only
     from cesar_mqtt.transcript import TranscriptionOptions  # noqa: PLC0415
     from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
@@ -79,11 +90,14 @@ def _transcribe(path: str, short: str, pipe: Connection) -> None:
     with_decoder = transcriber.open(Path(short), options)  # as in the consumer, decoders are ready before the first job
     list(with_decoder.chunks(lambda: False))
     with_decoder.close()
-    while len(list(_tree(os.getpid()))) > _READY_PROCESSES:
+    pid = os.getpid()
+    while len(list(_tree(pid))) > _READY_PROCESSES:
         time.sleep(_SAMPLE_S)
-    loaded, peak = _used_bytes(os.getpid()), _Peak(os.getpid())
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark is the present one
+    loaded, decoders, peak = _resident_bytes("VmRSS"), _used_bytes(pid, itself=False), _Peak(pid, itself=False)
     _ours(transcriber, Path(path), options)
-    pipe.send((loaded, peak.stop()))
+    more = _resident_bytes("VmHWM") - loaded + peak.stop() - decoders
+    pipe.send((loaded, more))
 
 
 def _three_hours(folder: Path) -> Row:
@@ -93,14 +107,14 @@ def _three_hours(folder: Path) -> Row:
     here, there = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_transcribe, args=(str(path), str(short), there))
     process.start()
-    loaded, peak = here.recv()
+    loaded, more = here.recv()
     process.join()
     return Row(
         f"peak memory of three hours of speech, over the loaded model {MODEL}",
-        (peak - loaded) / _MIB,
-        "MiB",
+        more / 1e6,
+        "MB",
         at_most=150.0,
-        beside=f"{loaded / _MIB:.0f} MiB, then {peak / _MIB:.0f} MiB",
+        beside=f"decoders included; the process with the model had {loaded / 1e6:.0f} MB",
     )
 
 

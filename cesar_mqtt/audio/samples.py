@@ -17,8 +17,8 @@ Samples: TypeAlias = NDArray[np.float32]
 def own_pages(*shape: int) -> NDArray[np.float32]:
     """Return zeros that lie outside the heap, which what comes and goes with each window leaves full of holes.
 
-    They take as much memory as is written to, and return it to the system at once. It counts as shared memory
-    (`Pss_Shmem` in Linux's smaps_rollup), not as anonymous.
+    They take as much memory as is written to, and return it to the system at once.
     """
-    pages = mmap.mmap(-1, max(1, math.prod(shape) * np.dtype(np.float32).itemsize))
+    size = max(1, math.prod(shape) * np.dtype(np.float32).itemsize)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, np.float32, math.prod(shape)).reshape(shape)

@@ -16,10 +16,11 @@ _SAMPLES_AT_ONCE = 2
 class ModelSteps:
     """Wraps `ctranslate2.models.Whisper`, whose workers otherwise need all of their memory at the same time.
 
-    Encoding 30 s takes 72 MB (tiny) or 95 MB (base), all of it freed at the end of the step; a beam search takes 30 MB
-    or 50 MB. Five samples at a temperature above 0 would take 130 MB or 200 MB: they are drawn few at a time, in 60 MB
-    or 85 MB. What the steps before have left free in the heap is returned before each step on 30 s; on less audio a
-    step takes so little that it is not worth the time. Any thread may call it.
+    Encoding 30 s takes 80 MB (tiny) or 115 MB (base), all of it freed at the end of the step; a beam search takes 35 MB
+    or 75 MB; aligning 100 tokens with them takes 60 MB or 65 MB. Five samples at a temperature above 0 would take
+    130 MB or 200 MB: they are drawn few at a time, in 60 MB or 85 MB. What the steps before have left free in the heap
+    is returned before each step on 30 s; on less audio a step takes so little that it is not worth the time. Any thread
+    may call it.
     """
 
     def __init__(self, model: Any, at_once: int, threads: StepThreads) -> None:
@@ -39,9 +40,13 @@ class ModelSteps:
 
     def encode(self, features: Any, **options: Any) -> Any:
         with self._slots:
-            if features.shape[-1] >= FULL_FRAMES:
-                trim_heap()
+            _trim_before(features.shape[-1])
             return self._model.encode(features, **options)
+
+    def align(self, encoded: Any, *args: Any, **options: Any) -> Any:
+        with self._slots:
+            _trim_before(2 * encoded.shape[1])  # the encoder halves their number
+            return self._model.align(encoded, *args, **options)
 
     def detect_language(self, encoded: Any) -> Any:
         with self._threads.decoding():
@@ -61,7 +66,12 @@ class ModelSteps:
 
     @contextmanager
     def _decoding(self, encoded: Any) -> Generator[None, None, None]:
-        if encoded.shape[1] >= FULL_FRAMES // 2:  # the encoder halves their number
-            trim_heap()
+        _trim_before(2 * encoded.shape[1])
         with self._threads.decoding():
             yield
+
+
+def _trim_before(frames: int) -> None:
+    """Before a step on the encoder's input or output of so many frames."""
+    if frames >= FULL_FRAMES:
+        trim_heap()

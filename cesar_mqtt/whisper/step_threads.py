@@ -5,14 +5,12 @@ starts its threads some hundred times for each token, and where that is slow, as
 twice as long with two threads as with one (docs/performance.md).
 """
 
-import ctypes
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Lock
 
-import ctranslate2
+from cesar_mqtt.whisper.hardware import bundled_library
 
 _ROUNDS = 3
 _ENOUGH_S = 0.1
@@ -33,7 +31,7 @@ class StepThreads:
 
     def __init__(self) -> None:
         self.decodes_in_one = False
-        self._openmp = _openmp()
+        self._openmp = bundled_library("libgomp")
         self._levels = 0 if self._openmp is None else self._openmp.omp_get_max_active_levels()
         self._lock = Lock()
         self._decoding = 0
@@ -72,10 +70,3 @@ class StepThreads:
             self._decoding += change
             if self._openmp is not None:
                 self._openmp.omp_set_max_active_levels(_ONE_THREAD if self._decoding else self._levels)
-
-
-def _openmp() -> ctypes.CDLL | None:
-    """Return the library that CTranslate2's wheel brings and has loaded; None: this build has none of its own."""
-    folder = Path(ctranslate2.__file__).parent.parent / "ctranslate2.libs"
-    found = next(iter(folder.glob("libgomp*.so*")), None)
-    return None if found is None else ctypes.CDLL(str(found))

@@ -33,6 +33,9 @@ class Steps:
         assert not to_cpu
         return self._step(f"encoded {features.shape}")
 
+    def align(self, encoded: SimpleNamespace, start: list[int], *, median_filter_width: int) -> str:
+        return self._step(f"aligned {encoded.shape} {start} {median_filter_width}")
+
     def generate(self, encoded: SimpleNamespace, prompts: list[int], **options: int) -> list[SimpleNamespace]:
         text = self._step(f"generated {encoded.shape} {prompts} {sorted(options.items())}")
         return [SimpleNamespace(text=text, scores=[-1.0]) for _ in prompts]
@@ -52,6 +55,10 @@ def encode(model: ModelSteps) -> None:
     model.encode(SHORT, to_cpu=False)
 
 
+def align(model: ModelSteps) -> None:
+    model.align(SHORT_ENCODED, [1], median_filter_width=7)
+
+
 def sample(model: ModelSteps) -> None:
     model.generate(SHORT_ENCODED, [1], num_hypotheses=5)
 
@@ -65,6 +72,7 @@ def search(model: ModelSteps) -> None:
     [
         ([encode, encode, sample], 1, 1),
         ([encode, encode, sample], 2, 2),
+        ([encode, align, align], 1, 1),
         ([encode, search, search], 1, 3),
     ],
 )
@@ -90,6 +98,7 @@ def test_arguments_and_results_are_those_of_the_model() -> None:
     model = ModelSteps(steps, 1, StepThreads())
     assert model.encode(SHORT, to_cpu=False) == "encoded (1, 80, 500)"
     (found,) = model.generate(SHORT_ENCODED, [1], beam_size=5)
+    assert model.align(SHORT_ENCODED, [1], median_filter_width=7) == "aligned (1, 250, 384) [1] 7"
     assert found.text == "generated (1, 250, 384) [1] [('beam_size', 5)]"
     assert model.is_multilingual
 
@@ -112,8 +121,8 @@ def test_many_samples_are_drawn_two_at_a_time_and_the_most_probable_counts() -> 
 @pytest.mark.parametrize(
     ("features", "encoded", "expected"),
     [
-        (LONG, LONG_ENCODED, ["trim", "encode", "trim", "generate"]),
-        (SHORT, SHORT_ENCODED, ["encode", "generate"]),
+        (LONG, LONG_ENCODED, ["trim", "encode", "trim", "generate", "trim", "align"]),
+        (SHORT, SHORT_ENCODED, ["encode", "generate", "align"]),
     ],
 )
 def test_the_heap_is_trimmed_before_a_step_on_half_a_minute(
@@ -129,7 +138,9 @@ def test_the_heap_is_trimmed_before_a_step_on_half_a_minute(
 
         return run
 
-    model = ModelSteps(SimpleNamespace(encode=note("encode"), generate=note("generate")), 1, StepThreads())
+    steps = {name: note(name) for name in ("encode", "generate", "align")}
+    model = ModelSteps(SimpleNamespace(**steps), 1, StepThreads())
     model.encode(features)
     model.generate(encoded, [1])
+    model.align(encoded, [1])
     assert order == expected

@@ -24,7 +24,7 @@ class OpenMp:
 @pytest.fixture
 def openmp(monkeypatch: pytest.MonkeyPatch) -> OpenMp:
     library = OpenMp()
-    monkeypatch.setattr(step_threads, "_openmp", lambda: library)
+    monkeypatch.setattr(step_threads, "bundled_library", lambda _name: library)
     return library
 
 
@@ -69,7 +69,7 @@ def test_all_threads_come_back_once_the_last_decoder_has_ended(monkeypatch: pyte
 
 
 def test_nothing_is_chosen_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_threads, "_openmp", lambda: None)
+    monkeypatch.setattr(step_threads, "bundled_library", lambda _name: None)
     threads = StepThreads()
     threads.measure(pytest.fail)
     with threads.decoding():
