@@ -11,11 +11,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.bus import _mosquitto
-from benchmarks.jobs import _consumer, _finished, _idle, _listening
+from benchmarks.corpus import write_wav
+from benchmarks.jobs import _consumer, _finished, _idle, _listening, _speech
 from benchmarks.table import Row
 from benchmarks.transcription import MODEL, THREE_HOURS_S, _make_speech, _ours
 
 _HOUR_S = 3600.0
+_HALF_AN_HOUR_S = 1800.0
+_NOTES_S = (4.0, 10.0, 20.0, 47.0)
+_MODELS = (MODEL, "base")
 _LIMIT_BYTES = 700_000_000
 _SAMPLE_S = 0.1
 _READY_PROCESSES = 3
@@ -46,10 +50,15 @@ def _used_bytes(pid: int, *, itself: bool = True) -> int:
     return total * 1024
 
 
-def _resident_bytes(mark: str) -> int:
-    """The memory of this process, files included: `VmRSS`, now, or `VmHWM`, its highest mark (proc(5))."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _resident_bytes(pid: int, mark: str) -> int:
+    """The memory of a process, files included: `VmRSS`, now, or `VmHWM`, its highest mark (proc(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:"))
+
+
+def _forget_mark(pid: int) -> None:
+    """Let the highest mark of a process be what it has now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 class _Peak:
@@ -93,10 +102,10 @@ def _transcribe(path: str, short: str, pipe: Connection) -> None:
     pid = os.getpid()
     while len(list(_tree(pid))) > _READY_PROCESSES:
         time.sleep(_SAMPLE_S)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark is the present one
-    loaded, decoders, peak = _resident_bytes("VmRSS"), _used_bytes(pid, itself=False), _Peak(pid, itself=False)
+    _forget_mark(pid)
+    loaded, decoders, peak = _resident_bytes(pid, "VmRSS"), _used_bytes(pid, itself=False), _Peak(pid, itself=False)
     _ours(transcriber, Path(path), options)
-    more = _resident_bytes("VmHWM") - loaded + peak.stop() - decoders
+    more = _resident_bytes(pid, "VmHWM") - loaded + peak.stop() - decoders
     pipe.send((loaded, more))
 
 
@@ -181,5 +190,37 @@ def _an_hour_of_base(folder: Path) -> Row:
     )
 
 
+def _consumer_with(model: str, folder: Path) -> Row:
+    """The resident memory of the process with the model: loaded, and its peaks; and how fast it is."""
+    long = folder / "half-an-hour.flac"
+    _make_speech(long, _HALF_AN_HOUR_S)
+    notes = [write_wav(folder / f"note-{length_s:g}.wav", _speech(length_s)) for length_s in _NOTES_S]
+    with (
+        _mosquitto(folder) as port,
+        _listening(port) as bus,
+        _consumer(folder / f"consumer-{model}", port, "--model", model) as consumer,
+    ):
+        pid = consumer.process.pid
+        _idle(bus)
+        marks = [_resident_bytes(pid, "VmRSS")]
+        for job_id, paths in (("note", notes), ("long", [long])):
+            _forget_mark(pid)
+            for number, path in enumerate(paths):
+                started = time.perf_counter()
+                bus.publish("cesar/jobs", {"job_id": f"{job_id}-{number}", "audio_path": str(path)})
+                end = _finished(bus, f"{job_id}-{number}")
+                took_s = time.perf_counter() - started
+                assert end["status"] == "completed", end
+            marks.append(_resident_bytes(pid, "VmHWM"))
+    idle, voice_notes, half_an_hour = (mark / 1e6 for mark in marks)
+    return Row(
+        f"peak memory of the process with {model}, half an hour of speech",
+        half_an_hour,
+        "MB",
+        beside=f"loaded {idle:.0f} MB, recordings of 4 to 47 s {voice_notes:.0f} MB; "
+        f"{_HALF_AN_HOUR_S / took_s:.0f} s of speech in a second",
+    )
+
+
 def run(folder: Path) -> list[Row]:
-    return [_three_hours(folder), _an_hour_of_base(folder)]
+    return [_three_hours(folder), _an_hour_of_base(folder), *(_consumer_with(model, folder) for model in _MODELS)]

@@ -1,11 +1,20 @@
 import ctypes
 import os
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from cesar_mqtt.whisper.hardware import divide_cores, limit_heap, release_memory, usable_cores
+from cesar_mqtt.whisper import hardware
+from cesar_mqtt.whisper.hardware import (
+    bundled_library,
+    divide_cores,
+    limit_heap,
+    release_memory,
+    trim_heap,
+    usable_cores,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,26 @@ def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch: pytest.
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=asked.append))
     release_memory()
     assert asked == [0]
+
+
+def test_mkls_buffers_are_freed_before_the_heap_is_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    mkl = SimpleNamespace(MKL_Free_Buffers=lambda: order.append("buffers"))
+    monkeypatch.setattr(hardware, "bundled_library", {"libctranslate2": mkl}.__getitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=lambda _: order.append("heap")))
+    trim_heap()
+    assert order == ["buffers", "heap"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only CTranslate2's wheel for x86 brings MKL")
+def test_the_wheel_brings_mkl() -> None:
+    library = bundled_library("libctranslate2")
+    assert library is not None
+    assert callable(library.MKL_Free_Buffers)
+
+
+def test_a_build_without_a_library_has_none() -> None:
+    assert bundled_library("libnone") is None
 
 
 def test_a_c_library_that_cannot_release_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
