@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -304,7 +305,7 @@ def _label_three_hours(path: str, pipe: Connection) -> None:
     recording = Transcriber(store, AudioSettings()).open(Path(path), options)
     next(recording.chunks(never_stop))
     recording.close()
-    loaded, peak = _used_bytes(os.getpid()), _Peak(os.getpid())
+    loaded, peak = _used_bytes(os.getpid()), _Peak(partial(_used_bytes, os.getpid()))
     windows = [_window(number) for number in range(round(_LONG_S / _WINDOW_S))]
     asked = [time.perf_counter(), 0.0]
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -61,20 +62,26 @@ def _forget_mark(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
-class _Peak:
-    """Samples the memory of a process tree in a thread of its own."""
+def _highest_bytes(pid: int) -> int:
+    """The highest memory of a process since the last call, files included, and what all below it have now."""
+    highest = _resident_bytes(pid, "VmHWM")
+    _forget_mark(pid)
+    return highest + _used_bytes(pid, itself=False)
 
-    def __init__(self, pid: int, *, itself: bool = True) -> None:
+
+class _Peak:
+    """Samples memory in a thread of its own."""
+
+    def __init__(self, sample: Callable[[], int]) -> None:
         self.used_bytes = 0
-        self._pid = pid
-        self._itself = itself
+        self._sample = sample
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stopping.wait(_SAMPLE_S):
-            self.used_bytes = max(self.used_bytes, _used_bytes(self._pid, itself=self._itself))
+            self.used_bytes = max(self.used_bytes, self._sample())
 
     def stop(self) -> int:
         self._stopping.set()
@@ -83,11 +90,7 @@ class _Peak:
 
 
 def _transcribe(path: str, short: str, pipe: Connection) -> None:
-    """Load the model and transcribe; send how many bytes this process has after loading, and how many more at its peak.
-
-    The system keeps the highest mark of this process. Of the decoders the highest sum that was sampled is added,
-    although the two need not have been at the same time.
-    """
+    """Load the model; transcribe, and end, each when the other end of the pipe says so."""
     from cesar_mqtt.config import AudioSettings, ModelSettings  # noqa: PLC0415 - in this process only
     from cesar_mqtt.transcript import TranscriptionOptions  # noqa: PLC0415
     from cesar_mqtt.whisper.model_store import ModelStore  # noqa: PLC0415
@@ -99,14 +102,13 @@ def _transcribe(path: str, short: str, pipe: Connection) -> None:
     with_decoder = transcriber.open(Path(short), options)  # as in the consumer, decoders are ready before the first job
     list(with_decoder.chunks(lambda: False))
     with_decoder.close()
-    pid = os.getpid()
-    while len(list(_tree(pid))) > _READY_PROCESSES:
+    while len(list(_tree(os.getpid()))) > _READY_PROCESSES:
         time.sleep(_SAMPLE_S)
-    _forget_mark(pid)
-    loaded, decoders, peak = _resident_bytes(pid, "VmRSS"), _used_bytes(pid, itself=False), _Peak(pid, itself=False)
+    pipe.send("loaded")
+    pipe.recv()
     _ours(transcriber, Path(path), options)
-    more = _resident_bytes(pid, "VmHWM") - loaded + peak.stop() - decoders
-    pipe.send((loaded, more))
+    pipe.send("transcribed")
+    pipe.recv()
 
 
 def _three_hours(folder: Path) -> Row:
@@ -116,14 +118,22 @@ def _three_hours(folder: Path) -> Row:
     here, there = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_transcribe, args=(str(path), str(short), there))
     process.start()
-    loaded, more = here.recv()
+    there.close()
+    here.recv()
+    assert process.pid is not None
+    _forget_mark(process.pid)
+    loaded, sampled = _highest_bytes(process.pid), _Peak(partial(_highest_bytes, process.pid))
+    here.send("transcribe")
+    here.recv()
+    peak = sampled.stop()
+    here.send("end")
     process.join()
     return Row(
         f"peak memory of three hours of speech, over the loaded model {MODEL}",
-        more / 1e6,
+        (peak - loaded) / 1e6,
         "MB",
         at_most=150.0,
-        beside=f"decoders included; the process with the model had {loaded / 1e6:.0f} MB",
+        beside=f"{loaded / 1e6:.0f} MB, then {peak / 1e6:.0f} MB, decoders included",
     )
 
 
@@ -176,7 +186,7 @@ def _an_hour_of_base(folder: Path) -> Row:
         _idle(bus)
         if limit is not None:
             limit(consumer.process.pid)
-        peak = _Peak(consumer.process.pid)
+        peak = _Peak(partial(_used_bytes, consumer.process.pid))
         bus.publish("cesar/jobs", {"job_id": "hour", "audio_path": str(path)})
         end = _finished(bus, "hour")
         used = peak.stop()

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _upload(folder: Path) -> Row:
         for _ in range(3):  # the first request imports what all need
             _send(page, 100_000)
         before = _used_bytes(consumer.process.pid)
-        peak = _Peak(consumer.process.pid)
+        peak = _Peak(partial(_used_bytes, consumer.process.pid))
         started = time.perf_counter()
         _send(page, UPLOAD_BYTES)
         took_s = time.perf_counter() - started
