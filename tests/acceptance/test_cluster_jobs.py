@@ -212,7 +212,7 @@ def test_a_pause_holds_for_a_consumer_that_joins_later(nats: NatsServer, serve: 
 
 def test_positions_follow_a_long_job(nats: NatsServer, serve: Serve, join: Join, tmp_path: Path) -> None:
     bus = join(nats.mqtt_port)
-    recording = repeated_long(tmp_path / "hour.wav", times=20)
+    recording = repeated_long(tmp_path / "hour.wav", times=75)
     serve("--audio-dir", str(tmp_path), name="first", environ=nats.environ("first"), ready=READY)
     bus.publish("cesar/jobs", {"job_id": "first", "audio_path": str(LONG)})
     bus.status("first", "processing")
@@ -235,7 +235,7 @@ def test_a_cancel_reaches_the_job_of_a_consumer_that_hangs(
 ) -> None:
     bus = join(nats.mqtt_port)
     # The one that hangs may have been given the command, too: the other one runs the job until it is delivered again.
-    recording = repeated_long(tmp_path / "hour.wav", times=20)
+    recording = repeated_long(tmp_path / "hour.wav", times=75)
     consumers = start_pair(nats, serve, "--audio-dir", str(tmp_path))
     stopped = hang_while_running(bus, consumers, recording)
     bus.publish("cesar/request/cancel", {"job_id": "long"})
