@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nats.aio.client import Client as NatsClient
 
+from benchmarks.jobs import _resident_bytes
 from benchmarks.table import Row, median
 from tests.cluster.chaos import (
     ACK_WAIT_S,
@@ -153,10 +154,6 @@ async def _fill(server: NatsServer, numbers: range) -> None:
     await client.close()
 
 
-def _rss(pid: int) -> int:
-    return int((Path("/proc") / str(pid) / "statm").read_text().split()[1]) * 4096
-
-
 def _first_job(group: Group, watcher: Watcher, job_id: str) -> tuple[float, int]:
     """Start the consumer: seconds until it is ready and has its first job running, and its memory then."""
     consumer = group.members[0]
@@ -166,7 +163,7 @@ def _first_job(group: Group, watcher: Watcher, job_id: str) -> tuple[float, int]
     ready = time.monotonic()
     _, seen = watcher.wait_for(job_id, "processing")
     threading.Event().wait(2.0)  # it has run some more by then
-    return max(seen - ready, 0.0), _rss(consumer.process.pid)
+    return max(seen - ready, 0.0), _resident_bytes(consumer.process.pid)
 
 
 def _long_queue(folder: Path) -> list[Row]:

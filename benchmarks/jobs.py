@@ -195,9 +195,10 @@ def _killed(folder: Path) -> Row:
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
-def _rss(pid: int) -> int:
-    words = (Path("/proc") / str(pid) / "statm").read_text().split()
-    return int(words[1]) * 4096
+def _resident_bytes(pid: int, mark: str = "VmRSS") -> int:
+    """The memory of a process, files included: `VmRSS`, now, or `VmHWM`, its highest mark (proc(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:"))
 
 
 def _memory(folder: Path) -> Row:
@@ -209,7 +210,7 @@ def _memory(folder: Path) -> Row:
             bus.publish("cesar/jobs", {"job_id": f"job-{number}", **source})
         for number in (20, MEMORY_JOBS):
             _finished(bus, f"job-{number - 1}")
-            after[number] = _rss(consumer.process.pid)
+            after[number] = _resident_bytes(consumer.process.pid)
     growth = (after[MEMORY_JOBS] - after[20]) / _MIB
     return Row(
         f"{MEMORY_JOBS} jobs in one process: growth of memory after the 20th",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.bus import _mosquitto
 from benchmarks.corpus import write_wav
-from benchmarks.jobs import _consumer, _finished, _idle, _listening, _speech
+from benchmarks.jobs import _consumer, _finished, _idle, _listening, _resident_bytes, _speech
 from benchmarks.table import Row
 from benchmarks.transcription import MODEL, THREE_HOURS_S, _make_speech, _ours
 
@@ -49,12 +49,6 @@ def _used_bytes(pid: int, *, itself: bool = True) -> int:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total * 1024
-
-
-def _resident_bytes(pid: int, mark: str) -> int:
-    """The memory of a process, files included: `VmRSS`, now, or `VmHWM`, its highest mark (proc(5))."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{mark}:"))
 
 
 def _forget_mark(pid: int) -> None:
@@ -212,7 +206,7 @@ def _consumer_with(model: str, folder: Path) -> Row:
     ):
         pid = consumer.process.pid
         _idle(bus)
-        marks = [_resident_bytes(pid, "VmRSS")]
+        marks = [_resident_bytes(pid)]
         for job_id, paths in (("note", notes), ("long", [long])):
             _forget_mark(pid)
             for number, path in enumerate(paths):

@@ -1,4 +1,7 @@
-"""The cores that this process may use, and for what; the release of freed memory. No state; any thread may call it."""
+"""The cores that this process may use, and for what; the release of freed memory; the libraries beside CTranslate2.
+
+No state; any thread may call it.
+"""
 
 import ctypes
 import gc
