@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -194,11 +194,15 @@ def _an_hour_of_base(folder: Path) -> Row:
     )
 
 
-def _consumer_with(model: str, folder: Path) -> Row:
-    """The resident memory of the process with the model: loaded, and its peaks; and how fast it is."""
+def _models(folder: Path) -> list[Row]:
     long = folder / "half-an-hour.flac"
     _make_speech(long, _HALF_AN_HOUR_S)
     notes = [write_wav(folder / f"note-{length_s:g}.wav", _speech(length_s)) for length_s in _NOTES_S]
+    return [_consumer_with(model, folder, notes, long) for model in _MODELS]
+
+
+def _consumer_with(model: str, folder: Path, notes: Sequence[Path], long: Path) -> Row:
+    """The resident memory of the process with the model: loaded, and its peaks; and how fast it is."""
     with (
         _mosquitto(folder) as port,
         _listening(port) as bus,
@@ -227,4 +231,4 @@ def _consumer_with(model: str, folder: Path) -> Row:
 
 
 def run(folder: Path) -> list[Row]:
-    return [_three_hours(folder), _an_hour_of_base(folder), *(_consumer_with(model, folder) for model in _MODELS)]
+    return [_three_hours(folder), _an_hour_of_base(folder), *_models(folder)]
